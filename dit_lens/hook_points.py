@@ -1,0 +1,195 @@
+"""Hook points: the places in a forward pass where someone may listen.
+
+A `HookPoint` is an identity function with a list of listeners, called as `x = point(x)`. It is a plain object and not an
+`nn.Module`: nothing appears in `state_dict`, and a point where nobody listens costs one truth test.
+
+Two kinds of listener share the list, editors first, each kind in the order of its coming:
+
+- an *observer* gets the very tensor that flows on, after all edits, and must not touch it (recorders, probes: no copy);
+- an *editor*, the user's `fn(activation, hook)`, gets a copy and may change it in place, as TransformerLens users do:
+  the stream is often one tensor under two names (`resid_post` of a block, `resid_pre` of the next), and what was recorded
+  under the first must not change when the second is edited. Returning None changes nothing; a function that changed its
+  copy in place and returned None most likely forgot to return it, and is told so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from .names import layer_of
+
+HookFunction = Callable[..., Any]
+_order = count()
+
+
+class HookPoint:
+    """One named place in the forward pass, with TransformerLens's `name`, `layer()` and `ctx`.
+
+    Attributes:
+        name: the full hook name.
+        ctx: a dict for the user's hook functions to keep things in.
+        step: within a trace, the denoising step of the call under way (0 the noisiest); otherwise None.
+        changed: whether an editor has replaced the value in the latest call.
+    """
+
+    __slots__ = ("name", "ctx", "step", "changed", "listeners")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ctx: dict[str, Any] = {}
+        self.step: int | None = None
+        self.changed = False
+        self.listeners: list[Listener] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.listeners:
+            return x
+        self.changed = False
+        for listener in tuple(self.listeners):
+            x = listener(x, self)
+        return x
+
+    def layer(self) -> int | None:
+        """The block this point belongs to, or None for the points before and after the blocks."""
+        return layer_of(self.name)
+
+    def add(self, listener: Listener) -> None:
+        """Insert in its place: editors before observers, older before younger."""
+        self.listeners.append(listener)
+        self.listeners.sort(key=lambda each: each.order)
+
+    def wants(self, kind: type) -> bool:
+        return any(isinstance(listener, kind) for listener in self.listeners)
+
+    def __repr__(self) -> str:
+        return f"HookPoint({self.name!r}, {len(self.listeners)} listening)"
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return HookPoint, (self.name,)  # a copied or unpickled model starts with nobody listening
+
+
+class Listener:
+    """Something attached to a hook point; `order` is its place among the listeners there."""
+
+    late = False
+
+    def __init__(self) -> None:
+        self.order = (self.late, next(_order))
+
+    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
+        raise NotImplementedError
+
+
+class Observer(Listener):
+    """Calls `fn(activation, point)` with the live tensor and passes it on unchanged."""
+
+    late = True
+
+    def __init__(self, fn: Callable[[Tensor, HookPoint], object]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
+        self.fn(x, point)
+        return x
+
+
+class Editor(Listener):
+    """Calls the user's `fn(activation, hook)`; what it returns, if anything, goes on in place of the activation.
+
+    `now` says whether the edit applies to the call under way, and at which step; None means always.
+    """
+
+    def __init__(self, fn: HookFunction, now: Callable[[], tuple[bool, int]] | None = None) -> None:
+        super().__init__()
+        self.fn, self.now, self.by_keyword = fn, now, _takes_hook_by_keyword(fn)
+
+    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
+        if self.now is not None:
+            active, point.step = self.now()
+            if not active:
+                return x
+        copy = x.clone()
+        before = None if copy.is_inference() else copy._version
+        new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
+        if new is None:
+            if before is not None and copy._version != before:
+                raise RuntimeError(f"The hook at {point.name!r} changed its activation in place and returned None; return it.")
+            return copy if copy.requires_grad else x  # with gradients the user may have kept the copy to ask for its .grad
+        point.changed = True
+        return _checked(new, x, point)
+
+    def frozen(self) -> Editor | None:
+        """This edit as it acts in the call under way, to be replayed later; None if it does not act."""
+        if self.now is None:
+            return self
+        active, step = self.now()
+        if not active:
+            return None
+        twin = Editor(self.fn, lambda: (True, step))
+        twin.order = self.order
+        return twin
+
+
+class BackwardEditor(Listener):
+    """Calls `fn(gradient, hook)` in the backward pass; what it returns, if anything, replaces the gradient."""
+
+    def __init__(self, fn: HookFunction) -> None:
+        super().__init__()
+        self.fn, self.by_keyword = fn, _takes_hook_by_keyword(fn)
+
+    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
+        if not x.requires_grad:
+            raise RuntimeError(
+                f"A backward hook waits at {point.name!r}, but no gradient flows there: "
+                "gradients are off, or neither the weights before it nor the input require them."
+            )
+
+        def on_grad(grad: Tensor) -> Tensor | None:
+            new = self.fn(grad, hook=point) if self.by_keyword else self.fn(grad, point)
+            return None if new is None else _checked(new, grad, point)
+
+        x = x.view_as(x)  # a tensor of its own: the stream may be one tensor under two names
+        x.register_hook(on_grad)
+        return x
+
+
+def _checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
+    if not isinstance(new, Tensor):
+        raise TypeError(f"The hook at {point.name!r} returned a {type(new).__name__}; expected a tensor or None.")
+    if new.shape != old.shape:
+        raise ValueError(
+            f"The hook at {point.name!r} returned shape {list(new.shape)}; expected {list(old.shape)}, that of the activation."
+        )
+    if new.dtype != old.dtype or new.device != old.device:
+        raise ValueError(
+            f"The hook at {point.name!r} returned {new.dtype} on {new.device}; expected {old.dtype} on {old.device}: "
+            "use .to(activation)."
+        )
+    return new
+
+
+def _takes_hook_by_keyword(fn: HookFunction) -> bool:
+    """TransformerLens passes `hook=`; a lambda with other argument names still works, by position."""
+    if not callable(fn):
+        raise TypeError(f"A hook must be a function fn(activation, hook), not {fn!r}.")
+    try:
+        return "hook" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # builtins and some C functions have no signature
+        return False
+
+
+class StopForward(Exception):
+    """Ends a forward pass early, once everything wanted from it has been seen."""
+
+
+def stop(x: Tensor, point: HookPoint) -> None:
+    """An observer's function that ends the pass at its point."""
+    raise StopForward(point.name)
+
+

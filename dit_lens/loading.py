@@ -1,0 +1,94 @@
+"""`dit_lens.load`: from a name, a folder or a hub id to a hooked model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .model import HookedDiT
+
+BUNDLED = Path(__file__).parent / "models"
+
+
+def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> HookedDiT:
+    """Open a model: a bundled one by name, a folder, a hub id, or an object that is a pipeline or transformer already.
+
+    A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`), which may have `scheduler/` and
+    `vae/` inside. Weights are safetensors; a pickle is not opened.
+
+    >>> import dit_lens
+    >>> dit_lens.load("digits").cfg.n_layers
+    28
+
+    Raises:
+        FileNotFoundError: no such bundled model or folder. ValueError: damaged or pickled weights.
+        TypeError: the model is no DiT that dit_lens knows.
+    """
+    if not isinstance(model, (str, Path)):
+        return HookedDiT(model)
+    bundled = sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()) if BUNDLED.exists() else []
+    folder = BUNDLED / model if model in bundled else Path(model)
+    if folder.is_dir():
+        return _load_folder(folder, dtype, device)
+    if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        return HookedDiT(pipe.to(device))
+    near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
+    raise FileNotFoundError(f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as 'owner/name'; {hint}")
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> HookedDiT:
+    import diffusers
+
+    if (folder / "model_index.json").exists():
+        pipe = _weights(diffusers.DiffusionPipeline, folder, torch_dtype=dtype)
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        return HookedDiT(pipe.to(device))
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a transformer).")
+    transformer = _part(folder, "config.json", dtype)
+    scheduler = _part(folder / "scheduler", "scheduler_config.json")
+    vae = _part(folder / "vae", "config.json", dtype)
+    return HookedDiT(transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None)
+
+
+def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
+    """A pipeline's part from its own folder, by the class that its config names; None where there is no such folder."""
+    import diffusers
+
+    if not (folder / config).exists():
+        return None
+    try:
+        name = json.loads((folder / config).read_text())["_class_name"]
+        cls = getattr(diffusers, name)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(folder / config)!r} does not name a diffusers class ({error!r}).") from None
+    return _weights(cls, folder, **({} if dtype is None else {"torch_dtype": dtype}))
+
+
+def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
+    if not issubclass(cls, _scheduler_mixin()):
+        pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
+        if pickles:
+            raise ValueError(f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as safetensors.")
+        kwargs["use_safetensors"] = True
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
+    except Exception as error:  # diffusers and safetensors raise many kinds for damaged files
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"The model in {str(folder)!r} can't be loaded as {cls.__name__}: {first}") from error
+
+
+def _scheduler_mixin() -> type:
+    from diffusers import SchedulerMixin
+
+    mixin: type = SchedulerMixin
+    return mixin

@@ -1,0 +1,228 @@
+"""The hooked DiT: a diffusers transformer that answers to TransformerLens's names and methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .cache import ActivationCache
+from .hook_points import BackwardEditor, Editor, HookFunction, HookPoint, Observer, StopForward, stop
+from .names import NamesFilter, resolve, select
+from .wiring import Handle, Wiring
+
+Hooks = Sequence[tuple[NamesFilter, HookFunction]]
+
+
+class HookedDiT:
+    """A pipeline's transformer, or a bare one, with a hook point at every place of the design's table.
+
+    The model is opened in place: your pipeline goes on working, through the same weights, and its output stays bit for bit
+    what it was. `remove()` takes everything out again; so does leaving `with HookedDiT(pipe) as model`.
+
+        model = dit_lens.HookedDiT(pipe)                       # or a DiTTransformer2DModel
+        out, cache = model.run_with_cache(x, t, y)             # every activation, by name
+        out = model.run_with_hooks(x, t, y, fwd_hooks=[("blocks.5.hook_attn_out", lambda a, hook: 0 * a)])
+
+    `x` is [batch, channel, height, width], `t` and `y` are [batch] (timesteps and class labels). `y == model.cfg.null_class` is no
+    class. Wrapping a model twice gives two views of the same hook points.
+
+    Attributes:
+        transformer: the wrapped module.
+        cfg: its sizes (`n_layers`, `d_model`, `n_heads`, `d_head`, `grid`, `null_class`, ...).
+        names: every hook name, in forward order. sites: the same with the names of the axes.
+        scheduler, vae: the pipeline's; for a bare transformer those that `dit_lens.load` found, or None.
+
+    Raises:
+        TypeError: if there is no family for the model (a U-Net). RuntimeError: if it is compiled or wrapped by another tool.
+        ValueError: if a feature is switched on that a hooked forward can't honour.
+    """
+
+    def __init__(self, pipe_or_transformer: Any, scheduler: Any = None, vae: Any = None) -> None:
+        pipe = pipe_or_transformer
+        if isinstance(pipe, HookedDiT):
+            scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
+        self.transformer: Any = transformer_of(pipe)
+        self.scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        self.vae = vae if vae is not None else getattr(pipe, "vae", None)
+        self.wiring, _ = Wiring.of(self.transformer)
+        self.wiring.temporary = False
+        self.cfg = self.wiring.family.config(self.transformer)
+        self.sites = self.wiring.sites
+        self.names = list(self.sites)
+        self.handles: list[Handle] = []
+
+    # Running.
+
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Tensor, *, start_at_layer: int | None = None, stop_at_layer: int | None = None
+    ) -> Tensor:
+        """The model's output [batch, channel, height, width], in the transformer's own convention (eps, v, ...).
+
+        With `start_at_layer=i`, `x` is the residual stream [batch, token, d_model] that enters block i. With `stop_at_layer=j` the
+        stream that would enter block j is returned, as in TransformerLens; negative layers count from the end.
+        """
+        self._require_installed()
+        span = (self._layer(start_at_layer), self._layer(stop_at_layer))
+        if span[0] is not None and (x.ndim != 3 or x.shape[2] != self.cfg.d_model):
+            raise ValueError(
+                f"start_at_layer={start_at_layer} takes the residual stream [batch, token, {self.cfg.d_model}] in place of "
+                f"latents, not shape {list(x.shape)}."
+            )
+        with self.wiring.part(span):
+            out: Tensor = self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0]
+        return out
+
+    def run_with_hooks(
+        self, x: Tensor, t: Tensor, y: Tensor, *, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **span: int | None
+    ) -> Tensor:
+        """One forward with temporary hooks. With `bwd_hooks`, call backward inside `with model.hooks(...)` instead.
+
+        >>> import dit_lens, torch; model = dit_lens.load("digits"); x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
+        >>> model.run_with_hooks(x, t, y, fwd_hooks=[("resid_post", lambda a, hook: None)]).shape
+        torch.Size([1, 1, 16, 16])
+        """
+        with self.hooks(fwd_hooks, bwd_hooks):
+            return self(x, t, y, **span)
+
+    def run_with_cache(
+        self, x: Tensor, t: Tensor, y: Tensor, *, names_filter: NamesFilter = None,
+        device: str | torch.device | None = None, **span: int | None,
+    ) -> tuple[Tensor, ActivationCache]:
+        """The output, and every activation that `names_filter` chooses. Gradients flow through them where they are on."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, point: HookPoint) -> None:
+            kept[point.name] = value if device is None else value.to(device)
+
+        names = select(names_filter, self.names)
+        with self._attached([(name, Observer(keep)) for name in names]):
+            out = self(x, t, y, **span)
+        return out, ActivationCache({name: kept[name] for name in names if name in kept})
+
+    def activations(self, x: Tensor, t: Tensor, y: Tensor, names_filter: NamesFilter) -> ActivationCache:
+        """Like `run_with_cache` without the output: the pass ends at the last layer asked for."""
+        last = select(names_filter, self.names)[-1]
+        handles, kept = [], {}
+        try:
+            for name in select(names_filter, self.names):
+                handles.append(self.wiring.attach(name, Observer(lambda v, p: kept.__setitem__(p.name, v))))
+            handles.append(self.wiring.attach(last, Observer(stop)))
+            try:
+                self(x, t, y)
+            except StopForward:
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return ActivationCache(kept)
+
+    # Hooks.
+
+    def add_hook(self, name: NamesFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> list[Handle]:
+        """Attach `fn(activation, hook)` until `reset_hooks()` or until the returned handles are removed."""
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
+        make = Editor if dir == "fwd" else BackwardEditor
+        handles = [self.wiring.attach(n, make(fn)) for n in select(name, self.names)]
+        self.handles += handles
+        return handles
+
+    def reset_hooks(self) -> None:
+        """Remove the hooks that `add_hook` of this object added, and no one else's."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    @contextmanager
+    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[HookedDiT]:
+        """Hooks for the length of a `with` block, taken off again whatever happens in it."""
+        wanted = [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
+        wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]  # type: ignore[misc]
+        with self._attached(wanted):
+            yield self
+
+    @contextmanager
+    def _attached(self, listeners: Sequence[tuple[str, Any]]) -> Iterator[None]:
+        self._require_eval()
+        handles: list[Handle] = []
+        try:
+            for name, listener in listeners:
+                handles.append(self.wiring.attach(name, listener))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """TransformerLens's name for the hook points by name."""
+        return self.wiring.points
+
+    def resolve(self, *key: Any) -> str:
+        """The full name that a shorthand stands for: `model.resolve("q", 5)`."""
+        return resolve(key[0] if len(key) == 1 else key, self.names)
+
+    # The wrapped module.
+
+    def remove(self) -> None:
+        """Take every hook point out: the wrapped model is bit for bit what it was."""
+        if self.wiring.installed:
+            self.wiring.remove()
+
+    def __enter__(self) -> HookedDiT:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The wrapped module's parameters."""
+        return iter(self.transformer.parameters())
+
+    def to(self, *args: Any, **kwargs: Any) -> HookedDiT:
+        """Move or cast the wrapped module, in place."""
+        self.transformer.to(*args, **kwargs)
+        return self
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        return (
+            f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, "
+            f"{c.grid[0]}x{c.grid[1]} tokens, {len(self.names)} hook points)"
+        )
+
+    def _layer(self, layer: int | None) -> int | None:
+        n = self.cfg.n_layers
+        if layer is not None and not -n <= layer <= n:
+            raise ValueError(f"There is no layer {layer}; the model has {n}, 0 to {n - 1}.")
+        return layer + n if layer is not None and layer < 0 else layer
+
+    def _require_eval(self) -> None:
+        if self.transformer.training:
+            raise RuntimeError("The model is in train mode, where diffusers drops class labels at random; call model.eval() first.")
+
+    def _require_installed(self) -> None:
+        if not self.wiring.installed:
+            raise RuntimeError("This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...).")
+
+
+def transformer_of(model: Any) -> Any:
+    """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything else."""
+    found = getattr(model, "transformer", model)
+    if hasattr(model, "unet"):
+        found = model.unet
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline.")
+    return found

@@ -1,0 +1,133 @@
+"""Hook names: how a user's words become hook points.
+
+A name is TransformerLens's (`blocks.5.attn.hook_q`). Three things can stand for one or many of them:
+
+- a *key* names one: the full name, or TransformerLens's shorthand `("q", 5)`, `("normalized", 5, "ln1")`; layers count
+  from the end when negative, as everywhere in Python;
+- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob (`blocks.*.attn.hook_q`), a
+  shorthand without layer (`"resid_post"`: every layer's), a list or tuple of these, or a callable on names.
+
+A filter that matches nothing is an error here, with the nearest names: an empty cache that looks like a result is worse.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+Key = str | tuple[str, int] | tuple[str, int, str]
+NamesFilter = None | str | tuple[str, int] | Sequence[str] | Callable[[str], bool]
+
+
+class UnknownName(KeyError):
+    """A hook name, shorthand or pattern that this model does not have."""
+
+    def __str__(self) -> str:  # KeyError shows its message in quotes
+        return str(self.args[0])
+
+
+def layer_of(name: str) -> int | None:
+    """The block a name belongs to, or None: `layer_of("blocks.5.hook_resid_pre") == 5`."""
+    head, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if head == "blocks" and rest else None
+
+
+def site_of(name: str) -> str:
+    """A name without its block: `site_of("blocks.5.attn.hook_q") == "attn.hook_q"`."""
+    return name if layer_of(name) is None else name.split(".", 2)[2]
+
+
+def resolve(key: Key, names: Sequence[str]) -> str:
+    """The one full name that `key` stands for.
+
+    >>> resolve(("q", -1), ["blocks.0.attn.hook_q", "blocks.1.attn.hook_q"])
+    'blocks.1.attn.hook_q'
+
+    Raises:
+        UnknownName: if there is no such name or layer, or the shorthand fits several sites.
+    """
+    if isinstance(key, str):
+        if key in names:
+            return key
+        found = _by_shorthand(key, names)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UnknownName(f"{key!r} is at {len(found)} hook points, such as {found[0]!r}; say which layer: ({key!r}, 0).")
+        raise _unknown(key, names)
+    if not (isinstance(key, tuple) and len(key) in (2, 3) and isinstance(key[0], str) and isinstance(key[1], int)):
+        raise UnknownName(f"{key!r} is not a hook name; use a string, or a shorthand such as ('resid_post', 5).")
+    short, layer = key[0], key[1]
+    found = _by_shorthand(f"{key[2]}.{short}" if len(key) == 3 else short, names)
+    if not found:
+        raise _unknown(short, names)
+    layers = sorted({i for n in found if (i := layer_of(n)) is not None})
+    if not layers:
+        raise UnknownName(f"{found[0]!r} belongs to no layer; ask for it by its name alone.")
+    index = layer + len(layers) if layer < 0 else layer
+    at_layer = [n for n in found if layer_of(n) == index]
+    if not at_layer:
+        raise UnknownName(f"There is no layer {layer} for {short!r}: layers are {layers[0]} to {layers[-1]}.")
+    return at_layer[0]
+
+
+def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
+    """All names that the filter chooses, in forward order.
+
+    >>> select("blocks.*.hook_resid_post", ["hook_embed", "blocks.0.hook_resid_post"])
+    ['blocks.0.hook_resid_post']
+
+    Raises:
+        UnknownName: if the filter, or any one pattern in a list of them, matches nothing.
+    """
+    if names_filter is None:
+        return list(names)
+    if callable(names_filter):
+        chosen = {n for n in names if names_filter(n)}
+        if not chosen:
+            raise UnknownName(f"The names filter {names_filter!r} accepts none of the model's {len(names)} hook names.")
+    elif isinstance(names_filter, str):
+        chosen = set(_match(names_filter, names))
+    elif isinstance(names_filter, tuple) and len(names_filter) >= 2 and isinstance(names_filter[1], int):
+        chosen = {resolve(names_filter, names)}  # type: ignore[arg-type]
+    else:
+        chosen = set()
+        for item in names_filter:
+            chosen |= set(_match(item, names)) if isinstance(item, str) else {resolve(item, names)}
+        if not chosen:
+            raise UnknownName("The names filter is empty; pass None for every hook point.")
+    return [n for n in names if n in chosen]
+
+
+def _match(pattern: str, names: Sequence[str]) -> list[str]:
+    if pattern in names:
+        return [pattern]
+    globbed = [n for n in names if fnmatchcase(n, pattern)] if any(c in pattern for c in "*?[") else []
+    found = globbed or _by_shorthand(pattern, names)
+    if not found:
+        raise _unknown(pattern, names)
+    return found
+
+
+def _by_shorthand(short: str, names: Iterable[str]) -> list[str]:
+    """Names whose site is `short` with TransformerLens's `hook_` understood; refused when sites of two kinds fit."""
+    module, _, last = short.rpartition(".")
+    last = last if last.startswith("hook_") else f"hook_{last}"
+    wanted = f"{module}.{last}" if module else last
+    exact = [n for n in names if site_of(n) == wanted]
+    if exact:
+        return exact
+    found = [n for n in names if site_of(n).endswith(f".{wanted}")]
+    sites = sorted({site_of(n) for n in found})
+    if len(sites) > 1:
+        raise UnknownName(f"{short!r} could be any of {', '.join(map(repr, sites))}; write it out.")
+    return found
+
+
+def _unknown(word: str, names: Sequence[str]) -> UnknownName:
+    shorts = {site_of(n).rpartition("hook_")[2] for n in names}
+    near = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
+    near = near or difflib.get_close_matches(word.rpartition("hook_")[2], list(shorts), n=3, cutoff=0.5)
+    hint = f"nearest: {', '.join(map(repr, near))}" if near else "model.names lists them all"
+    return UnknownName(f"No hook point matches {word!r}; {hint}.")

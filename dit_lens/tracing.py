@@ -1,0 +1,405 @@
+"""The trace: a denoising run under observation.
+
+A DiT's forward depends on nothing but its inputs, so a trace keeps those, a few KB a step, together with the edits that were
+in force. Any activation at any step is recomputed when it is read, by one forward that stops at the layer asked for, and is bit
+for bit what recording would have given. Recording (`names=`) is for when many reads follow. What would make a recomputation
+wrong - weights that changed since - is an error.
+
+Each call of the transformer is one step, counted from 0; with guidance a step's batch is [cond | uncond], as the pipeline made it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .fingerprint import fingerprint
+from .hook_points import Editor, HookFunction, HookPoint, Observer, StopForward, stop
+from .model import HookedDiT, transformer_of
+from .names import Key, NamesFilter, layer_of, resolve, select
+from .probe import Probe, Site
+from .regions import Region
+from .wiring import Call, Handle, Wiring
+
+Steps = None | int | slice | range | Iterable[int]
+
+
+class Trace:
+    """What `dit_lens.trace` gives; open it with `with`, read it during the run or after.
+
+    `t[name]` and `t["resid_post", 5]` are [step, batch, ...]; `t.stack("resid_post")` is [layer, step, batch, ...].
+
+    Attributes:
+        steps: the steps seen so far. timesteps: their diffusion timesteps.
+        names: every hook name. probes: the probes that watch.
+    """
+
+    def __init__(
+        self, model: HookedDiT, names: NamesFilter = None, steps: Steps = None, device: Any = None,
+        dtype: torch.dtype | None = None, probes: Sequence[Probe] = (),
+    ) -> None:
+        self.model, self.device, self.dtype, self.probes = model, device, dtype, list(probes)
+        self.names = model.names
+        self.recorded_names = [] if names is None else select(names, model.names)
+        self.recorded_steps, self.wanted_steps = steps, _step_test(steps)
+        self.calls: list[Call] = []
+        self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}
+        self.weights: tuple[str, str] | None = None  # fingerprints on entering and on leaving
+        self._open, self._current = False, 0
+        self._handles: list[Handle] = []
+        self._waiting: list[tuple[str, Editor]] = []
+        self._edit_steps: list[tuple[str, Steps]] = []
+        self.lost_edits: list[str] = []  # of a loaded trace: where functions acted that a file can't hold
+        for probe in self.probes:
+            if not isinstance(probe, Probe):
+                raise TypeError(f"{probe!r} is not a dit_lens.Probe; pass instances, as in probes=[SpectralSplit()].")
+
+    # Opening and closing.
+
+    def __enter__(self) -> Trace:
+        if self._open or self.calls:
+            raise RuntimeError("This trace was opened before; a trace watches one run. Call dit_lens.trace(model) again.")
+        self.model._require_eval()
+        if not self.model.wiring.installed:  # a pipeline or bare transformer is opened for the length of the block only
+            self.model.wiring, made = Wiring.of(self.model.transformer)
+            self.model.wiring.temporary |= made
+        self._before = fingerprint(self.model.transformer)
+        self._open = True
+        try:
+            self.model.wiring.watch(self)
+            for name, editor in self._waiting:
+                self._attach(name, editor)
+            for name in self.recorded_names:
+                self._attach(name, Observer(self._record))
+            for probe in self.probes:
+                probe.start(self.model)
+                for name in select(probe.names, self.names):
+                    self._attach(name, Observer(_observation(probe, self)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.model.wiring.unwatch(self)
+        self._open = False
+        self.weights = (self._before, fingerprint(self.model.transformer))
+        wiring = self.model.wiring
+        if wiring.temporary and not wiring.watchers and not wiring.listening:  # the last of the traces that share it
+            wiring.remove()
+
+        for name, steps in self._edit_steps:
+            if self.calls and not any(map(_step_test(steps), self.steps)):
+                warnings.warn(
+                    f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls)} steps.", stacklevel=2
+                )
+
+    def _attach(self, name: str, listener: Any) -> None:
+        self._handles.append(self.model.wiring.attach(name, listener))
+
+    # Told by the wiring.
+
+    def begin(self, call: Call) -> None:
+        self._current = len(self.calls)
+        self._call = call
+
+    def end(self, call: Call, finished: bool) -> None:
+        if finished:
+            self.calls.append(call.kept())
+        else:  # a forward that failed is no step
+            for record in self.records.values():
+                record.pop(self._current, None)
+
+    def _record(self, value: Tensor, point: HookPoint) -> None:
+        if self.wanted_steps(self._current):
+            self.records[point.name][self._current] = self._keep(value)
+
+    def _keep(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        return value if self.device is None and self.dtype is None else value.to(self.device or value.device, self.dtype)
+
+    def site(self, name: str) -> Site:
+        """Where the call under way is, for a probe."""
+        p = self.model.cfg.patch_size
+        x = self._call.x
+        grid = (x.shape[-2] // p, x.shape[-1] // p) if x.ndim == 4 else self.model.cfg.grid
+        return Site(name, self._current, grid, self._call, self.model.cfg.null_class)
+
+    # Interventions.
+
+    def edit(self, name: NamesFilter, fn: HookFunction, steps: Steps = None, **region: Any) -> Trace:
+        """Apply `fn(activation, hook)` at every hook point that `name` chooses, at these steps, inside this region.
+
+        `hook.step` is the step. Region: `items`, `heads`, `tokens`, `band=(bands, b)`; see `dit_lens.regions.Region`.
+        Chains: `t.edit(...).ablate(...)`. Raises UnknownName, or ValueError for an axis that the hook point does not have.
+        """
+        chosen, part, active = select(name, self.names), Region(**region), _step_test(steps)
+        for each in chosen:
+            part.check(each, self.model.sites[each])
+        self._edit_steps.append((chosen[0], steps))
+        for each in chosen:
+            editor = Editor(_within(fn, part, self.model.sites[each]), lambda: (active(self._current), self._current))
+            if self._open:
+                self._attach(each, editor)
+            else:
+                self._waiting.append((each, editor))
+        return self
+
+    def patch(self, name: NamesFilter, source: Trace | Tensor | Callable[..., Tensor], steps: Steps = None, **region: Any) -> Trace:
+        """Put other activations in place: of another trace at the same step, a tensor, or what a callable returns.
+
+        A tensor has the activation's shape, or one more axis in front, for the steps. Raises ValueError for traces of other models
+        or shapes.
+        """
+        if isinstance(source, Trace):
+            taken = source.read(select(name, self.names))
+            self._check_source(source)
+
+            def fn(activation: Tensor, hook: HookPoint) -> Tensor:
+                at_step = taken[hook.name]
+                if hook.step not in at_step:
+                    raise ValueError(f"The source trace has no step {hook.step}; it has {len(at_step)}.")
+                return _fitting(at_step[hook.step], activation, hook)
+
+        elif isinstance(source, Tensor):
+
+            def fn(activation: Tensor, hook: HookPoint) -> Tensor:
+                if source.ndim == activation.ndim + 1:
+                    if hook.step is None or hook.step >= len(source):
+                        raise ValueError(f"The patch for {hook.name!r} has {len(source)} steps; there is none for step {hook.step}.")
+                    return _fitting(source[hook.step], activation, hook)
+                return _fitting(source, activation, hook)
+
+        elif callable(source):
+            return self.edit(name, source, steps, **region)
+        else:
+            raise TypeError(f"Can't patch from {source!r}; expected a trace, a tensor or a function fn(activation, hook).")
+        return self.edit(name, fn, steps, **region)
+
+    def ablate(
+        self, name: NamesFilter, mode: Literal["zero", "mean", "resample"] = "zero", steps: Steps = None, **region: Any
+    ) -> Trace:
+        """Knock out: with zeros, the mean over the batch, or the next item's activation (resample)."""
+        modes: dict[str, Callable[[Tensor], Tensor]] = {
+            "zero": torch.zeros_like,
+            "mean": lambda a: a.mean(0, keepdim=True).expand_as(a).clone(),
+            "resample": lambda a: a.roll(1, 0),
+        }
+        if mode not in modes:
+            raise ValueError(f"{mode!r} is no way to ablate; expected one of {', '.join(map(repr, modes))}.")
+        return self.edit(name, lambda activation, hook: modes[mode](activation), steps, **region)
+
+    def _check_source(self, source: Trace) -> None:
+        mine, theirs = self.model.cfg, source.model.cfg
+        if mine != theirs:
+            raise ValueError(f"The source trace is of another model: {theirs}; expected {mine}.")
+
+    # Reading.
+
+    def __getitem__(self, key: Key) -> Tensor:
+        name = resolve(key, self.names)
+        return _stacked(name, self.read([name])[name])
+
+    def get(self, names: NamesFilter, steps: Steps = None) -> dict[str, Tensor]:
+        """Several names at once, [step, batch, ...] each; what was not recorded shares one pass for each step."""
+        return {name: _stacked(name, at) for name, at in self.read(select(names, self.names), steps).items()}
+
+    def stack(self, site: str, steps: Steps = None) -> Tensor:
+        """One site of every layer, [layer, step, batch, ...]."""
+        chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
+        read = self.read(chosen, steps)
+        return torch.stack([_stacked(name, read[name]) for name in chosen])
+
+    def read(self, names: Sequence[str], steps: Steps = None) -> dict[str, dict[int, Tensor]]:
+        """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed otherwise."""
+        if not self.calls:
+            raise RuntimeError("Nothing was traced: no forward of the model finished inside the `with` block.")
+        test = _step_test(steps)
+        default = self.wanted_steps if steps is None else test
+        wanted = [s for s in range(len(self.calls)) if default(s)]
+        if not wanted:
+            asked = self.recorded_steps if steps is None else steps
+            raise ValueError(f"No step matches {asked!r}; the trace has {len(self.calls)} steps, 0 to {len(self.calls) - 1}.")
+        missing = [n for n in names if not all(s in self.records.get(n, {}) for s in wanted)]
+        result = {n: {s: self.records[n][s] for s in wanted} for n in names if n not in missing}
+        if missing:
+            result |= self._recompute(missing, wanted)
+        return {n: result[n] for n in names}
+
+    def _recompute(self, names: list[str], steps: Sequence[int]) -> dict[str, dict[int, Tensor]]:
+        if self.lost_edits:
+            raise RuntimeError(
+                f"{names[0]!r} was not recorded, and this trace was edited at {self.lost_edits[0]!r} by a function that the "
+                "file can't hold; trace again with names= for what you will read."
+            )
+        if not isinstance(self.model, HookedDiT):
+            raise RuntimeError(f"{names[0]!r} was not recorded; to recompute it, load the trace with its model: load_trace(path, model).")
+        self._check_weights()
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+        model, close = self.model, False
+        if not model.wiring.installed:
+            wiring, close = Wiring.of(model.transformer)
+            model.wiring = wiring
+        last = max(names, key=self.names.index)
+        try:
+            for step in steps:
+                call = self.calls[step]
+
+                def keep(value: Tensor, point: HookPoint, step: int = step) -> None:
+                    found[point.name][step] = self._keep(value)
+
+                listeners: list[tuple[str, Any]] = [*call.edits, *((n, Observer(keep)) for n in names), (last, Observer(stop))]
+                with model.wiring.alone(listeners), model.wiring.part(call.span), _conditions(call):
+                    try:
+                        model.transformer(call.x, timestep=call.t, class_labels=call.y, return_dict=False)
+                    except StopForward:
+                        pass
+        finally:
+            if close:
+                model.wiring.remove()
+        return found
+
+    def _check_weights(self) -> None:
+        now = fingerprint(self.model.transformer)
+        if now != self._before or (self.weights is not None and self.weights[1] != self._before):
+            raise RuntimeError(
+                "The model's weights have changed since this trace began, so what was not recorded can't be recomputed; "
+                "trace again, with names= for what you will read."
+            )
+
+    @property
+    def steps(self) -> range:
+        return range(len(self.calls))
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The diffusion timestep of each step, [step]."""
+        return torch.stack([call.t[0] for call in self.calls]) if self.calls else torch.zeros(0)
+
+    @property
+    def latents(self) -> Tensor:
+        """What went into the model, x_t, [step, batch, channel, height, width]."""
+        return torch.stack([call.x for call in self.calls])
+
+    # Elsewhere.
+
+    def to_xarray(self, names: NamesFilter = None, steps: Steps = None) -> Any:
+        """An `xarray.Dataset` with named axes and coordinates; by default what was recorded. See `dit_lens.trace_files`."""
+        from .trace_files import to_xarray
+
+        return to_xarray(self, names, steps)
+
+    def save(self, path: str | Path) -> Path:
+        """Write inputs, records and what is needed to recompute into one safetensors file."""
+        from .trace_files import save
+
+        return save(self, path)
+
+    def __repr__(self) -> str:
+        kept = sum(v.numel() * v.element_size() for r in self.records.values() for v in r.values())
+        kept += sum(c.x.numel() * c.x.element_size() for c in self.calls)
+        state = "open" if self._open else "closed"
+        return f"Trace({len(self.calls)} steps, {len(self.recorded_names)} names recorded, {kept / 1e6:.1f} MB kept, {state})"
+
+
+def trace(
+    model_or_pipe: Any, names: NamesFilter = None, steps: Steps = None, device: Any = None, dtype: torch.dtype | None = None,
+    probes: Sequence[Probe] = (),
+) -> Trace:
+    """Watch everything that calls the transformer inside a `with` block.
+
+        with dit_lens.trace(pipe) as t:
+            pipe(class_labels=[207], num_inference_steps=50)
+        t["resid_post", 5]                                     # [step, batch, token, d_model]
+
+    Args:
+        model_or_pipe: a `HookedDiT`, a pipeline or a transformer; the last two are opened for the length of the block only.
+        names: what to record as it happens; None records nothing and recomputes what is read.
+        steps: which steps to record: an int, a slice, a range or a collection; None is all.
+        device, dtype: where and how to keep records, for example "cpu" and torch.float16.
+        probes: `Probe` instances that observe.
+
+    Raises UnknownName, TypeError (not a DiT), RuntimeError (train mode, in use by another thread).
+    """
+    if isinstance(model_or_pipe, HookedDiT):
+        return Trace(model_or_pipe, names, steps, device, dtype, probes)
+    wiring, made = Wiring.of(transformer_of(model_or_pipe))
+    temporary = made or wiring.temporary
+    model = HookedDiT(model_or_pipe)
+    wiring.temporary = temporary
+    try:
+        model._require_eval()
+        return Trace(model, names, steps, device, dtype, probes)
+    finally:
+        if made:  # until the `with` block
+            wiring.remove()
+
+
+def load_trace(path: str | Path, model: Any = None) -> Any:
+    """A saved trace; see `dit_lens.trace_files.load_trace`."""
+    from .trace_files import load_trace as load
+
+    return load(path, model)
+
+
+def _observation(probe: Probe, trace: Trace) -> Callable[[Tensor, HookPoint], None]:
+    return lambda value, point: probe.observe(value.detach(), trace.site(point.name))
+
+
+def _within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFunction:
+    """`fn`, but letting through only what lies in the region."""
+    if part.everything:
+        return fn
+    whole = Editor(fn)
+
+    def edit(activation: Tensor, hook: HookPoint) -> Tensor:
+        return part.merge(activation, whole(activation, hook), axes)
+
+    return edit
+
+
+def _fitting(patch: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
+    if patch.shape != activation.shape:
+        raise ValueError(f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has {list(activation.shape)}.")
+    return patch.to(activation)
+
+
+def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
+    shapes = {tuple(v.shape) for v in at.values()}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{name!r} has different shapes at different steps ({', '.join(map(str, sorted(shapes)))}); "
+            "read one step at a time: t.get(name, steps=3)."
+        )
+    return torch.stack([at[s] for s in sorted(at)])
+
+
+def _step_test(steps: Steps) -> Callable[[int], bool]:
+    if steps is None:
+        return lambda s: True
+    if isinstance(steps, slice):
+        if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
+            raise ValueError(f"{steps} counts steps from the end, which is not known while a run is under way; count from 0.")
+        first, last, by = steps.start or 0, steps.stop, steps.step or 1
+        return lambda s: s >= first and (last is None or s < last) and (s - first) % by == 0
+    chosen = {steps} if isinstance(steps, int) else {int(s) for s in steps}
+    if not chosen or min(chosen) < 0:
+        raise ValueError(f"steps={steps!r} names no step; expected numbers from 0 (the noisiest), a slice or a range.")
+    return chosen.__contains__
+
+
+@contextmanager
+def _conditions(call: Call) -> Iterator[None]:
+    """The grad mode and autocast under which the call was made: the same kernels, so the same bits."""
+    autocast = torch.autocast(call.x.device.type, dtype=call.autocast, enabled=call.autocast is not None)
+    with torch.set_grad_enabled(call.grad), autocast:
+        yield

@@ -1,0 +1,337 @@
+"""The trace: what is read is what happened, whatever was recorded, edited or broken off."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import make_dit, make_pipe
+from safetensors.torch import save_file
+
+import dit_lens
+from dit_lens import HookedDiT
+
+STEPS = 4
+
+
+def run(pipe, labels=(3, 5), guidance=4.0):
+    gen = torch.Generator().manual_seed(0)
+    return pipe(class_labels=list(labels), num_inference_steps=STEPS, guidance_scale=guidance, generator=gen, output_type="pt").images
+
+
+def forwards(transformer):
+    """Every replaced forward in the module tree; empty when nothing of ours is left."""
+    return [n for n, m in transformer.named_modules() if "forward" in m.__dict__]
+
+
+def test_recomputed_is_recorded_bit_for_bit(pipe):
+    untouched = run(pipe)
+    with dit_lens.trace(pipe, names=None) as lazy:
+        assert torch.equal(run(pipe), untouched)
+    with dit_lens.trace(pipe, names="*") as eager:
+        assert torch.equal(run(pipe), untouched)
+    assert forwards(pipe.transformer) == []
+    read = lazy.get(None)
+    assert list(read) == lazy.names and len(read) == 1 + 3 * 27 + 6
+    for name, value in read.items():
+        assert value.shape[0] == STEPS and torch.equal(value, eager[name]), name
+    assert lazy["resid_post", 1].shape == (STEPS, 4, 16, 16)  # the batch is [cond | null]
+    assert torch.equal(lazy.stack("resid_post")[1], lazy["blocks.1.hook_resid_post"])
+    assert torch.equal(lazy["hook_sample"][2], eager.get("hook_sample", steps=2)["hook_sample"][0])
+
+
+def test_reading_stops_at_the_layer_needed_and_shares_passes(pipe):
+    with dit_lens.trace(pipe) as t:
+        run(pipe)
+    seen = []
+    handles = [b.register_forward_hook(lambda m, i, o, k=k: seen.append(k)) for k, b in enumerate(pipe.transformer.transformer_blocks)]
+    t.get(["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"], steps=[0, 2])
+    assert seen == [0, 0]  # two steps, one pass each, ended inside block 1 before it returned
+    for h in handles:
+        h.remove()
+
+
+def test_edits_act_and_are_replayed(pipe):
+    with dit_lens.trace(pipe) as plain:
+        before = run(pipe)
+    with dit_lens.trace(pipe, names="blocks.2.hook_resid_post") as t:
+        t.edit("blocks.1.hook_attn_out", lambda a, hook: a * (2 if hook.step == 1 else 3), steps=[1, 2])
+        after = run(pipe)
+    assert not torch.equal(before, after)
+    assert torch.equal(t["resid_mid", 1], t["resid_pre", 1] + t["attn_out", 1])
+    assert torch.equal(t["resid_pre", 0][:2], plain["resid_pre", 0][:2])  # up to the first edited step all is as it was
+    with dit_lens.trace(pipe, names="*") as eager:
+        eager.edit("blocks.1.hook_attn_out", lambda a, hook: a * (2 if hook.step == 1 else 3), steps=[1, 2])
+        run(pipe)
+    for name, value in t.get(None).items():
+        assert torch.equal(value, eager[name]), name
+
+
+def test_edits_in_the_body_and_outer_hooks_are_replayed_in_order(pipe):
+    model = HookedDiT(pipe)
+    with model.hooks([("blocks.0.hook_resid_post", lambda a, hook: a + 1)]), dit_lens.trace(model) as t:
+        t.edit("blocks.0.hook_resid_post", lambda a, hook: a * 2)
+        run(pipe)
+    with dit_lens.trace(model) as plain:
+        run(pipe)
+    assert torch.equal(t["resid_post", 0][0], (plain["resid_post", 0][0] + 1) * 2)
+
+
+def test_patch_from_another_trace_gives_its_output(pipe):
+    with dit_lens.trace(pipe) as a:
+        run(pipe, labels=(3, 5))
+    with dit_lens.trace(pipe) as b:
+        b.patch("blocks.1.hook_resid_post", a)
+        run(pipe, labels=(7, 9))
+    assert torch.equal(b["resid_post", 2][0][2:], a["resid_post", 2][0][2:])  # same null labels
+    with dit_lens.trace(pipe) as c:
+        c.patch("blocks.1.hook_resid_post", c_source := a["resid_post", 1])
+        run(pipe, labels=(3, 5))
+    assert torch.equal(c["hook_sample"], a["hook_sample"]) and c_source.shape[0] == STEPS
+    with pytest.raises(ValueError, match=r"The patch for 'blocks.1.hook_resid_post' has shape \[1, 16, 16\]"), dit_lens.trace(pipe) as d:
+        d.patch("blocks.1.hook_resid_post", torch.zeros(1, 16, 16))
+        run(pipe)
+    other = HookedDiT(make_dit(layers=2))
+    x = torch.zeros(1, 4, 8, 8)
+    with dit_lens.trace(other) as e:
+        other(x, torch.tensor([5]), torch.tensor([1]))
+    with pytest.raises(ValueError, match="source trace is of another model"):
+        dit_lens.trace(pipe).patch("blocks.1.hook_resid_post", e)
+
+
+def test_regions(dit, inputs):
+    from dit_lens import Bands
+
+    model = HookedDiT(dit)
+    bands = Bands.radial((4, 4), n=2)
+
+    def change(name, **region):
+        with dit_lens.trace(model, names=name) as plain:
+            model(*inputs)
+        with dit_lens.trace(model, names=name) as t:
+            t.ablate(name, "zero", **region)
+            model(*inputs)
+        return plain[name][0], t[name][0]
+
+    old, new = change("blocks.1.attn.hook_z", heads=1, tokens=[0, 3], items=0)
+    assert (new[0, [0, 3], 1] == 0).all() and torch.equal(new[1], old[1]) and torch.equal(new[0, :, 0], old[0, :, 0])
+    assert torch.equal(new[0, 1], old[0, 1])
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1:3, 1:3] = True
+    old, new = change("blocks.1.hook_resid_mid", tokens=mask)
+    assert (new[:, mask.flatten()] == 0).all() and torch.equal(new[:, ~mask.flatten()], old[:, ~mask.flatten()])
+    old, new = change("blocks.1.hook_resid_mid", band=(bands, 0))
+    energy = bands.energy_tokens(new)
+    assert (energy[..., 0] < 1e-8).all() and torch.allclose(energy[..., 1], bands.energy_tokens(old)[..., 1], rtol=1e-4)
+    old, new = change("blocks.1.attn.hook_pattern", heads=[0], tokens=2)
+    assert (new[:, 0, 2] == 0).all() and torch.equal(new[:, 1], old[:, 1])
+    with pytest.raises(ValueError, match="'blocks.0.hook_resid_pre' has no head axis; its axes are batch, token, d_model"):
+        dit_lens.trace(model).ablate("blocks.0.hook_resid_pre", heads=1)
+    with pytest.raises(ValueError, match="head index 5 is out of range; expected 0 to 1"):
+        change("blocks.1.attn.hook_z", heads=5)
+    with pytest.raises(ValueError, match="'mode' is no way to ablate; expected one of 'zero', 'mean', 'resample'"):
+        dit_lens.trace(model).ablate("hook_embed", "mode")
+
+
+def test_changed_weights_raise_and_recorded_reads_go_on(pipe):
+    with dit_lens.trace(pipe, names="hook_embed") as t:
+        run(pipe)
+    assert t["resid_post", 1].shape[0] == STEPS
+    pipe.transformer.transformer_blocks[2].ff.net[2].weight.data[3, 5] += 1e-3  # .data does not even bump the version
+    with pytest.raises(RuntimeError, match="weights have changed since this trace began"):
+        t["resid_post", 0]
+    assert t["hook_embed"].shape[0] == STEPS
+
+
+def test_failures_leave_everything_as_it_was(pipe):
+    untouched = run(pipe)
+
+    def broken(a, hook):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), dit_lens.trace(pipe, names="*") as t:
+        t.edit("blocks.1.hook_resid_pre", broken)
+        run(pipe)
+    assert forwards(pipe.transformer) == [] and torch.equal(run(pipe), untouched)
+    assert len(t.calls) == 0
+    with pytest.raises(RuntimeError, match="Nothing was traced"):
+        t["hook_embed"]
+    with pytest.raises(KeyboardInterrupt), dit_lens.trace(pipe) as t:
+        run(pipe)
+        raise KeyboardInterrupt
+    assert t["hook_embed"].shape[0] == STEPS and forwards(pipe.transformer) == []
+    with pytest.raises(RuntimeError, match="a trace watches one run"), t:
+        pass
+
+
+def test_nesting_and_two_models(pipe):
+    other = make_pipe(seed=5)
+    with dit_lens.trace(pipe) as outer:
+        run(pipe)
+        with dit_lens.trace(other) as elsewhere, dit_lens.trace(pipe, names="hook_embed") as inner:
+            run(pipe)
+            run(other)
+        run(pipe)
+        assert len(outer.steps) == 3 * STEPS and len(inner.steps) == STEPS == len(elsewhere.steps)
+        assert torch.equal(outer["hook_embed"][:STEPS], inner["hook_embed"])  # read while open
+    assert forwards(pipe.transformer) == [] == forwards(other.transformer)
+
+
+def test_closing_out_of_order_and_generators(pipe):
+    def steps():
+        with dit_lens.trace(pipe) as t:
+            while True:
+                run(pipe)
+                yield t
+
+    first, second = steps(), steps()
+    a, b = next(first), next(second)
+    assert len(a.steps) == 2 * STEPS and len(b.steps) == STEPS
+    first.close()
+    next(second)
+    assert len(a.steps) == 2 * STEPS and len(b.steps) == 2 * STEPS
+    second.close()
+    assert a["hook_embed"].shape[0] == 2 * STEPS
+    assert forwards(pipe.transformer) == []
+
+
+def test_threads_are_refused_and_idle_ones_work(dit, inputs):
+    model, problems, copied = HookedDiT(dit), [], copy.deepcopy(dit)
+
+    def elsewhere(act):
+        def body():
+            try:
+                act()
+            except RuntimeError as error:
+                problems.append(str(error))
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+
+    with dit_lens.trace(model):
+        elsewhere(lambda: model(*inputs))
+        elsewhere(lambda: model.run_with_cache(*inputs))
+        elsewhere(lambda: dit_lens.trace(model).__enter__())
+        elsewhere(lambda: HookedDiT(copied)(*inputs))  # a copy is another model
+    assert [p.split(";")[0] for p in problems] == [
+        "This model is being traced or hooked in another thread",
+        "This model is in use by another thread",
+        "This model is in use by another thread",
+    ]
+    elsewhere(lambda: model.run_with_cache(*inputs))
+    assert len(problems) == 3
+
+
+def test_reentry_is_refused(dit, inputs):
+    model = HookedDiT(dit)
+    with pytest.raises(RuntimeError, match="from inside one of its own hooks"):
+        model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, hook: model(*inputs) and None)])
+    with dit_lens.trace(model) as t:
+        model(*inputs)
+        with pytest.raises(RuntimeError, match="can't be recomputed inside a hook"):
+            model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, hook: t["resid_post", 0] and None)])
+        model(*inputs)
+    assert len(t.steps) == 2 and torch.equal(t["hook_sample"][0], t["hook_sample"][1])
+
+
+def test_foreign_hooks_stay(pipe):
+    calls = []
+    theirs = pipe.transformer.transformer_blocks[0].attn1.register_forward_hook(lambda m, i, o: calls.append(1))
+    model = HookedDiT(pipe)
+    mine = model.add_hook("hook_embed", lambda a, hook: None)
+    with dit_lens.trace(model):
+        run(pipe)
+    assert len(calls) == STEPS and model.wiring.listening == 1
+    mine[0].remove()
+    model.remove()
+    run(pipe)
+    assert len(calls) == 2 * STEPS
+    theirs.remove()
+
+
+def test_save_and_load(pipe, tmp_path):
+    with dit_lens.trace(pipe, names="blocks.*.hook_resid_post", steps=slice(1, 3)) as t:
+        run(pipe)
+    path = t.save(tmp_path / "run.safetensors")
+    alone = dit_lens.load_trace(path)
+    assert torch.equal(alone["resid_post", 1], t["resid_post", 1]) and len(alone["resid_post", 1]) == 2
+    with pytest.raises(RuntimeError, match="load the trace with its model"):
+        alone["hook_embed"]
+    again = dit_lens.load_trace(path, pipe)
+    assert torch.equal(again["q", 2], t["q", 2])
+    with pytest.raises(ValueError, match="was traced on another model"):
+        dit_lens.load_trace(path, make_dit(layers=2))
+    pipe.transformer.proj_out_1.bias.data += 1
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        dit_lens.load_trace(path, pipe)["k", 2]
+    pipe.transformer.proj_out_1.bias.data -= 1
+
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut' is not a whole safetensors file"):
+        dit_lens.load_trace(tmp_path / "cut")
+    torch.save({"a": 1}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="pickle.pt' is not a whole safetensors file"):
+        dit_lens.load_trace(tmp_path / "pickle.pt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="is safetensors but no trace"):
+        dit_lens.load_trace(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="There is no trace at"):
+        dit_lens.load_trace(tmp_path / "nowhere")
+
+
+def test_a_saved_edit_is_not_forgotten(pipe, tmp_path):
+    with dit_lens.trace(pipe, names="hook_embed") as t:
+        t.ablate("blocks.1.hook_attn_out")
+        run(pipe)
+    again = dit_lens.load_trace(t.save(tmp_path / "t"), pipe)
+    assert torch.equal(again["hook_embed"], t["hook_embed"])
+    with pytest.raises(RuntimeError, match="edited at 'blocks.1.hook_attn_out' by a function that the file can't hold"):
+        again["resid_post", 1]
+
+
+def test_xarray(pipe):
+    with dit_lens.trace(HookedDiT(pipe)) as t:
+        run(pipe)
+    ds = t.to_xarray(["resid_post", "attn.hook_pattern", "hook_embed"], steps=[0, 3])
+    assert ds["hook_resid_post"].dims == ("layer", "step", "batch", "token", "d_model")
+    assert ds["attn.hook_pattern"].dims == ("layer", "step", "batch", "head", "query", "key")
+    assert list(ds.branch.values) == ["cond", "cond", "uncond", "uncond"] and list(ds.label.values) == [3, 5, 1000, 1000]
+    assert list(ds.step.values) == [0, 3] and ds.timestep.values[0] == float(t.timesteps[0])
+    assert (ds["hook_resid_post"].sel(layer=1, step=3).values == t["resid_post", 1][3].numpy()).all()
+    assert ds.log_snr.values[0] < ds.log_snr.values[1]
+    with pytest.raises(ValueError, match="No names were recorded"):
+        t.to_xarray()
+
+
+def test_steps_device_and_dtype(pipe):
+    with dit_lens.trace(pipe, names="resid_post", steps=range(0, 4, 2), dtype=torch.float16) as t:
+        run(pipe)
+    assert t["resid_post", 0].dtype == torch.float16 and len(t["resid_post", 0]) == 2
+    with dit_lens.trace(pipe, names="resid_post", steps=9) as t:
+        run(pipe)
+    with pytest.raises(ValueError, match="No step matches 9; the trace has 4 steps, 0 to 3"):
+        t["resid_post", 0]
+    with pytest.raises(ValueError, match=r"steps=\[-1\] names no step"):
+        dit_lens.trace(pipe, steps=[-1])
+    with pytest.warns(UserWarning, match="never acted: the run had 4 steps"), dit_lens.trace(pipe) as t:
+        t.edit("hook_embed", lambda a, hook: None, steps=50)
+        run(pipe)
+
+
+def test_bad_input(pipe, dit):
+    from diffusers import UNet2DModel
+
+    with pytest.raises(dit_lens.UnknownName, match="No hook point matches 'blocks.0.hook_resid_pots'; nearest: 'blocks.0.hook_resid_post'"):
+        dit_lens.trace(pipe, names="blocks.0.hook_resid_pots")
+    assert forwards(pipe.transformer) == []
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    with pytest.raises(TypeError, match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows DiTTransformer2DModel"):
+        dit_lens.trace(unet)
+    with pytest.raises(TypeError, match="'str' object|str is neither a transformer nor a pipeline"):
+        dit_lens.trace("digits")
+    with pytest.raises(RuntimeError, match="train mode, where diffusers drops class labels"):
+        dit_lens.trace(dit.train())
+    assert forwards(dit) == []
+    with pytest.raises(TypeError, match="is not a dit_lens.Probe"):
+        dit_lens.trace(pipe, probes=["SpectralSplit"])
