@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .families import family_of
+from .families.base import Family
 from .model import HookedDiT
 
 BUNDLED = Path(__file__).parent / "models"
@@ -34,7 +36,7 @@ def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.dev
     folder = BUNDLED / model if model in bundled else Path(model)
     if folder.is_dir():
         return _load_folder(folder, dtype, device)
-    if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    if _is_hub_id(model):
         from diffusers import DiffusionPipeline
 
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
@@ -58,6 +60,10 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -
     scheduler = _part(folder / "scheduler", "scheduler_config.json")
     vae = _part(folder / "vae", "config.json", dtype)
     return HookedDiT(transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None)
+
+
+def _is_hub_id(model: str | Path) -> bool:
+    return isinstance(model, str) and model.count("/") == 1 and model[0] not in "./~"
 
 
 def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
@@ -92,3 +98,27 @@ def _scheduler_mixin() -> type:
 
     mixin: type = SchedulerMixin
     return mixin
+
+
+def load_skeleton(model: str | Path) -> tuple[Family, Any]:
+    """A model's family and its modules without weights (on torch's meta device): sizes and names, for any size of model.
+
+    Raises like `load`.
+    """
+    import diffusers
+
+    folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model)
+    if (folder / "model_index.json").exists():
+        folder = folder / "transformer"
+    if (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text())
+    elif folder.is_dir() or not _is_hub_id(model):
+        raise FileNotFoundError(f"There is no model at {str(model)!r}; expected a bundled name, a folder with config.json, or a hub id.")
+    else:
+        config = diffusers.DiTTransformer2DModel.load_config(str(model), subfolder="transformer")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        raise ValueError(f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which diffusers does not have.")
+    with torch.device("meta"):
+        skeleton = cls.from_config(config)
+    return family_of(skeleton), skeleton

@@ -120,6 +120,14 @@ class HookedDiT:
                 handle.remove()
         return ActivationCache(kept)
 
+    def unembed(self, stream: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """A residual stream [batch, token, d_model] read by the last layer with the conditioning of (t, y): the lens.
+
+        Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's `resid_post` it is the model's output.
+        """
+        self._require_installed()
+        return self.wiring.unembed(stream, t, y)
+
     # Hooks.
 
     def add_hook(self, name: NamesFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> list[Handle]:

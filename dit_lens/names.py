@@ -4,8 +4,8 @@ A name is TransformerLens's (`blocks.5.attn.hook_q`). Three things can stand for
 
 - a *key* names one: the full name, or TransformerLens's shorthand `("q", 5)`, `("normalized", 5, "ln1")`; layers count
   from the end when negative, as everywhere in Python;
-- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob (`blocks.*.attn.hook_q`), a
-  shorthand without layer (`"resid_post"`: every layer's), a list or tuple of these, or a callable on names.
+- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob (`blocks.*.attn.hook_q`, or `attn.*` in every
+  layer), a shorthand without layer (`"resid_post"`: every layer's), a list or tuple of these, or a callable on names.
 
 A filter that matches nothing is an error here, with the nearest names: an empty cache that looks like a result is worse.
 """
@@ -103,7 +103,8 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
 def _match(pattern: str, names: Sequence[str]) -> list[str]:
     if pattern in names:
         return [pattern]
-    globbed = [n for n in names if fnmatchcase(n, pattern)] if any(c in pattern for c in "*?[") else []
+    is_glob = any(c in pattern for c in "*?[")
+    globbed = [n for n in names if is_glob and (fnmatchcase(n, pattern) or fnmatchcase(site_of(n), pattern))]
     found = globbed or _by_shorthand(pattern, names)
     if not found:
         raise _unknown(pattern, names)

@@ -240,6 +240,18 @@ class Wiring:
             self.watchers, self.listening, self.span = state
             self.release()
 
+    def unembed(self, stream: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The family's last layer alone, with its hook points silent."""
+        kept = [(point, point.listeners) for point in self.points.values() if point.layer() is None]
+        for point, _ in kept:
+            point.listeners = []
+        try:
+            output: Tensor = self.replaced[0][0].last_layer(stream, t, y)
+            return output
+        finally:
+            for point, listeners in kept:
+                point.listeners = listeners
+
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled model keeps its points and loses who listened to the original."""
         return self.__dict__ | {"watchers": [], "listening": 0, "owner": None, "running": [], "twin": None, "span": (None, None)}

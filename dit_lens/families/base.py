@@ -56,6 +56,7 @@ class Forward:
         self.module = module
 
     __call__: Callable[..., Any]
+    last_layer: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Family(Protocol):
@@ -76,4 +77,4 @@ class Family(Protocol):
         """Raise one clear sentence for inputs that the model would fail on or, worse, silently get wrong."""
 
     def forwards(self, transformer: nn.Module, points: dict[str, HookPoint], wiring: Any) -> Sequence[Forward]:
-        """The replacements, the transformer's own first."""
+        """The replacements, the transformer's own first; that one also has `last_layer(stream, t, y)`, the lens."""

@@ -1,0 +1,41 @@
+# Needs only python3 (3.10 or newer) and make. Everything that is installed goes into .venv; delete it to start over.
+#
+#   make demo     the synchronization gap of the bundled model: table, sentence, pictures in gap-digits/
+#   make test     ruff, mypy and pytest, with nnsight and TransformerLens beside
+#   make bench    what hook points cost
+
+PYTHON ?= python3
+# Where the CPU build of torch lies, for machines that are not offered it already; PyPI's own build for Linux brings CUDA.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+export OMP_NUM_THREADS = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+IN := .venv/bin/python -m
+
+.PHONY: demo test bench
+demo: .venv/core.stamp
+	.venv/bin/dit-lens gap --out gap-digits
+
+test: .venv/dev.stamp
+	$(IN) ruff check
+	$(IN) mypy
+	$(IN) pytest
+
+bench: .venv/dev.stamp
+	.venv/bin/python tests/benchmarks/bench.py
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.venv/torch.stamp:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dit_lens needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(IN) pip install -c constraints.txt 'torch==$(TORCH)+cpu' || $(IN) pip install torch==$(TORCH) --index-url $(TORCH_INDEX)
+	touch $@
+
+.venv/core.stamp: .venv/torch.stamp pyproject.toml constraints.txt
+	$(IN) pip install -c constraints.txt -e .
+	touch $@
+
+.venv/dev.stamp: .venv/core.stamp
+	$(IN) pip install -c constraints.txt -e '.[dev,all]'
+	touch $@

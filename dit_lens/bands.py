@@ -1,0 +1,332 @@
+"""Bands: a partition of the modes of an (h, w) grid into orthonormal bands, low to high.
+
+Real Fourier (cosines and sines), DCT-II and Haar (the pooling pyramid) bases are all separable, so one formula serves:
+coefficients = Wy X Wxᵀ with orthonormal Wy [h, h], Wx [w, w], and an integer for each mode says which band it is in.
+Modes learnt from data are not separable and use one matrix [h w, h w]. Orthonormality is what gives Parseval: the
+energies of the bands sum to the whole, exactly. The transform is two small matmuls, cheap enough for a hook.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CUT = 0.25
+"""The usual cut between "low" and "high", cycles per token: half the Nyquist frequency of an axis (4 tokens a wave)."""
+
+
+class Bands:
+    """A partition of a grid's modes; make one with `radial`, `dct`, `pooling` or `eigen`.
+
+    Fields are images [..., h, w], or, in the methods that end in `_tokens`, token activations [..., token, d]
+    (token = row * w + column). Energies are sums of squares, without any 1/n. Half precision is computed in float32.
+
+    Attributes:
+        grid: (h, w). kind: "radial", "dct", "pooling" or "eigen". names: of the bands, low to high.
+        sizes: modes per band; they sum to h * w.
+        frequency: [mode] in cycles per token; pooling: the level, 0 the mean; eigen: the rank, 0 the largest variance.
+        index: [mode], the band of each mode. edges: n + 1 frequencies; band b holds edges[b] <= frequency < edges[b + 1].
+
+    >>> bands = Bands.radial((8, 8), cut=0.25)
+    >>> bands.names, bands.energy(torch.ones(8, 8)).round().tolist()
+    (('low', 'high'), [64.0, 0.0])
+    """
+
+    def __init__(self, grid: tuple[int, int], kind: str, basis: tuple[Tensor, ...], frequency: Tensor,
+                 edges: Sequence[float], names: Sequence[str]) -> None:  # fmt: skip
+        self.grid, self.kind, self.names, self.frequency = grid, kind, tuple(names), frequency.flatten()
+        self.edges = tuple(float(e) for e in edges)
+        inner = torch.tensor(self.edges[1:-1], dtype=torch.float64)
+        self.index = _which(self.frequency, inner)
+        self.sizes = tuple(torch.bincount(self.index, minlength=self.n).tolist())
+        self._basis = basis  # (Wy, Wx) or (W,), rows are modes, float64 on the CPU
+        self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+
+    @property
+    def n(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True))
+        return f"Bands.{self.kind} on {self.grid[0]}x{self.grid[1]}: {inside} modes"
+
+    # How to make one
+
+    @classmethod
+    def radial(cls, grid: tuple[int, int], n: int = 6, *, edges: Sequence[float] | None = None,
+               cut: float | None = None) -> Bands:  # fmt: skip
+        """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per token.
+
+        `n` bands of equal width from 0 to the corner of the grid's spectrum (sqrt(1/2) when h, w are even), the mean in
+        the lowest; or inner `edges`; or a single `cut` into "low" and "high" (`CUT` = 0.25 is usual; a frequency equal
+        to the cut is high). Raises ValueError naming an empty band, and what would do.
+
+        >>> Bands.radial((8, 8)).sizes
+        (1, 8, 12, 20, 15, 8)
+        """
+        h, w = _grid(grid)
+        basis, f = zip(_fourier(h), _fourier(w), strict=True)
+        return cls._ringed("radial", (h, w), basis, f, n, edges, cut)
+
+    @classmethod
+    def dct(cls, grid: tuple[int, int], n: int = 6, *, edges: Sequence[float] | None = None,
+            cut: float | None = None) -> Bands:  # fmt: skip
+        """The same with the DCT-II, whose mode k has k / (2 n) cycles per token: no wrap-around at the image's borders.
+
+        >>> Bands.dct((4, 4), n=2).sizes
+        (6, 10)
+        """
+        h, w = _grid(grid)
+        basis, f = zip(_cosine(h), _cosine(w), strict=True)
+        return cls._ringed("dct", (h, w), basis, f, n, edges, cut)
+
+    @classmethod
+    def pooling(cls, grid: tuple[int, int]) -> Bands:
+        """The pooling pyramid: the mean, then what each finer grid of cell means adds (Haar where h, w are powers of 2).
+
+        A side is halved while even, then pooled to 1. Bands are named by the grid they add: "mean", "2x2", "4x4", ...
+
+        >>> Bands.pooling((8, 8)).names, Bands.pooling((8, 8)).sizes
+        (('mean', '2x2', '4x4', '8x8'), (1, 3, 12, 48))
+        """
+        h, w = _grid(grid)
+        chains = _halvings(h), _halvings(w)
+        levels = max(map(len, chains))
+        (wy, ly), (wx, lx) = (_haar(chain, levels) for chain in chains)
+        level = torch.maximum(ly[:, None], lx[None, :])
+        sides = [[1] * (levels - len(c)) + c for c in chains]  # the shorter side stays pooled to 1 for longer
+        names = ["mean"] + [f"{a}x{b}" for a, b in zip(*sides, strict=True)][1:]
+        return cls((h, w), "pooling", (wy, wx), level, range(levels + 1), names)
+
+    @classmethod
+    def eigen(cls, x: Tensor, grid: tuple[int, int], n: int = 2, *, sizes: Sequence[int] | None = None) -> Bands:
+        """Eigenmodes of a covariance over the grid, by decreasing variance: a fixed basis learnt from the twins.
+
+        `x` is a covariance [token, token], images [sample, ..., h, w] or activations [sample, ..., token, d] (channels
+        count as samples; differences of twins have mean 0, so no mean is taken off). `n` bands of as equal numbers of
+        modes as can be ("leading", "trailing" for 2), or the number of modes in each, `sizes`.
+
+        >>> Bands.eigen(torch.diag(torch.tensor([1.0, 9.0, 4.0, 0.0])), (2, 2)).sizes
+        (2, 2)
+        """
+        h, w = _grid(grid)
+        t, x = h * w, x.detach().double().cpu()
+        if x.ndim == 2 and x.shape == (t, t):
+            covariance = x
+        elif x.ndim >= 3 and x.shape[-2:] == (h, w):
+            covariance = x.reshape(-1, t).T @ x.reshape(-1, t)
+        elif x.ndim >= 3 and x.shape[-2] == t:
+            rows = x.transpose(-1, -2).reshape(-1, t)
+            covariance = rows.T @ rows
+        else:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images [sample, ..., {h}, {w}] "
+                             f"or activations [sample, ..., {t}, d].")  # fmt: skip
+        if not covariance.isfinite().all() or not covariance.any():
+            raise ValueError("x gives a covariance that is not finite or is all 0; eigenmodes need finite differences that differ.")
+        if sizes is None:
+            if not 1 <= n <= t:
+                raise ValueError(f"n is {n}; a {h}x{w} grid has {t} modes, so n must be from 1 to {t}.")
+            sizes = [t // n + (b < t % n) for b in range(n)]
+        if sum(sizes) != t or min(sizes) < 1:
+            raise ValueError(f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of a {h}x{w} grid.")
+        modes = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors.flip(1).T.contiguous()
+        edges = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
+        names = ["leading", "trailing"] if len(sizes) == 2 else [f"modes {a}-{b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
+        return cls((h, w), "eigen", (modes,), torch.arange(t, dtype=torch.float64), edges, names)
+
+    def split(self, at: int) -> Bands:
+        """The same modes in two bands: "low", the first `at` bands, and "high", the others; for the gap against the cut.
+
+        >>> Bands.pooling((8, 8)).split(2).sizes
+        (4, 60)
+        """
+        if not 0 < at < self.n:
+            raise ValueError(f"at is {at}; {self.n} bands can be split at 1 to {self.n - 1}.")
+        edges = self.edges[0], self.edges[at], self.edges[-1]
+        return Bands(self.grid, self.kind, self._basis, self.frequency, edges, ("low", "high"))
+
+    @classmethod
+    def _ringed(cls, kind: str, grid: tuple[int, int], basis: tuple[Tensor, ...], f: tuple[Tensor, ...], n: int,
+                edges: Sequence[float] | None, cut: float | None) -> Bands:  # fmt: skip
+        frequency = (f[0][:, None] ** 2 + f[1] ** 2).sqrt()
+        top, size = frequency.max().item(), f"{grid[0]}x{grid[1]}"
+        if edges is not None and cut is not None:
+            raise ValueError(f"Both edges={list(edges)} and cut={cut} are given; expected one of them.")
+        if edges is None and cut is None:
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"n is {n!r}; expected a number of bands, 1 or more.")
+            inner = [top * b / n for b in range(1, n)]
+        else:
+            inner = [float(e) for e in (edges if edges is not None else [cut])]  # type: ignore[arg-type]
+            if not all(math.isfinite(e) for e in inner) or sorted(set(inner)) != inner:
+                raise ValueError(f"The edges are {inner}; expected finite frequencies in increasing order, in cycles per token.")
+        made = [0.0, *inner, top]
+        names = ["low", "high"] if len(inner) == 1 else [f"{a:.3g}-{b:.3g}" for a, b in zip(made, made[1:], strict=False)]
+        counts = torch.bincount(_which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64)), minlength=len(names)).tolist()
+        if 0 in counts:
+            b, end = counts.index(0), f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}"
+            if edges is None and cut is None:
+                largest = next(m for m in range(n, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)]))
+                raise ValueError(f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is {largest}.")
+            raise ValueError(f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie above 0 and at or below "
+                             f"{top:.4g}, and neighbours must have a mode between them.")  # fmt: skip
+        return cls(grid, kind, basis, frequency, made, names)
+
+    # What it does with fields
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Images [..., h, w] -> [..., mode], in the order of `index` and `frequency`."""
+        x = _float(self._image(x))
+        basis = self._on(x)
+        if len(basis) == 2:
+            return x.flatten(-2) @ basis[1].T
+        return (basis[1] @ x @ basis[2].T).flatten(-2)
+
+    def coefficients_tokens(self, x: Tensor) -> Tensor:
+        """Token activations [..., token, d] -> [..., mode, d]."""
+        x = _float(self._tokens(x))
+        return self._turn(x, inverse=False)
+
+    def cross(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner products per band, [..., band], of images [..., h, w]; `cross(x, x)` is the energy."""
+        return (self.coefficients(x) * self.coefficients(y)) @ self._on(_float(x))[0]
+
+    def cross_tokens(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner products per band, [..., band], of activations [..., token, d], summed over d."""
+        return (self.coefficients_tokens(x) * self.coefficients_tokens(y)).sum(-1) @ self._on(_float(x))[0]
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Energy per band, [..., band], of images [..., h, w]. Parseval: `energy(x).sum(-1) == (x**2).sum((-2, -1))`."""
+        return self.coefficients(x).square() @ self._on(_float(x))[0]
+
+    def energy_tokens(self, x: Tensor) -> Tensor:
+        """Energy per band, [..., band], of activations [..., token, d], summed over d."""
+        return self.coefficients_tokens(x).square().sum(-1) @ self._on(_float(x))[0]
+
+    def project(self, x: Tensor, band: int | str) -> Tensor:
+        """The part of images [..., h, w] in one band, a number or a name; the parts of all bands sum to x."""
+        return self.project_tokens(self._image(x).flatten(-2)[..., None], band).view(x.shape)
+
+    def project_tokens(self, x: Tensor, band: int | str) -> Tensor:
+        """The part of activations [..., token, d] in one band, in the dtype of x."""
+        b = self.number(band)
+        coefficients = self.coefficients_tokens(x)
+        kept = coefficients * self._on(coefficients)[0][:, b, None]
+        part = self._turn(kept, inverse=True)
+        return part.to(x.dtype) if x.is_floating_point() else part
+
+    def spectrum(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The full spectrum by ring, (frequency [ring], energy [..., ring]), of images [..., h, w].
+
+        A ring holds the modes whose frequency times max(h, w) rounds to the same integer (pooling, eigen: level, rank).
+        """
+        return self._rings(self.coefficients(x).square())
+
+    def spectrum_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for activations [..., token, d], summed over d."""
+        return self._rings(self.coefficients_tokens(x).square().sum(-1))
+
+    def number(self, band: int | str) -> int:
+        """The number of a band, given its number or name. Raises ValueError with the nearest names."""
+        if isinstance(band, str) and band in self.names:
+            return self.names.index(band)
+        if isinstance(band, int) and 0 <= band < self.n:
+            return band
+        near = difflib.get_close_matches(str(band), self.names, n=3, cutoff=0.4) or self.names
+        raise ValueError(f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: {', '.join(map(repr, near))}.")
+
+    # Inside
+
+    def _turn(self, x: Tensor, inverse: bool) -> Tensor:
+        """The transform over tokens [..., token, d], or back."""
+        basis = [m.T if inverse else m for m in self._on(x)[1:]]
+        if len(basis) == 1:
+            return basis[0] @ x
+        h, w, d = *self.grid, x.shape[-1]
+        rows = basis[0] @ x.reshape(*x.shape[:-2], h, w * d)
+        return (basis[1] @ rows.view(*x.shape[:-2], h, w, d)).view(*x.shape[:-2], h * w, d)
+
+    def _rings(self, energy: Tensor) -> tuple[Tensor, Tensor]:
+        scale = max(self.grid) if self.kind in ("radial", "dct") else 1
+        rings, ring = (self.frequency * scale).round().unique(return_inverse=True)
+        onehot = torch.nn.functional.one_hot(ring).to(energy)
+        return rings / scale, energy @ onehot
+
+    def _on(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(indicator [mode, band], *basis) on x's device, in the dtype its coefficients are computed in."""
+        key = x.device, x.dtype
+        if key not in self._cache:
+            onehot = torch.nn.functional.one_hot(self.index, self.n)
+            self._cache[key] = tuple(m.to(device=x.device, dtype=x.dtype) for m in (onehot, *self._basis))
+        return self._cache[key]
+
+    def _image(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != self.grid:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected images [..., {self.grid[0]}, {self.grid[1]}] (for token "
+                             "activations use the method that ends in _tokens).")  # fmt: skip
+        return x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        h, w = self.grid
+        if x.ndim < 2 or x.shape[-2] != h * w:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected activations [..., {h * w}, d], one row a token of the {h}x{w} grid.")
+        return x
+
+
+def _grid(grid: tuple[int, int]) -> tuple[int, int]:
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid is {grid!r}; expected (height, width), both 1 or more.")
+    return int(grid[0]), int(grid[1])
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _which(frequency: Tensor, inner: Tensor) -> Tensor:
+    """The band of each frequency; the tolerance keeps sqrt(2)/4, say, on the upper side of an edge computed otherwise."""
+    return torch.bucketize(frequency.double() + 1e-9, inner, right=True)
+
+
+def _filled(frequency: Tensor, inner: list[float]) -> bool:
+    band = _which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64))
+    return len(band.unique()) == len(inner) + 1
+
+
+def _fourier(n: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal cosines and sines [mode, n] and their frequencies [mode], cycles per token."""
+    k = ((torch.arange(n) + 1) // 2).double()  # 0, 1, 1, 2, 2, ...: cosine at odd places, sine at even ones
+    angle = 2 * torch.pi * k[:, None] * torch.arange(n, dtype=torch.float64) / n
+    rows = torch.where((torch.arange(n) % 2 == 1)[:, None], angle.cos(), angle.sin())
+    rows[0] = 1
+    return rows / rows.norm(dim=1, keepdim=True), k / n
+
+
+def _cosine(n: int) -> tuple[Tensor, Tensor]:
+    k = torch.arange(n, dtype=torch.float64)
+    rows = (torch.pi * k[:, None] * (k + 0.5) / n).cos()
+    return rows / rows.norm(dim=1, keepdim=True), k / (2 * n)
+
+
+def _halvings(n: int) -> list[int]:
+    """The sizes of the pyramid of n cells, 1 first: 12 -> [1, 3, 6, 12]."""
+    sizes = [n]
+    while sizes[0] > 1:
+        sizes.insert(0, sizes[0] // 2 if sizes[0] % 2 == 0 else 1)
+    return sizes
+
+
+def _haar(sizes: list[int], levels: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows [mode, n], coarse to fine, and the level [mode] at which each enters, 0 the mean, levels - 1 the finest."""
+    n, rows, level = sizes[-1], [torch.ones(1, sizes[-1], dtype=torch.float64)], [0]
+    for lev, (coarse, fine) in enumerate(zip(sizes, sizes[1:], strict=False), start=levels - len(sizes) + 1):
+        m = fine // coarse  # each coarse cell is m fine ones: the m - 1 ways, orthogonal to their mean, to differ
+        inside = torch.kron(torch.eye(coarse, dtype=torch.float64), _cosine(m)[0][1:])
+        rows.append(inside.repeat_interleave(n // fine, dim=1))
+        level += [lev] * (fine - coarse)
+    matrix = torch.cat(rows)
+    return matrix / matrix.norm(dim=1, keepdim=True), torch.tensor(level)

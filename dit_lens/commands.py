@@ -1,0 +1,120 @@
+"""The command line: `dit-lens hooks | gap | probe | report`. Each command is a page that reads top down."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS_HELP = "Open up Diffusion Transformers: hook points, twins, and which layer creates the synchronization gap."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; problems that a user can mend are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="dit-lens", description=COMMANDS_HELP)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    hooks = commands.add_parser("hooks", help="list a model's hook points and their shapes")
+    hooks.add_argument("model", nargs="?", default="digits", help="bundled name, folder or hub id (default: digits)")
+    hooks.add_argument("--filter", help="only names that match this pattern, such as 'attn.*' or 'resid_post'")
+    hooks.set_defaults(run=hooks_command)
+
+    gap = commands.add_parser("gap", help="measure the synchronization gap, layer by layer")
+    gap.add_argument("model", nargs="?", default="digits", help="bundled name, folder or hub id (default: digits)")
+    gap.add_argument("--pairs", type=int, help="twins (default: 48; with --quick 16)")
+    gap.add_argument("--steps", type=int, help="denoising steps (default: 50; with --quick 25)")
+    gap.add_argument("--quick", action="store_true", help="fewer twins and steps: a first look")
+    gap.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures to the last digit")
+    gap.add_argument("--out", type=Path, help="folder for pictures and results (default: gap-MODEL)")
+    gap.set_defaults(run=gap_command)
+
+    probe = commands.add_parser("probe", help="run an installed probe over a sampling run and store its result")
+    probe.add_argument("name", help="a probe registered in the entry-point group dit_lens.probes")
+    probe.add_argument("model", nargs="?", default="digits")
+    probe.add_argument("--items", type=int, default=8, help="images to sample")
+    probe.add_argument("--steps", type=int, default=50)
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--out", type=Path, help="netCDF file (default: NAME.nc)")
+    probe.set_defaults(run=probe_command)
+
+    report = commands.add_parser("report", help="print the table and draw the pictures of stored results again")
+    report.add_argument("results", type=Path, help="the gap.nc that `dit-lens gap` wrote, or its folder")
+    report.set_defaults(run=report_command)
+
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+        print(f"dit-lens: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dit-lens: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def hooks_command(args: argparse.Namespace) -> None:
+    """Names and shapes from the configuration alone: no weights are read, no forward is run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .loading import load_skeleton
+    from .names import select, site_of
+
+    family, skeleton = load_skeleton(args.model)
+    cfg, sites = family.config(skeleton), family.sites(skeleton)
+    side = cfg.grid[0] * cfg.grid[1]
+    sizes = {
+        "batch": "b", "token": side, "query": side, "key": side, "d_model": cfg.d_model, "head": cfg.n_heads, "d_head": cfg.d_head,
+        "d_mlp": cfg.d_mlp, "patch": cfg.patch_size**2 * cfg.out_channels, "channel": cfg.out_channels,
+        "height": cfg.sample_size, "width": cfg.sample_size,
+    }
+    chosen = select(args.filter, list(sites))
+    rows: dict[str, list[str]] = {}  # the same site of every layer is one row
+    for name in chosen:
+        rows.setdefault(name if name == site_of(name) else f"blocks.{{i}}.{site_of(name)}", []).append(name)
+    table = Table("hook point", "shape", "axes", "of", title=f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers")
+    for row, members in rows.items():
+        axes = sites[members[0]]
+        count = f"{len(members)} layers" if row.startswith("blocks.{i}") else ""
+        table.add_row(row, "[" + ", ".join(str(sizes[a]) for a in axes) + "]", ", ".join(axes), count)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def gap_command(args: argparse.Namespace) -> None:
+    """The whole measurement; see `dit_lens.gap`."""
+    from . import gap, gap_report
+    from .loading import load
+
+    model = load(args.model)
+    pairs, steps = args.pairs or (16 if args.quick else 48), args.steps or (25 if args.quick else 50)
+    results = gap.measure(model, pairs=pairs, steps=steps, seed=args.seed, name=str(args.model), progress=True)
+    gap_report.write(results, args.out or Path(f"gap-{Path(str(args.model)).name}"))
+
+
+def probe_command(args: argparse.Namespace) -> None:
+    """One sampling run with a probe attached."""
+    from . import load, sample, trace
+    from .probe import load_probe
+
+    probe = load_probe(args.name)()
+    model = load(args.model)
+    labels = [i % model.cfg.n_classes for i in range(args.items)]
+    with trace(model, probes=[probe]):
+        sample(model, labels, seeds=args.seed, steps=args.steps)
+    result = probe.result()
+    print(result)
+    out = args.out or Path(f"{args.name}.nc")
+    result.to_netcdf(out)
+    print(f"stored in {out}")
+
+
+def report_command(args: argparse.Namespace) -> None:
+    """Stored results, shown again."""
+    from . import gap_report
+
+    path = args.results / "gap.nc" if args.results.is_dir() else args.results
+    if not path.exists():
+        raise FileNotFoundError(f"There are no results at {str(path)!r}; expected the gap.nc that `dit-lens gap` wrote.")
+    gap_report.write(gap_report.read(path), path.parent)

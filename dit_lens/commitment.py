@@ -1,0 +1,297 @@
+"""Commitment: from the agreement of finished twins to the step at which each band is decided, with an interval.
+
+Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|² (`Agreement`): the pairs are the
+independent units, so resampling them is resampling these numbers. For Gaussian data the agreement is exactly logistic in
+log SNR, sigmoid(log SNR + log lambda) (design E1), rising from 0 (nothing is decided, given the label) to 1 (everything).
+So commitment is where a logistic of free place and slope passes 1/2. It is fitted with the weights of a
+binomial, whose equations are linear in the agreements: they want no agreement inside [0, 1], and one Newton iteration serves
+all resamples at once. A pooled band mixes modes that commit at different times, so a second pass weights the releases
+near the crossing, where any smooth curve is logistic.
+
+The interval is a bootstrap-t (Efron & Tibshirani 1993, ch. 12.5): with few modes in a band the agreement is skewed, and percentiles
+of so few pairs are too narrow. The standard error of each resample comes from its influence function, at no cost of refitting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .bands import Bands
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Array = NDArray[np.float64]
+FEWEST_PAIRS = 8
+"""No interval is given from fewer pairs than this."""
+
+
+class Agreement(NamedTuple):
+    """Sufficient statistics of twins: inner products <a, b> and energies |a|², |b|², each [..., pair, band], means removed."""
+
+    xy: Array
+    xx: Array
+    yy: Array
+
+    @classmethod
+    def stack(cls, releases: Sequence[Agreement]) -> Agreement:
+        """[release, pair, band] from one Agreement [pair, band] for each release."""
+        return cls(*(np.stack([part[i] for part in releases]) for i in range(3)))
+
+
+def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLike | None = None) -> Agreement:
+    """Statistics of finished twins, images [pair, ..., h, w] (channels are summed), for each pair and band.
+
+    The mean over the pairs, of each group by itself where `groups` [pair] (labels) is given, is no agreement: a class's
+    mean image is shared by all its samples. Twin A's and twin B's means are taken off apart, each losing the same share
+    (n - 1)/n of <a, b> as of the energies, and n/(n - 1) puts it back: sums over pairs are unbiased. With
+    `bands` None, features of any shape [pair, ...] make one band. Raises ValueError for shapes that differ or a group of one.
+
+    >>> a = torch.randn(16, 1, 8, 8); s = agreement(a, a, Bands.radial((8, 8), cut=0.25))
+    >>> curve(s).round(6).tolist()
+    [1.0, 1.0]
+    """
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, [pair, ...].")
+    labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
+    if labels.shape != (len(a),):
+        raise ValueError(f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs.")
+    x, y = a.detach().double(), b.detach().double()
+    parts = [np.empty((len(a), bands.n if bands else 1)) for _ in range(3)]
+    for label in np.unique(labels):
+        here = np.flatnonzero(labels == label)
+        if len(here) < 2:
+            raise ValueError(f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more.")
+        u, v = (z[here] - z[here].mean(0) for z in (x, y))
+        for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
+            inner = (p * q).flatten(1).sum(1)[:, None] if bands is None else bands.cross(p, q).flatten(1, -2).sum(1)
+            part[here] = inner.cpu().numpy() * len(here) / (len(here) - 1)
+    return Agreement(*parts)
+
+
+def curve(stats: Agreement, squared: bool = False) -> Array:
+    """Agreement per band, sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs: [..., pair, band] -> [..., band]; NaN without energy.
+
+    `squared` for the one-pass estimator, where a is the x0 predicted at a step and b the finished image (design, section 5).
+
+    >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
+    [0.5]
+    """
+    xy, xx, yy = (part.sum(-2) for part in stats)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r: Array = xy / np.sqrt(xx * yy)
+    return r**2 if squared else r
+
+
+def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
+    """Bootstrap over pairs as counts [resample, pair]: `counts @ stat` are the resampled sums of a stat [pair, ...].
+
+    >>> resample(10, 3).sum(1).tolist()
+    [10.0, 10.0, 10.0]
+    """
+    if pairs < FEWEST_PAIRS:
+        raise ValueError(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
+    return np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples).astype(np.float64)
+
+
+def half_crossing(curves: ArrayLike) -> Array:
+    """The step at which curves [..., step] reach half of what they end at, for good; with a fraction, [...].
+
+    It is the last upward crossing of half the final value, interpolated linearly: a bump of noise in an early step is
+    undone later and is no commitment, and after the last crossing the curve stays above by construction. NaN where a
+    curve ends at or below 0, is not finite, or is above half from the first step on: it did not cross within the run.
+
+    >>> half_crossing([[0, 0, 1, 2, 2], [0, 2, 0, 0, 2]]).tolist()
+    [2.0, 3.5]
+    """
+    c = np.asarray(curves, dtype=np.float64)
+    final = c[..., -1:]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        level = c / final - 0.5
+    below = level < 0
+    last = c.shape[-1] - 1 - np.argmax(below[..., ::-1], axis=-1)  # the last step below half
+    fine = below.any(-1) & (final[..., 0] > 0) & np.isfinite(c).all(-1)
+    last = np.where(fine, last, 0)[..., None]
+    before = np.take_along_axis(level, last, -1)[..., 0]
+    after = np.take_along_axis(level, np.minimum(last + 1, c.shape[-1] - 1), -1)[..., 0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        step = last[..., 0] - before / (after - before)
+    return np.where(fine, step, np.nan)
+
+
+def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *, names: Sequence[str] | None = None,
+                   squared: bool = False, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> xr.Dataset:  # fmt: skip
+    """The commitment of every band and the gap between the last band and the first, with bootstrap-t intervals.
+
+    Args:
+        stats: `Agreement` [release, pair, band]; resampled by pair, the same at every release.
+        releases: [release] the steps at which the twins were released. log_snr: [step] of the whole run, rising.
+        names: of the bands. squared: the agreement is the squared correlation (see `curve`).
+        level: of the intervals.
+
+    Returns:
+        Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last band minus
+        first, positive when the first commits first; `commitment_interval`, `gap_interval` [..., bound]; and `reason` [band],
+        why a commitment is NaN or an interval cut off at the first or last release, else "". The quantities are "step"
+        (0 the noisiest), "time" (step / steps) and "log_snr". `str(describe(result))` puts it in words.
+
+    Raises ValueError: fewer than 8 pairs, log_snr that does not rise, releases outside the run, wrong shapes.
+
+    >>> rng = np.random.default_rng(0); x = np.arange(-4, 5.0); p = 1 / (1 + np.exp(-x))
+    >>> one = np.ones((9, 64, 1)); s = Agreement(one * p[:, None, None] * rng.gamma(9, 1 / 9, (9, 64, 1)), one, one)
+    >>> round(float(fit_commitment(s, range(9), x).commitment.sel(quantity="step")[0]))
+    4
+    """
+    import xarray as xr
+
+    at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
+    _check(stats, at, snr)
+    pairs, n_bands = stats.xy.shape[1:]
+    labels = [str(b) for b in range(n_bands)] if names is None else list(names)
+    if len(labels) != n_bands:
+        raise ValueError(f"names are {labels}; expected one for each of the {n_bands} bands.")
+    order = np.argsort(at)
+    stats, x = Agreement(*(part[order] for part in stats)), snr[at[order]]
+    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])  # row 0 is the sample itself
+    centre, slope, influence = (np.empty((len(counts), n_bands, *rest)) for rest in ((), (), (pairs,)))
+    for b in range(n_bands):
+        sums = [counts @ part[..., b].T for part in stats]  # [resample, release]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            root = np.sqrt(sums[1] * sums[2])
+            r = sums[0] / root
+            gain = 2 * r if squared else np.ones_like(r)
+            target = np.nan_to_num(r**2 if squared else r)
+            centre[:, b], slope[:, b], g = _fit_logistic(x, target)
+            weights = [gain * g / root, -gain * g * r / (2 * sums[1]), -gain * g * r / (2 * sums[2])]
+            influence[:, b] = sum(w @ part[..., b] for w, part in zip(weights, stats, strict=True))
+    observed = curve(stats, squared)
+    reason = [_why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)]
+    known = np.array([not why for why in reason])
+
+    def convert(log_snrs: Array) -> Array:  # [...] -> [..., quantity]
+        step = np.interp(log_snrs, snr, np.arange(len(snr)))
+        return np.stack([step, step / len(snr), log_snrs], -1)
+
+    clipped = np.clip(centre, x[0], x[-1])
+    values = convert(clipped)  # [resample, band, quantity]
+    rate = _rate(clipped, snr)  # steps per unit of log SNR, [resample, band]
+    rates = np.stack([rate, rate / len(snr), np.ones_like(rate)], -1)
+    bound = _bootstrap_t(centre, _error(influence, counts), level)  # [band, bound], in log SNR; steps follow monotonely
+    for b in np.flatnonzero(known):
+        ends = [e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out]
+        if ends:
+            reason[b] = f"The interval of band {labels[b]} is cut off at the {' and '.join(ends)} release."
+    interval = convert(np.clip(bound, x[0], x[-1])).swapaxes(-1, -2)
+    gap = values[:, -1] - values[:, 0]
+    moved = influence[:, -1, None] * rates[:, -1, :, None] - influence[:, 0, None] * rates[:, 0, :, None]
+    gap_interval = _bootstrap_t(gap, _error(moved, counts), level)
+    both = known[[0, -1]].all()
+    return xr.Dataset(
+        {"curve": (("release", "band"), observed), "slope": ("band", np.where(known, slope[0], np.nan)),
+         "commitment": (("band", "quantity"), np.where(known[:, None], values[0], np.nan)),
+         "commitment_interval": (("band", "quantity", "bound"), np.where(known[:, None, None], interval, np.nan)),
+         "gap": ("quantity", np.where(both, gap[0], np.nan)),
+         "gap_interval": (("quantity", "bound"), np.where(both, gap_interval, np.nan)), "reason": ("band", reason)},
+        coords={"release": at[order], "release_log_snr": ("release", x), "band": labels, "quantity": ["step", "time", "log_snr"],
+                "bound": ["low", "high"]},
+        attrs={"pairs": pairs, "resamples": resamples, "level": level, "seed": seed},
+    )  # fmt: skip
+
+
+def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Array, Array]:
+    """Logistic fits of r [..., release] in x [release]: the crossing of 1/2, the slope, and d crossing / d r [..., release].
+
+    Solves sum_j w_j (r_j - p_j)(1, x_j) = 0 by Newton; w is 1, then 4 p (1 - p) of the first fit.
+    """
+    mean, scale = x.mean(), np.ptp(x) / 2
+    z = (x - mean) / scale  # in [-1, 1]
+    steepest = 4 * scale / np.diff(x).min()  # a jump between two releases has no slope of its own
+    b0, b1, w = 4 * (r.mean(-1) - 0.5), np.full(r.shape[:-1], min(scale, steepest)), np.ones_like(r)
+    for stage in range(2):
+        for _ in range(iterations):
+            p = 1 / (1 + np.exp(-np.clip(b0[..., None] + b1[..., None] * z, -30, 30)))
+            error, v = w * (r - p), w * p * (1 - p)
+            h00, h01, h11 = v.sum(-1) + 1e-9, (v * z).sum(-1), (v * z * z).sum(-1) + 1e-9
+            e0, e1, det = error.sum(-1), (error * z).sum(-1), h00 * h11 - h01**2
+            d0, d1 = (h11 * e0 - h01 * e1) / det, (h00 * e1 - h01 * e0) / det
+            short = np.minimum(1, 2 / np.maximum(np.abs(d0) + np.abs(d1), 1e-12))
+            b0, b1 = np.clip(b0 + short * d0, -3 * steepest, 3 * steepest), np.clip(b1 + short * d1, -steepest, steepest)
+        if stage == 0:
+            w = 4 * p * (1 - p)
+    b1 = np.where(np.abs(b1) < 1e-6, 1e-6, b1)
+    place = -b0 / b1
+    move0 = w * (h11[..., None] - h01[..., None] * z) / det[..., None]
+    move1 = w * (h00[..., None] * z - h01[..., None]) / det[..., None]
+    influence = -(move0 + place[..., None] * move1) / b1[..., None] * scale
+    return mean + scale * place, b1 / scale, influence
+
+
+def _error(influence: Array, counts: Array) -> Array:
+    """Standard error [resample, ...] from the influence [resample, ..., pair] of each pair and how often it was drawn."""
+    n = counts.shape[1]
+    return np.sqrt(np.einsum("r...p,rp->r...", influence**2, counts) * n / (n - 1))
+
+
+def _bootstrap_t(estimate: Array, error: Array, level: float) -> Array:
+    """Bounds [..., 2] of estimates [resample, ...] with standard errors; row 0 is the sample itself."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = (estimate[1:] - estimate[0]) / error[1:]
+    low, high = np.quantile(np.nan_to_num(t), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.stack([estimate[0] - high * error[0], estimate[0] - low * error[0]], -1)
+
+
+def _rate(at: Array, log_snr: Array) -> Array:
+    """d step / d log SNR at a log SNR."""
+    left = np.clip(np.searchsorted(log_snr, at, side="right") - 1, 0, len(log_snr) - 2)
+    return 1 / np.diff(log_snr)[left]
+
+
+def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
+    if not np.isfinite(r).all():
+        return f"Band {name} has no energy left once the mean is removed, so its agreement is undefined."
+    if r.min() < 0.5 < r.max() and slope > 0 and x[0] <= centre <= x[-1]:
+        return ""
+    return (f"The agreement of band {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at the last and does not rise "
+            f"through 1/2 between them; release {'earlier' if r.mean() > 0.5 else 'later'}.")  # fmt: skip
+
+
+def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
+    shapes = {np.shape(part) for part in stats}
+    if len(shapes) != 1 or np.ndim(stats.xy) != 3:
+        raise ValueError(f"The statistics have shapes {sorted(shapes)}; expected one shape [release, pair, band].")
+    if log_snr.ndim != 1 or len(log_snr) < 2 or not np.isfinite(log_snr).all():
+        raise ValueError(f"log_snr has shape {log_snr.shape}; expected finite values [step], one for each step of the run.")
+    if (np.diff(log_snr) <= 0).any():
+        s = int(np.flatnonzero(np.diff(log_snr) <= 0)[0])
+        raise ValueError(f"log_snr does not rise from step {s} ({log_snr[s]:.4g}) to {s + 1} ({log_snr[s + 1]:.4g}); expected the steps "
+                         "in the order they are run, the noisiest first.")  # fmt: skip
+    if releases.shape != stats.xy.shape[:1] or not np.issubdtype(releases.dtype, np.integer):
+        raise ValueError(f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for each release in the statistics.")
+    outside = [int(s) for s in releases if not 0 <= s < len(log_snr)]
+    if outside or len(set(releases.tolist())) < max(3, len(releases)):
+        raise ValueError(f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to {len(log_snr) - 1}.")
+
+
+def describe(result: xr.Dataset) -> str:
+    """A commitment in words: one line for each band, one for the gap."""
+    def span(value: Any, ends: Any) -> str:
+        return f"{float(value):.2f} [{float(ends[0]):.2f}, {float(ends[1]):.2f}]"
+
+    lines = []
+    for band in result.band.values:
+        one = result.sel(band=band)
+        step, snr = (span(one.commitment.sel(quantity=q), one.commitment_interval.sel(quantity=q)) for q in ("step", "log_snr"))
+        known = bool(np.isfinite(one.commitment.sel(quantity="step")))
+        words = [f"commits at step {step}, log SNR {snr}."] if known else ["commits at no step seen."]
+        lines.append(" ".join([f"Band {band}", *words, str(one.reason.values)]).strip())
+    gap = result.gap.sel(quantity="step")
+    if np.isfinite(gap):
+        lines.append(f"Gap {span(gap, result.gap_interval.sel(quantity='step'))} steps, {result.attrs['level']:.0%} interval over "
+                     f"{result.attrs['pairs']} pairs.")  # fmt: skip
+    return "\n".join(lines)

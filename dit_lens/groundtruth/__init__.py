@@ -1,0 +1,43 @@
+"""Models and formulas whose answer is known, so that every tool here can be shown to be right, or caught.
+
+- `closed_forms`: the exact answers as functions of numbers; no model.
+- `models`: real diffusers DiTs whose weights are set so that the answer is known (`gaussian`, `planted`,
+  `random_planted`).
+- `nulls`: models in which there is nothing to find (`random_weights`, `shuffle_layers`).
+- `measured`: how near a model comes to its answer (`stream_gains`).
+- `construction`: the few tricks that put a formula into a DiT's weights.
+"""
+
+from .closed_forms import (
+    commitment_log_snr,
+    commitment_timestep,
+    ddim_agreement,
+    deterministic_ratio,
+    gaussian_agreement,
+    gaussian_eps,
+    mixture_agreement,
+    planted_gain,
+    token_mean,
+)
+from .measured import stream_gains
+from .models import GroundTruth, gaussian, planted, random_planted
+from .nulls import random_weights, shuffle_layers
+
+__all__ = [
+    "GroundTruth",
+    "commitment_log_snr",
+    "commitment_timestep",
+    "ddim_agreement",
+    "deterministic_ratio",
+    "gaussian",
+    "gaussian_agreement",
+    "gaussian_eps",
+    "mixture_agreement",
+    "planted",
+    "planted_gain",
+    "random_planted",
+    "random_weights",
+    "shuffle_layers",
+    "stream_gains",
+    "token_mean",
+]

@@ -1,0 +1,56 @@
+"""E5, null models: nothing to find, so a tool that finds something is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import construction as build
+from .models import GroundTruth, plain_scheduler
+
+
+def random_weights(
+    seed: int, n_layers: int = 28, *, sample_size: int = 8, patch_size: int = 1, in_channels: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> GroundTruth:  # fmt: skip
+    """E5: every weight drawn from N(0, 1 / fan-in), the biases 0. No layer is special.
+
+    >>> random_weights(0, n_layers=2).description
+    'Random weights, seed 0: no layer makes a gap.'
+    """
+    transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in transformer.parameters():
+        parameter.zero_()
+        if parameter.ndim > 1:
+            fan_in = parameter[0].numel()
+            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / fan_in**0.5)
+    answer: dict[str, Any] = {"kind": "null", "layers": [], "onset": None}
+    description = f"Random weights, seed {seed}: no layer makes a gap."
+    return GroundTruth(build.finish(transformer, dtype), plain_scheduler(), answer, description)
+
+
+def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
+    """E5: a copy of `transformer` with its blocks in another order; what a layer does no longer depends on its depth.
+
+    The final layer is conditioned through whichever block comes first, as always in diffusers. The copy shares nothing
+    with the original and carries none of its hooks.
+
+    >>> truth = random_weights(0, n_layers=3)
+    >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
+    3
+    """
+    blocks = list(transformer.transformer_blocks)
+    if len(blocks) < 2:
+        raise ValueError(f"transformer has {len(blocks)} block; shuffling needs at least 2.")
+    draw, order = torch.Generator().manual_seed(seed), torch.arange(len(blocks))
+    while (order == torch.arange(len(blocks))).all():
+        order = torch.randperm(len(blocks), generator=draw)
+    with torch.random.fork_rng(devices=[]):
+        shuffled = type(transformer).from_config(transformer.config)
+    torch.nn.Module.to(shuffled, transformer.device, transformer.dtype).train(transformer.training)
+    shuffled.load_state_dict(transformer.state_dict())
+    for new, old in zip(shuffled.transformer_blocks, order.tolist(), strict=True):
+        new.load_state_dict(blocks[old].state_dict())
+    return shuffled

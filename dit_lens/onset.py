@@ -1,0 +1,159 @@
+"""Onset: the layer at which a profile over depth leaves the early layers' level for good.
+
+For each candidate k the departures d[k, j] = p[j] - mean(p[:k]), j >= k, are divided by their own bootstrap standard
+errors, so noise that layers share (they see the same pairs) cancels where it should. The onset is the first k where layer k
+itself departs beyond a critical value and no later layer comes back. Naming a layer too early, or any on a flat profile,
+takes |t[k, k]| above it for a k whose layer is still level; so the critical value is the 95 % quantile of max_k |t[k, k]| under
+the centred bootstrap, and both errors have at most 5 %, steps and ramps and any shape after the onset alike. (Fitting
+a step by least squares would put a ramp's onset in its middle; a test of each layer by itself would be wrong in 1 - 0.95^27 of cases.)
+Standard errors from n pairs are uncertain themselves, so the quantile is carried from a normal to Student's t, n - 1 degrees.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .commitment import FEWEST_PAIRS
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Onset:
+    """Where a profile leaves its early level.
+
+    Attributes:
+        verdict: "found"; "none", no departure of the size that matters stays; "cannot tell" with this many pairs.
+        layer: the first layer that has left, or None. interval: (low, high) layers, from bootstrap refits, or None.
+        share_last: the change over the last five layers, as a share of the change from the early level to the last layer
+            (NaN unless found). share_interval: its bootstrap interval.
+        pairs_needed: about how many pairs would settle it, when it cannot tell.
+        message: all this in a sentence.
+    """
+
+    verdict: str
+    layer: int | None
+    interval: tuple[int, int] | None
+    share_last: float
+    share_interval: tuple[float, float]
+    pairs_needed: int | None
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1.0, material: float = 0.05,
+          last: int = 5, level: float = 0.95) -> Onset:  # fmt: skip
+    """The onset of a profile [layer], given the same profile of bootstrap resamples of the pairs, `boot` [resample, layer].
+
+    Layer 0 is the first early layer, so the onset is layer 1 at the earliest. A profile that leaves and comes back has none.
+
+    Args:
+        pairs: how many pairs were resampled.
+        matters: the smallest departure worth knowing of, in the profile's unit (1 step, for a gap in steps). Without an
+            onset the verdict is "none" if the simultaneous interval of every departure excludes it, else "cannot tell".
+        material: a departure below this share of the largest one does not count, however certain: with enough pairs
+            any real profile drifts. last: the layers of `share_last`. level: of the test and the intervals.
+
+    Raises ValueError: fewer than 8 pairs, fewer than 3 layers, wrong shapes, values that are not finite.
+
+    >>> rng = np.random.default_rng(0); p = np.where(np.arange(28) >= 20, 9.0, 0.0)
+    >>> onset(p + rng.normal(size=28), p + rng.normal(size=(500, 28)), pairs=64).layer
+    20
+    """
+    p, draws = np.asarray(profile, dtype=np.float64), np.asarray(boot, dtype=np.float64)
+    draws = _check(p, draws, pairs, last)
+    noise = draws - draws.mean(0)
+    wobble = _departures(noise)  # [resample, candidate, layer]
+    error = wobble.std(0, ddof=1) * math.sqrt(pairs / (pairs - 1))
+    tiny = 1e-6 * max(float(np.abs(p).max()), float(noise.std()), 1e-30)  # layers exactly alike: 0 / 0 is no departure
+    error = np.maximum(error, tiny)
+    critical = _critical(np.abs(wobble / error).diagonal(0, 1, 2).max(1), pairs, level)
+    d = _departures(p[None])
+    layer = _first(d, error, critical, material)[0]
+    if layer < 0:
+        return _without(d[0], error, critical, pairs, matters, level)
+    refits = _first(_departures(draws), error, critical, material)
+    low, high = np.quantile(refits[refits > 0], [(1 - level) / 2, (1 + level) / 2], method="nearest") if (refits > 0).any() else (layer, layer)
+    interval = min(int(low), layer), max(int(high), layer)
+    share = _share(p[None], layer, last)[0]
+    ends = np.quantile(_share(draws, layer, last), [(1 - level) / 2, (1 + level) / 2])
+    message = (f"The profile leaves its early level at layer {layer} ({level:.0%} interval {interval[0]} to {interval[1]}); "
+               f"the last {last} of {len(p)} layers make {share:.0%} [{ends[0]:.0%}, {ends[1]:.0%}] of the change.")  # fmt: skip
+    return Onset("found", int(layer), interval, float(share), (float(ends[0]), float(ends[1])), None, message)
+
+
+def _departures(profiles: Array) -> Array:
+    """[..., layer] -> [..., k - 1, j - 1]: layer j less the mean of the layers before k; 0 where j < k."""
+    n = profiles.shape[-1]
+    early = np.cumsum(profiles, -1)[..., :-1] / np.arange(1, n)
+    return np.triu(profiles[..., None, 1:] - early[..., None])
+
+
+def _critical(largest: Array, pairs: int, level: float) -> float:
+    """The quantile of the largest |t| of normal noise, carried to Student's t with pairs - 1 degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.isf(stats.norm.sf(np.quantile(largest, level)), pairs - 1))
+
+
+def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[np.int64]:
+    """The onset of each profile, from departures [..., k - 1, j - 1]; -1 for none."""
+    size = np.abs(d)
+    leaves = np.diagonal(size, 0, -2, -1) > critical * np.diagonal(error)
+    same = np.sign(d) == np.sign(np.diagonal(d, 0, -2, -1))[..., None]
+    floor = np.maximum(1.96 * error, material * size.max(-1, keepdims=True))  # each by itself: the claim rests on `leaves`
+    before = np.tri(d.shape[-1], k=-1, dtype=bool)
+    stays = ((same & (size > floor)) | before).all(-1)
+    good = leaves & stays
+    return np.where(good.any(-1), good.argmax(-1) + 1, -1)
+
+
+def _without(d: Array, error: Array, critical: float, pairs: int, matters: float, level: float) -> Onset:
+    """The verdict when no candidate has left for good: "none" or "cannot tell"."""
+    size, width = np.abs(d), critical * error
+    real = size > width
+    inside = np.triu(np.ones_like(d, dtype=bool))
+    if np.diagonal(real).any():
+        k, j = np.argwhere(np.diag(np.diagonal(real)))[0][0], d.shape[1]
+        message = f"The profile departs from its early level at layer {k + 1} but is back at it by layer {j}: there is no onset."
+        return Onset("none", None, None, math.nan, (math.nan, math.nan), None, message)
+    reach = np.where(inside, size + width, 0).max()
+    if reach < matters:
+        message = f"No layer leaves the early level: every departure is below {reach:.2g} with {level:.0%} confidence, less than {matters:g}."
+        return Onset("none", None, None, math.nan, (math.nan, math.nan), None, message)
+    margin = np.maximum(size, matters - size)  # to show the departure seen, or to exclude one that matters: the nearer
+    needed = np.where(inside & (size + width >= matters), (width / margin) ** 2, 0).max()
+    more = max(pairs + 1, math.ceil(pairs * needed))
+    message = (f"Cannot tell with {pairs} pairs: a departure of {matters:g} is neither shown nor excluded; "
+               f"about {more} pairs would be needed.")  # fmt: skip
+    return Onset("cannot tell", None, None, math.nan, (math.nan, math.nan), more, message)
+
+
+def _share(profiles: Array, layer: int, last: int) -> Array:
+    """The change over the last layers as a share of the change from the level before `layer`, [...]."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (profiles[:, -1] - profiles[:, -1 - last]) / (profiles[:, -1] - profiles[:, :layer].mean(-1))
+
+
+def _check(profile: Array, boot: Array, pairs: int, last: int) -> Array:
+    """The resamples that are finite throughout."""
+    if pairs < FEWEST_PAIRS:
+        raise ValueError(f"There are {pairs} pairs; an onset needs {FEWEST_PAIRS} or more.")
+    if profile.ndim != 1 or len(profile) < 3:
+        raise ValueError(f"profile has shape {profile.shape}; expected [layer], with 3 layers or more.")
+    if boot.ndim != 2 or boot.shape[1] != len(profile) or len(boot) < 200:
+        raise ValueError(f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples or more.")
+    if not 1 <= last < len(profile):
+        raise ValueError(f"last is {last}; expected 1 to {len(profile) - 1} of the {len(profile)} layers.")
+    finite = np.isfinite(np.vstack([profile, boot]))
+    if not finite[0].all() or finite[1:].all(1).mean() < 0.9:
+        bad = np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)).tolist()
+        where = f"in layers {bad}" if bad else "in more than a tenth of the resamples"
+        raise ValueError(f"The profile is not finite {where}; its bands did not cross within the run there.")
+    return boot[finite[1:].all(1)]

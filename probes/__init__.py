@@ -1,0 +1,12 @@
+"""The built-in probes. Each uses only dit_lens's public surface: they are written as yours would be.
+
+- `SpectralSplit`: band energies of any hook point.
+- `TwinDivergence`: how far twins differ, by layer, band and step, and when each layer has settled.
+- `LayerLens`: each layer's stream read through the final layer.
+"""
+
+from .layer_lens import LayerLens
+from .spectral_split import SpectralSplit
+from .twin_divergence import TwinDivergence
+
+__all__ = ["LayerLens", "SpectralSplit", "TwinDivergence"]
