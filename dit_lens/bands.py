@@ -29,7 +29,7 @@ class Bands:
         grid: (h, w). kind: "radial", "dct", "pooling" or "eigen". names: of the bands, low to high.
         sizes: modes per band; they sum to h * w.
         frequency: [mode] in cycles per token; pooling: the level, 0 the mean; eigen: the rank, 0 the largest variance.
-        index: [mode], the band of each mode. edges: n + 1 frequencies; band b holds edges[b] <= frequency < edges[b + 1].
+        index: [mode], the band of each mode. edges: n + 1 frequencies; band b holds edges[b] <= f < edges[b + 1].
 
     >>> bands = Bands.radial((8, 8), cut=0.25)
     >>> bands.names, bands.energy(torch.ones(8, 8)).round().tolist()
@@ -86,7 +86,7 @@ class Bands:
 
     @classmethod
     def pooling(cls, grid: tuple[int, int]) -> Bands:
-        """The pooling pyramid: the mean, then what each finer grid of cell means adds (Haar where h, w are powers of 2).
+        """The pooling pyramid: the mean, then what each finer grid of cell means adds (Haar, if h, w are powers of 2).
 
         A side is halved while even, then pooled to 1. Bands are named by the grid they add: "mean", "2x2", "4x4", ...
 
@@ -123,23 +123,31 @@ class Bands:
             rows = x.transpose(-1, -2).reshape(-1, t)
             covariance = rows.T @ rows
         else:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images [sample, ..., {h}, {w}] "
-                             f"or activations [sample, ..., {t}, d].")  # fmt: skip
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images "
+                             f"[sample, ..., {h}, {w}] or activations [sample, ..., {t}, d].")  # fmt: skip
         if not covariance.isfinite().all() or not covariance.any():
-            raise ValueError("x gives a covariance that is not finite or is all 0; eigenmodes need finite differences that differ.")
+            raise ValueError(
+                "x gives a covariance that is not finite or is all 0; eigenmodes need finite differences that differ."
+            )
         if sizes is None:
             if not 1 <= n <= t:
                 raise ValueError(f"n is {n}; a {h}x{w} grid has {t} modes, so n must be from 1 to {t}.")
             sizes = [t // n + (b < t % n) for b in range(n)]
         if sum(sizes) != t or min(sizes) < 1:
-            raise ValueError(f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of a {h}x{w} grid.")
+            raise ValueError(
+                f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of a {h}x{w} grid."
+            )
         modes = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors.flip(1).T.contiguous()
         edges = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
-        names = ["leading", "trailing"] if len(sizes) == 2 else [f"modes {a}-{b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
+        names = (
+            ["leading", "trailing"]
+            if len(sizes) == 2
+            else [f"modes {a}-{b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
+        )
         return cls((h, w), "eigen", (modes,), torch.arange(t, dtype=torch.float64), edges, names)
 
     def split(self, at: int) -> Bands:
-        """The same modes in two bands: "low", the first `at` bands, and "high", the others; for the gap against the cut.
+        """The same modes in two bands: "low", the first `at` bands, and "high"; for the gap against the cut.
 
         >>> Bands.pooling((8, 8)).split(2).sizes
         (4, 60)
@@ -163,17 +171,23 @@ class Bands:
         else:
             inner = [float(e) for e in (edges if edges is not None else [cut])]  # type: ignore[arg-type]
             if not all(math.isfinite(e) for e in inner) or sorted(set(inner)) != inner:
-                raise ValueError(f"The edges are {inner}; expected finite frequencies in increasing order, in cycles per token.")
+                raise ValueError(
+                    f"The edges are {inner}; expected finite frequencies in increasing order, in cycles per token."
+                )
         made = [0.0, *inner, top]
-        names = ["low", "high"] if len(inner) == 1 else [f"{a:.3g}-{b:.3g}" for a, b in zip(made, made[1:], strict=False)]
-        counts = torch.bincount(_which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64)), minlength=len(names)).tolist()
+        names = (
+            ["low", "high"] if len(inner) == 1 else [f"{a:.3g}-{b:.3g}" for a, b in zip(made, made[1:], strict=False)]
+        )
+        counts = torch.bincount(
+            _which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64)), minlength=len(names)
+        ).tolist()
         if 0 in counts:
             b, end = counts.index(0), f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}"
             if edges is None and cut is None:
                 largest = next(m for m in range(n, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)]))
                 raise ValueError(f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is {largest}.")
-            raise ValueError(f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie above 0 and at or below "
-                             f"{top:.4g}, and neighbours must have a mode between them.")  # fmt: skip
+            raise ValueError(f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie above "
+                             f"0 and at or below {top:.4g}, and neighbours must have a mode between them.")  # fmt: skip
         return cls(grid, kind, basis, frequency, made, names)
 
     # What it does with fields
@@ -200,7 +214,7 @@ class Bands:
         return (self.coefficients_tokens(x) * self.coefficients_tokens(y)).sum(-1) @ self._on(_float(x))[0]
 
     def energy(self, x: Tensor) -> Tensor:
-        """Energy per band, [..., band], of images [..., h, w]. Parseval: `energy(x).sum(-1) == (x**2).sum((-2, -1))`."""
+        """Energy per band, [..., band], of images [..., h, w]; the sum over bands is (x**2).sum((-2, -1))."""
         return self.coefficients(x).square() @ self._on(_float(x))[0]
 
     def energy_tokens(self, x: Tensor) -> Tensor:
@@ -237,7 +251,9 @@ class Bands:
         if isinstance(band, int) and 0 <= band < self.n:
             return band
         near = difflib.get_close_matches(str(band), self.names, n=3, cutoff=0.4) or self.names
-        raise ValueError(f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: {', '.join(map(repr, near))}.")
+        raise ValueError(
+            f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: {', '.join(map(repr, near))}."
+        )
 
     # Inside
 
@@ -266,14 +282,16 @@ class Bands:
 
     def _image(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != self.grid:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected images [..., {self.grid[0]}, {self.grid[1]}] (for token "
-                             "activations use the method that ends in _tokens).")  # fmt: skip
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected images [..., {self.grid[0]}, {self.grid[1]}] "
+                             "(for token activations use the method that ends in _tokens).")  # fmt: skip
         return x
 
     def _tokens(self, x: Tensor) -> Tensor:
         h, w = self.grid
         if x.ndim < 2 or x.shape[-2] != h * w:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected activations [..., {h * w}, d], one row a token of the {h}x{w} grid.")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected activations [..., {h * w}, d], tokens of a {h}x{w} grid."
+            )
         return x
 
 
@@ -288,7 +306,7 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _which(frequency: Tensor, inner: Tensor) -> Tensor:
-    """The band of each frequency; the tolerance keeps sqrt(2)/4, say, on the upper side of an edge computed otherwise."""
+    """The band of each frequency; the tolerance puts sqrt(2)/4, however rounded, above an edge at sqrt(2)/4."""
     return torch.bucketize(frequency.double() + 1e-9, inner, right=True)
 
 
@@ -321,7 +339,7 @@ def _halvings(n: int) -> list[int]:
 
 
 def _haar(sizes: list[int], levels: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows [mode, n], coarse to fine, and the level [mode] at which each enters, 0 the mean, levels - 1 the finest."""
+    """Orthonormal rows [mode, n], coarse to fine, and the level [mode] at which each enters (0: the mean)."""
     n, rows, level = sizes[-1], [torch.ones(1, sizes[-1], dtype=torch.float64)], [0]
     for lev, (coarse, fine) in enumerate(zip(sizes, sizes[1:], strict=False), start=levels - len(sizes) + 1):
         m = fine // coarse  # each coarse cell is m fine ones: the m - 1 ways, orthogonal to their mean, to differ

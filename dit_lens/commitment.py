@@ -1,15 +1,17 @@
 """Commitment: from the agreement of finished twins to the step at which each band is decided, with an interval.
 
 Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|² (`Agreement`): the pairs are the
-independent units, so resampling them is resampling these numbers. For Gaussian data the agreement is exactly logistic in
-log SNR, sigmoid(log SNR + log lambda) (design E1), rising from 0 (nothing is decided, given the label) to 1 (everything).
-So commitment is where a logistic of free place and slope passes 1/2. It is fitted with the weights of a
-binomial, whose equations are linear in the agreements: they want no agreement inside [0, 1], and one Newton iteration serves
-all resamples at once. A pooled band mixes modes that commit at different times, so a second pass weights the releases
-near the crossing, where any smooth curve is logistic.
+independent units, so resampling them is resampling these numbers. For Gaussian data the agreement is exactly logistic
+in log SNR, sigmoid(log SNR + log lambda) (design E1), from 0 (nothing decided, given the label) to 1 (everything). So
+commitment is where a logistic of free place and slope passes 1/2. It is fitted with the weights of a binomial, whose
+equations are linear in the agreements: these may stray outside [0, 1], and one Newton iteration serves all resamples at
+once. A pooled band mixes modes that commit at different times, so a second pass weights the releases near the crossing,
+where any smooth curve is logistic.
 
-The interval is a bootstrap-t (Efron & Tibshirani 1993, ch. 12.5): with few modes in a band the agreement is skewed, and percentiles
-of so few pairs are too narrow. The standard error of each resample comes from its influence function, at no cost of refitting.
+The interval is a symmetric bootstrap-t: estimate +- standard error * quantile of the resamples' |t| (Hall 1988, "On
+symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes in a band the agreement is skewed,
+and the equal-tailed bootstrap-t missed too often in one tail (`tests/test_commitment.py` prints the coverage). The
+standard error of each resample comes from its influence function, without refitting.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -33,7 +34,7 @@ FEWEST_PAIRS = 8
 
 
 class Agreement(NamedTuple):
-    """Sufficient statistics of twins: inner products <a, b> and energies |a|², |b|², each [..., pair, band], means removed."""
+    """Sufficient statistics of twins: <a, b>, |a|², |b|² of the twins less their mean, each [..., pair, band]."""
 
     xy: Array
     xx: Array
@@ -51,14 +52,16 @@ def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLik
     The mean over the pairs, of each group by itself where `groups` [pair] (labels) is given, is no agreement: a class's
     mean image is shared by all its samples. Twin A's and twin B's means are taken off apart, each losing the same share
     (n - 1)/n of <a, b> as of the energies, and n/(n - 1) puts it back: sums over pairs are unbiased. With
-    `bands` None, features of any shape [pair, ...] make one band. Raises ValueError for shapes that differ or a group of one.
+    `bands` None, features of any shape [pair, ...] make one band. Raises ValueError: shapes differ, a group of one.
 
     >>> a = torch.randn(16, 1, 8, 8); s = agreement(a, a, Bands.radial((8, 8), cut=0.25))
     >>> curve(s).round(6).tolist()
     [1.0, 1.0]
     """
     if a.shape != b.shape or a.ndim < 2:
-        raise ValueError(f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, [pair, ...].")
+        raise ValueError(
+            f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, [pair, ...]."
+        )
     labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
     if labels.shape != (len(a),):
         raise ValueError(f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs.")
@@ -70,15 +73,16 @@ def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLik
             raise ValueError(f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more.")
         u, v = (z[here] - z[here].mean(0) for z in (x, y))
         for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
-            inner = (p * q).flatten(1).sum(1)[:, None] if bands is None else bands.cross(p, q).flatten(1, -2).sum(1)
+            inner = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
+            inner = inner.reshape(len(p), -1, part.shape[1]).sum(1)
             part[here] = inner.cpu().numpy() * len(here) / (len(here) - 1)
     return Agreement(*parts)
 
 
 def curve(stats: Agreement, squared: bool = False) -> Array:
-    """Agreement per band, sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs: [..., pair, band] -> [..., band]; NaN without energy.
+    """Agreement sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs, [..., pair, band] -> [..., band]; NaN without energy.
 
-    `squared` for the one-pass estimator, where a is the x0 predicted at a step and b the finished image (design, section 5).
+    `squared` for the one-pass estimator, where a is the x0 predicted at a step and b the finished image (design 5).
 
     >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
     [0.5]
@@ -125,9 +129,10 @@ def half_crossing(curves: ArrayLike) -> Array:
     return np.where(fine, step, np.nan)
 
 
-def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *, names: Sequence[str] | None = None,
-                   squared: bool = False, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> xr.Dataset:  # fmt: skip
-    """The commitment of every band and the gap between the last band and the first, with bootstrap-t intervals.
+def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
+                   names: Sequence[str] | None = None, squared: bool = False, resamples: int = 1000,
+                   level: float = 0.95, seed: int = 0) -> xr.Dataset:  # fmt: skip
+    """The commitment of every band, the gap between the last band and the first, and bootstrap-t intervals of both.
 
     Args:
         stats: `Agreement` [release, pair, band]; resampled by pair, the same at every release.
@@ -136,10 +141,10 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
         level: of the intervals.
 
     Returns:
-        Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last band minus
-        first, positive when the first commits first; `commitment_interval`, `gap_interval` [..., bound]; and `reason` [band],
-        why a commitment is NaN or an interval cut off at the first or last release, else "". The quantities are "step"
-        (0 the noisiest), "time" (step / steps) and "log_snr". `str(describe(result))` puts it in words.
+        Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last
+        band minus first, positive when the first commits first; `commitment_interval`, `gap_interval` [..., bound];
+        and `reason` [band], why a commitment is NaN or an interval cut off at the first or last release, else "". The
+        quantities are "step" (0 the noisiest), "time" (step / steps) and "log_snr". `describe(result)` puts it in words.
 
     Raises ValueError: fewer than 8 pairs, log_snr that does not rise, releases outside the run, wrong shapes.
 
@@ -183,7 +188,7 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
     rate = _rate(clipped, snr)  # steps per unit of log SNR, [resample, band]
     rates = np.stack([rate, rate / len(snr), np.ones_like(rate)], -1)
     bound = _bootstrap_t(centre, _error(influence, counts), level)  # [band, bound], in log SNR; steps follow monotonely
-    for b in np.flatnonzero(known):
+    for b in np.flatnonzero(known).tolist():
         ends = [e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out]
         if ends:
             reason[b] = f"The interval of band {labels[b]} is cut off at the {' and '.join(ends)} release."
@@ -191,21 +196,21 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
     gap = values[:, -1] - values[:, 0]
     moved = influence[:, -1, None] * rates[:, -1, :, None] - influence[:, 0, None] * rates[:, 0, :, None]
     gap_interval = _bootstrap_t(gap, _error(moved, counts), level)
-    both = known[[0, -1]].all()
+    both = n_bands > 1 and known[[0, -1]].all()
     return xr.Dataset(
         {"curve": (("release", "band"), observed), "slope": ("band", np.where(known, slope[0], np.nan)),
          "commitment": (("band", "quantity"), np.where(known[:, None], values[0], np.nan)),
          "commitment_interval": (("band", "quantity", "bound"), np.where(known[:, None, None], interval, np.nan)),
          "gap": ("quantity", np.where(both, gap[0], np.nan)),
          "gap_interval": (("quantity", "bound"), np.where(both, gap_interval, np.nan)), "reason": ("band", reason)},
-        coords={"release": at[order], "release_log_snr": ("release", x), "band": labels, "quantity": ["step", "time", "log_snr"],
-                "bound": ["low", "high"]},
+        coords={"release": at[order], "release_log_snr": ("release", x), "band": labels,
+                "quantity": ["step", "time", "log_snr"], "bound": ["low", "high"]},
         attrs={"pairs": pairs, "resamples": resamples, "level": level, "seed": seed},
     )  # fmt: skip
 
 
 def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Array, Array]:
-    """Logistic fits of r [..., release] in x [release]: the crossing of 1/2, the slope, and d crossing / d r [..., release].
+    """Logistic fits of r [..., release] in x [release]: crossing of 1/2, slope, d crossing / d r [..., release].
 
     Solves sum_j w_j (r_j - p_j)(1, x_j) = 0 by Newton; w is 1, then 4 p (1 - p) of the first fit.
     """
@@ -221,7 +226,10 @@ def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Arra
             e0, e1, det = error.sum(-1), (error * z).sum(-1), h00 * h11 - h01**2
             d0, d1 = (h11 * e0 - h01 * e1) / det, (h00 * e1 - h01 * e0) / det
             short = np.minimum(1, 2 / np.maximum(np.abs(d0) + np.abs(d1), 1e-12))
-            b0, b1 = np.clip(b0 + short * d0, -3 * steepest, 3 * steepest), np.clip(b1 + short * d1, -steepest, steepest)
+            b0, b1 = (
+                np.clip(b0 + short * d0, -3 * steepest, 3 * steepest),
+                np.clip(b1 + short * d1, -steepest, steepest),
+            )
         if stage == 0:
             w = 4 * p * (1 - p)
     b1 = np.where(np.abs(b1) < 1e-6, 1e-6, b1)
@@ -233,7 +241,7 @@ def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Arra
 
 
 def _error(influence: Array, counts: Array) -> Array:
-    """Standard error [resample, ...] from the influence [resample, ..., pair] of each pair and how often it was drawn."""
+    """Standard error [resample, ...] from each pair's influence [resample, ..., pair] and its count."""
     n = counts.shape[1]
     return np.sqrt(np.einsum("r...p,rp->r...", influence**2, counts) * n / (n - 1))
 
@@ -241,9 +249,9 @@ def _error(influence: Array, counts: Array) -> Array:
 def _bootstrap_t(estimate: Array, error: Array, level: float) -> Array:
     """Bounds [..., 2] of estimates [resample, ...] with standard errors; row 0 is the sample itself."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        t = (estimate[1:] - estimate[0]) / error[1:]
-    low, high = np.quantile(np.nan_to_num(t), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.stack([estimate[0] - high * error[0], estimate[0] - low * error[0]], -1)
+        t = np.abs(estimate[1:] - estimate[0]) / error[1:]
+    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
+    return np.stack([estimate[0] - width, estimate[0] + width], -1)
 
 
 def _rate(at: Array, log_snr: Array) -> Array:
@@ -257,8 +265,8 @@ def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
         return f"Band {name} has no energy left once the mean is removed, so its agreement is undefined."
     if r.min() < 0.5 < r.max() and slope > 0 and x[0] <= centre <= x[-1]:
         return ""
-    return (f"The agreement of band {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at the last and does not rise "
-            f"through 1/2 between them; release {'earlier' if r.mean() > 0.5 else 'later'}.")  # fmt: skip
+    return (f"The agreement of band {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at the last and "
+            f"does not rise through 1/2 between them; release {'earlier' if r.mean() > 0.5 else 'later'}.")  # fmt: skip
 
 
 def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
@@ -266,32 +274,41 @@ def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
     if len(shapes) != 1 or np.ndim(stats.xy) != 3:
         raise ValueError(f"The statistics have shapes {sorted(shapes)}; expected one shape [release, pair, band].")
     if log_snr.ndim != 1 or len(log_snr) < 2 or not np.isfinite(log_snr).all():
-        raise ValueError(f"log_snr has shape {log_snr.shape}; expected finite values [step], one for each step of the run.")
+        raise ValueError(
+            f"log_snr has shape {log_snr.shape}; expected finite values [step], one for each step of the run."
+        )
     if (np.diff(log_snr) <= 0).any():
-        s = int(np.flatnonzero(np.diff(log_snr) <= 0)[0])
-        raise ValueError(f"log_snr does not rise from step {s} ({log_snr[s]:.4g}) to {s + 1} ({log_snr[s + 1]:.4g}); expected the steps "
-                         "in the order they are run, the noisiest first.")  # fmt: skip
+        s = np.flatnonzero(np.diff(log_snr) <= 0)[0]
+        raise ValueError(f"log_snr does not rise from step {s} ({log_snr[s]:.4g}) to {s + 1} ({log_snr[s + 1]:.4g}); "
+                         "expected the steps in the order they are run, the noisiest first.")  # fmt: skip
     if releases.shape != stats.xy.shape[:1] or not np.issubdtype(releases.dtype, np.integer):
-        raise ValueError(f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for each release in the statistics.")
+        raise ValueError(
+            f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for each release."
+        )
     outside = [int(s) for s in releases if not 0 <= s < len(log_snr)]
     if outside or len(set(releases.tolist())) < max(3, len(releases)):
-        raise ValueError(f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to {len(log_snr) - 1}.")
+        raise ValueError(
+            f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to {len(log_snr) - 1}."
+        )
 
 
 def describe(result: xr.Dataset) -> str:
     """A commitment in words: one line for each band, one for the gap."""
+
     def span(value: Any, ends: Any) -> str:
         return f"{float(value):.2f} [{float(ends[0]):.2f}, {float(ends[1]):.2f}]"
 
     lines = []
     for band in result.band.values:
         one = result.sel(band=band)
-        step, snr = (span(one.commitment.sel(quantity=q), one.commitment_interval.sel(quantity=q)) for q in ("step", "log_snr"))
+        step, snr = (
+            span(one.commitment.sel(quantity=q), one.commitment_interval.sel(quantity=q)) for q in ("step", "log_snr")
+        )
         known = bool(np.isfinite(one.commitment.sel(quantity="step")))
         words = [f"commits at step {step}, log SNR {snr}."] if known else ["commits at no step seen."]
         lines.append(" ".join([f"Band {band}", *words, str(one.reason.values)]).strip())
     gap = result.gap.sel(quantity="step")
     if np.isfinite(gap):
-        lines.append(f"Gap {span(gap, result.gap_interval.sel(quantity='step'))} steps, {result.attrs['level']:.0%} interval over "
-                     f"{result.attrs['pairs']} pairs.")  # fmt: skip
+        lines.append(f"Gap {span(gap, result.gap_interval.sel(quantity='step'))} steps, "
+                     f"{result.attrs['level']:.0%} interval over {result.attrs['pairs']} pairs.")  # fmt: skip
     return "\n".join(lines)

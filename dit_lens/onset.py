@@ -1,18 +1,19 @@
 """Onset: the layer at which a profile over depth leaves the early layers' level for good.
 
 For each candidate k the departures d[k, j] = p[j] - mean(p[:k]), j >= k, are divided by their own bootstrap standard
-errors, so noise that layers share (they see the same pairs) cancels where it should. The onset is the first k where layer k
-itself departs beyond a critical value and no later layer comes back. Naming a layer too early, or any on a flat profile,
-takes |t[k, k]| above it for a k whose layer is still level; so the critical value is the 95 % quantile of max_k |t[k, k]| under
-the centred bootstrap, and both errors have at most 5 %, steps and ramps and any shape after the onset alike. (Fitting
-a step by least squares would put a ramp's onset in its middle; a test of each layer by itself would be wrong in 1 - 0.95^27 of cases.)
-Standard errors from n pairs are uncertain themselves, so the quantile is carried from a normal to Student's t, n - 1 degrees.
+errors, so noise that layers share (they see the same pairs) cancels where it should. The onset is the first k where
+layer k itself departs by more than a critical value and no later layer comes back. To name a layer too early, or any
+layer of a flat profile, |t[k, k]| must exceed it at a k that is still level; so the critical value is the 95 % quantile of
+max_k |t[k, k]| under the centred bootstrap, which holds both errors to 5 %, for steps, ramps and whatever comes after
+the onset. (The least-squares step would put a ramp's onset in its middle; testing each layer by itself would be wrong
+far more often than 5 %.) Standard errors from n pairs are uncertain themselves, so the quantile is carried from a normal to
+Student's t with n - 1 degrees of freedom.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +30,7 @@ class Onset:
     Attributes:
         verdict: "found"; "none", no departure of the size that matters stays; "cannot tell" with this many pairs.
         layer: the first layer that has left, or None. interval: (low, high) layers, from bootstrap refits, or None.
-        share_last: the change over the last five layers, as a share of the change from the early level to the last layer
+        share_last: the change over the last five layers, as a share of that from the early level to the last layer
             (NaN unless found). share_interval: its bootstrap interval.
         pairs_needed: about how many pairs would settle it, when it cannot tell.
         message: all this in a sentence.
@@ -49,9 +50,9 @@ class Onset:
 
 def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1.0, material: float = 0.05,
           last: int = 5, level: float = 0.95) -> Onset:  # fmt: skip
-    """The onset of a profile [layer], given the same profile of bootstrap resamples of the pairs, `boot` [resample, layer].
+    """The onset of a profile [layer], given the same profile for bootstrap resamples, `boot` [resample, layer].
 
-    Layer 0 is the first early layer, so the onset is layer 1 at the earliest. A profile that leaves and comes back has none.
+    Layer 0 is the first early layer, so the onset is 1 at the earliest. A profile that leaves and comes back has none.
 
     Args:
         pairs: how many pairs were resampled.
@@ -79,12 +80,14 @@ def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1
     if layer < 0:
         return _without(d[0], error, critical, pairs, matters, level)
     refits = _first(_departures(draws), error, critical, material)
-    low, high = np.quantile(refits[refits > 0], [(1 - level) / 2, (1 + level) / 2], method="nearest") if (refits > 0).any() else (layer, layer)
-    interval = min(int(low), layer), max(int(high), layer)
+    refits = np.append(refits[refits > 0], layer)
+    low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+    interval = min(int(low), int(layer)), max(int(high), int(layer))
     share = _share(p[None], layer, last)[0]
     ends = np.quantile(_share(draws, layer, last), [(1 - level) / 2, (1 + level) / 2])
-    message = (f"The profile leaves its early level at layer {layer} ({level:.0%} interval {interval[0]} to {interval[1]}); "
-               f"the last {last} of {len(p)} layers make {share:.0%} [{ends[0]:.0%}, {ends[1]:.0%}] of the change.")  # fmt: skip
+    message = (f"The profile leaves its early level at layer {layer} ({level:.0%} interval {interval[0]} to "
+               f"{interval[1]}); the last {last} of {len(p)} layers make {share:.0%} "
+               f"[{ends[0]:.0%}, {ends[1]:.0%}] of the change.")  # fmt: skip
     return Onset("found", int(layer), interval, float(share), (float(ends[0]), float(ends[1])), None, message)
 
 
@@ -107,7 +110,9 @@ def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[
     size = np.abs(d)
     leaves = np.diagonal(size, 0, -2, -1) > critical * np.diagonal(error)
     same = np.sign(d) == np.sign(np.diagonal(d, 0, -2, -1))[..., None]
-    floor = np.maximum(1.96 * error, material * size.max(-1, keepdims=True))  # each by itself: the claim rests on `leaves`
+    floor = np.maximum(
+        1.96 * error, material * size.max(-1, keepdims=True)
+    )  # each by itself: the claim rests on `leaves`
     before = np.tri(d.shape[-1], k=-1, dtype=bool)
     stays = ((same & (size > floor)) | before).all(-1)
     good = leaves & stays
@@ -117,22 +122,25 @@ def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[
 def _without(d: Array, error: Array, critical: float, pairs: int, matters: float, level: float) -> Onset:
     """The verdict when no candidate has left for good: "none" or "cannot tell"."""
     size, width = np.abs(d), critical * error
-    real = size > width
     inside = np.triu(np.ones_like(d, dtype=bool))
-    if np.diagonal(real).any():
-        k, j = np.argwhere(np.diag(np.diagonal(real)))[0][0], d.shape[1]
-        message = f"The profile departs from its early level at layer {k + 1} but is back at it by layer {j}: there is no onset."
-        return Onset("none", None, None, math.nan, (math.nan, math.nan), None, message)
+    absent = Onset("none", None, None, math.nan, (math.nan, math.nan), None, "")
+    for k in np.flatnonzero(np.diagonal(size > width)):
+        back = k + np.argmin((size + width)[k, k:])  # coming back must be shown too: this departure is surely too small
+        if (size + width)[k, back] < matters:
+            message = (
+                f"The profile departs at layer {k + 1} but is back at its early level in layer {back + 1}: no onset."
+            )
+            return replace(absent, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:
-        message = f"No layer leaves the early level: every departure is below {reach:.2g} with {level:.0%} confidence, less than {matters:g}."
-        return Onset("none", None, None, math.nan, (math.nan, math.nan), None, message)
+        message = f"No layer leaves the early level: every departure is below {reach:.2g} ({level:.0%} confidence)."
+        return replace(absent, message=message)
     margin = np.maximum(size, matters - size)  # to show the departure seen, or to exclude one that matters: the nearer
     needed = np.where(inside & (size + width >= matters), (width / margin) ** 2, 0).max()
     more = max(pairs + 1, math.ceil(pairs * needed))
     message = (f"Cannot tell with {pairs} pairs: a departure of {matters:g} is neither shown nor excluded; "
                f"about {more} pairs would be needed.")  # fmt: skip
-    return Onset("cannot tell", None, None, math.nan, (math.nan, math.nan), more, message)
+    return replace(absent, verdict="cannot tell", pairs_needed=more, message=message)
 
 
 def _share(profiles: Array, layer: int, last: int) -> Array:
@@ -148,7 +156,9 @@ def _check(profile: Array, boot: Array, pairs: int, last: int) -> Array:
     if profile.ndim != 1 or len(profile) < 3:
         raise ValueError(f"profile has shape {profile.shape}; expected [layer], with 3 layers or more.")
     if boot.ndim != 2 or boot.shape[1] != len(profile) or len(boot) < 200:
-        raise ValueError(f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples or more.")
+        raise ValueError(
+            f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples or more."
+        )
     if not 1 <= last < len(profile):
         raise ValueError(f"last is {last}; expected 1 to {len(profile) - 1} of the {len(profile)} layers.")
     finite = np.isfinite(np.vstack([profile, boot]))

@@ -1,0 +1,148 @@
+"""What `dit-lens gap` shows: a table with a row a layer, a sentence, two pictures, and the stored figures behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
+
+
+def write(results: xr.Dataset, folder: Path) -> None:
+    """Print the table and the sentence; write gap.nc, layer_profile.png and frequencies.png into the folder."""
+    from rich.console import Console
+
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(width=110, highlight=False)
+    console.print(table(results))
+    for line in sentences(results):
+        console.print(line, soft_wrap=True)
+    results.to_netcdf(folder / "gap.nc", engine="scipy")
+    pictures = [draw_profile(results, folder / "layer_profile.png"), draw_frequencies(results, folder / "frequencies.png")]
+    console.print(f"[dim]pictures and figures: {', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]", soft_wrap=True)
+
+
+def read(path: Path) -> xr.Dataset:
+    """Stored results. Raises ValueError for a file that is none."""
+    import xarray as xr
+
+    try:
+        results = xr.load_dataset(path, engine="scipy")
+    except Exception as error:  # scipy raises several kinds for files that are not netCDF
+        raise ValueError(f"{str(path)!r} is not a result of `dit-lens gap` ({error}); expected its gap.nc.") from None
+    if "layer_gap" not in results:
+        raise ValueError(f"{str(path)!r} is netCDF but not a result of `dit-lens gap`: it has no layer_gap.")
+    return results
+
+
+def table(results: xr.Dataset) -> Any:
+    """One row a layer: when its low and its high band settle, and the gap, by both readings."""
+    from rich.table import Table
+
+    shown = Table(title=results.attrs["title"], title_justify="left", header_style="bold", padding=(0, 1))
+    shown.add_column("layer", justify="right")
+    for view, words in (("divergence", "twins differ in the stream"), ("lens", "stream read by the last layer")):
+        for name in ("low", "high"):
+            shown.add_column(f"{words if name == 'low' else ''}\n{name}", justify="right", style=LOW if name == "low" else HIGH)
+        shown.add_column("\ngap [95 %]", justify="right")
+        del view
+    for layer in results.layer.values:
+        cells = [str(layer)]
+        for view in ("divergence", "lens"):
+            one = results.sel(layer=layer, view=view)
+            cells += [_number(one.layer_commitment.sel(split=name)) for name in ("low", "high")]
+            cells.append(_with_interval(one.layer_gap, one.layer_gap_interval))
+        shown.add_row(*cells)
+    return shown
+
+
+def sentences(results: xr.Dataset) -> list[str]:
+    """The results in words."""
+    lines = [results.attrs["headline"]]
+    lines += [f"{words}: {results.attrs[f'onset_{view}']}" for view, words in
+              (("divergence", "Twins in the stream"), ("lens", "Stream read by the last layer"))]  # fmt: skip
+    return lines
+
+
+def draw_profile(results: xr.Dataset, path: Path) -> Path:
+    """The gap over depth, by both readings, and the paper's own, each under its own name and with its interval."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
+    layers = results.layer.values
+    titles = {"divergence": "twins differ in the stream", "lens": "stream read by the last layer"}
+    for ax, view in zip(axes, titles, strict=False):
+        one = results.sel(view=view)
+        ax.fill_between(layers, *one.layer_gap_interval.values.T, color=INK, alpha=0.15, linewidth=0)
+        ax.plot(layers, one.layer_gap, color=INK, marker="o", markersize=2.5, linewidth=1)
+        ax.set_title(titles[view])
+        ax.set_ylabel("gap, steps (high minus low)")
+        if (onset := int(results.attrs[f"onset_layer_{view}"])) >= 0:
+            ax.axvline(onset, color=HIGH, linewidth=0.8, linestyle="--")
+            ax.annotate(f"onset {onset}", (onset, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                        textcoords="offset points", color=HIGH, fontsize=8)  # fmt: skip
+    ratio = axes[2]
+    ratio.fill_between(layers, *results.log_ratio_interval.values.T, color=INK, alpha=0.15, linewidth=0)
+    ratio.plot(layers, results.log_ratio, color=INK, marker="o", markersize=2.5, linewidth=1)
+    ratio.set_title(f"difference energies at step {int(results.attrs['commitment_step'])}")
+    ratio.set_ylabel("log E low $-$ log E high")
+    for ax in axes:
+        ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+        ax.set_xlabel("layer")
+        ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+    return path
+
+
+def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
+    """When each frequency is decided: agreement of the finished twins by release step, clones beside the one-pass estimate."""
+    plt = _pyplot()
+    import matplotlib
+
+    figure, (lines, taus) = plt.subplots(1, 2, figsize=(8.6, 3.3), layout="constrained", width_ratios=(3, 2))
+    bands = results.band.values
+    colours = matplotlib.colormaps["coolwarm"](np.linspace(0, 1, len(bands)))
+    for band, colour in zip(bands, colours, strict=True):
+        lines.plot(results.step, results.agreement_one_pass.sel(band=band), color=colour, linewidth=1.4, label=band)
+        lines.plot(results.release, results.agreement_clones.sel(band=band), color=colour, marker="o", markersize=3.5, linestyle="none")
+    lines.axhline(0.5, color=INK, linewidth=0.6, linestyle=":")
+    lines.set(xlabel="release step (0 is the noisiest)", ylabel="agreement of the finished twins", ylim=(-0.1, 1.02))
+    lines.legend(title="frequency, cycles/pixel", fontsize=7, title_fontsize=7, frameon=False, loc="upper left")
+    lines.annotate("lines: one pass   points: clones", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=7, color=INK)
+    for method, marker, words in (("one_pass", "o", "one pass"), ("clones", "s", "clones")):
+        tau = results.band_commitment.sel(method=method)
+        ends = results.band_commitment_interval.sel(method=method)
+        spread = np.abs(ends.values.T - tau.values)
+        shift = -0.12 if method == "one_pass" else 0.12
+        taus.errorbar(np.arange(len(bands)) + shift, tau, yerr=spread, fmt=marker, color=INK, markersize=4, linewidth=0.8,
+                      capsize=2, label=words, markerfacecolor=INK if method == "one_pass" else "white")  # fmt: skip
+    taus.set_xticks(range(len(bands)), bands, rotation=30, fontsize=7)
+    taus.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
+    taus.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+    return path
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.1f}" if np.isfinite(value) else "-"
+
+
+def _with_interval(value: Any, interval: Any) -> str:
+    low, high = (float(v) for v in interval)
+    return f"{float(value):+.1f} [{low:+.1f}, {high:+.1f}]" if np.isfinite(value) else "-"

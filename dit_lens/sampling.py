@@ -1,0 +1,264 @@
+"""Sampling: one loop on diffusers' schedulers that keeps the whole trajectory and can branch off from any step of it.
+
+The scheduler does the arithmetic and draws its noise from per-item generators (`dit_lens.noise`), a list of which every diffusers
+scheduler takes. A multistep scheduler's memory is rebuilt for a replay by feeding it the stored model outputs again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .hook_points import HookFunction
+from .model import HookedDiT
+from .names import NamesFilter
+from .noise import START, generators, noise
+from .schedules import log_snr, make_scheduler, predict_x0
+
+Edits = Sequence[tuple[NamesFilter, HookFunction]]
+Seeds = int | Sequence[int]
+GuidedChannels = Literal["all", "first3"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on besides model, labels and seeds."""
+
+    steps: int = 50
+    guidance: float = 1.0
+    guided_channels: GuidedChannels = "all"
+    scheduler: Any = "ddim"
+    eta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A denoising trajectory; step 0 is the noisiest.
+
+    Attributes:
+        latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width].
+        x0: the clean latents predicted at each step, [steps, batch, ...]. outputs: what the model answered (guided), [steps, batch, ...].
+        timesteps: [steps]. labels: [batch]. seeds: one for each item.
+    """
+
+    model: HookedDiT = field(repr=False)
+    labels: Tensor
+    seeds: tuple[int, ...]
+    settings: Settings
+    timesteps: Tensor = field(repr=False)
+    latents: Tensor = field(repr=False)
+    x0: Tensor = field(repr=False)
+    outputs: Tensor = field(repr=False)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log SNR at each step, [steps], rising."""
+        return log_snr(self.model.scheduler, self.timesteps)
+
+    @property
+    def images(self) -> Tensor:
+        """The finished latents decoded, [batch, channel, height, width] in [0, 1]."""
+        return decode(self.model, self.latents[-1])
+
+    def activations(self, name: str, layer: int | None = None, *, step: int) -> Tensor:
+        """One activation at one step, recomputed from the stored x_t; with guidance the batch is [cond | null].
+
+        >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
+        >>> run.activations("resid_post", 5, step=2).shape
+        torch.Size([1, 64, 64])
+        """
+        check_step(step, self.settings.steps)
+        key: Any = name if layer is None else (name, layer)
+        x, t, y = model_inputs(self.model, self.latents[step], self.timesteps[step], self.labels, self.settings.guidance)
+        with torch.no_grad():
+            return self.model.activations(x, t, y, [key])[key]
+
+    def select(self, items: slice | Sequence[int] | Tensor) -> Run:
+        """The same run for some of its items only."""
+        chosen = torch.arange(len(self.labels))[items]
+        parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
+        return replace(self, labels=self.labels[chosen], seeds=tuple(self.seeds[i] for i in chosen.tolist()), **parts)
+
+    def replay(
+        self, from_step: int = 0, edits: Edits = (), *, seeds: Seeds | None = None, latents: Tensor | None = None
+    ) -> Run:
+        """The same run from `from_step` on, with interventions, or other noise, or other latents at that step.
+
+        Without any it is bit for bit this run. Other `seeds` make clones: they share the past and not the future. Raises ValueError
+        for a step outside the run, latents of another shape, or seeds that do not fit.
+        """
+        check_step(from_step, self.settings.steps)
+        start = self.latents[from_step] if latents is None else latents
+        if start.shape != self.latents[0].shape:
+            raise ValueError(f"The latents have shape {list(start.shape)}; expected {list(self.latents[0].shape)}.")
+        new_seeds = self.seeds if seeds is None else item_seeds(seeds, len(self.labels))
+        scheduler = prepared(self.model, self.settings)
+        for step in range(from_step):  # only for the memory of multistep schedulers
+            advance(scheduler, self.outputs[step], self.timesteps[step], self.latents[step], self.seeds, step, self.settings.eta)
+        with self.model.hooks(edits):
+            later = list(denoise(self.model, start, self.labels, new_seeds, self.settings, scheduler, from_step))
+        return replace(self, seeds=tuple(new_seeds), **_joined(self, from_step, start, later))
+
+
+def sample(
+    model: Any, labels: int | Sequence[int] | Tensor, seeds: Seeds = 0, steps: int = 50, guidance: float = 1.0,
+    scheduler: Any = "ddim", eta: float = 0.0, guided_channels: GuidedChannels = "all", latents: Tensor | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Run:
+    """Sample one image a label and keep the trajectory.
+
+        run = dit_lens.sample(model, labels=[3, 7], steps=50)
+        run.images, run.x0[10], run.activations("resid_post", 5, step=12)
+
+    Args:
+        model: a `HookedDiT` (or what it wraps).
+        labels: classes, one an item; the null class is allowed.
+        seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its seed and the step only.
+        guidance: classifier-free guidance; 1 is none, and runs no null half.
+        scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler.
+        eta: how stochastic DDIM is, 0 to 1.
+        guided_channels: "all" (diffusers' DiTPipeline) or "first3" (the original DiT's samples).
+        latents: the start, in place of noise from the seeds.
+        progress: called with the number of each finished step.
+
+    Raises ValueError for what is out of range, in one sentence.
+    """
+    model = model if isinstance(model, HookedDiT) else HookedDiT(model)
+    model._require_eval()
+    settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
+    check_settings(settings)
+    y = item_labels(model, labels)
+    own_seeds = item_seeds(seeds, len(y))
+    plan = prepared(model, settings)
+    shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
+    if latents is None:
+        latents = noise(own_seeds, START, shape, model.device, model.dtype) * getattr(plan, "init_noise_sigma", 1.0)
+    elif latents.shape != (len(y), *shape):
+        raise ValueError(f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for {len(y)} labels.")
+    seen = []
+    for step, kept in enumerate(denoise(model, latents, y, own_seeds, settings, plan)):
+        seen.append(kept)
+        if progress is not None:
+            progress(step)
+    x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
+    return Run(model, y, tuple(own_seeds), settings, plan.timesteps.cpu(), torch.cat([latents[None], later]), x0, outputs)
+
+
+def denoise(
+    model: HookedDiT, x: Tensor, labels: Tensor, seeds: Sequence[int], settings: Settings, scheduler: Any,
+    first: int = 0, last: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The loop: from x_t at step `first` to before step `last`, yielding (predicted x0, model output, next x_t) at every step."""
+    with torch.no_grad():
+        for step in range(first, settings.steps if last is None else last):
+            t = scheduler.timesteps[step]
+            inputs, ts, ys = model_inputs(model, x, t, labels, settings.guidance)
+            output = guided(model(inputs, ts, ys), settings, model.cfg.in_channels)
+            if model.cfg.learned_sigma and not str(scheduler.config.get("variance_type", "")).startswith("learned"):
+                output = output[:, : model.cfg.in_channels]
+            x0 = predict_x0(scheduler, x, output[:, : model.cfg.in_channels], t)
+            x = advance(scheduler, output, t, x, seeds, step, settings.eta)
+            yield x0, output, x
+
+
+def model_inputs(model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch that the model sees: as it is, or [cond | null] with guidance."""
+    labels = labels.to(x.device)
+    if guidance != 1:
+        x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, model.cfg.null_class)])
+    return x, t.to(x.device).expand(len(x)), labels
+
+
+def guided(output: Tensor, settings: Settings, channels: int) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided channels, cond on the others."""
+    if settings.guidance == 1:
+        return output
+    cond, null = output.chunk(2)
+    last = channels if settings.guided_channels == "all" else 3
+    mixed = null[:, :last] + settings.guidance * (cond[:, :last] - null[:, :last])
+    return torch.cat([mixed, cond[:, last:]], 1)
+
+
+def advance(scheduler: Any, output: Tensor, t: Tensor, x: Tensor, seeds: Sequence[int], step: int, eta: float) -> Tensor:
+    """One step of the scheduler with each item's own noise."""
+    options: dict[str, Any] = {"generator": generators(seeds, step)}
+    if type(scheduler).__name__ == "DDIMScheduler":
+        options["eta"] = eta
+    following: Tensor = scheduler.step(output, t, x, **options).prev_sample
+    return following.to(x.dtype)
+
+
+def prepared(model: HookedDiT, settings: Settings) -> Any:
+    """A fresh scheduler with its timesteps set; flow matching's sigmas are kept exact."""
+    if model.scheduler is None:
+        raise ValueError("The model has no scheduler, so its noise schedule is unknown; give one: HookedDiT(transformer, scheduler=...).")
+    scheduler = make_scheduler(settings.scheduler, model.scheduler)
+    scheduler.set_timesteps(settings.steps)
+    return scheduler
+
+
+def decode(model: HookedDiT, latents: Tensor) -> Tensor:
+    """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in [-1, 1]."""
+    if model.vae is not None:
+        with torch.no_grad():
+            latents = model.vae.decode(latents / model.vae.config.scaling_factor).sample
+    return (latents / 2 + 0.5).clamp(0, 1)
+
+
+def is_stochastic(settings: Settings) -> bool:
+    """Whether the sampler draws noise after the start."""
+    name = settings.scheduler
+    if name == "ddim" or type(name).__name__ == "DDIMScheduler":
+        return settings.eta > 0
+    kind = "sde" if str(getattr(getattr(name, "config", {}), "algorithm_type", "")).startswith("sde") else type(name).__name__
+    return name in ("ddpm", "sde-dpm++") or kind in ("sde", "DDPMScheduler")
+
+
+def check_settings(settings: Settings) -> None:
+    if not isinstance(settings.steps, int) or settings.steps < 1:
+        raise ValueError(f"steps={settings.steps!r} is no number of denoising steps; expected 1 or more.")
+    if not math.isfinite(settings.guidance):
+        raise ValueError(f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or more.")
+    if not 0 <= settings.eta <= 1:
+        raise ValueError(f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic as DDPM).")
+    if settings.guided_channels not in ("all", "first3"):
+        near = difflib.get_close_matches(str(settings.guided_channels), ["all", "first3"], n=1, cutoff=0)[0]
+        raise ValueError(f"guided_channels={settings.guided_channels!r} is no convention; did you mean {near!r}?")
+
+
+def check_step(step: int, steps: int) -> None:
+    if not 0 <= step < steps:
+        raise ValueError(f"Step {step} is outside the run; it has {steps} steps, 0 (the noisiest) to {steps - 1}.")
+
+
+def item_labels(model: HookedDiT, labels: int | Sequence[int] | Tensor) -> Tensor:
+    """Class labels as a tensor [batch] on the model's device; ValueError for one out of range."""
+    y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1).to(model.device, torch.long)
+    bad = [int(v) for v in y.tolist() if not 0 <= v <= model.cfg.null_class]
+    if not len(y) or bad:
+        got = f"Label {bad[0]} is out of range" if bad else "There are no labels"
+        raise ValueError(f"{got}; expected 0 to {model.cfg.n_classes - 1}, or {model.cfg.null_class} for no class.")
+    return y
+
+
+def item_seeds(seeds: Seeds, items: int) -> list[int]:
+    """One seed an item: seed, seed + 1, ... of an int; ValueError for another number of them than of items."""
+    own = [seeds + i for i in range(items)] if isinstance(seeds, int) else [int(s) for s in seeds]
+    if len(own) != items or min(own) < 0:
+        raise ValueError(f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none negative.")
+    return own
+
+
+def _joined(run: Run, from_step: int, start: Tensor, later: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    x0, outputs, following = (torch.stack(part) for part in zip(*later, strict=True))
+    return {
+        "latents": torch.cat([run.latents[:from_step], start[None], following]),
+        "x0": torch.cat([run.x0[:from_step], x0]),
+        "outputs": torch.cat([run.outputs[:from_step], outputs]),
+    }

@@ -1,0 +1,90 @@
+"""All that dit_lens needs to know of diffusers' schedulers: making one, its noise levels, and x0 from a model's output.
+
+Variance-preserving schedules have x_t = sqrt(abar) x0 + sqrt(1 - abar) eps; flow matching has x_t = (1 - sigma) x0 + sigma eps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler-flow": ("FlowMatchEulerDiscreteScheduler", {}),
+}
+STOCHASTIC = ("ddpm", "sde-dpm++")
+
+
+def make_scheduler(name: str | Any, base: Any = None) -> Any:
+    """A fresh scheduler: one of `NAMES` with the model's own noise schedule and prediction type, or a copy of the one given.
+
+    >>> type(make_scheduler("ddim")).__name__
+    'DDIMScheduler'
+
+    Raises ValueError for an unknown name, with the nearest.
+    """
+    import diffusers
+
+    if not isinstance(name, str):
+        return type(name).from_config(name.config)
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(repr, NAMES))}."
+        raise ValueError(f"There is no scheduler {name!r}; {hint}")
+    cls, options = NAMES[name]
+    if base is not None and (name == "euler-flow") != is_flow(base):
+        kind = "flow matching" if is_flow(base) else "variance preserving"
+        raise ValueError(f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is {kind}.")
+    config = {} if base is None else dict(base.config)
+    return getattr(diffusers, cls).from_config(config, **options)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the scheduler is of flow matching and not variance preserving."""
+    return not hasattr(scheduler, "alphas_cumprod")
+
+
+def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of x0 and of eps in x_t at timesteps [...], each [...], float64."""
+    t = torch.as_tensor(t).cpu()
+    if is_flow(scheduler):
+        sigma = t.double() / scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+    abar = scheduler.alphas_cumprod.cpu().double()[t.long()]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def log_snr(scheduler: Any, t: Tensor) -> Tensor:
+    """log(signal² / noise²) at timesteps [...]; for variance-preserving schedules log(abar / (1 - abar))."""
+    signal, noise = signal_and_noise(scheduler, t)
+    return 2 * (signal.log() - noise.log())
+
+
+def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
+    """The clean image that a model output [batch, ...] at x_t and timesteps [batch] stands for, by the scheduler's prediction type.
+
+    epsilon and v_prediction: Ho et al. 2020 eq. 15, Salimans & Ho 2022 appendix D; flow: output = eps - x0. Clipped if the scheduler
+    clips. Raises ValueError for an unknown prediction type.
+    """
+    signal, noise = (f.to(x).view(-1, *[1] * (x.ndim - 1)) for f in signal_and_noise(scheduler, torch.as_tensor(t).reshape(-1)))
+    kind = "flow" if is_flow(scheduler) else scheduler.config.prediction_type
+    if kind == "flow":
+        x0 = x - noise * output
+    elif kind == "epsilon":
+        x0 = (x - noise * output) / signal
+    elif kind == "v_prediction":
+        x0 = signal * x - noise * output
+    elif kind == "sample":
+        x0 = output
+    else:
+        raise ValueError(f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', 'sample' or flow matching.")
+    if getattr(scheduler.config, "clip_sample", False):
+        bound = scheduler.config.clip_sample_range
+        x0 = x0.clamp(-bound, bound)
+    return x0
