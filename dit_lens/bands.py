@@ -66,7 +66,7 @@ class Bands:
         to the cut is high). Raises ValueError naming an empty band, and what would do.
 
         >>> Bands.radial((8, 8)).sizes
-        (1, 8, 12, 20, 15, 8)
+        (1, 8, 12, 24, 14, 5)
         """
         h, w = _grid(grid)
         basis, f = zip(_fourier(h), _fourier(w), strict=True)

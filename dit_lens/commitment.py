@@ -54,7 +54,7 @@ def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLik
     (n - 1)/n of <a, b> as of the energies, and n/(n - 1) puts it back: sums over pairs are unbiased. With
     `bands` None, features of any shape [pair, ...] make one band. Raises ValueError: shapes differ, a group of one.
 
-    >>> a = torch.randn(16, 1, 8, 8); s = agreement(a, a, Bands.radial((8, 8), cut=0.25))
+    >>> import torch; a = torch.randn(16, 1, 8, 8); s = agreement(a, a, Bands.radial((8, 8), cut=0.25))
     >>> curve(s).round(6).tolist()
     [1.0, 1.0]
     """
@@ -144,7 +144,7 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
         Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last
         band minus first, positive when the first commits first; `commitment_interval`, `gap_interval` [..., bound];
         and `reason` [band], why a commitment is NaN or an interval cut off at the first or last release, else "". The
-        quantities are "step" (0 the noisiest), "time" (step / steps) and "log_snr". `describe(result)` puts it in words.
+        quantities: "step" (0 the noisiest), "time" (step / steps) and "log_snr". `describe(result)` puts it in words.
 
     Raises ValueError: fewer than 8 pairs, log_snr that does not rise, releases outside the run, wrong shapes.
 
@@ -248,8 +248,7 @@ def _error(influence: Array, counts: Array) -> Array:
 
 def _bootstrap_t(estimate: Array, error: Array, level: float) -> Array:
     """Bounds [..., 2] of estimates [resample, ...] with standard errors; row 0 is the sample itself."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        t = np.abs(estimate[1:] - estimate[0]) / error[1:]
+    t = np.abs(estimate[1:] - estimate[0]) / np.maximum(error[1:], 1e-9)  # pairs exactly alike: 0 / 0 is no spread
     width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
     return np.stack([estimate[0] - width, estimate[0] + width], -1)
 

@@ -10,6 +10,10 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
+CAPTION = (
+    "stream: the step at which the twins' difference in the layer's residual stream has reached half of what it ends at; "
+    "lens: the same of the agreement between the layer's stream read by the last layer and the finished image."
+)
 LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
 
 
@@ -44,13 +48,12 @@ def table(results: xr.Dataset) -> Any:
     """One row a layer: when its low and its high band settle, and the gap, by both readings."""
     from rich.table import Table
 
-    shown = Table(title=results.attrs["title"], title_justify="left", header_style="bold", padding=(0, 1))
+    shown = Table(title=results.attrs["title"], title_justify="left", caption=CAPTION, caption_justify="left", padding=(0, 1))
     shown.add_column("layer", justify="right")
-    for view, words in (("divergence", "twins differ in the stream"), ("lens", "stream read by the last layer")):
-        for name in ("low", "high"):
-            shown.add_column(f"{words if name == 'low' else ''}\n{name}", justify="right", style=LOW if name == "low" else HIGH)
-        shown.add_column("\ngap [95 %]", justify="right")
-        del view
+    for view in ("stream", "lens"):
+        shown.add_column(f"{view} low", justify="right", header_style=LOW, no_wrap=True)
+        shown.add_column("high", justify="right", header_style=HIGH)
+        shown.add_column("gap [95 %]", justify="right", no_wrap=True)
     for layer in results.layer.values:
         cells = [str(layer)]
         for view in ("divergence", "lens"):
@@ -115,8 +118,8 @@ def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
     lines.legend(title="frequency, cycles/pixel", fontsize=7, title_fontsize=7, frameon=False, loc="upper left")
     lines.annotate("lines: one pass   points: clones", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=7, color=INK)
     for method, marker, words in (("one_pass", "o", "one pass"), ("clones", "s", "clones")):
-        tau = results.band_commitment.sel(method=method)
-        ends = results.band_commitment_interval.sel(method=method)
+        tau = results.band_commitment.sel(estimator=method)
+        ends = results.band_commitment_interval.sel(estimator=method)
         spread = np.abs(ends.values.T - tau.values)
         shift = -0.12 if method == "one_pass" else 0.12
         taus.errorbar(np.arange(len(bands)) + shift, tau, yerr=spread, fmt=marker, color=INK, markersize=4, linewidth=0.8,

@@ -1,13 +1,13 @@
 """Onset: the layer at which a profile over depth leaves the early layers' level for good.
 
-For each candidate k the departures d[k, j] = p[j] - mean(p[:k]), j >= k, are divided by their own bootstrap standard
-errors, so noise that layers share (they see the same pairs) cancels where it should. The onset is the first k where
-layer k itself departs by more than a critical value and no later layer comes back. To name a layer too early, or any
-layer of a flat profile, |t[k, k]| must exceed it at a k that is still level; so the critical value is the 95 % quantile of
-max_k |t[k, k]| under the centred bootstrap, which holds both errors to 5 %, for steps, ramps and whatever comes after
-the onset. (The least-squares step would put a ramp's onset in its middle; testing each layer by itself would be wrong
-far more often than 5 %.) Standard errors from n pairs are uncertain themselves, so the quantile is carried from a normal to
-Student's t with n - 1 degrees of freedom.
+For each k the departures d[k, j] = p[j] - mean(p[:k]), j >= k, are divided by their own bootstrap standard errors, so
+noise that layers share (they see the same pairs) cancels where it should. The first k with |t[k, k]| above a critical
+value ends the early layers; their mean is the early level; the onset is the first layer that is off it by as much and
+after which none comes back (for a step or a ramp, k itself). To name a layer too early, or any layer of a flat profile,
+|t[k, k]| must exceed the critical value at a k that is still level; so that is the 95 % quantile of max_k |t[k, k]| under
+the centred bootstrap, which holds both errors to 5 % whatever comes after the onset. (The least-squares step would put a
+ramp's onset in its middle; testing each layer by itself would be wrong far more often than 5 %.) Standard errors from n
+pairs are uncertain themselves, so the quantile is carried from a normal to Student's t with n - 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1
     """
     p, draws = np.asarray(profile, dtype=np.float64), np.asarray(boot, dtype=np.float64)
     draws = _check(p, draws, pairs, last)
+    last = min(last, len(p) - 1)
     noise = draws - draws.mean(0)
     wobble = _departures(noise)  # [resample, candidate, layer]
     error = wobble.std(0, ddof=1) * math.sqrt(pairs / (pairs - 1))
@@ -102,21 +103,21 @@ def _critical(largest: Array, pairs: int, level: float) -> float:
     """The quantile of the largest |t| of normal noise, carried to Student's t with pairs - 1 degrees of freedom."""
     from scipy import stats
 
-    return float(stats.t.isf(stats.norm.sf(np.quantile(largest, level)), pairs - 1))
+    normal = max(float(np.quantile(largest, level)), 1.96)  # without any noise, rounding is still no departure
+    return float(stats.t.isf(stats.norm.sf(normal), pairs - 1))
 
 
 def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[np.int64]:
-    """The onset of each profile, from departures [..., k - 1, j - 1]; -1 for none."""
-    size = np.abs(d)
-    leaves = np.diagonal(size, 0, -2, -1) > critical * np.diagonal(error)
-    same = np.sign(d) == np.sign(np.diagonal(d, 0, -2, -1))[..., None]
-    floor = np.maximum(
-        1.96 * error, material * size.max(-1, keepdims=True)
-    )  # each by itself: the claim rests on `leaves`
-    before = np.tri(d.shape[-1], k=-1, dtype=bool)
-    stays = ((same & (size > floor)) | before).all(-1)
-    good = leaves & stays
-    return np.where(good.any(-1), good.argmax(-1) + 1, -1)
+    """The onset of each profile, from departures [profile, k - 1, j - 1]; -1 for none."""
+    leaves = np.abs(d.diagonal(0, 1, 2)) > critical * error.diagonal()
+    k = leaves.argmax(1)  # the first layer to leave; those before it are the early level that all later ones must keep off
+    row, wide = d[np.arange(len(d)), k], error[k]
+    size = np.abs(row)
+    floor = np.maximum(1.96 * wide, material * size.max(1, keepdims=True))  # 1.96: the 5 % rest on `leaves` alone
+    off = (size > floor) & (np.sign(row) == np.sign(row[:, -1:]))
+    stays = np.logical_and.accumulate(off[:, ::-1], axis=1)[:, ::-1]
+    good = stays & (size > critical * wide) & leaves.any(1, keepdims=True)
+    return np.where(good.any(1), good.argmax(1) + 1, -1)
 
 
 def _without(d: Array, error: Array, critical: float, pairs: int, matters: float, level: float) -> Onset:
@@ -124,12 +125,10 @@ def _without(d: Array, error: Array, critical: float, pairs: int, matters: float
     size, width = np.abs(d), critical * error
     inside = np.triu(np.ones_like(d, dtype=bool))
     absent = Onset("none", None, None, math.nan, (math.nan, math.nan), None, "")
-    for k in np.flatnonzero(np.diagonal(size > width)):
+    for k in np.flatnonzero(np.diagonal(size > width))[:1]:
         back = k + np.argmin((size + width)[k, k:])  # coming back must be shown too: this departure is surely too small
         if (size + width)[k, back] < matters:
-            message = (
-                f"The profile departs at layer {k + 1} but is back at its early level in layer {back + 1}: no onset."
-            )
+            message = f"The profile departs at layer {k + 1} but layer {back + 1} is at its early level again: no onset."
             return replace(absent, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:
@@ -159,8 +158,8 @@ def _check(profile: Array, boot: Array, pairs: int, last: int) -> Array:
         raise ValueError(
             f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples or more."
         )
-    if not 1 <= last < len(profile):
-        raise ValueError(f"last is {last}; expected 1 to {len(profile) - 1} of the {len(profile)} layers.")
+    if last < 1:
+        raise ValueError(f"last is {last}; expected a number of layers, 1 or more.")
     finite = np.isfinite(np.vstack([profile, boot]))
     if not finite[0].all() or finite[1:].all(1).mean() < 0.9:
         bad = np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)).tolist()
