@@ -104,11 +104,17 @@ def _match(pattern: str, names: Sequence[str]) -> list[str]:
     if pattern in names:
         return [pattern]
     is_glob = any(c in pattern for c in "*?[")
-    globbed = [n for n in names if is_glob and (fnmatchcase(n, pattern) or fnmatchcase(site_of(n), pattern))]
+    globbed = [n for n in names if is_glob and any(fnmatchcase(form, pattern) for form in _forms(n))]
     found = globbed or _by_shorthand(pattern, names)
     if not found:
         raise _unknown(pattern, names)
     return found
+
+
+def _forms(name: str) -> tuple[str, str, str]:
+    """What a glob may match: the name, its site in any layer, and that without TransformerLens's `hook_`."""
+    site = site_of(name)
+    return name, site, site.replace("hook_", "")
 
 
 def _by_shorthand(short: str, names: Iterable[str]) -> list[str]:

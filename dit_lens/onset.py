@@ -3,11 +3,12 @@
 For each k the departures d[k, j] = p[j] - mean(p[:k]), j >= k, are divided by their own bootstrap standard errors, so
 noise that layers share (they see the same pairs) cancels where it should. The first k with |t[k, k]| above a critical
 value ends the early layers; their mean is the early level; the onset is the first layer that is off it by as much and
-after which none comes back (for a step or a ramp, k itself). To name a layer too early, or any layer of a flat profile,
-|t[k, k]| must exceed the critical value at a k that is still level; so that is the 95 % quantile of max_k |t[k, k]| under
-the centred bootstrap, which holds both errors to 5 % whatever comes after the onset. (The least-squares step would put a
-ramp's onset in its middle; testing each layer by itself would be wrong far more often than 5 %.) Standard errors from n
-pairs are uncertain themselves, so the quantile is carried from a normal to Student's t with n - 1 degrees of freedom.
+after which none comes back (for a step or a ramp, k itself). To name a layer too early, or any layer of a flat
+profile, |t[k, k]| must exceed the critical value at a k that is still level; so that is the 95 % quantile of
+max_k |t[k, k]| under the centred bootstrap, which holds both errors to 5 % whatever comes after the onset. (The
+least-squares step would put a ramp's onset in its middle; testing each layer by itself would be wrong far more often
+than 5 %.) Standard errors from n pairs are uncertain themselves, so the quantile is carried from a normal to Student's
+t with n - 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _critical(largest: Array, pairs: int, level: float) -> float:
 def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[np.int64]:
     """The onset of each profile, from departures [profile, k - 1, j - 1]; -1 for none."""
     leaves = np.abs(d.diagonal(0, 1, 2)) > critical * error.diagonal()
-    k = leaves.argmax(1)  # the first layer to leave; those before it are the early level that all later ones must keep off
+    k = leaves.argmax(1)  # the first layer to leave: the mean before it is the level to keep off
     row, wide = d[np.arange(len(d)), k], error[k]
     size = np.abs(row)
     floor = np.maximum(1.96 * wide, material * size.max(1, keepdims=True))  # 1.96: the 5 % rest on `leaves` alone
@@ -126,7 +127,7 @@ def _without(d: Array, error: Array, critical: float, pairs: int, matters: float
     inside = np.triu(np.ones_like(d, dtype=bool))
     absent = Onset("none", None, None, math.nan, (math.nan, math.nan), None, "")
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
-        back = k + np.argmin((size + width)[k, k:])  # coming back must be shown too: this departure is surely too small
+        back = k + np.argmin((size + width)[k, k:])  # coming back must be shown as well: this one is surely small
         if (size + width)[k, back] < matters:
             message = f"The profile departs at layer {k + 1} but layer {back + 1} is at its early level again: no onset."
             return replace(absent, message=message)

@@ -11,6 +11,7 @@ digits of the comparison: they are the images that `train_digits.py` holds out. 
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -179,16 +180,17 @@ def main() -> None:
 
 def report(figures: dict) -> None:
     """The figures as a table."""
-    table = Table("measure", "value", "95 % interval", title=f"{figures['model']}: {figures['sampler']}")
+    table = Table("measure", "value", "uncertainty", title=f"{figures['model']}: {figures['sampler']}")
     for key, name in (("classifier", "classifier, held-out real digits"), ("samples", "samples read as asked")):
         part = figures[key]
         low, high = part["interval"]
-        table.add_row(name, f"{part['right']} of {part['of']} ({part['right'] / part['of']:.1%})", f"{low:.1%} to {high:.1%}")
+        table.add_row(name, f"{part['right']} of {part['of']} ({part['right'] / part['of']:.1%})", f"{low:.1%} to {high:.1%} (95 %)")
     distance = figures["frechet"]
     size = distance["images_per_set"]
-    for key, name in (("samples_to_real", f"Fréchet, {size} samples to {size} real"), ("real_to_real", f"Fréchet, {size} real to {size} real")):
-        table.add_row(name, f"{distance[key]['mean']:.2f}", f"sd {distance[key]['sd']:.2f} over {distance['splits']} random halves")
-    Console().print(table)
+    for key, name in (("samples_to_real", "samples"), ("real_to_real", "real")):
+        spread = f"sd {distance[key]['sd']:.2f} over {distance['splits']} random halves"
+        table.add_row(f"Fréchet distance, {size} {name} to {size} real", f"{distance[key]['mean']:.2f}", spread)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Sampling: diffusers' own arithmetic, per-item noise, exact replays."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_dit, make_pipe
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+import dit_lens
+from dit_lens import HookedDiT
+from dit_lens.noise import START, generators, noise
+from dit_lens.schedules import log_snr, make_scheduler, predict_x0
+
+ALL = ["ddim", "ddpm", "dpm++", "sde-dpm++"]
+
+
+@pytest.fixture
+def model():
+    scheduler = DDIMScheduler(1000, prediction_type="v_prediction", clip_sample=False)
+    return HookedDiT(make_dit(channels=1, classes=10), scheduler=scheduler)
+
+
+def test_noise_is_a_pure_function_of_seed_step_and_item():
+    a = noise([5, 6, 7], 3, (1, 4, 4))
+    assert torch.equal(noise([7, 5], 3, (1, 4, 4)), a[[2, 0]])
+    assert not torch.equal(noise([5], 4, (1, 4, 4))[0], a[0])
+    many = noise(range(4000), START, (4,))
+    assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.05
+    assert abs(torch.corrcoef(torch.stack([noise(range(4000), s, ()) for s in (0, 1)]))[0, 1]) < 0.06
+
+
+def test_a_plain_loop_by_hand_agrees(model):
+    run = dit_lens.sample(model, [3, 7], seeds=[4, 9], steps=6)
+    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler.set_timesteps(6)
+    x = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in generators([4, 9], START)])
+    with torch.no_grad():
+        for s, t in enumerate(scheduler.timesteps):
+            assert torch.equal(run.latents[s], x)
+            out = model.transformer(x, timestep=t.expand(2), class_labels=torch.tensor([3, 7])).sample
+            step = scheduler.step(out, t, x)
+            assert torch.allclose(run.x0[s], step.pred_original_sample, atol=1e-5)
+            x = step.prev_sample
+    assert torch.equal(run.latents[-1], x) and run.images.shape == (2, 1, 8, 8) and 0 <= run.images.min() <= run.images.max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_pipeline_agrees(guidance):
+    """Guidance on all channels, learned sigma and the null class, against diffusers' own pipeline from the same start."""
+    pipe = make_pipe()
+    start = noise([0, 1], START, (4, 8, 8))
+    import diffusers.pipelines.dit.pipeline_dit as module
+
+    original, module.randn_tensor = module.randn_tensor, lambda *a, **k: start.clone()
+    try:
+        want = pipe(class_labels=[3, 5], num_inference_steps=5, guidance_scale=guidance, output_type="pt").images
+    finally:
+        module.randn_tensor = original
+    run = dit_lens.sample(pipe, [3, 5], seeds=0, steps=5, guidance=guidance)
+    assert torch.allclose(torch.as_tensor(want), run.images, atol=1e-5)
+    first3 = dit_lens.sample(pipe, [3, 5], seeds=0, steps=5, guidance=4.0, guided_channels="first3")
+    assert not torch.allclose(first3.latents[-1], run.latents[-1])
+
+
+@pytest.mark.parametrize("scheduler", ALL)
+def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
+    run = dit_lens.sample(model, [3, 7, 1], seeds=[4, 9, 2], steps=8, scheduler=scheduler, eta=1.0 if scheduler == "ddim" else 0.0)
+    for step in (0, 3, 7):
+        again = run.replay(step)
+        assert torch.equal(again.latents, run.latents) and torch.equal(again.x0, run.x0)
+    shuffled = dit_lens.sample(model, [1, 3, 7], seeds=[2, 4, 9], steps=8, scheduler=scheduler, eta=run.settings.eta)
+    assert torch.allclose(shuffled.latents, run.latents[:, [2, 0, 1]], atol=1e-5)
+    alone = dit_lens.sample(model, 7, seeds=[9], steps=8, scheduler=scheduler, eta=run.settings.eta)
+    assert torch.allclose(alone.latents[:, 0], run.latents[:, 1], atol=1e-5)
+    assert torch.isfinite(run.latents).all()
+    if scheduler in ("ddim", "ddpm", "sde-dpm++"):
+        clone = run.replay(5, seeds=[1, 1, 1])
+        assert torch.equal(clone.latents[:6], run.latents[:6]) and not torch.equal(clone.latents[6], run.latents[6])
+    edited = run.replay(4, edits=[("blocks.1.hook_attn_out", lambda a, hook: a * 0)])
+    assert torch.equal(edited.latents[:5], run.latents[:5]) and not torch.equal(edited.latents[-1], run.latents[-1])
+    part = run.select([2, 0])
+    assert torch.allclose(part.replay(2).latents, run.latents[:, [2, 0]], atol=1e-5) and part.seeds == (2, 4)
+
+
+def test_flow_matching():
+    model = HookedDiT(make_dit(channels=1, classes=10), scheduler=FlowMatchEulerDiscreteScheduler(1000))
+    run = dit_lens.sample(model, [1, 2], steps=5, scheduler="euler-flow")
+    assert torch.equal(run.replay(2).latents, run.latents)
+    assert (run.log_snr[1:] > run.log_snr[:-1]).all()
+    x0, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([300.0, 800.0])
+    sigma = (t / 1000)[:, None, None, None]
+    assert torch.allclose(predict_x0(model.scheduler, (1 - sigma) * x0 + sigma * eps, eps - x0, t), x0, atol=1e-5)
+    with pytest.raises(ValueError, match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching"):
+        dit_lens.sample(model, [1], steps=5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_x0_is_exact_for_every_prediction_type(kind):
+    scheduler = DDPMScheduler(1000, prediction_type=kind, clip_sample=False)
+    gen = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(3, 1, 4, 4, generator=gen), torch.randn(3, 1, 4, 4, generator=gen)
+    t = torch.tensor([10, 500, 900])
+    x = scheduler.add_noise(x0, eps, t)
+    output = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}[kind]
+    assert torch.allclose(predict_x0(scheduler, x, output, t), x0, atol=2e-4)
+    clipping = DDPMScheduler(1000, prediction_type=kind, clip_sample=True)
+    assert predict_x0(clipping, x, output, t).abs().max() <= 1
+
+
+def test_log_snr():
+    scheduler = make_scheduler("ddim")
+    abar = scheduler.alphas_cumprod[500].double()
+    assert math.isclose(float(log_snr(scheduler, torch.tensor(500))), float(torch.log(abar / (1 - abar))), rel_tol=1e-9)
+
+
+def test_activations_are_those_of_the_run(model):
+    seen = []
+    with model.hooks([("blocks.1.hook_resid_post", lambda a, hook: seen.append(a.clone()))]):
+        run = dit_lens.sample(model, [3, 7], steps=4, guidance=3.0)
+    assert torch.equal(run.activations("resid_post", 1, step=2), seen[2]) and len(seen[2]) == 4
+
+
+def test_bad_input(model):
+    for kwargs, text in [
+        (dict(labels=[11]), "Label 11 is out of range; expected 0 to 9, or 10 for no class"),
+        (dict(labels=[]), "There are no labels"),
+        (dict(labels=[1], seeds=[1, 2]), r"There are 2 seeds, \[1, 2\]...; expected 1"),
+        (dict(labels=[1], steps=0), "steps=0 is no number of denoising steps"),
+        (dict(labels=[1], eta=2), "eta=2.0 is out of range; expected 0"),
+        (dict(labels=[1], guidance=float("nan")), "guidance=nan is not a number"),
+        (dict(labels=[1], scheduler="dimm"), "There is no scheduler 'dimm'; did you mean 'ddim'"),
+        (dict(labels=[1], guided_channels="three"), "guided_channels='three' is no convention"),
+        (dict(labels=[1], latents=torch.zeros(1, 1, 4, 4)), r"latents have shape \[1, 1, 4, 4\]; expected \[1, 1, 8, 8\] for 1 labels"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            dit_lens.sample(model, **kwargs)
+    run = dit_lens.sample(model, [1], steps=3)
+    with pytest.raises(ValueError, match=r"Step 3 is outside the run; it has 3 steps, 0 \(the noisiest\) to 2"):
+        run.replay(3)
+    with pytest.raises(ValueError, match=r"latents have shape \[2, 1, 8, 8\]; expected \[1, 1, 8, 8\]"):
+        run.replay(1, latents=torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="has no scheduler, so its noise schedule is unknown"):
+        dit_lens.sample(HookedDiT(make_dit()), [1])
+    model.transformer.train()
+    with pytest.raises(RuntimeError, match="train mode"):
+        dit_lens.sample(model, [1])
