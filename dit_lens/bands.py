@@ -57,11 +57,11 @@ class Bands:
     # How to make one
 
     @classmethod
-    def radial(cls, grid: tuple[int, int], n: int = 6, *, edges: Sequence[float] | None = None,
+    def radial(cls, grid: tuple[int, int], n: int | None = None, *, edges: Sequence[float] | None = None,
                cut: float | None = None) -> Bands:  # fmt: skip
         """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per token.
 
-        `n` bands of equal width from 0 to the corner of the grid's spectrum (sqrt(1/2) when h, w are even), the mean in
+        `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the corner of the grid's spectrum (sqrt(1/2) when h, w are even), the mean in
         the lowest; or inner `edges`; or a single `cut` into "low" and "high" (`CUT` = 0.25 is usual; a frequency equal
         to the cut is high). Raises ValueError naming an empty band, and what would do.
 
@@ -73,7 +73,7 @@ class Bands:
         return cls._ringed("radial", (h, w), basis, f, n, edges, cut)
 
     @classmethod
-    def dct(cls, grid: tuple[int, int], n: int = 6, *, edges: Sequence[float] | None = None,
+    def dct(cls, grid: tuple[int, int], n: int | None = None, *, edges: Sequence[float] | None = None,
             cut: float | None = None) -> Bands:  # fmt: skip
         """The same with the DCT-II, whose mode k has k / (2 n) cycles per token: no wrap-around at the image's borders.
 
@@ -158,12 +158,14 @@ class Bands:
         return Bands(self.grid, self.kind, self._basis, self.frequency, edges, ("low", "high"))
 
     @classmethod
-    def _ringed(cls, kind: str, grid: tuple[int, int], basis: tuple[Tensor, ...], f: tuple[Tensor, ...], n: int,
+    def _ringed(cls, kind: str, grid: tuple[int, int], basis: tuple[Tensor, ...], f: tuple[Tensor, ...], n: int | None,
                 edges: Sequence[float] | None, cut: float | None) -> Bands:  # fmt: skip
         frequency = (f[0][:, None] ** 2 + f[1] ** 2).sqrt()
         top, size = frequency.max().item(), f"{grid[0]}x{grid[1]}"
         if edges is not None and cut is not None:
             raise ValueError(f"Both edges={list(edges)} and cut={cut} are given; expected one of them.")
+        if n is None:
+            n = next(m for m in range(6, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)]))
         if edges is None and cut is None:
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"n is {n!r}; expected a number of bands, 1 or more.")

@@ -58,6 +58,7 @@ def hooks_command(args: argparse.Namespace) -> None:
     """Names and shapes from the configuration alone: no weights are read, no forward is run."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from .loading import load_skeleton
     from .names import select, site_of
@@ -78,7 +79,8 @@ def hooks_command(args: argparse.Namespace) -> None:
     for row, members in rows.items():
         axes = sites[members[0]]
         count = f"{len(members)} layers" if row.startswith("blocks.{i}") else ""
-        table.add_row(row, "[" + ", ".join(str(sizes[a]) for a in axes) + "]", ", ".join(axes), count)
+        shape = Text("[" + ", ".join(str(sizes[a]) for a in axes) + "]")  # as it stands: rich would take brackets for markup
+        table.add_row(Text(row), shape, ", ".join(axes), count)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
@@ -106,7 +108,7 @@ def probe_command(args: argparse.Namespace) -> None:
     result = probe.result()
     print(result)
     out = args.out or Path(f"{args.name}.nc")
-    result.to_netcdf(out)
+    result.to_netcdf(out, engine="scipy")
     print(f"stored in {out}")
 
 

@@ -11,7 +11,9 @@ where any smooth curve is logistic.
 The interval is a symmetric bootstrap-t: estimate +- standard error * quantile of the resamples' |t| (Hall 1988, "On
 symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes in a band the agreement is skewed,
 and the equal-tailed bootstrap-t missed too often in one tail (`tests/test_commitment.py` prints the coverage). The
-standard error of each resample comes from its influence function, without refitting.
+standard error of each resample comes from its influence function, without refitting. It is made in log SNR and mapped
+to steps; the gap's combines the two bands' (Zou & Donner 2008, "Construction of confidence limits about effect
+measures", Stat. Med. 27), which stays right where a step is worth little log SNR at one band and much at the other.
 """
 
 from __future__ import annotations
@@ -130,15 +132,15 @@ def half_crossing(curves: ArrayLike) -> Array:
 
 
 def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
-                   names: Sequence[str] | None = None, squared: bool = False, resamples: int = 1000,
-                   level: float = 0.95, seed: int = 0) -> xr.Dataset:  # fmt: skip
+                   names: Sequence[str] | None = None, squared: bool = False, groups: int = 1,
+                   resamples: int = 1000, level: float = 0.95, seed: int = 0) -> xr.Dataset:  # fmt: skip
     """The commitment of every band, the gap between the last band and the first, and bootstrap-t intervals of both.
 
     Args:
         stats: `Agreement` [release, pair, band]; resampled by pair, the same at every release.
         releases: [release] the steps at which the twins were released. log_snr: [step] of the whole run, rising.
         names: of the bands. squared: the agreement is the squared correlation (see `curve`).
-        level: of the intervals.
+        groups: how many groups' means `agreement` removed; each costs a degree of freedom. level: of the intervals.
 
     Returns:
         Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last
@@ -163,6 +165,8 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
         raise ValueError(f"names are {labels}; expected one for each of the {n_bands} bands.")
     order = np.argsort(at)
     stats, x = Agreement(*(part[order] for part in stats)), snr[at[order]]
+    if not 1 <= groups <= pairs // 2:
+        raise ValueError(f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups.")
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])  # row 0 is the sample itself
     centre, slope, influence = (np.empty((len(counts), n_bands, *rest)) for rest in ((), (), (pairs,)))
     for b in range(n_bands):
@@ -183,29 +187,33 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
         step = np.interp(log_snrs, snr, np.arange(len(snr)))
         return np.stack([step, step / len(snr), log_snrs], -1)
 
-    clipped = np.clip(centre, x[0], x[-1])
-    values = convert(clipped)  # [resample, band, quantity]
-    rate = _rate(clipped, snr)  # steps per unit of log SNR, [resample, band]
-    rates = np.stack([rate, rate / len(snr), np.ones_like(rate)], -1)
-    bound = _bootstrap_t(centre, _error(influence, counts), level)  # [band, bound], in log SNR; steps follow monotonely
+    error = np.sqrt(np.einsum("rbp,rp->rb", influence**2, counts))
+    t = np.abs(centre[1:] - centre[0]) / np.maximum(error[1:], 1e-9)  # pairs exactly alike: 0 / 0 is no spread
+    freedom = np.sqrt(pairs / (pairs - groups))  # the residuals of n pairs about their groups' means
+    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0] * freedom
+    bound = np.stack([centre[0] - width, centre[0] + width], -1)  # [band, bound], in log SNR; steps follow monotonely
     for b in np.flatnonzero(known).tolist():
-        ends = [e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out]
-        if ends:
-            reason[b] = f"The interval of band {labels[b]} is cut off at the {' and '.join(ends)} release."
+        cut = [e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out]
+        if cut:
+            reason[b] = f"The interval of band {labels[b]} is cut off at the {' and '.join(cut)} release."
     interval = convert(np.clip(bound, x[0], x[-1])).swapaxes(-1, -2)
-    gap = values[:, -1] - values[:, 0]
-    moved = influence[:, -1, None] * rates[:, -1, :, None] - influence[:, 0, None] * rates[:, 0, :, None]
-    gap_interval = _bootstrap_t(gap, _error(moved, counts), level)
+    value = convert(centre[0])  # [band, quantity]
+    down, up = (np.abs(convert(bound[:, side]) - value) for side in (0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shared = np.nan_to_num(np.corrcoef(influence[0, 0], influence[0, -1])[0, 1])  # the same pairs move both bands
+    gap = value[-1] - value[0]
+    ends = gap - _combine(down[-1], up[0], shared), gap + _combine(up[-1], down[0], shared)
+    gap_interval = np.stack(ends, -1)  # [quantity, bound]
     both = n_bands > 1 and known[[0, -1]].all()
     return xr.Dataset(
         {"curve": (("release", "band"), observed), "slope": ("band", np.where(known, slope[0], np.nan)),
-         "commitment": (("band", "quantity"), np.where(known[:, None], values[0], np.nan)),
+         "commitment": (("band", "quantity"), np.where(known[:, None], value, np.nan)),
          "commitment_interval": (("band", "quantity", "bound"), np.where(known[:, None, None], interval, np.nan)),
-         "gap": ("quantity", np.where(both, gap[0], np.nan)),
+         "gap": ("quantity", np.where(both, gap, np.nan)),
          "gap_interval": (("quantity", "bound"), np.where(both, gap_interval, np.nan)), "reason": ("band", reason)},
         coords={"release": at[order], "release_log_snr": ("release", x), "band": labels,
                 "quantity": ["step", "time", "log_snr"], "bound": ["low", "high"]},
-        attrs={"pairs": pairs, "resamples": resamples, "level": level, "seed": seed},
+        attrs={"pairs": pairs, "groups": groups, "resamples": resamples, "level": level, "seed": seed},
     )  # fmt: skip
 
 
@@ -240,23 +248,9 @@ def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Arra
     return mean + scale * place, b1 / scale, influence
 
 
-def _error(influence: Array, counts: Array) -> Array:
-    """Standard error [resample, ...] from each pair's influence [resample, ..., pair] and its count."""
-    n = counts.shape[1]
-    return np.sqrt(np.einsum("r...p,rp->r...", influence**2, counts) * n / (n - 1))
-
-
-def _bootstrap_t(estimate: Array, error: Array, level: float) -> Array:
-    """Bounds [..., 2] of estimates [resample, ...] with standard errors; row 0 is the sample itself."""
-    t = np.abs(estimate[1:] - estimate[0]) / np.maximum(error[1:], 1e-9)  # pairs exactly alike: 0 / 0 is no spread
-    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
-    return np.stack([estimate[0] - width, estimate[0] + width], -1)
-
-
-def _rate(at: Array, log_snr: Array) -> Array:
-    """d step / d log SNR at a log SNR."""
-    left = np.clip(np.searchsorted(log_snr, at, side="right") - 1, 0, len(log_snr) - 2)
-    return 1 / np.diff(log_snr)[left]
+def _combine(one: Array, other: Array, correlation: float) -> Array:
+    """How far a difference's bound reaches, from how far its terms' bounds do."""
+    return np.sqrt(np.maximum(one**2 + other**2 - 2 * correlation * one * other, 0))
 
 
 def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:

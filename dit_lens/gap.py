@@ -44,6 +44,8 @@ def measure(
 
     if pairs < 2 * FEWEST_PAIRS:
         raise ValueError(f"There are {pairs} pairs; intervals over pairs with class means removed need {2 * FEWEST_PAIRS} or more.")
+    if steps < 4:
+        raise ValueError(f"steps={steps} is too short a run to see anything settle in; expected 4 or more.")
     probes = importlib.import_module("dit_lens.probes")  # the one place where the core's order is turned: this is a command
     c = model.cfg
     latent_grid = (c.sample_size, c.sample_size)
@@ -99,7 +101,8 @@ def measure(
     result["layer_gap_interval"] = (("view", "layer", "bound"), np.stack(ends))
 
     behaviour = result["split_commitment"][1][0]
-    at = int(np.clip(np.nan_to_num(np.nanmean(behaviour), nan=steps / 2).round(), 0, steps - 1))
+    known = behaviour[np.isfinite(behaviour)]
+    at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 0, steps - 1))
     energies = _energies(seen, counts)[..., at]  # [resample, layer, band]
     ratio = np.log(energies[..., 0]) - np.log(energies[..., -1])
     result["log_ratio"], result["log_ratio_interval"] = ("layer", ratio[0]), (("layer", "bound"), _percentiles(ratio[1:]))
@@ -162,9 +165,8 @@ def _clones(pair: Twins, releases: list[int], seed: int, partitions: tuple[Bands
 def _where_it_bends(curves: Array, steps: int) -> list[int]:
     """Release steps spread over the part of the run in which some band's agreement is between 0.1 and 0.9."""
     bending = np.flatnonzero(((curves > 0.1) & (curves < 0.9)).any(-1))
-    first, last = (bending[0], bending[-1]) if len(bending) else (0, steps - 1)
-    return sorted({int(s) for s in np.linspace(first, last, min(RELEASES, steps)).round()} | {0, steps - 1} if len(bending) < 3 else
-                  {int(s) for s in np.linspace(first, last, min(RELEASES, steps)).round()})  # fmt: skip
+    first, last = (bending[0], bending[-1]) if len(bending) >= 3 else (0, steps - 1)
+    return sorted({int(s) for s in np.linspace(first, last, RELEASES).round()})
 
 
 def _by_pair(stats: Agreement) -> Agreement:

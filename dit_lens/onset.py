@@ -127,7 +127,7 @@ def _without(d: Array, error: Array, critical: float, pairs: int, matters: float
     inside = np.triu(np.ones_like(d, dtype=bool))
     absent = Onset("none", None, None, math.nan, (math.nan, math.nan), None, "")
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
-        back = k + np.argmin((size + width)[k, k:])  # coming back must be shown as well: this one is surely small
+        back = k + np.argmin((size + width)[k, k:])  # that it came back must be shown: surely small
         if (size + width)[k, back] < matters:
             message = f"The profile departs at layer {k + 1} but layer {back + 1} is at its early level again: no onset."
             return replace(absent, message=message)

@@ -127,7 +127,7 @@ def test_split_merges():
 
 
 @pytest.mark.parametrize(("make", "text"), [
-    (lambda: Bands.radial((4, 4)), "Band 1 (0.118-0.236) of n=6 holds no mode of the 4x4 grid, whose radial "
+    (lambda: Bands.radial((4, 4), n=6), "Band 1 (0.118-0.236) of n=6 holds no mode of the 4x4 grid, whose radial "
                                    "frequencies go from 0 to 0.7071; the largest n that works is 5."),
     (lambda: Bands.radial((8, 8), cut=0.9), "Band 1 (high) with inner edges [0.9] holds no mode of the 8x8 grid"),
     (lambda: Bands.dct((8, 8), cut=0.0), "Band 0 (low) with inner edges [0.0] holds no mode of the 8x8 grid"),
@@ -136,7 +136,7 @@ def test_split_merges():
     (lambda: Bands.radial((8, 8), n=0), "n is 0; expected a number of bands, 1 or more."),
     (lambda: Bands.radial((0, 8)), "grid is (0, 8); expected (height, width), both 1 or more."),
     (lambda: Bands.pooling((8, 8)).split(4), "at is 4; 4 bands can be split at 1 to 3."),
-    (lambda: Bands.pooling((8, 8)).project(torch.ones(8, 8), "4x5"), "There is no band '4x5'; expected 0 to 3 or a name:"),
+    (lambda: Bands.pooling((8, 8)).number("4x5"), "There is no band '4x5'; expected 0 to 3 or a name: '4x4'"),
     (lambda: Bands.pooling((8, 8)).energy(torch.ones(3, 64, 8)), "x has shape (3, 64, 8); expected images [..., 8, 8]"),
     (lambda: Bands.pooling((8, 8)).energy_tokens(torch.ones(3, 8, 8)), "x has shape (3, 8, 8); expected activations"),
     (lambda: Bands.eigen(torch.ones(3, 5), (2, 2)), "x has shape (3, 5); expected a covariance"),

@@ -1,6 +1,6 @@
 """Commitment against Gaussian twins drawn directly (E1): unbiased curves, and intervals that cover.
 
-    python tests/test_commitment.py 300        # the coverage table
+    python tests/test_commitment.py 300 0      # the coverage table: repeats, seed
 """
 
 import sys
@@ -60,7 +60,7 @@ def coverage(lam, pairs, repeats, shared=False, groups=1, seed=0, resamples=500)
     hits, errors = [], []
     for i in range(repeats):
         stats = gaussian_twins(np.random.default_rng([seed, i]), lam, pairs, shared=shared, groups=groups)
-        out = fit_commitment(stats, RELEASES, LOG_SNR, resamples=resamples, seed=i)
+        out = fit_commitment(stats, RELEASES, LOG_SNR, groups=groups, resamples=resamples, seed=i)
         ends = np.concatenate([out.commitment_interval.values[[0, -1], 2], out.gap_interval.values[[2, 0]]])
         want = np.array([truth[0], truth[-1], truth[-1] - truth[0], step[-1] - step[0]])
         hits.append((ends[:, 0] <= want) & (want <= ends[:, 1]))
@@ -211,6 +211,7 @@ def broken(**change):
         (lambda: broken(releases=[1, 2, 5]), "releases is [1, 2, 5]; expected 3 or more different steps from 0 to 4."),
         (lambda: broken(releases=[1, 2, 2]), "releases is [1, 2, 2]; expected 3 or more different steps from 0 to 4."),
         (lambda: broken(stats=Agreement(*np.ones((3, 3, 9)))), "The statistics have shapes [(3, 9)]; expected one"),
+        (lambda: broken(groups=9), "groups is 9; 16 pairs can have been in 1 to 8 groups."),
         (lambda: broken(names=["low"]), "names are ['low']; expected one for each of the 2 bands."),
         (lambda: agreement(torch.ones(3, 4), torch.ones(3, 5)), "The twins have shapes (3, 4) and (3, 5); expected"),
         (lambda: agreement(torch.ones(3, 4), torch.ones(3, 4), groups=[1, 1]), "groups has shape (2,); expected one"),
@@ -224,11 +225,11 @@ def test_errors(make, text):
 
 
 if __name__ == "__main__":
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+    repeats, seed = (int(a) for a in (*sys.argv[1:], *(300, 0)[len(sys.argv) - 1 :]))
     print(f"{'spectrum':20s} pairs shared groups | low    high   gap    gap(steps) | bias/sd      undefined")
     for name, lam in CASES.items():
         for pairs, shared, groups in ((32, False, 1), (64, False, 1), (64, True, 1), (64, True, 8)):
-            hit, bias, undefined = coverage(lam, pairs, repeats, shared, groups)
+            hit, bias, undefined = coverage(lam, pairs, repeats, shared, groups, seed)
             row = "  ".join(f"{h:.3f}" for h in hit)
             setting = f"{name:20s} {pairs:5d} {shared!s:6s} {groups:6d}"
             print(f"{setting} | {row}      | {bias.round(2)}  {undefined}", flush=True)

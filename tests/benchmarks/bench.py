@@ -1,0 +1,175 @@
+"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 20]`. Prints, stores nothing.
+
+Each row is one way to watch a forward. In every repeat all rows run once, in an order drawn anew, so that drift of the
+machine falls on all alike; times are process time on one thread, which other programs disturb least. Differences and
+ratios are to the bare forward of the same repeat; figures are medians over repeats, with the quartiles beside them.
+Setting up (attaching hooks, opening a trace) happens once a denoising run and is not in the rows; what it costs is the
+line below each table. Hook points, plain hooks and nnsight each have a copy of the model to themselves.
+
+A ratio below 1 is no slip of the clock: a hooked block calls SDPA directly, where diffusers' attention, among other
+things, inspects its processor's signature at every call.
+"""
+
+import argparse
+import copy
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import nnsight
+import torch
+from diffusers import DiTTransformer2DModel
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import dit_lens
+from dit_lens.probes import SpectralSplit
+
+STREAMS = "blocks.*.hook_resid_post"
+Forward = Callable[[], object]
+Row = Callable[[], AbstractContextManager[Forward]]
+
+
+def make_model(layers: int, heads: int, d_head: int, channels: int, size: int, classes: int) -> DiTTransformer2DModel:
+    """A DiT with random weights; time does not depend on them."""
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=d_head, in_channels=channels, out_channels=channels,
+        num_layers=layers, sample_size=size, patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=1,
+    ).eval()
+
+
+def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
+    """The ways to watch, each a context manager that sets up and gives the forward to time."""
+    config = model.config
+    x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
+    t, y = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.long)
+    inputs = {"timestep": t, "class_labels": y}
+    hooked = dit_lens.HookedDiT(copy.deepcopy(model))
+    plain = copy.deepcopy(model)
+    watched = nnsight.NNsight(copy.deepcopy(model))
+    bands = dit_lens.Bands.radial(hooked.cfg.grid)
+
+    @contextmanager
+    def bare() -> Iterator[Forward]:
+        yield lambda: model(x, **inputs)
+
+    @contextmanager
+    def idle() -> Iterator[Forward]:
+        yield lambda: hooked.transformer(x, **inputs)
+
+    @contextmanager
+    def plain_hooks(keep: Callable[[Tensor], Tensor]) -> Iterator[Forward]:
+        kept: dict[int, Tensor] = {}
+        handles = [
+            block.register_forward_hook(lambda module, args, output, i=i: kept.__setitem__(i, keep(output)))
+            for i, block in enumerate(plain.transformer_blocks)
+        ]
+        yield lambda: plain(x, **inputs)
+        for handle in handles:
+            handle.remove()
+
+    @contextmanager
+    def trace(names: str | None = None, probe: bool = False) -> Iterator[Forward]:
+        with dit_lens.trace(hooked, names=names, probes=[SpectralSplit(STREAMS, bands)] if probe else []):
+            yield lambda: hooked.transformer(x, **inputs)
+
+    @contextmanager
+    def cache(names: str | None) -> Iterator[Forward]:
+        yield lambda: hooked.run_with_cache(x, t, y, names_filter=names)
+
+    @contextmanager
+    def with_nnsight() -> Iterator[Forward]:
+        def forward() -> object:
+            with watched.trace(x, **inputs):
+                outputs = nnsight.save([block.output for block in watched.transformer_blocks])
+            return outputs
+
+        yield forward
+
+    n = config.num_layers
+    return {
+        "bare forward": bare,
+        "hook points, idle": idle,
+        "trace, inputs kept": trace,
+        f"streams, {n}: plain hooks": lambda: plain_hooks(lambda h: h),
+        f"streams, {n}: trace(names=...)": lambda: trace(STREAMS),
+        f"streams, {n}: run_with_cache": lambda: cache(STREAMS),
+        f"streams, {n}: nnsight": with_nnsight,
+        f"band energies, {n}: plain hooks": lambda: plain_hooks(bands.energy_tokens),
+        f"band energies, {n}: SpectralSplit": lambda: trace(probe=True),
+        f"everything, {len(hooked.names)}: run_with_cache": lambda: cache(None),
+    }
+
+
+def seconds(forward: Forward, inner: int) -> float:
+    """Process time of one forward."""
+    began = time.process_time()
+    for _ in range(inner):
+        forward()
+    return (time.process_time() - began) / inner
+
+
+def measure(ways: dict[str, Row], repeats: int, inner: int, title: str) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds a forward by row and repeat, and seconds to open and close a trace."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    opening: list[float] = []
+    order, rng = list(ways), random.Random(0)
+    for _ in track(range(repeats), title):
+        rng.shuffle(order)
+        for name in order:
+            with ways[name]() as forward:
+                forward()
+                times[name].append(seconds(forward, inner))
+        began = time.process_time()
+        with ways["trace, inputs kept"]():
+            pass
+        opening.append(time.process_time() - began)
+    return times, opening
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}}  ({low:{form}} to {high:{form}})"
+
+
+def show(title: str, times: dict[str, list[float]], opening: list[float], console: Console) -> None:
+    table = Table("", "ms", "added, ms", "ratio to bare", title=title)
+    base = times["bare forward"]
+    for name, own in times.items():
+        added = [1e3 * (t - b) for t, b in zip(own, base, strict=True)]
+        ratio = [t / b for t, b in zip(own, base, strict=True)]
+        beside = ("", "1") if own is base else (spread(added, "+.2f"), spread(ratio, ".3f"))
+        table.add_row(name, spread([1e3 * t for t in own], ".2f"), *beside)
+    console.print(table)
+    console.print(f"opening and closing a trace, once a run: {spread([1e3 * t for t in opening], '.2f')} ms\n")
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--repeats", type=int, default=20)
+    args = ap.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    console = Console(width=110)
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, one thread"
+    console.print(f"{versions}; medians of {args.repeats} repeats, quartiles in brackets\n")
+    small = make_model(layers=28, heads=4, d_head=16, channels=1, size=16, classes=10)
+    wide = make_model(layers=1, heads=16, d_head=72, channels=4, size=32, classes=1000)
+    for model, batch, inner, what in (
+        (small, 1, 5, "28 layers, width 64, 64 tokens"),
+        (small, 16, 1, "28 layers, width 64, 64 tokens"),
+        (wide, 1, 2, "one block of DiT-XL/2, width 1152, 256 tokens"),
+    ):
+        title = f"{what}, batch {batch}"
+        show(title, *measure(rows(model, batch), args.repeats, inner, title), console)
+
+
+if __name__ == "__main__":
+    main()
