@@ -39,7 +39,7 @@ def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.dev
     if _is_hub_id(model):
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
         return HookedDiT(pipe.to(device))
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
@@ -50,7 +50,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -
     import diffusers
 
     if (folder / "model_index.json").exists():
-        pipe = _weights(diffusers.DiffusionPipeline, folder, torch_dtype=dtype)
+        pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device))
@@ -77,7 +77,7 @@ def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
         cls = getattr(diffusers, name)
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(folder / config)!r} does not name a diffusers class ({error!r}).") from None
-    return _weights(cls, folder, **({} if dtype is None else {"torch_dtype": dtype}))
+    return _weights(cls, folder, **({} if dtype is None else {"dtype": dtype}))
 
 
 def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:

