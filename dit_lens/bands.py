@@ -61,9 +61,10 @@ class Bands:
                cut: float | None = None) -> Bands:  # fmt: skip
         """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per token.
 
-        `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the corner of the grid's spectrum (sqrt(1/2) when h, w are even), the mean in
-        the lowest; or inner `edges`; or a single `cut` into "low" and "high" (`CUT` = 0.25 is usual; a frequency equal
-        to the cut is high). Raises ValueError naming an empty band, and what would do.
+        `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the corner of the grid's
+        spectrum (sqrt(1/2) when h, w are even), the mean in the lowest; or inner `edges`; or a single `cut` into "low"
+        and "high" (`CUT` = 0.25 is usual; a frequency equal to the cut is high). Raises ValueError naming an empty
+        band, and what would do.
 
         >>> Bands.radial((8, 8)).sizes
         (1, 8, 12, 24, 14, 5)

@@ -129,7 +129,7 @@ def _without(d: Array, error: Array, critical: float, pairs: int, matters: float
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
         back = k + np.argmin((size + width)[k, k:])  # that it came back must be shown: surely small
         if (size + width)[k, back] < matters:
-            message = f"The profile departs at layer {k + 1} but layer {back + 1} is at its early level again: no onset."
+            message = f"The profile departs at layer {k + 1} but is at its early level in layer {back + 1}: no onset."
             return replace(absent, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:

@@ -38,18 +38,28 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Change:
+    """From a step on: each item's noise comes from these seeds, and these edits act beside the earlier ones."""
+
+    from_step: int
+    seeds: tuple[int, ...]
+    edits: Edits = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """A denoising trajectory; step 0 is the noisiest.
 
     Attributes:
-        latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width].
+        latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width], float32.
         x0: the clean latents predicted at each step, [steps, batch, ...]. outputs: what the model answered (guided), [steps, batch, ...].
-        timesteps: [steps]. labels: [batch]. seeds: one for each item.
+        timesteps: [steps]. labels: [batch].
+        history: where its noise comes from and what was edited, from step 0 and from each replay's step on.
     """
 
     model: HookedDiT = field(repr=False)
     labels: Tensor
-    seeds: tuple[int, ...]
+    history: tuple[Change, ...]
     settings: Settings
     timesteps: Tensor = field(repr=False)
     latents: Tensor = field(repr=False)
@@ -76,34 +86,46 @@ class Run:
         check_step(step, self.settings.steps)
         key: Any = name if layer is None else (name, layer)
         x, t, y = model_inputs(self.model, self.latents[step], self.timesteps[step], self.labels, self.settings.guidance)
-        with torch.no_grad():
+        with torch.no_grad(), self.model.hooks(edits_at(self.history, step)):
             return self.model.activations(x, t, y, [key])[key]
 
     def select(self, items: slice | Sequence[int] | Tensor) -> Run:
         """The same run for some of its items only."""
         chosen = torch.arange(len(self.labels))[items]
         parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
-        return replace(self, labels=self.labels[chosen], seeds=tuple(self.seeds[i] for i in chosen.tolist()), **parts)
+        history = tuple(replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history)
+        return replace(self, labels=self.labels[chosen], history=history, **parts)
 
     def replay(
         self, from_step: int = 0, edits: Edits = (), *, seeds: Seeds | None = None, latents: Tensor | None = None
     ) -> Run:
         """The same run from `from_step` on, with interventions, or other noise, or other latents at that step.
 
-        Without any it is bit for bit this run. Other `seeds` make clones: they share the past and not the future. Raises ValueError
-        for a step outside the run, latents of another shape, or seeds that do not fit.
+        Without any it is bit for bit this run, its own edits included. Other `seeds` make clones: they share the past and not the
+        future. Raises ValueError for a step outside the run, latents of another shape, or seeds that do not fit.
         """
         check_step(from_step, self.settings.steps)
         start = self.latents[from_step] if latents is None else latents
         if start.shape != self.latents[0].shape:
             raise ValueError(f"The latents have shape {list(start.shape)}; expected {list(self.latents[0].shape)}.")
-        new_seeds = self.seeds if seeds is None else item_seeds(seeds, len(self.labels))
+        history = self.history
+        if seeds is not None or edits:
+            new = self.seeds_at(from_step) if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
+            history = (*(c if c.from_step < from_step else replace(c, seeds=new) for c in history), Change(from_step, new, tuple(edits)))
         scheduler = prepared(self.model, self.settings)
         for step in range(from_step):  # only for the memory of multistep schedulers
-            advance(scheduler, self.outputs[step], self.timesteps[step], self.latents[step], self.seeds, step, self.settings.eta)
-        with self.model.hooks(edits):
-            later = list(denoise(self.model, start, self.labels, new_seeds, self.settings, scheduler, from_step))
-        return replace(self, seeds=tuple(new_seeds), **_joined(self, from_step, start, later))
+            noise_seeds = self.seeds_at(step)
+            advance(scheduler, self.outputs[step], self.timesteps[step], self.latents[step], noise_seeds, step, self.settings.eta)
+        later = denoise(self.model, start, self.labels, history, self.settings, scheduler, from_step)
+        x0, outputs, following = (torch.stack(part) for part in zip(*later, strict=True))
+        return replace(
+            self, history=history, latents=torch.cat([self.latents[:from_step], start[None], following]),
+            x0=torch.cat([self.x0[:from_step], x0]), outputs=torch.cat([self.outputs[:from_step], outputs]),
+        )
+
+    def seeds_at(self, step: int) -> tuple[int, ...]:
+        """The seeds that this step's noise came from, one for each item."""
+        return seeds_at(self.history, step)
 
 
 def sample(
@@ -138,20 +160,20 @@ def sample(
     plan = prepared(model, settings)
     shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
     if latents is None:
-        latents = noise(own_seeds, START, shape, model.device, model.dtype) * getattr(plan, "init_noise_sigma", 1.0)
+        latents = noise(own_seeds, START, shape, model.device) * getattr(plan, "init_noise_sigma", 1.0)
     elif latents.shape != (len(y), *shape):
         raise ValueError(f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for {len(y)} labels.")
-    seen = []
-    for step, kept in enumerate(denoise(model, latents, y, own_seeds, settings, plan)):
+    seen, history = [], (Change(0, tuple(own_seeds)),)
+    for step, kept in enumerate(denoise(model, latents, y, history, settings, plan)):
         seen.append(kept)
         if progress is not None:
             progress(step)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    return Run(model, y, tuple(own_seeds), settings, plan.timesteps.cpu(), torch.cat([latents[None], later]), x0, outputs)
+    return Run(model, y, history, settings, plan.timesteps.cpu(), torch.cat([latents[None], later]), x0, outputs)
 
 
 def denoise(
-    model: HookedDiT, x: Tensor, labels: Tensor, seeds: Sequence[int], settings: Settings, scheduler: Any,
+    model: HookedDiT, x: Tensor, labels: Tensor, history: tuple[Change, ...], settings: Settings, scheduler: Any,
     first: int = 0, last: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The loop: from x_t at step `first` to before step `last`, yielding (predicted x0, model output, next x_t) at every step."""
@@ -159,11 +181,12 @@ def denoise(
         for step in range(first, settings.steps if last is None else last):
             t = scheduler.timesteps[step]
             inputs, ts, ys = model_inputs(model, x, t, labels, settings.guidance)
-            output = guided(model(inputs, ts, ys), settings, model.cfg.in_channels)
+            with model.hooks(edits_at(history, step)):
+                output = guided(model(inputs, ts, ys).to(x.dtype), settings, model.cfg.in_channels)
             if model.cfg.learned_sigma and not str(scheduler.config.get("variance_type", "")).startswith("learned"):
                 output = output[:, : model.cfg.in_channels]
             x0 = predict_x0(scheduler, x, output[:, : model.cfg.in_channels], t)
-            x = advance(scheduler, output, t, x, seeds, step, settings.eta)
+            x = advance(scheduler, output, t, x, seeds_at(history, step), step, settings.eta)
             yield x0, output, x
 
 
@@ -172,7 +195,17 @@ def model_inputs(model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidanc
     labels = labels.to(x.device)
     if guidance != 1:
         x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, model.cfg.null_class)])
-    return x, t.to(x.device).expand(len(x)), labels
+    return x.to(model.dtype), t.to(x.device).expand(len(x)), labels
+
+
+def seeds_at(history: tuple[Change, ...], step: int) -> tuple[int, ...]:
+    """The seeds in force at a step: those of the latest change."""
+    return [change.seeds for change in history if change.from_step <= step][-1]
+
+
+def edits_at(history: tuple[Change, ...], step: int) -> Edits:
+    """The edits in force at a step: those of every change so far."""
+    return [edit for change in history if change.from_step <= step for edit in change.edits]
 
 
 def guided(output: Tensor, settings: Settings, channels: int) -> Tensor:
@@ -206,8 +239,9 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
 def decode(model: HookedDiT, latents: Tensor) -> Tensor:
     """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in [-1, 1]."""
     if model.vae is not None:
+        shift = getattr(model.vae.config, "shift_factor", None) or 0.0
         with torch.no_grad():
-            latents = model.vae.decode(latents / model.vae.config.scaling_factor).sample
+            latents = model.vae.decode((latents / model.vae.config.scaling_factor + shift).to(model.vae.dtype)).sample
     return (latents / 2 + 0.5).clamp(0, 1)
 
 
@@ -254,11 +288,3 @@ def item_seeds(seeds: Seeds, items: int) -> list[int]:
         raise ValueError(f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none negative.")
     return own
 
-
-def _joined(run: Run, from_step: int, start: Tensor, later: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-    x0, outputs, following = (torch.stack(part) for part in zip(*later, strict=True))
-    return {
-        "latents": torch.cat([run.latents[:from_step], start[None], following]),
-        "x0": torch.cat([run.x0[:from_step], x0]),
-        "outputs": torch.cat([run.outputs[:from_step], outputs]),
-    }

@@ -23,7 +23,7 @@ from .coupling import Gate, check_gate, coupled
 from .model import HookedDiT
 from .noise import START, noise
 from .probe import Probe
-from .sampling import Run, Settings, check_settings, denoise, is_stochastic, item_labels, prepared
+from .sampling import Change, Run, Settings, check_settings, denoise, is_stochastic, item_labels, prepared
 from .tracing import trace
 
 
@@ -84,17 +84,19 @@ def twins(
     own, other = twin_seeds(seed, pairs)
     plan = prepared(model, settings)
     shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
-    z = noise(own, START, shape, model.device, model.dtype) * getattr(plan, "init_noise_sigma", 1.0)
+    z = noise(own, START, shape, model.device) * getattr(plan, "init_noise_sigma", 1.0)
     x, both = torch.cat([z, z]), torch.cat([y, y])
     if tie == "attention":
-        xi = noise(other, START, shape, model.device, model.dtype)
+        xi = noise(other, START, shape, model.device)
         x = torch.cat([(1 - eps**2) ** 0.5 * z + sign * eps * xi for sign in (1, -1)])
     seen = []
     branches = 1 if settings.guidance == 1 else 2
 
-    def go(seeds: list[int], first: int, last: int) -> None:
+    history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
+
+    def go(first: int, last: int) -> None:
         start = seen[-1][2] if seen else x
-        for each in denoise(model, start, both, seeds, settings, plan, first, last):
+        for each in denoise(model, start, both, history, settings, plan, first, last):
             seen.append(each)
             if progress is not None:
                 progress(len(seen) - 1)
@@ -102,10 +104,10 @@ def twins(
     watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
     with watch, _named(model, (("A",) * pairs + ("B",) * pairs) * branches):
         with coupled(model, g if tie == "attention" else 0.0, gate, layers, branches):
-            go(own + own, 0, release)
-        go(own + other, release, steps)
+            go(0, release)
+        go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    run = Run(model, both, tuple(own + other), settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs)
+    run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs)
     return Twins(run, pairs, release)
 
 

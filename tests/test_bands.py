@@ -106,6 +106,8 @@ def test_eigen_orders_modes_by_variance():
 def test_default_bands_are_filled(side):
     for bands in (Bands.radial((side, side)), Bands.dct((side, side))):
         assert bands.n == 6 and min(bands.sizes) > 0 and bands.index[0] == 0
+    small = Bands.radial((4, 4))
+    assert small.n == 5 and min(small.sizes) > 0
 
 
 def test_tokens_are_images_in_rows_and_half_precision_keeps_its_dtype():

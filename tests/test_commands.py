@@ -70,7 +70,7 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     for name in ("layer_profile.png", "frequencies.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert main(["report", str(out)]) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out.strip() == shown.strip()
     again = gap.measure(dit_lens.load(folder), pairs=16, steps=8, name=str(folder))
     other = gap.measure(dit_lens.load(folder), pairs=16, steps=8, seed=1, name=str(folder))
     for name in first.data_vars:

@@ -76,11 +76,14 @@ def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
     assert torch.isfinite(run.latents).all()
     if scheduler in ("ddim", "ddpm", "sde-dpm++"):
         clone = run.replay(5, seeds=[1, 1, 1])
+        assert torch.equal(clone.replay(2).latents, clone.latents)
         assert torch.equal(clone.latents[:6], run.latents[:6]) and not torch.equal(clone.latents[6], run.latents[6])
     edited = run.replay(4, edits=[("blocks.1.hook_attn_out", lambda a, hook: a * 0)])
     assert torch.equal(edited.latents[:5], run.latents[:5]) and not torch.equal(edited.latents[-1], run.latents[-1])
+    assert torch.equal(edited.replay(2).latents[:5], run.latents[:5]) and torch.equal(edited.replay(2).latents, edited.latents)
+    assert (edited.activations("attn_out", 1, step=5) == 0).all() and (edited.activations("attn_out", 1, step=3) != 0).any()
     part = run.select([2, 0])
-    assert torch.allclose(part.replay(2).latents, run.latents[:, [2, 0]], atol=1e-5) and part.seeds == (2, 4)
+    assert torch.allclose(part.replay(2).latents, run.latents[:, [2, 0]], atol=1e-5) and part.seeds_at(0) == (2, 4)
 
 
 def test_flow_matching():
@@ -119,6 +122,12 @@ def test_activations_are_those_of_the_run(model):
     with model.hooks([("blocks.1.hook_resid_post", lambda a, hook: seen.append(a.clone()))]):
         run = dit_lens.sample(model, [3, 7], steps=4, guidance=3.0)
     assert torch.equal(run.activations("resid_post", 1, step=2), seen[2]) and len(seen[2]) == 4
+
+
+def test_latents_stay_float32_whatever_the_model_computes_in(model):
+    model.to(torch.bfloat16)
+    run = dit_lens.sample(model, [1, 2], steps=4, eta=1.0)
+    assert run.latents.dtype == run.x0.dtype == torch.float32 and torch.equal(run.replay(1).latents, run.latents)
 
 
 def test_bad_input(model):
