@@ -67,19 +67,32 @@ def hooks_command(args: argparse.Namespace) -> None:
     cfg, sites = family.config(skeleton), family.sites(skeleton)
     side = cfg.grid[0] * cfg.grid[1]
     sizes = {
-        "batch": "b", "token": side, "query": side, "key": side, "d_model": cfg.d_model, "head": cfg.n_heads, "d_head": cfg.d_head,
-        "d_mlp": cfg.d_mlp, "patch": cfg.patch_size**2 * cfg.out_channels, "channel": cfg.out_channels,
-        "height": cfg.sample_size, "width": cfg.sample_size,
+        "batch": "b",
+        "token": side,
+        "query": side,
+        "key": side,
+        "d_model": cfg.d_model,
+        "head": cfg.n_heads,
+        "d_head": cfg.d_head,
+        "d_mlp": cfg.d_mlp,
+        "patch": cfg.patch_size**2 * cfg.out_channels,
+        "channel": cfg.out_channels,
+        "height": cfg.sample_size,
+        "width": cfg.sample_size,
     }
     chosen = select(args.filter, list(sites))
     rows: dict[str, list[str]] = {}  # the same site of every layer is one row
     for name in chosen:
         rows.setdefault(name if name == site_of(name) else f"blocks.{{i}}.{site_of(name)}", []).append(name)
-    table = Table("hook point", "shape", "axes", "of", title=f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers")
+    table = Table(
+        "hook point", "shape", "axes", "of", title=f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers"
+    )
     for row, members in rows.items():
         axes = sites[members[0]]
         count = f"{len(members)} layers" if row.startswith("blocks.{i}") else ""
-        shape = Text("[" + ", ".join(str(sizes[a]) for a in axes) + "]")  # as it stands: rich would take brackets for markup
+        shape = Text(
+            "[" + ", ".join(str(sizes[a]) for a in axes) + "]"
+        )  # as it stands: rich would take brackets for markup
         table.add_row(Text(row), shape, ", ".join(axes), count)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -118,5 +131,7 @@ def report_command(args: argparse.Namespace) -> None:
 
     path = args.results / "gap.nc" if args.results.is_dir() else args.results
     if not path.exists():
-        raise FileNotFoundError(f"There are no results at {str(path)!r}; expected the gap.nc that `dit-lens gap` wrote.")
+        raise FileNotFoundError(
+            f"There are no results at {str(path)!r}; expected the gap.nc that `dit-lens gap` wrote."
+        )
     gap_report.write(gap_report.read(path), path.parent)

@@ -36,14 +36,16 @@ def coupled(
 
     Raises ValueError for g below 0 or not finite, an unknown gate, or a layer that does not exist.
 
-    >>> import dit_lens, torch; model = dit_lens.load("digits"); x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([500] * 2), torch.tensor([3] * 2)
-    >>> with coupled(model, g=0.5): out = model(x, t, y)
+    >>> import dit_lens, torch; model = dit_lens.load("digits")
+    >>> with coupled(model, g=0.5): out = model(torch.randn(2, 1, 16, 16), torch.tensor([500, 500]), torch.tensor([3, 3]))
     """
     check_gate(g, gate)
     chosen = range(model.cfg.n_layers) if layers is None else layers
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:
-            raise ValueError(f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted from 0.")
+            raise ValueError(
+                f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted from 0."
+            )
     handles = []
     try:
         for layer in chosen if g else ():
@@ -92,8 +94,8 @@ def gated(own: Tensor, q: Tensor, k: Tensor, v: Tensor, g: float, gate: Gate, br
 def linear_response(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, g: float) -> Tensor:
     """The attention output's difference between twins to first order in their differences; [..., token, d_head].
 
-    rho P dv + Cov_P[dq k', v] + rho Cov_P[q dk', v], with rho = (1 - g)/(1 + g), q, k, v of the mean replica, P its pattern, logits scaled by
-    1/sqrt(d_head), and Cov_P[L, v] = (P * (L - rowmean_P L)) v. Both gates share it; the error is of second order in the differences.
+    rho P dv + Cov_P[dq k', v] + rho Cov_P[q dk', v], with rho = (1 - g)/(1 + g), q, k, v of the mean replica, P its pattern,
+    logits scaled by 1/sqrt(d_head), and Cov_P[L, v] = (P * (L - rowmean_P L)) v. Both gates share it; the error is of second order in the differences.
     """
     scale = q.shape[-1] ** -0.5
     pattern = (q @ k.transpose(-1, -2) * scale).softmax(-1)

@@ -2,8 +2,8 @@
 
 One run of twins released at step 0 serves three questions, each shown under its own name (design, section 5):
 
-- behaviour: when is a band of the finished image decided? Once for all steps in one pass, from corr²(x0 predicted at a step, finished image),
-  and again with clones, released at the steps where those curves bend;
+- behaviour: when is a band of the finished image decided? Once for all steps in one pass, from corr²(x0 predicted at a step, finished
+  image), and again with clones, released at the steps where those curves bend;
 - divergence: when has the difference of the twins in layer l, band b, reached half of what it ends at?
 - lens: when has what layer l predicts, read by the last layer, reached half of its final agreement with the finished image?
 
@@ -34,7 +34,13 @@ RELEASES = 8
 
 
 def measure(
-    model: HookedDiT, pairs: int = 48, steps: int = 50, seed: int = 0, name: str = "model", resamples: int = 400, progress: bool = False
+    model: HookedDiT,
+    pairs: int = 48,
+    steps: int = 50,
+    seed: int = 0,
+    name: str = "model",
+    resamples: int = 400,
+    progress: bool = False,
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer, as one dataset; `dit_lens.gap_report` shows it.
 
@@ -43,10 +49,14 @@ def measure(
     import xarray as xr
 
     if pairs < 2 * FEWEST_PAIRS:
-        raise ValueError(f"There are {pairs} pairs; intervals over pairs with class means removed need {2 * FEWEST_PAIRS} or more.")
+        raise ValueError(
+            f"There are {pairs} pairs; intervals over pairs with class means removed need {2 * FEWEST_PAIRS} or more."
+        )
     if steps < 4:
         raise ValueError(f"steps={steps} is too short a run to see anything settle in; expected 4 or more.")
-    probes = importlib.import_module("dit_lens.probes")  # the one place where the core's order is turned: this is a command
+    probes = importlib.import_module(
+        "dit_lens.probes"
+    )  # the one place where the core's order is turned: this is a command
     c = model.cfg
     latent_grid = (c.sample_size, c.sample_size)
     fine, split = Bands.radial(latent_grid), Bands.radial(latent_grid, cut=CUT)
@@ -54,12 +64,16 @@ def measure(
 
     with _Progress(progress, pairs * 2 * steps) as bar:
         divergence, lens = probes.TwinDivergence(), probes.LayerLens(split)
-        pair = twins(model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens], progress=lambda s: bar(2 * pairs))
+        pair = twins(
+            model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens], progress=lambda s: bar(2 * pairs)
+        )
         log_snr = pair.run.log_snr.numpy()
         both = np.array(labels * 2)
         final = pair.run.latents[-1]
 
-        one_pass = {b: Agreement.stack([_by_pair(agreement(x0, final, b, both)) for x0 in pair.run.x0]) for b in (fine, split)}
+        one_pass = {
+            b: Agreement.stack([_by_pair(agreement(x0, final, b, both)) for x0 in pair.run.x0]) for b in (fine, split)
+        }
         releases = _where_it_bends(curve(one_pass[fine], squared=True), steps)
         bar.more(sum(pairs * (steps - r) for r in releases))
         clones = _clones(pair, releases, seed, (fine, split), labels, bar)
@@ -82,12 +96,22 @@ def measure(
             result[f"{kind}_{value}"] = (("estimator", kind, *extra), stacked)
         dims = ("estimator", "quantity")
         result[f"{kind}_gap"] = (dims, np.stack([fits[m, kind].gap.values for m in methods]))
-        result[f"{kind}_gap_interval"] = ((*dims, "bound"), np.stack([fits[m, kind].gap_interval.values for m in methods]))
+        result[f"{kind}_gap_interval"] = (
+            (*dims, "bound"),
+            np.stack([fits[m, kind].gap_interval.values for m in methods]),
+        )
 
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
     seen, lensed = divergence.result(), lens.result(final)
     views = {"divergence": _divergence_curves(seen, counts), "lens": _lens_curves(lensed, counts)}
-    attrs: dict[str, Any] = {"model": name, "pairs": pairs, "steps": steps, "seed": seed, "cut": CUT, "reading": READING}
+    attrs: dict[str, Any] = {
+        "model": name,
+        "pairs": pairs,
+        "steps": steps,
+        "seed": seed,
+        "cut": CUT,
+        "reading": READING,
+    }
     taus, gaps, ends = [], [], []
     for view, curves in views.items():  # [resample, layer, band, step]
         tau = half_crossing(curves)
@@ -105,7 +129,10 @@ def measure(
     at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 0, steps - 1))
     energies = _energies(seen, counts)[..., at]  # [resample, layer, band]
     ratio = np.log(energies[..., 0]) - np.log(energies[..., -1])
-    result["log_ratio"], result["log_ratio_interval"] = ("layer", ratio[0]), (("layer", "bound"), _percentiles(ratio[1:]))
+    result["log_ratio"], result["log_ratio_interval"] = (
+        ("layer", ratio[0]),
+        (("layer", "bound"), _percentiles(ratio[1:])),
+    )
     result["difference_energy"] = (("reading", "layer", "step", "split"), seen.energy.values)
     attrs["commitment_step"] = at
     dataset = xr.Dataset(
@@ -117,7 +144,9 @@ def measure(
         },
         attrs=attrs,
     )  # fmt: skip
-    dataset.attrs["title"] = f"{name}: {c.n_layers} layers, {pairs} pairs of twins, {steps} DDIM steps (eta 1); commitment in steps"
+    dataset.attrs["title"] = (
+        f"{name}: {c.n_layers} layers, {pairs} pairs of twins, {steps} DDIM steps (eta 1); commitment in steps"
+    )
     dataset.attrs["headline"] = headline(dataset)
     return dataset
 
@@ -209,7 +238,10 @@ def _percentiles(draws: Array) -> Array:
 def _onset(view: str, gap: Array, pairs: int) -> dict[str, Any]:
     if not np.isfinite(gap).all():
         layers = np.flatnonzero(~np.isfinite(gap).all(0))
-        message = f"No onset can be named: in {len(layers)} layers, the first of them {layers[0]}, a band does not cross half its final value."
+        message = (
+            f"No onset can be named: in {len(layers)} layers, the first of them {layers[0]}, "
+            "a band does not cross half its final value."
+        )
         return {f"onset_{view}": message, f"onset_layer_{view}": -1, f"onset_verdict_{view}": "cannot tell"}
     found = onset(gap[0], gap[1:], pairs)
     layer = -1 if found.layer is None else found.layer

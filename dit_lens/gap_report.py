@@ -27,8 +27,13 @@ def write(results: xr.Dataset, folder: Path) -> None:
     for line in sentences(results):
         console.print(line, soft_wrap=True)
     results.to_netcdf(folder / "gap.nc", engine="scipy")
-    pictures = [draw_profile(results, folder / "layer_profile.png"), draw_frequencies(results, folder / "frequencies.png")]
-    console.print(f"[dim]pictures and figures: {', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]", soft_wrap=True)
+    pictures = [
+        draw_profile(results, folder / "layer_profile.png"),
+        draw_frequencies(results, folder / "frequencies.png"),
+    ]
+    console.print(
+        f"[dim]pictures and figures: {', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]", soft_wrap=True
+    )
 
 
 def read(path: Path) -> xr.Dataset:
@@ -48,7 +53,9 @@ def table(results: xr.Dataset) -> Any:
     """One row a layer: when its low and its high band settle, and the gap, by both readings."""
     from rich.table import Table
 
-    shown = Table(title=results.attrs["title"], title_justify="left", caption=CAPTION, caption_justify="left", padding=(0, 1))
+    shown = Table(
+        title=results.attrs["title"], title_justify="left", caption=CAPTION, caption_justify="left", padding=(0, 1)
+    )
     shown.add_column("layer", justify="right")
     for view in ("stream", "lens"):
         shown.add_column(f"{view} low", justify="right", header_style=LOW, no_wrap=True)
@@ -112,11 +119,20 @@ def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
     colours = matplotlib.colormaps["coolwarm"](np.linspace(0, 1, len(bands)))
     for band, colour in zip(bands, colours, strict=True):
         lines.plot(results.step, results.agreement_one_pass.sel(band=band), color=colour, linewidth=1.4, label=band)
-        lines.plot(results.release, results.agreement_clones.sel(band=band), color=colour, marker="o", markersize=3.5, linestyle="none")
+        lines.plot(
+            results.release,
+            results.agreement_clones.sel(band=band),
+            color=colour,
+            marker="o",
+            markersize=3.5,
+            linestyle="none",
+        )
     lines.axhline(0.5, color=INK, linewidth=0.6, linestyle=":")
     lines.set(xlabel="release step (0 is the noisiest)", ylabel="agreement of the finished twins", ylim=(-0.1, 1.02))
     lines.legend(title="frequency, cycles/pixel", fontsize=7, title_fontsize=7, frameon=False, loc="upper left")
-    lines.annotate("lines: one pass   points: clones", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=7, color=INK)
+    lines.annotate(
+        "lines: one pass   points: clones", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=7, color=INK
+    )
     for method, marker, words in (("one_pass", "o", "one pass"), ("clones", "s", "clones")):
         tau = results.band_commitment.sel(estimator=method)
         ends = results.band_commitment_interval.sel(estimator=method)

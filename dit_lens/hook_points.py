@@ -119,8 +119,12 @@ class Editor(Listener):
         new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
         if new is None:
             if before is not None and copy._version != before:
-                raise RuntimeError(f"The hook at {point.name!r} changed its activation in place and returned None; return it.")
-            return copy if copy.requires_grad else x  # with gradients the user may have kept the copy to ask for its .grad
+                raise RuntimeError(
+                    f"The hook at {point.name!r} changed its activation in place and returned None; return it."
+                )
+            return (
+                copy if copy.requires_grad else x
+            )  # with gradients the user may have kept the copy to ask for its .grad
         point.changed = True
         return _checked(new, x, point)
 
@@ -191,5 +195,3 @@ class StopForward(Exception):
 def stop(x: Tensor, point: HookPoint) -> None:
     """An observer's function that ends the pass at its point."""
     raise StopForward(point.name)
-
-

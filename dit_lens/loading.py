@@ -43,7 +43,9 @@ def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.dev
         return HookedDiT(pipe.to(device))
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
-    raise FileNotFoundError(f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as 'owner/name'; {hint}")
+    raise FileNotFoundError(
+        f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as 'owner/name'; {hint}"
+    )
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> HookedDiT:
@@ -55,11 +57,15 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device))
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a transformer).")
+        raise FileNotFoundError(
+            f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a transformer)."
+        )
     transformer = _part(folder, "config.json", dtype)
     scheduler = _part(folder / "scheduler", "scheduler_config.json")
     vae = _part(folder / "vae", "config.json", dtype)
-    return HookedDiT(transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None)
+    return HookedDiT(
+        transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None
+    )
 
 
 def _is_hub_id(model: str | Path) -> bool:
@@ -84,7 +90,9 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
     if not issubclass(cls, _scheduler_mixin()):
         pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
         if pickles:
-            raise ValueError(f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as safetensors.")
+            raise ValueError(
+                f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as safetensors."
+            )
         kwargs["use_safetensors"] = True
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
@@ -113,12 +121,16 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     if (folder / "config.json").exists():
         config = json.loads((folder / "config.json").read_text())
     elif folder.is_dir() or not _is_hub_id(model):
-        raise FileNotFoundError(f"There is no model at {str(model)!r}; expected a bundled name, a folder with config.json, or a hub id.")
+        raise FileNotFoundError(
+            f"There is no model at {str(model)!r}; expected a bundled name, a folder with config.json, or a hub id."
+        )
     else:
         config = diffusers.DiTTransformer2DModel.load_config(str(model), subfolder="transformer")
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
-        raise ValueError(f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which diffusers does not have.")
+        raise ValueError(
+            f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which diffusers does not have."
+        )
     with torch.device("meta"):
         skeleton = cls.from_config(config)
     return family_of(skeleton), skeleton

@@ -46,8 +46,8 @@ class HookedDiT:
         if isinstance(pipe, HookedDiT):
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
-        self.scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
-        self.vae = vae if vae is not None else getattr(pipe, "vae", None)
+        self.scheduler: Any = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
         self.wiring, _ = Wiring.of(self.transformer)
         self.wiring.temporary = False
         self.cfg = self.wiring.family.config(self.transformer)
@@ -81,16 +81,22 @@ class HookedDiT:
     ) -> Tensor:
         """One forward with temporary hooks. With `bwd_hooks`, call backward inside `with model.hooks(...)` instead.
 
-        >>> import dit_lens, torch; model = dit_lens.load("digits"); x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
-        >>> model.run_with_hooks(x, t, y, fwd_hooks=[("resid_post", lambda a, hook: None)]).shape
+        >>> import dit_lens, torch; x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
+        >>> dit_lens.load("digits").run_with_hooks(x, t, y, fwd_hooks=[("resid_post", lambda a, hook: None)]).shape
         torch.Size([1, 1, 16, 16])
         """
         with self.hooks(fwd_hooks, bwd_hooks):
             return self(x, t, y, **span)
 
     def run_with_cache(
-        self, x: Tensor, t: Tensor, y: Tensor, *, names_filter: NamesFilter = None,
-        device: str | torch.device | None = None, **span: int | None,
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        names_filter: NamesFilter = None,
+        device: str | torch.device | None = None,
+        **span: int | None,
     ) -> tuple[Tensor, ActivationCache]:
         """The output, and every activation that `names_filter` chooses. Gradients flow through them where they are on."""
         kept: dict[str, Tensor] = {}
@@ -106,7 +112,8 @@ class HookedDiT:
     def activations(self, x: Tensor, t: Tensor, y: Tensor, names_filter: NamesFilter) -> ActivationCache:
         """Like `run_with_cache` without the output: the pass ends at the last layer asked for."""
         last = select(names_filter, self.names)[-1]
-        handles, kept = [], {}
+        handles: list[Handle] = []
+        kept: dict[str, Tensor] = {}
         try:
             for name in select(names_filter, self.names):
                 handles.append(self.wiring.attach(name, Observer(lambda v, p: kept.__setitem__(p.name, v))))
@@ -219,7 +226,9 @@ class HookedDiT:
 
     def _require_eval(self) -> None:
         if self.transformer.training:
-            raise RuntimeError("The model is in train mode, where diffusers drops class labels at random; call model.eval() first.")
+            raise RuntimeError(
+                "The model is in train mode, where diffusers drops class labels at random; call model.eval() first."
+            )
 
     def _require_installed(self) -> None:
         if not self.wiring.installed:
@@ -232,5 +241,7 @@ def transformer_of(model: Any) -> Any:
     if hasattr(model, "unet"):
         found = model.unet
     if not isinstance(found, nn.Module):
-        raise TypeError(f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline.")
+        raise TypeError(
+            f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline."
+        )
     return found

@@ -4,8 +4,8 @@ A name is TransformerLens's (`blocks.5.attn.hook_q`). Three things can stand for
 
 - a *key* names one: the full name, or TransformerLens's shorthand `("q", 5)`, `("normalized", 5, "ln1")`; layers count
   from the end when negative, as everywhere in Python;
-- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob (`blocks.*.attn.hook_q`, or `attn.*` in every
-  layer), a shorthand without layer (`"resid_post"`: every layer's), a list or tuple of these, or a callable on names.
+- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob (`blocks.*.attn.hook_q`, or `attn.*` in
+  every layer), a shorthand without layer (`"resid_post"`: every layer's), a list or tuple of these, or a callable on names.
 
 A filter that matches nothing is an error here, with the nearest names: an empty cache that looks like a result is worse.
 """
@@ -54,7 +54,9 @@ def resolve(key: Key, names: Sequence[str]) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UnknownName(f"{key!r} is at {len(found)} hook points, such as {found[0]!r}; say which layer: ({key!r}, 0).")
+            raise UnknownName(
+                f"{key!r} is at {len(found)} hook points, such as {found[0]!r}; say which layer: ({key!r}, 0)."
+            )
         raise _unknown(key, names)
     if not (isinstance(key, tuple) and len(key) in (2, 3) and isinstance(key[0], str) and isinstance(key[1], int)):
         raise UnknownName(f"{key!r} is not a hook name; use a string, or a shorthand such as ('resid_post', 5).")
@@ -90,11 +92,11 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     elif isinstance(names_filter, str):
         chosen = set(_match(names_filter, names))
     elif isinstance(names_filter, tuple) and len(names_filter) >= 2 and isinstance(names_filter[1], int):
-        chosen = {resolve(names_filter, names)}  # type: ignore[arg-type]
+        chosen = {resolve(names_filter, names)}
     else:
         chosen = set()
         for item in names_filter:
-            chosen |= set(_match(item, names)) if isinstance(item, str) else {resolve(item, names)}
+            chosen |= set(_match(item, names)) if isinstance(item, str) else {resolve(item, names)}  # type: ignore[arg-type]
         if not chosen:
             raise UnknownName("The names filter is empty; pass None for every hook point.")
     return [n for n in names if n in chosen]

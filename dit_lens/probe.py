@@ -60,7 +60,8 @@ class Site:
     def where(self, *, branch: str | None = None, twin: str | None = None) -> Tensor:
         """The batch positions of one branch and/or twin: `activation[site.where(twin="A")]`."""
         keep = [
-            i for i, (b, w) in enumerate(zip(self.branch, self.twin, strict=True))
+            i
+            for i, (b, w) in enumerate(zip(self.branch, self.twin, strict=True))
             if branch in (None, b) and twin in (None, w)
         ]
         return torch.tensor(keep, dtype=torch.long, device=self.call.x.device)
@@ -116,5 +117,3 @@ def load_probe(name: str) -> type[Probe]:
     if not (isinstance(probe, type) and issubclass(probe, Probe)):
         raise ValueError(f"The entry point {name!r} is {probe!r}, which is not a subclass of dit_lens.Probe.")
     return probe
-
-

@@ -85,7 +85,9 @@ class Run:
         """
         check_step(step, self.settings.steps)
         key: Any = name if layer is None else (name, layer)
-        x, t, y = model_inputs(self.model, self.latents[step], self.timesteps[step], self.labels, self.settings.guidance)
+        x, t, y = model_inputs(
+            self.model, self.latents[step], self.timesteps[step], self.labels, self.settings.guidance
+        )
         with torch.no_grad(), self.model.hooks(edits_at(self.history, step)):
             return self.model.activations(x, t, y, [key])[key]
 
@@ -111,16 +113,30 @@ class Run:
         history = self.history
         if seeds is not None or edits:
             new = self.seeds_at(from_step) if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
-            history = (*(c if c.from_step < from_step else replace(c, seeds=new) for c in history), Change(from_step, new, tuple(edits)))
+            history = (
+                *(c if c.from_step < from_step else replace(c, seeds=new) for c in history),
+                Change(from_step, new, tuple(edits)),
+            )
         scheduler = prepared(self.model, self.settings)
         for step in range(from_step):  # only for the memory of multistep schedulers
             noise_seeds = self.seeds_at(step)
-            advance(scheduler, self.outputs[step], self.timesteps[step], self.latents[step], noise_seeds, step, self.settings.eta)
+            advance(
+                scheduler,
+                self.outputs[step],
+                self.timesteps[step],
+                self.latents[step],
+                noise_seeds,
+                step,
+                self.settings.eta,
+            )
         later = denoise(self.model, start, self.labels, history, self.settings, scheduler, from_step)
         x0, outputs, following = (torch.stack(part) for part in zip(*later, strict=True))
         return replace(
-            self, history=history, latents=torch.cat([self.latents[:from_step], start[None], following]),
-            x0=torch.cat([self.x0[:from_step], x0]), outputs=torch.cat([self.outputs[:from_step], outputs]),
+            self,
+            history=history,
+            latents=torch.cat([self.latents[:from_step], start[None], following]),
+            x0=torch.cat([self.x0[:from_step], x0]),
+            outputs=torch.cat([self.outputs[:from_step], outputs]),
         )
 
     def seeds_at(self, step: int) -> tuple[int, ...]:
@@ -129,8 +145,15 @@ class Run:
 
 
 def sample(
-    model: Any, labels: int | Sequence[int] | Tensor, seeds: Seeds = 0, steps: int = 50, guidance: float = 1.0,
-    scheduler: Any = "ddim", eta: float = 0.0, guided_channels: GuidedChannels = "all", latents: Tensor | None = None,
+    model: Any,
+    labels: int | Sequence[int] | Tensor,
+    seeds: Seeds = 0,
+    steps: int = 50,
+    guidance: float = 1.0,
+    scheduler: Any = "ddim",
+    eta: float = 0.0,
+    guided_channels: GuidedChannels = "all",
+    latents: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Run:
     """Sample one image a label and keep the trajectory.
@@ -162,7 +185,9 @@ def sample(
     if latents is None:
         latents = noise(own_seeds, START, shape, model.device) * getattr(plan, "init_noise_sigma", 1.0)
     elif latents.shape != (len(y), *shape):
-        raise ValueError(f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for {len(y)} labels.")
+        raise ValueError(
+            f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for {len(y)} labels."
+        )
     seen, history = [], (Change(0, tuple(own_seeds)),)
     for step, kept in enumerate(denoise(model, latents, y, history, settings, plan)):
         seen.append(kept)
@@ -173,8 +198,14 @@ def sample(
 
 
 def denoise(
-    model: HookedDiT, x: Tensor, labels: Tensor, history: tuple[Change, ...], settings: Settings, scheduler: Any,
-    first: int = 0, last: int | None = None,
+    model: HookedDiT,
+    x: Tensor,
+    labels: Tensor,
+    history: tuple[Change, ...],
+    settings: Settings,
+    scheduler: Any,
+    first: int = 0,
+    last: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The loop: from x_t at step `first` to before step `last`, yielding (predicted x0, model output, next x_t) at every step."""
     with torch.no_grad():
@@ -190,7 +221,9 @@ def denoise(
             yield x0, output, x
 
 
-def model_inputs(model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+def model_inputs(
+    model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The batch that the model sees: as it is, or [cond | null] with guidance."""
     labels = labels.to(x.device)
     if guidance != 1:
@@ -218,7 +251,9 @@ def guided(output: Tensor, settings: Settings, channels: int) -> Tensor:
     return torch.cat([mixed, cond[:, last:]], 1)
 
 
-def advance(scheduler: Any, output: Tensor, t: Tensor, x: Tensor, seeds: Sequence[int], step: int, eta: float) -> Tensor:
+def advance(
+    scheduler: Any, output: Tensor, t: Tensor, x: Tensor, seeds: Sequence[int], step: int, eta: float
+) -> Tensor:
     """One step of the scheduler with each item's own noise."""
     options: dict[str, Any] = {"generator": generators(seeds, step)}
     if type(scheduler).__name__ == "DDIMScheduler":
@@ -230,7 +265,9 @@ def advance(scheduler: Any, output: Tensor, t: Tensor, x: Tensor, seeds: Sequenc
 def prepared(model: HookedDiT, settings: Settings) -> Any:
     """A fresh scheduler with its timesteps set; flow matching's sigmas are kept exact."""
     if model.scheduler is None:
-        raise ValueError("The model has no scheduler, so its noise schedule is unknown; give one: HookedDiT(transformer, scheduler=...).")
+        raise ValueError(
+            "The model has no scheduler, so its noise schedule is unknown; give one: HookedDiT(transformer, scheduler=...)."
+        )
     scheduler = make_scheduler(settings.scheduler, model.scheduler)
     scheduler.set_timesteps(settings.steps)
     return scheduler
@@ -250,7 +287,11 @@ def is_stochastic(settings: Settings) -> bool:
     name = settings.scheduler
     if name == "ddim" or type(name).__name__ == "DDIMScheduler":
         return settings.eta > 0
-    kind = "sde" if str(getattr(getattr(name, "config", {}), "algorithm_type", "")).startswith("sde") else type(name).__name__
+    kind = (
+        "sde"
+        if str(getattr(getattr(name, "config", {}), "algorithm_type", "")).startswith("sde")
+        else type(name).__name__
+    )
     return name in ("ddpm", "sde-dpm++") or kind in ("sde", "DDPMScheduler")
 
 
@@ -260,7 +301,9 @@ def check_settings(settings: Settings) -> None:
     if not math.isfinite(settings.guidance):
         raise ValueError(f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or more.")
     if not 0 <= settings.eta <= 1:
-        raise ValueError(f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic as DDPM).")
+        raise ValueError(
+            f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic as DDPM)."
+        )
     if settings.guided_channels not in ("all", "first3"):
         near = difflib.get_close_matches(str(settings.guided_channels), ["all", "first3"], n=1, cutoff=0)[0]
         raise ValueError(f"guided_channels={settings.guided_channels!r} is no convention; did you mean {near!r}?")
@@ -285,6 +328,7 @@ def item_seeds(seeds: Seeds, items: int) -> list[int]:
     """One seed an item: seed, seed + 1, ... of an int; ValueError for another number of them than of items."""
     own = [seeds + i for i in range(items)] if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(own) != items or min(own) < 0:
-        raise ValueError(f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none negative.")
+        raise ValueError(
+            f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none negative."
+        )
     return own
-

@@ -40,7 +40,9 @@ def make_scheduler(name: str | Any, base: Any = None) -> Any:
     cls, options = NAMES[name]
     if base is not None and (name == "euler-flow") != is_flow(base):
         kind = "flow matching" if is_flow(base) else "variance preserving"
-        raise ValueError(f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is {kind}.")
+        raise ValueError(
+            f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is {kind}."
+        )
     config = {} if base is None else dict(base.config)
     return getattr(diffusers, cls).from_config(config, **options)
 
@@ -72,7 +74,9 @@ def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
     epsilon and v_prediction: Ho et al. 2020 eq. 15, Salimans & Ho 2022 appendix D; flow: output = eps - x0. Clipped if the scheduler
     clips. Raises ValueError for an unknown prediction type.
     """
-    signal, noise = (f.to(x).view(-1, *[1] * (x.ndim - 1)) for f in signal_and_noise(scheduler, torch.as_tensor(t).reshape(-1)))
+    signal, noise = (
+        f.to(x).view(-1, *[1] * (x.ndim - 1)) for f in signal_and_noise(scheduler, torch.as_tensor(t).reshape(-1))
+    )
     kind = "flow" if is_flow(scheduler) else scheduler.config.prediction_type
     if kind == "flow":
         x0 = x - noise * output
@@ -83,7 +87,9 @@ def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
     elif kind == "sample":
         x0 = output
     else:
-        raise ValueError(f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', 'sample' or flow matching.")
+        raise ValueError(
+            f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', 'sample' or flow matching."
+        )
     if getattr(scheduler.config, "clip_sample", False):
         bound = scheduler.config.clip_sample_range
         x0 = x0.clamp(-bound, bound)

@@ -42,7 +42,7 @@ def save(trace: Trace, path: str | Path) -> Path:
     path = Path(path)
     if trace._open:
         raise RuntimeError("The trace is still open; save it after the `with` block.")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for s, call in enumerate(trace.calls):
         tensors |= {f"call/{s}/x": call.x, f"call/{s}/t": call.t, f"call/{s}/y": call.y}
     for name, record in trace.records.items():
@@ -55,13 +55,18 @@ def save(trace: Trace, path: str | Path) -> Path:
         "recorded_names": trace.recorded_names,
         "weights": trace.weights,
         "calls": [
-            {"span": c.span, "grad": c.grad, "autocast": str(c.autocast).removeprefix("torch."), "twin": c.twin} for c in trace.calls
+            {"span": c.span, "grad": c.grad, "autocast": str(c.autocast).removeprefix("torch."), "twin": c.twin}
+            for c in trace.calls
         ],
         "edits": sorted({name for c in trace.calls for name, _ in c.edits} | set(trace.lost_edits)),
-        "scheduler": None if scheduler is None else {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
+        "scheduler": None
+        if scheduler is None
+        else {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, {"dit_lens": json.dumps(meta, default=str)})
+    save_file(
+        {k: v.detach().contiguous() for k, v in tensors.items()}, path, {"dit_lens": json.dumps(meta, default=str)}
+    )
     return path
 
 
@@ -82,9 +87,13 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
             meta = json.loads((file.metadata() or {}).get("dit_lens", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by Trace.save.") from None
+        raise ValueError(
+            f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by Trace.save."
+        ) from None
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found {meta.get('format')!r}.")
+        raise ValueError(
+            f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found {meta.get('format')!r}."
+        )
     cfg, sites = Config(**meta["cfg"]), {n: tuple(a) for n, a in meta["sites"].items()}
     if model is None:
         owner: Any = SavedModel(list(sites), sites, cfg, _scheduler(meta["scheduler"]))

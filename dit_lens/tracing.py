@@ -41,8 +41,13 @@ class Trace:
     """
 
     def __init__(
-        self, model: HookedDiT, names: NamesFilter = None, steps: Steps = None, device: Any = None,
-        dtype: torch.dtype | None = None, probes: Sequence[Probe] = (),
+        self,
+        model: HookedDiT,
+        names: NamesFilter = None,
+        steps: Steps = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        probes: Sequence[Probe] = (),
     ) -> None:
         self.model, self.device, self.dtype, self.probes = model, device, dtype, list(probes)
         self.names = model.names
@@ -64,7 +69,9 @@ class Trace:
 
     def __enter__(self) -> Trace:
         if self._open or self.calls:
-            raise RuntimeError("This trace was opened before; a trace watches one run. Call dit_lens.trace(model) again.")
+            raise RuntimeError(
+                "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) again."
+            )
         self.model._require_eval()
         if not self.model.wiring.installed:  # a pipeline or bare transformer is opened for the length of the block only
             self.model.wiring, made = Wiring.of(self.model.transformer)
@@ -100,7 +107,8 @@ class Trace:
         for name, steps in self._edit_steps:
             if self.calls and not any(map(_step_test(steps), self.steps)):
                 warnings.warn(
-                    f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls)} steps.", stacklevel=2
+                    f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls)} steps.",
+                    stacklevel=2,
                 )
 
     def _attach(self, name: str, listener: Any) -> None:
@@ -125,7 +133,9 @@ class Trace:
 
     def _keep(self, value: Tensor) -> Tensor:
         value = value.detach()
-        return value if self.device is None and self.dtype is None else value.to(self.device or value.device, self.dtype)
+        return (
+            value if self.device is None and self.dtype is None else value.to(self.device or value.device, self.dtype)
+        )
 
     def site(self, name: str) -> Site:
         """Where the call under way is, for a probe."""
@@ -154,7 +164,9 @@ class Trace:
                 self._waiting.append((each, editor))
         return self
 
-    def patch(self, name: NamesFilter, source: Trace | Tensor | Callable[..., Tensor], steps: Steps = None, **region: Any) -> Trace:
+    def patch(
+        self, name: NamesFilter, source: Trace | Tensor | Callable[..., Tensor], steps: Steps = None, **region: Any
+    ) -> Trace:
         """Put other activations in place: of another trace at the same step, a tensor, or what a callable returns.
 
         A tensor has the activation's shape, or one more axis in front, for the steps. Raises ValueError for traces of other models
@@ -175,14 +187,18 @@ class Trace:
             def fn(activation: Tensor, hook: HookPoint) -> Tensor:
                 if source.ndim == activation.ndim + 1:
                     if hook.step is None or hook.step >= len(source):
-                        raise ValueError(f"The patch for {hook.name!r} has {len(source)} steps; there is none for step {hook.step}.")
+                        raise ValueError(
+                            f"The patch for {hook.name!r} has {len(source)} steps; there is none for step {hook.step}."
+                        )
                     return _fitting(source[hook.step], activation, hook)
                 return _fitting(source, activation, hook)
 
         elif callable(source):
             return self.edit(name, source, steps, **region)
         else:
-            raise TypeError(f"Can't patch from {source!r}; expected a trace, a tensor or a function fn(activation, hook).")
+            raise TypeError(
+                f"Can't patch from {source!r}; expected a trace, a tensor or a function fn(activation, hook)."
+            )
         return self.edit(name, fn, steps, **region)
 
     def ablate(
@@ -228,7 +244,9 @@ class Trace:
         wanted = [s for s in range(len(self.calls)) if default(s)]
         if not wanted:
             asked = self.recorded_steps if steps is None else steps
-            raise ValueError(f"No step matches {asked!r}; the trace has {len(self.calls)} steps, 0 to {len(self.calls) - 1}.")
+            raise ValueError(
+                f"No step matches {asked!r}; the trace has {len(self.calls)} steps, 0 to {len(self.calls) - 1}."
+            )
         missing = [n for n in names if not all(s in self.records.get(n, {}) for s in wanted)]
         result = {n: {s: self.records[n][s] for s in wanted} for n in names if n not in missing}
         if missing:
@@ -242,7 +260,9 @@ class Trace:
                 "file can't hold; trace again with names= for what you will read."
             )
         if not isinstance(self.model, HookedDiT):
-            raise RuntimeError(f"{names[0]!r} was not recorded; to recompute it, load the trace with its model: load_trace(path, model).")
+            raise RuntimeError(
+                f"{names[0]!r} was not recorded; to recompute it, load the trace with its model: load_trace(path, model)."
+            )
         self._check_weights()
         found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
         model, close = self.model, False
@@ -257,7 +277,11 @@ class Trace:
                 def keep(value: Tensor, point: HookPoint, step: int = step) -> None:
                     found[point.name][step] = self._keep(value)
 
-                listeners: list[tuple[str, Any]] = [*call.edits, *((n, Observer(keep)) for n in names), (last, Observer(stop))]
+                listeners: list[tuple[str, Any]] = [
+                    *call.edits,
+                    *((n, Observer(keep)) for n in names),
+                    (last, Observer(stop)),
+                ]
                 with model.wiring.alone(listeners), model.wiring.part(call.span), _conditions(call):
                     try:
                         model.transformer(call.x, timestep=call.t, class_labels=call.y, return_dict=False)
@@ -312,7 +336,11 @@ class Trace:
 
 
 def trace(
-    model_or_pipe: Any, names: NamesFilter = None, steps: Steps = None, device: Any = None, dtype: torch.dtype | None = None,
+    model_or_pipe: Any,
+    names: NamesFilter = None,
+    steps: Steps = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
     probes: Sequence[Probe] = (),
 ) -> Trace:
     """Watch everything that calls the transformer inside a `with` block.
@@ -369,7 +397,9 @@ def _within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFuncti
 
 def _fitting(patch: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
     if patch.shape != activation.shape:
-        raise ValueError(f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has {list(activation.shape)}.")
+        raise ValueError(
+            f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has {list(activation.shape)}."
+        )
     return patch.to(activation)
 
 
@@ -388,7 +418,9 @@ def _step_test(steps: Steps) -> Callable[[int], bool]:
         return lambda s: True
     if isinstance(steps, slice):
         if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
-            raise ValueError(f"{steps} counts steps from the end, which is not known while a run is under way; count from 0.")
+            raise ValueError(
+                f"{steps} counts steps from the end, which is not known while a run is under way; count from 0."
+            )
         first, last, by = steps.start or 0, steps.stop, steps.step or 1
         return lambda s: s >= first and (last is None or s < last) and (s - first) % by == 0
     chosen = {steps} if isinstance(steps, int) else {int(s) for s in steps}

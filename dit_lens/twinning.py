@@ -1,7 +1,7 @@
 """Twins: two trajectories tied together and then released, the instrument for *when* a model decides.
 
-- `tie="noise"` (the clones of Biroli et al. 2024, arXiv 2402.18491): one trajectory until `release`, then each twin draws noise of its own. They
-  need a stochastic sampler: what they agree on at the end was decided by x_t at the release.
+- `tie="noise"` (the clones of Biroli et al. 2024, arXiv 2402.18491): one trajectory until `release`, then each twin draws noise of its
+  own. They need a stochastic sampler: what they agree on at the end was decided by x_t at the release.
 - `tie="attention"` (arXiv 2603.20987): the twins start at z+- = sqrt(1 - eps²) z +- eps xi, attend to each other with strength g (see
   `dit_lens.coupling`) until `release`, and run alone from there.
 
@@ -52,9 +52,22 @@ class Twins:
 
 
 def twins(
-    model: Any, pairs: int = 64, labels: Sequence[int] | Tensor | None = None, *, tie: Literal["noise", "attention"] = "noise",
-    g: float = 0.0, gate: Gate = "mix", layers: Sequence[int] | None = None, eps: float = 0.1, release: int = 0, steps: int = 50,
-    guidance: float = 1.0, scheduler: Any = "ddim", eta: float | None = None, seed: int = 0, probes: Sequence[Probe] = (),
+    model: Any,
+    pairs: int = 64,
+    labels: Sequence[int] | Tensor | None = None,
+    *,
+    tie: Literal["noise", "attention"] = "noise",
+    g: float = 0.0,
+    gate: Gate = "mix",
+    layers: Sequence[int] | None = None,
+    eps: float = 0.1,
+    release: int = 0,
+    steps: int = 50,
+    guidance: float = 1.0,
+    scheduler: Any = "ddim",
+    eta: float | None = None,
+    seed: int = 0,
+    probes: Sequence[Probe] = (),
     progress: Callable[[int], object] | None = None,
 ) -> Twins:
     """Run pairs of twins, under observation if there are probes.
@@ -74,7 +87,9 @@ def twins(
     model._require_eval()
     if tie not in ("noise", "attention"):
         raise ValueError(f"tie={tie!r} is unknown; expected 'noise' or 'attention'.")
-    settings = Settings(steps, float(guidance), "all", scheduler, (1.0 if tie == "noise" else 0.0) if eta is None else float(eta))
+    settings = Settings(
+        steps, float(guidance), "all", scheduler, (1.0 if tie == "noise" else 0.0) if eta is None else float(eta)
+    )
     check_settings(settings)
     check_gate(g, gate)
     _check(settings, pairs, tie, g, eps, release)
@@ -89,7 +104,7 @@ def twins(
     if tie == "attention":
         xi = noise(other, START, shape, model.device)
         x = torch.cat([(1 - eps**2) ** 0.5 * z + sign * eps * xi for sign in (1, -1)])
-    seen = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     branches = 1 if settings.guidance == 1 else 2
 
     history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
@@ -138,7 +153,9 @@ def _check(settings: Settings, pairs: int, tie: str, g: float, eps: float, relea
     parts = is_stochastic(settings) and release < settings.steps
     if not parts and (tie == "noise" or eps == 0):
         if release == settings.steps and is_stochastic(settings):
-            raise ValueError(f"The twins can't part: they are never released (release={release} of {settings.steps} steps).")
+            raise ValueError(
+                f"The twins can't part: they are never released (release={release} of {settings.steps} steps)."
+            )
         raise ValueError(
             f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} draws no noise and they start equal; "
             "use eta=1, scheduler='ddpm', or tie='attention' with eps > 0."

@@ -173,19 +173,23 @@ class Wiring:
         me, active = get_ident(), self.listening or self.watchers
         if active:
             if self.owner != me:
-                raise RuntimeError("This model is being traced or hooked in another thread; run a copy (copy.deepcopy) here.")
+                raise RuntimeError(
+                    "This model is being traced or hooked in another thread; run a copy (copy.deepcopy) here."
+                )
             if me in self.running:
-                raise RuntimeError("The model was called from inside one of its own hooks; call a copy, or call it afterwards.")
+                raise RuntimeError(
+                    "The model was called from inside one of its own hooks; call a copy, or call it afterwards."
+                )
             if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
                 raise RuntimeError(
                     "Gradient checkpointing runs each block twice, and so would run each hook twice; "
                     "call transformer.disable_gradient_checkpointing(), or use torch.no_grad()."
                 )
         self.running.append(me)
-        call, told, finished = None, [], False
+        call, finished = self.describe(x, t, y), False
+        told: list[Watcher] = []
         try:
             if self.watchers:
-                call = self.describe(x, t, y)
                 for watcher in tuple(self.watchers):
                     watcher.begin(call)
                     told.append(watcher)
@@ -221,7 +225,9 @@ class Wiring:
     def alone(self, listeners: Iterable[tuple[str, Listener]]) -> Iterator[None]:
         """For a recomputation: these listeners and no others, and no watchers; then everything as it was."""
         if get_ident() in self.running:
-            raise RuntimeError("Activations can't be recomputed inside a hook, while the model runs; read them afterwards.")
+            raise RuntimeError(
+                "Activations can't be recomputed inside a hook, while the model runs; read them afterwards."
+            )
         self.claim()
         kept = {name: point.listeners for name, point in self.points.items()}
         state = self.watchers, self.listening, self.span
@@ -254,7 +260,14 @@ class Wiring:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled model keeps its points and loses who listened to the original."""
-        return self.__dict__ | {"watchers": [], "listening": 0, "owner": None, "running": [], "twin": None, "span": (None, None)}
+        return self.__dict__ | {
+            "watchers": [],
+            "listening": 0,
+            "owner": None,
+            "running": [],
+            "twin": None,
+            "span": (None, None),
+        }
 
 
 def _slot(module: nn.Module) -> str:

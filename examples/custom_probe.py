@@ -1,6 +1,6 @@
 """A probe of your own: how much of each layer's attention stays within three tokens of the query, over a denoising run.
 
-    python examples/custom_probe.py
+python examples/custom_probe.py
 """
 
 import torch

@@ -168,8 +168,12 @@ def main() -> None:
         "sampler": f"DDIM, eta 1, {args.steps} steps, no guidance",
         "seconds": round(seconds, 1),
         "classifier": {"right": right_real, "of": HELD_OUT, "interval": wilson(right_real, HELD_OUT)},
-        "samples": {"right": right, "of": len(asked), "interval": wilson(right, len(asked)),
-                    "by_digit": [int((read == asked)[asked == digit].sum()) for digit in range(10)]},
+        "samples": {
+            "right": right,
+            "of": len(asked),
+            "interval": wilson(right, len(asked)),
+            "by_digit": [int((read == asked)[asked == digit].sum()) for digit in range(10)],
+        },
         "frechet": distances(features_real.numpy(), labels[held_out].numpy(), features_made.numpy(), asked.numpy()),
     }
     (args.out / "digits-figures.json").write_text(json.dumps(figures, indent=2) + "\n")

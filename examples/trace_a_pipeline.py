@@ -1,6 +1,6 @@
 """Trace a diffusers pipeline: read any activation of any step after the run, without having chosen it before.
 
-    python examples/trace_a_pipeline.py [FOLDER]      # a saved DiTPipeline; by default one is made around `digits`
+python examples/trace_a_pipeline.py [FOLDER]      # a saved DiTPipeline; by default one is made around `digits`
 """
 
 import sys

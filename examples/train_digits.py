@@ -22,7 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 
 NULL_CLASS = 10
-HELD_OUT = 2_000  # never seen in training; the evaluation's classifier and Fréchet distance need real images of their own
+HELD_OUT = (
+    2_000  # never seen in training; the evaluation's classifier and Fréchet distance need real images of their own
+)
 
 
 def read_digits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,8 +43,15 @@ def read_digits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def make_model() -> DiTTransformer2DModel:
     """The untrained DiT: adaLN and output projections start at zero, so every block starts as the identity."""
     model = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=28, sample_size=16,
-        patch_size=2, num_embeds_ada_norm=NULL_CLASS, norm_num_groups=1,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=1,
+        out_channels=1,
+        num_layers=28,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+        norm_num_groups=1,
     )
     for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
@@ -70,7 +79,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def v_loss(model: nn.Module, abar: torch.Tensor, x0: torch.Tensor, labels: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
+def v_loss(
+    model: nn.Module, abar: torch.Tensor, x0: torch.Tensor, labels: torch.Tensor, gen: torch.Generator
+) -> torch.Tensor:
     """Mean squared error of v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), one label in ten dropped."""
     n = len(x0)
     t = ((torch.arange(n) + torch.rand(n, generator=gen)) / n * len(abar)).long()  # stratified: less noisy than uniform
@@ -110,7 +121,9 @@ def main() -> None:
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["steps"] != args.steps:
-            raise SystemExit(f"{checkpoint} is of a run of {state['steps']} steps, not {args.steps}; choose another --out.")
+            raise SystemExit(
+                f"{checkpoint} is of a run of {state['steps']} steps, not {args.steps}; choose another --out."
+            )
         model.load_state_dict(state["model"])
         ema = state["ema"]
         for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
@@ -118,14 +131,25 @@ def main() -> None:
         start, seconds = state["step"], state["seconds"]
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "ema": ema, "optimizers": [o.state_dict() for o in optimizers],
-                 "step": step, "steps": args.steps, "seconds": seconds + time.perf_counter() - began}
+        state = {
+            "model": model.state_dict(),
+            "ema": ema,
+            "optimizers": [o.state_dict() for o in optimizers],
+            "step": step,
+            "steps": args.steps,
+            "seconds": seconds + time.perf_counter() - began,
+        }
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
 
     began, recent = time.perf_counter(), 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task("training", total=args.steps, completed=start)
         for step in range(start, args.steps):

@@ -38,7 +38,9 @@ class LayerLens(Probe):
 
     def start(self, model: HookedDiT) -> None:
         if model.scheduler is None:
-            raise ValueError("LayerLens needs the model's scheduler to turn outputs into x0: HookedDiT(transformer, scheduler=...).")
+            raise ValueError(
+                "LayerLens needs the model's scheduler to turn outputs into x0: HookedDiT(transformer, scheduler=...)."
+            )
         self.model = model
         self.bands = self.wanted_bands or Bands.radial((model.cfg.sample_size,) * 2)
         self.x0: dict[tuple[int, int], Tensor] = {}
@@ -70,14 +72,23 @@ class LayerLens(Probe):
         Raises RuntimeError if nothing was seen, ValueError for a target of another shape.
         """
         if not self.x0:
-            raise RuntimeError("LayerLens has seen nothing: run the model inside `with dit_lens.trace(model, probes=[...])`.")
+            raise RuntimeError(
+                "LayerLens has seen nothing: run the model inside `with dit_lens.trace(model, probes=[...])`."
+            )
         layers, steps = sorted({k[0] for k in self.x0}), sorted({k[1] for k in self.x0})
         if target is not None and target.shape != self.x0[layers[0], steps[0]].shape:
             seen = list(self.x0[layers[0], steps[0]].shape)
             raise ValueError(f"LayerLens's target has shape {list(target.shape)}; the run's latents have {seen}.")
-        groups = self.labels.expand(len(self.x0[layers[0], steps[0]])).cpu().numpy() if by_label and self.labels is not None else None
+        groups = (
+            self.labels.expand(len(self.x0[layers[0], steps[0]])).cpu().numpy()
+            if by_label and self.labels is not None
+            else None
+        )
         stats = [
-            [agreement(self.x0[i, s], self.x0[layers[-1], s] if target is None else target, self.bands, groups) for s in steps]
+            [
+                agreement(self.x0[i, s], self.x0[layers[-1], s] if target is None else target, self.bands, groups)
+                for s in steps
+            ]
             for i in layers
         ]
         variables: dict[str, Any] = {
@@ -89,5 +100,6 @@ class LayerLens(Probe):
             variables["agreement"] = (("layer", "step", "band"), xy / np.sqrt(xx * yy))
         timesteps = [float(self.timesteps[s]) for s in steps]
         return xr.Dataset(
-            variables, coords={"layer": layers, "step": steps, "band": list(self.bands.names), "timestep": ("step", timesteps)}
+            variables,
+            coords={"layer": layers, "step": steps, "band": list(self.bands.names), "timestep": ("step", timesteps)},
         )

@@ -44,13 +44,17 @@ class SpectralSplit(Probe):
     def result(self) -> xr.Dataset:
         """`energy` [name, step, batch, band], with coordinates name, step, timestep and band."""
         if not self.energy:
-            raise RuntimeError("SpectralSplit has seen nothing: run the model inside `with dit_lens.trace(model, probes=[...])`.")
+            raise RuntimeError(
+                "SpectralSplit has seen nothing: run the model inside `with dit_lens.trace(model, probes=[...])`."
+            )
         energy = torch.stack([torch.stack(list(at.values())) for at in self.energy.values()])
         steps = sorted(self.timesteps)
         return xr.Dataset(
             {"energy": (("name", "step", "batch", "band"), energy.float().cpu().numpy())},
             coords={
-                "name": list(self.energy), "step": steps, "band": list(self.bands.names),
+                "name": list(self.energy),
+                "step": steps,
+                "band": list(self.bands.names),
                 "timestep": ("step", [float(self.timesteps[s]) for s in steps]),
             },
         )

@@ -45,7 +45,9 @@ class TwinDivergence(Probe):
 
     def observe(self, activation: Tensor, site: Site) -> None:
         if site.call.twin is None:
-            raise ValueError("TwinDivergence compares twins, and this batch has none; run it with dit_lens.twins(model, probes=[...]).")
+            raise ValueError(
+                "TwinDivergence compares twins, and this batch has none; run it with dit_lens.twins(model, probes=[...])."
+            )
         layer = site.layer
         assert layer is not None
         a, b = activation[site.where(branch="cond", twin="A")], activation[site.where(branch="cond", twin="B")]
@@ -71,7 +73,9 @@ class TwinDivergence(Probe):
     def result(self) -> xr.Dataset:
         """`difference`, `common` [reading, layer, step, pair, band] and their pooled ratio `energy` [reading, layer, step, band]."""
         if not self.difference:
-            raise RuntimeError("TwinDivergence has seen nothing: use its run(model, ...), or dit_lens.twins(model, probes=[...]).")
+            raise RuntimeError(
+                "TwinDivergence has seen nothing: use its run(model, ...), or dit_lens.twins(model, probes=[...])."
+            )
         layers, steps = (sorted({key[i] for key in self.difference}) for i in (0, 1))
         arrays = {
             name: torch.stack([torch.stack([seen[layer, step] for step in steps], 1) for layer in layers], 1)
@@ -84,7 +88,10 @@ class TwinDivergence(Probe):
         return xr.Dataset(
             variables,
             coords={
-                "reading": list(self.readings), "layer": layers, "step": steps, "band": list(self.bands.names),
+                "reading": list(self.readings),
+                "layer": layers,
+                "step": steps,
+                "band": list(self.bands.names),
                 "timestep": ("step", [float(self.timesteps[s]) for s in steps]),
             },
         )

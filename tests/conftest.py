@@ -12,8 +12,16 @@ def make_dit(layers=3, classes=1000, channels=4, out_channels=None, seed=0, **kw
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=channels, out_channels=out_channels, num_layers=layers,
-            sample_size=8, patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=1, **kwargs,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=channels,
+            out_channels=out_channels,
+            num_layers=layers,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=classes,
+            norm_num_groups=1,
+            **kwargs,
         ).eval()
         for name, p in model.named_parameters():
             if "norm1.linear" in name:
@@ -25,8 +33,14 @@ def make_pipe(**kwargs):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         vae = AutoencoderKL(
-            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
         ).eval()
     pipe = DiTPipeline(make_dit(out_channels=8, **kwargs), vae, DDIMScheduler(1000))
     pipe.set_progress_bar_config(disable=True)

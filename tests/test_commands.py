@@ -24,7 +24,8 @@ def folder(tmp_path):
 
 
 def test_importing_is_light():
-    code = "import sys, dit_lens; heavy = {'diffusers', 'xarray', 'scipy', 'matplotlib', 'rich', 'nnsight', 'transformer_lens'} & set(sys.modules); assert not heavy, heavy"
+    heavy = {"diffusers", "xarray", "scipy", "matplotlib", "rich", "nnsight", "transformer_lens"}
+    code = f"import sys, dit_lens; found = {heavy} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -76,7 +77,9 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     for name in first.data_vars:
         assert np.array_equal(first[name].values, again[name].values, equal_nan=first[name].dtype.kind == "f"), name
     assert not np.array_equal(first.difference_energy.values, other.difference_energy.values)
-    with pytest.raises(ValueError, match="There are 8 pairs; intervals over pairs with class means removed need 16 or more"):
+    with pytest.raises(
+        ValueError, match="There are 8 pairs; intervals over pairs with class means removed need 16 or more"
+    ):
         gap.measure(dit_lens.load(folder), pairs=8)
     (tmp_path / "gap.nc").write_text("no")
     with pytest.raises(ValueError, match="is not a result of `dit-lens gap`"):
@@ -113,7 +116,13 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="diffusion_pytorch_model.bin' is a pickle, which can run code when opened"):
         dit_lens.load(folder)
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
     unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(TypeError, match="UNet2DModel is not a Diffusion Transformer"):
         dit_lens.load(tmp_path / "unet")

@@ -1,6 +1,6 @@
 """Commitment against Gaussian twins drawn directly (E1): unbiased curves, and intervals that cover.
 
-    python tests/test_commitment.py 300 0      # the coverage table: repeats, seed
+python tests/test_commitment.py 300 0      # the coverage table: repeats, seed
 """
 
 import sys

@@ -79,7 +79,20 @@ def test_bit_for_bit(dtype, batch, grad):
 
 def test_every_shape_is_that_of_the_table(dit, inputs):
     model = HookedDiT(dit)
-    sizes = dict(batch=2, token=16, d_model=16, head=2, d_head=8, query=16, key=16, d_mlp=64, patch=16, channel=4, height=8, width=8)
+    sizes = dict(
+        batch=2,
+        token=16,
+        d_model=16,
+        head=2,
+        d_head=8,
+        query=16,
+        key=16,
+        d_mlp=64,
+        patch=16,
+        channel=4,
+        height=8,
+        width=8,
+    )
     _, cache = model.run_with_cache(*inputs)
     for name, axes in model.sites.items():
         assert cache[name].shape == tuple(sizes[a] for a in axes), name
@@ -97,8 +110,18 @@ def test_derived_activations_agree(dit, inputs):
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "blocks.1.attn.hook_result", "blocks.1.hook_cond",
-             "blocks.1.adaln.hook_gate_mlp", "final.hook_scale", "blocks.1.mlp.hook_pre", "blocks.1.attn.hook_k", "hook_sample"],
+    "name",
+    [
+        "blocks.1.attn.hook_pattern",
+        "blocks.1.attn.hook_attn_scores",
+        "blocks.1.attn.hook_result",
+        "blocks.1.hook_cond",
+        "blocks.1.adaln.hook_gate_mlp",
+        "final.hook_scale",
+        "blocks.1.mlp.hook_pre",
+        "blocks.1.attn.hook_k",
+        "hook_sample",
+    ],
 )
 def test_an_edit_reaches_the_output_and_only_what_follows(dit, inputs, name):
     model = HookedDiT(dit)
@@ -126,12 +149,17 @@ def test_in_place_edits_and_their_order(dit, inputs):
         a[:, 0] = 0
         return a
 
-    hooks = [("blocks.1.hook_resid_pre", zero_first_token), ("blocks.1.hook_resid_pre", lambda a, hook: seen.append(a[:, 0].clone()))]
+    hooks = [
+        ("blocks.1.hook_resid_pre", zero_first_token),
+        ("blocks.1.hook_resid_pre", lambda a, hook: seen.append(a[:, 0].clone())),
+    ]
     with model.hooks(hooks):
         _, c = model.run_with_cache(*inputs)
     assert (seen[0] == 0).all() and (c["resid_pre", 1][:, 0] == 0).all()
     assert (c["resid_post", 0][:, 0] != 0).any()  # one tensor under two names; the earlier record is not overwritten
-    with pytest.raises(RuntimeError, match="at 'hook_embed' changed its activation in place and returned None; return it"):
+    with pytest.raises(
+        RuntimeError, match="at 'hook_embed' changed its activation in place and returned None; return it"
+    ):
         model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, hook: a.zero_().data is None or None)])
 
 
@@ -189,7 +217,10 @@ def test_backward_hooks(dit, inputs):
         model(*inputs).sum().backward()
     assert dit.transformer_blocks[1].ff.net[2].bias.grad.abs().sum() == 0
     assert dit.transformer_blocks[2].ff.net[2].bias.grad.abs().sum() > 0
-    with pytest.raises(RuntimeError, match="backward hook waits at 'hook_embed', but no gradient flows there"), torch.no_grad():
+    with (
+        pytest.raises(RuntimeError, match="backward hook waits at 'hook_embed', but no gradient flows there"),
+        torch.no_grad(),
+    ):
         model.run_with_hooks(*inputs, bwd_hooks=[("hook_embed", lambda g, hook: None)])
 
 
@@ -274,7 +305,9 @@ def test_honoured_or_refused(inputs):
     model.remove()
     assert torch.allclose(raw(dit, *inputs), want, atol=1e-5)
     with pytest.raises(ValueError, match="cross_attention_kwargs={'scale': 1.0} is not honoured"):
-        HookedDiT(d := fresh()) and d(inputs[0], timestep=inputs[1], class_labels=inputs[2], cross_attention_kwargs={"scale": 1.0})
+        HookedDiT(d := fresh()) and d(
+            inputs[0], timestep=inputs[1], class_labels=inputs[2], cross_attention_kwargs={"scale": 1.0}
+        )
     with pytest.raises(RuntimeError, match="The model is compiled"):
         HookedDiT(torch.compile(fresh()))
     dit = fresh()
@@ -290,7 +323,9 @@ def test_gradient_checkpointing(dit, inputs):
     model = HookedDiT(dit)
     x = inputs[0].clone().requires_grad_()
     model(x, *inputs[1:]).sum().backward()  # idle: as without dit_lens
-    with pytest.raises(RuntimeError, match="would run each hook twice; call transformer.disable_gradient_checkpointing"):
+    with pytest.raises(
+        RuntimeError, match="would run each hook twice; call transformer.disable_gradient_checkpointing"
+    ):
         model.run_with_cache(*inputs)
     with torch.no_grad():
         assert len(model.run_with_cache(*inputs)[1]) == len(model.names)
@@ -321,7 +356,9 @@ def test_accelerate_offload_is_honoured(dit, inputs, before):
             cpu_offload(dit, execution_device=torch.device("cpu"), offload_buffers=True)
         assert next(dit.parameters()).device.type == "meta"
         out, cache = model.run_with_cache(*inputs)
-        assert torch.equal(out, want) and torch.equal(cache["resid_pre", 1] + cache["attn_out", 1], cache["resid_mid", 1])
+        assert torch.equal(out, want) and torch.equal(
+            cache["resid_pre", 1] + cache["attn_out", 1], cache["resid_mid", 1]
+        )
         model.remove()
         assert torch.equal(raw(dit, *inputs), want)
         remove_hook_from_submodules(dit)
@@ -359,7 +396,11 @@ def test_bad_input(dit, inputs):
         with pytest.raises(ValueError, match=text):
             model(*bad)
     for fn, error, text in [
-        (lambda a, hook: a[:, :1], ValueError, r"hook at 'hook_embed' returned shape \[2, 1, 16\]; expected \[2, 16, 16\]"),
+        (
+            lambda a, hook: a[:, :1],
+            ValueError,
+            r"hook at 'hook_embed' returned shape \[2, 1, 16\]; expected \[2, 16, 16\]",
+        ),
         (lambda a, hook: a.double(), ValueError, "returned torch.float64 on cpu; expected torch.float32 on cpu"),
         (lambda a, hook: 3, TypeError, "returned a int; expected a tensor or None"),
         ("no function", TypeError, "A hook must be a function"),

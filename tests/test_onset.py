@@ -1,6 +1,6 @@
 """Onset on planted profiles: the right layer, and seldom a layer where there is none. Noise is shared over depth.
 
-    python tests/test_onset.py 1000        # the table of error rates
+python tests/test_onset.py 1000        # the table of error rates
 """
 
 import math
@@ -43,7 +43,6 @@ def rates(shape, repeats, seed=0, **kwargs):
         right, named = layer is not None and found.layer == layer, found.layer is not None
         out.append((right, named, held, found.verdict == "cannot tell", found.verdict == "none"))
     return np.mean(out, 0)
-
 
 
 def test_null_profiles_have_no_onset():

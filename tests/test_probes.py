@@ -27,8 +27,12 @@ def test_spectral_split_is_parseval_and_by_hand(model):
         whole = t[name].flatten(3).square().sum((-1, -2))
         assert np.allclose(energy.sel(name=name).sum("band"), whole, rtol=1e-5)
     bands = Bands.radial((4, 4))
-    assert np.allclose(energy.sel(name="blocks.1.hook_resid_post", step=2), bands.energy_tokens(t["resid_post", 1][2]), rtol=1e-5)
-    with pytest.raises(ValueError, match="'blocks.0.hook_cond' has no token axis to take a spectrum over; its axes are batch, d_model"):
+    assert np.allclose(
+        energy.sel(name="blocks.1.hook_resid_post", step=2), bands.energy_tokens(t["resid_post", 1][2]), rtol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match="'blocks.0.hook_cond' has no token axis to take a spectrum over; its axes are batch, d_model"
+    ):
         with dit_lens.trace(model, probes=[SpectralSplit("hook_cond")]):
             dit_lens.sample(model, [1], steps=1)
     assert model.wiring.listening == 0
@@ -57,7 +61,12 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
 
 def test_the_lens_fires_no_hooks(model):
     seen = []
-    with model.hooks([("final.*", lambda a, hook: seen.append(hook.name)), ("ln_final.hook_normalized", lambda a, hook: seen.append(1))]):
+    with model.hooks(
+        [
+            ("final.*", lambda a, hook: seen.append(hook.name)),
+            ("ln_final.hook_normalized", lambda a, hook: seen.append(1)),
+        ]
+    ):
         with dit_lens.trace(model, probes=[LayerLens()]):
             dit_lens.sample(model, [1], steps=1)
     assert len(seen) == 5  # the model's own last layer, once
@@ -72,7 +81,17 @@ def test_probes_combine_and_see_branches_and_twins():
 
         def observe(self, activation, site):
             assert not activation.requires_grad
-            sites.append((site.step, site.layer, site.timestep, site.grid, site.branch, site.twin, site.where(branch="uncond").tolist()))
+            sites.append(
+                (
+                    site.step,
+                    site.layer,
+                    site.timestep,
+                    site.grid,
+                    site.branch,
+                    site.twin,
+                    site.where(branch="uncond").tolist(),
+                )
+            )
 
         def result(self):
             return None
@@ -94,7 +113,10 @@ def test_a_probe_that_fails_leaves_nothing(model):
     with pytest.raises(ZeroDivisionError), dit_lens.trace(model, probes=[Broken()]):
         dit_lens.sample(model, [1], steps=2)
     assert model.wiring.listening == 0 and not model.wiring.watchers and model.wiring.running == []
-    with pytest.raises(NotImplementedError, match="Half must define observe"), dit_lens.trace(model, probes=[type("Half", (Probe,), {})()]):
+    with (
+        pytest.raises(NotImplementedError, match="Half must define observe"),
+        dit_lens.trace(model, probes=[type("Half", (Probe,), {})()]),
+    ):
         dit_lens.sample(model, [1], steps=1)
 
 

@@ -42,7 +42,11 @@ def test_a_plain_loop_by_hand_agrees(model):
             step = scheduler.step(out, t, x)
             assert torch.allclose(run.x0[s], step.pred_original_sample, atol=1e-5)
             x = step.prev_sample
-    assert torch.equal(run.latents[-1], x) and run.images.shape == (2, 1, 8, 8) and 0 <= run.images.min() <= run.images.max() <= 1
+    assert (
+        torch.equal(run.latents[-1], x)
+        and run.images.shape == (2, 1, 8, 8)
+        and 0 <= run.images.min() <= run.images.max() <= 1
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -65,7 +69,9 @@ def test_the_pipeline_agrees(guidance):
 
 @pytest.mark.parametrize("scheduler", ALL)
 def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
-    run = dit_lens.sample(model, [3, 7, 1], seeds=[4, 9, 2], steps=8, scheduler=scheduler, eta=1.0 if scheduler == "ddim" else 0.0)
+    run = dit_lens.sample(
+        model, [3, 7, 1], seeds=[4, 9, 2], steps=8, scheduler=scheduler, eta=1.0 if scheduler == "ddim" else 0.0
+    )
     for step in (0, 3, 7):
         again = run.replay(step)
         assert torch.equal(again.latents, run.latents) and torch.equal(again.x0, run.x0)
@@ -80,8 +86,12 @@ def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
         assert torch.equal(clone.latents[:6], run.latents[:6]) and not torch.equal(clone.latents[6], run.latents[6])
     edited = run.replay(4, edits=[("blocks.1.hook_attn_out", lambda a, hook: a * 0)])
     assert torch.equal(edited.latents[:5], run.latents[:5]) and not torch.equal(edited.latents[-1], run.latents[-1])
-    assert torch.equal(edited.replay(2).latents[:5], run.latents[:5]) and torch.equal(edited.replay(2).latents, edited.latents)
-    assert (edited.activations("attn_out", 1, step=5) == 0).all() and (edited.activations("attn_out", 1, step=3) != 0).any()
+    assert torch.equal(edited.replay(2).latents[:5], run.latents[:5]) and torch.equal(
+        edited.replay(2).latents, edited.latents
+    )
+    assert (edited.activations("attn_out", 1, step=5) == 0).all() and (
+        edited.activations("attn_out", 1, step=3) != 0
+    ).any()
     part = run.select([2, 0])
     assert torch.allclose(part.replay(2).latents, run.latents[:, [2, 0]], atol=1e-5) and part.seeds_at(0) == (2, 4)
 
@@ -94,7 +104,9 @@ def test_flow_matching():
     x0, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([300.0, 800.0])
     sigma = (t / 1000)[:, None, None, None]
     assert torch.allclose(predict_x0(model.scheduler, (1 - sigma) * x0 + sigma * eps, eps - x0, t), x0, atol=1e-5)
-    with pytest.raises(ValueError, match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching"):
+    with pytest.raises(
+        ValueError, match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching"
+    ):
         dit_lens.sample(model, [1], steps=5)
 
 
@@ -140,7 +152,10 @@ def test_bad_input(model):
         (dict(labels=[1], guidance=float("nan")), "guidance=nan is not a number"),
         (dict(labels=[1], scheduler="dimm"), "There is no scheduler 'dimm'; did you mean 'ddim'"),
         (dict(labels=[1], guided_channels="three"), "guided_channels='three' is no convention"),
-        (dict(labels=[1], latents=torch.zeros(1, 1, 4, 4)), r"latents have shape \[1, 1, 4, 4\]; expected \[1, 1, 8, 8\] for 1 labels"),
+        (
+            dict(labels=[1], latents=torch.zeros(1, 1, 4, 4)),
+            r"latents have shape \[1, 1, 4, 4\]; expected \[1, 1, 8, 8\] for 1 labels",
+        ),
     ]:
         with pytest.raises(ValueError, match=text):
             dit_lens.sample(model, **kwargs)

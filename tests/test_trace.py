@@ -16,7 +16,9 @@ STEPS = 4
 
 def run(pipe, labels=(3, 5), guidance=4.0):
     gen = torch.Generator().manual_seed(0)
-    return pipe(class_labels=list(labels), num_inference_steps=STEPS, guidance_scale=guidance, generator=gen, output_type="pt").images
+    return pipe(
+        class_labels=list(labels), num_inference_steps=STEPS, guidance_scale=guidance, generator=gen, output_type="pt"
+    ).images
 
 
 def forwards(transformer):
@@ -44,7 +46,10 @@ def test_reading_stops_at_the_layer_needed_and_shares_passes(pipe):
     with dit_lens.trace(pipe) as t:
         run(pipe)
     seen = []
-    handles = [b.register_forward_hook(lambda m, i, o, k=k: seen.append(k)) for k, b in enumerate(pipe.transformer.transformer_blocks)]
+    handles = [
+        b.register_forward_hook(lambda m, i, o, k=k: seen.append(k))
+        for k, b in enumerate(pipe.transformer.transformer_blocks)
+    ]
     t.get(["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"], steps=[0, 2])
     assert seen == [0, 0]  # two steps, one pass each, ended inside block 1 before it returned
     for h in handles:
@@ -88,7 +93,10 @@ def test_patch_from_another_trace_gives_its_output(pipe):
         c.patch("blocks.1.hook_resid_post", c_source := a["resid_post", 1])
         run(pipe, labels=(3, 5))
     assert torch.equal(c["hook_sample"], a["hook_sample"]) and c_source.shape[0] == STEPS
-    with pytest.raises(ValueError, match=r"The patch for 'blocks.1.hook_resid_post' has shape \[1, 16, 16\]"), dit_lens.trace(pipe) as d:
+    with (
+        pytest.raises(ValueError, match=r"The patch for 'blocks.1.hook_resid_post' has shape \[1, 16, 16\]"),
+        dit_lens.trace(pipe) as d,
+    ):
         d.patch("blocks.1.hook_resid_post", torch.zeros(1, 16, 16))
         run(pipe)
     other = HookedDiT(make_dit(layers=2))
@@ -125,7 +133,9 @@ def test_regions(dit, inputs):
     assert (energy[..., 0] < 1e-8).all() and torch.allclose(energy[..., 1], bands.energy_tokens(old)[..., 1], rtol=1e-4)
     old, new = change("blocks.1.attn.hook_pattern", heads=[0], tokens=2)
     assert (new[:, 0, 2] == 0).all() and torch.equal(new[:, 1], old[:, 1])
-    with pytest.raises(ValueError, match="'blocks.0.hook_resid_pre' has no head axis; its axes are batch, token, d_model"):
+    with pytest.raises(
+        ValueError, match="'blocks.0.hook_resid_pre' has no head axis; its axes are batch, token, d_model"
+    ):
         dit_lens.trace(model).ablate("blocks.0.hook_resid_pre", heads=1)
     with pytest.raises(ValueError, match="head index 5 is out of range; expected 0 to 1"):
         change("blocks.1.attn.hook_z", heads=5)
@@ -296,7 +306,12 @@ def test_xarray(pipe):
     ds = t.to_xarray(["resid_post", "attn.hook_pattern", "hook_embed"], steps=[0, 3])
     assert ds["hook_resid_post"].dims == ("layer", "step", "batch", "token", "d_model")
     assert ds["attn.hook_pattern"].dims == ("layer", "step", "batch", "head", "query", "key")
-    assert list(ds.branch.values) == ["cond", "cond", "uncond", "uncond"] and list(ds.label.values) == [3, 5, 1000, 1000]
+    assert list(ds.branch.values) == ["cond", "cond", "uncond", "uncond"] and list(ds.label.values) == [
+        3,
+        5,
+        1000,
+        1000,
+    ]
     assert list(ds.step.values) == [0, 3] and ds.timestep.values[0] == float(t.timesteps[0])
     assert (ds["hook_resid_post"].sel(layer=1, step=3).values == t["resid_post", 1][3].numpy()).all()
     assert ds.log_snr.values[0] < ds.log_snr.values[1]
@@ -322,11 +337,23 @@ def test_steps_device_and_dtype(pipe):
 def test_bad_input(pipe, dit):
     from diffusers import UNet2DModel
 
-    with pytest.raises(dit_lens.UnknownName, match="No hook point matches 'blocks.0.hook_resid_pots'; nearest: 'blocks.0.hook_resid_post'"):
+    with pytest.raises(
+        dit_lens.UnknownName,
+        match="No hook point matches 'blocks.0.hook_resid_pots'; nearest: 'blocks.0.hook_resid_post'",
+    ):
         dit_lens.trace(pipe, names="blocks.0.hook_resid_pots")
     assert forwards(pipe.transformer) == []
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
-    with pytest.raises(TypeError, match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows DiTTransformer2DModel"):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    with pytest.raises(
+        TypeError,
+        match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows DiTTransformer2DModel",
+    ):
         dit_lens.trace(unet)
     with pytest.raises(TypeError, match="'str' object|str is neither a transformer nor a pipeline"):
         dit_lens.trace("digits")

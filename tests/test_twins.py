@@ -33,13 +33,15 @@ def test_attention_tie(model, gate, guidance):
     settings = dict(pairs=2, tie="attention", gate=gate, steps=4, guidance=guidance, eps=0.3)
     free = dit_lens.twins(model, g=0.0, release=4, **settings)
     z = free.run.latents[0]
-    assert torch.equal(dit_lens.twins(model, g=0.7, release=0, **settings).run.latents, free.run.latents)  # never coupled
+    assert torch.equal(
+        dit_lens.twins(model, g=0.7, release=0, **settings).run.latents, free.run.latents
+    )  # never coupled
     plain = dit_lens.sample(model, free.run.labels, seeds=free.run.seeds_at(0), steps=4, guidance=guidance, latents=z)
     assert torch.equal(plain.latents, free.run.latents)  # g = 0 is bit for bit the plain model on the same batch
     tied = dit_lens.twins(model, g=1.0, release=4, **settings).run
     assert not torch.allclose(tied.latents[-1], free.run.latents[-1], atol=1e-4)
     mean, half = (z[:2] + z[2:]) / 2, (z[:2] - z[2:]) / 2  # antisymmetric about sqrt(1 - eps²) z, variance preserving
-    assert abs(float((mean.square().mean() + half.square().mean())) - 1) < 0.35
+    assert abs(float(mean.square().mean() + half.square().mean()) - 1) < 0.35
     assert model.wiring.listening == 0
 
 
@@ -107,7 +109,10 @@ def test_clones_of_an_exact_gaussian_agree_as_the_formula_says():
         for lam, (u, v) in ((4.0, low), (0.25, high)):
             r = float((u * v).sum() / (u.square().sum() * v.square().sum()).sqrt())
             want = float(ddim_agreement([lam], abars, release)[0])
-            assert abs(r - want) < 4 * (1 - want**2) / (u.numel() if u.shape[-1] > 1 else 3 * pairs) ** 0.5 + 0.02, (lam, release)
+            assert abs(r - want) < 4 * (1 - want**2) / (u.numel() if u.shape[-1] > 1 else 3 * pairs) ** 0.5 + 0.02, (
+                lam,
+                release,
+            )
 
 
 def test_twin_divergence(model):
@@ -120,9 +125,14 @@ def test_twin_divergence(model):
         pair = dit_lens.twins(model, pairs=4, release=2, steps=5, guidance=2.0)
     h = t["resid_post", 1][4][:8]  # [A | B] of the guided half
     by_hand = probe.bands.energy_tokens(h[:4] - h[4:])
-    assert torch.allclose(torch.as_tensor(result.difference.sel(reading="raw", layer=1, step=4).values), by_hand, rtol=1e-3)
+    assert torch.allclose(
+        torch.as_tensor(result.difference.sel(reading="raw", layer=1, step=4).values), by_hand, rtol=1e-3
+    )
     assert len(pair.run.labels) == 8
-    with pytest.raises(ValueError, match="TwinDivergence compares twins, and this batch has none"), dit_lens.trace(model, probes=[probe]):
+    with (
+        pytest.raises(ValueError, match="TwinDivergence compares twins, and this batch has none"),
+        dit_lens.trace(model, probes=[probe]),
+    ):
         dit_lens.sample(model, [1], steps=2)
     with pytest.raises(RuntimeError, match="TwinDivergence has seen nothing"):
         with dit_lens.trace(model, probes=[probe]):

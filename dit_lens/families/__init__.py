@@ -41,4 +41,6 @@ def family_of(transformer: nn.Module) -> Family:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
     known = ", ".join(sorted({*_MODULES, *_FAMILIES}))
-    raise TypeError(f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it knows {known}.")
+    raise TypeError(
+        f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it knows {known}."
+    )

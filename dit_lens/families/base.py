@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hook_points import HookPoint
 
@@ -52,7 +52,7 @@ class Config:
 class Forward:
     """A replacement for `module.forward`. Subclasses define `__call__` with the original's signature."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
     __call__: Callable[..., Any]
@@ -64,17 +64,17 @@ class Family(Protocol):
 
     model_class: str
 
-    def config(self, transformer: nn.Module) -> Config:
+    def config(self, transformer: Any) -> Config:
         """The model's sizes."""
 
-    def sites(self, transformer: nn.Module) -> dict[str, Axes]:
+    def sites(self, transformer: Any) -> dict[str, Axes]:
         """Every hook name with the names of its axes, in forward order."""
 
-    def check_model(self, transformer: nn.Module) -> None:
+    def check_model(self, transformer: Any) -> None:
         """Raise one clear sentence if the model has something switched on that the forwards do not honour."""
 
-    def check_input(self, transformer: nn.Module, x: Tensor, t: Tensor | None, y: Tensor | None) -> None:
+    def check_input(self, transformer: Any, x: Tensor, t: Tensor | None, y: Tensor | None) -> None:
         """Raise one clear sentence for inputs that the model would fail on or, worse, silently get wrong."""
 
-    def forwards(self, transformer: nn.Module, points: dict[str, HookPoint], wiring: Any) -> Sequence[Forward]:
+    def forwards(self, transformer: Any, points: dict[str, HookPoint], wiring: Any) -> Sequence[Forward]:
         """The replacements, the transformer's own first; that one also has `last_layer(stream, t, y)`, the lens."""

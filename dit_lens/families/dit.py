@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hook_points import BackwardEditor, HookPoint
 from . import register
@@ -67,7 +67,7 @@ FINAL_SITES: dict[str, Axes] = {
 class TransformerForward(Forward):
     """The whole model: patches, blocks, last layer. `wiring.span` may ask for a part of the blocks only."""
 
-    def __init__(self, module: nn.Module, points: dict[str, HookPoint], wiring: Any) -> None:
+    def __init__(self, module: Any, points: dict[str, HookPoint], wiring: Any) -> None:
         super().__init__(module)
         self.wiring = wiring
         self.embed, self.sample = points["hook_embed"], points["hook_sample"]
@@ -93,7 +93,9 @@ class TransformerForward(Forward):
             x = self.embed(self.module.pos_embed(hidden_states)) if start is None else hidden_states
             for block in self.module.transformer_blocks[start:end]:
                 if torch.is_grad_enabled() and self.module.gradient_checkpointing:
-                    x = self.module._gradient_checkpointing_func(block, x, None, None, None, timestep, None, class_labels)
+                    x = self.module._gradient_checkpointing_func(
+                        block, x, None, None, None, timestep, None, class_labels
+                    )
                 else:
                     x = block(x, timestep=timestep, class_labels=class_labels)
             output = x if end is not None else self.last_layer(x, timestep, class_labels)
@@ -114,12 +116,16 @@ class TransformerForward(Forward):
 class BlockForward(Forward):
     """One block: two gated branches added to the stream."""
 
-    def __init__(self, module: nn.Module, points: dict[str, HookPoint]) -> None:
+    def __init__(self, module: Any, points: dict[str, HookPoint]) -> None:
         super().__init__(module)
         self.resid_pre, self.resid_mid = points["hook_resid_pre"], points["hook_resid_mid"]
         self.resid_post = points["hook_resid_post"]
         self.attn_out, self.mlp_out = points["hook_attn_out"], points["hook_mlp_out"]
-        self.normalized, self.mlp_in, self.mlp_raw = points["ln2.hook_normalized"], points["mlp.hook_in"], points["mlp.hook_out"]
+        self.normalized, self.mlp_in, self.mlp_raw = (
+            points["ln2.hook_normalized"],
+            points["mlp.hook_in"],
+            points["mlp.hook_out"],
+        )
 
     def __call__(
         self,
@@ -142,9 +148,13 @@ class BlockForward(Forward):
 class AdaNormForward(Forward):
     """adaLN-Zero: the conditioning vector, the six modulations it gives, and the first normalisation."""
 
-    def __init__(self, module: nn.Module, points: dict[str, HookPoint]) -> None:
+    def __init__(self, module: Any, points: dict[str, HookPoint]) -> None:
         super().__init__(module)
-        self.cond, self.normalized, self.attn_in = points["hook_cond"], points["ln1.hook_normalized"], points["attn.hook_in"]
+        self.cond, self.normalized, self.attn_in = (
+            points["hook_cond"],
+            points["ln1.hook_normalized"],
+            points["attn.hook_in"],
+        )
         self.modulations = [
             points[f"adaln.hook_{part}_{branch}"] for branch in ("attn", "mlp") for part in ("shift", "scale", "gate")
         ]
@@ -167,7 +177,7 @@ class AdaNormForward(Forward):
 class AttentionForward(Forward):
     """Multi-head self-attention."""
 
-    def __init__(self, module: nn.Module, points: dict[str, HookPoint]) -> None:
+    def __init__(self, module: Any, points: dict[str, HookPoint]) -> None:
         super().__init__(module)
         self.q, self.k, self.v, self.z = (points[f"attn.hook_{name}"] for name in "qkvz")
         self.scores, self.pattern = points["attn.hook_attn_scores"], points["attn.hook_pattern"]
@@ -210,7 +220,7 @@ class AttentionForward(Forward):
 class NeuronsForward(Forward):
     """The MLP's first half: `pre`, the nonlinearity, `post`."""
 
-    def __init__(self, module: nn.Module, points: dict[str, HookPoint]) -> None:
+    def __init__(self, module: Any, points: dict[str, HookPoint]) -> None:
         super().__init__(module)
         self.pre, self.post = points["mlp.hook_pre"], points["mlp.hook_post"]
 
@@ -223,7 +233,7 @@ class DiTFamily:
 
     model_class = "DiTTransformer2DModel"
 
-    def config(self, transformer: nn.Module) -> Config:
+    def config(self, transformer: Any) -> Config:
         c = transformer.config
         return Config(
             n_layers=c.num_layers,
@@ -238,13 +248,13 @@ class DiTFamily:
             n_classes=c.num_embeds_ada_norm,
         )
 
-    def sites(self, transformer: nn.Module) -> dict[str, Axes]:
+    def sites(self, transformer: Any) -> dict[str, Axes]:
         sites: dict[str, Axes] = {"hook_embed": RESID}
         for i in range(len(transformer.transformer_blocks)):
             sites |= {f"blocks.{i}.{site}": axes for site, axes in BLOCK_SITES.items()}
         return sites | FINAL_SITES
 
-    def check_model(self, transformer: nn.Module) -> None:
+    def check_model(self, transformer: Any) -> None:
         for i, block in enumerate(transformer.transformer_blocks):
             if block._chunk_size is not None:
                 raise ValueError(
@@ -262,7 +272,7 @@ class DiTFamily:
                     f"(activation_fn={transformer.config.activation_fn!r}); expected 'gelu' or 'gelu-approximate'."
                 )
 
-    def check_input(self, transformer: nn.Module, x: Tensor, t: Tensor | None, y: Tensor | None) -> None:
+    def check_input(self, transformer: Any, x: Tensor, t: Tensor | None, y: Tensor | None) -> None:
         c, p = transformer.config, transformer.config.patch_size
         if x.ndim != 4 or x.shape[1] != c.in_channels:
             raise ValueError(
@@ -288,9 +298,11 @@ class DiTFamily:
             )
         weight = transformer.proj_out_2.weight
         if x.device != weight.device and weight.device.type != "meta":
-            raise ValueError(f"The latents are on {x.device}, the model is on {weight.device}; use x.to({str(weight.device)!r}).")
+            raise ValueError(
+                f"The latents are on {x.device}, the model is on {weight.device}; use x.to({str(weight.device)!r})."
+            )
 
-    def forwards(self, transformer: nn.Module, points: dict[str, HookPoint], wiring: Any) -> Sequence[Forward]:
+    def forwards(self, transformer: Any, points: dict[str, HookPoint], wiring: Any) -> Sequence[Forward]:
         forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in BLOCK_SITES}

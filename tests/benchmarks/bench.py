@@ -39,8 +39,15 @@ def make_model(layers: int, heads: int, d_head: int, channels: int, size: int, c
     """A DiT with random weights; time does not depend on them."""
     torch.manual_seed(0)
     return DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=d_head, in_channels=channels, out_channels=channels,
-        num_layers=layers, sample_size=size, patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=1,
+        num_attention_heads=heads,
+        attention_head_dim=d_head,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=layers,
+        sample_size=size,
+        patch_size=2,
+        num_embeds_ada_norm=classes,
+        norm_num_groups=1,
     ).eval()
 
 
@@ -50,7 +57,9 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
     t, y = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.long)
     inputs = {"timestep": t, "class_labels": y}
-    shared = {id(p): p for p in model.parameters()}  # the same weights in the same place: no copy is luckier in the cache
+    shared = {
+        id(p): p for p in model.parameters()
+    }  # the same weights: no copy is luckier in the cache
     hooked = dit_lens.HookedDiT(copy.deepcopy(model, dict(shared)))
     plain = copy.deepcopy(model, dict(shared))
     watched = nnsight.NNsight(copy.deepcopy(model, dict(shared)))
