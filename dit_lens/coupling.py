@@ -95,7 +95,8 @@ def linear_response(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv:
     """The attention output's difference between twins to first order in their differences; [..., token, d_head].
 
     rho P dv + Cov_P[dq k', v] + rho Cov_P[q dk', v], with rho = (1 - g)/(1 + g), q, k, v of the mean replica, P its pattern,
-    logits scaled by 1/sqrt(d_head), and Cov_P[L, v] = (P * (L - rowmean_P L)) v. Both gates share it; the error is of second order in the differences.
+    logits scaled by 1/sqrt(d_head), and Cov_P[L, v] = (P * (L - rowmean_P L)) v. Both gates share it;
+    the error is of second order in the differences.
     """
     scale = q.shape[-1] ** -0.5
     pattern = (q @ k.transpose(-1, -2) * scale).softmax(-1)

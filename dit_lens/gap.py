@@ -80,7 +80,12 @@ def measure(
 
     fits: dict[tuple[str, str], Any] = {}
     for kind, bands in (("band", fine), ("split", split)):
-        options: dict[str, Any] = {"names": bands.names, "seed": seed, "resamples": resamples}
+        options: dict[str, Any] = {
+            "names": bands.names,
+            "seed": seed,
+            "resamples": resamples,
+            "groups": len(set(labels)),
+        }
         fits["one_pass", kind] = fit_commitment(one_pass[bands], range(steps), log_snr, squared=True, **options)
         fits["clones", kind] = fit_commitment(clones[bands], releases, log_snr, **options)
 
@@ -236,14 +241,14 @@ def _percentiles(draws: Array) -> Array:
 
 
 def _onset(view: str, gap: Array, pairs: int) -> dict[str, Any]:
-    if not np.isfinite(gap).all():
-        layers = np.flatnonzero(~np.isfinite(gap).all(0))
-        message = (
-            f"No onset can be named: in {len(layers)} layers, the first of them {layers[0]}, "
-            "a band does not cross half its final value."
-        )
-        return {f"onset_{view}": message, f"onset_layer_{view}": -1, f"onset_verdict_{view}": "cannot tell"}
-    found = onset(gap[0], gap[1:], pairs)
+    try:
+        found = onset(gap[0], gap[1:], pairs)
+    except ValueError as error:  # a band that does not cross half its final value in some layer
+        return {
+            f"onset_{view}": f"No onset can be named: {error}",
+            f"onset_layer_{view}": -1,
+            f"onset_verdict_{view}": "cannot tell",
+        }
     layer = -1 if found.layer is None else found.layer
     return {f"onset_{view}": found.message, f"onset_layer_{view}": layer, f"onset_verdict_{view}": found.verdict}
 

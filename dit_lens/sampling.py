@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .fingerprint import fingerprint
 from .hook_points import HookFunction
 from .model import HookedDiT
 from .names import NamesFilter
 from .noise import START, generators, noise
-from .schedules import log_snr, make_scheduler, predict_x0
+from .schedules import NAMES, learns_variance, log_snr, make_scheduler, predict_x0
 
 Edits = Sequence[tuple[NamesFilter, HookFunction]]
 Seeds = int | Sequence[int]
@@ -65,31 +66,43 @@ class Run:
     latents: Tensor = field(repr=False)
     x0: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
+    weights: str = field(repr=False)
 
     @property
     def log_snr(self) -> Tensor:
         """log SNR at each step, [steps], rising."""
-        return log_snr(self.model.scheduler, self.timesteps)
+        return log_snr(make_scheduler(self.settings.scheduler, self.model.scheduler), self.timesteps)
 
     @property
     def images(self) -> Tensor:
         """The finished latents decoded, [batch, channel, height, width] in [0, 1]."""
         return decode(self.model, self.latents[-1])
 
-    def activations(self, name: str, layer: int | None = None, *, step: int) -> Tensor:
-        """One activation at one step, recomputed from the stored x_t; with guidance the batch is [cond | null].
+    def activations(self, name: str, layer: int | None = None, *, step: int | None = None) -> Tensor:
+        """One activation, recomputed from the stored x_t, edits included: [batch, ...], or [step, batch, ...] if no step is given.
+
+        With guidance the batch is [cond | null]. Raises ValueError for a step outside the run, RuntimeError if the weights changed.
 
         >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
         >>> run.activations("resid_post", 5, step=2).shape
         torch.Size([1, 64, 64])
         """
-        check_step(step, self.settings.steps)
+        self._check_weights()
+        if step is not None:
+            check_step(step, self.settings.steps)
         key: Any = name if layer is None else (name, layer)
-        x, t, y = model_inputs(
-            self.model, self.latents[step], self.timesteps[step], self.labels, self.settings.guidance
-        )
-        with torch.no_grad(), self.model.hooks(edits_at(self.history, step)):
-            return self.model.activations(x, t, y, [key])[key]
+        found = []
+        for s in range(self.settings.steps) if step is None else [step]:
+            inputs = model_inputs(self.model, self.latents[s], self.timesteps[s], self.labels, self.settings.guidance)
+            with torch.no_grad(), self.model.hooks(edits_at(self.history, s)):
+                found.append(self.model.activations(*inputs, [key])[key])
+        return torch.stack(found) if step is None else found[0]
+
+    def _check_weights(self) -> None:
+        if fingerprint(self.model.transformer) != self.weights:
+            raise RuntimeError(
+                "The model's weights have changed since this run, so it can't be recomputed; sample again."
+            )
 
     def select(self, items: slice | Sequence[int] | Tensor) -> Run:
         """The same run for some of its items only."""
@@ -110,13 +123,17 @@ class Run:
         start = self.latents[from_step] if latents is None else latents
         if start.shape != self.latents[0].shape:
             raise ValueError(f"The latents have shape {list(start.shape)}; expected {list(self.latents[0].shape)}.")
+        self._check_weights()
         history = self.history
-        if seeds is not None or edits:
-            new = self.seeds_at(from_step) if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
+        if seeds is not None:
+            fresh = tuple(item_seeds(seeds, len(self.labels)))
             history = (
-                *(c if c.from_step < from_step else replace(c, seeds=new) for c in history),
-                Change(from_step, new, tuple(edits)),
+                *(c if c.from_step < from_step else replace(c, seeds=fresh) for c in history),
+                Change(from_step, fresh),
             )
+        if edits:
+            mine = Change(from_step, seeds_at(history, from_step), tuple(edits))
+            history = tuple(sorted((*history, mine), key=lambda change: change.from_step))
         scheduler = prepared(self.model, self.settings)
         for step in range(from_step):  # only for the memory of multistep schedulers
             noise_seeds = self.seeds_at(step)
@@ -183,18 +200,20 @@ def sample(
     plan = prepared(model, settings)
     shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
     if latents is None:
-        latents = noise(own_seeds, START, shape, model.device) * getattr(plan, "init_noise_sigma", 1.0)
+        latents = noise(own_seeds, START, shape, model.device)
     elif latents.shape != (len(y), *shape):
         raise ValueError(
             f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for {len(y)} labels."
         )
-    seen, history = [], (Change(0, tuple(own_seeds)),)
+    seen, history, weights = [], (Change(0, tuple(own_seeds)),), fingerprint(model.transformer)
     for step, kept in enumerate(denoise(model, latents, y, history, settings, plan)):
         seen.append(kept)
         if progress is not None:
             progress(step)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    return Run(model, y, history, settings, plan.timesteps.cpu(), torch.cat([latents[None], later]), x0, outputs)
+    return Run(
+        model, y, history, settings, plan.timesteps.cpu(), torch.cat([latents[None], later]), x0, outputs, weights
+    )
 
 
 def denoise(
@@ -214,7 +233,7 @@ def denoise(
             inputs, ts, ys = model_inputs(model, x, t, labels, settings.guidance)
             with model.hooks(edits_at(history, step)):
                 output = guided(model(inputs, ts, ys).to(x.dtype), settings, model.cfg.in_channels)
-            if model.cfg.learned_sigma and not str(scheduler.config.get("variance_type", "")).startswith("learned"):
+            if not learns_variance(scheduler):
                 output = output[:, : model.cfg.in_channels]
             x0 = predict_x0(scheduler, x, output[:, : model.cfg.in_channels], t)
             x = advance(scheduler, output, t, x, seeds_at(history, step), step, settings.eta)
@@ -263,13 +282,23 @@ def advance(
 
 
 def prepared(model: HookedDiT, settings: Settings) -> Any:
-    """A fresh scheduler with its timesteps set; flow matching's sigmas are kept exact."""
+    """A fresh scheduler with its timesteps set. Raises ValueError if it does not fit the model, the steps or eta."""
     if model.scheduler is None:
         raise ValueError(
             "The model has no scheduler, so its noise schedule is unknown; give one: HookedDiT(transformer, scheduler=...)."
         )
-    scheduler = make_scheduler(settings.scheduler, model.scheduler)
+    scheduler = make_scheduler(settings.scheduler, model.scheduler, learned_sigma=model.cfg.learned_sigma)
+    name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    if settings.eta and name != "DDIMScheduler":
+        raise ValueError(f"eta={settings.eta} is DDIM's; {name} has none, so expected eta=0.")
+    if settings.steps > most:
+        raise ValueError(f"steps={settings.steps} is more than the {most} timesteps the model was trained on.")
     scheduler.set_timesteps(settings.steps)
+    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        raise ValueError(
+            f"{name} scales its latents by sigma, which is not supported; expected a variance-preserving or flow-matching "
+            f"scheduler, such as {', '.join(map(repr, NAMES))}."
+        )
     return scheduler
 
 
@@ -282,21 +311,19 @@ def decode(model: HookedDiT, latents: Tensor) -> Tensor:
     return (latents / 2 + 0.5).clamp(0, 1)
 
 
-def is_stochastic(settings: Settings) -> bool:
-    """Whether the sampler draws noise after the start."""
-    name = settings.scheduler
-    if name == "ddim" or type(name).__name__ == "DDIMScheduler":
-        return settings.eta > 0
-    kind = (
-        "sde"
-        if str(getattr(getattr(name, "config", {}), "algorithm_type", "")).startswith("sde")
-        else type(name).__name__
-    )
-    return name in ("ddpm", "sde-dpm++") or kind in ("sde", "DDPMScheduler")
+def is_stochastic(model: HookedDiT, settings: Settings) -> bool:
+    """Whether the sampler draws noise after the start: seen by one step with two seeds."""
+    x = torch.zeros(1, model.cfg.in_channels, 2, 2)
+    ends = []
+    for seed in (0, 1):
+        scheduler = prepared(model, settings)
+        output = torch.zeros(1, model.cfg.in_channels * (2 if learns_variance(scheduler) else 1), 2, 2)
+        ends.append(advance(scheduler, output, scheduler.timesteps[0], x, [seed], 0, settings.eta))
+    return not torch.equal(*ends)
 
 
 def check_settings(settings: Settings) -> None:
-    if not isinstance(settings.steps, int) or settings.steps < 1:
+    if not isinstance(settings.steps, int) or isinstance(settings.steps, bool) or settings.steps < 1:
         raise ValueError(f"steps={settings.steps!r} is no number of denoising steps; expected 1 or more.")
     if not math.isfinite(settings.guidance):
         raise ValueError(f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or more.")
@@ -316,7 +343,10 @@ def check_step(step: int, steps: int) -> None:
 
 def item_labels(model: HookedDiT, labels: int | Sequence[int] | Tensor) -> Tensor:
     """Class labels as a tensor [batch] on the model's device; ValueError for one out of range."""
-    y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1).to(model.device, torch.long)
+    y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1)
+    if len(y) and y.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool):
+        raise ValueError(f"The labels are {y.dtype}, starting with {y[0].item()}; expected whole numbers.")
+    y = y.to(model.device, torch.long)
     bad = [int(v) for v in y.tolist() if not 0 <= v <= model.cfg.null_class]
     if not len(y) or bad:
         got = f"Label {bad[0]} is out of range" if bad else "There are no labels"

@@ -18,10 +18,10 @@ NAMES = {
     "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "euler-flow": ("FlowMatchEulerDiscreteScheduler", {}),
 }
-STOCHASTIC = ("ddpm", "sde-dpm++")
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the schedulers that honour clip_sample
 
 
-def make_scheduler(name: str | Any, base: Any = None) -> Any:
+def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = False) -> Any:
     """A fresh scheduler: one of `NAMES` with the model's own noise schedule and prediction type, or a copy of the one given.
 
     >>> type(make_scheduler("ddim")).__name__
@@ -32,7 +32,7 @@ def make_scheduler(name: str | Any, base: Any = None) -> Any:
     import diffusers
 
     if not isinstance(name, str):
-        return type(name).from_config(name.config)
+        return _plain_variance(type(name).from_config(name.config), learned_sigma)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(repr, NAMES))}."
@@ -44,7 +44,22 @@ def make_scheduler(name: str | Any, base: Any = None) -> Any:
             f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is {kind}."
         )
     config = {} if base is None else dict(base.config)
-    return getattr(diffusers, cls).from_config(config, **options)
+    return _plain_variance(getattr(diffusers, cls).from_config(config, **options), learned_sigma)
+
+
+def learns_variance(scheduler: Any) -> bool:
+    """Whether the scheduler reads the variance that a model predicts in its second half of channels: only DDPM's can."""
+    return type(scheduler).__name__ == "DDPMScheduler" and str(scheduler.variance_type).startswith("learned")
+
+
+def _plain_variance(scheduler: Any, learned_sigma: bool) -> Any:
+    """Without a learned variance where the model has none or the scheduler can't use it."""
+    if str(scheduler.config.get("variance_type", "")).startswith("learned") and not (
+        learned_sigma and learns_variance(scheduler)
+    ):
+        plain = "fixed_small" if type(scheduler).__name__ == "DDPMScheduler" else None
+        return type(scheduler).from_config(scheduler.config, variance_type=plain)
+    return scheduler
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -90,7 +105,7 @@ def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
         raise ValueError(
             f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', 'sample' or flow matching."
         )
-    if getattr(scheduler.config, "clip_sample", False):
+    if type(scheduler).__name__ in CLIPPING and scheduler.config.clip_sample:
         bound = scheduler.config.clip_sample_range
         x0 = x0.clamp(-bound, bound)
     return x0

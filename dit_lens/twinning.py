@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .coupling import Gate, check_gate, coupled
+from .fingerprint import fingerprint
 from .model import HookedDiT
 from .noise import START, noise
 from .probe import Probe
@@ -92,19 +93,20 @@ def twins(
     )
     check_settings(settings)
     check_gate(g, gate)
-    _check(settings, pairs, tie, g, eps, release)
+    _check(model, settings, pairs, tie, g, eps, release)
     y = item_labels(model, [i % model.cfg.n_classes for i in range(pairs)] if labels is None else labels)
     if len(y) != pairs:
         raise ValueError(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
     own, other = twin_seeds(seed, pairs)
     plan = prepared(model, settings)
     shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
-    z = noise(own, START, shape, model.device) * getattr(plan, "init_noise_sigma", 1.0)
+    z = noise(own, START, shape, model.device)
     x, both = torch.cat([z, z]), torch.cat([y, y])
     if tie == "attention":
         xi = noise(other, START, shape, model.device)
         x = torch.cat([(1 - eps**2) ** 0.5 * z + sign * eps * xi for sign in (1, -1)])
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    weights = fingerprint(model.transformer)
     branches = 1 if settings.guidance == 1 else 2
 
     history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
@@ -122,7 +124,7 @@ def twins(
             go(0, release)
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs)
+    run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs, weights)
     return Twins(run, pairs, release)
 
 
@@ -141,7 +143,7 @@ def _named(model: HookedDiT, names: tuple[str, ...]) -> Iterator[None]:
         model.wiring.twin = None
 
 
-def _check(settings: Settings, pairs: int, tie: str, g: float, eps: float, release: int) -> None:
+def _check(model: HookedDiT, settings: Settings, pairs: int, tie: str, g: float, eps: float, release: int) -> None:
     if not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"pairs={pairs!r} is no number of pairs; expected 1 or more.")
     if not 0 <= release <= settings.steps:
@@ -150,9 +152,9 @@ def _check(settings: Settings, pairs: int, tie: str, g: float, eps: float, relea
         raise ValueError(f"eps={eps} is out of range; expected 0 (equal starts) to 1 (opposite ones).")
     if tie == "noise" and g:
         raise ValueError(f"g={g} is a coupling through attention; use tie='attention', or g=0 with tie='noise'.")
-    parts = is_stochastic(settings) and release < settings.steps
-    if not parts and (tie == "noise" or eps == 0):
-        if release == settings.steps and is_stochastic(settings):
+    draws = is_stochastic(model, settings)
+    if not (draws and release < settings.steps) and (tie == "noise" or eps == 0):
+        if release == settings.steps and draws:
             raise ValueError(
                 f"The twins can't part: they are never released (release={release} of {settings.steps} steps)."
             )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import make_dit, make_pipe
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
@@ -83,6 +83,7 @@ def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
     if scheduler in ("ddim", "ddpm", "sde-dpm++"):
         clone = run.replay(5, seeds=[1, 1, 1])
         assert torch.equal(clone.replay(2).latents, clone.latents)
+        assert torch.equal(clone.replay(2, edits=[("hook_embed", lambda a, hook: None)]).latents, clone.latents)
         assert torch.equal(clone.latents[:6], run.latents[:6]) and not torch.equal(clone.latents[6], run.latents[6])
     edited = run.replay(4, edits=[("blocks.1.hook_attn_out", lambda a, hook: a * 0)])
     assert torch.equal(edited.latents[:5], run.latents[:5]) and not torch.equal(edited.latents[-1], run.latents[-1])
@@ -136,6 +137,30 @@ def test_activations_are_those_of_the_run(model):
     assert torch.equal(run.activations("resid_post", 1, step=2), seen[2]) and len(seen[2]) == 4
 
 
+def test_the_runs_own_schedule_counts_and_changed_weights_raise(model):
+    cosine = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+    run = dit_lens.sample(model, [1], steps=4, scheduler=cosine)
+    assert torch.equal(run.log_snr, log_snr(cosine, run.timesteps)) and not torch.equal(
+        run.log_snr, log_snr(model.scheduler, run.timesteps)
+    )
+    assert run.activations("resid_post", 1).shape == (4, 1, 16, 16)
+    model.transformer.proj_out_1.bias.data += 1
+    for act in (lambda: run.activations("resid_post", 1, step=0), lambda: run.replay(1)):
+        with pytest.raises(RuntimeError, match="weights have changed since this run"):
+            act()
+
+
+@pytest.mark.parametrize("scheduler", ALL)
+@pytest.mark.parametrize("sigma", [True, False])
+def test_learned_variance_and_clipping_configs(scheduler, sigma):
+    """facebook/DiT-XL-2's scheduler has neither; a model's config may have both, and not every scheduler can use them."""
+    base = DDPMScheduler(1000, variance_type="learned_range", clip_sample=True)
+    model = HookedDiT(make_dit(out_channels=8 if sigma else 4), scheduler=base)
+    run = dit_lens.sample(model, [1, 2], steps=5, scheduler=scheduler)
+    assert torch.isfinite(run.latents).all() and run.x0.shape[2] == 4
+    assert run.outputs.shape[2] == (8 if sigma and scheduler == "ddpm" else 4)
+
+
 def test_latents_stay_float32_whatever_the_model_computes_in(model):
     model.to(torch.bfloat16)
     run = dit_lens.sample(model, [1, 2], steps=4, eta=1.0)
@@ -148,6 +173,13 @@ def test_bad_input(model):
         (dict(labels=[]), "There are no labels"),
         (dict(labels=[1], seeds=[1, 2]), r"There are 2 seeds, \[1, 2\]...; expected 1"),
         (dict(labels=[1], steps=0), "steps=0 is no number of denoising steps"),
+        (dict(labels=[1], steps=2000), "steps=2000 is more than the 1000 timesteps"),
+        (dict(labels=[1.7]), "labels are torch.float32, starting with 1.7"),
+        (dict(labels=[1], scheduler="dpm++", eta=1.0), "eta=1.0 is DDIM's; DPMSolverMultistepScheduler has none"),
+        (
+            dict(labels=[1], scheduler=EulerDiscreteScheduler()),
+            "EulerDiscreteScheduler scales its latents by sigma, which is not supported",
+        ),
         (dict(labels=[1], eta=2), "eta=2.0 is out of range; expected 0"),
         (dict(labels=[1], guidance=float("nan")), "guidance=nan is not a number"),
         (dict(labels=[1], scheduler="dimm"), "There is no scheduler 'dimm'; did you mean 'ddim'"),

@@ -57,9 +57,7 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
     t, y = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.long)
     inputs = {"timestep": t, "class_labels": y}
-    shared = {
-        id(p): p for p in model.parameters()
-    }  # the same weights: no copy is luckier in the cache
+    shared = {id(p): p for p in model.parameters()}  # the same weights: no copy is luckier in the cache
     hooked = dit_lens.HookedDiT(copy.deepcopy(model, dict(shared)))
     plain = copy.deepcopy(model, dict(shared))
     watched = nnsight.NNsight(copy.deepcopy(model, dict(shared)))
