@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
             raise ValueError(
                 f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as safetensors."
             )
-        kwargs["use_safetensors"] = True
+        kwargs |= {"use_safetensors": True, "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
     except Exception as error:  # diffusers and safetensors raise many kinds for damaged files

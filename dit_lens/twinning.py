@@ -88,9 +88,9 @@ def twins(
     model._require_eval()
     if tie not in ("noise", "attention"):
         raise ValueError(f"tie={tie!r} is unknown; expected 'noise' or 'attention'.")
-    settings = Settings(
-        steps, float(guidance), "all", scheduler, (1.0 if tie == "noise" else 0.0) if eta is None else float(eta)
-    )
+    if eta is None:  # DDIM is the one sampler that has to be told to draw noise
+        eta = 1.0 if tie == "noise" and (scheduler == "ddim" or type(scheduler).__name__ == "DDIMScheduler") else 0.0
+    settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
     check_settings(settings)
     check_gate(g, gate)
     _check(model, settings, pairs, tie, g, eps, release)

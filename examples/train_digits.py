@@ -105,6 +105,7 @@ def main() -> None:
     ap.add_argument("--steps", type=int, default=4_000)
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--rate", type=float, default=2e-3)
+    ap.add_argument("--init", type=Path, help="a folder of weights to start from, for a second cycle")
     args = ap.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,8 @@ def main() -> None:
     abar = DDIMScheduler(1000).alphas_cumprod
     torch.manual_seed(0)
     model = make_model()
+    if args.init is not None:
+        model.load_state_dict(DiTTransformer2DModel.from_pretrained(args.init, dtype=torch.float32).state_dict())
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = make_optimizers(model, args.rate)
     start, seconds = 0, 0.0
