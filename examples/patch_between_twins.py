@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 RELEASE, WINDOW = 25, 10
 
 model = dit_lens.load("digits")
-pair = dit_lens.twins(model, pairs=10, release=RELEASE)
+pair = dit_lens.twins(model, pairs=6, release=RELEASE)
 a, b = pair.a, pair.b
 before = (a.latents[-1] - b.latents[-1]).square().sum()
 
@@ -32,5 +32,5 @@ def moved(name):
 
 print(f"share of the distance between the twins' images that {WINDOW} patched steps remove")
 print("layer   attention      MLP")
-for layer in range(0, model.cfg.n_layers, 3):
+for layer in range(0, model.cfg.n_layers, 4):
     print(f"{layer:5d}   {moved(('attn_out', layer)):9.3f}   {moved(('mlp_out', layer)):6.3f}")
