@@ -38,12 +38,14 @@ def measure(
     pairs: int = 48,
     steps: int = 50,
     seed: int = 0,
+    cut: float = CUT,
     name: str = "model",
     resamples: int = 400,
     progress: bool = False,
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer, as one dataset; `dit_lens.gap_report` shows it.
 
+    `cut` parts low from high, in cycles per pixel of the latents and in cycles per token of the stream.
     Raises ValueError for fewer than 16 pairs: the mean image of each class is taken off, which needs two or more pairs a class.
     """
     import xarray as xr
@@ -59,11 +61,11 @@ def measure(
     )  # the one place where the core's order is turned: this is a command
     c = model.cfg
     latent_grid = (c.sample_size, c.sample_size)
-    fine, split = Bands.radial(latent_grid), Bands.radial(latent_grid, cut=CUT)
+    fine, split = Bands.radial(latent_grid), Bands.radial(latent_grid, cut=cut)
     labels = [i % max(1, min(c.n_classes, pairs // 2)) for i in range(pairs)]
 
     with _Progress(progress, pairs * 2 * steps) as bar:
-        divergence, lens = probes.TwinDivergence(), probes.LayerLens(split)
+        divergence, lens = probes.TwinDivergence(Bands.radial(c.grid, cut=cut)), probes.LayerLens(split)
         pair = twins(
             model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens], progress=lambda s: bar(2 * pairs)
         )
@@ -114,7 +116,7 @@ def measure(
         "pairs": pairs,
         "steps": steps,
         "seed": seed,
-        "cut": CUT,
+        "cut": cut,
         "reading": READING,
     }
     taus, gaps, ends = [], [], []

@@ -1,0 +1,46 @@
+"""What the documentation shows runs, and what it links to is there."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import dit_lens
+import dit_lens.probes
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = (dit_lens, dit_lens.probes)
+MODULES = sorted({m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    result = doctest.testmod(module, extraglobs={"np": importlib.import_module("numpy"), "torch": importlib.import_module("torch")})
+    assert result.failed == 0
+
+
+def test_the_readme_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(code, {})
+    assert capsys.readouterr().out == "torch.Size([50, 2, 64, 64])\ntorch.Size([50, 2, 4, 64, 64])\n"
+
+
+@pytest.mark.parametrize("page", [p.relative_to(ROOT) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))], ids=str)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        if not target.startswith("http"):
+            assert (ROOT / page.parent / target).exists(), target
+
+
+def test_digits_is_what_it_should_be():
+    model = dit_lens.load("digits")
+    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.null_class, model.cfg.grid) == (28, 64, 10, (8, 8))
+    folder = Path(dit_lens.__file__).parent / "models" / "digits"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 12e6
+    images = dit_lens.sample(model, [0, 1], steps=20, eta=1.0).images
+    assert images[0, 0, 6:10, 7:9].mean() < 0.5 < images[1, 0, 6:10, 7:9].max()  # a 0 is open in the middle, a 1 is not
