@@ -26,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     gap.add_argument("--steps", type=int, help="denoising steps (default: 50; with --quick 25)")
     gap.add_argument("--quick", action="store_true", help="fewer twins and steps: a first look")
     gap.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures to the last digit")
-    gap.add_argument("--cut", type=float, default=0.25, help="between low and high, in cycles per pixel and per token (default: 0.25)")
+    gap.add_argument(
+        "--cut",
+        type=float,
+        default=0.25,
+        help="between low and high, in cycles per pixel and per token (default: 0.25)",
+    )
     gap.add_argument("--out", type=Path, help="folder for pictures and results (default: gap-MODEL)")
     gap.set_defaults(run=gap_command)
 
@@ -105,7 +110,9 @@ def gap_command(args: argparse.Namespace) -> None:
 
     model = load(args.model)
     pairs, steps = args.pairs or (16 if args.quick else 48), args.steps or (25 if args.quick else 50)
-    results = gap.measure(model, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut, name=str(args.model), progress=True)
+    results = gap.measure(
+        model, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut, name=str(args.model), progress=True
+    )
     gap_report.write(results, args.out or Path(f"gap-{Path(str(args.model)).name}"))
 
 

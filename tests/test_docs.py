@@ -20,7 +20,9 @@ MODULES = sorted({m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__pa
 def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
-    result = doctest.testmod(module, extraglobs={"np": importlib.import_module("numpy"), "torch": importlib.import_module("torch")})
+    result = doctest.testmod(
+        module, extraglobs={"np": importlib.import_module("numpy"), "torch": importlib.import_module("torch")}
+    )
     assert result.failed == 0
 
 

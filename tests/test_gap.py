@@ -12,7 +12,8 @@ from dit_lens.groundtruth import ddim_agreement, gaussian
 def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
     """E6, early, in the middle, last, and with either sign: an exact denoiser whose one layer makes all of the gap.
 
-    The lens must say "none" here: each band of x0 is the band of x_t times a number, in every layer, and a correlation does not see numbers.
+    The lens must say "none" here: each band of x0 is the band of x_t times a number, in every layer, which a
+    correlation does not see.
     """
     truth = gaussian(lam_low=low, lam_high=high, layers=(layer,), n_layers=8)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
@@ -34,7 +35,9 @@ def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
 def test_without_a_gap_none_is_claimed():
     """The same data variance in both bands: no gap, and nothing in any layer through the lens."""
     truth = gaussian(lam_low=1.0, lam_high=1.0, layers=(3,), n_layers=8)
-    result = gap.measure(HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=24, steps=16, cut=0.1, resamples=200)
+    result = gap.measure(
+        HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=24, steps=16, cut=0.1, resamples=200
+    )
     assert result.attrs["onset_layer_lens"] == -1 == result.attrs["onset_layer_divergence"]
     low, high = result.split_gap_interval.sel(estimator="one_pass", quantity="step").values
     assert low < 0.5 and high > -0.5
