@@ -22,7 +22,8 @@ from .wiring import Call
 if TYPE_CHECKING:
     import xarray as xr
 
-    from .tracing import Steps, Trace
+    from .interventions import Steps
+    from .tracing import Trace
 
 FORMAT = "dit_lens.trace/1"
 

@@ -11,7 +11,7 @@ Each call of the transformer is one step, counted from 0; with guidance a step's
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from .fingerprint import fingerprint
 from .hook_points import Editor, HookFunction, HookPoint, Observer, StopForward, stop
+from .interventions import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
 from .model import HookedDiT, transformer_of
 from .names import Key, NamesFilter, layer_of, resolve, select
 from .probe import Probe, Site
 from .regions import Region
 from .wiring import Call, Handle, Wiring
-
-Steps = None | int | slice | range | Iterable[int]
 
 
 class Trace:
@@ -52,7 +51,7 @@ class Trace:
         self.model, self.device, self.dtype, self.probes = model, device, dtype, list(probes)
         self.names = model.names
         self.recorded_names = [] if names is None else select(names, model.names)
-        self.recorded_steps, self.wanted_steps = steps, _step_test(steps)
+        self.recorded_steps, self.wanted_steps = steps, step_test(steps)
         self.calls: list[Call] = []
         self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}
         self.weights: tuple[str, str] | None = None  # fingerprints on entering and on leaving
@@ -105,7 +104,7 @@ class Trace:
             wiring.remove()
 
         for name, steps in self._edit_steps:
-            if self.calls and not any(map(_step_test(steps), self.steps)):
+            if self.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
                     f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls)} steps.",
                     stacklevel=2,
@@ -152,12 +151,12 @@ class Trace:
         `hook.step` is the step. Region: `items`, `heads`, `tokens`, `band=(bands, b)`; see `dit_lens.regions.Region`.
         Chains: `t.edit(...).ablate(...)`. Raises UnknownName, or ValueError for an axis that the hook point does not have.
         """
-        chosen, part, active = select(name, self.names), Region(**region), _step_test(steps)
+        chosen, part, active = select(name, self.names), Region(**region), step_test(steps)
         for each in chosen:
             part.check(each, self.model.sites[each])
         self._edit_steps.append((chosen[0], steps))
         for each in chosen:
-            editor = Editor(_within(fn, part, self.model.sites[each]), lambda: (active(self._current), self._current))
+            editor = Editor(within(fn, part, self.model.sites[each]), lambda: (active(self._current), self._current))
             if self._open:
                 self._attach(each, editor)
             else:
@@ -173,51 +172,27 @@ class Trace:
         or shapes.
         """
         if isinstance(source, Trace):
-            taken = source.read(select(name, self.names))
-            self._check_source(source)
-
-            def fn(activation: Tensor, hook: HookPoint) -> Tensor:
-                at_step = taken[hook.name]
-                if hook.step not in at_step:
-                    raise ValueError(f"The source trace has no step {hook.step}; it has {len(at_step)}.")
-                return _fitting(at_step[hook.step], activation, hook)
-
-        elif isinstance(source, Tensor):
-
-            def fn(activation: Tensor, hook: HookPoint) -> Tensor:
-                if source.ndim == activation.ndim + 1:
-                    if hook.step is None or hook.step >= len(source):
-                        raise ValueError(
-                            f"The patch for {hook.name!r} has {len(source)} steps; there is none for step {hook.step}."
-                        )
-                    return _fitting(source[hook.step], activation, hook)
-                return _fitting(source, activation, hook)
-
-        elif callable(source):
-            return self.edit(name, source, steps, **region)
-        else:
+            mine, theirs = self.model.cfg, source.model.cfg
+            if mine != theirs:
+                raise ValueError(f"The source trace is of another model: {theirs}; expected {mine}.")
+            return self.edit(name, patch_from_steps(source.read(select(name, self.names))), steps, **region)
+        if isinstance(source, Tensor):
+            return self.edit(name, patch_from_tensor(source), steps, **region)
+        if not callable(source):
             raise TypeError(
                 f"Can't patch from {source!r}; expected a trace, a tensor or a function fn(activation, hook)."
             )
-        return self.edit(name, fn, steps, **region)
+        return self.edit(name, source, steps, **region)
 
     def ablate(
-        self, name: NamesFilter, mode: Literal["zero", "mean", "resample"] = "zero", steps: Steps = None, **region: Any
+        self,
+        name: NamesFilter,
+        mode: Literal["zero", "mean", "resample"] = "zero",
+        steps: Steps = None,
+        **region: Any,
     ) -> Trace:
         """Knock out: with zeros, the mean over the batch, or the next item's activation (resample)."""
-        modes: dict[str, Callable[[Tensor], Tensor]] = {
-            "zero": torch.zeros_like,
-            "mean": lambda a: a.mean(0, keepdim=True).expand_as(a).clone(),
-            "resample": lambda a: a.roll(1, 0),
-        }
-        if mode not in modes:
-            raise ValueError(f"{mode!r} is no way to ablate; expected one of {', '.join(map(repr, modes))}.")
-        return self.edit(name, lambda activation, hook: modes[mode](activation), steps, **region)
-
-    def _check_source(self, source: Trace) -> None:
-        mine, theirs = self.model.cfg, source.model.cfg
-        if mine != theirs:
-            raise ValueError(f"The source trace is of another model: {theirs}; expected {mine}.")
+        return self.edit(name, ablation(mode), steps, **region)
 
     # Reading.
 
@@ -239,7 +214,7 @@ class Trace:
         """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed otherwise."""
         if not self.calls:
             raise RuntimeError("Nothing was traced: no forward of the model finished inside the `with` block.")
-        test = _step_test(steps)
+        test = step_test(steps)
         default = self.wanted_steps if steps is None else test
         wanted = [s for s in range(len(self.calls)) if default(s)]
         if not wanted:
@@ -383,26 +358,6 @@ def _observation(probe: Probe, trace: Trace) -> Callable[[Tensor, HookPoint], No
     return lambda value, point: probe.observe(value.detach(), trace.site(point.name))
 
 
-def _within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFunction:
-    """`fn`, but letting through only what lies in the region."""
-    if part.everything:
-        return fn
-    whole = Editor(fn)
-
-    def edit(activation: Tensor, hook: HookPoint) -> Tensor:
-        return part.merge(activation, whole(activation, hook), axes)
-
-    return edit
-
-
-def _fitting(patch: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
-    if patch.shape != activation.shape:
-        raise ValueError(
-            f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has {list(activation.shape)}."
-        )
-    return patch.to(activation)
-
-
 def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
     shapes = {tuple(v.shape) for v in at.values()}
     if len(shapes) > 1:
@@ -411,22 +366,6 @@ def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
             "read one step at a time: t.get(name, steps=3)."
         )
     return torch.stack([at[s] for s in sorted(at)])
-
-
-def _step_test(steps: Steps) -> Callable[[int], bool]:
-    if steps is None:
-        return lambda s: True
-    if isinstance(steps, slice):
-        if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
-            raise ValueError(
-                f"{steps} counts steps from the end, which is not known while a run is under way; count from 0."
-            )
-        first, last, by = steps.start or 0, steps.stop, steps.step or 1
-        return lambda s: s >= first and (last is None or s < last) and (s - first) % by == 0
-    chosen = {steps} if isinstance(steps, int) else {int(s) for s in steps}
-    if not chosen or min(chosen) < 0:
-        raise ValueError(f"steps={steps!r} names no step; expected numbers from 0 (the noisiest), a slice or a range.")
-    return chosen.__contains__
 
 
 @contextmanager
