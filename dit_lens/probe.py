@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from .model import HookedDiT
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Site:
     @property
     def timestep(self) -> float:
         """The diffusion timestep of this call (of its first item, should they differ)."""
-        return float(self.call.t[0])
+        return self._once("timestep", lambda: float(self.call.t[0]))
 
     @property
     def labels(self) -> Tensor:
@@ -49,8 +52,12 @@ class Site:
     @property
     def branch(self) -> tuple[str, ...]:
         """For each batch item "cond", or "uncond" where its label is the null class (classifier-free guidance)."""
-        labels = self.call.y.expand(len(self.call.x)).tolist()
-        return tuple("uncond" if y == self.null_class else "cond" for y in labels)
+
+        def find() -> tuple[str, ...]:
+            labels = self.call.y.expand(len(self.call.x)).tolist()
+            return tuple("uncond" if y == self.null_class else "cond" for y in labels)
+
+        return self._once("branch", find)
 
     @property
     def twin(self) -> tuple[str, ...]:
@@ -59,12 +66,20 @@ class Site:
 
     def where(self, *, branch: str | None = None, twin: str | None = None) -> Tensor:
         """The batch positions of one branch and/or twin: `activation[site.where(twin="A")]`."""
-        keep = [
-            i
-            for i, (b, w) in enumerate(zip(self.branch, self.twin, strict=True))
-            if branch in (None, b) and twin in (None, w)
-        ]
-        return torch.tensor(keep, dtype=torch.long, device=self.call.x.device)
+
+        def find() -> Tensor:
+            items = enumerate(zip(self.branch, self.twin, strict=True))
+            keep = [i for i, (b, w) in items if branch in (None, b) and twin in (None, w)]
+            return torch.tensor(keep, dtype=torch.long, device=self.call.x.device)
+
+        return self._once(("where", branch, twin), find)
+
+    def _once(self, key: Any, find: Callable[[], T]) -> T:
+        """Looked up once a call and not at every layer: reading a tensor's values makes a GPU wait."""
+        if key not in self.call.memo:
+            self.call.memo[key] = find()
+        found: T = self.call.memo[key]
+        return found
 
 
 class Probe:

@@ -36,6 +36,9 @@ class Call:
     autocast: torch.dtype | None = None
     edits: list[tuple[str, Editor]] = field(default_factory=list)
     twin: tuple[str, ...] | None = None
+    memo: dict[Any, Any] = field(
+        default_factory=dict, repr=False
+    )  # what sites look up, once a call: each costs a GPU a wait
 
     def kept(self) -> Call:
         """A copy that outlives the call, whatever the caller does to its tensors."""
