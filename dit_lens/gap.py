@@ -56,9 +56,7 @@ def measure(
         )
     if steps < 4:
         raise ValueError(f"steps={steps} is too short a run to see anything settle in; expected 4 or more.")
-    probes = importlib.import_module(
-        "dit_lens.probes"
-    )  # the one place where the core's order is turned: this is a command
+    probes = importlib.import_module("dit_lens.probes")  # upward, by name: this file belongs to a command
     c = model.cfg
     latent_grid = (c.sample_size, c.sample_size)
     fine, split = Bands.radial(latent_grid), Bands.radial(latent_grid, cut=cut)
@@ -110,7 +108,8 @@ def measure(
 
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
     seen, lensed = divergence.result(), lens.result(final)
-    views = {"divergence": _divergence_curves(seen, counts), "lens": _lens_curves(lensed, counts)}
+    energies = _energies(seen, counts)
+    views = {"divergence": energies, "lens": _lens_curves(lensed, counts)}
     attrs: dict[str, Any] = {
         "model": name,
         "pairs": pairs,
@@ -134,8 +133,7 @@ def measure(
     behaviour = result["split_commitment"][1][0]
     known = behaviour[np.isfinite(behaviour)]
     at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 0, steps - 1))
-    energies = _energies(seen, counts)[..., at]  # [resample, layer, band]
-    ratio = np.log(energies[..., 0]) - np.log(energies[..., -1])
+    ratio = np.log(energies[:, :, 0, at]) - np.log(energies[:, :, -1, at])  # [resample, layer]
     result["log_ratio"], result["log_ratio_interval"] = (
         ("layer", ratio[0]),
         (("layer", "bound"), _percentiles(ratio[1:])),
@@ -220,9 +218,6 @@ def _energies(seen: Any, counts: Array) -> Array:
     return pooled[0] / pooled[1]
 
 
-_divergence_curves = _energies
-
-
 def _lens_curves(lensed: Any, counts: Array) -> Array:
     """corr² of each layer's x0 with the finished image, of every resample, [resample, layer, band, step]."""
     sums = []
@@ -263,7 +258,7 @@ class _Progress:
 
         self.bar = Progress(TextColumn("twins"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} forwards"),
                             TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown, transient=True)  # fmt: skip
-        self.task, self.total = self.bar.add_task("twins", total=total), total
+        self.task = self.bar.add_task("twins", total=total)
 
     def __enter__(self) -> _Progress:
         self.bar.start()
@@ -276,5 +271,4 @@ class _Progress:
         self.bar.advance(self.task, forwards)
 
     def more(self, forwards: int) -> None:
-        self.total += forwards
-        self.bar.update(self.task, total=self.total)
+        self.bar.update(self.task, total=(self.bar.tasks[0].total or 0) + forwards)

@@ -179,7 +179,7 @@ def sample(
         run.images, run.x0[10], run.activations("resid_post", 5, step=12)
 
     Args:
-        model: a `HookedDiT` (or what it wraps).
+        model: a `HookedDiT`, or what it wraps, which is then opened and stays so for the run's sake (`run.model.remove()`).
         labels: classes, one an item; the null class is allowed.
         seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its seed and the step only.
         guidance: classifier-free guidance; 1 is none, and runs no null half.

@@ -238,6 +238,7 @@ class Trace:
             raise RuntimeError(
                 f"{names[0]!r} was not recorded; to recompute it, load the trace with its model: load_trace(path, model)."
             )
+        self.model._require_eval()  # in train mode labels are dropped at random: no recomputation but another run
         self._check_weights()
         found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
         model, close = self.model, False

@@ -21,7 +21,7 @@ class SpectralSplit(Probe):
         names: hook points with the axes [batch, token, ...], by any names filter.
         bands: a `Bands` of the token grid; by default six radial bands.
 
-    Raises ValueError at the start of a trace if a name has no token axis.
+    Raises ValueError, in the forward pass, at a hook point that has no token axis.
     """
 
     def __init__(self, names: str | list[str] = "resid_post", bands: Bands | None = None) -> None:

@@ -147,6 +147,10 @@ def test_changed_weights_raise_and_recorded_reads_go_on(pipe):
     with dit_lens.trace(pipe, names="hook_embed") as t:
         run(pipe)
     assert t["resid_post", 1].shape[0] == STEPS
+    pipe.transformer.train()
+    with pytest.raises(RuntimeError, match="train mode"):
+        t["resid_post", 1]
+    pipe.transformer.eval()
     pipe.transformer.transformer_blocks[2].ff.net[2].weight.data[3, 5] += 1e-3  # .data does not even bump the version
     with pytest.raises(RuntimeError, match="weights have changed since this trace began"):
         t["resid_post", 0]
