@@ -1,4 +1,4 @@
-"""The command line: `dit-lens hooks | gap | probe | report`. Each command is a page that reads top down."""
+"""The command line: `dit-lens hooks | gap | probe | check | report`. Each command is a page that reads top down."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=0.25,
         help="between low and high, in cycles per pixel and per token (default: 0.25)",
     )
+    gap.add_argument("--bands", default="radial", help="radial, dct, pooling or eigen (default: radial)")
+    gap.add_argument(
+        "--couple", type=float, nargs="+", metavar="G", help="also couple twins with these strengths, such as 0 0.5 1"
+    )
     gap.add_argument("--out", type=Path, help="folder for pictures and results (default: gap-MODEL)")
     gap.set_defaults(run=gap_command)
 
@@ -44,20 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     probe.add_argument("--out", type=Path, help="netCDF file (default: NAME.nc)")
     probe.set_defaults(run=probe_command)
 
+    check = commands.add_parser(
+        "check", help="hold a probe against models whose answer is known; exit code 1 if it fails"
+    )
+    check.add_argument("probe", help="an installed probe, path/to/file.py:ClassName or package.module:ClassName")
+    check.set_defaults(run=check_command)
+
     report = commands.add_parser("report", help="print the table and draw the pictures of stored results again")
     report.add_argument("results", type=Path, help="the gap.nc that `dit-lens gap` wrote, or its folder")
     report.set_defaults(run=report_command)
 
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return int(args.run(args) or 0)
     except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
         print(f"dit-lens: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dit-lens: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def hooks_command(args: argparse.Namespace) -> None:
@@ -111,9 +120,22 @@ def gap_command(args: argparse.Namespace) -> None:
     model = load(args.model)
     pairs, steps = args.pairs or (16 if args.quick else 48), args.steps or (25 if args.quick else 50)
     results = gap.measure(
-        model, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut, name=str(args.model), progress=True
+        model,
+        pairs=pairs,
+        steps=steps,
+        seed=args.seed,
+        cut=args.cut,
+        bands=args.bands,
+        name=str(args.model),
+        progress=True,
     )
-    gap_report.write(results, args.out or Path(f"gap-{Path(str(args.model)).name}"))
+    out = args.out or Path(f"gap-{Path(str(args.model)).name}")
+    gap_report.write(results, out)
+    if args.couple:
+        from . import knob, knob_report
+
+        swept = knob.couplings(model, args.couple, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut)
+        knob_report.write(swept, out)
 
 
 def probe_command(args: argparse.Namespace) -> None:
@@ -131,6 +153,19 @@ def probe_command(args: argparse.Namespace) -> None:
     out = args.out or Path(f"{args.name}.nc")
     result.to_netcdf(out, engine="scipy")
     print(f"stored in {out}")
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """Whether a probe keeps the contract and finds what is there; see `dit_lens.checking`."""
+    from rich.console import Console
+
+    from . import checking
+
+    checks = checking.check(checking.find_probe(args.probe))
+    failed = sum(not row.ok for row in checks)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(checking.table(checks, title=f"{args.probe}: {len(checks)} checks, {failed} failed"))
+    return 1 if failed else 0
 
 
 def report_command(args: argparse.Namespace) -> None:

@@ -1,11 +1,10 @@
 """The measurement behind `dit-lens gap`: when each frequency and each layer commits, and the gap between low and high.
 
-One run of twins released at step 0 serves three questions, each shown under its own name (design, section 5):
+One run of twins released at step 0 serves every question, each shown under its own name (design, section 5):
 
-- behaviour: when is a band of the finished image decided? Once for all steps in one pass, from corr²(x0 predicted at a step, finished
-  image), and again with clones, released at the steps where those curves bend;
-- divergence: when has the difference of the twins in layer l, band b, reached half of what it ends at?
-- lens: when has what layer l predicts, read by the last layer, reached half of its final agreement with the finished image?
+- behaviour (`dit_lens.release`): at which step is a band of the finished image decided? Once for all steps in one pass, and again with
+  clones, released where those curves rise; against the cut between low and high; on x_t, the predicted x0, the image, features of it;
+- layers (`dit_lens.layer_profile`): in which layer do low and high come apart, by four readings.
 
 All intervals are bootstraps over pairs.
 """
@@ -14,23 +13,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from .bands import CUT, Bands
-from .commitment import FEWEST_PAIRS, Agreement, agreement, curve, fit_commitment, half_crossing, resample
+from .commitment import FEWEST_PAIRS, Agreement, fit_commitment, resample
+from .layer_profile import READING, profiles
 from .model import HookedDiT
-from .onset import onset
-from .twinning import Twins, twin_seeds, twins
+from .onset import Onset
+from .release import Curves, difference, features, images, latents, one_pass, release_sweep
+from .twinning import Twins, twins
 
 if TYPE_CHECKING:
     import xarray as xr
 
-Array = NDArray[np.float64]
-READING = "standardised"
+Kind = Literal["radial", "dct", "pooling", "eigen"]
 RELEASES = 8
+MOST_RINGS = 24
 
 
 def measure(
@@ -39,14 +40,23 @@ def measure(
     steps: int = 50,
     seed: int = 0,
     cut: float = CUT,
+    bands: Kind = "radial",
+    feature: Callable[[Tensor], Tensor] | None = None,
     name: str = "model",
     resamples: int = 400,
     progress: bool = False,
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer, as one dataset; `dit_lens.gap_report` shows it.
 
-    `cut` parts low from high, in cycles per pixel of the latents and in cycles per token of the stream.
+    Args:
+        cut: parts low from high, in cycles per pixel of the latents and in cycles per token of the stream.
+        bands: the modes that are split: "radial" Fourier, "dct", "pooling" (the cut is rounded to a level), or "eigen", the eigenmodes
+            of other twins' differences (low is the leading sixth of the modes, whatever the cut).
+        feature: of images [n, channel, height, width] in [0, 1], such as a classifier; its commitment is reported beside the bands'.
+
     Raises ValueError for fewer than 16 pairs: the mean image of each class is taken off, which needs two or more pairs a class.
+
+        gap.measure(dit_lens.load("digits"), pairs=16, steps=25).attrs["headline"]
     """
     import xarray as xr
 
@@ -58,97 +68,59 @@ def measure(
         raise ValueError(f"steps={steps} is too short a run to see anything settle in; expected 4 or more.")
     probes = importlib.import_module("dit_lens.probes")  # upward, by name: this file belongs to a command
     c = model.cfg
-    latent_grid = (c.sample_size, c.sample_size)
-    fine, split = Bands.radial(latent_grid), Bands.radial(latent_grid, cut=cut)
     labels = [i % max(1, min(c.n_classes, pairs // 2)) for i in range(pairs)]
-
-    with _Progress(progress, pairs * 2 * steps) as bar:
-        divergence, lens = probes.TwinDivergence(Bands.radial(c.grid, cut=cut)), probes.LayerLens(split)
+    with _Progress(progress, pairs * 2 * steps * (2 if bands == "eigen" else 1)) as bar:
+        pilot = (
+            twins(model, pairs, labels, steps=steps, seed=seed + 1, progress=lambda s: bar(2 * pairs))
+            if bands == "eigen"
+            else None
+        )
+        spectrum, fine, split = partition(
+            bands, (c.sample_size,) * 2, cut, pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
+        )
+        token_spectrum, _, token_split = partition(bands, c.grid, cut, _stream_difference(pilot) if pilot else None)
+        readings = [
+            latents(spectrum, "spectrum"),
+            latents(fine, "band"),
+            latents(split, "split"),
+            images(model, name="image"),
+        ]
+        readings += [features(model, feature)] if feature else []
+        divergence, lens = probes.TwinDivergence(token_spectrum), probes.LayerLens(split)
         pair = twins(
             model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens], progress=lambda s: bar(2 * pairs)
         )
-        log_snr = pair.run.log_snr.numpy()
-        both = np.array(labels * 2)
-        final = pair.run.latents[-1]
+        curves = {"one_pass": one_pass(pair, readings)}
+        bar.more(RELEASES * pairs * steps // 2)
+        curves["clones"] = release_sweep(pair, readings, min(RELEASES, steps - 1), seed=seed, progress=bar)
 
-        one_pass = {
-            b: Agreement.stack([_by_pair(agreement(x0, final, b, both)) for x0 in pair.run.x0]) for b in (fine, split)
-        }
-        releases = _where_it_bends(curve(one_pass[fine], squared=True), steps)
-        bar.more(sum(pairs * (steps - r) for r in releases))
-        clones = _clones(pair, releases, seed, (fine, split), labels, bar)
-
-    fits: dict[tuple[str, str], Any] = {}
-    for kind, bands in (("band", fine), ("split", split)):
-        options: dict[str, Any] = {
-            "names": bands.names,
-            "seed": seed,
-            "resamples": resamples,
-            "groups": len(set(labels)),
-        }
-        fits["one_pass", kind] = fit_commitment(one_pass[bands], range(steps), log_snr, squared=True, **options)
-        fits["clones", kind] = fit_commitment(clones[bands], releases, log_snr, **options)
-
-    methods = ["one_pass", "clones"]
-    result: dict[str, Any] = {
-        "agreement_one_pass": (("step", "band"), curve(one_pass[fine], squared=True)),
-        "agreement_clones": (("release", "band"), curve(clones[fine])),
-        "log_snr": ("step", log_snr),
-    }
-    for kind in ("band", "split"):
-        for value, extra in (("commitment", ()), ("commitment_interval", ("bound",))):
-            stacked = np.stack([fits[m, kind][value].sel(quantity="step").values for m in methods])
-            result[f"{kind}_{value}"] = (("estimator", kind, *extra), stacked)
-        dims = ("estimator", "quantity")
-        result[f"{kind}_gap"] = (dims, np.stack([fits[m, kind].gap.values for m in methods]))
-        result[f"{kind}_gap_interval"] = (
-            (*dims, "bound"),
-            np.stack([fits[m, kind].gap_interval.values for m in methods]),
-        )
-
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
-    seen, lensed = divergence.result(), lens.result(final)
-    energies = _energies(seen, counts)
-    views = {"divergence": energies, "lens": _lens_curves(lensed, counts)}
-    attrs: dict[str, Any] = {
-        "model": name,
-        "pairs": pairs,
-        "steps": steps,
-        "seed": seed,
-        "cut": cut,
-        "reading": READING,
-    }
-    taus, gaps, ends = [], [], []
-    for view, curves in views.items():  # [resample, layer, band, step]
-        tau = half_crossing(curves)
-        gap = tau[..., -1] - tau[..., 0]
-        taus.append(tau[0])
-        gaps.append(gap[0])
-        ends.append(_percentiles(gap[1:]))
-        attrs |= _onset(view, gap, pairs)
-    result["layer_commitment"] = (("view", "layer", "split"), np.stack(taus))
-    result["layer_gap"] = (("view", "layer"), np.stack(gaps))
-    result["layer_gap_interval"] = (("view", "layer", "bound"), np.stack(ends))
-
+    x_t = one_pass(pair, readings[2:3], "x_t")
+    result, sentence = _behaviour(curves, x_t, spectrum, resamples, seed)
+    result["variance_ratio"] = (("step", "band"), _variance_ratio(curves["one_pass"]))
     behaviour = result["split_commitment"][1][0]
     known = behaviour[np.isfinite(behaviour)]
-    at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 0, steps - 1))
-    ratio = np.log(energies[:, :, 0, at]) - np.log(energies[:, :, -1, at])  # [resample, layer]
-    result["log_ratio"], result["log_ratio_interval"] = (
-        ("layer", ratio[0]),
-        (("layer", "bound"), _percentiles(ratio[1:])),
+    at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 1, steps - 1))  # at step 0 the twins are one
+    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+    layered, onsets = profiles(
+        divergence.result(), lens.result(pair.run.latents[-1]), token_split, token_spectrum, counts, at
     )
-    result["difference_energy"] = (("reading", "layer", "step", "split"), seen.energy.values)
-    attrs["commitment_step"] = at
+    attrs: dict[str, Any] = {
+        "model": name, "pairs": pairs, "steps": steps, "seed": seed, "cut": cut, "bands": bands, "reading": READING,
+        "commitment_step": at, "estimators": sentence,
+    }  # fmt: skip
+    for view, found in onsets.items():
+        attrs |= _told(view, found)
     dataset = xr.Dataset(
-        result,
+        result | layered,
         coords={
-            "layer": np.arange(c.n_layers), "step": np.arange(steps), "release": releases, "band": list(fine.names),
-            "split": ["low", "high"], "estimator": methods, "view": list(views), "bound": ["low", "high"],
-            "reading": list(seen.reading.values), "quantity": ["step", "time", "log_snr"],
+            "layer": np.arange(-1, c.n_layers), "step": np.arange(steps), "release": list(curves["clones"].releases),
+            "band": list(fine.names), "split": ["low", "high"], "estimator": list(curves), "view": ["divergence", "lens"],
+            "energy": ["ratio", "growth"], "bound": ["low", "high"], "reading": list(divergence.readings),
+            "quantity": ["step", "time", "log_snr"], "frequency": list(_middles(spectrum)),
+            "token_frequency": list(_middles(token_spectrum)), "cut": list(spectrum.edges[1:-1]),
         },
-        attrs=attrs,
     )  # fmt: skip
+    dataset.attrs = attrs
     dataset.attrs["title"] = (
         f"{name}: {c.n_layers} layers, {pairs} pairs of twins, {steps} DDIM steps (eta 1); commitment in steps"
     )
@@ -182,67 +154,121 @@ def headline(results: Any) -> str:
     )
 
 
-def _clones(pair: Twins, releases: list[int], seed: int, partitions: tuple[Bands, ...], labels: list[int],
-            bar: Callable[[int], None]) -> dict[Bands, Agreement]:  # fmt: skip
-    """Twin A's run again from each release with other noise: the finished pair's agreement, [release, pair, band]."""
-    base, own = pair.a, pair.a.latents[-1]
-    found: dict[Bands, list[Agreement]] = {b: [] for b in partitions}
-    for release in releases:
-        _, fresh = twin_seeds(seed + 1_000_003 * (release + 1), pair.pairs)
-        clone = base.replay(from_step=release, seeds=fresh).latents[-1]
-        for bands in partitions:
-            found[bands].append(agreement(own, clone, bands, np.array(labels)))
-        bar(pair.pairs * (pair.run.settings.steps - release))
-    return {bands: Agreement.stack(parts) for bands, parts in found.items()}
+def partition(
+    kind: Kind, grid: tuple[int, int], cut: float, sample: Tensor | None = None
+) -> tuple[Bands, Bands, Bands]:
+    """The modes of a grid as finely as they can be told apart, in a few bands, and in "low" and "high".
+
+    `sample` are differences of twins, images or [.., token, d], for kind "eigen". Raises ValueError for an unknown kind, a bad cut.
+
+    >>> [b.n for b in partition("radial", (8, 8), 0.25)]
+    [15, 6, 2]
+    """
+    if kind in ("radial", "dct"):
+        make = Bands.radial if kind == "radial" else Bands.dct
+        split, fine = make(grid, cut=cut), make(grid)
+        return make(grid, edges=_ring_edges(split, cut)), fine, split
+    if kind == "pooling":
+        fine = Bands.pooling(grid)
+        sides = [
+            grid[0] >> (fine.n - 1 - level) for level in range(fine.n)
+        ]  # a level of k cells holds waves up to k / 2
+        return fine, fine, fine.split(min(max(1, sum(side <= 2 * cut * grid[0] for side in sides)), fine.n - 1))
+    if kind == "eigen":
+        assert sample is not None
+        fine = Bands.eigen(sample, grid, n=6)
+        return fine, fine, fine.split(1)
+    raise ValueError(f"bands={kind!r} is no partition of modes; expected 'radial', 'dct', 'pooling' or 'eigen'.")
 
 
-def _where_it_bends(curves: Array, steps: int) -> list[int]:
-    """Release steps spread over the part of the run in which some band's agreement is between 0.1 and 0.9."""
-    bending = np.flatnonzero(((curves > 0.1) & (curves < 0.9)).any(-1))
-    first, last = (bending[0], bending[-1]) if len(bending) >= 3 else (0, steps - 1)
-    return sorted({int(s) for s in np.linspace(first, last, RELEASES).round()})
+def _ring_edges(split: Bands, cut: float) -> list[float]:
+    """Edges between the distinct frequencies, the cut's among them; every k-th if there are many, for a band needs modes to fit."""
+    distinct = sorted({round(float(f), 9) for f in split.frequency})
+    every = -(-len(distinct) // MOST_RINGS)
+    kept = {*range(every - 1, len(distinct) - 1, every), sum(f < cut - 1e-9 for f in distinct) - 1}
+    return [(distinct[i] + distinct[i + 1]) / 2 for i in sorted(kept)]
 
 
-def _by_pair(stats: Agreement) -> Agreement:
-    """Both twins' statistics added up: [A | B, band] -> [pair, band]."""
-    return Agreement(*(part.reshape(2, -1, part.shape[-1]).sum(0) for part in stats))
+def _stream_difference(pilot: Twins) -> Tensor:
+    """What twins differ by in the last layer's stream, two thirds through the run, [pair, token, d_model]."""
+    run = pilot.run
+    stream = run.activations("resid_post", run.model.cfg.n_layers - 1, step=2 * run.settings.steps // 3)
+    return stream[: pilot.pairs] - stream[pilot.pairs :]
 
 
-def _energies(seen: Any, counts: Array) -> Array:
-    """Pooled normalised difference energies of every resample, [resample, layer, band, step]."""
-    one = seen.sel(reading=READING)
-    pooled = [
-        np.einsum("rp,lspb->rlbs", counts, part.transpose("layer", "step", "pair", "band").values.astype(np.float64))
-        for part in (one.difference, one.common)
-    ]
-    return pooled[0] / pooled[1]
+def _behaviour(
+    curves: dict[str, Curves], x_t: Curves, spectrum: Bands, resamples: int, seed: int
+) -> tuple[dict[str, Any], str]:
+    """Agreement, commitment and gap by both estimators: variables of the dataset, and what the estimators' difference says."""
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    result: dict[str, Any] = {
+        "agreement_one_pass": (("step", "band"), curves["one_pass"].agreement("band")),
+        "agreement_clones": (("release", "band"), curves["clones"].agreement("band")),
+        "log_snr": ("step", curves["one_pass"].log_snr),
+    }
+    seen = [r for r in curves["clones"].stats if r != "spectrum"]
+    fits = {(e, r): c.commitment(r, **options) for e, c in curves.items() for r in seen}
+    for reading in seen:
+        both = [fits[e, reading] for e in curves]
+        kind = {"image": "split", "features": "what"}.get(reading, reading)
+        for value, extra in (("commitment", ()), ("commitment_interval", ("bound",))):
+            stacked = np.stack([fit[value].sel(quantity="step").values for fit in both])
+            if reading == "features":
+                stacked, dims = stacked[:, 0], ("estimator", *extra)
+            else:
+                dims = ("estimator", kind, *extra)
+            result[f"{reading}_{value}"] = (dims, stacked)
+        if reading != "features":
+            result[f"{reading}_gap"] = (("estimator", "quantity"), np.stack([fit.gap.values for fit in both]))
+            result[f"{reading}_gap_interval"] = (
+                ("estimator", "quantity", "bound"),
+                np.stack([fit.gap_interval.values for fit in both]),
+            )
+    fit = x_t.commitment("split", **options)
+    result["x_t_gap"], result["x_t_gap_interval"] = (
+        ("quantity", fit.gap.values),
+        (("quantity", "bound"), fit.gap_interval.values),
+    )
+    fit = curves["one_pass"].commitment("spectrum", **options).sel(quantity="step")
+    result["spectrum_commitment"] = ("frequency", fit.commitment.values)
+    result["spectrum_commitment_interval"] = (("frequency", "bound"), fit.commitment_interval.values)
+    by_cut = [_at_cut(curves["one_pass"], k, options) for k in range(1, spectrum.n)]
+    result["cut_gap"], result["cut_gap_interval"] = (
+        ("cut", [gap for gap, _ in by_cut]),
+        (("cut", "bound"), [ends for _, ends in by_cut]),
+    )
+    apart = difference(curves["one_pass"], curves["clones"], "split", **options)
+    result["estimator_difference"] = ("split", apart.commitment.values)
+    result["estimator_difference_interval"] = (("split", "bound"), apart.commitment_interval.values)
+    return result, apart.attrs["sentence"]
 
 
-def _lens_curves(lensed: Any, counts: Array) -> Array:
-    """corr² of each layer's x0 with the finished image, of every resample, [resample, layer, band, step]."""
-    sums = []
-    for name in ("xy", "xx", "yy"):
-        value = lensed[name].transpose("layer", "step", "batch", "band").values
-        by_pair = value.reshape(*value.shape[:2], 2, -1, value.shape[-1]).sum(2)
-        sums.append(np.einsum("rp,lspb->rlbs", counts, by_pair))
-    return sums[0] ** 2 / (sums[1] * sums[2])
+def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> tuple[float, list[float]]:
+    """The gap in steps, with its interval, if the first k bands of the spectrum are low and the others high."""
+    stats = Agreement(
+        *(np.stack([part[..., :k].sum(-1), part[..., k:].sum(-1)], -1) for part in curves.stats["spectrum"])
+    )
+    fit = fit_commitment(stats, curves.releases, curves.log_snr, squared=True, groups=curves.groups, **options).sel(
+        quantity="step"
+    )
+    return float(fit.gap), fit.gap_interval.values.tolist()
 
 
-def _percentiles(draws: Array) -> Array:
-    """95 % percentile interval over the resamples, [..., bound]; NaN where every resample is."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN slices say so by NaN
-        return np.moveaxis(np.nanquantile(draws, [0.025, 0.975], axis=0), 0, -1)
+def _variance_ratio(curves: Curves) -> np.ndarray[Any, Any]:
+    """Var(predicted x0) / Var(finished image) in each band: equal to the agreement for an exact denoiser, [step, band]."""
+    _, xx, yy = (part.sum(-2) for part in curves.stats["band"])
+    return np.asarray(xx / yy)
 
 
-def _onset(view: str, gap: Array, pairs: int) -> dict[str, Any]:
-    try:
-        found = onset(gap[0], gap[1:], pairs)
-    except ValueError as error:  # a band that does not cross half its final value in some layer
+def _middles(bands: Bands) -> np.ndarray[Any, Any]:
+    """A frequency (or level, or rank) to draw each band at: the mean of its modes."""
+    return np.array([float(bands.frequency[bands.index == b].double().mean()) for b in range(bands.n)])
+
+
+def _told(view: str, found: Onset | str) -> dict[str, Any]:
+    if isinstance(found, str):
         return {
-            f"onset_{view}": f"No onset can be named: {error}",
+            f"onset_{view}": f"No onset can be named: {found}",
             f"onset_layer_{view}": -1,
             f"onset_verdict_{view}": "cannot tell",
         }

@@ -14,11 +14,17 @@ CAPTION = (
     "stream: the step at which the twins' difference in the layer's residual stream has reached half of what it ends at; "
     "lens: the same of the agreement between the layer's stream read by the last layer and the finished image."
 )
+VIEWS = {
+    "divergence": "twins differ in the stream",
+    "lens": "stream read by the last layer",
+    "ratio": "normalised difference energies",
+    "growth": "bare difference energies",
+}
 LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
-    """Print the table and the sentence; write gap.nc, layer_profile.png and frequencies.png into the folder."""
+    """Print the table and the sentence; write gap.nc and three pictures into the folder."""
     from rich.console import Console
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +36,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
     pictures = [
         draw_profile(results, folder / "layer_profile.png"),
         draw_frequencies(results, folder / "frequencies.png"),
+        draw_spectrum(results, folder / "spectrum.png"),
     ]
     console.print(
         f"[dim]pictures and figures: {', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]", soft_wrap=True
@@ -61,7 +68,7 @@ def table(results: xr.Dataset) -> Any:
         shown.add_column(f"{view} low", justify="right", header_style=LOW, no_wrap=True)
         shown.add_column("high", justify="right", header_style=HIGH)
         shown.add_column("gap [95 %]", justify="right", no_wrap=True)
-    for layer in results.layer.values:
+    for layer in results.layer.values[1:]:  # the first is the embedding
         cells = [str(layer)]
         for view in ("divergence", "lens"):
             one = results.sel(layer=layer, view=view)
@@ -73,37 +80,68 @@ def table(results: xr.Dataset) -> Any:
 
 def sentences(results: xr.Dataset) -> list[str]:
     """The results in words."""
-    lines = [results.attrs["headline"]]
-    lines += [f"{words}: {results.attrs[f'onset_{view}']}" for view, words in
-              (("divergence", "Twins in the stream"), ("lens", "Stream read by the last layer"))]  # fmt: skip
-    return lines
+    lines = [results.attrs["headline"], results.attrs["estimators"]]
+    return lines + [f"{words}: {results.attrs[f'onset_{view}']}" for view, words in VIEWS.items()]
 
 
 def draw_profile(results: xr.Dataset, path: Path) -> Path:
-    """The gap over depth, by both readings, and the paper's own, each under its own name and with its interval."""
+    """Low against high over depth by four readings, each under its own name, with its interval and its onset."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
-    layers = results.layer.values
-    titles = {"divergence": "twins differ in the stream", "lens": "stream read by the last layer"}
-    for ax, view in zip(axes, titles, strict=False):
-        one = results.sel(view=view)
-        ax.fill_between(layers, *one.layer_gap_interval.values.T, color=INK, alpha=0.15, linewidth=0)
-        ax.plot(layers, one.layer_gap, color=INK, marker="o", markersize=2.5, linewidth=1)
-        ax.set_title(titles[view])
-        ax.set_ylabel("gap, steps (high minus low)")
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.0), layout="constrained", sharex=True)
+    layers, at = results.layer.values, int(results.attrs["commitment_step"])
+    for ax, (view, words) in zip(axes.flat, VIEWS.items(), strict=True):
+        if view in results.view.values:
+            one, unit = results.sel(view=view), "gap, steps (high minus low)"
+            value, ends = one.layer_gap, one.layer_gap_interval
+        else:
+            one, unit = results.sel(energy=view), "log low $-$ log high"
+            value, ends = one.log_ratio, one.log_ratio_interval
+            words = f"{words}, step {at}"
+        ax.fill_between(layers, *ends.values.T, color=INK, alpha=0.15, linewidth=0)
+        ax.plot(layers, value, color=INK, marker="o", markersize=2.5, linewidth=1)
+        ax.set_title(words)
+        ax.set_ylabel(unit)
         if (onset := int(results.attrs[f"onset_layer_{view}"])) >= 0:
             ax.axvline(onset, color=HIGH, linewidth=0.8, linestyle="--")
             ax.annotate(f"onset {onset}", (onset, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
                         textcoords="offset points", color=HIGH, fontsize=8)  # fmt: skip
-    ratio = axes[2]
-    ratio.fill_between(layers, *results.log_ratio_interval.values.T, color=INK, alpha=0.15, linewidth=0)
-    ratio.plot(layers, results.log_ratio, color=INK, marker="o", markersize=2.5, linewidth=1)
-    ratio.set_title(f"difference energies at step {int(results.attrs['commitment_step'])}")
-    ratio.set_ylabel("log E low $-$ log E high")
-    for ax in axes:
-        ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-        ax.set_xlabel("layer")
+        if view in results.view.values:
+            ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
         ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    for ax in axes[1]:
+        ax.set_xlabel("layer ($-$1: the embedding)")
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+    return path
+
+
+def draw_spectrum(results: xr.Dataset, path: Path) -> Path:
+    """The gap against the cut, the commitment of every frequency, and what twins differ by in every layer and frequency."""
+    plt = _pyplot()
+    kind, at = results.attrs["bands"], int(results.attrs["commitment_step"])
+    axis = {"pooling": "level", "eigen": "rank of the mode"}.get(kind, "frequency, cycles/pixel")
+    figure, (gap, taus, layers) = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+    gap.fill_between(results.cut, *results.cut_gap_interval.values.T, color=INK, alpha=0.15, linewidth=0)
+    gap.plot(results.cut, results.cut_gap, color=INK, marker="o", markersize=2.5, linewidth=1)
+    gap.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+    if kind in ("radial", "dct"):
+        gap.axvline(results.attrs["cut"], color=HIGH, linewidth=0.8, linestyle="--")
+    gap.set(xlabel=f"cut, {axis}", ylabel="gap, steps", title="gap against the cut (one pass)")
+    tau = results.spectrum_commitment
+    spread = np.abs(results.spectrum_commitment_interval.values.T - tau.values)
+    taus.errorbar(results.frequency, tau, yerr=spread, fmt="o", color=INK, markersize=3, linewidth=0.8, capsize=1.5)
+    taus.set(xlabel=axis, ylabel="commitment step", title="commitment of each frequency (one pass)")
+    energy = np.log10(np.maximum(results.difference_spectrum.values.T, 1e-12))
+    image = layers.imshow(energy, aspect="auto", origin="lower", cmap="magma",
+                          extent=(-1.5, int(results.layer[-1]) + 0.5, -0.5, len(energy) - 0.5))  # fmt: skip
+    ticks = np.linspace(0, len(energy) - 1, min(6, len(energy))).round().astype(int)
+    layers.set_yticks(ticks, [f"{results.token_frequency.values[i]:.2f}" for i in ticks])
+    layers.set(
+        xlabel="layer ($-$1: the embedding)",
+        ylabel=axis.replace("pixel", "token"),
+        title=f"what twins differ by, step {at}",
+    )
+    figure.colorbar(image, ax=layers, label="log$_{10}$ normalised energy")
     figure.savefig(path, dpi=200)
     plt.close(figure)
     return path

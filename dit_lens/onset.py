@@ -49,15 +49,16 @@ class Onset:
         return self.message
 
 
-def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1.0, material: float = 0.05,
-          last: int = 5, level: float = 0.95) -> Onset:  # fmt: skip
+def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, first: int = 0, matters: float = 1.0,
+          material: float = 0.05, last: int = 5, level: float = 0.95) -> Onset:  # fmt: skip
     """The onset of a profile [layer], given the same profile for bootstrap resamples, `boot` [resample, layer].
 
-    Layer 0 is the first early layer, so the onset is 1 at the earliest. A profile that leaves and comes back has none.
+    The first layer of the profile is the first early one, so the onset is the second at the earliest. A profile that leaves
+    and comes back has none.
 
     Args:
-        pairs: how many pairs were resampled.
-        matters: the smallest departure worth knowing of, in the profile's unit (1 step, for a gap in steps). Without an
+        pairs: how many pairs were resampled. first: the number of the profile's first layer; -1 if that is the embedding.
+        matters: what the profile must come to depart by, in its unit (1 step, for a gap in steps). Without an
             onset the verdict is "none" if the simultaneous interval of every departure excludes it, else "cannot tell".
         material: a departure below this share of the largest one does not count, however certain: with enough pairs
             any real profile drifts. last: the layers of `share_last`. level: of the test and the intervals.
@@ -69,7 +70,7 @@ def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1
     20
     """
     p, draws = np.asarray(profile, dtype=np.float64), np.asarray(boot, dtype=np.float64)
-    draws = _check(p, draws, pairs, last)
+    draws = _check(p, draws, pairs, last, first)
     last = min(last, len(p) - 1)
     noise = draws - draws.mean(0)
     wobble = _departures(noise)  # [resample, candidate, layer]
@@ -78,17 +79,17 @@ def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, matters: float = 1
     error = np.maximum(error, tiny)
     critical = _critical(np.abs(wobble / error).diagonal(0, 1, 2).max(1), pairs, level)
     d = _departures(p[None])
-    layer = _first(d, error, critical, material)[0]
-    if layer < 0:
-        return _without(d[0], error, critical, pairs, matters, level)
-    refits = _first(_departures(draws), error, critical, material)
-    refits = np.append(refits[refits > 0], layer)
+    at = int(_first(d, error, critical, material, matters)[0])  # a place in the profile, `layer` what it is called
+    if at < 0:
+        return _without(d[0], error, critical, pairs, matters, level, first)
+    refits = _first(_departures(draws), error, critical, material, matters)
+    refits, layer = np.append(refits[refits > 0], at) + first, at + first
     low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], method="nearest")
     interval = min(int(low), int(layer)), max(int(high), int(layer))
-    share = _share(p[None], layer, last)[0]
-    ends = np.quantile(_share(draws, layer, last), [(1 - level) / 2, (1 + level) / 2])
+    share = _share(p[None], at, last)[0]
+    ends = np.quantile(_share(draws, at, last), [(1 - level) / 2, (1 + level) / 2])
     message = (f"The profile leaves its early level at layer {layer} ({level:.0%} interval {interval[0]} to "
-               f"{interval[1]}); the last {last} of {len(p)} layers make {share:.0%} "
+               f"{interval[1]}); the last {last} of {len(p) + min(first, 0)} layers make {share:.0%} "
                f"[{ends[0]:.0%}, {ends[1]:.0%}] of the change.")  # fmt: skip
     return Onset("found", int(layer), interval, float(share), (float(ends[0]), float(ends[1])), None, message)
 
@@ -108,7 +109,7 @@ def _critical(largest: Array, pairs: int, level: float) -> float:
     return float(stats.t.isf(stats.norm.sf(normal), pairs - 1))
 
 
-def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[np.int64]:
+def _first(d: Array, error: Array, critical: float, material: float, matters: float) -> NDArray[np.int64]:
     """The onset of each profile, from departures [profile, k - 1, j - 1]; -1 for none."""
     leaves = np.abs(d.diagonal(0, 1, 2)) > critical * error.diagonal()
     k = leaves.argmax(1)  # the first layer to leave: the mean before it is the level to keep off
@@ -118,10 +119,14 @@ def _first(d: Array, error: Array, critical: float, material: float) -> NDArray[
     off = (size > floor) & (np.sign(row) == np.sign(row[:, -1:]))
     stays = np.logical_and.accumulate(off[:, ::-1], axis=1)[:, ::-1]
     good = stays & (size > critical * wide) & leaves.any(1, keepdims=True)
+    good &= (size * stays).max(
+        1, keepdims=True
+    ) > matters  # a ramp begins below what matters, and counts where it begins
     return np.where(good.any(1), good.argmax(1) + 1, -1)
 
 
-def _without(d: Array, error: Array, critical: float, pairs: int, matters: float, level: float) -> Onset:
+def _without(d: Array, error: Array, critical: float, pairs: int, matters: float, level: float,
+             first: int) -> Onset:  # fmt: skip
     """The verdict when no candidate has left for good: "none" or "cannot tell"."""
     size, width = np.abs(d), critical * error
     inside = np.triu(np.ones_like(d, dtype=bool))
@@ -129,7 +134,7 @@ def _without(d: Array, error: Array, critical: float, pairs: int, matters: float
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
         back = k + np.argmin((size + width)[k, k:])  # that it came back must be shown: surely small
         if (size + width)[k, back] < matters:
-            message = f"The profile departs at layer {k + 1} but is at its early level in layer {back + 1}: no onset."
+            message = f"The profile departs at layer {k + 1 + first} but is at its early level in layer {back + 1 + first}: no onset."
             return replace(absent, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:
@@ -149,7 +154,7 @@ def _share(profiles: Array, layer: int, last: int) -> Array:
         return (profiles[:, -1] - profiles[:, -1 - last]) / (profiles[:, -1] - profiles[:, :layer].mean(-1))
 
 
-def _check(profile: Array, boot: Array, pairs: int, last: int) -> Array:
+def _check(profile: Array, boot: Array, pairs: int, last: int, first: int) -> Array:
     """The resamples that are finite throughout."""
     if pairs < FEWEST_PAIRS:
         raise ValueError(f"There are {pairs} pairs; an onset needs {FEWEST_PAIRS} or more.")
@@ -163,7 +168,7 @@ def _check(profile: Array, boot: Array, pairs: int, last: int) -> Array:
         raise ValueError(f"last is {last}; expected a number of layers, 1 or more.")
     finite = np.isfinite(np.vstack([profile, boot]))
     if not finite[0].all() or finite[1:].all(1).mean() < 0.9:
-        bad = np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)).tolist()
+        bad = (np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)) + first).tolist()
         where = f"in layers {bad}" if bad else "in more than a tenth of the resamples"
         raise ValueError(f"The profile is not finite {where}; its bands did not cross within the run there.")
     return boot[finite[1:].all(1)]

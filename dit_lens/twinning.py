@@ -34,12 +34,14 @@ class Twins:
 
     Attributes:
         run: both twins of all pairs as one `Run`, batch [A | B]. pairs: how many.
-        release: the first step that the twins run untied.
+        release: the first step that the twins run untied. tie: "noise" or "attention". g: strength of the coupling.
     """
 
     run: Run
     pairs: int
     release: int
+    tie: str
+    g: float
 
     @property
     def a(self) -> Run:
@@ -125,7 +127,7 @@ def twins(
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
     run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs, weights)
-    return Twins(run, pairs, release)
+    return Twins(run, pairs, release, tie, g)
 
 
 def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:

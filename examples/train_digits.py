@@ -105,7 +105,8 @@ def main() -> None:
     ap.add_argument("--steps", type=int, default=4_000)
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--rate", type=float, default=2e-3)
-    ap.add_argument("--init", type=Path, help="a folder of weights to start from, for a second cycle")
+    ap.add_argument("--init", type=Path, help="a folder of weights to start from, for a further cycle")
+    ap.add_argument("--seed", type=int, default=0, help="another one for each cycle: images, noise, steps of the noise")
     args = ap.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,9 @@ def main() -> None:
     with Progress(*columns) as progress:
         bar = progress.add_task("training", total=args.steps, completed=start)
         for step in range(start, args.steps):
-            gen = torch.Generator().manual_seed(step)  # a resumed run draws what an uninterrupted one would have
+            gen = torch.Generator().manual_seed(
+                args.seed * 1_000_003 + step
+            )  # a resumed run draws what an uninterrupted one would have
             pick = torch.randint(len(images), (args.batch,), generator=gen)
             loss = v_loss(model, abar, images[pick], labels[pick], gen)
             loss.backward()

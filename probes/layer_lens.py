@@ -18,8 +18,8 @@ class LayerLens(Probe):
     """Each layer's predicted clean x0, and how well it agrees, band by band, with how the images end.
 
     The logit lens (nostalgebraist 2020) for DiTs: the stream after block l goes through the last layer, with the conditioning of that step,
-    and the output is turned into x0. At the last layer this is the model's own prediction. Kept are only these x0, one latent a layer,
-    step and item.
+    and the output is turned into x0. At the last layer this is the model's own prediction; layer -1 is the embedding. Kept are
+    only these x0, one latent a layer, step and item.
 
         lens = LayerLens()
         stats = lens.run(model, run)                         # reads a finished dit_lens.sample run from its stored x_t
@@ -31,7 +31,7 @@ class LayerLens(Probe):
     Raises ValueError at the start if the model has no scheduler.
     """
 
-    names = "resid_post"
+    names = ("hook_embed", "resid_post")
 
     def __init__(self, bands: Bands | None = None) -> None:
         self.wanted_bands = bands
@@ -48,10 +48,10 @@ class LayerLens(Probe):
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
-        assert site.layer is not None
+        layer = -1 if site.layer is None else site.layer
         with torch.no_grad():
             output = self.model.unembed(activation, site.call.t, site.call.y)[:, : self.model.cfg.in_channels]
-        self.x0[site.layer, site.step] = predict_x0(self.model.scheduler, site.call.x, output, site.call.t)
+        self.x0[layer, site.step] = predict_x0(self.model.scheduler, site.call.x, output, site.call.t)
         self.labels = site.labels
         self.timesteps[site.step] = site.call.t[0]
 

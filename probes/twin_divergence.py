@@ -9,6 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Site, twins
+from dit_lens.names import NamesFilter
 
 MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al. 2024, arXiv 2402.17762)."""
@@ -25,16 +26,18 @@ class TwinDivergence(Probe):
         result = TwinDivergence().run(model, pairs=32)
         result["energy"]                                     # [reading, layer, step, band], pooled over pairs
 
+    Layer -1 is the embedding, before any layer: what layer 0 does is seen against it.
+
     Args:
         bands: a `Bands` of the token grid; by default "low" and "high", cut at 0.25 cycles per token.
-        names: hook points with the axes [batch, token, d], one a layer.
+        names: hook points with the axes [batch, token, d], one a layer, and at most one that is in none (layer -1).
 
     Raises ValueError if the batch is not made of twins (use `dit_lens.twins`, or this class's `run`).
     """
 
     readings = ("raw", "standardised", "trimmed")
 
-    def __init__(self, bands: Bands | None = None, names: str = "resid_post") -> None:
+    def __init__(self, bands: Bands | None = None, names: NamesFilter = ("hook_embed", "resid_post")) -> None:
         self.wanted_bands, self.names = bands, names
 
     def start(self, model: HookedDiT) -> None:
@@ -48,8 +51,7 @@ class TwinDivergence(Probe):
             raise ValueError(
                 "TwinDivergence compares twins, and this batch has none; run it with dit_lens.twins(model, probes=[...])."
             )
-        layer = site.layer
-        assert layer is not None
+        layer = -1 if site.layer is None else site.layer
         a, b = activation[site.where(branch="cond", twin="A")], activation[site.where(branch="cond", twin="B")]
         mean_square = torch.cat([a, b]).square().mean((0, 1))
         variance = torch.cat([a, b]).var((0, 1))

@@ -100,7 +100,7 @@ def test_probes_combine_and_see_branches_and_twins():
     dit_lens.twins(model, pairs=2, labels=[3, 3], steps=2, guidance=2.0, probes=probes)
     assert sites[1] == (1, None, 0.0, (4, 4), ("cond",) * 4 + ("uncond",) * 4, ("A", "A", "B", "B") * 2, [4, 5, 6, 7])
     assert probes[1].result().energy.shape == (3, 2, 8, 5) and dict(probes[2].result().sizes)["pair"] == 2
-    assert probes[3].result(by_label=False).agreement.shape == (3, 2, 6)
+    assert probes[3].result(by_label=False).agreement.shape == (4, 2, 6)  # the embedding, then three layers
 
 
 def test_a_probe_that_fails_leaves_nothing(model):

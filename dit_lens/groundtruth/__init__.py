@@ -3,6 +3,7 @@
 - `closed_forms`: the exact answers as functions of numbers; no model.
 - `models`: real diffusers DiTs whose weights are set so that the answer is known (`gaussian`, `planted`,
   `random_planted`).
+- `mixture`: one more of them, which decides a global bit in one layer and a bit a token in another (`two_scale`).
 - `nulls`: models in which there is nothing to find (`random_weights`, `shuffle_layers`).
 - `measured`: how near a model comes to its answer (`stream_gains`).
 - `construction`: the few tricks that put a formula into a DiT's weights.
@@ -20,6 +21,7 @@ from .closed_forms import (
     token_mean,
 )
 from .measured import stream_gains
+from .mixture import mixture_eps, sides, two_scale
 from .models import GroundTruth, gaussian, planted, random_planted
 from .nulls import random_weights, shuffle_layers
 
@@ -33,11 +35,14 @@ __all__ = [
     "gaussian_agreement",
     "gaussian_eps",
     "mixture_agreement",
+    "mixture_eps",
     "planted",
     "planted_gain",
     "random_planted",
     "random_weights",
     "shuffle_layers",
+    "sides",
     "stream_gains",
     "token_mean",
+    "two_scale",
 ]

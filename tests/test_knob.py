@@ -1,0 +1,97 @@
+"""The knob: exact answers where there are some, sentences for every outcome, and what it refuses."""
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import HookedDiT
+from dit_lens.groundtruth import gaussian, planted
+from dit_lens.knob import collapse, couplings
+
+STEPS = 40
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.0, 0.25), (0.25, 4.0)])
+def test_uncoupled_twins_part_where_half_is_decided(low, high):
+    """E1: on Gaussian data Var(x0hat) is half of Var(x0) at abar = 1/(1 + lambda), and the twins' difference grows with it."""
+    truth = gaussian(low, high, layers=(1,), n_layers=2)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = couplings(model, [0.0, 1.0], eps=0.3, pairs=16, steps=STEPS, cut=0.1)
+    scheduler = DDIMScheduler.from_config(truth.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    abar = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
+    exact = [np.interp(-np.log(lam), np.log(abar / (1 - abar)), np.arange(STEPS)) for lam in (low, high)]
+    assert np.allclose(found.parting.sel(g=0), exact, atol=0.7)  # a sampler of 40 steps is that far from the flow (E2)
+    assert np.sign(found.gap.sel(g=0, sense="parting")) == np.sign(low - high)
+    # E6: all of the gap is made by one layer's attention, and at g = 1 attention passes no difference on.
+    assert abs(float(found.gap.sel(g=1, sense="parting"))) < 1e-3 and "it collapses" in found.sentence_parting
+    assert (
+        "there is none to collapse at the weakest" in found.sentence_size
+    )  # E2: the finished twins differ alike in both bands
+
+
+def test_attention_without_queries_and_keys_responds_by_rho():
+    """E4: uniform attention passes a difference through its values alone, so coupling multiplies it by rho, at any g."""
+    model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
+    gs = [0.0, 0.5, 1.0, 3.0]
+    for gate in ("mix", "joint"):
+        found = couplings(model, gs, gate=gate, pairs=8, steps=8, cut=0.1)
+        rho = np.array([(1 - g) / (1 + g) for g in gs])
+        assert np.allclose(found.rho, rho)
+        assert np.allclose(found.response, rho[:, None], atol=1e-5) and np.allclose(
+            found.linear, rho[:, None], atol=1e-5
+        )
+
+
+def test_the_same_pairs_at_every_strength_and_again():
+    model = dit_lens.load("digits")
+    a, b = (couplings(model, [0, 0.5], pairs=8, steps=6, seed=3, resamples=50) for _ in range(2))
+    assert a.identical(b)
+    assert (a.change.sel(g=0) == 0).all() and (a.change_interval.sel(g=0) == 0).all()
+    plain = dit_lens.twins(model, 8, [i % 4 for i in range(8)], tie="attention", g=0.0, steps=6, release=6, seed=3)
+    assert plain.tie == "attention" and model.wiring.listening == 0
+
+
+def test_every_outcome_has_its_sentence():
+    model = dit_lens.load("digits")
+    base = couplings(model, [0, 1], pairs=8, steps=6, resamples=50)
+
+    def told(before, after, change):
+        made = base.copy(deep=True)
+        for g, (value, low, high) in zip((0, 1), (before, after), strict=True):
+            made.gap.loc[{"g": g}] = value
+            made.gap_interval.loc[{"g": g}] = np.array([low, high])
+        made.change_interval.loc[{"g": 1}] = np.array(change)
+        return collapse(made, "size")
+
+    assert told((3, 2, 4), (0.1, -1, 1), (-4, -2)).startswith(
+        "The gap (log ratio of the finished difference): it collapses: none can be told"
+    )
+    assert "it shrinks but does not collapse; +3.00 [+2.00, +4.00] at g = 0, +1.00" in told(
+        (3, 2, 4), (1, 0.5, 1.5), (-3, -1)
+    )
+    assert "does not collapse but changes sign" in told((3, 2, 4), (-1, -2, -0.5), (-5, -3))
+    assert "does not collapse but grows" in told((3, 2, 4), (6, 5, 7), (1, 4))
+    assert "no change can be told with this many pairs" in told((3, 2, 4), (2, 1, 4), (-2, 1))
+    assert "there is none to collapse at the weakest" in told((0.1, -1, 1), (3, 2, 4), (1, 4))
+    assert "can't be given at both ends" in told((np.nan,) * 3, (3, 2, 4), (1, 4))
+
+
+def test_bad_input():
+    model = dit_lens.load("digits")
+    for kwargs, text in [
+        (
+            dict(strengths=[0.5]),
+            "strengths is [0.5]; expected two or more in increasing order, the weakest first, such as 0, 0.5, 1.",
+        ),
+        (dict(strengths=[1, 0]), "strengths is [1.0, 0.0]; expected two or more in increasing order"),
+        (dict(strengths=[0, -1]), "The coupling g=-1.0 is not a strength; expected a finite number of at least 0."),
+        (dict(strengths=[0, np.inf]), "The coupling g=inf is not a strength"),
+        (dict(pairs=4), "There are 4 pairs; an interval needs 8 or more."),
+        (dict(eps=0), "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start equal"),
+        (dict(gate="max"), "'max' is no gate; expected 'mix' or 'joint'."),
+    ]:
+        with pytest.raises(ValueError) as error:
+            couplings(model, **{"pairs": 8, "steps": 4} | kwargs)
+        assert str(error.value).startswith(text), error.value

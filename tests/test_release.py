@@ -1,0 +1,149 @@
+"""Release sweeps and the one-pass estimator, against E1 on an exact denoiser, and what they say of wrong input."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import Bands, HookedDiT
+from dit_lens.commitment import Agreement
+from dit_lens.groundtruth import ddim_agreement, gaussian
+from dit_lens.release import _steepest, difference, features, images, latents, one_pass, release_sweep
+
+STEPS, LAM = 16, (4.0, 0.25)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    truth = gaussian(*LAM, layers=(1,), n_layers=2)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    scheduler = DDIMScheduler.from_config(truth.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    visited = scheduler.alphas_cumprod[scheduler.timesteps]
+    curves = np.array([[float(ddim_agreement([lam], visited, r)[0]) for lam in LAM] for r in range(STEPS)])
+    return model, dit_lens.twins(model, 96, [0] * 96, steps=STEPS), curves
+
+
+SPLIT = Bands.radial((8, 8), cut=0.1)  # the token mean alone is low
+
+
+def test_clones_and_one_pass_are_the_exact_curve(exact):
+    model, pair, curves = exact
+    clones = release_sweep(pair, [latents(SPLIT)], releases=[4, 8, 12])
+    error = (1 - curves[[4, 8, 12]] ** 2) / np.sqrt(96 * 3)  # of a correlation; the low band has three modes a pair
+    assert clones.estimator == "clones" and clones.releases == (4, 8, 12)
+    assert (np.abs(clones.agreement("latents") - curves[[4, 8, 12]]) < 3 * error + 0.01).all()
+    for quantity in ("x0", "x_t"):  # for one mode x0 is x_t times a number, so both are the curve
+        one = one_pass(pair, [latents(SPLIT)], quantity)
+        assert (np.abs(one.agreement("latents") - curves) < 0.15).all() and one.releases == tuple(range(STEPS))
+    apart = difference(one, clones, "latents")
+    assert "can't be told from an exact one" in apart.attrs["sentence"]
+
+
+def test_a_wrong_denoiser_is_seen_by_the_difference():
+    """An x0 that is four steps behind: one pass then says what clones do not."""
+    truth = gaussian(1.0, 1.0, layers=(1,), n_layers=2)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    pair = dit_lens.twins(model, 64, [0] * 64, steps=STEPS)
+    one = one_pass(pair, [latents(SPLIT)])
+    clones = release_sweep(pair, [latents(SPLIT)], releases=6)
+    backwards, late = (
+        replace(one, stats={"latents": Agreement(*(part[order] for part in one.stats["latents"]))})
+        for order in (np.arange(STEPS)[::-1], np.clip(np.arange(STEPS) - 4, 0, None))
+    )
+    assert "nothing can be said" in difference(backwards, clones, "latents").attrs["sentence"]
+    assert (
+        "they differ in low, high: the denoiser is measurably not the exact one"
+        in difference(late, clones, "latents").attrs["sentence"]
+    )
+
+
+def test_releases_are_spent_where_the_curve_rises(exact):
+    _, pair, curves = exact
+    spent = []
+    found = release_sweep(pair, [latents(SPLIT)], releases=6, progress=spent.append)
+    assert len(found.releases) == 6 == len(spent) and sum(spent) == 96 * sum(STEPS - r for r in found.releases)
+    rising = np.flatnonzero(((curves > 0.05) & (curves < 0.95)).any(1))
+    assert sum(rising[0] - 1 <= r <= rising[-1] + 1 for r in found.releases) >= 5  # the first guesses are made blindly
+    assert (
+        _steepest({}, 10) == 4 and _steepest({4: np.array([0.1])}, 10) == 7 and _steepest({4: np.array([0.9])}, 10) == 1
+    )
+
+
+def test_images_and_features_are_read_too(exact):
+    model, pair, _ = exact
+    readings = [images(model), features(model, lambda x: x.mean((2, 3)))]
+    found = release_sweep(pair, readings, releases=[4, 8, 12])
+    assert found.bands == {"images": ("low", "high"), "features": ("features",)}
+    assert found.agreement("features").shape == (3, 1) and (np.diff(found.agreement("features")[:, 0]) > 0).all()
+    direct = (pair.a.latents[-1] / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(readings[0].of(pair.a.latents[-1]), direct)
+
+
+def test_a_coupled_sweep_runs_both_twins_alone_from_the_release():
+    model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
+    tied = dit_lens.twins(model, 8, [3] * 8, tie="attention", g=0.7, eps=0.5, steps=6, release=6, seed=5)
+    found = release_sweep(tied, [latents(SPLIT)], releases=[0, 3, 5])
+    assert found.estimator == "coupled"
+    whole = dit_lens.twins(model, 8, [3] * 8, tie="attention", g=0.7, eps=0.5, steps=6, release=3, seed=5)
+    by_hand = latents(SPLIT).compare(whole.a.latents[-1], whole.b.latents[-1], [3] * 8)
+    assert np.allclose(found.stats["latents"].xy[1], by_hand.xy, rtol=1e-4)
+
+
+def test_bad_input(exact):
+    model, pair, _ = exact
+    reading = [latents(SPLIT)]
+    tied = dit_lens.twins(model, 8, [0] * 8, tie="attention", g=0.5, steps=6, release=3)
+    other = HookedDiT(make_dit(channels=3, classes=1), scheduler=DDIMScheduler(1000))
+    for call, text in [
+        (
+            lambda: release_sweep(pair, reading, releases=2),
+            "releases=2; a curve needs from 3 releases to 16, the run's steps.",
+        ),
+        (
+            lambda: release_sweep(pair, reading, releases=[1, 2, 16]),
+            "releases is [1, 2, 16]; expected 3 or more different steps from 0 to 15.",
+        ),
+        (
+            lambda: release_sweep(tied, reading),
+            "These twins were released at step 3; a sweep needs them coupled throughout, release=6.",
+        ),
+        (
+            lambda: one_pass(tied, reading),
+            "These twins were tied up to step 3; one pass needs independent runs, release=0.",
+        ),
+        (
+            lambda: one_pass(pair, reading).agreement("image"),
+            "There is no reading 'image' here; these curves have ['latents'].",
+        ),
+        (
+            lambda: one_pass(pair, [features(model, lambda x: x.mean((1, 2, 3)))]),
+            "The feature function gave shape [192] for 192 images; expected",
+        ),
+        (
+            lambda: one_pass(pair, [features(model, lambda x: x[:3])]),
+            "The feature function gave shape [3, 3, 8, 8] for 192 images; expected",
+        ),
+        (
+            lambda: one_pass(pair, [features(model, lambda x: None)]),
+            "The feature function gave a NoneType for 192 images; expected a tensor",
+        ),
+        (
+            lambda: one_pass(pair, [features(model, lambda x: x.log())]),
+            "The feature function gave values that are not finite for 192",
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value).startswith(text), error.value
+    a = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=6), reading)
+    b = one_pass(dit_lens.twins(other, 16, [0] * 16, steps=6), reading)
+    c = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=7), reading)
+    with pytest.raises(ValueError, match="The curves come from different models"):
+        difference(a, b, "latents")
+    with pytest.raises(ValueError, match="The curves come from runs of 6 and 7 steps; expected the same steps"):
+        difference(a, c, "latents")
