@@ -3,6 +3,7 @@
 #   make demo     the synchronization gap of the bundled model: table, sentence, pictures in gap-digits/
 #   make test     ruff, mypy and pytest, with nnsight and TransformerLens beside
 #   make bench    what hook points cost
+#   make checks   the long checks against exact answers, half an hour; their table goes to docs/checks.md
 
 PYTHON ?= python3
 # Where the CPU build of torch lies, for machines that are not offered it already; PyPI's own build for Linux brings CUDA.
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 IN := .venv/bin/python -m
 
-.PHONY: demo test bench
+.PHONY: demo test bench checks
 demo: .venv/core.stamp
 	.venv/bin/dit-lens gap --out gap-digits
 
@@ -23,6 +24,9 @@ test: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	.venv/bin/python tests/benchmarks/bench.py
+
+checks: .venv/dev.stamp
+	.venv/bin/python tests/checks.py
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 

@@ -168,17 +168,7 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
     if not 1 <= groups <= pairs // 2:
         raise ValueError(f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups.")
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])  # row 0 is the sample itself
-    centre, slope, influence = (np.empty((len(counts), n_bands, *rest)) for rest in ((), (), (pairs,)))
-    for b in range(n_bands):
-        sums = [counts @ part[..., b].T for part in stats]  # [resample, release]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            root = np.sqrt(sums[1] * sums[2])
-            r = sums[0] / root
-            gain = 2 * r if squared else np.ones_like(r)
-            target = np.nan_to_num(r**2 if squared else r)
-            centre[:, b], slope[:, b], g = _fit_logistic(x, target)
-            weights = [gain * g / root, -gain * g * r / (2 * sums[1]), -gain * g * r / (2 * sums[2])]
-            influence[:, b] = sum(w @ part[..., b] for w, part in zip(weights, stats, strict=True))
+    centre, slope, influence = _fits(stats, x, counts, squared)
     observed = curve(stats, squared)
     reason = [_why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)]
     known = np.array([not why for why in reason])
@@ -215,6 +205,40 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
                 "quantity": ["step", "time", "log_snr"], "bound": ["low", "high"]},
         attrs={"pairs": pairs, "groups": groups, "resamples": resamples, "level": level, "seed": seed},
     )  # fmt: skip
+
+
+def commitment_draws(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *, squared: bool = False,
+                     resamples: int = 1000, seed: int = 0) -> Array:  # fmt: skip
+    """Commitment steps of the sample itself and of each resample of its pairs, [1 + resamples, band].
+
+    For what is a function of several commitments, such as how far a gap has moved: with the same seed the same pairs are
+    drawn, so draws of two runs of the same pairs can be subtracted. Commitments outside the releases are NaN.
+    """
+    at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
+    _check(stats, at, snr)
+    order = np.argsort(at)
+    stats, x, pairs = Agreement(*(part[order] for part in stats)), snr[at[order]], stats.xy.shape[1]
+    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+    centre, slope, _ = _fits(stats, x, counts, squared)
+    inside = (centre >= x[0]) & (centre <= x[-1]) & (slope > 0)
+    return np.where(inside, np.interp(centre, snr, np.arange(len(snr))), np.nan)
+
+
+def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Array, Array, Array]:
+    """Place and slope [resample, band] of every resample's logistic, and each pair's influence on the place [.., pair]."""
+    pairs, n_bands = stats.xy.shape[1:]
+    centre, slope, influence = (np.empty((len(counts), n_bands, *rest)) for rest in ((), (), (pairs,)))
+    for b in range(n_bands):
+        sums = [counts @ part[..., b].T for part in stats]  # [resample, release]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            root = np.sqrt(sums[1] * sums[2])
+            r = sums[0] / root
+            gain = 2 * r if squared else np.ones_like(r)
+            target = np.nan_to_num(r**2 if squared else r)
+            centre[:, b], slope[:, b], g = _fit_logistic(x, target)
+            weights = [gain * g / root, -gain * g * r / (2 * sums[1]), -gain * g * r / (2 * sums[2])]
+            influence[:, b] = sum(w @ part[..., b] for w, part in zip(weights, stats, strict=True))
+    return centre, slope, influence
 
 
 def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Array, Array]:

@@ -144,7 +144,11 @@ def headline(results: Any) -> str:
     elif high < 0:
         verdict = "High frequencies commit first"
     else:
-        verdict = "With this many pairs no gap can be told from zero"
+        needed = int(
+            np.ceil(results.attrs["pairs"] * ((high - low) / 2 / max(abs(value), 1e-9)) ** 2)
+        )  # a width falls as 1 / sqrt(pairs)
+        enough = f"; about {needed} would show one of this size" if needed < 100 * results.attrs["pairs"] else ""
+        verdict = f"With {results.attrs['pairs']} pairs no gap can be told from zero{enough}"
     taus = results.split_commitment.sel(estimator="one_pass").values
     words = {"clones": gap("split", "clones"), "lowest to highest of six bands": gap("band", "one_pass")}
     others = "".join(f"; {what} {v:+.1f} [{a:+.1f}, {b:+.1f}]" for what, (v, a, b) in words.items() if np.isfinite(v))

@@ -23,8 +23,8 @@ from .onset import Onset, onset
 
 Array = NDArray[np.float64]
 READING = "standardised"
-MATTERS = {"divergence": 1.0, "lens": 1.0, "ratio": 0.1, "growth": 0.1}
-"""The smallest departure that counts for an onset: one step; a tenth in log energy, that is 5 % in amplitude."""
+MATTERS = {"divergence": 1.0, "lens": 1.0, "ratio": 0.5, "growth": 0.25}
+"""What a profile must come to depart by for an onset: one step, or in log energy more than 28 random layers drift by (`make checks`)."""
 
 
 def profiles(

@@ -1,0 +1,208 @@
+"""The long checks against exact answers, in one run: `make checks`, or `python tests/checks.py [--scale 0.1]` for a look.
+
+Each is the function of a quick test at full length. The tables are printed and, at full length, stored in docs/checks.md.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import test_causes
+import test_commitment
+import test_layer_profile
+import test_mixture
+import test_onset
+import torch
+from rich.console import Console
+
+torch.set_num_threads(1)
+DOCS = Path(__file__).parent.parent / "docs" / "checks.md"
+HEAD = ["| check | case | wanted | measured | |", "|---|---|---|---|---|"]
+TITLE = """# Checks against exact answers
+
+`make checks` prints these tables and stores them here; the same functions run, shorter, in the tests. Behind a share stands its 95 %
+interval (Wilson). "Wanted" was set before measuring; the last column says whether the measured value is inside.
+"""
+
+
+class Row(NamedTuple):
+    check: str
+    case: str
+    wanted: str
+    measured: str
+    ok: bool | None  # None: shown, nothing asked
+
+
+def share(hits: float, n: int) -> str:
+    """A share with its Wilson interval."""
+    z, p = 1.96, hits / n
+    centre, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2),
+    )
+    return f"{p:.1%} of {n} [{centre - half:.1%}, {centre + half:.1%}]"
+
+
+def sampled(scale: float) -> Iterator[Row]:
+    """E1, E2, E3: measured against exact, in standard errors."""
+    few, several, seeds = max(1, round(750 * scale)), max(100, round(1000 * scale)), range(2)
+    for check, rows in (
+        (
+            "E1: clones of Gaussian data, spectra falling, white, rising",
+            test_mixture.clones_of_gaussians(several, seeds, (8, 14, 19)),
+        ),
+        (
+            "E3: clones of two-scale mixtures end on the same side",
+            test_mixture.clones_of_mixtures(max(100, few), seeds, 250, (-1.0, 0.0, 1.0)),
+        ),
+    ):
+        z = np.array([row.z for row in rows])
+        yield Row(
+            check,
+            f"{len(z)} bands x releases x seeds",
+            "within 3 standard errors",
+            f"worst {np.abs(z).max():.2f}, rms {np.sqrt((z**2).mean()):.2f}",
+            bool(np.abs(z).max() < 3),
+        )
+    for steps in (50, 500):
+        z = np.array([row.z for row in test_mixture.deterministic_runs(steps)])
+        yield Row(
+            "E2: ratio of differences, deterministic sampler",
+            f"{steps} steps, {len(z)} rows",
+            "within the sampler's own error",
+            f"worst {np.abs(z).max():.2f} of it",
+            bool(np.abs(z).max() < 1),
+        )
+
+
+def coverage(scale: float) -> Iterator[Row]:
+    """95 % intervals of commitment and gap over repeats of exactly known Gaussian twins."""
+    repeats = max(20, round(300 * scale))
+    for name, lam in test_commitment.CASES.items():
+        for pairs, groups in ((32, 1), (64, 8)):
+            hit, _, _ = test_commitment.coverage(lam, pairs, repeats, groups > 1, groups, 0)
+            for what, value in zip(("low", "high", "gap in log SNR", "gap in steps"), hit, strict=True):
+                yield Row(
+                    "coverage of 95 % intervals",
+                    f"{name.replace(' | ', ' / ')}, {pairs} pairs, {groups} labels: {what}",
+                    "92 % to 98 %",
+                    share(value * repeats, repeats),
+                    bool(0.92 <= value <= 0.98),
+                )
+
+
+def profiles(scale: float) -> Iterator[Row]:
+    """The change point test on synthetic profiles with noise shared over depth."""
+    repeats = max(20, round(300 * scale))
+    for shape, size in (("flat", 0.0), ("step", 8.0), ("step", 6.0), ("ramp", 8.0)):
+        right, named, held, *_ = test_onset.rates(shape, repeats, size=size)
+        if shape == "flat":
+            yield Row(
+                "onset, synthetic profiles",
+                "flat: any layer named",
+                "at most 5 %",
+                share(named * repeats, repeats),
+                bool(named <= 0.05),
+            )
+        else:
+            case = f"{shape} of {size:g} standard errors a layer"
+            yield Row(
+                "onset, synthetic profiles",
+                f"{case}: right layer",
+                "at least 95 %",
+                share(right * repeats, repeats),
+                bool(right >= 0.95),
+            )
+            yield Row(
+                "onset, synthetic profiles",
+                f"{case}: interval holds it",
+                "at least 95 %",
+                share(held * repeats, repeats),
+                bool(held >= 0.95),
+            )
+
+
+def models(scale: float) -> Iterator[Row]:
+    """Onsets on real DiTs: planted layers, random weights, shuffled layers."""
+    found = list(test_layer_profile.planted_models(max(4, round(200 * scale))))
+    right = [one.onsets["growth"] == one.planted for one in found]
+    yield Row(
+        "onset, planted DiTs (E4)",
+        "growth names the first planted layer",
+        "at least 95 %",
+        share(sum(right), len(right)),
+        sum(right) >= 0.95 * len(right),
+    )
+    for kind, number in (("random", 100), ("shuffled", 30)):
+        nulls = list(test_layer_profile.null_models(max(4, round(number * scale)), kind))
+        for view in test_layer_profile.VIEWS:
+            claims = sum(one.onsets[view] is not None for one in nulls)
+            yield Row(
+                f"onset, null DiTs (E5), {kind}",
+                f"{view} claims a layer",
+                "at most 5 %",
+                share(claims, len(nulls)),
+                claims <= 0.05 * len(nulls),
+            )
+    pairs = list(zip(nulls, test_layer_profile.null_models(len(nulls), "shuffled", other_twins=1000), strict=True))
+    for view in test_layer_profile.VIEWS:
+        both = [(a.onsets[view], b.onsets[view]) for a, b in pairs if a.onsets[view] is not None]
+        if both:
+            alike = sum(b is not None and abs(a - b) <= 1 for a, b in both)
+            yield Row(
+                "onset, null DiTs (E5), shuffled",
+                f"{view}: the layer claimed is claimed again (within 1) with other twins",
+                "",
+                share(alike, len(both)),
+                None,
+            )
+
+
+def causes(scale: float) -> Iterator[Row]:
+    """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the difference and cause nothing."""
+    found = list(test_causes.random_causes(max(4, round(200 * scale))))
+    n, right = len(found), sum(named == truth for truth, _, named in found)
+    blamed, decoys = sum(len(named & decoys) for _, decoys, named in found), sum(len(decoys) for _, decoys, _ in found)
+    yield Row(
+        "knock-outs, E6 DiTs", "exactly the causing layers named", "at least 95 %", share(right, n), right >= 0.95 * n
+    )
+    yield Row("knock-outs, E6 DiTs", "decoys blamed", "at most 5 %", share(blamed, decoys), blamed <= 0.05 * decoys)
+
+
+PARTS = (sampled, coverage, profiles, models, causes)
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__)
+    ap.add_argument("--scale", type=float, default=1.0, help="share of the full number of repeats and models")
+    ap.add_argument("--only", choices=[part.__name__ for part in PARTS])
+    args = ap.parse_args()
+    console = Console(highlight=False)
+    for part in PARTS:
+        if args.only in (None, part.__name__):
+            began, lines = time.process_time(), []
+            for row in part(args.scale):
+                lines.append("| " + " | ".join((*row[:4], {True: "yes", False: "**no**", None: ""}[row.ok])) + " |")
+                console.print(lines[-1], soft_wrap=True, markup=False)
+            seconds = f"{time.process_time() - began:.0f} s of process time."
+            console.print(seconds, markup=False)
+            if args.scale == 1:
+                store(part.__name__, [part.__doc__ or "", "", *HEAD, *lines, "", seconds])
+
+
+def store(name: str, lines: list[str]) -> None:
+    """Put one part's section into the page, in the place of an earlier one."""
+    page = DOCS.read_text() if DOCS.exists() else TITLE
+    kept = {text.split("\n", 1)[0]: text.split("\n", 1)[1].strip() for text in page.split("\n## ")[1:]}
+    kept[name] = "\n".join(lines)
+    DOCS.write_text(
+        TITLE + "".join(f"\n## {part.__name__}\n\n{kept[part.__name__]}\n" for part in PARTS if part.__name__ in kept)
+    )
+
+
+if __name__ == "__main__":
+    main()

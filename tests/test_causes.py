@@ -1,0 +1,123 @@
+"""Knock-outs on models whose causing layers are known (E6), decoys among them; `python tests/checks.py` does it at length."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import HookedDiT
+from dit_lens.causes import _sentence, knock_outs, knocked_out
+from dit_lens.groundtruth import gaussian, planted
+
+torch.set_num_threads(1)
+
+
+def random_cause(seed: int, pairs: int = 24, steps: int = 16) -> tuple[set[int], set[int], set[int]]:
+    """The layers that cause the gap, the decoys, and the layers named, of a random model: depth, layers, shares, sign, decoys."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(4, 9))
+    order = rng.permutation(n).tolist()
+    count = int(rng.integers(1, 3))
+    causes, decoys = order[:count], order[count : count + int(rng.integers(1, 3))]
+    first = float(rng.uniform(0.35, 0.65))
+    lam = (4.0, 0.25) if rng.random() < 0.5 else (0.25, 4.0)
+    truth = gaussian(*lam, causes, n, shares=[1.0] if count == 1 else [first, 1 - first], decoys=decoys, sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = knock_outs(model, pairs=pairs, steps=steps, cut=0.1, seed=seed, resamples=300)
+    return set(causes), set(decoys), set(found.attrs["causes"])
+
+
+def random_causes(models: int) -> Iterator[tuple[set[int], set[int], set[int]]]:
+    for seed in range(models):
+        yield random_cause(seed)
+
+
+def test_causes_are_named_and_decoys_are_not():
+    for causes, _, named in random_causes(3):
+        assert named == causes
+
+
+def test_a_layer_that_shows_the_difference_and_causes_nothing():
+    """E4: the planted layer makes the twins differ in the stream, and the output never reads it."""
+    truth = planted([1], 0.5, 3, "low", sample_size=4)
+    found = knock_outs(
+        HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=16, steps=12, cut=0.1, resamples=200
+    )
+    assert found.attrs["causes"] == [] and np.abs(found.effect).max() < 0.01
+    assert found.sentence.startswith("No layer of 3, knocked out by itself, moves the gap of ")
+
+
+def test_without_the_layer_there_is_no_gap_left():
+    truth = gaussian(4.0, 0.25, (1,), 3, sample_size=4)
+    found = knock_outs(
+        HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=32, steps=20, cut=0.1, resamples=200
+    )
+    without = float(found.gap.sel(layer=1))
+    low, high = found.effect_interval.sel(layer=1).values + found.attrs["gap"]
+    assert low < 0 < high and abs(without) < 0.6 < abs(found.attrs["gap"])
+    assert found.sentence.startswith(
+        f"Knocked out one by one, 1 of 3 layers move the gap of {found.attrs['gap']:+.2f} steps: 1 ("
+    )
+
+
+def test_knocking_out_is_skipping_the_layer_bit_for_bit():
+    model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
+    run = dit_lens.sample(model, [3, 4], steps=3)
+    out = knocked_out(run, [1])
+    _, cache = model.run_with_cache(*_inputs(out), names_filter="resid_*")
+    skipped = model.run_with_hooks(
+        *_inputs(out), fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: cache["resid_pre", 1])]
+    )
+    assert torch.equal(out.outputs[0], skipped[:, : out.outputs.shape[2]])
+    assert torch.equal(knocked_out(run, [], "attn").latents, run.latents) and model.wiring.listening == 0
+    attn, mlp = (knocked_out(run, [1], part).latents[-1] for part in ("attn", "mlp"))
+    assert not torch.equal(attn, mlp) and not torch.equal(attn, run.latents[-1])
+
+
+def _inputs(run):
+    return run.latents[0], run.timesteps[0].expand(2), run.labels
+
+
+def test_a_layer_without_which_nothing_commits_is_said():
+    found = knock_outs(_small(), [1], pairs=16, steps=12, cut=0.1, resamples=200)
+    found.effect[0] = np.nan
+    found.attrs["causes"] = []
+    assert _sentence(found).endswith("Without layer 1 a band does not commit at all.")
+
+
+def _small():
+    truth = gaussian(4.0, 0.25, (1,), 2, sample_size=4)
+    return HookedDiT(truth.transformer, scheduler=truth.scheduler)
+
+
+def test_bad_input():
+    model = _small()
+    never = HookedDiT(gaussian(4.0, 0.25, (1,), 2, sample_size=4).transformer, scheduler=DDIMScheduler(1000))
+    with torch.no_grad():
+        never.transformer.proj_out_2.weight.zero_()  # predicts 0: nothing of the image is ever known beforehand
+    for call, text in [
+        (
+            lambda: knock_outs(model, [2], pairs=16, steps=8, cut=0.1),
+            "There is no layer 2 to knock out; the model has 2, counted from 0.",
+        ),
+        (
+            lambda: knock_outs(model, part="ff", pairs=16, steps=8, cut=0.1),
+            "part='ff' is none of a layer; expected 'layer', 'attn' or 'mlp'.",
+        ),
+        (
+            lambda: knock_outs(model, pairs=8),
+            "There are 8 pairs; intervals over pairs with class means removed need 16 or more.",
+        ),
+        (
+            lambda: knock_outs(never, pairs=16, steps=3, cut=0.1),
+            "The model's low or high band does not commit within the run, so",
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value).startswith(text), error.value
+    assert model.wiring.listening == 0
