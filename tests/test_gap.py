@@ -7,7 +7,7 @@ from dit_lens import HookedDiT, gap
 from dit_lens.groundtruth import ddim_agreement, gaussian
 
 
-@pytest.mark.parametrize("layer", [1, 4, 7])
+@pytest.mark.parametrize("layer", [0, 4, 7])
 @pytest.mark.parametrize("low, high", [(4.0, 0.25), (0.25, 4.0)])
 def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
     """E6, early, in the middle, last, and with either sign: an exact denoiser whose one layer makes all of the gap.
@@ -48,7 +48,64 @@ def test_bad_input():
     for kwargs, text in [
         (dict(pairs=8), "There are 8 pairs; intervals over pairs with class means removed need 16 or more"),
         (dict(steps=3), "steps=3 is too short a run to see anything settle in; expected 4 or more"),
+        (
+            dict(bands="wavelet"),
+            "bands=.wavelet. is no partition of modes; expected .radial., .dct., .pooling. or .eigen.",
+        ),
         (dict(cut=0.9), "Band 1 \\(high\\) with inner edges"),
     ]:
         with pytest.raises(ValueError, match=text):
             gap.measure(model, **{"pairs": 16, "steps": 8} | kwargs)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("dct", 0.05), ("pooling", 0.1), ("eigen", 0.25)])
+def test_other_bands_find_the_same_gap(kind, cut):
+    """The token mean is the lowest mode of the DCT and of the pyramid, and the leading eigenmode of these data."""
+    truth = gaussian(lam_low=16.0, lam_high=0.0625, layers=(1,), n_layers=3)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    result = gap.measure(model, pairs=16, steps=12, cut=cut, bands=kind, resamples=200)
+    low, _ = result.split_gap_interval.sel(estimator="one_pass", quantity="log_snr").values
+    assert low > 0 and result.attrs["bands"] == kind
+    assert (
+        result.attrs["onset_layer_divergence"] == 1 or kind == "eigen"
+    )  # its leading sixth holds ten modes beside the mean
+    assert (result.cut_gap.values > 0).all()  # wherever the cut is made, the mean is below it
+
+
+def test_every_reading_of_the_finished_twins():
+    """On x_t, the predicted x0, the image and a feature of it; clones beside one pass; the spectrum, and the gap against the cut."""
+    truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    result = gap.measure(model, pairs=32, steps=16, cut=0.1, feature=lambda x: x.mean((2, 3)), resamples=200)
+    one = result.sel(quantity="step")
+    exact = 4.6  # of 16 steps, by `ddim_agreement` (tests/test_gap.py's first test computes it)
+    assert (one.image_gap_interval.sel(bound="low") > 0).all()  # images clip what is beyond [0, 1], so no exact answer
+    for low, high in (one.x_t_gap_interval, *one.split_gap_interval):
+        assert low - 0.75 < exact < high + 0.75
+    assert (
+        result.features_commitment.shape == (2,)
+        and np.abs(result.features_commitment - result.split_commitment.sel(split="low")).max() < 1.5
+    )
+    ratio = (
+        result.variance_ratio.values - result.agreement_one_pass.values
+    )  # equal for an exact denoiser (design, section 5)
+    assert np.abs(ratio[4:, 1:]).max() < 0.1
+    at = int(np.abs(result.cut.values - 0.1).argmin())
+    assert float(result.cut_gap[at]) == pytest.approx(float(one.split_gap.sel(estimator="one_pass")), abs=1e-6)
+    assert np.ptp(result.spectrum_commitment.values[1:]) < 1.5 and result.attrs["estimators"].startswith(
+        "Commitment by one pass less clones"
+    )
+
+
+def test_a_gap_that_cannot_be_told_says_how_many_pairs_would():
+    truth = gaussian(1.3, 1.0, layers=(1,), n_layers=3)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    result = gap.measure(model, pairs=16, steps=12, cut=0.1, resamples=200)
+    value, (low, high) = (
+        result[name].sel(estimator="one_pass", quantity="step").values for name in ("split_gap", "split_gap_interval")
+    )
+    needed = int(np.ceil(16 * ((high - low) / 2 / abs(value)) ** 2))
+    assert (
+        low < 0 < high
+        and f"With 16 pairs no gap can be told from zero; about {needed} would show one of this size" in result.headline
+    )
