@@ -3,10 +3,12 @@
 - `SpectralSplit`: band energies of any hook point.
 - `TwinDivergence`: how far twins differ, by layer, band and step, and when each layer has settled.
 - `LayerLens`: each layer's stream read through the final layer.
+- `TwinPatching`: one twin's activations put into the other, exactly, over layers, sites and steps.
 """
 
 from .layer_lens import LayerLens
 from .spectral_split import SpectralSplit
 from .twin_divergence import TwinDivergence
+from .twin_patching import TwinPatching
 
-__all__ = ["LayerLens", "SpectralSplit", "TwinDivergence"]
+__all__ = ["LayerLens", "SpectralSplit", "TwinDivergence", "TwinPatching"]

@@ -1,0 +1,346 @@
+"""Sweeps of patches against each patch run by itself, through `Run.replay` and hooks written out here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import Bands, HookedDiT, UnknownName, patching
+from dit_lens.patches import moved
+from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
+from dit_lens.probes.twin_patching import TwinPatching
+from dit_lens.sampling import edits_at, model_inputs
+
+STEPS = 6
+SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
+BANDS = Bands.radial((4, 4), n=2)
+
+
+def whole(x):
+    return x
+
+
+def latents(source, target, patches, **options):
+    """The finished latents [patch, item, c, h, w] of a sweep."""
+    return torch.as_tensor(sweep(source, target, patches, whole, **options).outcome.values)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedDiT(make_dit(channels=1, classes=10), scheduler=SCHEDULER)
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    """Twins, each computed in a batch of its own, so that patches of it can be held to the last bit."""
+    both = dit_lens.twins(model, pairs=3, labels=[1, 2, 1], release=1, steps=STEPS)
+    return SimpleNamespace(a=both.a.replay(), b=both.b.replay())
+
+
+def by_itself(source, target, patch):
+    """The patch as one would write it: the source's activations at every step of the window, then a replay with an edit."""
+    model, steps = target.model, target.settings.steps
+    window = range(steps) if patch.steps is None else patch.steps
+    if not len(window):
+        return target.latents[-1]
+    first, at = min(window), {"now": min(window) - 1}
+    site = "resid_post" if patch.kind == "skip" else patch.site
+    name, entry = model.resolve(site, patch.layer), f"blocks.{patch.layer}.hook_resid_pre"
+    halves = 1 if target.settings.guidance == 1 else 2
+
+    def count(a, hook):
+        at["now"] += 1  # the patch's own clock: the embedding is seen once a step
+
+    def keep(a, hook):
+        at["entered"] = a.clone()
+
+    def put(old, hook):
+        if at["now"] not in window:
+            return None
+        if patch.kind == "zero":
+            new = torch.zeros_like(old)
+        elif patch.kind == "skip":
+            new = at["entered"]
+        else:
+            new = taken[at["now"]]
+            n = len(new) // halves
+            if patch.kind == "mean":
+                new = torch.cat([h.mean(0, keepdim=True).expand_as(h) for h in new.split(n)])
+            if patch.kind == "resample":
+                new = torch.cat([h[moved(n, patch.seed)] for h in new.split(n)])
+        if patch.direction is not None:
+            u = patch.direction / patch.direction.norm()
+            new = old + ((new - old) @ u)[..., None] * u
+        if patch.band is not None:
+            new = old + patch.bands.project_tokens(new - old, patch.band)
+        out = old.clone()
+        if patch.heads is not None:
+            out[:, :, patch.heads] = new[:, :, patch.heads]
+        elif patch.region is not None:
+            out[:, patch.region] = new[:, patch.region]
+        else:
+            out = new
+        return out
+
+    taken = {}
+    for s in window:
+        inputs = model_inputs(model, source.latents[s], source.timesteps[s], source.labels, source.settings.guidance)
+        with torch.no_grad(), model.hooks(edits_at(source.history, s)):
+            taken[s] = model.run_with_cache(*inputs, names_filter=[name])[1][name].clone()
+    return target.replay(first, [("hook_embed", count), (entry, keep), (name, put)]).latents[-1]
+
+
+EVERYTHING = [
+    Patch("resid_post", 1),
+    Patch("resid_pre", 2, range(2, 3)),
+    Patch("resid_mid", 0, range(4, 6)),
+    Patch("attn_out", 0, range(1, 3)),
+    Patch("attn_out", 0, range(1, 5)),
+    Patch("attn_out", 2, range(2, 6, 2)),
+    Patch("mlp_out", 1, range(2, 4), kind="zero"),
+    Patch("mlp_out", 1, range(2, 4), kind="mean"),
+    Patch("attn.hook_out", 1, range(2, 4), kind="resample", seed=3),
+    Patch("resid_post", 2, range(3, 5), kind="skip"),
+    Patch("resid_post", 0, None, kind="skip", region=[0, 5]),
+    Patch("attn.hook_z", 1, range(2, 5), heads=[1]),
+    Patch("attn.hook_q", 1, range(2, 5), kind="zero", heads=0),
+    Patch("attn.hook_pattern", 2, range(2, 4)),
+    Patch("adaln.hook_gate_mlp", 1, range(1, 4), kind="zero"),
+    Patch("resid_post", 1, range(2, 4), region=[3, 4, 9]),
+    Patch("attn_out", 1, range(2, 4), bands=BANDS, band=1),
+    Patch("resid_post", 0, range(2, 4), bands=BANDS, band=0, kind="mean"),
+    Patch("resid_post", 1, range(2, 6), direction=torch.linspace(-1, 2, 16)),
+    Patch("mlp.hook_post", 0, range(5, 6)),
+    Patch("attn_out", 0, range(4, 4)),
+]
+
+
+@pytest.mark.parametrize("labels", ["equal", "other"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_each_equals_the_patch_by_itself(model, pair, guidance, labels):
+    source, target = pair.a, pair.b
+    if guidance != 1:
+        source, target = (
+            dit_lens.sample(model, [1, 2, 1], seeds=seed, steps=STEPS, guidance=guidance, eta=1.0) for seed in (0, 50)
+        )
+    if labels == "other":
+        source = dit_lens.sample(model, [4, 5, 6], seeds=9, steps=STEPS, guidance=guidance, eta=1.0)
+    alone = torch.stack([by_itself(source, target, p) for p in EVERYTHING])
+    assert torch.equal(latents(source, target, EVERYTHING, batch=1), alone)  # one lane at a time: the same batch shape
+    stacked = latents(source, target, EVERYTHING, batch=24)
+    assert torch.allclose(stacked, alone, atol=1e-5)
+    assert (alone - target.latents[-1]).abs().amax((1, 2, 3, 4))[
+        :-1
+    ].min() > 1e-3  # each patch but the empty one did something
+    assert model.wiring.listening == 0
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "sde-dpm++"])
+def test_schedulers_with_a_memory(model, scheduler):
+    source, target = (dit_lens.sample(model, [1, 2], seeds=s, steps=STEPS, scheduler=scheduler) for s in (0, 7))
+    patches = [
+        Patch("attn_out", 1, range(2, 4)),
+        Patch("attn_out", 1, range(2, 5)),
+        Patch("resid_post", 0, range(3, 4), kind="skip"),
+    ]
+    alone = torch.stack([by_itself(source, target, p) for p in patches])
+    assert torch.equal(latents(source, target, patches, batch=2), alone)
+    assert torch.allclose(latents(source, target, patches), alone, atol=1e-5)
+
+
+def test_patching_a_run_into_itself_changes_nothing(model, pair):
+    b = pair.b
+    awake = b.replay(0, [("resid_pre", lambda a, hook: None)])  # edits in the history: no short cut is taken
+    some = [
+        p for p in EVERYTHING if p.kind == "swap" and "pattern" not in p.site
+    ]  # a patched pattern is the explicit softmax's
+    for run in (b, awake):
+        assert all(torch.equal(x, b.latents[-1]) for x in latents(run, run, some, batch=3))
+    assert sweep(b, b, some, whole).attrs["block_evaluations"] == 0
+    tied = latents(
+        pair.a, b, [Patch("attn_out", 1, range(0, 2)), Patch("attn_out", 1, range(0))]
+    )  # one run up to step 1's noise
+    assert torch.equal(tied[0], b.latents[-1]) and torch.equal(tied[1], b.latents[-1])
+
+
+def test_the_whole_stream_of_the_source_makes_the_target_the_source(model):
+    target = dit_lens.sample(model, [1, 2], steps=STEPS, eta=1.0)
+    source = target.replay(0, [("hook_embed", lambda a, hook: a + 0.5)])  # the same noise, another embedding
+    found = latents(source, target, grid(range(3), ["resid_pre", "resid_mid", "resid_post"], [None]), batch=2)
+    assert all(torch.equal(x, source.latents[-1]) for x in found) and not torch.equal(
+        source.latents[-1], target.latents[-1]
+    )
+    result = sweep(source, target, [Patch("resid_post", 1)])
+    assert (result.move == 1).all() and torch.allclose(
+        torch.as_tensor(result.agreement.sel(reference="source").values), torch.ones(2).double()
+    )
+
+
+def test_the_targets_own_edits_are_honoured(model, pair):
+    shapes = []
+
+    def mine(a, hook):
+        shapes.append(len(a))
+        return a * 0.5
+
+    target = pair.b.replay(2, [(("attn_out", 1), mine)])
+    source = pair.a.replay(3, [("mlp_out", lambda a, hook: a * 1.5)])
+    some = [Patch("mlp_out", 1, range(1, 4)), Patch("attn_out", 1, range(3, 5)), Patch("resid_post", 2, range(2, 5))]
+    alone = torch.stack([by_itself(source, target, p) for p in some])
+    assert torch.equal(latents(source, target, some), alone) and set(shapes) == {3}  # always on the target's own batch
+
+
+def test_what_is_shared(model, pair):
+    """Nothing before the window, the first step from the patched layer on, one forward of each run a step, lanes alike run once."""
+    a, b, n = pair.a, pair.b, 3
+
+    def blocks(*patches):
+        return sweep(a, b, patches, whole).attrs["block_evaluations"]
+
+    look = n * 3  # one forward of one run
+    assert blocks(Patch("attn_out", 2, range(3, 5))) == 2 * look + look + n * (1 + 3 + 3)
+    assert blocks(Patch("attn_out", 2, range(3, 5), kind="zero")) == look + n * (1 + 3 + 3)  # no need of the source
+    both = Patch("attn_out", 2, range(3, 5)), Patch("attn_out", 2, range(3, 6))
+    assert blocks(*both) == 3 * look + look + n * (1 + 3 + 3 + 3)  # they part at step 5
+    assert blocks(*grid(range(3), "resid_post", [range(3, 4)])) == look + look + n * (
+        3 + 3
+    )  # one answer, whatever the layer
+    assert blocks(*grid(range(3), ["attn_out"], [range(5, 6)])) == look + look + n * 3 * 3  # one stack, from layer 0 on
+
+
+def test_the_result(model, pair):
+    seen = []
+    patches = grid([0, 2], ["mlp_out", "attn_out"], tiles(1, 6, 3))
+    result = sweep(pair.a, pair.b, patches, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1] == (12 * STEPS, 12 * STEPS)
+    assert list(result.patch.values) == [str(p) for p in patches] and str(patches[0]) == "swap mlp_out, layer 0, step 1"
+    laid = as_grid(result)
+    assert laid.move.dims == ("layer", "site", "window", "band") and list(laid.window.values) == ["1", "2-3", "4-5"]
+    one = laid.sel(layer=2, site="attn_out", window="2-3")
+    alone = by_itself(pair.a, pair.b, Patch("attn_out", 2, range(2, 4)))
+    bands = Bands.radial((8, 8), cut=0.25)
+    energy = [bands.energy((x - pair.a.latents[-1]).double()).sum((0, 1)) for x in (alone, pair.b.latents[-1])]
+    assert torch.allclose(torch.as_tensor(one.move.values), 1 - energy[0] / energy[1], atol=1e-5)
+    assert one.move_interval.isnull().all()  # 3 pairs give no interval
+    many = dit_lens.twins(model, pairs=8, release=1, steps=4)
+    wide = sweep(many.a, many.b, [Patch("attn_out", 1), Patch("resid_post", 1)], BANDS8 := Bands.radial((8, 8), n=3))
+    assert wide.band.size == BANDS8.n and wide.agreement_stats.shape == (2, 2, 3, 8, 3)
+    assert (wide.move_interval.sel(bound="low") <= wide.move).all() and (
+        wide.move <= wide.move_interval.sel(bound="high")
+    ).all()
+    with pytest.raises(ValueError, match="do not tell the patches apart: 2 of them are at"):
+        as_grid(sweep(pair.a, pair.b, [patches[0], patches[0]]))
+
+
+def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(patching, "IN_FLIGHT", 2)
+    patches, file = grid(range(3), ["attn_out", "mlp_out"], [range(2, 4)]), tmp_path / "deep" / "sweep.safetensors"
+    straight = sweep(pair.a, pair.b, patches, whole)
+
+    def break_off(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(pair.a, pair.b, patches, whole, progress=break_off, resume=file)
+    assert model.wiring.listening == 0
+    seen = []
+    resumed = sweep(pair.a, pair.b, patches, whole, progress=lambda done, total: seen.append(done), resume=file)
+    assert resumed.identical(straight) and min(seen) > 2 * STEPS
+    seen.clear()
+    assert (
+        sweep(pair.a, pair.b, patches, whole, progress=lambda *a: seen.append(a), resume=file).identical(straight)
+        and not seen
+    )
+    for other in (
+        (pair.b, pair.a, patches),
+        (pair.a, pair.b, patches[:-1]),
+        (pair.a, pair.b, [*patches[:-1], Patch("mlp_out", 2, kind="zero")]),
+    ):
+        with pytest.raises(ValueError, match="of another sweep"):
+            sweep(*other, resume=file)
+    (tmp_path / "junk").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="is no file of a sweep"):
+        sweep(pair.a, pair.b, patches, resume=tmp_path / "junk")
+
+
+def test_bad_input(model, pair):
+    a, b = pair.a, pair.b
+    before = {k: v.clone() for k, v in model.transformer.state_dict().items()}
+    other = HookedDiT(make_dit(channels=1, classes=10, seed=5), scheduler=SCHEDULER)
+
+    def run(which=model, labels=(1, 2, 1), **options):
+        return dit_lens.sample(which, list(labels), **{"steps": STEPS} | options)
+
+    for source, text in [
+        (run(other), r"The runs are of different weights, \w{8} and \w{8}; expected two of one model"),
+        (run(steps=5), "The source has steps=5 and the target steps=6; expected the same"),
+        (run(guidance=2.0), "guidance=2.0 and the target guidance=1.0"),
+        (run(scheduler="ddpm"), "different schedulers, DDPMScheduler .* and DDIMScheduler"),
+        (run(labels=[1, 2]), r"latents are \[2, 1, 8, 8\] and the target's \[3, 1, 8, 8\]"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            sweep(source, b, [Patch("attn_out", 0)])
+    empty = Bands.radial((4, 4), n=2)
+    empty.sizes = (16, 0)
+    for options, text in [
+        (dict(site="atn_out"), "No hook point matches 'atn_out'; nearest: 'attn_out'"),
+        (dict(site="hook_embed"), "'hook_embed' is in no layer; expected one that is, such as 'resid_post'"),
+        (dict(layer=3), "there is no layer 3; the model has 3, 0 to 2"),
+        (dict(steps=range(4, 9)), "step 6 is outside the run; it has 6 steps"),
+        (dict(steps=range(-1, 2)), "step -1 is outside the run"),
+        (dict(heads=[0]), "'blocks.0.hook_attn_out' has no head axis; its axes are batch, token, d_model"),
+        (dict(site="attn.hook_z", heads=[2]), r"head index \[2\] is out of range; expected 0 to 1"),
+        (dict(region=[16]), r"token index \[16\] is out of range; expected 0 to 15"),
+        (dict(region=[]), r"region=\[\] chooses nothing"),
+        (dict(bands=BANDS, band="lo"), "There is no band 'lo'; expected 0 to 1 or a name"),
+        (dict(bands=empty, band=1), "holds no mode; the bands with modes are"),
+        (dict(bands=Bands.radial((8, 8)), band=0), "the bands are of a 8x8 grid; expected the tokens' 4x4"),
+        (dict(direction=torch.ones(5)), r"the direction has 5 entries; 'blocks.0.hook_attn_out' has 16 \(d_model\)"),
+        (dict(bands=BANDS), "expected both or neither"),
+        (dict(direction=torch.zeros(16)), "length 0; expected a vector"),
+        (dict(kind="swop"), r"'swop' is no kind of patch; expected one of .*\(nearest: 'swap'\)"),
+    ]:
+        with pytest.raises((ValueError, UnknownName), match=text):
+            sweep(a, b, [Patch(**{"site": "attn_out", "layer": 0} | options)])
+    with pytest.raises(TypeError, match="steps=3 is no window; expected a range"):
+        Patch("attn_out", 0, 3)
+    with pytest.raises(ValueError, match="expected 2 or more"):
+        sweep(a.select([0]), b.select([0]), [Patch("attn_out", 0, kind="resample")])
+    for options, text in [
+        (dict(patches=[]), "There are no patches"),
+        (dict(batch=0), "batch=0 is no number of images"),
+        (dict(outcome=Bands.radial((4, 4))), "bands are of a 4x4 grid; expected the latents' 8x8"),
+        (dict(outcome=lambda x: x[:1]), r"The outcome gave shape \[1, 1, 8, 8\]; expected \[3, ...\]"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            sweep(a, b, **{"patches": [Patch("attn_out", 0, range(5, 6))]} | options)
+    tied = dit_lens.twins(model, pairs=2, tie="attention", g=1.0, eps=0.5, release=3, steps=STEPS)
+    with pytest.raises(ValueError, match=r"Step 1 of the \w+ run can't be computed again .* was it coupled"):
+        sweep(tied.a, tied.b, [Patch("attn_out", 0, range(1, 2))])
+    assert sweep(tied.a, tied.b, [Patch("attn_out", 0, range(3, 5))]).move.notnull().all()  # free from the release on
+    with pytest.raises(ValueError, match="n=9 windows over 5 steps"):
+        tiles(1, 6, 9)
+
+    def fail(done, total):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        sweep(a, b, [Patch("attn_out", 0)], progress=fail)
+    assert model.wiring.listening == 0 and all(
+        torch.equal(v, before[k]) for k, v in model.transformer.state_dict().items()
+    )
+
+
+def test_the_probe(model):
+    probe = TwinPatching()
+    with pytest.raises(RuntimeError, match="TwinPatching has seen nothing"):
+        probe.result()
+    with pytest.raises(RuntimeError, match="runs twins of its own"), dit_lens.trace(model, probes=[probe]):
+        pass
+    result = probe.run(model, pairs=2, layers=[0, 2], sites="attn_out", windows=2, release=2, steps=STEPS)
+    assert result.move.dims == ("layer", "site", "window", "band") and list(result.window.values) == ["2-3", "4-5"]
+    assert result.move.notnull().all() and result.attrs["release"] == 2 and probe.result() is result
