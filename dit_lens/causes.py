@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .bands import CUT, Bands
 from .commitment import FEWEST_PAIRS, commitment_draws
@@ -37,8 +38,11 @@ MATTERS = 0.25
 """Steps. A smaller effect is named no cause, however certain: finite steps and the fitted logistic make as much of nothing."""
 
 
-def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer") -> Run:
+def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: bool = False) -> Run:
     """The run again, from the same start and with the same noise, with what these layers add to the stream set to 0.
+
+    With `direct` only the last layer misses it, and the layers between work on as if it were there: what the knock-out does beyond that
+    is mediated by them.
 
     Raises ValueError for a layer that does not exist, or an unknown part.
 
@@ -52,7 +56,20 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer") -> Run:
             raise ValueError(f"There is no layer {layer} to knock out; the model has {n}, counted from 0.")
     if part not in PARTS:
         raise ValueError(f"part={part!r} is none of a layer; expected 'layer', 'attn' or 'mlp'.")
-    return run.replay(0, [(f"blocks.{layer}.hook_{of}_out", _nothing) for layer in layers for of in PARTS[part]])
+    names = [f"blocks.{layer}.hook_{of}_out" for layer in layers for of in PARTS[part]]
+    if not direct:
+        return run.replay(0, [(name, _nothing) for name in names])
+    added: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        added.append(activation)
+
+    def take_off(stream: Tensor, hook: Any) -> Tensor:
+        left = stream - torch.stack(added).sum(0) if added else stream
+        added.clear()
+        return left
+
+    return run.replay(0, [*((name, keep) for name in names), (f"blocks.{n - 1}.hook_resid_post", take_off)])
 
 
 def knock_outs(
@@ -60,6 +77,7 @@ def knock_outs(
     layers: Sequence[int] | None = None,
     part: Part = "layer",
     *,
+    direct: bool = False,
     pairs: int = 24,
     steps: int = 25,
     seed: int = 0,
@@ -70,8 +88,9 @@ def knock_outs(
     """The gap without each layer in turn, and how far that moved it, in steps.
 
     Returns a Dataset: `gap` and `effect` (the gap without the layer less the gap with it) [layer]; `effect_interval` [layer, bound], 95 %
-    for all layers at once; `commitment` [layer, band]; attrs: the `gap` of the whole model, `causes`, the layers whose effect is not 0,
-    and the `sentence`. NaN where a band no longer commits within the run: without that layer the model decides nothing.
+    for all layers at once; `commitment` [layer, band]; with `direct` also `direct_effect` and `mediated_effect`, which add up to `effect`,
+    each with its `_interval`; attrs: the `gap` of the whole model, `causes`, the layers whose effect is not 0, and the `sentence`.
+    NaN where a band no longer commits within the run: without that layer the model decides nothing.
 
     Raises ValueError for a layer that does not exist, too few pairs, or a model whose bands don't commit to begin with.
 
@@ -99,16 +118,17 @@ def knock_outs(
         raise ValueError(
             "The model's low or high band does not commit within the run, so it has no gap to find causes of."
         )
-    after = []
+    after, straight = [], []
     for layer in chosen:
         after.append(taus(replace(whole, run=knocked_out(whole.run, [layer], part))))
+        if direct:
+            straight.append(taus(replace(whole, run=knocked_out(whole.run, [layer], part, direct=True))))
         if progress is not None:
             progress(layer)
     tau = np.stack(after)  # [layer, resample, band]
     gap = tau[..., 1] - tau[..., 0]
     effect = gap - (before[:, 1] - before[:, 0])
-    width = _simultaneous(effect)
-    interval = np.stack([effect[:, 0] - width, effect[:, 0] + width], -1)
+    interval = _simultaneous(effect)
     sure = (interval[:, 0] > 0) | (interval[:, 1] < 0)
     causes = [layer for layer, yes, size in zip(chosen, sure, effect[:, 0], strict=True) if yes and abs(size) > MATTERS]
     result = xr.Dataset(
@@ -118,16 +138,23 @@ def knock_outs(
         attrs={"gap": float(before[0, 1] - before[0, 0]), "causes": causes, "part": part, "pairs": pairs, "steps": steps,
                "seed": seed, "cut": cut},
     )  # fmt: skip
+    if direct:
+        alone = np.stack(straight)[..., 1] - np.stack(straight)[..., 0] - (before[:, 1] - before[:, 0])
+        for name, draws in (("direct_effect", alone), ("mediated_effect", effect - alone)):
+            result[name], result[f"{name}_interval"] = (
+                ("layer", draws[:, 0]),
+                (("layer", "bound"), _simultaneous(draws)),
+            )
     result.attrs["sentence"] = _sentence(result)
     return result
 
 
-def _nothing(activation: Any, hook: Any) -> Any:
+def _nothing(activation: Tensor, hook: Any) -> Tensor:
     return torch.zeros_like(activation)
 
 
 def _simultaneous(effect: Array) -> Array:
-    """Half-widths [layer] of 95 % intervals that hold for all layers at once, from effects [layer, 1 + resample]; NaN where unknown."""
+    """95 % intervals [layer, bound] that hold for all layers at once, from effects [layer, 1 + resample]; NaN where unknown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a layer without which nothing commits is NaN throughout
         known = np.isfinite(effect[:, 0]) & (np.isfinite(effect[:, 1:]).mean(1) > 0.9)
@@ -138,7 +165,8 @@ def _simultaneous(effect: Array) -> Array:
             if known.any()
             else np.array([np.nan])
         )
-        return np.asarray(np.nanquantile(largest, 0.95) * error)
+        width = np.nanquantile(largest, 0.95) * error
+    return np.stack([effect[:, 0] - width, effect[:, 0] + width], -1)
 
 
 def _sentence(result: Any) -> str:

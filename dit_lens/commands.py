@@ -1,4 +1,4 @@
-"""The command line: `dit-lens hooks | gap | probe | check | report`. Each command is a page that reads top down."""
+"""The command line: `dit-lens hooks | gap | patch | probe | check | report`. Each command is a page that reads top down."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .model import HookedDiT
 
 COMMANDS_HELP = "Open up Diffusion Transformers: hook points, twins, and which layer creates the synchronization gap."
 
@@ -36,8 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     gap.add_argument(
         "--couple", type=float, nargs="+", metavar="G", help="also couple twins with these strengths, such as 0 0.5 1"
     )
+    gap.add_argument(
+        "--causes", action="store_true", help="also what `dit-lens patch` does: the layers that cause the gap"
+    )
     gap.add_argument("--out", type=Path, help="folder for pictures and results (default: gap-MODEL)")
     gap.set_defaults(run=gap_command)
+
+    patch = commands.add_parser(
+        "patch", help="find the layers that cause the gap: knock-outs, and patches between twins"
+    )
+    patch.add_argument("model", nargs="?", default="digits", help="bundled name, folder or hub id (default: digits)")
+    patch.add_argument("--pairs", type=int, help="twins of the knock-outs (default: 24; with --quick 16)")
+    patch.add_argument("--steps", type=int, help="denoising steps (default: 25; with --quick 12)")
+    patch.add_argument("--quick", action="store_true", help="fewer twins and steps: a first look")
+    patch.add_argument("--seed", type=int, default=0)
+    patch.add_argument(
+        "--cut", type=float, default=0.25, help="between low and high, in cycles per pixel (default: 0.25)"
+    )
+    patch.add_argument("--out", type=Path, help="folder for the picture and results (default: patch-MODEL)")
+    patch.set_defaults(run=patch_command)
 
     probe = commands.add_parser("probe", help="run an installed probe over a sampling run and store its result")
     probe.add_argument("name", help="a probe registered in the entry-point group dit_lens.probes")
@@ -136,6 +157,47 @@ def gap_command(args: argparse.Namespace) -> None:
 
         swept = knob.couplings(model, args.couple, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut)
         knob_report.write(swept, out)
+    if args.causes:
+        _causes(model, min(pairs, 24), min(steps, 25), args, out)
+
+
+def patch_command(args: argparse.Namespace) -> None:
+    """Knock out every layer, and patch every layer of twin A into twin B; an interrupted sweep of patches goes on where it was."""
+    from .loading import load
+
+    model = load(args.model)
+    pairs, steps = args.pairs or (16 if args.quick else 24), args.steps or (12 if args.quick else 25)
+    _causes(model, pairs, steps, args, args.out or Path(f"patch-{Path(str(args.model)).name}"))
+
+
+def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, out: Path) -> None:
+    import importlib
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from . import cause_report
+    from .bands import Bands
+    from .causes import knock_outs
+
+    out.mkdir(parents=True, exist_ok=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as bar:
+        first = bar.add_task("knock-outs", total=model.cfg.n_layers)
+        knocked = knock_outs(model, direct=True, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut,
+                             progress=lambda layer: bar.advance(first))  # fmt: skip
+        second = bar.add_task("patches", total=None)
+        patched = importlib.import_module("dit_lens.probes").TwinPatching().run(
+            model, pairs=8, windows=5, release=steps // 3, steps=steps, seed=args.seed,
+            outcome=Bands.radial((model.cfg.sample_size,) * 2, cut=args.cut), resume=out / "sweep.safetensors",
+            progress=lambda done, total: bar.update(second, completed=done, total=total),
+        )  # fmt: skip
+    cause_report.write(knocked, patched, out)
 
 
 def probe_command(args: argparse.Namespace) -> None:

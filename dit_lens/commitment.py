@@ -107,23 +107,29 @@ def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
 
 
 def half_crossing(curves: ArrayLike) -> Array:
-    """The step at which curves [..., step] reach half of what they end at, for good; with a fraction, [...].
+    """The step at which curves [..., step] reach half of what they end at; with a fraction, [...].
 
-    It is the last upward crossing of half the final value, interpolated linearly: a bump of noise in an early step is
-    undone later and is no commitment, and after the last crossing the curve stays above by construction. NaN where a
-    curve ends at or below 0, is not finite, or is above half from the first step on: it did not cross within the run.
+    What has settled does not unsettle, so the crossing is that of the nearest curve that never falls (isotonic regression,
+    Barlow et al. 1972), interpolated linearly: a wavering curve crosses half many times, and which time is noise. NaN where
+    a curve ends at or below 0, is not finite, or is above half from the first step on: it did not cross within the run.
 
-    >>> half_crossing([[0, 0, 1, 2, 2], [0, 2, 0, 0, 2]]).tolist()
-    [2.0, 3.5]
+    >>> half_crossing([[0, 0, 1, 2, 2], [0, 0, 3, 1, 2]]).tolist()
+    [2.0, 1.5]
     """
+    from scipy.optimize import isotonic_regression
+
     c = np.asarray(curves, dtype=np.float64)
-    final = c[..., -1:]
+    fine = np.isfinite(c).all(-1)
+    rising = np.where(fine[..., None], c, 0.0).reshape(-1, c.shape[-1])
+    falls = (np.diff(rising) < 0).any(-1)
+    for row in np.flatnonzero(falls):
+        rising[row] = isotonic_regression(rising[row]).x
+    level = rising.reshape(c.shape)
     with np.errstate(invalid="ignore", divide="ignore"):
-        level = c / final - 0.5
+        level = level / level[..., -1:] - 0.5
     below = level < 0
-    last = c.shape[-1] - 1 - np.argmax(below[..., ::-1], axis=-1)  # the last step below half
-    fine = below.any(-1) & (final[..., 0] > 0) & np.isfinite(c).all(-1)
-    last = np.where(fine, last, 0)[..., None]
+    fine &= below[..., 0] & (c[..., -1] > 0)
+    last = np.where(fine, below.sum(-1) - 1, 0)[..., None]  # the last step below half: it never falls again
     before = np.take_along_axis(level, last, -1)[..., 0]
     after = np.take_along_axis(level, np.minimum(last + 1, c.shape[-1] - 1), -1)[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):

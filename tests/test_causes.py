@@ -78,6 +78,20 @@ def test_knocking_out_is_skipping_the_layer_bit_for_bit():
     assert not torch.equal(attn, mlp) and not torch.equal(attn, run.latents[-1])
 
 
+def test_direct_and_mediated_effects():
+    """The last layer's whole effect is direct; of two causes in a row the earlier one's news goes through the later one too."""
+    truth = gaussian(4.0, 0.25, (1, 3), 4, decoys=[0], sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = knock_outs(model, direct=True, pairs=16, steps=12, cut=0.1, resamples=200)
+    assert np.allclose(found.direct_effect + found.mediated_effect, found.effect)
+    assert (
+        np.abs(found.mediated_effect.sel(layer=[0, 2, 3])).max() < 0.01 < abs(float(found.mediated_effect.sel(layer=1)))
+    )
+    assert found.attrs["causes"] == [1, 3]
+    low, high = found.direct_effect_interval.sel(layer=3).values
+    assert low < float(found.effect.sel(layer=3)) < high < 0
+
+
 def _inputs(run):
     return run.latents[0], run.timesteps[0].expand(2), run.labels
 

@@ -130,3 +130,44 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
     (folder / "config.json").write_text('{"_class_name": "NoSuchModel"}')
     with pytest.raises(ValueError, match="does not name a diffusers class"):
         dit_lens.load(folder)
+
+
+def test_patch_end_to_end(tmp_path, capsys):
+    """On a saved E6 model: the causing layer is named, and `gap --causes --couple` runs the same beside the rest."""
+    from dit_lens.groundtruth import gaussian
+
+    folder = gaussian(4.0, 0.25, (1,), 3, sample_size=4).save(tmp_path / "model")
+    out = tmp_path / "out"
+    assert main(["patch", str(folder), "--pairs", "16", "--steps", "10", "--cut", "0.1", "--out", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Necessity: Knocked out one by one, 1 of 3 layers move the gap" in shown
+    assert (
+        "Without layer 1 at most half of the gap is left; of the layers that move it, 1 of 1 are among the last five."
+        in shown
+    )
+    assert (out / "causes.png").read_bytes()[:4] == b"\x89PNG" and (out / "sweep.safetensors").exists()
+    both = [
+        "gap",
+        str(folder),
+        "--pairs",
+        "16",
+        "--steps",
+        "10",
+        "--cut",
+        "0.1",
+        "--out",
+        str(out),
+        "--causes",
+        "--couple",
+        "0",
+        "1",
+    ]
+    assert main(both) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Necessity: Knocked out one by one, 1 of 3" in shown
+        and "The gap (steps between the bands' parting): it collapses" in shown
+    )
+    assert {"gap.nc", "knob.nc", "knob.png", "knock_outs.nc", "patches.nc", "spectrum.png"} <= {
+        p.name for p in out.iterdir()
+    }

@@ -186,8 +186,10 @@ def test_an_interval_past_the_releases_is_cut_off_and_says_so():
 def test_half_crossing():
     ramp = np.arange(11.0)
     assert half_crossing(ramp) == 5
-    assert half_crossing([0, 3, 0, 0, 1, 2]) == 4  # the bump at step 1 is undone; the last crossing counts
-    assert half_crossing([0, 4, 4, 2]) == 0.25  # an overshoot that ends above half is kept
+    assert half_crossing([0, 3, 0, 0, 1, 6]) == 4.4  # the bump at step 1 is undone: 0 1 1 1 1 6
+    assert half_crossing([0, 4, 4, 1]) == 0.5  # an overshoot is averaged with what it ends at: 0 3 3 3
+    noisy = [0, 0.1, 1, 0.4, 0.6, 0.45, 0.9]  # crosses half five times
+    assert half_crossing(noisy) == half_crossing([0, 0.1, *[2.45 / 4] * 4, 0.9])
     assert np.isnan(half_crossing([[2, 2, 2], [0, 1, 0], [0, np.nan, 1], [0, 1, -1]])).all()
     many = np.random.default_rng(0).random((7, 3, 2, 20)).cumsum(-1)
     one = [half_crossing(c) for c in many.reshape(-1, 20)]
