@@ -119,7 +119,7 @@ def half_crossing(curves: ArrayLike) -> Array:
     from scipy.optimize import isotonic_regression
 
     c = np.asarray(curves, dtype=np.float64)
-    fine = np.isfinite(c).all(-1)
+    fine = np.asarray(np.isfinite(c).all(-1))
     rising = np.where(fine[..., None], c, 0.0).reshape(-1, c.shape[-1])
     falls = (np.diff(rising) < 0).any(-1)
     for row in np.flatnonzero(falls):

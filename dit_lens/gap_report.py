@@ -30,6 +30,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=110, highlight=False)
     console.print(table(results))
+    console.print(band_table(results))
     for line in sentences(results):
         console.print(line, soft_wrap=True)
     results.to_netcdf(folder / "gap.nc", engine="scipy")
@@ -78,9 +79,33 @@ def table(results: xr.Dataset) -> Any:
     return shown
 
 
+def band_table(results: xr.Dataset) -> Any:
+    """One row a band: when it commits, by both estimators."""
+    from rich.table import Table
+
+    shown = Table(title="commitment of the finished image, in steps", title_justify="left", padding=(0, 1))
+    for column in ("band", "one pass [95 %]", "clones [95 %]"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for kind in ("band", "split"):
+        for name in results[kind].values:
+            one = results.sel({kind: name})
+            pairs = zip(one[f"{kind}_commitment"].values, one[f"{kind}_commitment_interval"].values, strict=True)
+            shown.add_row(str(name), *(_with_interval(value, ends, sign="") for value, ends in pairs))
+    return shown
+
+
 def sentences(results: xr.Dataset) -> list[str]:
     """The results in words."""
-    lines = [results.attrs["headline"], results.attrs["estimators"]]
+    step, snr = results.sel(quantity="step"), results.sel(quantity="log_snr", estimator="one_pass")
+    others = {
+        "in log SNR": (snr.split_gap, snr.split_gap_interval),
+        "in steps on x_t": (step.x_t_gap, step.x_t_gap_interval),
+        "on the image": (step.sel(estimator="one_pass").image_gap, step.sel(estimator="one_pass").image_gap_interval),
+    }
+    same = ", ".join(f"{words} {_with_interval(*gap, digits=2)}" for words, gap in others.items())
+    cut = results.cut_gap.values[np.isfinite(results.cut_gap.values)]
+    spread = f"; from {cut.min():+.1f} to {cut.max():+.1f} steps, depending on the cut" if len(cut) else ""
+    lines = [results.attrs["headline"], f"The same gap {same}{spread}.", results.attrs["estimators"]]
     return lines + [f"{words}: {results.attrs[f'onset_{view}']}" for view, words in VIEWS.items()]
 
 
@@ -200,6 +225,7 @@ def _number(value: Any) -> str:
     return f"{float(value):.1f}" if np.isfinite(value) else "-"
 
 
-def _with_interval(value: Any, interval: Any) -> str:
+def _with_interval(value: Any, interval: Any, sign: str = "+", digits: int = 1) -> str:
     low, high = (float(v) for v in interval)
-    return f"{float(value):+.1f} [{low:+.1f}, {high:+.1f}]" if np.isfinite(value) else "-"
+    form = f"{sign}.{digits}f"
+    return f"{float(value):{form}} [{low:{form}}, {high:{form}}]" if np.isfinite(value) else "-"

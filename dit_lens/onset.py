@@ -88,9 +88,16 @@ def onset(profile: ArrayLike, boot: ArrayLike, pairs: int, *, first: int = 0, ma
     interval = min(int(low), int(layer)), max(int(high), int(layer))
     share = _share(p[None], at, last)[0]
     ends = np.quantile(_share(draws, at, last), [(1 - level) / 2, (1 + level) / 2])
-    message = (f"The profile leaves its early level at layer {layer} ({level:.0%} interval {interval[0]} to "
-               f"{interval[1]}); the last {last} of {len(p) + min(first, 0)} layers make {share:.0%} "
-               f"[{ends[0]:.0%}, {ends[1]:.0%}] of the change.")  # fmt: skip
+    span = f"[{ends[0]:.0%}, {ends[1]:.0%}]"
+    made = (
+        f"make {share:.0%} {span} of the change"
+        if ends[1] - ends[0] < 2
+        else "make a share of the change that can't be told"
+    )
+    where = f"layer {layer} ({level:.0%} interval {interval[0]} to {interval[1]})"
+    message = (
+        f"The profile leaves its early level at {where}; the last {last} of {len(p) + min(first, 0)} layers {made}."
+    )
     return Onset("found", int(layer), interval, float(share), (float(ends[0]), float(ends[1])), None, message)
 
 

@@ -66,7 +66,7 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["gap", str(folder), "--pairs", "16", "--steps", "8", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "stream low" in shown and "│     2 │" in shown and shown.count("│") == 3 * 8
+    assert "stream low" in shown and "│     2 │" in shown and shown.count("│") == 3 * 8 + 8 * 4  # layers, bands
     first = gap_report.read(out / "gap.nc")
     for name in ("layer_profile.png", "frequencies.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
