@@ -191,7 +191,10 @@ def release_sweep(
         if twins.tie == "noise":  # twin A's future is already there
             ends = a.latents[-1], a.replay(release, seeds=fresh).latents[-1]
         else:
-            ends = a.replay(release, seeds=own).latents[-1], b.replay(release, seeds=fresh).latents[-1]
+            ends = (
+                a.replay(release, seeds=own, released=True).latents[-1],
+                b.replay(release, seeds=fresh, released=True).latents[-1],
+            )
         found[release] = {r.name: r.compare(*ends, labels) for r in readings}
         if progress is not None:
             progress(twins.pairs * (steps - release) * (1 if twins.tie == "noise" else 2))

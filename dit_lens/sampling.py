@@ -56,6 +56,7 @@ class Run:
         x0: the clean latents predicted at each step, [steps, batch, ...]. outputs: what the model answered (guided), [steps, batch, ...].
         timesteps: [steps]. labels: [batch].
         history: where its noise comes from and what was edited, from step 0 and from each replay's step on.
+        tied_until: before this step each item was coupled to its twin through attention, which a recomputation can't repeat.
     """
 
     model: HookedDiT = field(repr=False)
@@ -67,6 +68,7 @@ class Run:
     x0: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     weights: str = field(repr=False)
+    tied_until: int = 0
 
     @property
     def log_snr(self) -> Tensor:
@@ -81,7 +83,8 @@ class Run:
     def activations(self, name: str, layer: int | None = None, *, step: int | None = None) -> Tensor:
         """One activation, recomputed from the stored x_t, edits included: [batch, ...], or [step, batch, ...] if no step is given.
 
-        With guidance the batch is [cond | null]. Raises ValueError for a step outside the run, RuntimeError if the weights changed.
+        With guidance the batch is [cond | null]. Raises ValueError for a step outside the run or while it was coupled, RuntimeError if
+        the weights changed.
 
         >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
         >>> run.activations("resid_post", 5, step=2).shape
@@ -90,6 +93,7 @@ class Run:
         self._check_weights()
         if step is not None:
             check_step(step, self.settings.steps)
+        self._check_alone(0 if step is None else step)
         key: Any = name if layer is None else (name, layer)
         found = []
         for s in range(self.settings.steps) if step is None else [step]:
@@ -104,6 +108,13 @@ class Run:
                 "The model's weights have changed since this run, so it can't be recomputed; sample again."
             )
 
+    def _check_alone(self, step: int) -> None:
+        if step < self.tied_until:
+            raise ValueError(
+                f"Until step {self.tied_until} this run was coupled to its twin, and step {step} alone would be another; "
+                f"expected a step from {self.tied_until} on, or new twins: dit_lens.twins(..., probes=[...])."
+            )
+
     def select(self, items: slice | Sequence[int] | Tensor) -> Run:
         """The same run for some of its items only."""
         chosen = torch.arange(len(self.labels))[items]
@@ -112,14 +123,18 @@ class Run:
         return replace(self, labels=self.labels[chosen], history=history, **parts)
 
     def replay(
-        self, from_step: int = 0, edits: Edits = (), *, seeds: Seeds | None = None, latents: Tensor | None = None
-    ) -> Run:
+        self, from_step: int = 0, edits: Edits = (), *, seeds: Seeds | None = None, latents: Tensor | None = None,
+        released: bool = False,
+    ) -> Run:  # fmt: skip
         """The same run from `from_step` on, with interventions, or other noise, or other latents at that step.
 
         Without any it is bit for bit this run, its own edits included. Other `seeds` make clones: they share the past and not the
-        future. Raises ValueError for a step outside the run, latents of another shape, or seeds that do not fit.
+        future. Twins coupled through attention can be replayed from their release on, or, with `released`, from any step, alone.
+        Raises ValueError for a step outside the run, latents of another shape, or seeds that do not fit.
         """
         check_step(from_step, self.settings.steps)
+        if not released:
+            self._check_alone(from_step)
         start = self.latents[from_step] if latents is None else latents
         if start.shape != self.latents[0].shape:
             raise ValueError(f"The latents have shape {list(start.shape)}; expected {list(self.latents[0].shape)}.")
@@ -154,6 +169,7 @@ class Run:
             latents=torch.cat([self.latents[:from_step], start[None], following]),
             x0=torch.cat([self.x0[:from_step], x0]),
             outputs=torch.cat([self.outputs[:from_step], outputs]),
+            tied_until=min(self.tied_until, from_step),
         )
 
     def seeds_at(self, step: int) -> tuple[int, ...]:

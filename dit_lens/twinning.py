@@ -126,7 +126,8 @@ def twins(
             go(0, release)
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs, weights)
+    run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs, weights,
+              tied_until=release if g else 0)  # fmt: skip
     return Twins(run, pairs, release, tie, g)
 
 

@@ -163,3 +163,18 @@ def test_bad_input(model):
         with pytest.raises(ValueError, match=text):
             dit_lens.twins(model, **{"pairs": 2, "steps": 5} | kwargs)
     assert model.wiring.listening == 0 and model.wiring.twin is None
+
+
+def test_a_coupled_run_is_not_recomputed_alone():
+    """The coupling is not in the run's history, so what would silently be another run is refused."""
+    model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
+    pair = dit_lens.twins(model, 2, [1, 2], tie="attention", g=0.5, steps=4, release=2)
+    said = "Until step 2 this run was coupled to its twin, and step 1 alone would be another; expected a step from 2 on"
+    for call in (lambda: pair.a.replay(1), lambda: pair.run.activations("resid_post", 0, step=1)):
+        with pytest.raises(ValueError, match=said):
+            call()
+    assert torch.equal(pair.run.replay(2).latents, pair.run.latents)
+    alone = pair.a.replay(1, released=True)
+    assert not torch.equal(alone.latents[-1], pair.a.latents[-1]) and alone.tied_until == 1
+    free = dit_lens.twins(model, 2, [1, 2], tie="attention", g=0.0, steps=4, release=2)
+    assert torch.equal(free.run.replay(1).latents, free.run.latents)
