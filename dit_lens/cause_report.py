@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .gap_report import HIGH, INK, LOW, _pyplot, _with_interval
+from .gap_report import HIGH, INK, LOW, VIEWS, _pyplot, _with_interval
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-def write(knocked: xr.Dataset, patched: xr.Dataset, folder: Path) -> None:
-    """Print the table and the sentences; write knock_outs.nc, patches.nc and causes.png into the folder."""
+def write(knocked: xr.Dataset, patched: xr.Dataset, folder: Path, onsets: Mapping[str, int] | None = None) -> None:
+    """Print the table and the sentences, held against the profiles' `onsets` (-1: none) if they are known.
+
+    Write knock_outs.nc, patches.nc and causes.png into the folder.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -35,7 +39,7 @@ def write(knocked: xr.Dataset, patched: xr.Dataset, folder: Path) -> None:
             str(layer), f"{float(one.gap):+.2f}", _with_interval(one.effect, one.effect_interval), *cells, *moves
         )
     console.print(table)
-    for line in sentences(knocked, patched):
+    for line in sentences(knocked, patched) + ([against(knocked, onsets)] if onsets else []):
         console.print(line, soft_wrap=True)
     knocked.to_netcdf(folder / "knock_outs.nc", engine="scipy")
     patched.to_netcdf(folder / "patches.nc", engine="scipy")
@@ -68,6 +72,19 @@ def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
     )
     lines.append(f"{whole}; of the layers that move it, {len(last)} of {len(causes)} are among the last five.")
     return lines
+
+
+def against(knocked: xr.Dataset, onsets: Mapping[str, int]) -> str:
+    """Whether the layers that the profiles point at are layers that cause anything."""
+    causes = np.atleast_1d(knocked.attrs["causes"]).astype(int).tolist()
+    named = {view: layer for view, layer in onsets.items() if layer >= 0}
+    if not named or not causes:
+        return f"Profile and cause can't be compared: {'no profile has an onset' if not named else 'no layer moves the gap'}."
+    told = ", ".join(
+        f"{VIEWS[view]}: layer {layer}, {'a cause' if layer in causes else 'no cause'}" for view, layer in named.items()
+    )
+    verdict = {True: "agree", False: "do not agree"}[all(layer in causes for layer in named.values())]
+    return f"Profile and cause {verdict} ({told})."
 
 
 def draw(knocked: xr.Dataset, patched: xr.Dataset, path: Path) -> Path:

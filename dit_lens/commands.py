@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,8 @@ def gap_command(args: argparse.Namespace) -> None:
         swept = knob.couplings(model, args.couple, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut)
         knob_report.write(swept, out)
     if args.causes:
-        _causes(model, min(pairs, 24), min(steps, 25), args, out)
+        onsets = {view: int(results.attrs[f"onset_layer_{view}"]) for view in gap_report.VIEWS}
+        _causes(model, min(pairs, 24), min(steps, 25), args, out, onsets)
 
 
 def patch_command(args: argparse.Namespace) -> None:
@@ -170,7 +171,8 @@ def patch_command(args: argparse.Namespace) -> None:
     _causes(model, pairs, steps, args, args.out or Path(f"patch-{Path(str(args.model)).name}"))
 
 
-def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, out: Path) -> None:
+def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, out: Path,
+            onsets: Mapping[str, int] | None = None) -> None:  # fmt: skip
     import importlib
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -197,7 +199,7 @@ def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, 
             outcome=Bands.radial((model.cfg.sample_size,) * 2, cut=args.cut), resume=out / "sweep.safetensors",
             progress=lambda done, total: bar.update(second, completed=done, total=total),
         )  # fmt: skip
-    cause_report.write(knocked, patched, out)
+    cause_report.write(knocked, patched, out, onsets)
 
 
 def probe_command(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from .onset import Onset, onset
 
 Array = NDArray[np.float64]
 READING = "standardised"
-MATTERS = {"divergence": 1.0, "lens": 1.0, "ratio": 0.5, "growth": 0.25}
+MATTERS = {"divergence": 1.0, "lens": 1.0, "ratio": 1.0, "growth": 0.25}
 """What a profile must come to depart by for an onset: one step, or in log energy more than 28 random layers drift by (`make checks`)."""
 
 

@@ -168,6 +168,7 @@ def test_patch_end_to_end(tmp_path, capsys):
         "Necessity: Knocked out one by one, 1 of 3" in shown
         and "The gap (steps between the bands' parting): it collapses" in shown
     )
+    assert "Profile and cause agree (twins differ in the stream: layer 1, a cause" in shown
     assert {"gap.nc", "knob.nc", "knob.png", "knock_outs.nc", "patches.nc", "spectrum.png"} <= {
         p.name for p in out.iterdir()
     }
