@@ -32,6 +32,12 @@ def test_the_readme_runs(capsys):
     assert capsys.readouterr().out == "torch.Size([50, 2, 64, 64])\ntorch.Size([50, 2, 4, 64, 64])\n"
 
 
+def test_the_code_in_causes_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "causes.md").read_text(), re.S)
+    exec(compile(code, "docs/causes.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("Against 4 exact patches of 2 steps: low r = ")
+
+
 @pytest.mark.parametrize("page", [p.relative_to(ROOT) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))], ids=str)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
