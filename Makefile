@@ -2,7 +2,7 @@
 #
 #   make demo     the synchronization gap of the bundled model: table, sentence, pictures in gap-digits/
 #   make test     ruff, mypy and pytest, with nnsight and TransformerLens beside
-#   make bench    what hook points cost
+#   make bench    what hook points cost, and exact sweeps against loops of full runs
 #   make checks   the long checks against exact answers, half an hour; their table goes to docs/checks.md
 
 PYTHON ?= python3
@@ -24,6 +24,7 @@ test: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	.venv/bin/python tests/benchmarks/bench.py
+	.venv/bin/python tests/benchmarks/bench_patching.py --scale 7
 
 checks: .venv/dev.stamp
 	.venv/bin/python tests/checks.py
