@@ -31,10 +31,8 @@ def test_estimates_agree_with_exact_patches():
     twins = dit_lens.twins(digits, 2, steps=6, release=1)
     z, xi = torch.randn(2, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     near = [dit_lens.sample(digits, [1, 2], steps=6, latents=start) for start in (z, z + 0.05 * xi)]
-    for source, target, integrate in (
-        (twins.a, twins.b, 1),
-        (*near, 2),
-    ):  # half-way between unrelated runs no run ever is
+    # Large patches between unrelated runs bend away from the derivative; half-way between such runs no run ever is.
+    for source, target, integrate, least in ((twins.a, twins.b, 1, 0.8), (*near, 2, 0.97)):
         found = attribute(source, target, check=12, window=1, integrate=integrate)
         assert found.estimate.shape == (28, 2, 6, 2) and (found.correlation > least).all(), found.correlation
         assert found.sentence.startswith("Against 12 exact patches of 1 steps: low r = ")
