@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .bands import CUT, Bands
-from .commitment import FEWEST_PAIRS, commitment_draws
+from .commitment import FEWEST_PAIRS, commitment_draws, half_crossing, resample
+from .coupling import Gate
+from .knob import difference
 from .model import HookedDiT
 from .release import latents, one_pass
 from .sampling import Run
@@ -96,8 +98,6 @@ def knock_outs(
 
         knock_outs(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
     """
-    import xarray as xr
-
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     if pairs < 2 * FEWEST_PAIRS:
         raise ValueError(
@@ -125,26 +125,103 @@ def knock_outs(
             straight.append(taus(replace(whole, run=knocked_out(whole.run, [layer], part, direct=True))))
         if progress is not None:
             progress(layer)
-    tau = np.stack(after)  # [layer, resample, band]
-    gap = tau[..., 1] - tau[..., 0]
-    effect = gap - (before[:, 1] - before[:, 0])
+    result = _effects(
+        before, np.stack(after), chosen, "knocked out", part=part, pairs=pairs, steps=steps, seed=seed, cut=cut
+    )
+    gap = before[:, 1] - before[:, 0]
+    if direct:
+        both, alone = (tau[..., 1] - tau[..., 0] - gap for tau in (np.stack(after), np.stack(straight)))
+        for name, draws in (("direct_effect", alone), ("mediated_effect", both - alone)):
+            result[name] = ("layer", draws[:, 0])
+            result[f"{name}_interval"] = (("layer", "bound"), _simultaneous(draws))
+    return result
+
+
+def coupled_alone(
+    model: HookedDiT,
+    layers: Sequence[int] | None = None,
+    g: float = 1.0,
+    *,
+    gate: Gate = "mix",
+    eps: float = 0.1,
+    pairs: int = 24,
+    steps: int = 25,
+    seed: int = 0,
+    cut: float = CUT,
+    resamples: int = 1000,
+    progress: Callable[[int], object] | None = None,
+) -> xr.Dataset:
+    """The gap of twins coupled in one layer alone, each in turn, and how far that moved it, in steps.
+
+    The gap is that of `dit_lens.knob`: twins that start `eps` apart part in each band at some step. Returns `gap`, `effect`, its
+    interval, `commitment` and attrs as `knock_outs` does. A layer whose attention makes the
+    bands part at different steps takes the gap away.
+
+    Raises ValueError for a layer that does not exist, a coupling that is none, too few pairs, or twins that don't part to begin with.
+
+        coupled_alone(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
+    """
+    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    bands = Bands.radial((model.cfg.sample_size,) * 2, cut=cut)
+    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+    labels = [i % max(1, min(model.cfg.n_classes, pairs // 2)) for i in range(pairs)]
+
+    def taus(strength: float, only: list[int] | None) -> Array:
+        pair = twins(
+            model,
+            pairs,
+            labels,
+            tie="attention",
+            g=strength,
+            gate=gate,
+            layers=only,
+            eps=eps,
+            steps=steps,
+            release=steps,
+            seed=seed,
+        )
+        return half_crossing(difference(pair, bands, counts))
+
+    before = taus(0.0, None)
+    if not np.isfinite(before[0]).all():
+        raise ValueError(
+            "The uncoupled twins do not part within the run in both bands, so there is no gap to find causes of."
+        )
+    after = []
+    for layer in chosen:
+        after.append(taus(g, [layer]))
+        if progress is not None:
+            progress(layer)
+    return _effects(
+        before,
+        np.stack(after),
+        chosen,
+        "coupled",
+        g=g,
+        gate=gate,
+        eps=eps,
+        pairs=pairs,
+        steps=steps,
+        seed=seed,
+        cut=cut,
+    )
+
+
+def _effects(before: Array, after: Array, layers: list[int], done: str, **attrs: Any) -> xr.Dataset:
+    """What became of the gap, from commitments before [resample, band] and after [layer, resample, band]."""
+    import xarray as xr
+
+    gap, was = after[..., 1] - after[..., 0], before[:, 1] - before[:, 0]
+    effect = gap - was
     interval = _simultaneous(effect)
     sure = (interval[:, 0] > 0) | (interval[:, 1] < 0)
-    causes = [layer for layer, yes, size in zip(chosen, sure, effect[:, 0], strict=True) if yes and abs(size) > MATTERS]
+    causes = [layer for layer, yes, size in zip(layers, sure, effect[:, 0], strict=True) if yes and abs(size) > MATTERS]
     result = xr.Dataset(
         {"gap": ("layer", gap[:, 0]), "effect": ("layer", effect[:, 0]), "effect_interval": (("layer", "bound"), interval),
-         "commitment": (("layer", "band"), tau[:, 0])},
-        coords={"layer": chosen, "band": ["low", "high"], "bound": ["low", "high"]},
-        attrs={"gap": float(before[0, 1] - before[0, 0]), "causes": causes, "part": part, "pairs": pairs, "steps": steps,
-               "seed": seed, "cut": cut},
+         "commitment": (("layer", "band"), after[:, 0])},
+        coords={"layer": layers, "band": ["low", "high"], "bound": ["low", "high"]},
+        attrs={"gap": float(was[0]), "causes": causes, "done": done} | attrs,
     )  # fmt: skip
-    if direct:
-        alone = np.stack(straight)[..., 1] - np.stack(straight)[..., 0] - (before[:, 1] - before[:, 0])
-        for name, draws in (("direct_effect", alone), ("mediated_effect", effect - alone)):
-            result[name], result[f"{name}_interval"] = (
-                ("layer", draws[:, 0]),
-                (("layer", "bound"), _simultaneous(draws)),
-            )
     result.attrs["sentence"] = _sentence(result)
     return result
 
@@ -170,7 +247,7 @@ def _simultaneous(effect: Array) -> Array:
 
 
 def _sentence(result: Any) -> str:
-    gap, causes, n = result.attrs["gap"], result.attrs["causes"], len(result.layer)
+    gap, done, causes, n = result.attrs["gap"], result.attrs["done"], result.attrs["causes"], len(result.layer)
     lost = [int(layer) for layer in result.layer.values[~np.isfinite(result.effect.values)]]
     undecided = (
         f" Without layer{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} a band does not commit at all."
@@ -178,7 +255,7 @@ def _sentence(result: Any) -> str:
         else ""
     )
     if not causes:
-        return f"No layer of {n}, knocked out by itself, moves the gap of {gap:+.2f} steps measurably.{undecided}"
+        return f"No layer of {n}, {done} by itself, moves the gap of {gap:+.2f} steps measurably.{undecided}"
     order = sorted(causes, key=lambda layer: -abs(float(result.effect.sel(layer=layer))))
     words = []
     for layer in order[:5]:
@@ -187,5 +264,5 @@ def _sentence(result: Any) -> str:
             f"{layer} ({float(one.effect):+.2f} [{float(one.effect_interval[0]):+.2f}, {float(one.effect_interval[1]):+.2f}])"
         )
     more = f" and {len(order) - 5} more" if len(order) > 5 else ""
-    head = f"Knocked out one by one, {len(causes)} of {n} layers move the gap of {gap:+.2f} steps"
+    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move the gap of {gap:+.2f} steps"
     return f"{head}: {', '.join(words)}{more}, largest first; 95 % for all layers at once.{undecided}"

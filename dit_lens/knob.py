@@ -90,7 +90,7 @@ def couplings(
             release=steps,
             seed=seed,
         )
-        curves = _difference(pair, bands, counts)  # [resample, band, step]
+        curves = difference(pair, bands, counts)
         tau, last = half_crossing(curves), np.log(np.maximum(curves[..., -1], 1e-30))
         parted.append(tau[0])
         gaps.append(np.stack([tau[:, 1] - tau[:, 0], last[:, 0] - last[:, 1]], -1))
@@ -149,7 +149,7 @@ def collapse(results: Any, sense: str) -> str:
             f"{words(last.gap, last.gap_interval)} at g = {there:g}.")  # fmt: skip
 
 
-def _difference(pair: Twins, bands: Bands, counts: Array) -> Array:
+def difference(pair: Twins, bands: Bands, counts: Array) -> Array:
     """|P_b(x0_A - x0_B)|² of the predicted x0 over |P_b x_A|² + |P_b x_B|² of the finished images, [resample, band, step].
 
     Without each class's mean image, which is most of the low band's energy, and no twin chose it.

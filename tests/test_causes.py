@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.causes import _sentence, knock_outs, knocked_out
+from dit_lens.causes import _sentence, coupled_alone, knock_outs, knocked_out
 from dit_lens.groundtruth import gaussian, planted
 
 torch.set_num_threads(1)
@@ -90,6 +90,16 @@ def test_direct_and_mediated_effects():
     assert found.attrs["causes"] == [1, 3]
     low, high = found.direct_effect_interval.sel(layer=3).values
     assert low < float(found.effect.sel(layer=3)) < high < 0
+
+
+def test_coupling_one_layer_alone():
+    """At g = 1 attention passes no difference on: coupling the one layer that makes the gap takes it away, any other does nothing."""
+    truth = gaussian(4.0, 0.25, (2,), 4, decoys=[0], sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = coupled_alone(model, eps=0.3, pairs=16, steps=20, cut=0.1, resamples=200)
+    assert found.attrs["causes"] == [2] and abs(float(found.gap.sel(layer=2))) < 1e-3 and found.attrs["gap"] > 2
+    assert np.abs(found.effect.sel(layer=[0, 1, 3])).max() < 1e-3
+    assert found.sentence.startswith("Coupled one by one, 1 of 4 layers move the gap of ")
 
 
 def _inputs(run):
