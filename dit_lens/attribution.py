@@ -76,6 +76,8 @@ def attribute(
         raise ValueError(
             f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here do not; use 'ddim' or 'ddpm'."
         )
+    for run in (source, target):
+        run._check_alone(0)  # the derivative goes back to the first step
     names = [_in_every_layer(model, site) for site in sites]
     side = (target.latents.shape[-2], target.latents.shape[-1])
     bands = Bands.radial(side, cut=CUT) if bands is None else bands

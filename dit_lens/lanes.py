@@ -204,7 +204,7 @@ class Lanes:
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
             raise ValueError(
                 f"Step {step} of the {word} run can't be computed again from its x_t: the model's answer is off by {off:.1%}; "
-                "was it coupled to a twin there (tie='attention')? Patch from the release on."
+                "was it made under hooks that are not in its history?"
             )
         return cache, output
 

@@ -78,6 +78,12 @@ def sweep(
     """
     _check(source, target, patches, batch)
     planned = [plan(patch, target.model, target.settings.steps, len(target.labels)) for patch in patches]
+    tied = max(source.tied_until, target.tied_until)
+    early = [patch for patch, p in zip(patches, planned, strict=True) if len(p.steps) and min(p.steps) < tied]
+    if early:
+        raise ValueError(
+            f"{str(early[0])!r} begins while the runs are coupled to their twins, until step {tied}; expected windows from there on."
+        )
     bands = None if callable(outcome) else _bands(outcome, target)
     store = Store(resume, sweep_key(source, target, patches), len(patches))
     lanes = Lanes(source, target, batch)

@@ -61,6 +61,8 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
     between = [_name(point) for point in all_points[first + 1 : last]]
     scheduler, x = prepared(model, target.settings), target.latents[steps[0] if len(steps) else -1]
     begin = steps[0] if len(steps) else target.settings.steps
+    for run in (source, target):
+        run._check_alone(begin)
     for step in range(begin):  # only for the memory of multistep schedulers
         advance(
             scheduler,
