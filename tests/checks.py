@@ -44,7 +44,7 @@ def share(hits: float, n: int) -> str:
         (p + z * z / 2 / n) / (1 + z * z / n),
         z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2),
     )
-    return f"{p:.1%} of {n} [{centre - half:.1%}, {centre + half:.1%}]"
+    return f"{p:.1%} of {n} [{max(0, centre - half):.1%}, {centre + half:.1%}]"
 
 
 def sampled(scale: float) -> Iterator[Row]:
