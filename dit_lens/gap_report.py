@@ -151,7 +151,9 @@ def draw_spectrum(results: xr.Dataset, path: Path) -> Path:
     gap.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     if kind in ("radial", "dct"):
         gap.axvline(results.attrs["cut"], color=HIGH, linewidth=0.8, linestyle="--")
-    gap.set(xlabel=f"cut, {axis}", ylabel="gap, steps", title="gap against the cut (one pass)")
+    gap.set(
+        xlabel="cut, " + axis.removeprefix("frequency, "), ylabel="gap, steps", title="gap against the cut (one pass)"
+    )
     tau = results.spectrum_commitment
     spread = np.abs(results.spectrum_commitment_interval.values.T - tau.values)
     taus.errorbar(results.frequency, tau, yerr=spread, fmt="o", color=INK, markersize=3, linewidth=0.8, capsize=1.5)

@@ -34,10 +34,11 @@ class Locality(dit_lens.Probe):
         return xr.Dataset({"near": (("layer", "step"), table.cpu().numpy())}, {"layer": layers, "step": steps})
 
 
-model = dit_lens.load("digits")
-with dit_lens.trace(model, probes=[Locality()]) as t:
-    dit_lens.sample(model, labels=range(10), steps=20, seeds=0)
-near = t.probes[0].result()["near"]
-print("attention within three tokens: layer, first step, last step")
-for layer in near.layer.values:
-    print(f"  {layer:2d}  {near.sel(layer=layer)[0]:.3f}  {near.sel(layer=layer)[-1]:.3f}")
+if __name__ == "__main__":  # so that `dit-lens check examples/custom_probe.py:Locality` can import the class
+    model = dit_lens.load("digits")
+    with dit_lens.trace(model, probes=[Locality()]) as t:
+        dit_lens.sample(model, labels=range(10), steps=20, seeds=0)
+    near = t.probes[0].result()["near"]
+    print("attention within three tokens: layer, first step, last step")
+    for layer in near.layer.values:
+        print(f"  {layer:2d}  {near.sel(layer=layer)[0]:.3f}  {near.sel(layer=layer)[-1]:.3f}")
