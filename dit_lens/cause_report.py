@@ -57,9 +57,10 @@ def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
     carried = carries(patched)
     most = {band: int(carried.layer[int(carried.sel(band=band).values.argmax())]) for band in ("low", "high")}
     words = [
-        f"{band} most by layer {layer} ({float(carried.sel(band=band, layer=layer)):.1%} of the way)"
+        f"{band} most by layer {layer} ({share:.1%} of the way)" if (share := float(carried.sel(band=band, layer=layer))) > 0.005
+        else f"{band} by none"
         for band, layer in most.items()
-    ]
+    ]  # fmt: skip
     causes = np.atleast_1d(knocked.attrs["causes"]).astype(int).tolist()
     removing = [layer for layer in causes if abs(float(knocked.gap.sel(layer=layer))) < abs(knocked.attrs["gap"]) / 2]
     last = [layer for layer in causes if layer >= int(knocked.layer[-1]) - 4]
@@ -70,7 +71,8 @@ def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
         if removing
         else "No single layer takes away half of the gap"
     )
-    lines.append(f"{whole}; of the layers that move it, {len(last)} of {len(causes)} are among the last five.")
+    late = f"; of the layers that move it, {len(last)} of {len(causes)} are among the last five" if causes else ""
+    lines.append(f"{whole}{late}.")
     return lines
 
 

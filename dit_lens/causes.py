@@ -91,7 +91,8 @@ def knock_outs(
 
     Returns a Dataset: `gap` and `effect` (the gap without the layer less the gap with it) [layer]; `effect_interval` [layer, bound], 95 %
     for all layers at once; `commitment` [layer, band]; with `direct` also `direct_effect` and `mediated_effect`, which add up to `effect`,
-    each with its `_interval`; attrs: the `gap` of the whole model, `causes`, the layers whose effect is not 0, and the `sentence`.
+    each with its `_interval`; attrs: the `gap` and `gap_interval` of the whole model, `causes`, the layers whose effect is not 0, and the
+    `sentence`.
     NaN where a band no longer commits within the run: without that layer the model decides nothing.
 
     Raises ValueError for a layer that does not exist, too few pairs, or a model whose bands don't commit to begin with.
@@ -213,14 +214,14 @@ def _effects(before: Array, after: Array, layers: list[int], done: str, **attrs:
 
     gap, was = after[..., 1] - after[..., 0], before[:, 1] - before[:, 0]
     effect = gap - was
-    interval = _simultaneous(effect)
+    interval, own = _simultaneous(effect), np.nanquantile(was[1:], [0.025, 0.975])
     sure = (interval[:, 0] > 0) | (interval[:, 1] < 0)
     causes = [layer for layer, yes, size in zip(layers, sure, effect[:, 0], strict=True) if yes and abs(size) > MATTERS]
     result = xr.Dataset(
         {"gap": ("layer", gap[:, 0]), "effect": ("layer", effect[:, 0]), "effect_interval": (("layer", "bound"), interval),
          "commitment": (("layer", "band"), after[:, 0])},
         coords={"layer": layers, "band": ["low", "high"], "bound": ["low", "high"]},
-        attrs={"gap": float(was[0]), "causes": causes, "done": done} | attrs,
+        attrs={"gap": float(was[0]), "gap_interval": own.tolist(), "causes": causes, "done": done} | attrs,
     )  # fmt: skip
     result.attrs["sentence"] = _sentence(result)
     return result
@@ -248,6 +249,8 @@ def _simultaneous(effect: Array) -> Array:
 
 def _sentence(result: Any) -> str:
     gap, done, causes, n = result.attrs["gap"], result.attrs["done"], result.attrs["causes"], len(result.layer)
+    low, high = result.attrs["gap_interval"]
+    whole = f"the gap of {gap:+.2f} steps [{low:+.2f}, {high:+.2f}]"
     lost = [int(layer) for layer in result.layer.values[~np.isfinite(result.effect.values)]]
     undecided = (
         f" Without layer{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} a band does not commit at all."
@@ -255,7 +258,7 @@ def _sentence(result: Any) -> str:
         else ""
     )
     if not causes:
-        return f"No layer of {n}, {done} by itself, moves the gap of {gap:+.2f} steps measurably.{undecided}"
+        return f"No layer of {n}, {done} by itself, moves {whole} measurably.{undecided}"
     order = sorted(causes, key=lambda layer: -abs(float(result.effect.sel(layer=layer))))
     words = []
     for layer in order[:5]:
@@ -264,5 +267,5 @@ def _sentence(result: Any) -> str:
             f"{layer} ({float(one.effect):+.2f} [{float(one.effect_interval[0]):+.2f}, {float(one.effect_interval[1]):+.2f}])"
         )
     more = f" and {len(order) - 5} more" if len(order) > 5 else ""
-    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move the gap of {gap:+.2f} steps"
+    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move {whole}"
     return f"{head}: {', '.join(words)}{more}, largest first; 95 % for all layers at once.{undecided}"

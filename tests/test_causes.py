@@ -57,10 +57,12 @@ def test_without_the_layer_there_is_no_gap_left():
         HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=32, steps=20, cut=0.1, resamples=200
     )
     without = float(found.gap.sel(layer=1))
+    low, high = found.attrs["gap_interval"]
+    assert 0 < low < found.attrs["gap"] < high and "]: 1 (" in found.sentence
     low, high = found.effect_interval.sel(layer=1).values + found.attrs["gap"]
     assert low < 0 < high and abs(without) < 0.6 < abs(found.attrs["gap"])
     assert found.sentence.startswith(
-        f"Knocked out one by one, 1 of 3 layers move the gap of {found.attrs['gap']:+.2f} steps: 1 ("
+        f"Knocked out one by one, 1 of 3 layers move the gap of {found.attrs['gap']:+.2f} steps ["
     )
 
 
