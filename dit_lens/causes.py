@@ -28,7 +28,7 @@ from .knob import difference
 from .model import HookedDiT
 from .release import latents, one_pass
 from .sampling import Run
-from .twinning import Twins, twins
+from .twinning import Twins, paired_labels, twins
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -105,7 +105,7 @@ def knock_outs(
             f"There are {pairs} pairs; intervals over pairs with class means removed need {2 * FEWEST_PAIRS} or more."
         )
     reading = latents(Bands.radial((model.cfg.sample_size,) * 2, cut=cut))
-    labels = [i % max(1, min(model.cfg.n_classes, pairs // 2)) for i in range(pairs)]
+    labels = paired_labels(model, pairs)
     whole = twins(model, pairs, labels, steps=steps, seed=seed)
 
     def taus(pair: Twins) -> Array:  # [resample, band], in steps
@@ -165,7 +165,7 @@ def coupled_alone(
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     bands = Bands.radial((model.cfg.sample_size,) * 2, cut=cut)
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
-    labels = [i % max(1, min(model.cfg.n_classes, pairs // 2)) for i in range(pairs)]
+    labels = paired_labels(model, pairs)
 
     def taus(strength: float, only: list[int] | None) -> Array:
         pair = twins(

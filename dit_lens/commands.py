@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from .model import HookedDiT
 
 COMMANDS_HELP = "Open up Diffusion Transformers: hook points, twins, and which layer creates the synchronization gap."
@@ -36,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=0.25,
         help="between low and high, in cycles per pixel and per token (default: 0.25)",
     )
-    gap.add_argument("--bands", default="radial", help="radial, dct, pooling or eigen (default: radial)")
+    gap.add_argument(
+        "--bands",
+        default="radial",
+        help="radial, dct, pooling or eigen (default: radial; --couple and --causes stay radial)",
+    )
     gap.add_argument(
         "--couple", type=float, nargs="+", metavar="G", help="also couple twins with these strengths, such as 0 0.5 1"
     )
@@ -135,11 +141,13 @@ def hooks_command(args: argparse.Namespace) -> None:
 
 def gap_command(args: argparse.Namespace) -> None:
     """The whole measurement; see `dit_lens.gap`."""
-    from . import gap, gap_report
+    from . import gap, gap_report, knob, knob_report
     from .loading import load
 
     model = load(args.model)
     pairs, steps = args.pairs or (16 if args.quick else 48), args.steps or (25 if args.quick else 50)
+    if args.couple:
+        knob.checked_strengths(args.couple)  # before minutes are spent
     results = gap.measure(
         model,
         pairs=pairs,
@@ -153,9 +161,10 @@ def gap_command(args: argparse.Namespace) -> None:
     out = args.out or Path(f"gap-{Path(str(args.model)).name}")
     gap_report.write(results, out)
     if args.couple:
-        from . import knob, knob_report
-
-        swept = knob.couplings(model, args.couple, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut)
+        with _bar() as bar:
+            task = bar.add_task("couplings", total=len(args.couple))
+            swept = knob.couplings(model, args.couple, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut,
+                                   progress=lambda g: bar.advance(task))  # fmt: skip
         knob_report.write(swept, out)
     if args.causes:
         onsets = {view: int(results.attrs[f"onset_layer_{view}"]) for view in gap_report.VIEWS}
@@ -175,21 +184,12 @@ def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, 
             onsets: Mapping[str, int] | None = None) -> None:  # fmt: skip
     import importlib
 
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from . import cause_report
     from .bands import Bands
     from .causes import knock_outs
 
     out.mkdir(parents=True, exist_ok=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as bar:
+    with _bar() as bar:
         first = bar.add_task("knock-outs", total=model.cfg.n_layers)
         knocked = knock_outs(model, direct=True, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut,
                              progress=lambda layer: bar.advance(first))  # fmt: skip
@@ -200,6 +200,16 @@ def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, 
             progress=lambda done, total: bar.update(second, completed=done, total=total),
         )  # fmt: skip
     cause_report.write(knocked, patched, out, onsets)
+
+
+def _bar() -> Progress:
+    """A live bar with the time left, gone when it is done."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    share = TextColumn("{task.percentage:.0f} %")
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), share, TimeElapsedColumn(), TimeRemainingColumn(), transient=True
+    )
 
 
 def probe_command(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from .layer_profile import READING, profiles
 from .model import HookedDiT
 from .onset import Onset
 from .release import Curves, difference, features, images, latents, one_pass, release_sweep
-from .twinning import Twins, twins
+from .twinning import Twins, paired_labels, twins
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -68,7 +68,7 @@ def measure(
         raise ValueError(f"steps={steps} is too short a run to see anything settle in; expected 4 or more.")
     probes = importlib.import_module("dit_lens.probes")  # upward, by name: this file belongs to a command
     c = model.cfg
-    labels = [i % max(1, min(c.n_classes, pairs // 2)) for i in range(pairs)]
+    labels = paired_labels(model, pairs)
     with _Progress(progress, pairs * 2 * steps * (2 if bands == "eigen" else 1)) as bar:
         pilot = (
             twins(model, pairs, labels, steps=steps, seed=seed + 1, progress=lambda s: bar(2 * pairs))
@@ -83,7 +83,7 @@ def measure(
             latents(spectrum, "spectrum"),
             latents(fine, "band"),
             latents(split, "split"),
-            images(model, name="image"),
+            images(model, split if model.vae is None else None, "image", cut),  # without a VAE the grids are the same
         ]
         readings += [features(model, feature)] if feature else []
         divergence, lens = probes.TwinDivergence(token_spectrum), probes.LayerLens(split)
@@ -92,7 +92,7 @@ def measure(
         )
         curves = {"one_pass": one_pass(pair, readings)}
         bar.more(RELEASES * pairs * steps // 2)
-        curves["clones"] = release_sweep(pair, readings, min(RELEASES, steps - 1), seed=seed, progress=bar)
+        curves["clones"] = release_sweep(pair, readings[1:], min(RELEASES, steps - 1), seed=seed, progress=bar)
 
     x_t = one_pass(pair, readings[2:3], "x_t")
     result, sentence = _behaviour(curves, x_t, spectrum, resamples, seed)
@@ -210,7 +210,9 @@ def _behaviour(
         "agreement_clones": (("release", "band"), curves["clones"].agreement("band")),
         "log_snr": ("step", curves["one_pass"].log_snr),
     }
-    seen = [r for r in curves["clones"].stats if r != "spectrum"]
+    seen = list(
+        curves["clones"].stats
+    )  # the spectrum is read in one pass only: its rings are too noisy to steer clones by
     fits = {(e, r): c.commitment(r, **options) for e, c in curves.items() for r in seen}
     for reading in seen:
         both = [fits[e, reading] for e in curves]

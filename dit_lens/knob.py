@@ -28,7 +28,7 @@ from .commitment import Agreement, agreement, half_crossing, resample
 from .coupling import Gate, check_gate, gated, linear_response
 from .model import HookedDiT
 from .sampling import model_inputs
-from .twinning import Twins, twins
+from .twinning import Twins, paired_labels, twins
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -64,16 +64,10 @@ def couplings(
     """
     import xarray as xr
 
-    gs = [float(g) for g in strengths]
-    for g in gs:
-        check_gate(g, gate)
-    if len(gs) < 2 or sorted(set(gs)) != gs:
-        raise ValueError(
-            f"strengths is {gs}; expected two or more in increasing order, the weakest first, such as 0, 0.5, 1."
-        )
+    gs = checked_strengths(strengths, gate)
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
     bands = Bands.radial((model.cfg.sample_size,) * 2, cut=cut)
-    labels = [i % max(1, min(model.cfg.n_classes, pairs // 2)) for i in range(pairs)]
+    labels = paired_labels(model, pairs)
     parted, gaps, energy = [], [], []
     responses: list[tuple[Array, Array]] = []
     for g in gs:
@@ -118,6 +112,18 @@ def couplings(
     for sense in SENSES:
         result.attrs[f"sentence_{sense}"] = collapse(result, sense)
     return result
+
+
+def checked_strengths(strengths: Sequence[float], gate: str = "mix") -> list[float]:
+    """The strengths as numbers; ValueError unless there are two or more, rising, each a strength."""
+    gs = [float(g) for g in strengths]
+    for g in gs:
+        check_gate(g, gate)
+    if len(gs) < 2 or sorted(set(gs)) != gs:
+        raise ValueError(
+            f"strengths is {gs}; expected two or more in increasing order, the weakest first, such as 0, 0.5, 1."
+        )
+    return gs
 
 
 def collapse(results: Any, sense: str) -> str:

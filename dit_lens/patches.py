@@ -98,7 +98,8 @@ class Patch:
             if value is not None
         ]
         if self.bands is not None:
-            number = self.bands.number(self.band)  # type: ignore[arg-type]
+            assert self.band is not None
+            number = self.bands.number(self.band)
             edges = ", ".join(f"{edge:.4g}" for edge in self.bands.edges)
             modes = "" if self.bands.kind != "eigen" else f", modes {_digest(self.bands._basis[0])}"  # learnt from data
             parts.append(f"band {self.bands.names[number]!r} of {self.bands.kind} at {edges}{modes}")
@@ -231,7 +232,8 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
             f"{str(patch)!r}: resampling takes another item's activation, and the source has {items}; expected 2 or more."
         )
     if patch.bands is not None:
-        number = patch.bands.number(patch.band)  # type: ignore[arg-type]
+        assert patch.band is not None
+        number = patch.bands.number(patch.band)
         if patch.bands.grid != cfg.grid:
             raise ValueError(
                 f"{str(patch)!r}: the bands are of a {_by(patch.bands.grid)} grid; expected the tokens' {_by(cfg.grid)}."

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .bands import Bands
+from .bands import CUT, Bands
 from .commitment import Agreement, agreement, curve, fit_commitment
 from .model import HookedDiT
 from .sampling import Run, decode
@@ -60,15 +60,18 @@ def latents(bands: Bands, name: str = "latents") -> Reading:
     return Reading(name, lambda x: x, bands)
 
 
-def images(model: HookedDiT, bands: Bands | None = None, name: str = "images") -> Reading:
-    """The images that the latents decode to (through the VAE where there is one), by band; by default low and high."""
+def images(model: HookedDiT, bands: Bands | None = None, name: str = "images", cut: float = CUT) -> Reading:
+    """The images that the latents decode to (through the VAE where there is one), by band.
+
+    By default low and high, parted at `cut` cycles per pixel of the latents, so that the same waves are low in both.
+    """
 
     def of(x: Tensor) -> Tensor:
         return decode(model, x)
 
     if bands is None:
         side = of(torch.zeros(1, model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)).shape[-1]
-        bands = Bands.radial((side, side), cut=0.25 * model.cfg.sample_size / side)  # the same waves as in the latents
+        bands = Bands.radial((side, side), cut=cut * model.cfg.sample_size / side)
     return Reading(name, of, bands)
 
 
@@ -130,7 +133,6 @@ def one_pass(
     twins: Twins,
     readings: Sequence[Reading],
     quantity: Literal["x0", "x_t"] = "x0",
-    labels: Sequence[int] | None = None,
 ) -> Curves:
     """corr²(`quantity` at step s, finished image) at every step s, from runs that were never tied: `twins(..., release=0)`.
 

@@ -131,6 +131,11 @@ def twins(
     return Twins(run, pairs, release, tie, g)
 
 
+def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
+    """The classes in turn, as many as leave two pairs or more to each, so that a class's mean image can be taken off."""
+    return [i % max(1, min(model.cfg.n_classes, pairs // 2)) for i in range(pairs)]
+
+
 def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:
     """The seeds of twin A and twin B of every pair, all different, from one seed."""
     words = np.random.SeedSequence(seed).generate_state(2 * pairs, np.uint64) >> np.uint64(2)

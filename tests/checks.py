@@ -25,7 +25,8 @@ HEAD = ["| check | case | wanted | measured | |", "|---|---|---|---|---|"]
 TITLE = """# Checks against exact answers
 
 `make checks` prints these tables and stores them here; the same functions run, shorter, in the tests. Behind a share stands its 95 %
-interval (Wilson). "Wanted" was set before measuring; the last column says whether the measured value is inside.
+interval (Wilson). "Wanted" was set before measuring; the last column says whether the measured value is inside. How a crossing of half
+is found and what departure counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted here.
 """
 
 

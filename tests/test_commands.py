@@ -52,6 +52,8 @@ def test_hooks_reads_no_weights(folder, capsys):
     [
         (["hooks", "/nowhere"], "There is no model at '/nowhere'"),
         (["gap", "digit"], "'digit' is neither a bundled model nor a folder nor a hub id"),
+        (["gap", "--couple", "1", "0"], "strengths is [1.0, 0.0]; expected two or more in increasing order"),
+        (["gap", "--bands", "wavelet"], "bands='wavelet' is no partition of modes; expected 'radial'"),
         (["report", "/nowhere"], "There are no results at '/nowhere'"),
         (["probe", "SpectralSplitt"], "No probe is called 'SpectralSplitt'; installed: 'SpectralSplit'"),
     ],

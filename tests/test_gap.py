@@ -109,3 +109,12 @@ def test_a_gap_that_cannot_be_told_says_how_many_pairs_would():
         low < 0 < high
         and f"With 16 pairs no gap can be told from zero; about {needed} would show one of this size" in result.headline
     )
+
+
+def test_images_are_parted_at_the_same_cut():
+    """Pixels well inside [0, 1] are the latents halved and shifted, so their gap is the latents' at any cut."""
+    truth = gaussian(0.04, 0.0025, layers=(1,), n_layers=3)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    result = gap.measure(model, pairs=16, steps=16, cut=0.1, resamples=100)
+    assert np.isfinite(result.split_gap).all()
+    np.testing.assert_allclose(result.image_gap, result.split_gap, rtol=1e-3, atol=1e-3)
