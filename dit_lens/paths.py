@@ -22,7 +22,7 @@ from torch import Tensor
 from .hook_points import HookPoint, Observer
 from .model import HookedDiT
 from .patching import Patch, sweep
-from .sampling import Run, advance, denoise, edits_at, model_inputs, prepared
+from .sampling import Run, advance, check_step, denoise, edits_at, model_inputs, prepared
 
 Point = tuple[str, int]
 """A layer's "attn_out" or "mlp_out"."""
@@ -53,11 +53,8 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
         raise ValueError(
             f"The receiver {receiver!r} does not come after the sender {sender!r}, so nothing goes from one to the other."
         )
-    outside = [s for s in steps if not 0 <= s < target.settings.steps]
-    if outside:
-        raise ValueError(
-            f"Step {outside[0]} is outside the run; it has {target.settings.steps} steps, 0 (the noisiest) to {target.settings.steps - 1}."
-        )
+    for step in steps:
+        check_step(step, target.settings.steps)
     between = [_name(point) for point in all_points[first + 1 : last]]
     scheduler, x = prepared(model, target.settings), target.latents[steps[0] if len(steps) else -1]
     begin = steps[0] if len(steps) else target.settings.steps
