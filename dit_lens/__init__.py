@@ -27,6 +27,8 @@ _HOME = {
     "load": "loading",
     "load_trace": "tracing",
     "sample": "sampling",
+    "to_nnsight": "bridges.nnsight",
+    "to_transformer_lens": "bridges.transformer_lens",
     "trace": "tracing",
     "twins": "twinning",
 }

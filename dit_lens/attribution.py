@@ -25,7 +25,7 @@ from .hook_points import HookPoint, Observer
 from .model import HookedDiT
 from .names import layer_of, select
 from .patching import Patch, sweep
-from .sampling import Run, advance, edits_at, guided, model_inputs, prepared, seeds_at
+from .sampling import Run, advance, edits_at, guided, means, model_inputs, prepared, seeds_at
 from .schedules import learns_variance
 
 if TYPE_CHECKING:
@@ -164,13 +164,10 @@ def _activations(
     try:
         with torch.set_grad_enabled(graph), model.hooks(edits_at(run.history, step)):
             t = scheduler.timesteps[step]
-            output = guided(
-                model(*model_inputs(model, x, t, run.labels, run.settings.guidance)).to(x.dtype),
-                run.settings,
-                model.cfg.in_channels,
-            )
+            answer = model(*model_inputs(model, x, t, run.labels, run.settings.guidance))
+            output = guided(answer.to(x.dtype), model, run.settings)
             if not learns_variance(scheduler):
-                output = output[:, : model.cfg.in_channels]
+                output = means(model, output)
             following = advance(scheduler, output, t, x, seeds_at(run.history, step), step, run.settings.eta)
     finally:
         for handle in handles:

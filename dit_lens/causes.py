@@ -104,7 +104,7 @@ def knock_outs(
         raise ValueError(
             f"There are {pairs} pairs; intervals over pairs with class means removed need {2 * FEWEST_PAIRS} or more."
         )
-    reading = latents(Bands.radial((model.cfg.sample_size,) * 2, cut=cut))
+    reading = latents(Bands.radial(model.cfg.pixels, cut=cut))
     labels = paired_labels(model, pairs)
     whole = twins(model, pairs, labels, steps=steps, seed=seed)
 
@@ -163,7 +163,7 @@ def coupled_alone(
         coupled_alone(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
     """
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-    bands = Bands.radial((model.cfg.sample_size,) * 2, cut=cut)
+    bands = Bands.radial(model.cfg.pixels, cut=cut)
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
     labels = paired_labels(model, pairs)
 

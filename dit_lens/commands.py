@@ -119,8 +119,8 @@ def hooks_command(args: argparse.Namespace) -> None:
         "d_mlp": cfg.d_mlp,
         "patch": cfg.patch_size**2 * cfg.out_channels,
         "channel": cfg.out_channels,
-        "height": cfg.sample_size,
-        "width": cfg.sample_size,
+        "height": cfg.pixels[0],
+        "width": cfg.pixels[1],
     }
     chosen = select(args.filter, list(sites))
     rows: dict[str, list[str]] = {}  # the same site of every layer is one row
@@ -196,7 +196,7 @@ def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, 
         second = bar.add_task("patches", total=None)
         patched = importlib.import_module("dit_lens.probes").TwinPatching().run(
             model, pairs=8, windows=5, release=steps // 3, steps=steps, seed=args.seed,
-            outcome=Bands.radial((model.cfg.sample_size,) * 2, cut=args.cut), resume=out / "sweep.safetensors",
+            outcome=Bands.radial(model.cfg.pixels, cut=args.cut), resume=out / "sweep.safetensors",
             progress=lambda done, total: bar.update(second, completed=done, total=total),
         )  # fmt: skip
     cause_report.write(knocked, patched, out, onsets)
@@ -219,7 +219,7 @@ def probe_command(args: argparse.Namespace) -> None:
 
     probe = load_probe(args.name)()
     model = load(args.model)
-    labels = [i % model.cfg.n_classes for i in range(args.items)]
+    labels = [i % model.conditions.n for i in range(args.items)]
     with trace(model, probes=[probe]):
         sample(model, labels, seeds=args.seed, steps=args.steps)
     result = probe.result()

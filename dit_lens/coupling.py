@@ -6,7 +6,8 @@ In a batch [A | B] (with guidance [A | B | A null | B null]) every item attends 
 - `joint`: one softmax over both sets of keys, with log g added to the logits of the twin's.
 
 To first order in D = X_A - X_B both damp what the two disagree on by rho = (1 - g)/(1 + g) and leave what they share alone. The gate
-needs only hook_q, hook_k, hook_v and hook_z, so it works on every family that has these. At g = 0 nothing is attached.
+acts inside the attention of every family (`dit_lens.families.layers.Attend`), on the whole sequence where text is attended to as well;
+`hook_z` is what comes out of it. At g = 0 nothing is attached.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hook_points import Editor, HookPoint, Observer
+from .families.layers import Kernel, sdpa
 from .model import HookedDiT
 
 Gate = Literal["mix", "joint"]
@@ -46,24 +47,16 @@ def coupled(
             raise ValueError(
                 f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted from 0."
             )
-    handles = []
+
+    def gate_of(own: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
+        return gated(own, q, k, v, g, gate, branches, mask, kernel)
+
+    before = model.wiring.gates
     try:
-        for layer in chosen if g else ():
-            seen: dict[str, Tensor] = {}
-
-            def keep(value: Tensor, point: HookPoint, seen: dict[str, Tensor] = seen) -> None:
-                seen[point.name[-1]] = value.transpose(1, 2)
-
-            def mix(z: Tensor, hook: HookPoint, seen: dict[str, Tensor] = seen) -> Tensor:
-                return gated(z.transpose(1, 2), seen["q"], seen["k"], seen["v"], g, gate, branches).transpose(1, 2)
-
-            attn = f"blocks.{layer}.attn.hook_"
-            handles += [model.wiring.attach(attn + part, Observer(keep)) for part in "qkv"]
-            handles.append(model.wiring.attach(attn + "z", Editor(mix)))
+        model.wiring.gates = before | {layer: gate_of for layer in chosen if g}
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        model.wiring.gates = before
 
 
 def check_gate(g: float, gate: str) -> None:
@@ -80,15 +73,32 @@ def partners(batch: int, branches: int = 1) -> Tensor:
     return torch.arange(batch).view(branches, 2, -1).flip(1).reshape(-1)
 
 
-def gated(own: Tensor, q: Tensor, k: Tensor, v: Tensor, g: float, gate: Gate, branches: int = 1) -> Tensor:
-    """Gated attention of each item with its twin; all [batch, head, token, d_head], `own` the plain attention output."""
+def gated(own: Tensor, q: Tensor, k: Tensor, v: Tensor, g: float, gate: Gate, branches: int = 1,
+          mask: Tensor | None = None, kernel: Kernel = sdpa) -> Tensor:  # fmt: skip
+    """Gated attention of each item with its twin; all [batch, head, token, d_head], `own` the plain attention output.
+
+    `mask` and `kernel` are the model's own. Raises ValueError for the joint gate where attention has no softmax to share.
+    """
     twin = partners(len(q), branches).to(q.device)
+    theirs = mask[twin] if mask is not None and len(mask) == len(q) else mask
     if gate == "mix":
-        return (own + g * F.scaled_dot_product_attention(q, k[twin], v[twin])) / (1 + g)
-    logits = q.new_zeros(k.shape[-2] + k.shape[-2])
-    logits[k.shape[-2] :] = math.log(g)
+        return (own + g * kernel(q, k[twin], v[twin], theirs)) / (1 + g)
+    if getattr(kernel, "linear", False):
+        raise ValueError(
+            "The joint gate shares one softmax between twins, and this model's attention is linear; expected gate='mix'."
+        )
+    bias = [_as_bias(m, q, k) for m in (mask, theirs)]
+    logits = torch.cat([bias[0], bias[1] + math.log(g)], -1)
     both_k, both_v = torch.cat([k, k[twin]], -2), torch.cat([v, v[twin]], -2)
-    return F.scaled_dot_product_attention(q, both_k, both_v, attn_mask=logits.expand(q.shape[-2], -1))
+    return F.scaled_dot_product_attention(q, both_k, both_v, attn_mask=logits)
+
+
+def _as_bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """A mask as what is added to the logits, [.., query, key]."""
+    zeros = q.new_zeros(q.shape[-2], k.shape[-2])
+    if mask is None:
+        return zeros
+    return zeros.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else zeros + mask
 
 
 def linear_response(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, g: float) -> Tensor:

@@ -76,7 +76,7 @@ def measure(
             else None
         )
         spectrum, fine, split = partition(
-            bands, (c.sample_size,) * 2, cut, pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
+            bands, c.pixels, cut, pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
         )
         token_spectrum, _, token_split = partition(bands, c.grid, cut, _stream_difference(pilot) if pilot else None)
         readings = [

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .bands import CUT, Bands
 from .commitment import Agreement, agreement, half_crossing, resample
 from .coupling import Gate, check_gate, gated, linear_response
+from .families.layers import Kernel
 from .model import HookedDiT
 from .sampling import model_inputs
 from .twinning import Twins, paired_labels, twins
@@ -66,7 +68,7 @@ def couplings(
 
     gs = checked_strengths(strengths, gate)
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
-    bands = Bands.radial((model.cfg.sample_size,) * 2, cut=cut)
+    bands = Bands.radial(model.cfg.pixels, cut=cut)
     labels = paired_labels(model, pairs)
     parted, gaps, energy = [], [], []
     responses: list[tuple[Array, Array]] = []
@@ -169,27 +171,37 @@ def difference(pair: Twins, bands: Bands, counts: Array) -> Array:
 def _responses(pair: Twins, gs: Sequence[float], gate: Gate, step: int) -> list[tuple[Array, Array]]:
     """For every g the measured and the first-order response of each layer's attention, ([layer], [layer]).
 
-    How much of the uncoupled difference D(0) is left along itself: <D(g), D(0)> / |D(0)|², over pairs, heads and tokens.
+    How much of the uncoupled difference D(0) is left along itself: <D(g), D(0)> / |D(0)|², over pairs, heads and tokens. NaN for the first
+    order where attention is linear: the formula is that of a softmax.
     """
     run, model = pair.run, pair.run.model
-    names = {part: [f"blocks.{i}.attn.hook_{part}" for i in range(model.cfg.n_layers)] for part in "qkvz"}
-    inputs = model_inputs(model, run.latents[step], run.timesteps[step], run.labels, run.settings.guidance)
-    with torch.no_grad():
-        seen = model.activations(*inputs, [name for some in names.values() for name in some])
-    found: list[tuple[Array, Array]] = []
-    for g in gs:
-        rows = []
-        for layer in range(model.cfg.n_layers):
-            q, k, v, z = (seen[names[part][layer]].transpose(1, 2) for part in "qkvz")  # [batch, head, token, d_head]
-            (qa, qb), (ka, kb), (va, vb), (za, zb) = (part.chunk(2) for part in (q, k, v, z))
-            a, b = gated(z, q, k, v, g, gate).chunk(2) if g else (za, zb)
-            q0, k0, v0 = ((one + two) / 2 for one, two in ((qa, qb), (ka, kb), (va, vb)))
-            first_order = linear_response(q0, k0, v0, qa - qb, ka - kb, va - vb, g)
+    n = model.cfg.n_layers
+    measured, linear = np.full((2, len(gs), n), np.nan)
+
+    def listener(layer: int) -> Callable[..., Tensor]:
+        def look(z: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
+            za, zb = z.chunk(2)
             plain = za - zb
-            rows.append([float((d * plain).sum() / plain.square().sum()) for d in (a - b, first_order)])
-        measured, linear = np.array(rows).T
-        found.append((measured, linear))
-    return found
+            (qa, qb), (ka, kb), (va, vb) = (part.chunk(2) for part in (q, k, v))
+            means = ((qa + qb) / 2, (ka + kb) / 2, (va + vb) / 2)
+            for i, g in enumerate(gs):
+                a, b = gated(z, q, k, v, g, gate, 1, mask, kernel).chunk(2) if g else (za, zb)
+                measured[i, layer] = float(((a - b) * plain).sum() / plain.square().sum())
+                if not getattr(kernel, "linear", False) and mask is None:
+                    d = linear_response(*means, qa - qb, ka - kb, va - vb, g)
+                    linear[i, layer] = float((d * plain).sum() / plain.square().sum())
+            return z
+
+        return look
+
+    before = model.wiring.gates
+    try:
+        model.wiring.gates = {layer: listener(layer) for layer in range(n)}
+        with torch.no_grad():
+            model(*model_inputs(model, run.latents[step], run.timesteps[step], run.labels, run.settings.guidance))
+    finally:
+        model.wiring.gates = before
+    return list(zip(measured, linear, strict=True))
 
 
 def _ends(draws: Array) -> Array:

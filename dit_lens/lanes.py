@@ -22,7 +22,7 @@ from torch import Tensor
 from .cache import ActivationCache
 from .hook_points import HookFunction, HookPoint
 from .patches import Planned
-from .sampling import Edits, Run, advance, edits_at, guided, model_inputs, prepared
+from .sampling import Edits, Run, advance, branches, edits_at, guided, means, model_inputs, prepared
 from .schedules import learns_variance
 
 SOURCE = "the source's output"
@@ -56,7 +56,7 @@ class Lanes:
     def __init__(self, source: Run, target: Run, batch: int) -> None:
         self.source, self.target, self.batch = source, target, batch
         self.model, self.settings = target.model, target.settings
-        self.branches = 1 if self.settings.guidance == 1 else 2
+        self.branches = branches(self.model, self.settings.guidance)
         self.items = len(target.labels)
         self.blocks = 0
         self.same_labels = torch.equal(source.labels, target.labels)
@@ -124,9 +124,10 @@ class Lanes:
             self._forward(chunk, edits, step, seen)
         if any(job.leaves for job in jobs):
             begun = list(_chunks(sorted((job for job in todo if job.leaves), key=_layer), per))
-            streams, _ = self._look(self.target, "target", step, set() if edits else {self._stream(c) for c in begun})
+            whole = edits or not self.model.cfg.restartable  # more than the stream goes from block to block
+            streams, _ = self._look(self.target, "target", step, set() if whole else {self._stream(c) for c in begun})
             for chunk in begun:
-                self._forward(chunk, edits, step, seen, None if edits else streams[self._stream(chunk)])
+                self._forward(chunk, edits, step, seen, None if whole else streams[self._stream(chunk)])
 
     def _stream(self, chunk: list[Job]) -> str:
         """The stream from which these lanes, sorted by layer, leave the target: before the earliest of their layers."""
@@ -208,13 +209,12 @@ class Lanes:
             )
         return cache, output
 
-    def _inputs(self, x: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, x: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Any]:
         return model_inputs(self.model, x, self.target.timesteps[step], labels, self.settings.guidance)
 
     def _guided(self, output: Tensor, x: Tensor) -> Tensor:
-        channels = self.model.cfg.in_channels
-        output = guided(output.to(x.dtype), self.settings, channels)
-        return output if self.learns else output[:, :channels]
+        output = guided(output.to(x.dtype), self.model, self.settings)
+        return output if self.learns else means(self.model, output)
 
 
 def _layer(job: Job) -> int:

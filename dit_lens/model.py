@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .cache import ActivationCache
+from .conditions import Conditions
+from .families.base import Condition, Size
 from .hook_points import BackwardEditor, Editor, HookFunction, HookPoint, Observer, StopForward, stop
 from .names import NamesFilter, resolve, select
-from .wiring import Handle, Wiring
+from .wiring import Halted, Handle, Wiring
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 
@@ -23,34 +25,48 @@ class HookedDiT:
     The model is opened in place: your pipeline goes on working, through the same weights, and its output stays bit for bit
     what it was. `remove()` takes everything out again; so does leaving `with HookedDiT(pipe) as model`.
 
-        model = dit_lens.HookedDiT(pipe)                       # or a DiTTransformer2DModel
+        model = dit_lens.HookedDiT(pipe)                       # or its transformer; docs/families.md lists what can be opened
         out, cache = model.run_with_cache(x, t, y)             # every activation, by name
         out = model.run_with_hooks(x, t, y, fwd_hooks=[("blocks.5.hook_attn_out", lambda a, hook: 0 * a)])
 
-    `x` is [batch, channel, height, width], `t` and `y` are [batch] (timesteps and class labels). `y == model.cfg.null_class` is no
-    class. Wrapping a model twice gives two views of the same hook points.
+    `x` are latents [batch, *model.cfg.latent_shape], unpacked; `t` is [batch], in the scheduler's units. `y` is the condition: labels
+    [batch] (classes; for models that are given text, prompts by number, see `model.conditions`), `model.cfg.null_class` for none; or a
+    dict of the transformer's own further arguments. Wrapping a model twice gives two views of the same hook points.
 
     Attributes:
         transformer: the wrapped module.
         cfg: its sizes (`n_layers`, `d_model`, `n_heads`, `d_head`, `grid`, `null_class`, ...).
         names: every hook name, in forward order. sites: the same with the names of the axes.
         scheduler, vae: the pipeline's; for a bare transformer those that `dit_lens.load` found, or None.
+        conditions: what it can be asked for, by number.
+
+    Args:
+        size: (height, width) of the latents that are sampled, for video (frames, height, width); by default the model's own.
 
     Raises:
         TypeError: if there is no family for the model (a U-Net). RuntimeError: if it is compiled or wrapped by another tool.
-        ValueError: if a feature is switched on that a hooked forward can't honour.
+        ValueError: if a feature is switched on that a hooked forward can't honour, or the weights are missing or quantised.
     """
 
-    def __init__(self, pipe_or_transformer: Any, scheduler: Any = None, vae: Any = None) -> None:
+    def __init__(
+        self, pipe_or_transformer: Any, scheduler: Any = None, vae: Any = None, size: Size | None = None
+    ) -> None:
         pipe = pipe_or_transformer
+        conditions: Conditions | None = None
         if isinstance(pipe, HookedDiT):
+            conditions, size = pipe.conditions, size or pipe.size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
         self.scheduler: Any = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
         self.wiring, _ = Wiring.of(self.transformer)
         self.wiring.temporary = False
-        self.cfg = self.wiring.family.config(self.transformer)
+        self.size: Size | None = size
+        self.family = self.wiring.family
+        self.cfg = self.family.config(self.transformer, size)
+        self.conditions: Conditions = conditions or Conditions(
+            self.family, self.cfg, pipe if pipe is not self.transformer else None
+        )
         self.sites = self.wiring.sites
         self.names = list(self.sites)
         self.handles: list[Handle] = []
@@ -58,26 +74,60 @@ class HookedDiT:
     # Running.
 
     def __call__(
-        self, x: Tensor, t: Tensor, y: Tensor, *, start_at_layer: int | None = None, stop_at_layer: int | None = None
+        self, x: Tensor, t: Tensor, y: Any, *, start_at_layer: int | None = None, stop_at_layer: int | None = None
     ) -> Tensor:
-        """The model's output [batch, channel, height, width], in the transformer's own convention (eps, v, ...).
+        """The model's output [batch, *latent_shape], unpacked, as its scheduler takes it (eps, v, ...).
 
         With `start_at_layer=i`, `x` is the residual stream [batch, token, d_model] that enters block i. With `stop_at_layer=j` the
         stream that would enter block j is returned, as in TransformerLens; negative layers count from the end.
         """
         self._require_installed()
-        span = (self._layer(start_at_layer), self._layer(stop_at_layer))
-        if span[0] is not None and (x.ndim != 3 or x.shape[2] != self.cfg.d_model):
+        start, stop = self._layer(start_at_layer), self._layer(stop_at_layer)
+        stream = None
+        if start is not None:
+            self._check_restart(x, start)
+            stream, x = x, self._blank(x)
+        condition = self._condition(y)
+        inputs = self.family.inputs(self.transformer, x, t, condition)
+        with self.wiring.part((start, stop), stream), self.wiring.known(condition.labels):
+            try:
+                answer = self.transformer(**inputs, return_dict=False)[0]
+            except Halted as halted:
+                return halted.stream
+        return self.family.output(self.transformer, answer, inputs)
+
+    def _condition(self, y: Any) -> Condition:
+        if isinstance(y, Tensor) and not self.cfg.n_classes:
+            return self.conditions.of(y)
+        return y if isinstance(y, Condition) else Condition(y) if isinstance(y, dict) else Condition(class_labels=y)
+
+    def _check_restart(self, x: Tensor, start: int) -> None:
+        if x.ndim != 3 or x.shape[2] != self.cfg.d_model:
             raise ValueError(
-                f"start_at_layer={start_at_layer} takes the residual stream [batch, token, {self.cfg.d_model}] in place of "
+                f"start_at_layer={start} takes the residual stream [batch, token, {self.cfg.d_model}] in place of "
                 f"latents, not shape {list(x.shape)}."
             )
-        with self.wiring.part(span):
-            out: Tensor = self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0]
-        return out
+        if not self.cfg.restartable and start != self.cfg.n_layers:
+            raise ValueError(
+                f"start_at_layer={start} can't be done with {type(self.transformer).__name__}, whose blocks are given more than the "
+                "image's residual stream; expected a whole pass, with an edit at blocks.{i}.hook_resid_pre."
+            )
+
+    def _blank(self, stream: Tensor) -> Tensor:
+        """Latents of the stream's grid, whose values do not matter."""
+        shape, tokens = list(self.cfg.latent_shape), stream.shape[1]
+        side = int(tokens**0.5)
+        if tokens != self.cfg.tokens and len(self.cfg.grid) == 2 and side * side == tokens:
+            p = self.cfg.pixels[0] // self.cfg.grid[0]
+            shape[-2:] = side * p, side * p
+        elif tokens != self.cfg.tokens:
+            raise ValueError(
+                f"The stream has {tokens} tokens; expected {self.cfg.tokens}, of the {'x'.join(map(str, self.cfg.grid))} grid, or a square."
+            )
+        return stream.new_zeros(len(stream), *shape)
 
     def run_with_hooks(
-        self, x: Tensor, t: Tensor, y: Tensor, *, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **span: int | None
+        self, x: Tensor, t: Tensor, y: Any, *, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **span: int | None
     ) -> Tensor:
         """One forward with temporary hooks. With `bwd_hooks`, call backward inside `with model.hooks(...)` instead.
 
@@ -92,7 +142,7 @@ class HookedDiT:
         self,
         x: Tensor,
         t: Tensor,
-        y: Tensor,
+        y: Any,
         *,
         names_filter: NamesFilter = None,
         device: str | torch.device | None = None,
@@ -109,7 +159,7 @@ class HookedDiT:
             out = self(x, t, y, **span)
         return out, ActivationCache({name: kept[name] for name in names if name in kept})
 
-    def activations(self, x: Tensor, t: Tensor, y: Tensor, names_filter: NamesFilter) -> ActivationCache:
+    def activations(self, x: Tensor, t: Tensor, y: Any, names_filter: NamesFilter) -> ActivationCache:
         """Like `run_with_cache` without the output: the pass ends at the last layer asked for."""
         last = select(names_filter, self.names)[-1]
         handles: list[Handle] = []
@@ -127,13 +177,17 @@ class HookedDiT:
                 handle.remove()
         return ActivationCache(kept)
 
-    def unembed(self, stream: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
         """A residual stream [batch, token, d_model] read by the last layer with the conditioning of (t, y): the lens.
 
         Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's `resid_post` it is the model's output.
         """
         self._require_installed()
-        return self.wiring.unembed(stream, t, y)
+        now = self.wiring.now
+        x = None if now is None else self.family.latents(self.transformer, now)
+        if x is None or len(x) != len(stream):
+            x = self._blank(stream)
+        return self.wiring.unembed(stream, self.family.inputs(self.transformer, x, t, self._condition(y)))
 
     # Hooks.
 
@@ -215,7 +269,7 @@ class HookedDiT:
         c = self.cfg
         return (
             f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, "
-            f"{c.grid[0]}x{c.grid[1]} tokens, {len(self.names)} hook points)"
+            f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
 
     def _layer(self, layer: int | None) -> int | None:
@@ -237,8 +291,8 @@ class HookedDiT:
 
 def transformer_of(model: Any) -> Any:
     """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything else."""
-    found = getattr(model, "transformer", model)
-    if hasattr(model, "unet"):
+    found = getattr(model, "transformer", None if hasattr(model, "components") else model)
+    if found is None and hasattr(model, "unet"):
         found = model.unet
     if not isinstance(found, nn.Module):
         raise TypeError(

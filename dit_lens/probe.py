@@ -26,12 +26,12 @@ class Site:
 
     Attributes:
         name: the full hook name. layer: its block, or None before and after the blocks.
-        step: 0 is the first, noisiest call of the trace. grid: height and width of the token grid.
+        step: 0 is the first, noisiest step of the trace. grid: height and width of the token grid, for video frames before them.
     """
 
     name: str
     step: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     call: Call
     null_class: int
 
@@ -45,16 +45,24 @@ class Site:
         return self._once("timestep", lambda: float(self.call.t[0]))
 
     @property
-    def labels(self) -> Tensor:
-        """The class label of each batch item."""
-        return self.call.y
+    def labels(self) -> Tensor | None:
+        """The class, or the number of the prompt, of each batch item; None where the model was called with a condition of its own."""
+        return self.call.labels
 
     @property
     def branch(self) -> tuple[str, ...]:
-        """For each batch item "cond", or "uncond" where its label is the null class (classifier-free guidance)."""
+        """For each batch item "cond" or "uncond" (of guidance), as the running pipeline or the labels tell; "" if nothing does.
+
+        "skip" are items of the extra pass of skip-layer guidance.
+        """
 
         def find() -> tuple[str, ...]:
-            labels = self.call.y.expand(len(self.call.x)).tolist()
+            items = len(self.call.x)
+            if self.call.branch is not None:
+                return self.call.branch
+            if self.call.labels is None:
+                return ("",) * items
+            labels = self.call.labels.expand(items).tolist()
             return tuple("uncond" if y == self.null_class else "cond" for y in labels)
 
         return self._once("branch", find)

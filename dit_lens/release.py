@@ -70,8 +70,8 @@ def images(model: HookedDiT, bands: Bands | None = None, name: str = "images", c
         return decode(model, x)
 
     if bands is None:
-        side = of(torch.zeros(1, model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)).shape[-1]
-        bands = Bands.radial((side, side), cut=cut * model.cfg.sample_size / side)
+        side = of(torch.zeros(1, *model.cfg.latent_shape)).shape[-1]
+        bands = Bands.radial((side, side), cut=cut * model.cfg.pixels[0] / side)
     return Reading(name, of, bands)
 
 

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .conditions import Labels
+from .families.base import Condition
 from .fingerprint import fingerprint
 from .hook_points import HookFunction
 from .model import HookedDiT
 from .names import NamesFilter
 from .noise import START, generators, noise
-from .schedules import NAMES, learns_variance, log_snr, make_scheduler, predict_x0
+from .schedules import ETA, NAMES, default_name, learns_variance, log_snr, make_scheduler, predict_x0
 
 Edits = Sequence[tuple[NamesFilter, HookFunction]]
 Seeds = int | Sequence[int]
@@ -179,11 +181,11 @@ class Run:
 
 def sample(
     model: Any,
-    labels: int | Sequence[int] | Tensor,
+    labels: Labels,
     seeds: Seeds = 0,
     steps: int = 50,
     guidance: float = 1.0,
-    scheduler: Any = "ddim",
+    scheduler: Any = None,
     eta: float = 0.0,
     guided_channels: GuidedChannels = "all",
     latents: Tensor | None = None,
@@ -196,11 +198,11 @@ def sample(
 
     Args:
         model: a `HookedDiT`, or what it wraps, which is then opened and stays so for the run's sake (`run.model.remove()`).
-        labels: classes, one an item; the null class is allowed.
+        labels: classes, one an item, or prompts, in words or by number (`model.conditions`); the null class is allowed, as is "".
         seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its seed and the step only.
-        guidance: classifier-free guidance; 1 is none, and runs no null half.
-        scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler.
-        eta: how stochastic DDIM is, 0 to 1.
+        guidance: classifier-free guidance; 1 is none, and runs no null half. A distilled model is given it as an input.
+        scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler; by default DDIM, or Euler on a flow.
+        eta: how stochastic DDIM, or Euler on a flow, is, 0 to 1.
         guided_channels: "all" (diffusers' DiTPipeline) or "first3" (the original DiT's samples).
         latents: the start, in place of noise from the seeds.
         progress: called with the number of each finished step.
@@ -209,12 +211,12 @@ def sample(
     """
     model = model if isinstance(model, HookedDiT) else HookedDiT(model)
     model._require_eval()
-    settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
+    settings = Settings(steps, float(guidance), guided_channels, scheduler or default_name(model.scheduler), float(eta))
     check_settings(settings)
-    y = item_labels(model, labels)
+    y = model.conditions.numbers(labels, model.device)
     own_seeds = item_seeds(seeds, len(y))
     plan = prepared(model, settings)
-    shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
+    shape = model.cfg.latent_shape
     if latents is None:
         latents = noise(own_seeds, START, shape, model.device)
     elif latents.shape != (len(y), *shape):
@@ -248,22 +250,38 @@ def denoise(
             t = scheduler.timesteps[step]
             inputs, ts, ys = model_inputs(model, x, t, labels, settings.guidance)
             with model.hooks(edits_at(history, step)):
-                output = guided(model(inputs, ts, ys).to(x.dtype), settings, model.cfg.in_channels)
+                output = guided(model(inputs, ts, ys).to(x.dtype), model, settings)
             if not learns_variance(scheduler):
-                output = output[:, : model.cfg.in_channels]
-            x0 = predict_x0(scheduler, x, output[:, : model.cfg.in_channels], t)
+                output = means(model, output)
+            x0 = predict_x0(scheduler, x, means(model, output), t)
             x = advance(scheduler, output, t, x, seeds_at(history, step), step, settings.eta)
             yield x0, output, x
 
 
 def model_inputs(
     model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | Condition]:
     """The batch that the model sees: as it is, or [cond | null] with guidance."""
     labels = labels.to(x.device)
-    if guidance != 1:
+    if branches(model, guidance) == 2:
         x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, model.cfg.null_class)])
-    return x.to(model.dtype), t.to(x.device).expand(len(x)), labels
+    x, t = x.to(model.dtype), t.to(x.device).expand(len(x))
+    if model.cfg.n_classes:
+        return x, t, labels
+    condition = model.conditions.of(labels)
+    if model.cfg.distilled_guidance:
+        condition["guidance"] = torch.full((len(x),), guidance, device=x.device)
+    return x, t, condition
+
+
+def branches(model: HookedDiT, guidance: float) -> int:
+    """2 where guidance needs a second, null pass; 1 without guidance, and for models that are told its strength."""
+    return 1 if guidance == 1 or model.cfg.distilled_guidance else 2
+
+
+def means(model: HookedDiT, output: Tensor) -> Tensor:
+    """A model's output without the variance that some predict in a second half of the channels."""
+    return output[:, : model.cfg.in_channels] if model.cfg.learned_sigma else output
 
 
 def seeds_at(history: tuple[Change, ...], step: int) -> tuple[int, ...]:
@@ -276,14 +294,14 @@ def edits_at(history: tuple[Change, ...], step: int) -> Edits:
     return [edit for change in history if change.from_step <= step for edit in change.edits]
 
 
-def guided(output: Tensor, settings: Settings, channels: int) -> Tensor:
+def guided(output: Tensor, model: HookedDiT, settings: Settings) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided channels, cond on the others."""
-    if settings.guidance == 1:
+    if branches(model, settings.guidance) == 1:
         return output
     cond, null = output.chunk(2)
-    last = channels if settings.guided_channels == "all" else 3
+    last = (model.cfg.in_channels if model.cfg.learned_sigma else None) if settings.guided_channels == "all" else 3
     mixed = null[:, :last] + settings.guidance * (cond[:, :last] - null[:, :last])
-    return torch.cat([mixed, cond[:, last:]], 1)
+    return mixed if last is None else torch.cat([mixed, cond[:, last:]], 1)
 
 
 def advance(
@@ -291,7 +309,7 @@ def advance(
 ) -> Tensor:
     """One step of the scheduler with each item's own noise."""
     options: dict[str, Any] = {"generator": generators(seeds, step)}
-    if type(scheduler).__name__ == "DDIMScheduler":
+    if type(scheduler).__name__ in ETA:
         options["eta"] = eta
     following: Tensor = scheduler.step(output, t, x, **options).prev_sample
     return following.to(x.dtype)
@@ -305,11 +323,11 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
         )
     scheduler = make_scheduler(settings.scheduler, model.scheduler, learned_sigma=model.cfg.learned_sigma)
     name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    if settings.eta and name != "DDIMScheduler":
-        raise ValueError(f"eta={settings.eta} is DDIM's; {name} has none, so expected eta=0.")
+    if settings.eta and name not in ETA:
+        raise ValueError(f"eta={settings.eta} is DDIM's and Euler's on a flow; {name} has none, so expected eta=0.")
     if settings.steps > most:
         raise ValueError(f"steps={settings.steps} is more than the {most} timesteps the model was trained on.")
-    scheduler.set_timesteps(settings.steps)
+    model.family.set_timesteps(scheduler, settings.steps, model.cfg.tokens)
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise ValueError(
             f"{name} scales its latents by sigma, which is not supported; expected a variance-preserving or flow-matching "
@@ -321,19 +339,18 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
 def decode(model: HookedDiT, latents: Tensor) -> Tensor:
     """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in [-1, 1]."""
     if model.vae is not None:
-        shift = getattr(model.vae.config, "shift_factor", None) or 0.0
         with torch.no_grad():
-            latents = model.vae.decode((latents / model.vae.config.scaling_factor + shift).to(model.vae.dtype)).sample
+            latents = model.family.decode(model.vae, latents)
     return (latents / 2 + 0.5).clamp(0, 1)
 
 
 def is_stochastic(model: HookedDiT, settings: Settings) -> bool:
     """Whether the sampler draws noise after the start: seen by one step with two seeds."""
-    x = torch.zeros(1, model.cfg.in_channels, 2, 2)
+    x = torch.zeros(1, *model.cfg.latent_shape)
     ends = []
     for seed in (0, 1):
         scheduler = prepared(model, settings)
-        output = torch.zeros(1, model.cfg.in_channels * (2 if learns_variance(scheduler) else 1), 2, 2)
+        output = torch.cat([x] * (2 if learns_variance(scheduler) else 1), 1)
         ends.append(advance(scheduler, output, scheduler.timesteps[0], x, [seed], 0, settings.eta))
     return not torch.equal(*ends)
 
@@ -355,19 +372,6 @@ def check_settings(settings: Settings) -> None:
 def check_step(step: int, steps: int) -> None:
     if not 0 <= step < steps:
         raise ValueError(f"Step {step} is outside the run; it has {steps} steps, 0 (the noisiest) to {steps - 1}.")
-
-
-def item_labels(model: HookedDiT, labels: int | Sequence[int] | Tensor) -> Tensor:
-    """Class labels as a tensor [batch] on the model's device; ValueError for one out of range."""
-    y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1)
-    if len(y) and y.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool):
-        raise ValueError(f"The labels are {y.dtype}, starting with {y[0].item()}; expected whole numbers.")
-    y = y.to(model.device, torch.long)
-    bad = [int(v) for v in y.tolist() if not 0 <= v <= model.cfg.null_class]
-    if not len(y) or bad:
-        got = f"Label {bad[0]} is out of range" if bad else "There are no labels"
-        raise ValueError(f"{got}; expected 0 to {model.cfg.n_classes - 1}, or {model.cfg.null_class} for no class.")
-    return y
 
 
 def item_seeds(seeds: Seeds, items: int) -> list[int]:

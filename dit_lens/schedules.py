@@ -6,6 +6,7 @@ Variance-preserving schedules have x_t = sqrt(abar) x0 + sqrt(1 - abar) eps; flo
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ NAMES = {
     "euler-flow": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the schedulers that honour clip_sample
+ETA = ("DDIMScheduler", "FlowSDE")  # those that can be told how much noise to draw
+
+
+def default_name(base: Any) -> str:
+    """The sampler for a model whose own scheduler is `base`, where nobody says: "ddim", or "euler-flow" for flow matching."""
+    return "euler-flow" if base is not None and is_flow(base) else "ddim"
 
 
 def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = False) -> Any:
@@ -44,7 +51,56 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
             f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is {kind}."
         )
     config = {} if base is None else dict(base.config)
-    return _plain_variance(getattr(diffusers, cls).from_config(config, **options), learned_sigma)
+    if name == "euler-flow":
+        config.setdefault("shift", config.get("flow_shift", 1.0))  # as the multistep schedulers call it
+        return flow_sde().from_config(config)
+    made = _plain_variance(getattr(diffusers, cls).from_config(config, **options), learned_sigma)
+    return made if base is None else _with_schedule(made, base)
+
+
+def _with_schedule(made: Any, base: Any) -> Any:
+    """With the noise levels of `base`, also where they are not those its config says to a scheduler of another class (CogVideoX's)."""
+    if torch.allclose(made.alphas_cumprod, base.alphas_cumprod.to(made.alphas_cumprod)):
+        return made
+    if type(made).__name__ not in CLIPPING:
+        raise ValueError(
+            f"{type(base).__name__} has noise levels that {type(made).__name__} can't be given; expected 'ddim' or 'ddpm'."
+        )
+    made.alphas_cumprod = base.alphas_cumprod.clone()
+    if hasattr(made, "final_alpha_cumprod"):
+        made.final_alpha_cumprod = torch.tensor(1.0) if made.config.set_alpha_to_one else made.alphas_cumprod[0]
+    return made
+
+
+@cache
+def flow_sde() -> Any:
+    """diffusers' Euler scheduler for flow matching, with DDIM's eta: how much of the noise is drawn anew in each step.
+
+    x_t = (1 - sigma) x0 + sigma eps has, like any Gaussian path, a Markov process whose posterior q(x_s | x_t, x0) is what a stochastic
+    sampler draws from. DDIM's equations 12 and 16 (Song et al. 2021, arXiv 2010.02502), written for any signal a and noise s:
+    x_s = a_s x0 + sqrt(s_s² - c²) eps + c z with c = eta (s_s / s_t) sqrt(s_t² - (a_t / a_s)² s_s²). At eta = 0 that is Euler's step.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.utils.torch_utils import randn_tensor
+
+    class FlowSDE(FlowMatchEulerDiscreteScheduler):
+        def step(
+            self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, eta: float = 0.0
+        ) -> Any:
+            if self.step_index is None:
+                self._init_step_index(timestep)
+            sigma, following = (float(s) for s in self.sigmas[self.step_index : self.step_index + 2])
+            taken = super().step(model_output, timestep, sample)
+            if not eta or following == 0:
+                return taken
+            x0, eps = sample - sigma * model_output, sample + (1 - sigma) * model_output
+            kept = sigma**2 - ((1 - sigma) / (1 - following)) ** 2 * following**2
+            c = eta * following / sigma * kept**0.5
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            taken.prev_sample = (1 - following) * x0 + (following**2 - c**2) ** 0.5 * eps + c * noise
+            return taken
+
+    return FlowSDE
 
 
 def learns_variance(scheduler: Any) -> bool:
@@ -64,7 +120,12 @@ def _plain_variance(scheduler: Any, learned_sigma: bool) -> Any:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the scheduler is of flow matching and not variance preserving."""
-    return not hasattr(scheduler, "alphas_cumprod")
+    config = scheduler.config
+    return (
+        not hasattr(scheduler, "alphas_cumprod")
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
 
 
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .families.base import Axes, Config
+from .families.base import Axes, Condition, Config
 from .names import NamesFilter, layer_of, select, site_of
+from .probe import Site
 from .wiring import Call
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .interventions import Steps
     from .tracing import Trace
 
-FORMAT = "dit_lens.trace/1"
+FORMAT = "dit_lens.trace/2"
 
 
 @dataclasses.dataclass
@@ -44,10 +45,10 @@ def save(trace: Trace, path: str | Path) -> Path:
     if trace._open:
         raise RuntimeError("The trace is still open; save it after the `with` block.")
     tensors: dict[str, torch.Tensor] = {}
-    for s, call in enumerate(trace.calls):
-        tensors |= {f"call/{s}/x": call.x, f"call/{s}/t": call.t, f"call/{s}/y": call.y}
+    written: dict[int, str] = {}
+    described = [_packed(call, f"call/{c}", tensors, written) for c, call in enumerate(trace.calls)]
     for name, record in trace.records.items():
-        tensors |= {f"record/{s}/{name}": value for s, value in record.items()}
+        tensors |= {f"record/{c}/{name}": value for c, value in record.items()}
     scheduler = trace.model.scheduler
     meta = {
         "format": FORMAT,
@@ -55,10 +56,8 @@ def save(trace: Trace, path: str | Path) -> Path:
         "sites": trace.model.sites,
         "recorded_names": trace.recorded_names,
         "weights": trace.weights,
-        "calls": [
-            {"span": c.span, "grad": c.grad, "autocast": str(c.autocast).removeprefix("torch."), "twin": c.twin}
-            for c in trace.calls
-        ],
+        "calls": described,
+        "calls_at": trace.calls_at,
         "edits": sorted({name for c in trace.calls for name, _ in c.edits} | set(trace.lost_edits)),
         "scheduler": None
         if scheduler is None
@@ -66,7 +65,9 @@ def save(trace: Trace, path: str | Path) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.detach().contiguous() for k, v in tensors.items()}, path, {"dit_lens": json.dumps(meta, default=str)}
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+        path,
+        {"dit_lens": json.dumps(meta, default=str)},
     )
     return path
 
@@ -95,7 +96,9 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         raise ValueError(
             f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found {meta.get('format')!r}."
         )
-    cfg, sites = Config(**meta["cfg"]), {n: tuple(a) for n, a in meta["sites"].items()}
+    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["cfg"].items()}
+    cfg = Config(**sizes)
+    sites = {n: tuple(a) for n, a in meta["sites"].items()}
     if model is None:
         owner: Any = SavedModel(list(sites), sites, cfg, _scheduler(meta["scheduler"]))
     else:
@@ -111,13 +114,11 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         kind, step, name = key.split("/", 2)
         if kind == "record":
             trace.records[name][int(step)] = value
-    for s, how in enumerate(meta["calls"]):
-        x, t, y = (tensors[f"call/{s}/{v}"] for v in "xty")
-        autocast = None if how["autocast"] == "None" else getattr(torch, how["autocast"])
-        twin = tuple(how["twin"]) if how["twin"] else None
-        trace.calls.append(Call(x, t, y, tuple(how["span"]), how["grad"], autocast, twin=twin))
+    trace.calls = [_unpacked(how, tensors) for how in meta["calls"]]
+    trace.calls_at = meta["calls_at"]
     if trace.recorded_names:  # of these the recorded steps are what reading gives, as in the original
-        kept = sorted(trace.records[trace.recorded_names[0]])
+        recorded = trace.records[trace.recorded_names[0]]
+        kept = [s for s, calls in enumerate(trace.calls_at) if recorded.keys() & set(calls)]
         trace.recorded_steps, trace.wanted_steps = kept, set(kept).__contains__
     return trace
 
@@ -144,16 +145,18 @@ def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> x
             variables[site] = xr.DataArray(array[0], dims=axes)
         else:
             variables[site] = xr.DataArray(array, dims=("layer", *axes), coords={"layer": layers})
-    first = trace.calls[at[0]]
-    timesteps = [float(trace.calls[s].t[0]) for s in at]
-    labels = first.y.expand(len(first.x)).tolist()
+    calls = [trace.calls[c] for c in trace._rows(at[0], None)]
+    timesteps = [float(trace.timesteps[s]) for s in at]
+    sites = [Site("", at[0], (), call, trace.model.cfg.null_class) for call in calls]
     coords: dict[str, Any] = {
         "step": at,
         "timestep": ("step", timesteps),
-        "label": ("batch", labels),
-        "branch": ("batch", ["uncond" if y == trace.model.cfg.null_class else "cond" for y in labels]),
-        "twin": ("batch", list(first.twin or [""] * len(labels))),
+        "branch": ("batch", [word for site in sites for word in site.branch]),
+        "twin": ("batch", [word for site in sites for word in site.twin]),
     }
+    known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
+    if len(known) == len(calls):
+        coords["label"] = ("batch", torch.cat(known).tolist())
     if trace.model.scheduler is not None:
         from .schedules import log_snr
 
@@ -165,3 +168,43 @@ def _scheduler(saved: dict[str, Any] | None) -> Any:
     import diffusers
 
     return None if saved is None else getattr(diffusers, saved["class"]).from_config(saved["config"])
+
+
+def _packed(call: Call, key: str, tensors: dict[str, torch.Tensor], written: dict[int, str]) -> dict[str, Any]:
+    """A call as JSON with its tensors put beside under names; a tensor that several calls share is written once."""
+
+    def pack(value: Any, at: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in written:
+                written[id(value)] = at
+                tensors[at] = value
+            return {"tensor": written[id(value)]}
+        if isinstance(value, dict):
+            return {"dict": {k: pack(v, f"{at}/{k}") for k, v in value.items()}}
+        if isinstance(value, (list, tuple)):
+            return {type(value).__name__: [pack(v, f"{at}/{i}") for i, v in enumerate(value)]}
+        return {"value": value}
+
+    parts = {name: pack(getattr(call, name), f"{key}/{name}") for name in PACKED}
+    return parts | {"autocast": str(call.autocast).removeprefix("torch."), "grad": call.grad}
+
+
+def _unpacked(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Call:
+    def unpack(value: Any) -> Any:
+        ((kind, inside),) = value.items()
+        if kind == "tensor":
+            return tensors[inside]
+        if kind == "dict":
+            return {k: unpack(v) for k, v in inside.items()}
+        if kind in ("list", "tuple"):
+            return (list if kind == "list" else tuple)(unpack(v) for v in inside)
+        return inside
+
+    parts = {name: unpack(how[name]) for name in PACKED}
+    parts["condition"] = Condition(parts["condition"])
+    parts["condition"].labels = parts["labels"]
+    autocast = None if how["autocast"] == "None" else getattr(torch, how["autocast"])
+    return Call(**parts, grad=how["grad"], autocast=autocast)
+
+
+PACKED = ("inputs", "x", "t", "labels", "span", "stream", "twin", "branch", "place", "grid", "condition")

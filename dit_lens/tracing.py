@@ -53,7 +53,9 @@ class Trace:
         self.recorded_names = [] if names is None else select(names, model.names)
         self.recorded_steps, self.wanted_steps = steps, step_test(steps)
         self.calls: list[Call] = []
-        self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}
+        self.calls_at: list[list[int]] = []  # each step's calls: one, or one for each branch of guidance
+        self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}  # by call
+        self._copied: dict[int, Any] = {}
         self.weights: tuple[str, str] | None = None  # fingerprints on entering and on leaving
         self._open, self._current = False, 0
         self._handles: list[Handle] = []
@@ -106,7 +108,7 @@ class Trace:
         for name, steps in self._edit_steps:
             if self.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
-                    f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls)} steps.",
+                    f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls_at)} steps.",
                     stacklevel=2,
                 )
 
@@ -116,19 +118,24 @@ class Trace:
     # Told by the wiring.
 
     def begin(self, call: Call) -> None:
-        self._current = len(self.calls)
+        """A call is a step, unless its pipeline says that it is another branch of the step before."""
+        same = call.place is not None and bool(self.calls) and self.calls[-1].place == call.place
+        self._current = len(self.calls_at) - same
         self._call = call
 
     def end(self, call: Call, finished: bool) -> None:
-        if finished:
-            self.calls.append(call.kept())
-        else:  # a forward that failed is no step
+        if not finished:  # a forward that failed is no step
             for record in self.records.values():
-                record.pop(self._current, None)
+                record.pop(len(self.calls), None)
+            return
+        if self._current == len(self.calls_at):
+            self.calls_at.append([])
+        self.calls_at[-1].append(len(self.calls))
+        self.calls.append(call.kept(self._copied))
 
     def _record(self, value: Tensor, point: HookPoint) -> None:
         if self.wanted_steps(self._current):
-            self.records[point.name][self._current] = self._keep(value)
+            self.records[point.name][len(self.calls)] = self._keep(value)
 
     def _keep(self, value: Tensor) -> Tensor:
         value = value.detach()
@@ -138,10 +145,7 @@ class Trace:
 
     def site(self, name: str) -> Site:
         """Where the call under way is, for a probe."""
-        p = self.model.cfg.patch_size
-        x = self._call.x
-        grid = (x.shape[-2] // p, x.shape[-1] // p) if x.ndim == 4 else self.model.cfg.grid
-        return Site(name, self._current, grid, self._call, self.model.cfg.null_class)
+        return Site(name, self._current, self._call.grid, self._call, self.model.cfg.null_class)
 
     # Interventions.
 
@@ -200,9 +204,13 @@ class Trace:
         name = resolve(key, self.names)
         return _stacked(name, self.read([name])[name])
 
-    def get(self, names: NamesFilter, steps: Steps = None) -> dict[str, Tensor]:
-        """Several names at once, [step, batch, ...] each; what was not recorded shares one pass for each step."""
-        return {name: _stacked(name, at) for name, at in self.read(select(names, self.names), steps).items()}
+    def get(self, names: NamesFilter, steps: Steps = None, branch: str | None = None) -> dict[str, Tensor]:
+        """Several names at once, [step, batch, ...] each; what was not recorded shares one pass for each step.
+
+        `branch`: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the extra pass of skip-layer guidance.
+        """
+        read = self.read(select(names, self.names), steps, branch)
+        return {name: _stacked(name, at) for name, at in read.items()}
 
     def stack(self, site: str, steps: Steps = None) -> Tensor:
         """One site of every layer, [layer, step, batch, ...]."""
@@ -210,25 +218,57 @@ class Trace:
         read = self.read(chosen, steps)
         return torch.stack([_stacked(name, read[name]) for name in chosen])
 
-    def read(self, names: Sequence[str], steps: Steps = None) -> dict[str, dict[int, Tensor]]:
+    def read(
+        self, names: Sequence[str], steps: Steps = None, branch: str | None = None
+    ) -> dict[str, dict[int, Tensor]]:
         """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed otherwise."""
         if not self.calls:
             raise RuntimeError("Nothing was traced: no forward of the model finished inside the `with` block.")
         test = step_test(steps)
         default = self.wanted_steps if steps is None else test
-        wanted = [s for s in range(len(self.calls)) if default(s)]
+        wanted = [s for s in range(len(self.calls_at)) if default(s)]
         if not wanted:
             asked = self.recorded_steps if steps is None else steps
             raise ValueError(
-                f"No step matches {asked!r}; the trace has {len(self.calls)} steps, 0 to {len(self.calls) - 1}."
+                f"No step matches {asked!r}; the trace has {len(self.calls_at)} steps, 0 to {len(self.calls_at) - 1}."
             )
-        missing = [n for n in names if not all(s in self.records.get(n, {}) for s in wanted)]
-        result = {n: {s: self.records[n][s] for s in wanted} for n in names if n not in missing}
+        rows = {s: self._rows(s, branch) for s in wanted}
+        calls = [c for s in wanted for c in rows[s]]
+        missing = [n for n in names if not all(c in self.records.get(n, {}) for c in calls)]
+        found = {n: self.records[n] for n in names if n not in missing}
         if missing:
-            result |= self._recompute(missing, wanted)
-        return {n: result[n] for n in names}
+            found |= self._recompute(missing, calls)
+        return {n: {s: self._joined(n, found[n], rows[s]) for s in wanted} for n in names}
 
-    def _recompute(self, names: list[str], steps: Sequence[int]) -> dict[str, dict[int, Tensor]]:
+    def _rows(self, step: int, branch: str | None) -> dict[int, list[int] | None]:
+        """Which items of which calls make up a step: all of them but skip-layer guidance's, or those of one branch."""
+        chosen: dict[int, list[int] | None] = {}
+        for c in self.calls_at[step]:
+            words = Site("", step, (), self.calls[c], self.model.cfg.null_class).branch
+            items = [i for i, word in enumerate(words) if (word == branch if branch else word != "skip")]
+            if items:
+                chosen[c] = None if len(items) == len(words) else items
+        if not chosen:
+            raise ValueError(
+                f"Step {step} has no items of the branch {branch!r}; expected 'cond' or 'uncond', where guidance ran."
+            )
+        return chosen
+
+    def _joined(self, name: str, found: dict[int, Tensor], rows: dict[int, list[int] | None]) -> Tensor:
+        absent = [c for c in rows if c not in found]
+        if absent:
+            raise RuntimeError(
+                f"{name!r} did not run in call {absent[0]} of the transformer: its block was skipped there."
+            )
+        parts = [found[c] if items is None else found[c][items] for c, items in rows.items()]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ValueError(
+                f"{name!r} has different shapes in the branches of guidance ({', '.join(str(list(p.shape)) for p in parts)}); "
+                "read one: t.get(name, branch='cond')."
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _recompute(self, names: list[str], calls: Sequence[int]) -> dict[str, dict[int, Tensor]]:
         if self.lost_edits:
             raise RuntimeError(
                 f"{names[0]!r} was not recorded, and this trace was edited at {self.lost_edits[0]!r} by a function that the "
@@ -247,20 +287,21 @@ class Trace:
             model.wiring = wiring
         last = max(names, key=self.names.index)
         try:
-            for step in steps:
-                call = self.calls[step]
+            for c in calls:
+                call = self.calls[c]
 
-                def keep(value: Tensor, point: HookPoint, step: int = step) -> None:
-                    found[point.name][step] = self._keep(value)
+                def keep(value: Tensor, point: HookPoint, c: int = c) -> None:
+                    found[point.name][c] = self._keep(value)
 
                 listeners: list[tuple[str, Any]] = [
                     *call.edits,
                     *((n, Observer(keep)) for n in names),
                     (last, Observer(stop)),
                 ]
-                with model.wiring.alone(listeners), model.wiring.part(call.span), _conditions(call):
+                with model.wiring.alone(listeners), model.wiring.part(call.span, call.stream), _conditions(call):
+                    model.wiring.gates = call.gates
                     try:
-                        model.transformer(call.x, timestep=call.t, class_labels=call.y, return_dict=False)
+                        model.transformer(**call.inputs, return_dict=False)
                     except StopForward:
                         pass
         finally:
@@ -278,17 +319,17 @@ class Trace:
 
     @property
     def steps(self) -> range:
-        return range(len(self.calls))
+        return range(len(self.calls_at))
 
     @property
     def timesteps(self) -> Tensor:
         """The diffusion timestep of each step, [step]."""
-        return torch.stack([call.t[0] for call in self.calls]) if self.calls else torch.zeros(0)
+        return torch.stack([self.calls[c[0]].t[0] for c in self.calls_at]) if self.calls else torch.zeros(0)
 
     @property
     def latents(self) -> Tensor:
-        """What went into the model, x_t, [step, batch, channel, height, width]."""
-        return torch.stack([call.x for call in self.calls])
+        """What went into the model, x_t, [step, batch, *latent_shape]."""
+        return torch.stack([self.calls[c[0]].x for c in self.calls_at])
 
     # Elsewhere.
 
@@ -308,7 +349,7 @@ class Trace:
         kept = sum(v.numel() * v.element_size() for r in self.records.values() for v in r.values())
         kept += sum(c.x.numel() * c.x.element_size() for c in self.calls)
         state = "open" if self._open else "closed"
-        return f"Trace({len(self.calls)} steps, {len(self.recorded_names)} names recorded, {kept / 1e6:.1f} MB kept, {state})"
+        return f"Trace({len(self.calls_at)} steps, {len(self.recorded_names)} names recorded, {kept / 1e6:.1f} MB kept, {state})"
 
 
 def trace(

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .conditions import Labels
 from .coupling import Gate, check_gate, coupled
 from .fingerprint import fingerprint
 from .model import HookedDiT
 from .noise import START, noise
 from .probe import Probe
-from .sampling import Change, Run, Settings, check_settings, denoise, is_stochastic, item_labels, prepared
+from .sampling import Change, Run, Settings, branches, check_settings, denoise, is_stochastic, prepared
+from .schedules import ETA, default_name
 from .tracing import trace
 
 
@@ -57,7 +59,7 @@ class Twins:
 def twins(
     model: Any,
     pairs: int = 64,
-    labels: Sequence[int] | Tensor | None = None,
+    labels: Labels | None = None,
     *,
     tie: Literal["noise", "attention"] = "noise",
     g: float = 0.0,
@@ -67,7 +69,7 @@ def twins(
     release: int = 0,
     steps: int = 50,
     guidance: float = 1.0,
-    scheduler: Any = "ddim",
+    scheduler: Any = None,
     eta: float | None = None,
     seed: int = 0,
     probes: Sequence[Probe] = (),
@@ -79,29 +81,33 @@ def twins(
         result.a.images, result.b.images
 
     Args:
-        pairs: number of pairs, run as one batch. labels: one a pair; by default the classes in turn.
+        pairs: number of pairs, run as one batch. labels: one a pair; by default the classes, or prompts, in turn.
         tie: "noise" or "attention"; see the module. g, gate, layers: the coupling, of the attention tie only.
         eps: how far apart the attention tie starts its twins, 0 to 1.
         release: the first step without the tie, 0 to steps; `steps` never releases.
-        eta: stochasticity of DDIM; by default 1 with the noise tie, 0 with the attention tie.
+        eta: stochasticity of DDIM, or of Euler on a flow; by default 1 with the noise tie, 0 with the attention tie.
         seed: decides all noise. Raises ValueError, one sentence, for what is out of range and for twins that can't part.
     """
     model = model if isinstance(model, HookedDiT) else HookedDiT(model)
     model._require_eval()
     if tie not in ("noise", "attention"):
         raise ValueError(f"tie={tie!r} is unknown; expected 'noise' or 'attention'.")
-    if eta is None:  # DDIM is the one sampler that has to be told to draw noise
-        eta = 1.0 if tie == "noise" and (scheduler == "ddim" or type(scheduler).__name__ == "DDIMScheduler") else 0.0
+    scheduler = scheduler or default_name(model.scheduler)
+    if eta is None:  # DDIM and Euler on a flow are the samplers that have to be told to draw noise
+        asked = scheduler in ("ddim", "euler-flow") or type(scheduler).__name__ in ETA
+        eta = 1.0 if tie == "noise" and asked else 0.0
     settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
     check_settings(settings)
     check_gate(g, gate)
     _check(model, settings, pairs, tie, g, eps, release)
-    y = item_labels(model, [i % model.cfg.n_classes for i in range(pairs)] if labels is None else labels)
+    y = model.conditions.numbers(
+        [i % model.conditions.n for i in range(pairs)] if labels is None else labels, model.device
+    )
     if len(y) != pairs:
         raise ValueError(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
     own, other = twin_seeds(seed, pairs)
     plan = prepared(model, settings)
-    shape = (model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
+    shape = model.cfg.latent_shape
     z = noise(own, START, shape, model.device)
     x, both = torch.cat([z, z]), torch.cat([y, y])
     if tie == "attention":
@@ -109,7 +115,7 @@ def twins(
         x = torch.cat([(1 - eps**2) ** 0.5 * z + sign * eps * xi for sign in (1, -1)])
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     weights = fingerprint(model.transformer)
-    branches = 1 if settings.guidance == 1 else 2
+    halves = branches(model, settings.guidance)
 
     history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
 
@@ -121,8 +127,8 @@ def twins(
                 progress(len(seen) - 1)
 
     watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
-    with watch, _named(model, (("A",) * pairs + ("B",) * pairs) * branches):
-        with coupled(model, g if tie == "attention" else 0.0, gate, layers, branches):
+    with watch, _named(model, (("A",) * pairs + ("B",) * pairs) * halves):
+        with coupled(model, g if tie == "attention" else 0.0, gate, layers, halves):
             go(0, release)
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
@@ -132,8 +138,8 @@ def twins(
 
 
 def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
-    """The classes in turn, as many as leave two pairs or more to each, so that a class's mean image can be taken off."""
-    return [i % max(1, min(model.cfg.n_classes, pairs // 2)) for i in range(pairs)]
+    """The classes (or prompts) in turn, as many as leave two pairs or more to each, so that a class's mean image can be taken off."""
+    return [i % max(1, min(model.conditions.n, pairs // 2)) for i in range(pairs)]
 
 
 def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:

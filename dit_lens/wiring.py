@@ -8,9 +8,9 @@ hook that calls its own model, compiled or checkpointed forwards that skip or re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any, Protocol
 
@@ -18,32 +18,87 @@ import torch
 from torch import Tensor, nn
 
 from .families import family_of
-from .families.base import Forward
-from .hook_points import Editor, HookPoint, Listener
+from .families.base import Condition, Forward
+from .families.sources import check_sources
+from .guidance import branch_now
+from .hook_points import Editor, HookPoint, Listener, StopForward
+from .refusals import refuse_unfit
 
 Span = tuple[int | None, int | None]
+Gate = Callable[..., Tensor]
 
 
 @dataclass
 class Call:
-    """One call of the transformer: all that its forward depends on, and the edits in force."""
+    """One call of the transformer: all that its forward depends on, and the edits in force.
 
-    x: Tensor
+    Attributes:
+        inputs: the transformer's arguments by name. x, t: the latents among them, and the time in the scheduler's units.
+        labels: [batch], classes or prompts by number, where they are known; see `dit_lens.conditions`.
+        span, stream: the part of the blocks that was run, and the stream that was put in.
+        gates: attention couplings in force, by layer. twin, branch: which item is which, where known.
+        place: the loop's step, where the pipeline tells; calls with one place are branches of one step.
+    """
+
+    inputs: dict[str, Any] = field(repr=False)
+    x: Tensor = field(repr=False)
     t: Tensor
-    y: Tensor
+    labels: Tensor | None = None
     span: Span = (None, None)
+    stream: Tensor | None = field(default=None, repr=False)
     grad: bool = False
     autocast: torch.dtype | None = None
     edits: list[tuple[str, Editor]] = field(default_factory=list)
+    gates: dict[int, Gate] = field(default_factory=dict)
     twin: tuple[str, ...] | None = None
+    branch: tuple[str, ...] | None = None
+    place: Hashable = None
+    grid: tuple[int, ...] = ()
+    condition: Condition = field(default_factory=Condition, repr=False)
     memo: dict[Any, Any] = field(
         default_factory=dict, repr=False
     )  # what sites look up, once a call: each costs a GPU a wait
 
-    def kept(self) -> Call:
-        """A copy that outlives the call, whatever the caller does to its tensors."""
-        x, t, y = (v.detach().clone() for v in (self.x, self.t, self.y))
-        return Call(x, t, y, self.span, self.grad, self.autocast, self.edits, self.twin)
+    @property
+    def y(self) -> Tensor | Condition:
+        """The condition, as `HookedDiT` takes it: class labels [batch], or the transformer's further arguments."""
+        classes = self.inputs.get("class_labels")
+        return classes if isinstance(classes, Tensor) else self.condition
+
+    def kept(self, seen: dict[int, tuple[Tensor, int, Tensor]]) -> Call:
+        """A copy that outlives the call, whatever the caller does to its tensors.
+
+        `seen` remembers, for as long as the trace, what was copied: a prompt's embedding is one tensor in all steps, and is kept once.
+        """
+
+        def copy(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                found = seen.get(id(value))
+                if found is None or found[0] is not value or found[1] != _version(value):
+                    found = seen[id(value)] = value, _version(value), value.detach().clone()
+                return found[2]
+            if isinstance(value, Condition):
+                condition = Condition({k: copy(v) for k, v in value.items()})
+                condition.labels = copy(value.labels)
+                return condition
+            if isinstance(value, dict):
+                return {k: copy(v) for k, v in value.items()}
+            return type(value)(map(copy, value)) if type(value) in (list, tuple) else value
+
+        tensors = ("inputs", "x", "t", "labels", "stream", "condition")
+        return replace(self, memo={}, **{name: copy(getattr(self, name)) for name in tensors})
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class Halted(StopForward):
+    """Ends a pass on purpose before a layer; `stream` is what would have entered it."""
+
+    def __init__(self, stream: Tensor) -> None:
+        super().__init__("stop_at_layer")
+        self.stream = stream
 
 
 class Watcher(Protocol):
@@ -67,7 +122,7 @@ class Wiring:
     """The hook points of one transformer; `Wiring.of(transformer)` finds or makes them."""
 
     def __init__(self, transformer: nn.Module) -> None:
-        _refuse_compiled(transformer)
+        refuse_unfit(transformer)
         self.family = family_of(transformer)
         self.family.check_model(transformer)
         self.transformer = transformer
@@ -76,18 +131,23 @@ class Wiring:
         self.watchers: list[Watcher] = []
         self.listening = 0
         self.span: Span = (None, None)
+        self.stream: Tensor | None = None
+        self.now: dict[str, Any] | None = None  # the arguments of the call under way
+        self.labels: Tensor | None = None
+        self.gates: dict[int, Gate] = {}
         self.twin: tuple[str, ...] | None = None
         self.owner: int | None = None
         self.running: list[int] = []
         self.temporary = False  # put in by a trace, to leave with the last of them
-        self.replaced: list[tuple[Forward, str, Any]] = []
+        self.replaced: list[tuple[Forward, Any]] = []
         forwards = self.family.forwards(transformer, self.points, self)
+        check_sources(self.family, forwards)
         for forward in forwards:
             _refuse_replaced(forward.module)
         for forward in forwards:
-            slot = _slot(forward.module)
-            self.replaced.append((forward, slot, forward.module.__dict__.get(slot)))
-            forward.module.__dict__[slot] = forward
+            holder, slot = _slot(forward.module)
+            self.replaced.append((forward, holder.get(slot)))
+            holder[slot] = forward
 
     @classmethod
     def of(cls, transformer: nn.Module) -> tuple[Wiring, bool]:
@@ -105,22 +165,20 @@ class Wiring:
     def remove(self) -> None:
         """Give every module its own forward back. Raises RuntimeError, and removes nothing, if somebody has replaced ours."""
         places = []
-        for forward, _, original in self.replaced:
-            here = [s for s in ("forward", "_old_forward") if forward.module.__dict__.get(s) is forward]
+        for forward, original in self.replaced:
+            here = [(holder, slot) for holder, slot in _slots(forward.module) if holder.get(slot) is forward]
             if not here:
                 theirs = forward.module.__dict__.get("forward")
                 raise RuntimeError(
                     f"The forward of {type(forward.module).__name__} was replaced by {theirs!r} after dit_lens; "
                     "undo that first, then call remove() again."
                 )
-            places.append((forward.module, here[0], original))
-        for module, slot, original in places:
-            if original is not None:
-                module.__dict__[slot] = original
-            elif slot == "_old_forward":  # accelerate came after us and kept our forward there
-                module.__dict__[slot] = type(module).forward.__get__(module)
-            else:
-                del module.__dict__[slot]
+            places.append((forward.module, *here[0], original))
+        for module, holder, slot, original in places:
+            if holder is module.__dict__ and slot == "forward":
+                del holder[slot]
+            else:  # accelerate or a diffusers hook sits on the module's forward and calls what is here
+                holder[slot] = original or type(module).forward.__get__(module)
         self.replaced = []
         for point in self.points.values():
             point.listeners.clear()
@@ -169,10 +227,9 @@ class Wiring:
     # What a forward goes through.
 
     @contextmanager
-    def forward(self, x: Tensor, t: Tensor | None, y: Tensor | None) -> Iterator[None]:
+    def forward(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Surrounds each forward of the transformer: checks the inputs, tells the watchers."""
-        if self.span[0] is None:
-            self.family.check_input(self.transformer, x, t, y)
+        self.family.check_input(self.transformer, inputs)
         me, active = get_ident(), self.listening or self.watchers
         if active:
             if self.owner != me:
@@ -189,25 +246,43 @@ class Wiring:
                     "call transformer.disable_gradient_checkpointing(), or use torch.no_grad()."
                 )
         self.running.append(me)
-        call, finished = self.describe(x, t, y), False
+        before, self.now = self.now, inputs
+        finished = False
         told: list[Watcher] = []
+        call = self.describe(inputs) if self.watchers else None
         try:
-            if self.watchers:
+            if call is not None:
                 for watcher in tuple(self.watchers):
                     watcher.begin(call)
                     told.append(watcher)
                 call.edits = [(n, e) for n, e in self.edits_now()]
             yield
             finished = True
+        except Halted:
+            finished = True
+            raise
         finally:
             self.running.remove(me)
+            self.now = before
             for watcher in told:
+                assert call is not None
                 watcher.end(call, finished)
 
-    def describe(self, x: Tensor, t: Any, y: Any) -> Call:
+    def describe(self, inputs: dict[str, Any]) -> Call:
+        x, t = self.family.latents(self.transformer, inputs), self.family.timesteps(self.transformer, inputs)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Call(x, t, y, self.span, torch.is_grad_enabled(), autocast, twin=self.twin)
+        classes = inputs.get("class_labels")
+        labels = classes if isinstance(classes, Tensor) else self.labels
+        branch, place = branch_now(self.transformer, self.family.branches, inputs, len(x))
+        own = (self.family.x_name, self.family.t_name)
+        condition = Condition({k: v for k, v in inputs.items() if k not in own})
+        condition.labels = labels
+        return Call(
+            inputs, x if self.stream is None else self.stream, t, labels, self.span, self.stream, torch.is_grad_enabled(), autocast,
+            gates=dict(self.gates), twin=self.twin, branch=branch, place=place,
+            grid=tuple(self.family.grid(self.transformer, inputs)), condition=condition,
+        )  # fmt: skip
 
     def edits_now(self) -> Iterator[tuple[str, Editor]]:
         for name, point in self.points.items():
@@ -216,13 +291,44 @@ class Wiring:
                     yield name, frozen
 
     @contextmanager
-    def part(self, span: Span) -> Iterator[None]:
-        """Run only the blocks start..end-1: from a given stream, or up to a stream."""
-        before, self.span = self.span, span
+    def part(self, span: Span, stream: Tensor | None = None) -> Iterator[None]:
+        """Run only the blocks start..end-1, from a given stream [batch, token, d_model] and up to `Halted`.
+
+        Blocks before the start are not run: for the time being they hand on what they are given, the last of them `stream`.
+        """
+        start, end = span
+        before = self.span, self.stream
+        blocks = self.family.blocks(self.transformer)
+        kept = [(block, block.__dict__.get("forward")) for block in blocks]
+        put = Put(stream) if stream is not None and start == 0 else None
+        try:
+            self.span, self.stream = span, stream
+            for i, block in enumerate(blocks):
+                if start is not None and i < start:
+                    block.__dict__["forward"] = _Passed(self, stream if i == start - 1 else None)
+                elif i == end or end == len(blocks) and i == end - 1:
+                    block.__dict__["forward"] = _Halt(self, block.forward if i != end else None)
+            if put is not None:
+                self.points["hook_embed"].add(put)
+            yield
+        finally:
+            self.span, self.stream = before
+            for block, forward in kept:
+                if forward is not None:
+                    block.__dict__["forward"] = forward
+                else:
+                    block.__dict__.pop("forward", None)
+            if put is not None:
+                self.points["hook_embed"].listeners.remove(put)
+
+    @contextmanager
+    def known(self, labels: Tensor | None) -> Iterator[None]:
+        """The numbers of the conditions that the model is called with inside the `with` block."""
+        before, self.labels = self.labels, labels
         try:
             yield
         finally:
-            self.span = before
+            self.labels = before
 
     @contextmanager
     def alone(self, listeners: Iterable[tuple[str, Listener]]) -> Iterator[None]:
@@ -233,11 +339,11 @@ class Wiring:
             )
         self.claim()
         kept = {name: point.listeners for name, point in self.points.items()}
-        state = self.watchers, self.listening, self.span
+        state = self.watchers, self.listening, self.span, self.gates
         steps = {name: point.step for name, point in self.points.items()}
         for point in self.points.values():
             point.listeners = []
-        self.watchers, self.listening, self.span = [], 0, (None, None)
+        self.watchers, self.listening, self.span, self.gates = [], 0, (None, None), {}
         try:
             for name, listener in listeners:
                 self.points[name].add(listener)
@@ -246,18 +352,22 @@ class Wiring:
         finally:
             for name, point in self.points.items():
                 point.listeners, point.step = kept[name], steps[name]
-            self.watchers, self.listening, self.span = state
+            self.watchers, self.listening, self.span, self.gates = state
             self.release()
 
-    def unembed(self, stream: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The family's last layer alone, with its hook points silent."""
+    def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """What follows the last block, alone, with the conditioning of these arguments and all hook points silent."""
         kept = [(point, point.listeners) for point in self.points.values() if point.layer() is None]
         for point, _ in kept:
             point.listeners = []
+        before, self.now = self.now, inputs
         try:
-            output: Tensor = self.replaced[0][0].last_layer(stream, t, y)
-            return output
+            with self.part((len(self.family.blocks(self.transformer)), None), stream):
+                own = self.replaced[0][0]
+                answer = own.answer(own.own(**inputs, return_dict=False)[0])  # type: ignore[attr-defined]
+            return self.family.output(self.transformer, answer, inputs)
         finally:
+            self.now = before
             for point, listeners in kept:
                 point.listeners = listeners
 
@@ -270,25 +380,75 @@ class Wiring:
             "running": [],
             "twin": None,
             "span": (None, None),
+            "stream": None,
+            "now": None,
+            "labels": None,
+            "gates": {},
         }
 
 
-def _slot(module: nn.Module) -> str:
-    return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__ else "forward"
+class Put(Listener):
+    """Replaces the activation before anybody else sees it."""
+
+    def __init__(self, stream: Tensor) -> None:
+        super().__init__()
+        self.order, self.stream = (False, -1), stream
+
+    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
+        return self.stream
+
+
+class _Passed:
+    """In place of a block's forward: hands on what it is given, or the given stream."""
+
+    def __init__(self, wiring: Wiring, stream: Tensor | None) -> None:
+        self.wiring, self.stream = wiring, stream
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x, returned = self.wiring.family.passed(self.wiring.now or {}, args, kwargs)
+        return returned(x if self.stream is None else self.stream)
+
+
+class _Halt:
+    """In place of a block's forward: ends the pass with the stream that enters it, or that leaves `after` it."""
+
+    def __init__(self, wiring: Wiring, after: Any) -> None:
+        self.wiring, self.after = wiring, after
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.wiring.now or {}
+        if self.after is None:
+            raise Halted(self.wiring.family.passed(inputs, args, kwargs)[0])
+        raise Halted(self.wiring.family.leaving(inputs, self.after(*args, **kwargs)))
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a module's own forward may lie: at the bottom of diffusers' hooks, under accelerate's, or on the instance."""
+    registry = module.__dict__.get("_diffusers_hook")
+    for ref in registry._fn_refs if registry is not None else ():
+        for slot in ("original_forward", "forward"):
+            if ref.__dict__[slot] is not None:
+                yield ref.__dict__, slot
+                break
+    if hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__:
+        yield module.__dict__, "_old_forward"
+    yield module.__dict__, "forward"
+
+
+def _slot(module: nn.Module) -> tuple[dict[str, Any], str]:
+    return next(_slots(module))
 
 
 def _refuse_replaced(module: nn.Module) -> None:
-    found = module.__dict__.get("forward")
-    if found is not None and _slot(module) == "forward":
+    holder, slot = _slot(module)
+    found = holder.get(slot)
+    if (
+        found is not None
+        and holder is module.__dict__
+        and slot == "forward"
+        and getattr(found, "__self__", None) is not module
+    ):
         raise RuntimeError(
             f"The forward of {type(module).__name__} was already replaced on the instance by {found!r}; "
             "undo that first (or wrap the model before it)."
-        )
-
-
-def _refuse_compiled(transformer: nn.Module) -> None:
-    if hasattr(transformer, "_orig_mod") or any(m._compiled_call_impl is not None for m in transformer.modules()):
-        raise RuntimeError(
-            "The model is compiled: torch.compile ignores hooks added afterwards. Open the original instead "
-            "(compiled._orig_mod, or load it again), and compile nothing while you look inside."
         )

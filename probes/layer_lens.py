@@ -42,7 +42,7 @@ class LayerLens(Probe):
                 "LayerLens needs the model's scheduler to turn outputs into x0: HookedDiT(transformer, scheduler=...)."
             )
         self.model = model
-        self.bands = self.wanted_bands or Bands.radial((model.cfg.sample_size,) * 2)
+        self.bands = self.wanted_bands or Bands.radial(model.cfg.pixels)
         self.x0: dict[tuple[int, int], Tensor] = {}
         self.labels: Tensor | None = None
         self.timesteps: dict[int, Tensor] = {}

@@ -187,7 +187,7 @@ class OnePass(Probe):
 
     def start(self, model):
         self.scheduler, self.x0, self.t = model.scheduler, [], []
-        self.bands = self.wanted or Bands.radial((model.cfg.sample_size,) * 2, cut=0.1)
+        self.bands = self.wanted or Bands.radial(model.cfg.pixels, cut=0.1)
 
     def observe(self, activation, site):
         self.x0.append(predict_x0(self.scheduler, site.call.x, activation[:, : site.call.x.shape[1]], site.call.t))

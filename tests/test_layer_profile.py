@@ -28,7 +28,7 @@ class Named(NamedTuple):
 def named(model: HookedDiT, seed: int, cut: float, pairs: int, steps: int) -> dict[str, int | None]:
     """The onset by every reading, as `dit-lens gap` finds it, at two thirds of the run."""
     fine, split = Bands.radial(model.cfg.grid, edges=[cut, 0.6]), Bands.radial(model.cfg.grid, cut=cut)
-    divergence, lens = TwinDivergence(fine), LayerLens(Bands.radial((model.cfg.sample_size,) * 2, cut=cut))
+    divergence, lens = TwinDivergence(fine), LayerLens(Bands.radial(model.cfg.pixels, cut=cut))
     labels = [i % min(model.cfg.n_classes, pairs // 2) for i in range(pairs)]
     pair = dit_lens.twins(model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens])
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, 300, seed)])

@@ -108,7 +108,37 @@ def test_flow_matching():
     with pytest.raises(
         ValueError, match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching"
     ):
-        dit_lens.sample(model, [1], steps=5)
+        dit_lens.sample(model, [1], steps=5, scheduler="ddim")
+    assert torch.equal(dit_lens.sample(model, [1, 2], steps=5).latents, run.latents)  # what a flow is sampled with unasked
+    pair = dit_lens.twins(model, pairs=2, steps=6, release=3)
+    assert torch.equal(pair.a.latents[3], pair.b.latents[3]) and not torch.equal(pair.a.latents[-1], pair.b.latents[-1])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_stochastic_flow_sampler_draws_from_the_posterior(shift):
+    """E1 on a flow: with the exact denoiser of Gaussian modes, clones released at sigma correlate by lambda snr / (1 + lambda snr)."""
+    lam, steps, n, release = torch.tensor([4.0, 1.0, 0.25]), 400, 20_000, 0.6
+    scheduler = make_scheduler("euler-flow", FlowMatchEulerDiscreteScheduler(1000, shift=shift))
+    gen = torch.Generator().manual_seed(0)
+    ends = []
+    shared = None
+    for clone in range(2):
+        scheduler.set_timesteps(steps)
+        first = 0 if clone == 0 else int((scheduler.sigmas[:-1] > release).sum())
+        x = torch.randn(n, 3, generator=gen) if clone == 0 else shared
+        if first:
+            scheduler._step_index = first
+        for t in scheduler.timesteps[first:]:
+            sigma = t / 1000
+            if clone == 0 and shared is None and sigma <= release:
+                shared, at = x, sigma
+            x0 = lam * (1 - sigma) * x / ((1 - sigma) ** 2 * lam + sigma**2)
+            x = scheduler.step((x - x0) / sigma, t, x, eta=1.0, generator=gen).prev_sample
+        ends.append(x)
+    snr = ((1 - at) / at) ** 2
+    got = (ends[0] * ends[1]).mean(0) / (ends[0].square().mean(0) * ends[1].square().mean(0)).sqrt()
+    assert torch.allclose(got, lam * snr / (1 + lam * snr), atol=0.02)
+    assert torch.allclose(ends[0].var(0), lam, rtol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -175,7 +205,7 @@ def test_bad_input(model):
         (dict(labels=[1], steps=0), "steps=0 is no number of denoising steps"),
         (dict(labels=[1], steps=2000), "steps=2000 is more than the 1000 timesteps"),
         (dict(labels=[1.7]), "labels are torch.float32, starting with 1.7"),
-        (dict(labels=[1], scheduler="dpm++", eta=1.0), "eta=1.0 is DDIM's; DPMSolverMultistepScheduler has none"),
+        (dict(labels=[1], scheduler="dpm++", eta=1.0), "eta=1.0 is DDIM's and Euler's on a flow; DPMSolverMultistepScheduler has none"),
         (
             dict(labels=[1], scheduler=EulerDiscreteScheduler()),
             "EulerDiscreteScheduler scales its latents by sigma, which is not supported",

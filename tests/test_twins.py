@@ -85,7 +85,7 @@ def test_planted_products_under_the_gate(where, gate):
     truth = planted(layers=where, a=0.3, dtype=torch.float64)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     gen = torch.Generator().manual_seed(0)
-    side, channels = model.cfg.sample_size, model.cfg.in_channels
+    side, channels = model.cfg.pixels[0], model.cfg.in_channels
     x = torch.randn(1, channels, side, side, generator=gen, dtype=torch.float64)
     d = torch.randn(1, channels, 1, 1, generator=gen, dtype=torch.float64).expand_as(x) * 0.01
     t, y = torch.tensor([500] * 2), torch.tensor([0] * 2)

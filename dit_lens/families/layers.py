@@ -1,0 +1,351 @@
+"""Parts that many families share: attention, the halves of an MLP, the last normalisation, and streams that are joined to attend.
+
+Attention runs through the model's own fused kernel whether or not somebody reads the scores and pattern: those are computed beside it,
+and only a hook that changes them switches to the explicit softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..hook_points import BackwardEditor, HookPoint
+from .base import COND, RESID, Axes, Forward, Points
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def qkv_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> dict[str, Axes]:
+    """What enters an attention, and its queries, keys, values. `rotary`: q and k are normalised or rotated before they meet."""
+    heads = (stream[0], stream[1], "head", "d_head")
+    sites: dict[str, Axes] = {f"{prefix}hook_in": stream} | {f"{prefix}hook_{name}": heads for name in "qkv"}
+    return sites | {f"{prefix}hook_rot_{name}": heads for name in "qk" if rotary}
+
+
+def scores_sites(*prefixes: str) -> dict[str, Axes]:
+    """Scores of each stream's queries, then their patterns."""
+    axes = {p: ("batch", "head", "text_query" if p.startswith("text.") else "query", "key") for p in prefixes}
+    return {f"{p}hook_{what}": axes[p] for what in ("attn_scores", "pattern") for p in prefixes}
+
+
+def out_sites(prefix: str = "attn.", stream: Axes = RESID) -> dict[str, Axes]:
+    """What each head reads, what each head puts out, and the attention's output before any gate."""
+    heads = (stream[0], stream[1], "head")
+    return {
+        f"{prefix}hook_z": (*heads, "d_head"),
+        f"{prefix}hook_result": (*heads, "d_model"),
+        f"{prefix}hook_out": stream,
+    }
+
+
+def attention_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> dict[str, Axes]:
+    """The names within one attention, in forward order."""
+    return qkv_sites(prefix, stream, rotary) | scores_sites(prefix) | out_sites(prefix, stream)
+
+
+def adaln_sites(prefix: str = "", parts: tuple[str, ...] = ("shift", "scale", "gate"),
+                branches: tuple[str, ...] = ("attn", "mlp")) -> dict[str, Axes]:  # fmt: skip
+    """The modulations of adaLN: one vector an item each."""
+    return {f"{prefix}adaln.hook_{part}_{branch}": COND for branch in branches for part in parts}
+
+
+def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -> dict[str, Axes]:
+    """The names within one MLP. `gated`: the neurons are a product, `post = act(pre) * pre_linear`, as in TransformerLens."""
+    neurons = (stream[0], stream[1], "d_mlp")
+    sites = {f"{prefix}hook_in": stream, f"{prefix}hook_pre": neurons}
+    sites |= {f"{prefix}hook_pre_linear": neurons} if gated else {}
+    return sites | {f"{prefix}hook_post": neurons, f"{prefix}hook_out": stream}
+
+
+FINAL_SITES: dict[str, Axes] = {
+    "final.hook_shift": COND,
+    "final.hook_scale": COND,
+    "ln_final.hook_normalized": RESID,
+    "final.hook_in": RESID,
+    "final.hook_out": ("batch", "token", "patch"),
+}
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's fused attention; q, k, v [batch, head, token, d_head]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def dispatched(processor: Any) -> Kernel:
+    """The kernel of diffusers' newer processors, which lets a backend be chosen; [batch, head, token, d_head] here as everywhere."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        z = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=processor._attention_backend,
+                                  parallel_config=processor._parallel_config)  # fmt: skip
+        return z.transpose(1, 2)
+
+    return kernel
+
+
+class Attend:
+    """From queries, keys and values to what each head reads, with hook points on the scores and the pattern.
+
+    `parts` are the streams whose tokens lie one after the other along the queries, each with its own two hook points: for plain
+    self-attention one, for joint attention the image's and the text's. Keys are those of all streams, in the same order.
+    Twins coupled through attention act here (see `dit_lens.coupling`).
+    """
+
+    def __init__(self, points: Points, wiring: Any, layer: int | None, prefixes: tuple[str, ...] = ("attn.",)) -> None:
+        self.points = [(points[f"{p}hook_attn_scores"], points[f"{p}hook_pattern"]) for p in prefixes]
+        self.wiring, self.layer = wiring, layer
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, kernel: Kernel = sdpa,
+        lengths: tuple[int, ...] | None = None, joint: Joint | None = None,
+    ) -> Tensor:  # fmt: skip
+        """z [batch, head, query, d_head] of q [batch, head, query, d_head], k and v [batch, head, key, d_head].
+
+        `mask` is boolean (True: attend) or added to the scores, as in PyTorch. `lengths`: the parts' numbers of queries; or
+        `joint`, where they lie among them.
+        """
+        z = (
+            self.explicit(q, k, v, mask, lengths, joint)
+            if any(p.listeners for both in self.points for p in both)
+            else None
+        )
+        z = kernel(q, k, v, mask) if z is None else z
+        gate = self.wiring.gates.get(self.layer)
+        return z if gate is None else gate(z, q, k, v, mask, kernel)
+
+    def explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: tuple[int, ...] | None, joint: Joint | None
+    ) -> Tensor | None:
+        """Scores and pattern for those who listen; and z by the explicit softmax, if one of them changed something."""
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = self.hooked(scores, 0, lengths, joint)
+        pattern = self.hooked(scores.softmax(-1), 1, lengths, joint)
+        points = [p for both in self.points for p in both]
+        if any(p.listeners and p.changed or p.wants(BackwardEditor) for p in points):
+            return pattern @ v
+        return None
+
+    def hooked(self, x: Tensor, which: int, lengths: tuple[int, ...] | None, joint: Joint | None) -> Tensor:
+        points = [both[which] for both in self.points]
+        if joint is not None:
+            return joint.hook(points[0], points[1], x, dim=2)
+        if len(points) == 1 and lengths is None:
+            return points[0](x)
+        if not any(p.listeners for p in points):
+            return x
+        assert lengths is not None
+        parts = list(
+            x.split(lengths, dim=2)
+        )  # queries of a stream without points (whose output is thrown away) come last
+        return torch.cat([*(p(part) for p, part in zip(points, parts, strict=False)), *parts[len(points) :]], dim=2)
+
+
+class HeadsOut:
+    """From what each head reads to the attention's output, with TransformerLens's per-head results for those who listen."""
+
+    def __init__(self, points: Points, prefix: str = "attn.") -> None:
+        self.z, self.result = points[f"{prefix}hook_z"], points[f"{prefix}hook_result"]
+        self.out = points[f"{prefix}hook_out"]
+
+    def __call__(self, z: Tensor, linear: Any, dropout: Any = None) -> Tensor:
+        """z [batch, token, head, d_head] through the output projection, [batch, token, d_model]."""
+        z = self.z(z)
+        out = linear(z.flatten(2))
+        if self.result.listeners:
+            result = self.result(per_head(z, linear))
+            if self.result.changed or self.result.wants(BackwardEditor):
+                out = result.sum(2) + linear.bias if linear.bias is not None else result.sum(2)
+        return self.out(out if dropout is None else dropout(out))
+
+
+def per_head(z: Tensor, linear: Any) -> Tensor:
+    """Each head's own part of the output projection, without the bias: [batch, token, head, d_model]."""
+    heads, d_head = z.shape[2:]
+    if type(linear) is torch.nn.Linear:
+        return torch.einsum("bthe,dhe->bthd", z, linear.weight.view(-1, heads, d_head))
+    alone = torch.einsum(
+        "bthe,hg->bthge", z, torch.eye(heads, dtype=z.dtype, device=z.device)
+    )  # an adapter adds to the weight
+    nothing = linear(torch.zeros_like(z[:1, :1].flatten(2)))
+    return linear(alone.flatten(3)) - nothing[:, :, None]
+
+
+class Joint:
+    """Where image and text tokens lie in a joint sequence [batch, token, ...]: to take them apart for hook points and put them back.
+
+    `image`, `text` are [batch, n] positions, or both slices where all items are alike. Text positions may be padded with
+    a repeat of any position where `text_valid` [batch, n] is False; those read as zeros and are not written back.
+    """
+
+    def __init__(self, image: slice | Tensor, text: slice | Tensor, text_valid: Tensor | None = None) -> None:
+        self.image, self.text, self.text_valid = image, text, text_valid
+
+    def take(self, x: Tensor, at: slice | Tensor, dim: int = 1) -> Tensor:
+        if isinstance(at, slice):
+            return x.movedim(dim, 1)[:, at].movedim(1, dim)
+        moved = x.movedim(dim, 1)
+        return moved[torch.arange(len(x), device=x.device)[:, None], at.to(x.device)].movedim(1, dim)
+
+    def hook(self, image_point: HookPoint, text_point: HookPoint, x: Tensor, dim: int = 1) -> Tensor:
+        """The joint tensor after both hook points; itself where nobody listens or changes anything."""
+        if not (image_point.listeners or text_point.listeners):
+            return x
+        image, text = self.take(x, self.image, dim), self.take(x, self.text, dim)
+        if self.text_valid is not None:
+            keep = self.text_valid.to(x.device).view(*self.text_valid.shape, *[1] * (x.ndim - 2)).movedim(1, dim)
+            text = text * keep
+        new_image, new_text = image_point(image), text_point(text)
+        if new_image is image and new_text is text:
+            return x
+        moved = x.movedim(dim, 1).clone()
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        if new_image is not image:
+            self._put(moved, self.image, new_image.movedim(dim, 1), rows)
+        if new_text is not text:
+            put = new_text.movedim(dim, 1)
+            if self.text_valid is not None and not isinstance(self.text, slice):
+                valid = self.text_valid.to(x.device)
+                moved[rows.expand_as(valid)[valid], self.text.to(x.device)[valid]] = put[valid]
+            else:
+                self._put(moved, self.text, put, rows)
+        return moved.movedim(1, dim)
+
+    def _put(self, x: Tensor, at: slice | Tensor, value: Tensor, rows: Tensor) -> None:
+        if isinstance(at, slice):
+            x[:, at] = value
+        else:
+            x[rows, at.to(x.device)] = value
+
+
+class NeuronsForward(Forward):
+    """The first half of diffusers' FeedForward (`ff.net[0]`): `pre`, the nonlinearity, `post`."""
+
+    def __init__(self, module: Any, points: Points, prefix: str = "mlp.") -> None:
+        super().__init__(module)
+        self.pre, self.post = points[f"{prefix}hook_pre"], points[f"{prefix}hook_post"]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return self.post(self.module.gelu(self.pre(self.module.proj(hidden_states))))
+
+
+class GatedNeuronsForward(Forward):
+    """The same for GEGLU and SwiGLU: `post = pre_linear * act(pre)`."""
+
+    def __init__(self, module: Any, points: Points, prefix: str = "mlp.") -> None:
+        super().__init__(module)
+        self.pre, self.post = points[f"{prefix}hook_pre"], points[f"{prefix}hook_post"]
+        self.linear = points[f"{prefix}hook_pre_linear"]
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        linear, pre = self.module.proj(hidden_states).chunk(2, dim=-1)
+        act = self.module.gelu if isinstance(self.module, GEGLU) else self.module.activation
+        linear, pre = self.linear(linear), self.pre(pre)
+        return self.post(linear * act(pre))
+
+
+class SimpleNeuronsForward(Forward):
+    """The same for diffusers' LinearActivation: `post = act(pre)`."""
+
+    def __init__(self, module: Any, points: Points, prefix: str = "mlp.") -> None:
+        super().__init__(module)
+        self.pre, self.post = points[f"{prefix}hook_pre"], points[f"{prefix}hook_post"]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return self.post(self.module.activation(self.pre(self.module.proj(hidden_states))))
+
+
+def neurons(module: Any, points: Points, prefix: str = "mlp.") -> Forward:
+    """The forward for the first half of a diffusers FeedForward, by its kind. Raises ValueError for one without such halves."""
+    for kinds, forward in (
+        ((GEGLU, SwiGLU), GatedNeuronsForward),
+        ((GELU,), NeuronsForward),
+        ((LinearActivation,), SimpleNeuronsForward),
+    ):
+        if isinstance(module, kinds) and not isinstance(module, ApproximateGELU):
+            return forward(module, points, prefix)
+    raise ValueError(
+        f"The MLP's activation is {type(module).__name__}, which has no neurons before and after it that could be hooked; "
+        "expected GELU, GEGLU, SwiGLU or LinearActivation."
+    )
+
+
+class AdaNormForward(Forward):
+    """diffusers' AdaLayerNormZero: the six modulations that the conditioning vector gives, and the first normalisation.
+
+    Where the norm embeds time and class for itself, as in DiT, it also is where the conditioning vector appears.
+    """
+
+    def __init__(self, module: Any, points: Points, prefix: str = "") -> None:
+        super().__init__(module)
+        self.cond = points["hook_cond"] if module.emb is not None else None
+        self.normalized, self.attn_in = points[f"{prefix}ln1.hook_normalized"], points[f"{prefix}attn.hook_in"]
+        self.modulations = [points[name] for name in adaln_sites(prefix)]
+
+    def __call__(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        norm = self.module
+        if self.cond is not None:
+            emb = self.cond(norm.emb(timestep, class_labels, hidden_dtype=hidden_dtype))
+        chunks = norm.linear(norm.silu(emb)).chunk(6, dim=1)
+        shift, scale, gate, *mlp = [hook(m) for hook, m in zip(self.modulations, chunks, strict=True)]
+        return self.attn_in(self.normalized(norm.norm(x)) * (1 + scale[:, None]) + shift[:, None]), gate, *mlp
+
+
+class FinalNormForward(Forward):
+    """diffusers' AdaLayerNormContinuous before the last projection: shift, scale, and the normalised stream."""
+
+    def __init__(self, module: Any, points: Points) -> None:
+        super().__init__(module)
+        self.shift, self.scale = points["final.hook_shift"], points["final.hook_scale"]
+        self.normalized = points["ln_final.hook_normalized"]
+
+    def __call__(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        norm = self.module
+        scale, shift = norm.linear(norm.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+        shift, scale = self.shift(shift), self.scale(scale)
+        return self.normalized(norm.norm(x)) * (1 + scale)[:, None, :] + shift[:, None, :]
+
+
+def refuse_chunks(blocks: Any) -> None:
+    """Raise ValueError where chunked feed-forward is on, which would run each MLP hook once a chunk."""
+    for i, block in enumerate(blocks):
+        if getattr(block, "_chunk_size", None) is not None:
+            raise ValueError(
+                f"Block {i} has chunked feed-forward switched on (chunk size {block._chunk_size}), which would run each "
+                "MLP hook once a chunk; switch it off with block.set_chunk_feed_forward(None)."
+            )
+
+
+def refuse_processors(blocks: Any, **expected: type) -> None:
+    """Raise ValueError where an attention (`attn=Processor`) has another processor than the one whose arithmetic is repeated here."""
+    for i, block in enumerate(blocks):
+        for name, wanted in expected.items():
+            attn = getattr(block, name, None)
+            if attn is not None and type(attn.processor) is not wanted:
+                raise ValueError(
+                    f"Block {i} has the attention processor {type(attn.processor).__name__}; dit_lens computes attention as "
+                    f"{wanted.__name__} does: block.{name}.set_processor({wanted.__name__}())."
+                )
+
+
+def check_processor(attn: Any, wanted: type) -> None:
+    """Raise RuntimeError if the processor was changed after the model was opened."""
+    if type(attn.processor) is not wanted:
+        raise RuntimeError(
+            f"The attention processor was changed to {type(attn.processor).__name__}; a hooked DiT computes "
+            f"attention itself, as {wanted.__name__} does. Put that back, or call model.remove()."
+        )

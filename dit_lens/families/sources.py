@@ -1,0 +1,108 @@
+"""Whether diffusers' blocks still are what our forwards repeat.
+
+A family's forwards compute what diffusers' own did when they were written. A newer diffusers may compute something else under the same
+name, and hooks would then show numbers of a model that nobody runs. So each family notes a digest of every method it repeats. Where one
+differs, the family is put to the test on its own small models: if every output still is bit for bit that of the unopened model, only the
+wording has changed and nothing is said; if not, the model is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .base import Condition, Family, Forward
+
+_tested: dict[str, str] = {}
+
+
+def digest(function: Any) -> str:
+    """Eight hex digits of a function's source without blank lines, comment lines and indentation."""
+    lines = (line.strip() for line in inspect.getsource(inspect.unwrap(function)).splitlines())
+    text = "\n".join(line for line in lines if line and not line.startswith("#"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def methods(forwards: Sequence[Forward]) -> dict[str, str]:
+    """The digests that a family has to note: of the forward of each class it replaces, and of their attention processors."""
+    found = {}
+    for forward in forwards[1:]:
+        cls = type(forward.module)
+        if cls.__module__.startswith("diffusers") and getattr(forward, "repeats", True):
+            found[f"{cls.__name__}.forward"] = digest(cls.forward)
+            processor = getattr(forward.module, "processor", None)
+            if processor is not None:
+                found[f"{type(processor).__name__}.__call__"] = digest(type(processor).__call__)
+    return dict(sorted(found.items()))
+
+
+def check_sources(family: Family, forwards: Sequence[Forward]) -> None:
+    """Raise RuntimeError if a method that the family's forwards repeat has changed, and with it what the model computes."""
+    now = methods(forwards)
+    changed = [name for name, value in now.items() if family.written_for.get(name) not in (value, None)]
+    if not changed:
+        return
+    key = f"{family.model_class} {now}"
+    if key not in _tested:
+        _tested[key] = _difference(family)
+    if _tested[key]:
+        import diffusers
+
+        raise RuntimeError(
+            f"{changed[0]} of diffusers {diffusers.__version__} is not what dit_lens repeats for {family.model_class}: {_tested[key]}. "
+            "Install the diffusers that this dit_lens was tested with, or a newer dit_lens."
+        )
+
+
+def _difference(family: Family) -> str:
+    """What differs on the family's small models between the opened and the unopened one; empty if nothing."""
+    from .. import wiring
+
+    for variant in range(3):
+        try:
+            plain, condition = family.small(variant)
+            inputs = small_inputs(family, plain, condition)
+            opened = copy.deepcopy(plain)
+            unchecked = dict(family.written_for)
+            family.written_for = {}
+            try:
+                w = wiring.Wiring(opened)
+            finally:
+                family.written_for = unchecked
+            with torch.no_grad():
+                want, got = (flat(m(**inputs, return_dict=False)[0]) for m in (plain, opened))
+                points = [w.attach(n, hook_points_observer()) for n in w.points]
+                seen = flat(opened(**inputs, return_dict=False)[0])
+            del points
+        except Exception as error:  # whatever a changed block may raise
+            return f"its small model {variant} fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        if not (torch.equal(want, got) and torch.equal(want, seen)):
+            return f"on its small model {variant} the opened model's answer is another"
+    return ""
+
+
+def hook_points_observer() -> Any:
+    from ..hook_points import Observer
+
+    return Observer(lambda value, point: None)
+
+
+def flat(answer: Any) -> torch.Tensor:
+    """What a transformer answers as one tensor (some answer with a list)."""
+    return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer
+
+
+def small_inputs(
+    family: Family, transformer: Any, condition: Condition, seed: int = 0, size: Any = None
+) -> dict[str, Any]:
+    """Arguments for two items of a small model: noise, two times, the given condition."""
+    cfg = family.config(transformer, size)
+    gen = torch.Generator().manual_seed(seed)
+    dtype = next(transformer.parameters()).dtype
+    x = torch.randn(2, *cfg.latent_shape, generator=gen).to(dtype)
+    return family.inputs(transformer, x, torch.tensor([700.0, 31.0]), condition)
