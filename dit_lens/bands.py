@@ -1,7 +1,8 @@
-"""Bands: a partition of the modes of an (h, w) grid into orthonormal bands, low to high.
+"""Bands: a partition of the modes of an (h, w) grid, or a video's (frame, h, w), into orthonormal bands, low to high.
 
 Real Fourier (cosines and sines), DCT-II and Haar (the pooling pyramid) bases are all separable, so one formula serves:
-coefficients = Wy X Wxᵀ with orthonormal Wy [h, h], Wx [w, w], and an integer for each mode says which band it is in.
+coefficients = Wy X Wxᵀ with orthonormal Wy [h, h], Wx [w, w], and an integer for each mode says which band it is in. A video has
+one matrix more, for its frames, and is split in space or in time.
 Modes learnt from data are not separable and use one matrix [h w, h w]. Orthonormality is what gives Parseval: the
 energies of the bands sum to the whole, exactly. The transform is two small matmuls, cheap enough for a hook.
 """
@@ -20,14 +21,15 @@ CUT = 0.25
 
 
 class Bands:
-    """A partition of a grid's modes; make one with `radial`, `dct`, `pooling` or `eigen`.
+    """A partition of a grid's modes; make one with `radial`, `dct`, `temporal`, `pooling` or `eigen`.
 
-    Fields are images [..., h, w], or, in the methods that end in `_tokens`, token activations [..., token, d]
-    (token = row * w + column). Energies are sums of squares, without any 1/n. Half precision is computed in float32.
+    Fields are images [..., h, w] (videos [..., frame, h, w]), or, in the methods that end in `_tokens`, token activations
+    [..., token, d] (token = row * w + column, frame by frame). Energies are sums of squares, without any 1/n. Half precision is
+    computed in float32.
 
     Attributes:
-        grid: (h, w). kind: "radial", "dct", "pooling" or "eigen". names: of the bands, low to high.
-        sizes: modes per band; they sum to h * w.
+        grid: (h, w) or (frame, h, w). kind: "radial", "dct", "temporal", "pooling" or "eigen". names: of the bands, low to high.
+        sizes: modes per band; they sum to the grid's places.
         frequency: [mode] in cycles per token; pooling: the level, 0 the mean; eigen: the rank, 0 the largest variance.
         index: [mode], the band of each mode. edges: n + 1 frequencies; band b holds edges[b] <= f < edges[b + 1].
 
@@ -36,14 +38,14 @@ class Bands:
     (('low', 'high'), [64.0, 0.0])
     """
 
-    def __init__(self, grid: tuple[int, int], kind: str, basis: tuple[Tensor, ...], frequency: Tensor,
+    def __init__(self, grid: tuple[int, ...], kind: str, basis: tuple[Tensor, ...], frequency: Tensor,
                  edges: Sequence[float], names: Sequence[str]) -> None:  # fmt: skip
         self.grid, self.kind, self.names, self.frequency = grid, kind, tuple(names), frequency.flatten()
         self.edges = tuple(float(e) for e in edges)
         inner = torch.tensor(self.edges[1:-1], dtype=torch.float64)
         self.index = _which(self.frequency, inner)
         self.sizes = tuple(torch.bincount(self.index, minlength=self.n).tolist())
-        self._basis = basis  # (Wy, Wx) or (W,), rows are modes, float64 on the CPU
+        self._basis = basis  # (Wy, Wx), with frames (Wt, Wy, Wx), or (W,): rows are modes, float64 on the CPU
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     @property
@@ -52,41 +54,56 @@ class Bands:
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True))
-        return f"Bands.{self.kind} on {self.grid[0]}x{self.grid[1]}: {inside} modes"
+        return f"Bands.{self.kind} on {_by(self.grid)}: {inside} modes"
 
     # How to make one
 
     @classmethod
-    def radial(cls, grid: tuple[int, int], n: int | None = None, *, edges: Sequence[float] | None = None,
+    def radial(cls, grid: tuple[int, ...], n: int | None = None, *, edges: Sequence[float] | None = None,
                cut: float | None = None) -> Bands:  # fmt: skip
         """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per token.
 
         `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the corner of the grid's
         spectrum (sqrt(1/2) when h, w are even), the mean in the lowest; or inner `edges`; or a single `cut` into "low"
         and "high" (`CUT` = 0.25 is usual; a frequency equal to the cut is high). Raises ValueError naming an empty
-        band, and what would do.
+        band, and what would do. A video's frames are each split so: bands in space.
 
         >>> Bands.radial((8, 8)).sizes
         (1, 8, 12, 24, 14, 5)
         """
-        h, w = _grid(grid)
+        *frames, h, w = _grid(grid)
         basis, f = zip(_fourier(h), _fourier(w), strict=True)
-        return cls._ringed("radial", (h, w), basis, f, n, edges, cut)
+        return cls._ringed("radial", (*frames, h, w), basis, _radius(frames, *f), n, edges, cut)
 
     @classmethod
-    def dct(cls, grid: tuple[int, int], n: int | None = None, *, edges: Sequence[float] | None = None,
+    def dct(cls, grid: tuple[int, ...], n: int | None = None, *, edges: Sequence[float] | None = None,
             cut: float | None = None) -> Bands:  # fmt: skip
         """The same with the DCT-II, whose mode k has k / (2 n) cycles per token: no wrap-around at the image's borders.
 
         >>> Bands.dct((4, 4), n=2).sizes
         (6, 10)
         """
-        h, w = _grid(grid)
+        *frames, h, w = _grid(grid)
         basis, f = zip(_cosine(h), _cosine(w), strict=True)
-        return cls._ringed("dct", (h, w), basis, f, n, edges, cut)
+        return cls._ringed("dct", (*frames, h, w), basis, _radius(frames, *f), n, edges, cut)
 
     @classmethod
-    def pooling(cls, grid: tuple[int, int]) -> Bands:
+    def temporal(cls, grid: tuple[int, int, int], n: int | None = None, *, edges: Sequence[float] | None = None,
+                 cut: float | None = None) -> Bands:  # fmt: skip
+        """Bands of a video in time: by the frequency, in cycles per frame, with which each place changes; what stays is lowest.
+
+        >>> Bands.temporal((4, 2, 2), cut=0.25).sizes
+        (4, 12)
+        """
+        if len(grid) != 3:
+            raise ValueError(f"grid is {tuple(grid)}; bands in time need a video's: (frames, height, width).")
+        t, h, w = _grid(grid)
+        rows, f = _fourier(t)
+        eyes = tuple(torch.eye(side, dtype=torch.float64) for side in (h, w))
+        return cls._ringed("temporal", (t, h, w), (rows, *eyes), f[:, None, None].expand(t, h, w), n, edges, cut)
+
+    @classmethod
+    def pooling(cls, grid: tuple[int, ...]) -> Bands:
         """The pooling pyramid: the mean, then what each finer grid of cell means adds (Haar, if h, w are powers of 2).
 
         A side is halved while even, then pooled to 1. Bands are named by the grid they add: "mean", "2x2", "4x4", ...
@@ -94,6 +111,8 @@ class Bands:
         >>> Bands.pooling((8, 8)).names, Bands.pooling((8, 8)).sizes
         (('mean', '2x2', '4x4', '8x8'), (1, 3, 12, 48))
         """
+        if len(grid) != 2:
+            raise ValueError(f"grid is {tuple(grid)}; the pooling pyramid is of images, (height, width).")
         h, w = _grid(grid)
         chains = _halvings(h), _halvings(w)
         levels = max(map(len, chains))
@@ -104,7 +123,7 @@ class Bands:
         return cls((h, w), "pooling", (wy, wx), level, range(levels + 1), names)
 
     @classmethod
-    def eigen(cls, x: Tensor, grid: tuple[int, int], n: int = 2, *, sizes: Sequence[int] | None = None) -> Bands:
+    def eigen(cls, x: Tensor, grid: tuple[int, ...], n: int = 2, *, sizes: Sequence[int] | None = None) -> Bands:
         """Eigenmodes of a covariance over the grid, by decreasing variance: a fixed basis learnt from the twins.
 
         `x` is a covariance [token, token], images [sample, ..., h, w] or activations [sample, ..., token, d] (channels
@@ -114,29 +133,29 @@ class Bands:
         >>> Bands.eigen(torch.diag(torch.tensor([1.0, 9.0, 4.0, 0.0])), (2, 2)).sizes
         (2, 2)
         """
-        h, w = _grid(grid)
-        t, x = h * w, x.detach().double().cpu()
+        sides = _grid(grid)
+        t, x = math.prod(sides), x.detach().double().cpu()
         if x.ndim == 2 and x.shape == (t, t):
             covariance = x
-        elif x.ndim >= 3 and x.shape[-2:] == (h, w):
+        elif x.ndim >= 3 and x.shape[-len(sides) :] == sides:
             covariance = x.reshape(-1, t).T @ x.reshape(-1, t)
         elif x.ndim >= 3 and x.shape[-2] == t:
             rows = x.transpose(-1, -2).reshape(-1, t)
             covariance = rows.T @ rows
         else:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images "
-                             f"[sample, ..., {h}, {w}] or activations [sample, ..., {t}, d].")  # fmt: skip
+                             f"[sample, ..., {', '.join(map(str, sides))}] or activations [sample, ..., {t}, d].")  # fmt: skip
         if not covariance.isfinite().all() or not covariance.any():
             raise ValueError(
                 "x gives a covariance that is not finite or is all 0; eigenmodes need finite differences that differ."
             )
         if sizes is None:
             if not 1 <= n <= t:
-                raise ValueError(f"n is {n}; a {h}x{w} grid has {t} modes, so n must be from 1 to {t}.")
+                raise ValueError(f"n is {n}; a {_by(sides)} grid has {t} modes, so n must be from 1 to {t}.")
             sizes = [t // n + (b < t % n) for b in range(n)]
         if sum(sizes) != t or min(sizes) < 1:
             raise ValueError(
-                f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of a {h}x{w} grid."
+                f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of a {_by(sides)} grid."
             )
         modes = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors.flip(1).T.contiguous()
         edges = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
@@ -145,7 +164,7 @@ class Bands:
             if len(sizes) == 2
             else [f"modes {a}-{b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
         )
-        return cls((h, w), "eigen", (modes,), torch.arange(t, dtype=torch.float64), edges, names)
+        return cls(sides, "eigen", (modes,), torch.arange(t, dtype=torch.float64), edges, names)
 
     def split(self, at: int) -> Bands:
         """The same modes in two bands: "low", the first `at` bands, and "high"; for the gap against the cut.
@@ -159,10 +178,11 @@ class Bands:
         return Bands(self.grid, self.kind, self._basis, self.frequency, edges, ("low", "high"))
 
     @classmethod
-    def _ringed(cls, kind: str, grid: tuple[int, int], basis: tuple[Tensor, ...], f: tuple[Tensor, ...], n: int | None,
+    def _ringed(cls, kind: str, grid: tuple[int, ...], basis: tuple[Tensor, ...], frequency: Tensor, n: int | None,
                 edges: Sequence[float] | None, cut: float | None) -> Bands:  # fmt: skip
-        frequency = (f[0][:, None] ** 2 + f[1] ** 2).sqrt()
-        top, size = frequency.max().item(), f"{grid[0]}x{grid[1]}"
+        if len(basis) < len(grid):  # frames are left as they are
+            basis = (torch.eye(grid[0], dtype=torch.float64), *basis)
+        top, size = frequency.max().item(), _by(grid)
         if edges is not None and cut is not None:
             raise ValueError(f"Both edges={list(edges)} and cut={cut} are given; expected one of them.")
         if n is None:
@@ -198,10 +218,11 @@ class Bands:
     def coefficients(self, x: Tensor) -> Tensor:
         """Images [..., h, w] -> [..., mode], in the order of `index` and `frequency`."""
         x = _float(self._image(x))
-        basis = self._on(x)
-        if len(basis) == 2:
-            return x.flatten(-2) @ basis[1].T
-        return (basis[1] @ x @ basis[2].T).flatten(-2)
+        _, *frames, last = self._on(x)
+        if len(self._basis) == 1:
+            return x.flatten(-len(self.grid)) @ last.T
+        x = frames.pop() @ x @ last.T
+        return (torch.einsum("st,...thw->...shw", frames[0], x) if frames else x).flatten(-len(self.grid))
 
     def coefficients_tokens(self, x: Tensor) -> Tensor:
         """Token activations [..., token, d] -> [..., mode, d]."""
@@ -226,7 +247,7 @@ class Bands:
 
     def project(self, x: Tensor, band: int | str) -> Tensor:
         """The part of images [..., h, w] in one band, a number or a name; the parts of all bands sum to x."""
-        return self.project_tokens(self._image(x).flatten(-2)[..., None], band).view(x.shape)
+        return self.project_tokens(self._image(x).flatten(-len(self.grid))[..., None], band).view(x.shape)
 
     def project_tokens(self, x: Tensor, band: int | str) -> Tensor:
         """The part of activations [..., token, d] in one band, in the dtype of x."""
@@ -265,12 +286,16 @@ class Bands:
         basis = [m.T if inverse else m for m in self._on(x)[1:]]
         if len(basis) == 1:
             return basis[0] @ x
-        h, w, d = *self.grid, x.shape[-1]
-        rows = basis[0] @ x.reshape(*x.shape[:-2], h, w * d)
-        return (basis[1] @ rows.view(*x.shape[:-2], h, w, d)).view(*x.shape[:-2], h * w, d)
+        (*frames, h, w), d = self.grid, x.shape[-1]
+        lead = (*x.shape[:-2], *frames)
+        rows = basis[-2] @ x.reshape(*lead, h, w * d)
+        turned = basis[-1] @ rows.view(*lead, h, w, d)
+        if frames:
+            turned = torch.einsum("st,...thwd->...shwd", basis[0], turned)
+        return turned.reshape(x.shape)
 
     def _rings(self, energy: Tensor) -> tuple[Tensor, Tensor]:
-        scale = max(self.grid) if self.kind in ("radial", "dct") else 1
+        scale = {"radial": max(self.grid[-2:]), "dct": max(self.grid[-2:]), "temporal": self.grid[0]}.get(self.kind, 1)
         rings, ring = (self.frequency * scale).round().unique(return_inverse=True)
         onehot = torch.nn.functional.one_hot(ring).to(energy)
         return rings / scale, energy @ onehot
@@ -284,24 +309,33 @@ class Bands:
         return self._cache[key]
 
     def _image(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != self.grid:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected images [..., {self.grid[0]}, {self.grid[1]}] "
+        if x.shape[-len(self.grid) :] != self.grid:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected images [..., {', '.join(map(str, self.grid))}] "
                              "(for token activations use the method that ends in _tokens).")  # fmt: skip
         return x
 
     def _tokens(self, x: Tensor) -> Tensor:
-        h, w = self.grid
-        if x.ndim < 2 or x.shape[-2] != h * w:
+        places = math.prod(self.grid)
+        if x.ndim < 2 or x.shape[-2] != places:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected activations [..., {h * w}, d], tokens of a {h}x{w} grid."
+                f"x has shape {tuple(x.shape)}; expected activations [..., {places}, d], tokens of a {_by(self.grid)} grid."
             )
         return x
 
 
-def _grid(grid: tuple[int, int]) -> tuple[int, int]:
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"grid is {grid!r}; expected (height, width), both 1 or more.")
-    return int(grid[0]), int(grid[1])
+def _grid(grid: Sequence[int]) -> tuple[int, ...]:
+    if len(grid) not in (2, 3) or min(grid) < 1:
+        raise ValueError(f"grid is {grid!r}; expected (height, width) or (frames, height, width), all 1 or more.")
+    return tuple(int(side) for side in grid)
+
+
+def _by(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def _radius(frames: Sequence[int], fy: Tensor, fx: Tensor) -> Tensor:
+    """Radial frequency of every mode, the same in all frames."""
+    return (fy[:, None] ** 2 + fx**2).sqrt().expand(*frames, len(fy), len(fx))
 
 
 def _float(x: Tensor) -> Tensor:

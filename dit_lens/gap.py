@@ -159,7 +159,7 @@ def headline(results: Any) -> str:
 
 
 def partition(
-    kind: Kind, grid: tuple[int, int], cut: float, sample: Tensor | None = None
+    kind: Kind, grid: tuple[int, ...], cut: float, sample: Tensor | None = None
 ) -> tuple[Bands, Bands, Bands]:
     """The modes of a grid as finely as they can be told apart, in a few bands, and in "low" and "high".
 

@@ -69,7 +69,7 @@ class Bench:
             return "its bands are not known; let the constructor take `bands`, a dit_lens.Bands"
         return ""
 
-    def build(self, grid: tuple[int, int], cut: float | None = 0.1) -> Any:
+    def build(self, grid: tuple[int, ...], cut: float | None = 0.1) -> Any:
         """The probe with bands in which low is the mean alone (or, without a cut, the default ones)."""
         return (
             self.probe_class(**{"bands": Bands.radial(grid, cut=cut)})

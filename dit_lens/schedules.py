@@ -139,8 +139,12 @@ def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_snr(scheduler: Any, t: Tensor) -> Tensor:
-    """log(signal² / noise²) at timesteps [...]; for variance-preserving schedules log(abar / (1 - abar))."""
+    """log(signal² / noise²) at timesteps [...]; for variance-preserving schedules log(abar / (1 - abar)).
+
+    Where there is no signal at all, as at a flow's first step, it is given as half a training timestep later: curves need a number.
+    """
     signal, noise = signal_and_noise(scheduler, t)
+    signal = signal.clamp_min(0.5 / scheduler.config.num_train_timesteps)
     return 2 * (signal.log() - noise.log())
 
 

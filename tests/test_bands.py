@@ -120,6 +120,26 @@ def test_tokens_are_images_in_rows_and_half_precision_keeps_its_dtype():
     assert bands.project_tokens(half, 0).dtype == torch.bfloat16 and bands.energy_tokens(half).dtype == torch.float32
 
 
+def test_a_video_is_split_in_space_and_in_time():
+    x = field(2, 5, 4, 6)  # two videos of 5 frames
+    space, time = Bands.radial((5, 4, 6), cut=0.25), Bands.temporal((5, 4, 6), cut=0.25)
+    each_frame = Bands.radial((4, 6), cut=0.25)
+    torch.testing.assert_close(space.energy(x), each_frame.energy(x).sum(1))
+    torch.testing.assert_close(space.project(x, "high"), each_frame.project(x, "high"))
+    spectrum = torch.fft.fft(x, dim=1)
+    low = torch.fft.ifft(spectrum * (torch.fft.fftfreq(5).abs() < 0.25)[None, :, None, None], dim=1).real.to(x.dtype)
+    torch.testing.assert_close(time.project(x, "low"), low)
+    for bands in (space, time):
+        torch.testing.assert_close(bands.energy(x).sum(-1), x.square().sum((1, 2, 3)))
+        tokens = x.flatten(1)[..., None].expand(-1, -1, 3)
+        torch.testing.assert_close(bands.energy_tokens(tokens), 3 * bands.energy(x))
+        torch.testing.assert_close(bands.project_tokens(tokens, 0)[..., 1], bands.project(x, 0).flatten(1))
+        torch.testing.assert_close(sum(bands.project(x, b) for b in range(bands.n)), x)
+    still = x[:, :1].expand(-1, 5, -1, -1)
+    assert time.energy(still)[:, 1].abs().max() < 1e-6 < time.energy(still)[:, 0].min()
+    assert Bands.eigen(x, (5, 4, 6)).sizes == (60, 60)
+
+
 def test_split_merges():
     bands = Bands.radial((8, 8))
     two = bands.split(2)
@@ -136,7 +156,10 @@ def test_split_merges():
     (lambda: Bands.radial((8, 8), edges=[0.3, 0.2]), "The edges are [0.3, 0.2]; expected finite frequencies in incr"),
     (lambda: Bands.radial((8, 8), edges=[0.2], cut=0.2), "Both edges=[0.2] and cut=0.2 are given; expected one"),
     (lambda: Bands.radial((8, 8), n=0), "n is 0; expected a number of bands, 1 or more."),
-    (lambda: Bands.radial((0, 8)), "grid is (0, 8); expected (height, width), both 1 or more."),
+    (lambda: Bands.radial((0, 8)), "grid is (0, 8); expected (height, width) or (frames, height, width), all 1 or more."),
+    (lambda: Bands.pooling((2, 8, 8)), "grid is (2, 8, 8); the pooling pyramid is of images, (height, width)."),
+    (lambda: Bands.temporal((8, 8)), "grid is (8, 8); bands in time need a video's: (frames, height, width)."),
+    (lambda: Bands.radial((2, 4, 4)).energy(torch.ones(3, 4, 4)), "x has shape (3, 4, 4); expected images [..., 2, 4, 4]"),
     (lambda: Bands.pooling((8, 8)).split(4), "at is 4; 4 bands can be split at 1 to 3."),
     (lambda: Bands.pooling((8, 8)).number("4x5"), "There is no band '4x5'; expected 0 to 3 or a name: '4x4'"),
     (lambda: Bands.pooling((8, 8)).energy(torch.ones(3, 64, 8)), "x has shape (3, 64, 8); expected images [..., 8, 8]"),
