@@ -1,4 +1,4 @@
-"""The command line: `dit-lens hooks | gap | patch | probe | check | report`. Each command is a page that reads top down."""
+"""The command line: `dit-lens hooks | gap | patch | probe | check | check-family | report`. Each command is a page that reads top down."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gap.add_argument(
         "--causes", action="store_true", help="also what `dit-lens patch` does: the layers that cause the gap"
     )
+    _size(gap)
     gap.add_argument("--out", type=Path, help="folder for pictures and results (default: gap-MODEL)")
     gap.set_defaults(run=gap_command)
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     patch.add_argument(
         "--cut", type=float, default=0.25, help="between low and high, in cycles per pixel (default: 0.25)"
     )
+    _size(patch)
     patch.add_argument("--out", type=Path, help="folder for the picture and results (default: patch-MODEL)")
     patch.set_defaults(run=patch_command)
 
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     probe.add_argument("--items", type=int, default=8, help="images to sample")
     probe.add_argument("--steps", type=int, default=50)
     probe.add_argument("--seed", type=int, default=0)
+    _size(probe)
     probe.add_argument("--out", type=Path, help="netCDF file (default: NAME.nc)")
     probe.set_defaults(run=probe_command)
 
@@ -80,6 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check.add_argument("probe", help="an installed probe, path/to/file.py:ClassName or package.module:ClassName")
     check.set_defaults(run=check_command)
+
+    family = commands.add_parser(
+        "check-family",
+        help="hold families of models against the contract, on small random models; exit code 1 if one fails",
+    )
+    family.add_argument(
+        "families", nargs="*", help="model classes, such as DiTTransformer2DModel (default: all that are installed)"
+    )
+    family.add_argument(
+        "--table", action="store_true", help="print what works in each as Markdown, as the README has it"
+    )
+    family.set_defaults(run=check_family_command)
 
     report = commands.add_parser("report", help="print the table and draw the pictures of stored results again")
     report.add_argument("results", type=Path, help="the gap.nc that `dit-lens gap` wrote, or its folder")
@@ -96,6 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="height and width of the latents (video: frames first), if not the model's own",
+    )
+
+
 def hooks_command(args: argparse.Namespace) -> None:
     """Names and shapes from the configuration alone: no weights are read, no forward is run."""
     from rich.console import Console
@@ -107,21 +132,23 @@ def hooks_command(args: argparse.Namespace) -> None:
 
     family, skeleton = load_skeleton(args.model)
     cfg, sites = family.config(skeleton), family.sites(skeleton)
-    side = cfg.grid[0] * cfg.grid[1]
     sizes = {
         "batch": "b",
-        "token": side,
-        "query": side,
-        "key": side,
+        "token": cfg.tokens,
+        "query": cfg.tokens,
+        "key": cfg.tokens,
         "d_model": cfg.d_model,
         "head": cfg.n_heads,
         "d_head": cfg.d_head,
         "d_mlp": cfg.d_mlp,
-        "patch": cfg.patch_size**2 * cfg.out_channels,
+        "patch": cfg.out_channels * (cfg.pixels[0] * cfg.pixels[1]) // (cfg.grid[-2] * cfg.grid[-1]),
         "channel": cfg.out_channels,
+        "frame": next((n for n in cfg.latent_shape[:-2] if n != cfg.in_channels), cfg.in_channels),
         "height": cfg.pixels[0],
         "width": cfg.pixels[1],
     }
+    if any("text" in axis for axes in sites.values() for axis in axes):
+        sizes["key"] = "key"  # also the text's tokens, as many as the prompt has
     chosen = select(args.filter, list(sites))
     rows: dict[str, list[str]] = {}  # the same site of every layer is one row
     for name in chosen:
@@ -133,7 +160,7 @@ def hooks_command(args: argparse.Namespace) -> None:
         axes = sites[members[0]]
         count = f"{len(members)} layers" if row.startswith("blocks.{i}") else ""
         shape = Text(
-            "[" + ", ".join(str(sizes[a]) for a in axes) + "]"
+            "[" + ", ".join(str(sizes.get(a, a)) for a in axes) + "]"
         )  # as it stands: rich would take brackets for markup
         table.add_row(Text(row), shape, ", ".join(axes), count)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -144,7 +171,7 @@ def gap_command(args: argparse.Namespace) -> None:
     from . import gap, gap_report, knob, knob_report
     from .loading import load
 
-    model = load(args.model)
+    model = load(args.model, size=args.size and tuple(args.size))
     pairs, steps = args.pairs or (16 if args.quick else 48), args.steps or (25 if args.quick else 50)
     if args.couple:
         knob.checked_strengths(args.couple)  # before minutes are spent
@@ -175,7 +202,7 @@ def patch_command(args: argparse.Namespace) -> None:
     """Knock out every layer, and patch every layer of twin A into twin B; an interrupted sweep of patches goes on where it was."""
     from .loading import load
 
-    model = load(args.model)
+    model = load(args.model, size=args.size and tuple(args.size))
     pairs, steps = args.pairs or (16 if args.quick else 24), args.steps or (12 if args.quick else 25)
     _causes(model, pairs, steps, args, args.out or Path(f"patch-{Path(str(args.model)).name}"))
 
@@ -218,7 +245,7 @@ def probe_command(args: argparse.Namespace) -> None:
     from .probe import load_probe
 
     probe = load_probe(args.name)()
-    model = load(args.model)
+    model = load(args.model, size=args.size and tuple(args.size))
     labels = [i % model.conditions.n for i in range(args.items)]
     with trace(model, probes=[probe]):
         sample(model, labels, seeds=args.seed, steps=args.steps)
@@ -240,6 +267,24 @@ def check_command(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(checking.table(checks, title=f"{args.probe}: {len(checks)} checks, {failed} failed"))
     return 1 if failed else 0
+
+
+def check_family_command(args: argparse.Namespace) -> int:
+    """Whether families keep the contract; see `dit_lens.families.contract`."""
+    from rich.console import Console
+
+    from .families import contract, modules
+
+    names = args.families or sorted(modules())
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    rows = {}
+    for name in names:
+        rows[name] = contract.examine(name)
+        if not args.table:
+            console.print(contract.table(name, rows[name]))
+    if args.table:
+        print(contract.markdown(rows))
+    return 1 if any(not row.ok for some in rows.values() for row in some) else 0
 
 
 def report_command(args: argparse.Namespace) -> None:

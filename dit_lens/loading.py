@@ -11,17 +11,19 @@ from typing import Any
 import torch
 
 from .families import family_of
-from .families.base import Family
+from .families.base import Family, Size
 from .model import HookedDiT
 
 BUNDLED = Path(__file__).parent / "models"
 
 
-def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> HookedDiT:
+def load(
+    model: Any, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", size: Size | None = None
+) -> HookedDiT:
     """Open a model: a bundled one by name, a folder, a hub id, or an object that is a pipeline or transformer already.
 
     A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`), which may have `scheduler/` and
-    `vae/` inside. Weights are safetensors; a pickle is not opened.
+    `vae/` inside. Weights are safetensors; a pickle is not opened. `size` is (height, width) of the latents, if not the model's own.
 
     >>> import dit_lens
     >>> dit_lens.load("digits").cfg.n_layers
@@ -32,16 +34,16 @@ def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.dev
         TypeError: the model is no DiT that dit_lens knows.
     """
     if not isinstance(model, (str, Path)):
-        return HookedDiT(model)
+        return HookedDiT(model, size=size)
     bundled = sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()) if BUNDLED.exists() else []
     folder = BUNDLED / model if model in bundled else Path(model)
     if folder.is_dir():
-        return _load_folder(folder, dtype, device)
+        return _load_folder(folder, dtype, device, size)
     if _is_hub_id(model):
         from diffusers import DiffusionPipeline
 
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
-        return HookedDiT(pipe.to(device))
+        return HookedDiT(pipe.to(device), size=size)
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
     raise FileNotFoundError(
@@ -49,14 +51,14 @@ def load(model: Any, dtype: torch.dtype = torch.float32, device: str | torch.dev
     )
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> HookedDiT:
+def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device, size: Size | None) -> HookedDiT:
     import diffusers
 
     if (folder / "model_index.json").exists():
         pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
-        return HookedDiT(pipe.to(device))
+        return HookedDiT(pipe.to(device), size=size)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a transformer)."
@@ -65,7 +67,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -
     scheduler = _part(folder / "scheduler", "scheduler_config.json")
     vae = _part(folder / "vae", "config.json", dtype)
     return HookedDiT(
-        transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None
+        transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None, size=size
     )
 
 
@@ -126,7 +128,7 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
             f"There is no model at {str(model)!r}; expected a bundled name, a folder with config.json, or a hub id."
         )
     else:
-        config = diffusers.DiTTransformer2DModel.load_config(str(model), subfolder="transformer")
+        config = diffusers.ConfigMixin.load_config(str(model), subfolder="transformer")
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         raise ValueError(

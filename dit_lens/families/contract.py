@@ -7,6 +7,7 @@ what users use, so a family from elsewhere is held to exactly what ours are.
 from __future__ import annotations
 
 import copy
+import difflib
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
@@ -357,9 +358,7 @@ class Row:
 
 def examine(family: str | Family, checks: tuple[Callable[[Case], None], ...] = CHECKS) -> list[Row]:
     """Run every check on each of the family's small models. Raises ValueError for a class without a family."""
-    found = family_named(family) if isinstance(family, str) else family
-    if found is None:
-        raise ValueError(f"There is no family for {family!r}; registered are those that `dit-lens check-family` lists.")
+    found = _family(family) if isinstance(family, str) else family
     rows = []
     for variant in VARIANTS:
         for check in checks:
@@ -382,3 +381,72 @@ def check(family: str | Family) -> None:
     """
     failed = [f"small({row.variant}): {row.check}: {row.message}" for row in examine(family) if not row.ok]
     assert not failed, "\n".join(failed)
+
+
+def table(name: str, rows: list[Row]) -> Any:
+    """A family's outcome as a rich table: one line a check, with what the first failing model says."""
+    from rich.table import Table
+
+    failed = sum(not row.ok for row in rows)
+    shown = Table("check", "models", "", title=f"{name}: {len(rows)} checks, {failed} failed")
+    for check in dict.fromkeys(row.check for row in rows):
+        mine = [row for row in rows if row.check == check]
+        wrong = next((row for row in mine if not row.ok), None)
+        words = (
+            (BY_NAME[check].__doc__ or "").strip()
+            if wrong is None
+            else f"[red]small({wrong.variant}): {wrong.message}[/red]"
+        )
+        shown.add_row(check.replace("_", " "), f"{sum(row.ok for row in mine)} of {len(mine)}", words)
+    return shown
+
+
+COLUMNS = {
+    "output bit for bit": ("same_output",),
+    "names, additions, edits": ("names_in_order", "shapes_as_named", "adds_up", "edits_reach_the_stream"),
+    "patterns": ("attention_is_what_it_says",),
+    "lazy reading": ("reading_is_recording",),
+    "coupled twins": ("twins_couple",),
+    "lens": ("lens_reads_the_last_stream",),
+    "gradients": ("reaches_backward",),
+}
+"""What the README's table says of a family, and the checks that it says it by."""
+
+
+def markdown(rows: dict[str, list[Row]]) -> str:
+    """The README's table: families and what works, by the checks and by what the small models have."""
+    head = ["family", *COLUMNS, "start at a layer", "in the pipeline", "hook points a block"]
+    lines = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
+    for name, some in rows.items():
+        case = Case(_family(name), 0)
+        cells = [f"`{name}`"]
+        for column, checks in COLUMNS.items():
+            mine = [row for row in some if row.check in checks]
+            has = column != "patterns" or any(n.endswith("attn.hook_pattern") for n in case.model.names if ".attn" in n)
+            cells.append("yes" if mine and all(row.ok for row in mine) and has else "no" if has else "none: linear")
+        cells.append("yes" if case.cfg.restartable else "no")
+        branches = case.family.branches
+        cells.append(
+            "distilled or two calls"
+            if case.cfg.distilled_guidance
+            else "two calls"
+            if branches is None
+            else "one batch"
+        )
+        cells.append(str(sum(n.startswith("blocks.0.") for n in case.model.names)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _family(name: str) -> Family:
+    found = family_named(name)
+    if found is None:
+        from . import modules
+
+        near = difflib.get_close_matches(name, modules(), n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(modules()))}."
+        raise ValueError(f"There is no family for {name!r}; {hint}")
+    return found
+
+
+BY_NAME = {check.__name__: check for check in CHECKS}
