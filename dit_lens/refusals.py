@@ -26,6 +26,11 @@ def refuse_unfit(transformer: nn.Module) -> None:
             f"{type(transformer).__name__} has no weights: {meta} is on the meta device. Load them first "
             "(from_pretrained, or to_empty and load_state_dict)."
         )
+    refuse_cache(transformer)
+
+
+def refuse_cache(transformer: nn.Module) -> None:
+    """Raise RuntimeError where diffusers answers from a cache: also asked before each watched pass, for it can be switched on later."""
     if getattr(transformer, "is_cache_enabled", False):
         raise RuntimeError(
             "A diffusers cache is on, which answers from earlier steps, so that a step could not be recomputed on its own; "

@@ -22,7 +22,7 @@ from .families.base import Condition, Forward
 from .families.sources import check_sources
 from .guidance import branch_now
 from .hook_points import Editor, HookPoint, Listener, StopForward
-from .refusals import refuse_unfit
+from .refusals import refuse_cache, refuse_unfit
 
 Span = tuple[int | None, int | None]
 Gate = Callable[..., Tensor]
@@ -232,6 +232,7 @@ class Wiring:
         self.family.check_input(self.transformer, inputs)
         me, active = get_ident(), self.listening or self.watchers
         if active:
+            refuse_cache(self.transformer)
             if self.owner != me:
                 raise RuntimeError(
                     "This model is being traced or hooked in another thread; run a copy (copy.deepcopy) here."
