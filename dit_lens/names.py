@@ -16,6 +16,9 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+ASIDE = ("text.", "cross_attn.", "attn2.")
+"""Streams and attentions beside the main one, which a shorthand means only by name: `"cross_attn.pattern"`."""
+
 Key = str | tuple[str, int] | tuple[str, int, str]
 NamesFilter = None | str | tuple[str, int] | Sequence[str] | Callable[[str], bool]
 
@@ -128,6 +131,8 @@ def _by_shorthand(short: str, names: Iterable[str]) -> list[str]:
     if exact:
         return exact
     found = [n for n in names if site_of(n).endswith(f".{wanted}")]
+    own = [n for n in found if not site_of(n).startswith(ASIDE)]  # "pattern" is the image's own attention's
+    found = own or found
     sites = sorted({site_of(n) for n in found})
     if len(sites) > 1:
         raise UnknownName(f"{short!r} could be any of {', '.join(map(repr, sites))}; write it out.")

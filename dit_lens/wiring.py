@@ -308,7 +308,7 @@ class Wiring:
                 if start is not None and i < start:
                     block.__dict__["forward"] = _Passed(self, stream if i == start - 1 else None)
                 elif i == end or end == len(blocks) and i == end - 1:
-                    block.__dict__["forward"] = _Halt(self, block.forward if i != end else None)
+                    block.__dict__["forward"] = _Halt(self, block, block.forward if i != end else None)
             if put is not None:
                 self.points["hook_embed"].add(put)
             yield
@@ -413,13 +413,13 @@ class _Passed:
 class _Halt:
     """In place of a block's forward: ends the pass with the stream that enters it, or that leaves `after` it."""
 
-    def __init__(self, wiring: Wiring, after: Any) -> None:
-        self.wiring, self.after = wiring, after
+    def __init__(self, wiring: Wiring, block: nn.Module, after: Any) -> None:
+        self.wiring, self.block, self.after = wiring, block, after
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.wiring.now or {}
         if self.after is None:
-            raise Halted(self.wiring.family.passed(inputs, args, kwargs)[0])
+            raise Halted(self.wiring.family.entering(self.block, inputs, args, kwargs))
         raise Halted(self.wiring.family.leaving(inputs, self.after(*args, **kwargs)))
 
 

@@ -180,8 +180,15 @@ class Family:
         raise NotImplementedError
 
     def small_pipeline(self) -> Any:
-        """A pipeline of tiny random parts around `small(0)`'s kind of model; None if the family has none."""
+        """A pipeline of tiny random parts around `small(0)`'s model; None if the family has none."""
         return None
+
+    def small_call(self, guided: bool) -> dict[str, Any]:
+        """What `small_pipeline()` is called with for two items in two steps, with guidance and without."""
+        return {
+            "prompt": ["a red fox", "a boat"], "height": 16, "width": 16, "num_inference_steps": 2,
+            "guidance_scale": 4.0 if guided else 1.0,
+        }  # fmt: skip
 
     # How its transformer is spoken to.
 
@@ -238,6 +245,10 @@ class Family:
         """
         x = args[0] if args else kwargs["hidden_states"]
         return x, lambda stream: stream
+
+    def entering(self, block: Any, inputs: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
+        """From a block's arguments: its `hook_resid_pre`."""
+        return self.passed(inputs, args, kwargs)[0]
 
     def leaving(self, inputs: dict[str, Any], returned: Any) -> Tensor:
         """From what a block returned: the image's stream that leaves it."""

@@ -228,6 +228,9 @@ class DiTFamily(Family):
         ).eval()  # fmt: skip
         return alive(model), Condition(class_labels=torch.tensor([3, 7]))
 
+    def small_call(self, guided: bool) -> dict[str, Any]:
+        return {"class_labels": [3, 7], "num_inference_steps": 2, "guidance_scale": 4.0 if guided else 1.0}
+
     def small_pipeline(self) -> Any:
         from diffusers import DDIMScheduler, DiTPipeline
 

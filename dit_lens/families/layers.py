@@ -247,7 +247,7 @@ class GatedNeuronsForward(Forward):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear, pre = self.module.proj(hidden_states).chunk(2, dim=-1)
         act = self.module.gelu if isinstance(self.module, GEGLU) else self.module.activation
-        linear, pre = self.linear(linear), self.pre(pre)
+        pre, linear = self.pre(pre), self.linear(linear)
         return self.post(linear * act(pre))
 
 

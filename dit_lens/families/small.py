@@ -18,7 +18,7 @@ def alive(model: M, seed: int = 0) -> M:
             if p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=gen) * 0.7 * p[0].numel() ** -0.5)
             else:
-                p.add_(torch.randn(p.shape, generator=gen) * 0.2)
+                p.copy_(p.round() + torch.randn(p.shape, generator=gen) * 0.2)  # norms stay about 1, biases about 0
     return model.eval()
 
 
