@@ -7,6 +7,7 @@ scheduler takes. A multistep scheduler's memory is rebuilt for a replay by feedi
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -300,7 +301,7 @@ def guided(output: Tensor, model: HookedDiT, settings: Settings) -> Tensor:
         return output
     cond, null = output.chunk(2)
     last = (model.cfg.in_channels if model.cfg.learned_sigma else None) if settings.guided_channels == "all" else 3
-    mixed = null[:, :last] + settings.guidance * (cond[:, :last] - null[:, :last])
+    mixed = model.family.guided(cond[:, :last], null[:, :last], settings.guidance)
     return mixed if last is None else torch.cat([mixed, cond[:, last:]], 1)
 
 
@@ -308,7 +309,9 @@ def advance(
     scheduler: Any, output: Tensor, t: Tensor, x: Tensor, seeds: Sequence[int], step: int, eta: float
 ) -> Tensor:
     """One step of the scheduler with each item's own noise."""
-    options: dict[str, Any] = {"generator": generators(seeds, step)}
+    options: dict[str, Any] = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:  # UniPC draws no noise and takes none
+        options["generator"] = generators(seeds, step)
     if type(scheduler).__name__ in ETA:
         options["eta"] = eta
     following: Tensor = scheduler.step(output, t, x, **options).prev_sample

@@ -231,6 +231,10 @@ class Family:
         image: Tensor = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
         return image
 
+    def guided(self, cond: Tensor, null: Tensor, strength: float) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022), as the family's pipeline mixes two answers."""
+        return null + strength * (cond - null)
+
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         """Give the scheduler its timesteps as the family's pipeline does, for images of so many tokens."""
         options = {"mu": shift_of(scheduler, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}

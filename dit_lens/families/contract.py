@@ -504,14 +504,21 @@ class Row:
     message: str = ""
 
 
-def examine(family: str | Family, checks: tuple[Callable[[Case], None], ...] = CHECKS) -> list[Row]:
-    """Run every check on each of the family's small models. Raises ValueError for a class without a family."""
+def examine(family: str | Family, where: str | None = None) -> list[Row]:
+    """Run every check on each of the family's small models and, if it has one, its small pipeline; or only there (`where="small(0)"`).
+
+    Raises ValueError for a class without a family.
+    """
     found = _family(family) if isinstance(family, str) else family
     tasks: list[tuple[Any, str, Callable[[], Any]]] = [
-        (check, f"small({v})", partial(Case, found, v)) for v in VARIANTS for check in checks
+        (check, f"small({v})", partial(Case, found, v)) for v in VARIANTS for check in CHECKS
     ]
-    if checks is CHECKS and found.small_pipeline() is not None:
-        tasks += [(check, "pipeline", partial(InPipeline, found)) for check in PIPELINE_CHECKS]
+    tasks += [
+        (check, "pipeline", partial(InPipeline, found))
+        for check in PIPELINE_CHECKS
+        if found.small_pipeline() is not None
+    ]
+    tasks = [task for task in tasks if where in (None, task[1])]
     rows = []
     for check, where, case in tasks:
         with torch.random.fork_rng():

@@ -58,8 +58,7 @@ def _clip(dim: int, plain: bool = False) -> tuple[nn.Module, object]:
 
 
 def _t5(dim: int, multilingual: bool = False) -> tuple[nn.Module, object]:
-    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
-    from transformers import T5Tokenizer
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in LETTERS[1:])]
     sizes: Any = dict(vocab_size=len(vocab) + 100, d_model=dim, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
@@ -125,8 +124,10 @@ def _qwen2_vl(dim: int) -> tuple[nn.Module, object]:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     words, tokenizer = _qwen_tokenizer()
+    half = dim // 4
+    sections = [half // 4, half // 4, half - 2 * (half // 4)]
     text: Any = dict(vocab_size=words, hidden_size=dim, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=1, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})  # fmt: skip
+                num_key_value_heads=1, rope_scaling={"type": "mrope", "mrope_section": sections})  # fmt: skip
     vision: Any = dict(
         depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=dim, fullatt_block_indexes=[0]
     )

@@ -70,12 +70,7 @@ def _difference(family: Family) -> str:
                 plain, condition = family.small(variant)
             inputs = small_inputs(family, plain, condition)
             opened = copy.deepcopy(plain)
-            unchecked = dict(family.written_for)
-            family.written_for = {}
-            try:
-                w = wiring.Wiring(opened)
-            finally:
-                family.written_for = unchecked
+            w = wiring.Wiring(opened, trusted=True)
             with torch.no_grad():
                 want, got = (flat(m(**inputs, return_dict=False)[0]) for m in (plain, opened))
                 points = [w.attach(n, hook_points_observer()) for n in w.points]

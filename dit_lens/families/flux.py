@@ -1,0 +1,253 @@
+"""FLUX.1 (Black Forest Labs 2024; no paper) as diffusers' `FluxTransformer2DModel`.
+
+Two kinds of blocks follow one another and are counted as one row, `blocks.{i}`. In the double blocks image and text are two streams with
+weights of their own that attend together. In the single blocks the same weights act on both, and attention and MLP work side by side on
+one normalised input and share one output projection, so that what they add comes in one piece, `hook_attn_mlp_out`, with one
+shift, scale and gate (`adaln.hook_gate_attn_mlp`). Everywhere the text's tokens come first in the joint sequence, then the image's; the
+text's hook points have the prefix `text.`. Queries and keys are normalised and rotated before they meet (`hook_rot_q`, `hook_rot_k`).
+Latents enter as packed 2x2 patches. What FLUX.1 shares with Qwen-Image is in `dit_lens.families.packed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import Tensor, nn
+
+from . import register
+from .base import COND, RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
+from .layers import (
+    AdaNormForward,
+    FinalNormForward,
+    Joint,
+    adaln_sites,
+    mlp_sites,
+    neurons,
+    out_sites,
+    qkv_sites,
+    refuse_processors,
+    scores_sites,
+)
+from .packed import Angles, AttentionForward, BlockForward, PackedFamily, both, clipped, double_sites, refuse_fused
+from .small import alive, small_text, small_vae
+
+
+def single_sites() -> dict[str, Axes]:
+    """The names of a block in which attention and MLP work side by side on the joint sequence."""
+    mlp = {s: axes for s, axes in mlp_sites().items() if s != "mlp.hook_out"}
+    attend = qkv_sites() | scores_sites("attn.") | {"attn.hook_z": out_sites()["attn.hook_z"]}
+    sites = both({"hook_resid_pre": RESID}) | {"hook_cond": COND} | adaln_sites(branches=("attn_mlp",))
+    added = {"hook_attn_mlp_out": RESID, "hook_resid_post": RESID}
+    return sites | both({"ln1.hook_normalized": RESID} | mlp | attend | added)
+
+
+class DoubleForward(BlockForward):
+    """A double block: attention of both streams, then an MLP for each."""
+
+    def __call__(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Angles | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        block = self.module
+        x, text, temb = self.entered(hidden_states, encoder_hidden_states, temb)
+        h, *modulation = block.norm1(x, emb=temb)
+        text_h, *text_modulation = block.norm1_context(text, emb=temb)
+        further = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
+        out, text_out = block.attn(hidden_states=h, encoder_hidden_states=text_h, **further)
+        x = self.points["hook_resid_post"](self.second_half("", x, out, modulation, block.norm2, block.ff))
+        text = self.second_half("text.", text, text_out, text_modulation, block.norm2_context, block.ff_context)
+        return self.points["text.hook_resid_post"](clipped(text)), x
+
+
+class SingleForward(BlockForward):
+    """A single block: attention and MLP side by side, on the text's tokens and the image's after them."""
+
+    def __call__(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Angles | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        block, hook, further = self.module, self.points, joint_attention_kwargs or {}
+        x, text, temb = self.entered(hidden_states, encoder_hidden_states, temb)
+        n = text.shape[1]
+        joint, stream = Joint(slice(n, None), slice(0, n)), torch.cat([text, x], dim=1)
+
+        def hooked(name: str, value: Tensor) -> Tensor:
+            return joint.hook(hook[name], hook[f"text.{name}"], value)
+
+        h, gate = block.norm(stream, emb=temb, joint=joint)
+        pre = hooked("mlp.hook_pre", block.proj_mlp(hooked("mlp.hook_in", h)))
+        post = hooked("mlp.hook_post", block.act_mlp(pre))
+        z = block.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, joint=joint, **further)
+        out = gate.unsqueeze(1) * block.proj_out(torch.cat([z, post], dim=2))
+        stream = clipped(stream + hooked("hook_attn_mlp_out", out))
+        x = hook["hook_resid_post"](stream[:, n:])
+        return hook["text.hook_resid_post"](stream[:, :n]), x
+
+
+class SingleNormForward(Forward):
+    """A single block's normalisation, with the three modulations that attention and MLP share."""
+
+    def __init__(self, module: Any, points: Points) -> None:
+        super().__init__(module)
+        self.modulations = [points[name] for name in adaln_sites(branches=("attn_mlp",))]
+        self.normalized = points["ln1.hook_normalized"], points["text.ln1.hook_normalized"]
+
+    def __call__(self, x: Tensor, emb: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:
+        norm = self.module
+        chunks = norm.linear(norm.silu(emb)).chunk(3, dim=1)
+        shift, scale, gate = [hook(m) for hook, m in zip(self.modulations, chunks, strict=True)]
+        return joint.hook(*self.normalized, norm.norm(x)) * (1 + scale[:, None]) + shift[:, None], gate
+
+
+def rotated(x: Tensor, angles: Angles | None) -> Tensor:
+    """Queries or keys [batch, token, head, d_head] of the joint sequence, each turned by its place."""
+    return x if angles is None else apply_rotary_emb(x, angles, sequence_dim=1)
+
+
+class FluxAttentionForward(AttentionForward):
+    """The attention of a double block, where each stream has projections of its own."""
+
+    processor = FluxAttnProcessor
+
+    def __call__(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
+        image_rotary_emb: Angles | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self.check()
+        image, text = self.streams(hidden_states, encoder_hidden_states)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        q, k = rotated(q, image_rotary_emb), rotated(k, image_rotary_emb)
+        return self.answers(q, k, v, attention_mask, encoder_hidden_states.shape[1])
+
+
+class SingleAttentionForward(AttentionForward):
+    """The attention of a single block, up to what the heads read: the output projection is shared with the MLP."""
+
+    processor = FluxAttnProcessor
+
+    def __call__(
+        self, hidden_states: Tensor, joint: Joint, attention_mask: Tensor | None = None, image_rotary_emb: Angles | None = None
+    ) -> Tensor:  # fmt: skip
+        attn = self.module
+        self.check()
+        h, shape = self.hooked(joint, "hook_in", hidden_states), (attn.heads, -1)
+        q, k, v = (
+            self.hooked(joint, f"hook_{n}", p(h).unflatten(-1, shape))
+            for n, p in zip("qkv", (attn.to_q, attn.to_k, attn.to_v), strict=True)
+        )
+        q, k = rotated(attn.norm_q(q), image_rotary_emb), rotated(attn.norm_k(k), image_rotary_emb)
+        return self.hooked(joint, "hook_z", self.read(q, k, v, attention_mask, joint)).flatten(2)
+
+
+class FluxFamily(PackedFamily):
+    """How dit_lens opens a `FluxTransformer2DModel`."""
+
+    model_class = "FluxTransformer2DModel"
+    differs = "two streams that attend jointly, then one joint sequence with attention and MLP side by side"
+    written_for = {
+        "AdaLayerNormContinuous.forward": "55cf4ec1",
+        "AdaLayerNormZero.forward": "690b4440",
+        "AdaLayerNormZeroSingle.forward": "ff138e11",
+        "FluxAttention.forward": "73e37aad",
+        "FluxAttnProcessor.__call__": "eee98f76",
+        "FluxSingleTransformerBlock.forward": "bdc8d269",
+        "FluxTransformerBlock.forward": "e988c2bc",
+        "GELU.forward": "87ac7265",
+    }
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def sites(self, transformer: Any) -> dict[str, Axes]:
+        sites: dict[str, Axes] = both({"hook_embed": RESID})
+        n_double = len(transformer.transformer_blocks)
+        for i in range(len(self.blocks(transformer))):
+            own = double_sites() if i < n_double else single_sites()
+            sites |= {f"blocks.{i}.{site}": axes for site, axes in own.items()}
+        return sites | self.final
+
+    def check_model(self, transformer: Any) -> None:
+        if getattr(transformer, "encoder_hid_proj", None) is not None:
+            raise ValueError(
+                "An IP-Adapter is loaded, whose attention dit_lens does not repeat; call pipe.unload_ip_adapter() first."
+            )
+        blocks = self.blocks(transformer)
+        refuse_processors(blocks, attn=FluxAttnProcessor)
+        refuse_fused([block.attn for block in blocks])
+
+    def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
+        wanted, given = transformer.config.guidance_embeds, inputs.get("guidance") is not None
+        if wanted != given:
+            raise ValueError(
+                f"The model takes {'the strength of guidance' if wanted else 'no strength of guidance'} as an input, and "
+                f"guidance is {'given' if given else 'missing'}; expected guidance={'a tensor [batch], 3.5 say' if wanted else None}."
+            )
+
+    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+        n_double = len(transformer.transformer_blocks)
+        block: Any
+        for i, block in enumerate(self.blocks(transformer)):
+            embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
+            mine = {site: points[f"blocks.{i}.{site}"] for site in (double_sites() if i < n_double else single_sites())}
+            if i < n_double:
+                forwards += [DoubleForward(block, mine, embeds), FluxAttentionForward(block.attn, mine, wiring, i)]
+                forwards += [AdaNormForward(block.norm1, mine), AdaNormForward(block.norm1_context, mine, "text.")]
+                forwards += [neurons(block.ff.net[0], mine), neurons(block.ff_context.net[0], mine, "text.mlp.")]
+            else:
+                forwards += [SingleForward(block, mine, embeds), SingleAttentionForward(block.attn, mine, wiring, i)]
+                forwards.append(SingleNormForward(block.norm, mine))
+        tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
+        return [*forwards, FinalNormForward(transformer.norm_out, points), tail]
+
+    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        given, text = super().inputs(transformer, x, t, condition), condition["encoder_hidden_states"]
+        places = torch.cartesian_prod(*(torch.arange(n // 2) for n in x.shape[-2:]))
+        own = {"img_ids": F.pad(places, (1, 0)).to(text), "txt_ids": text.new_zeros(text.shape[1], 3)}
+        if transformer.config.guidance_embeds:
+            own["guidance"] = torch.full((len(x),), 3.5, device=x.device)
+        return own | given
+
+    def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
+        ids = inputs["img_ids"].cpu().long()  # one wait for the GPU, not several
+        ids = ids[0] if ids.ndim == 3 else ids
+        last = ids[ids[:, 0] == ids[0, 0]][-1]  # further images, as in Kontext, have another first coordinate
+        return int(last[1]) + 1, int(last[2]) + 1
+
+    def encode(self, pipe: Any, prompt: str) -> Condition:
+        embeds, pooled, ids = pipe.encode_prompt(prompt, prompt)
+        return Condition(encoder_hidden_states=embeds, pooled_projections=pooled, txt_ids=ids)
+
+    def stack(self, conditions: Sequence[Condition]) -> Condition:
+        """Positions have no batch axis and are the same for all items."""
+        places = {name: value for name, value in conditions[0].items() if name.endswith("_ids")}
+        rest = [Condition({k: v for k, v in c.items() if k not in places}) for c in conditions]
+        return Condition(super().stack(rest) | places)
+
+    def small(self, variant: int) -> tuple[nn.Module, Condition]:
+        from diffusers import FluxTransformer2DModel
+
+        model = FluxTransformer2DModel(
+            in_channels=16, num_layers=(2, 1, 3)[variant], num_single_layers=(2, 3, 1)[variant], attention_head_dim=8,
+            num_attention_heads=(2, 3, 2)[variant], joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=variant == 1,
+            axes_dims_rope=(2, 4, 2) if variant == 2 else (2, 2, 4),
+        )  # fmt: skip
+        model.register_to_config(sample_size=((8, 8), (8, 8), (6, 10))[variant])
+        text = torch.randn(2, (5, 7, 6)[variant], 32)
+        return alive(model), Condition(encoder_hidden_states=text, pooled_projections=torch.randn(2, 24))
+
+    def small_pipeline(self) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+        (first, tokens), (second, second_tokens) = small_text("clip_plain", 24), small_text("t5", 32)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        vae, transformer = small_vae(shift_factor=0.1), self.small(0)[0]
+        return FluxPipeline(scheduler, vae, first, tokens, second, second_tokens, transformer)
+
+
+register(FluxFamily())

@@ -1,0 +1,225 @@
+"""Every family against the contract, and what must not be opened."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
+
+import dit_lens
+from dit_lens import families
+from dit_lens.families import contract, family_named
+from dit_lens.families.sources import digest, small_inputs
+
+NAMES = sorted(families._OURS)
+
+
+@pytest.mark.parametrize("where", ["small(0)", "small(1)", "small(2)", "pipeline"])
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name, where):
+    failed = [f"{row.check}: {row.message}" for row in contract.examine(name, where=where) if not row.ok]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_bit_for_bit(name, dtype):
+    family = family_named(name)
+    for variant in range(3):
+        plain, condition = family.small(variant)
+        plain = plain.to(dtype)
+        halved = type(condition)({k: _to(v, dtype) for k, v in condition.items()})
+        inputs = small_inputs(family, plain, halved)
+        opened = copy.deepcopy(plain)
+        model = dit_lens.HookedDiT(opened)
+        with torch.no_grad(), model.hooks([(None, lambda a, hook: None)]):
+            got = contract.flat(opened(**inputs, return_dict=False)[0])
+            want = contract.flat(plain(**inputs, return_dict=False)[0])
+        assert got.dtype == dtype and torch.equal(got, want)
+
+
+def _to(value, dtype):
+    if isinstance(value, list):
+        return [_to(v, dtype) for v in value]
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def test_the_checker_finds_what_is_wrong(monkeypatch):
+    """Each fault by the check that is there for it."""
+    from dit_lens.families import dit
+
+    family = family_named("DiTTransformer2DModel")
+
+    def failing():
+        return {row.check for row in contract.examine(family, where="small(1)") if not row.ok}
+
+    assert failing() == set()
+    whole = dit.BlockForward.__call__
+
+    def hooks_in_vain(self, *args, **kwargs):  # resid_mid is shown, and what it returns is thrown away
+        before = self.resid_mid
+        self.resid_mid = lambda x: (before(x), x)[1]
+        try:
+            return whole(self, *args, **kwargs)
+        finally:
+            self.resid_mid = before
+
+    monkeypatch.setattr(dit.BlockForward, "__call__", hooks_in_vain)
+    assert "edits_reach_the_stream" in failing()
+    monkeypatch.setattr(dit.BlockForward, "__call__", lambda self, *a, **k: whole(self, *a, **k) * 1.0001)
+    assert "same_output" in failing()
+    monkeypatch.setattr(dit.BlockForward, "__call__", whole)
+    sites = dict(dit.BLOCK_SITES)
+    monkeypatch.setattr(dit, "BLOCK_SITES", dict(reversed(sites.items())))
+    assert "names_in_order" in failing()
+    monkeypatch.setattr(dit, "BLOCK_SITES", sites | {"hook_q": ("batch", "d_model")})
+    assert "names_in_order" in failing()
+    monkeypatch.setattr(dit, "BLOCK_SITES", sites | {"hook_attn_out": ("batch", "token")})
+    assert failing() == {"shapes_as_named"}
+    monkeypatch.setattr(dit, "BLOCK_SITES", sites)
+    monkeypatch.setattr(dit.DiTFamily, "written_for", {"GELU.forward": "00000000"})
+    assert failing() == {"sources_are_noted"}
+    with pytest.raises(ValueError, match="There is no family for 'DiTTransformer2D'; did you mean 'DiTTransformer2DModel'"):
+        contract.examine("DiTTransformer2D")
+    with pytest.raises(AssertionError, match="sources_are_noted: written_for should hold"):
+        contract.check("DiTTransformer2DModel")
+
+
+ORIGINAL = BasicTransformerBlock.forward
+
+
+def reworded(self, *args, **kwargs):
+    return ORIGINAL(self, *args, **kwargs)
+
+
+def recomputed(self, *args, **kwargs):
+    return ORIGINAL(self, *args, **kwargs) * 1.01
+
+
+def test_a_newer_diffusers_is_noticed_by_what_it_computes(monkeypatch):
+    """A method that reads otherwise is tried out: it is refused if it computes something else, and only then."""
+    dit = make_dit()
+    monkeypatch.setattr(BasicTransformerBlock, "forward", reworded)
+    assert digest(reworded) != digest(ORIGINAL)
+    dit_lens.HookedDiT(dit).remove()
+    monkeypatch.setattr(BasicTransformerBlock, "forward", recomputed)
+    with pytest.raises(RuntimeError, match=r"BasicTransformerBlock.forward of diffusers .* is not what dit_lens repeats for "
+                                           r"DiTTransformer2DModel: on its small model 0 .* another. Install"):  # fmt: skip
+        dit_lens.HookedDiT(dit)
+    assert [n for n, m in dit.named_modules() if "forward" in m.__dict__] == []
+    monkeypatch.setattr(BasicTransformerBlock, "forward", ORIGINAL)
+    assert dit_lens.HookedDiT(dit).names
+
+
+def test_comments_and_blank_lines_do_not_count(tmp_path):
+    (tmp_path / "one.py").write_text("def f(x):\n    return x + 1\n")
+    (tmp_path / "two.py").write_text("def f(x):\n    # a comment\n\n      \n    return x + 1\n")
+    (tmp_path / "three.py").write_text("def f(x):\n    return x + 2\n")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three; from dit_lens.families.sources import digest as d;"
+        "print(d(one.f) == d(two.f), d(one.f) == d(three.f))"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False"]
+
+
+# From outside.
+
+STRANGER = """
+    from diffusers import DiTTransformer2DModel
+    from dit_lens.families import register
+    from dit_lens.families.dit import DiTFamily
+
+    class MyTransformer2DModel(DiTTransformer2DModel):
+        pass
+
+    class MyFamily(DiTFamily):
+        model_class = "MyTransformer2DModel"
+
+        def small(self, variant):
+            model, condition = super().small(variant)
+            mine = MyTransformer2DModel.from_config(model.config).eval()
+            mine.load_state_dict(model.state_dict())
+            return mine, condition
+
+        def small_pipeline(self):
+            return None
+
+    register(MyFamily())
+"""
+
+
+def strangers(folder, name, module="stranger"):
+    """A package on a path of its own that registers a family."""
+    folder.mkdir()
+    (folder / f"{module}.py").write_text(textwrap.dedent(STRANGER))
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[dit_lens.families]\n{name} = {module}\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def command(*args, env=None):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", "from dit_lens.commands import main; import sys; sys.exit(main(sys.argv[1:]))", *args],
+        capture_output=True, text=True, env=os.environ | (env or {}), check=False,
+    )  # fmt: skip
+
+
+def test_a_family_comes_from_another_package(tmp_path):
+    env = strangers(tmp_path / "a", "MyTransformer2DModel")
+    run = command("check-family", "MyTransformer2DModel", env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "MyTransformer2DModel: 42 checks, 0 failed" in run.stdout
+    script = (
+        "import dit_lens, stranger, torch; m = stranger.MyFamily().small(0)[0];"
+        "print(type(dit_lens.HookedDiT(m).family).__name__, len(dit_lens.HookedDiT(m).names))"
+    )
+    import os
+
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | env, check=True)
+    assert ran.stdout.split() == ["MyFamily", "88"]
+
+
+def test_two_families_for_one_class_are_refused(tmp_path):
+    run = command("check-family", env=strangers(tmp_path / "b", "DiTTransformer2DModel"))
+    assert run.returncode == 2 and "There is a family for 'DiTTransformer2DModel' already, 'dit_lens.families.dit'" in run.stderr
+    assert "registers 'stranger' for it must be removed" in run.stderr
+
+
+# What is not opened.
+
+
+def test_what_is_refused(tmp_path):
+    dit = make_dit()
+    with pytest.raises(TypeError, match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows CogVideoX"):
+        dit_lens.HookedDiT(UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+                                       up_block_types=("UpBlock2D",), norm_num_groups=4))  # fmt: skip
+    with torch.device("meta"):
+        empty = DiTTransformer2DModel.from_config(dit.config).eval()
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel has no weights: \S+ is on the meta device. Load them first"):
+        dit_lens.HookedDiT(empty)
+    quantised = copy.deepcopy(dit)
+    linear = quantised.transformer_blocks[0].attn1.to_q
+    linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"has quantised weights \(transformer_blocks.0.attn1.to_q.weight is torch.int8\).*load it unquantised"
+    ):
+        dit_lens.HookedDiT(quantised)
+
+    class NoTransformer:
+        components = {"transformer": None, "scheduler": None}
+        transformer = None
+
+    with pytest.raises(TypeError, match="NoTransformer is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline"):
+        dit_lens.HookedDiT(NoTransformer())
+    for model in (empty, quantised):
+        assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == []
