@@ -121,8 +121,9 @@ def measure(
         },
     )  # fmt: skip
     dataset.attrs = attrs
+    sampler = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}[pair.run.settings.scheduler]
     dataset.attrs["title"] = (
-        f"{name}: {c.n_layers} layers, {pairs} pairs of twins, {steps} DDIM steps (eta 1); commitment in steps"
+        f"{name}: {c.n_layers} layers, {pairs} pairs of twins, {steps} steps of {sampler} (eta 1); commitment in steps"
     )
     dataset.attrs["headline"] = headline(dataset)
     return dataset

@@ -103,7 +103,8 @@ class Lanes:
         """What the patch does now: None where nothing, as when the source's activations are the target's own (`alike`)."""
         if step not in patch.steps or alike and patch.patch.kind == "swap":
             return None
-        return SOURCE if plain and patch.whole_stream else patch.key
+        whole = patch.whole_stream and self.model.cfg.restartable  # with a second stream the image's is not all
+        return SOURCE if plain and whole else patch.key
 
     # One step.
 

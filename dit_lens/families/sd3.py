@@ -183,7 +183,9 @@ class AttentionForward(Forward):
         z = self.attend(q, k, v, lengths=lengths).transpose(1, 2)
         if lengths is None:
             return self.heads_out(z, *attn.to_out)
-        z, text_z = z.flatten(2).unflatten(2, z.shape[2:]).split(lengths, dim=1)  # in diffusers' layout: half precision tells
+        z, text_z = (
+            z.flatten(2).unflatten(2, z.shape[2:]).split(lengths, dim=1)
+        )  # in diffusers' layout: half precision tells
         out = self.heads_out(z, *attn.to_out)
         return out, text_z if self.text_out is None else self.text_out(text_z, attn.to_add_out)
 

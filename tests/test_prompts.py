@@ -1,0 +1,202 @@
+"""Models that are asked in words: conditions by number, guidance, traces of pipelines that call twice a step, twins, patches."""
+
+import numpy as np
+import pytest
+import torch
+
+import dit_lens
+from dit_lens.conditions import PROMPTS
+from dit_lens.families import family_named
+from dit_lens.families.contract import quiet
+
+
+def pipeline(name):
+    with quiet():
+        pipe = family_named(name).small_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return pipeline("SD3Transformer2DModel")
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return pipeline("FluxTransformer2DModel")
+
+
+def call(pipe, **more):
+    gen = [torch.Generator().manual_seed(i) for i in range(1)]
+    asked = {"prompt": "a fox", "height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
+    with quiet():
+        return pipe(**asked | {"generator": gen} | more).images
+
+
+def test_labels_are_prompts_by_number(sd3):
+    with dit_lens.HookedDiT(sd3) as model:
+        ask = model.conditions
+        assert ask.numbers([0, 3, -1]).tolist() == [0, 3, -1] and ask.n == len(PROMPTS) and ask.null == -1
+        assert ask.numbers(["a fox", PROMPTS[2], "", "a fox"]).tolist() == [10, 2, -1, 10] and ask.prompts[10] == "a fox"
+        assert ask.numbers("a fox").tolist() == [10]
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0])
+        by_number = model(x, t, ask.numbers(["a fox", ""]))
+        own = [sd3.encode_prompt(p, p, p, do_classifier_free_guidance=False) for p in ("a fox", "")]
+        condition = {"encoder_hidden_states": torch.cat([e[0] for e in own]), "pooled_projections": torch.cat([e[2] for e in own])}
+        torch.testing.assert_close(by_number, model(x, t, condition))
+        torch.testing.assert_close(by_number, sd3.transformer(x, timestep=t, **condition).sample)
+        for labels, text in [
+            ([11], "Label 11 is out of range; expected 0 to 10, or -1 for no prompt"),
+            ([0.5], "The labels are torch.float32, starting with 0.5; expected whole numbers"),
+            (["a fox", 3], "3 stands among prompts; expected all in words, or all by number"),
+            ([], "There are no labels; expected 0 to 10"),
+        ]:
+            with pytest.raises(ValueError, match=text):
+                ask.numbers(labels)
+    bare = dit_lens.HookedDiT(sd3.transformer, scheduler=sd3.scheduler)
+    with pytest.raises(ValueError, match="'a dog' can't be encoded: this transformer was opened without a pipeline. Open the pipeline, or"):
+        dit_lens.sample(bare, ["a dog"], steps=2)
+    bare.conditions.add({"a dog": {k: v[:1] for k, v in condition.items()}, "": {k: v[1:] for k, v in condition.items()}})
+    assert dit_lens.sample(bare, ["a dog"], steps=2, guidance=3.0).latents.isfinite().all()
+    bare.remove()
+    with pytest.raises(ValueError, match="The model knows 10 classes by number and takes no prompts; got 'a seven'"):
+        dit_lens.sample(dit_lens.load("digits"), ["a seven"], steps=2)
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "QwenImageTransformer2DModel", "FluxTransformer2DModel"])
+def test_guidance_is_the_pipelines(name):
+    pipe = pipeline(name)
+    true_cfg = {} if name.startswith("SD3") else {"true_cfg_scale": 3.0, "negative_prompt": ""}
+    with dit_lens.trace(pipe) as t:
+        call(pipe, **({"guidance_scale": 3.0} if name.startswith("SD3") else true_cfg))
+    with dit_lens.HookedDiT(pipe, size=(8, 8)) as model:
+        run = dit_lens.sample(model, ["a fox"], steps=3, guidance=3.0, latents=t.latents[0][:1])
+    for step in range(3):
+        torch.testing.assert_close(run.latents[step], t.latents[step][:1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
+    with dit_lens.trace(flux, names="resid_post") as eager:
+        images = call(flux, true_cfg_scale=3.0, negative_prompt="a dog")
+    with dit_lens.trace(flux) as t:
+        assert torch.equal(call(flux, true_cfg_scale=3.0, negative_prompt="a dog"), images)
+    assert len(t.steps) == 3 and len(t.calls) == 6 and t.calls_at == [[0, 1], [2, 3], [4, 5]]
+    assert [c.branch for c in t.calls] == [("cond",), ("uncond",)] * 3
+    assert t["resid_post", 1].shape[:2] == (3, 2) and torch.equal(t["resid_post", 1], eager["resid_post", 1])
+    both = [t.get("resid_post", branch=b)["blocks.0.hook_resid_post"] for b in ("cond", "uncond")]
+    assert torch.equal(torch.cat(both, 1), t["resid_post", 0]) and not torch.equal(*both)
+    with pytest.raises(ValueError, match="Step 0 has no items of the branch 'skip'; expected 'cond' or 'uncond'"):
+        t.get("resid_post", branch="skip")
+    data = t.to_xarray("resid_post")
+    assert data.sizes["batch"] == 2 and list(data.branch.values) == ["cond", "uncond"] and "label" not in data.coords
+    assert np.allclose(data.timestep, flux.scheduler.timesteps, atol=1e-3)
+    with dit_lens.HookedDiT(flux) as model:
+        again = dit_lens.load_trace(t.save(tmp_path / "t.safetensors"), model)
+        assert again.calls_at == t.calls_at and torch.equal(again["attn.hook_q", 2], t["attn.hook_q", 2])
+        assert [c.branch for c in again.calls] == [c.branch for c in t.calls]
+    size = (tmp_path / "t.safetensors").stat().st_size
+    held = t.calls[0].inputs["encoder_hidden_states"]
+    assert size < 3 * held.numel() * 4 + 60_000, "a prompt's embedding is one tensor in all steps, and is written once"
+    assert t.calls[2].inputs["encoder_hidden_states"] is held
+
+
+def test_an_edit_acts_on_a_step_of_two_calls_once_a_call(flux):
+    seen = []
+    with dit_lens.trace(flux) as t:
+        t.edit("blocks.0.hook_resid_post", lambda a, hook: seen.append(hook.step), steps=1)
+        call(flux, true_cfg_scale=3.0, negative_prompt="a dog")
+    assert seen == [1, 1]
+
+
+def test_branches_that_nothing_tells_are_empty(sd3):
+    class Words(dit_lens.Probe):
+        names = "blocks.0.hook_resid_pre"
+
+        def start(self, model):
+            self.seen = []
+
+        def observe(self, activation, site):
+            self.seen.append((site.branch, site.labels, site.grid))
+
+    probe = Words()
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0])
+    condition = {"encoder_hidden_states": torch.randn(2, 5, 32), "pooled_projections": torch.randn(2, 24)}
+    with dit_lens.HookedDiT(sd3) as model:
+        with dit_lens.trace(model, probes=[probe]):
+            model(x, t, condition)
+            model(x, t, torch.tensor([3, -1]))
+            sd3.transformer(torch.randn(2, 4, 8, 12), timestep=t, **condition)
+    assert [s[0] for s in probe.seen] == [("", ""), ("cond", "uncond"), ("", "")]
+    assert probe.seen[0][1] is None and probe.seen[1][1].tolist() == [3, -1] and probe.seen[2][2] == (4, 6)
+
+
+def test_skip_layer_guidance_is_a_branch_of_its_own(sd3):
+    with dit_lens.trace(sd3) as t:
+        images = call(sd3, guidance_scale=4.0, num_inference_steps=4, skip_guidance_layers=[1], skip_layer_guidance_start=0.0,
+                      skip_layer_guidance_stop=0.6)  # fmt: skip
+    assert len(t.steps) == 4 and [c.branch for c in t.calls] == [
+        ("uncond", "cond"), ("uncond", "cond"), ("skip",), ("uncond", "cond"), ("skip",), ("uncond", "cond"),
+    ]  # fmt: skip
+    assert t["resid_post", 1].shape[:2] == (4, 2)
+    assert t.get("blocks.2.hook_resid_post", steps=1, branch="skip")["blocks.2.hook_resid_post"].shape[:2] == (1, 1)
+    with pytest.raises(RuntimeError, match="'blocks.1.hook_resid_post' did not run in call 2.*its block was skipped there"):
+        t.get("blocks.1.hook_resid_post", steps=1, branch="skip")
+    assert torch.equal(call(sd3, guidance_scale=4.0, num_inference_steps=4, skip_guidance_layers=[1], skip_layer_guidance_start=0.0,
+                            skip_layer_guidance_stop=0.6), images)  # fmt: skip
+
+
+def test_branches_with_several_images_a_prompt(sd3):
+    with dit_lens.trace(sd3) as t, quiet():
+        sd3(prompt=["a fox", "a dog"], num_images_per_prompt=2, height=16, width=16, num_inference_steps=1, guidance_scale=4.0)
+    assert t.calls[0].branch == ("uncond",) * 4 + ("cond",) * 4
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"])
+def test_runs_replays_twins_and_patches(name):
+    """What the measurements rest on, with a model that is given text: exact replays, recomputed activations, coupled twins, sweeps."""
+    from dit_lens.patching import Patch, sweep
+
+    pipe = pipeline(name)
+    model = dit_lens.HookedDiT(pipe, size=(8, 8))
+    run = dit_lens.sample(model, ["a fox", "a dog"], steps=4, guidance=2.0)
+    assert torch.equal(run.replay(2).latents, run.latents)
+    assert run.activations("resid_post", 1, step=2).shape[0] == 4 and run.images.shape == (2, 3, 16, 16)
+    edited = run.replay(1, edits=[("blocks.0.hook_attn_out", lambda a, hook: a * 0)])
+    assert not torch.equal(edited.latents[-1], run.latents[-1])
+    apart = dit_lens.twins(model, pairs=2, tie="attention", g=0.0, release=2, steps=4)
+    alone = dit_lens.sample(model, apart.run.labels, steps=4, latents=apart.run.latents[0])
+    assert torch.equal(apart.run.latents, alone.latents)
+    tied = dit_lens.twins(model, pairs=2, tie="attention", g=1.0, release=4, steps=4)
+    assert not torch.equal(tied.run.latents[-1], apart.run.latents[-1])
+    pair = dit_lens.twins(model, pairs=2, release=1, steps=4)
+    patches = [Patch("resid_post", layer, range(2, 3)) for layer in range(2)]
+    swept = sweep(pair.a, pair.b, patches, outcome=lambda x: x.flatten(1))
+    for i, patch in enumerate(patches):
+        source = pair.a.activations("resid_post", patch.layer, step=2)
+        name_ = f"blocks.{patch.layer}.hook_resid_post"
+        once = pair.b.replay(2, edits=[(name_, lambda a, hook, s=source: s)]).latents[3]
+        by_hand = pair.b.replay(3, latents=once).latents[-1].flatten(1)
+        torch.testing.assert_close(torch.as_tensor(swept.outcome.values[i]).float(), by_hand, atol=1e-5, rtol=1e-4)
+    model.remove()
+
+
+def test_the_knob_and_causes_on_a_joint_model(sd3):
+    from dit_lens import knob
+
+    with dit_lens.HookedDiT(sd3, size=(8, 8)) as model:
+        swept = knob.couplings(model, [0.0, 1.0], pairs=16, steps=6)
+        assert np.isfinite(swept.response.values).all() and np.allclose(swept.response.values[0], 1)
+
+
+def test_gap_of_a_saved_pipeline_from_the_command_line(sd3, tmp_path, capsys):
+    from dit_lens.commands import main
+
+    with quiet():
+        sd3.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert main(["gap", str(tmp_path / "model"), "--quick", "--steps", "6", "--size", "8", "8", "--out", str(out)]) == 0
+    assert "Euler" in capsys.readouterr().out and (out / "gap.nc").exists()
+    assert main(["hooks", str(tmp_path / "model"), "--filter", "text.*"]) == 0
+    shown = capsys.readouterr().out
+    assert "blocks.{i}.text.attn.hook_q" in shown and "text_token" in shown
