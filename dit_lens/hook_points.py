@@ -19,6 +19,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .names import layer_of
@@ -122,9 +123,9 @@ class Editor(Listener):
                 raise RuntimeError(
                     f"The hook at {point.name!r} changed its activation in place and returned None; return it."
                 )
-            return (
-                copy if copy.requires_grad else x
-            )  # with gradients the user may have kept the copy to ask for its .grad
+            if not copy.requires_grad:
+                return x
+            return laid_out(copy, x)  # the user may have kept the copy to ask for its .grad
         point.changed = True
         return _checked(new, x, point)
 
@@ -161,6 +162,26 @@ class BackwardEditor(Listener):
         x = x.view_as(x)  # a tensor of its own: the stream may be one tensor under two names
         x.register_hook(on_grad)
         return x
+
+
+def laid_out(copy: Tensor, x: Tensor) -> Tensor:
+    """`copy`, equal to x, in the memory layout of x: in another one, other kernels would read it, and the last bits change."""
+    if copy.stride() == x.stride():
+        return copy
+    found: Tensor = _SameLayout.apply(copy, x.detach())
+    return found
+
+
+class _SameLayout(torch.autograd.Function):
+    """`copy` for the graph, `x` for the values: equal, in another memory layout."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 def _checked(new: object, old: Tensor, point: HookPoint) -> Tensor:

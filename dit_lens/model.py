@@ -88,6 +88,11 @@ class HookedDiT:
             self._check_restart(x, start)
             stream, x = x, self._blank(x)
         condition = self._condition(y)
+        beside = [name for name, value in condition.items() if "controlnet" in name and value is not None]
+        if beside and start is not None:
+            raise ValueError(
+                f"start_at_layer={start} can't be done with {beside[0]}, which diffusers adds between the blocks; expected a whole pass."
+            )
         inputs = self.family.inputs(self.transformer, x, t, condition)
         with self.wiring.part((start, stop), stream), self.wiring.known(condition.labels):
             try:

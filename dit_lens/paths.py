@@ -13,6 +13,7 @@ effect is mediated by later layers. The next x_t differs, and from there on ever
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,7 @@ from .patching import Patch, sweep
 from .sampling import Run, advance, check_step, denoise, edits_at, model_inputs, prepared
 
 Point = tuple[str, int]
-"""A layer's "attn_out" or "mlp_out"."""
-ORDER = ("attn_out", "mlp_out")
+"""What a layer adds to the stream, such as "attn_out" or "mlp_out", and the layer."""
 
 
 def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, steps: range) -> Tensor:
@@ -42,11 +42,18 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
     """
     model = target.model
     sweep(source, target, [Patch("attn_out", 0, range(0))])  # refuses what does not fit
-    all_points = [(site, layer) for layer in range(model.cfg.n_layers) for site in ORDER]
+    if not model.cfg.restartable:
+        raise ValueError(
+            f"The blocks of {type(model.transformer).__name__} hand on more than the image's stream, which would carry the news past "
+            "what is frozen; expected a model of one stream, such as DiT or PixArt. A whole patch works: dit_lens.patching.sweep."
+        )
+    all_points = [_point(name) for name in model.names if ADDED.fullmatch(name)]
+    sites = list(dict.fromkeys(site for site, _ in all_points))
     for point in (sender, *([receiver] if receiver is not None else [])):
         if tuple(point) not in all_points:
+            what = " or ".join(map(repr, sites))
             raise ValueError(
-                f"{point!r} is no end of a path; expected ('attn_out' or 'mlp_out', a layer from 0 to {model.cfg.n_layers - 1})."
+                f"{point!r} is no end of a path; expected ({what}, a layer from 0 to {model.cfg.n_layers - 1})."
             )
     first, last = all_points.index(sender), len(all_points) if receiver is None else all_points.index(receiver)
     if last <= first:
@@ -86,6 +93,16 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
         with model.hooks(edits):
             _, _, x = next(denoise(model, x, target.labels, target.history, target.settings, scheduler, step, step + 1))
     return x
+
+
+ADDED = re.compile(r"blocks\.(\d+)\.hook_(\w+_out)")
+"""The hook points whose value is added to the stream, in forward order."""
+
+
+def _point(name: str) -> Point:
+    found = ADDED.fullmatch(name)
+    assert found is not None
+    return found[2], int(found[1])
 
 
 def _name(point: Point) -> str:

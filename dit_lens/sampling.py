@@ -214,6 +214,10 @@ def sample(
     model._require_eval()
     settings = Settings(steps, float(guidance), guided_channels, scheduler or default_name(model.scheduler), float(eta))
     check_settings(settings)
+    if guided_channels == "first3" and len(model.cfg.grid) != 2:
+        raise ValueError(
+            "guided_channels='first3' is the original DiT's; a video model guides all channels: expected 'all'."
+        )
     y = model.conditions.numbers(labels, model.device)
     own_seeds = item_seeds(seeds, len(y))
     plan = prepared(model, settings)
@@ -271,7 +275,8 @@ def model_inputs(
         return x, t, labels
     condition = model.conditions.of(labels)
     if model.cfg.distilled_guidance:
-        condition["guidance"] = torch.full((len(x),), guidance, device=x.device)
+        strength = torch.full((len(x),), guidance, device=x.device)
+        condition["guidance"] = model.family.strength(model.transformer, strength)
     return x, t, condition
 
 

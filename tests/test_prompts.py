@@ -181,6 +181,34 @@ def test_runs_replays_twins_and_patches(name):
     model.remove()
 
 
+def test_paths_go_round_every_contribution():
+    """In PixArt the text's contribution lies between attention and MLP: frozen with the rest, only the last layer hears the news."""
+    from dit_lens.paths import path_patch
+
+    with dit_lens.HookedDiT(pipeline("PixArtTransformer2DModel"), size=(8, 8)) as model:
+        pair = dit_lens.twins(model, pairs=2, release=0, steps=4)
+        a, b, last = pair.a, pair.b, model.cfg.n_layers - 1
+        news = a.activations("cross_attn_out", 1, step=3) - b.activations("cross_attn_out", 1, step=3)
+        by_hand = b.replay(3, edits=[(f"blocks.{last}.hook_resid_post", lambda x, hook: x + news)]).latents[-1]
+        torch.testing.assert_close(path_patch(a, b, ("cross_attn_out", 1), None, range(3, 4)), by_hand, atol=1e-4, rtol=1e-4)
+        path_patch(a, b, ("attn_out", 0), ("cross_attn_out", 1), range(3, 4))
+        with pytest.raises(ValueError, match=r"expected \('attn_out' or 'cross_attn_out' or 'mlp_out', a layer from 0 to"):
+            path_patch(a, b, ("resid_post", 1), None, range(3, 4))
+    with dit_lens.HookedDiT(pipeline("SD3Transformer2DModel"), size=(8, 8)) as model:
+        pair = dit_lens.twins(model, pairs=2, release=0, steps=4)
+        with pytest.raises(ValueError, match="SD3Transformer2DModel hand on more than the image's stream.*expected a model of one stream"):
+            path_patch(pair.a, pair.b, ("attn_out", 0), None, range(3, 4))
+
+
+def test_what_does_not_fit_is_refused(sd3, flux):
+    with dit_lens.HookedDiT(sd3) as model:
+        stream, t, y = torch.zeros(1, 16, 16), torch.tensor([500.0]), torch.tensor([0])
+        with pytest.raises(ValueError, match="start_at_layer=1 can't be done with SD3Transformer2DModel, whose blocks are given more than"):
+            model(stream, t, y, start_at_layer=1)
+        with pytest.raises(ValueError, match=r"The stream has 15 tokens; expected 16, of the 4x4 grid, or a square"):
+            model.unembed(stream[:, :15], t, y)
+
+
 def test_the_knob_and_causes_on_a_joint_model(sd3):
     from dit_lens import knob
 

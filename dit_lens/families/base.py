@@ -231,6 +231,10 @@ class Family:
         image: Tensor = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
         return image
 
+    def strength(self, transformer: Any, guidance: Tensor) -> Tensor:
+        """What a distilled transformer is given as `guidance` [batch] for a strength of guidance."""
+        return guidance
+
     def guided(self, cond: Tensor, null: Tensor, strength: float) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022), as the family's pipeline mixes two answers."""
         return null + strength * (cond - null)

@@ -86,6 +86,9 @@ def same_output(case: Case) -> None:
     assert torch.equal(want, case.ask()), "opened, with nobody listening, the output is another"
     with case.model.hooks([(None, lambda a, hook: None)]):
         assert torch.equal(want, case.ask()), "with hooks that return None the output is another"
+        with torch.enable_grad():
+            graded = flat(case.model.transformer(**case.inputs, return_dict=False)[0])
+        assert torch.equal(want, graded), "with hooks that return None, and gradients on, the output is another"
     with torch.no_grad():
         output = case.model(case.x, case.t, case.condition)
     direct = case.family.output(case.plain, case.plain(**case.inputs, return_dict=False)[0], case.inputs)

@@ -15,7 +15,7 @@ from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearAct
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..hook_points import BackwardEditor, HookPoint
+from ..hook_points import BackwardEditor, HookPoint, laid_out
 from .base import COND, RESID, Axes, Forward, Points
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -181,12 +181,11 @@ def per_head(z: Tensor, linear: Any) -> Tensor:
 class Joint:
     """Where image and text tokens lie in a joint sequence [batch, token, ...]: to take them apart for hook points and put them back.
 
-    `image`, `text` are [batch, n] positions, or both slices where all items are alike. Text positions may be padded with
-    a repeat of any position where `text_valid` [batch, n] is False; those read as zeros and are not written back.
+    `image`, `text` are [batch, n] positions, or slices where all items are alike. What is in neither keeps its value.
     """
 
-    def __init__(self, image: slice | Tensor, text: slice | Tensor, text_valid: Tensor | None = None) -> None:
-        self.image, self.text, self.text_valid = image, text, text_valid
+    def __init__(self, image: slice | Tensor, text: slice | Tensor) -> None:
+        self.image, self.text = image, text
 
     def take(self, x: Tensor, at: slice | Tensor, dim: int = 1) -> Tensor:
         if isinstance(at, slice):
@@ -199,30 +198,25 @@ class Joint:
         if not (image_point.listeners or text_point.listeners):
             return x
         image, text = self.take(x, self.image, dim), self.take(x, self.text, dim)
-        if self.text_valid is not None:
-            keep = self.text_valid.to(x.device).view(*self.text_valid.shape, *[1] * (x.ndim - 2)).movedim(1, dim)
-            text = text * keep
         new_image, new_text = image_point(image), text_point(text)
         if new_image is image and new_text is text:
             return x
-        moved = x.movedim(dim, 1).clone()
-        rows = torch.arange(len(x), device=x.device)[:, None]
+        joined = x.clone()
         if new_image is not image:
-            self._put(moved, self.image, new_image.movedim(dim, 1), rows)
+            self.put(joined, self.image, new_image, dim)
         if new_text is not text:
-            put = new_text.movedim(dim, 1)
-            if self.text_valid is not None and not isinstance(self.text, slice):
-                valid = self.text_valid.to(x.device)
-                moved[rows.expand_as(valid)[valid], self.text.to(x.device)[valid]] = put[valid]
-            else:
-                self._put(moved, self.text, put, rows)
-        return moved.movedim(1, dim)
+            self.put(joined, self.text, new_text, dim)
+        if image_point.changed and image_point.listeners or text_point.changed and text_point.listeners:
+            return joined
+        return laid_out(joined, x)
 
-    def _put(self, x: Tensor, at: slice | Tensor, value: Tensor, rows: Tensor) -> None:
+    def put(self, x: Tensor, at: slice | Tensor, value: Tensor, dim: int = 1) -> None:
+        """Write one stream's tokens into the joint tensor."""
+        moved, value = x.movedim(dim, 1), value.movedim(dim, 1)
         if isinstance(at, slice):
-            x[:, at] = value
+            moved[:, at] = value
         else:
-            x[rows, at.to(x.device)] = value
+            moved[torch.arange(len(x), device=x.device)[:, None], at.to(x.device)] = value
 
 
 class NeuronsForward(Forward):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
@@ -209,7 +208,7 @@ class JointFamily(Family):
             if stream is image:
                 return x
             new = x.clone()
-            joint._put(new, joint.image, stream, torch.arange(len(x), device=x.device)[:, None])
+            joint.put(new, joint.image, stream)
             return new
 
         return image, returned
