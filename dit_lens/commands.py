@@ -273,7 +273,8 @@ def check_family_command(args: argparse.Namespace) -> int:
     """Whether families keep the contract; see `dit_lens.families.contract`."""
     from rich.console import Console
 
-    from .families import contract, modules
+    from . import contract
+    from .families import modules
 
     names = args.families or sorted(modules())
     console = Console(width=None if sys.stdout.isatty() else 160)

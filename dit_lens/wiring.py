@@ -142,7 +142,7 @@ class Wiring:
         self.replaced: list[tuple[Forward, Any]] = []
         forwards = self.family.forwards(transformer, self.points, self)
         if not trusted:
-            check_sources(self.family, forwards)
+            check_sources(self.family, forwards, lambda other: Wiring(other, trusted=True))
         for forward in forwards:
             _refuse_replaced(forward.module)
         for forward in forwards:

@@ -12,8 +12,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
 import dit_lens
-from dit_lens import families
-from dit_lens.families import contract, family_named
+from dit_lens import contract, families
+from dit_lens.families import family_named
 from dit_lens.families.sources import digest, small_inputs
 
 NAMES = sorted(families._OURS)

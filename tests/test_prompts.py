@@ -6,8 +6,8 @@ import torch
 
 import dit_lens
 from dit_lens.conditions import PROMPTS
+from dit_lens.contract import quiet
 from dit_lens.families import family_named
-from dit_lens.families.contract import quiet
 
 
 def pipeline(name):

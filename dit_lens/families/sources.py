@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..hook_points import Observer
 from .base import Condition, Family, Forward
 
 _tested: dict[str, str] = {}
@@ -41,15 +43,18 @@ def methods(forwards: Sequence[Forward]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def check_sources(family: Family, forwards: Sequence[Forward]) -> None:
-    """Raise RuntimeError if a method that the family's forwards repeat has changed, and with it what the model computes."""
+def check_sources(family: Family, forwards: Sequence[Forward], opened: Callable[[nn.Module], Any]) -> None:
+    """Raise RuntimeError if a method that the family's forwards repeat has changed, and with it what the model computes.
+
+    `opened` puts the forwards into a model, whatever they repeat.
+    """
     now = methods(forwards)
     changed = [name for name, value in now.items() if family.written_for.get(name) not in (value, None)]
     if not changed:
         return
     key = f"{family.model_class} {now}"
     if key not in _tested:
-        _tested[key] = _difference(family)
+        _tested[key] = _difference(family, opened)
     if _tested[key]:
         import diffusers
 
@@ -59,34 +64,26 @@ def check_sources(family: Family, forwards: Sequence[Forward]) -> None:
         )
 
 
-def _difference(family: Family) -> str:
+def _difference(family: Family, opened: Callable[[nn.Module], Any]) -> str:
     """What differs on the family's small models between the opened and the unopened one; empty if nothing."""
-    from .. import wiring
-
     for variant in range(3):
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 plain, condition = family.small(variant)
             inputs = small_inputs(family, plain, condition)
-            opened = copy.deepcopy(plain)
-            w = wiring.Wiring(opened, trusted=True)
+            other = copy.deepcopy(plain)
+            wiring = opened(other)
             with torch.no_grad():
-                want, got = (flat(m(**inputs, return_dict=False)[0]) for m in (plain, opened))
-                points = [w.attach(n, hook_points_observer()) for n in w.points]
-                seen = flat(opened(**inputs, return_dict=False)[0])
-            del points
+                want, got = (flat(m(**inputs, return_dict=False)[0]) for m in (plain, other))
+                for name in wiring.points:
+                    wiring.attach(name, Observer(lambda value, point: None))
+                seen = flat(other(**inputs, return_dict=False)[0])
         except Exception as error:  # whatever a changed block may raise
             return f"its small model {variant} fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         if not (torch.equal(want, got) and torch.equal(want, seen)):
             return f"on its small model {variant} the opened model's answer is another"
     return ""
-
-
-def hook_points_observer() -> Any:
-    from ..hook_points import Observer
-
-    return Observer(lambda value, point: None)
 
 
 def flat(answer: Any) -> torch.Tensor:

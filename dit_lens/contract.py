@@ -20,17 +20,17 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..coupling import coupled
-from ..gap import measure
-from ..hook_points import HookPoint, Observer
-from ..loading import load
-from ..model import HookedDiT
-from ..names import layer_of, site_of
-from ..sampling import sample
-from ..tracing import trace
-from . import family_named
-from .base import Condition, Family
-from .sources import flat, methods, small_inputs
+from .coupling import coupled
+from .families import family_named, modules
+from .families.base import Condition, Family
+from .families.sources import flat, methods, small_inputs
+from .gap import measure
+from .hook_points import HookPoint, Observer
+from .loading import load
+from .model import HookedDiT
+from .names import layer_of, site_of
+from .sampling import sample
+from .tracing import load_trace, trace
 
 VARIANTS = (0, 1, 2)
 
@@ -225,8 +225,6 @@ def reading_is_recording(case: Case) -> None:
     for name in case.model.names:
         assert torch.equal(lazy[name], eager[name]), f"{name}, recomputed, is not what was recorded"
     with tempfile.TemporaryDirectory() as folder:
-        from ..tracing import load_trace
-
         with trace(case.model, names="resid_post") as t:
             case.ask()
         again = load_trace(t.save(f"{folder}/trace.safetensors"), case.model)
@@ -453,7 +451,7 @@ def sampler_agrees(case: InPipeline) -> None:
     with trace(case.pipe) as t:
         case.run(False)
     call = case.family.small_call(False)
-    asked = call.get("prompt", call.get("class_labels"))
+    asked = call["prompt"] if "prompt" in call else call["class_labels"]
     n = len(asked)
     model = HookedDiT(case.pipe, size=_size_of(case.model, t.latents[0]))
     guidance = float(t.calls[0].inputs["guidance"][0]) if model.cfg.distilled_guidance else 1.0
@@ -605,8 +603,6 @@ def markdown(rows: dict[str, list[Row]]) -> str:
 def _family(name: str) -> Family:
     found = family_named(name)
     if found is None:
-        from . import modules
-
         near = difflib.get_close_matches(name, modules(), n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(modules()))}."
         raise ValueError(f"There is no family for {name!r}; {hint}")
