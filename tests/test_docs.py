@@ -4,12 +4,15 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import dit_lens
 import dit_lens.probes
+from dit_lens import families
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (dit_lens, dit_lens.probes)
@@ -36,6 +39,23 @@ def test_the_code_in_causes_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "causes.md").read_text(), re.S)
     exec(compile(code, "docs/causes.md", "exec"), {})
     assert capsys.readouterr().out.startswith("Against 4 exact patches of 2 steps: low r = ")
+
+
+def test_the_code_in_families_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.S)
+    exec(compile(code, "docs/families.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("torch.Size([4, 16, 16])\n")
+
+
+def test_every_family_has_its_line():
+    page = (ROOT / "docs" / "families.md").read_text()
+    for name in families._OURS:
+        assert f"| `{name}` | {families.family_named(name).differs} |" in page
+
+
+def test_the_example_family_keeps_the_contract():
+    run = subprocess.run([sys.executable, ROOT / "examples" / "new_family.py"], capture_output=True, text=True, check=True)
+    assert "ScaleTransformer2DModel, 4 layers" in run.stdout
 
 
 @pytest.mark.parametrize("page", [p.relative_to(ROOT) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))], ids=str)

@@ -126,7 +126,7 @@ class DiTFamily(Family):
     """How dit_lens opens a `DiTTransformer2DModel`."""
 
     model_class = "DiTTransformer2DModel"
-    differs = "the block of the table in docs/families.md; every block embeds time and class for itself"
+    differs = "the block that the others are compared with; every block embeds time and class for itself"
     branches = ("cond", "uncond")
     written_for = {
         "AdaLayerNormZero.forward": "690b4440",
