@@ -16,31 +16,51 @@ DEEPEST = 24
 """How many frames up a pipeline is looked for: the transformer's wrappers, offload hooks and contexts lie between."""
 
 
-def branch_now(
-    transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
-) -> tuple[tuple[str, ...] | None, Hashable]:
-    """("cond" | "uncond" | "skip" | "" for each item, the step's place in the loop); (None, None) outside of a pipeline.
+CALLS = ("cond", "uncond", "")
+"""What a step's calls are, where each branch is a call of its own; a third one is something that we do not know."""
 
-    "skip" is the extra pass of skip-layer guidance, which is conditional with some layers left out. "" is an item of a batch that is
-    neither the latents' nor twice that. `order` is the family's `branches`.
-    """
-    frame = _pipeline(transformer)
-    if frame is None:
-        return None, None
-    local = frame.f_locals
-    own = local.get("latents")
-    place = (
-        (id(frame), local["i"]) if "i" in local else None
-    )  # DiTPipeline's loop does not count: there a call is a step
-    n = len(own) if own is not None else items
-    if inputs.get("skip_layers") is not None:
-        return ("skip",) * items, place
-    if items == n:
-        word = "cond" if order is not None or _first(frame, place) else "uncond"
-        return (word,) * items, place
-    if items == 2 * n and order is not None:
-        return (order[0],) * n + (order[1],) * n, place
-    return ("",) * items, place
+
+class Guidance:
+    """Follows the pipelines that run through one transformer; of one such run it remembers the step and its calls."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the pipeline's frame, and of the tensors in it."""
+        self.frame: FrameType | None = None
+        self.step: Any = None
+        self.calls = 0
+
+    def now(
+        self, transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
+    ) -> tuple[tuple[str, ...] | None, Hashable]:
+        """("cond" | "uncond" | "skip" | "" for each item, the step's place in the loop); (None, None) outside of a pipeline.
+
+        "skip" is the extra pass of skip-layer guidance, which is conditional with some layers left out. "" is an item of a batch that
+        is neither the latents' nor twice that. `order` is the family's `branches`.
+        """
+        frame = _pipeline(transformer)
+        if frame is None:
+            return None, None
+        local = frame.f_locals
+        own, step = local.get("latents"), local.get("i")
+        if frame is not self.frame:  # held, so that another run's frame can't come to lie at its address
+            self.frame, self.step, self.calls = frame, None, 0
+            self.runs += 1
+        self.calls = self.calls + 1 if step == self.step else 1
+        self.step = step
+        place = None if step is None else (self.runs, step)  # DiTPipeline's loop does not count: there a call is a step
+        n = len(own) if own is not None else items
+        if inputs.get("skip_layers") is not None:
+            return ("skip",) * items, place
+        if items == n:
+            word = "cond" if order is not None else CALLS[min(self.calls, len(CALLS)) - 1]
+            return (word,) * items, place
+        if items == 2 * n and order is not None:
+            return (order[0],) * n + (order[1],) * n, place
+        return ("",) * items, place
 
 
 def _pipeline(transformer: Any) -> FrameType | None:
@@ -55,14 +75,3 @@ def _pipeline(transformer: Any) -> FrameType | None:
                 return frame
         frame = frame.f_back
     return None
-
-
-_latest: dict[int, Hashable] = {}
-
-
-def _first(frame: FrameType, place: Hashable) -> bool:
-    """Whether this is the first call in its step of the loop."""
-    first = _latest.get(id(frame)) != place
-    _latest.clear()  # one loop at a time; a frame's id may come again
-    _latest[id(frame)] = place
-    return first

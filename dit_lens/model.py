@@ -96,9 +96,10 @@ class HookedDiT:
         inputs = self.family.inputs(self.transformer, x, t, condition)
         with self.wiring.part((start, stop), stream), self.wiring.known(condition.labels):
             try:
-                answer = self.transformer(**inputs, return_dict=False)[0]
+                answer = self.transformer(**inputs, return_dict=False)
             except Halted as halted:
                 return halted.stream
+        answer = answer if isinstance(answer, Tensor) else answer[0]  # some classes answer with the bare tensor
         return self.family.output(self.transformer, answer, inputs)
 
     def _condition(self, y: Any) -> Condition:
@@ -188,6 +189,11 @@ class HookedDiT:
         Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's `resid_post` it is the model's output.
         """
         self._require_installed()
+        if self.family.read_only:
+            raise RuntimeError(
+                f"{type(self.transformer).__name__} is opened read-only, and its streams can't be read by its last layer; expected a model "
+                "with a family of its own."
+            )
         now = self.wiring.now
         x = None if now is None else self.family.latents(self.transformer, now)
         if x is None or len(x) != len(stream):
@@ -272,6 +278,11 @@ class HookedDiT:
 
     def __repr__(self) -> str:
         c = self.cfg
+        if self.family.read_only:
+            return (
+                f"HookedDiT({type(self.transformer).__name__}, read-only: {c.n_layers} layers, {len(self.names)} hook points; "
+                f"{len(self.family.absent(self.transformer))} standard names are absent: model.family.absent(model.transformer))"
+            )
         return (
             f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, "
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"

@@ -87,7 +87,8 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("dit_lens", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on unaligned memory
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by Trace.save."
@@ -157,7 +158,8 @@ def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> x
     known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
     if len(known) == len(calls):
         coords["label"] = ("batch", torch.cat(known).tolist())
-    if trace.model.scheduler is not None:
+    family = getattr(trace.model, "family", None)
+    if trace.model.scheduler is not None and not (family and family.read_only):  # whose time may be in other units
         from .schedules import log_snr
 
         coords["log_snr"] = ("step", log_snr(trace.model.scheduler, torch.tensor(timesteps)).tolist())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import family_of
 from .families.base import Condition, Forward
 from .families.sources import check_sources
-from .guidance import branch_now
+from .guidance import Guidance
 from .hook_points import Editor, HookPoint, Listener, StopForward
 from .refusals import refuse_cache, refuse_unfit
 
@@ -135,6 +135,7 @@ class Wiring:
         self.now: dict[str, Any] | None = None  # the arguments of the call under way
         self.labels: Tensor | None = None
         self.gates: dict[int, Gate] = {}
+        self.guidance = Guidance()
         self.twin: tuple[str, ...] | None = None
         self.owner: int | None = None
         self.running: list[int] = []
@@ -207,6 +208,8 @@ class Wiring:
 
     def unwatch(self, watcher: Watcher) -> None:
         self.watchers = [w for w in self.watchers if w is not watcher]
+        if not self.watchers:
+            self.guidance.forget()
         self.release()
 
     def claim(self) -> None:
@@ -276,7 +279,7 @@ class Wiring:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         classes = inputs.get("class_labels")
         labels = classes if isinstance(classes, Tensor) else self.labels
-        branch, place = branch_now(self.transformer, self.family.branches, inputs, len(x))
+        branch, place = self.guidance.now(self.transformer, self.family.branches, inputs, len(x))
         own = (self.family.x_name, self.family.t_name)
         condition = Condition({k: v for k, v in inputs.items() if k not in own})
         condition.labels = labels
@@ -386,6 +389,7 @@ class Wiring:
             "now": None,
             "labels": None,
             "gates": {},
+            "guidance": Guidance(),
         }
 
 

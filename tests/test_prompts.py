@@ -101,6 +101,18 @@ def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
     assert t.calls[2].inputs["encoder_hidden_states"] is held
 
 
+def test_runs_of_one_step_are_told_apart(flux):
+    with dit_lens.trace(flux) as t:
+        for _ in range(2):
+            call(flux, num_inference_steps=1)
+    assert t.calls_at == [[0], [1]] and [c.branch for c in t.calls] == [("cond",), ("cond",)]
+    with dit_lens.trace(flux) as t:
+        call(flux, num_inference_steps=1, true_cfg_scale=2.0, negative_prompt="")
+    with dit_lens.trace(flux) as u:
+        call(flux, num_inference_steps=1)
+    assert t.calls_at == [[0, 1]] and u.calls[0].branch == ("cond",)
+
+
 def test_an_edit_acts_on_a_step_of_two_calls_once_a_call(flux):
     seen = []
     with dit_lens.trace(flux) as t:

@@ -78,6 +78,10 @@ def family_of(transformer: nn.Module) -> Family:
     for cls in type(transformer).__mro__:
         if family := family_named(cls.__name__):
             return family
+    from .readonly import read_only
+
+    if (unknown := read_only(transformer)) is not None:
+        return unknown
     known = ", ".join(sorted({*modules(), *_FAMILIES}))
     raise TypeError(
         f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it knows {known}."

@@ -144,6 +144,7 @@ class Family:
         x_name, t_name: the arguments that hold x_t and the time.
         branches: how its pipelines guide: the branches in which a doubled batch is stacked, ("uncond", "cond") or ("cond", "uncond"), or
             None where each branch is a call of its own, the conditional one first.
+        read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read through the last layer.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method"; see `dit_lens.families.sources`.
     """
 
@@ -151,6 +152,7 @@ class Family:
     differs: str
     x_name, t_name = "hidden_states", "timestep"
     branches: tuple[str, str] | None = ("uncond", "cond")
+    read_only = False
     written_for: dict[str, str] = {}
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
@@ -164,6 +166,10 @@ class Family:
     def sites(self, transformer: Any) -> dict[str, Axes]:
         """Every hook name with the names of its axes, in forward order."""
         raise NotImplementedError
+
+    def absent(self, transformer: Any) -> list[str]:
+        """The standard names that a model lacks of which only the outside is known."""
+        return []
 
     def check_model(self, transformer: Any) -> None:
         """Raise one clear sentence if the model has something switched on that the forwards do not honour."""
