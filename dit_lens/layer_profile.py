@@ -39,7 +39,8 @@ def profiles(
     merged = {name: _merged(seen[name], fine, coarse) for name in ("difference", "common")}
     energies = [_pooled(merged[name].sel(reading=READING), counts) for name in ("difference", "common")]
     bare = _pooled(merged["difference"].sel(reading="raw").isel(step=[at]), counts)
-    energy = energies[0] / energies[1]  # [resample, layer, band, step]
+    with np.errstate(invalid="ignore"):  # a band may hold nothing in some layer, as the embedding of still frames
+        energy = energies[0] / energies[1]  # [resample, layer, band, step]
     values: dict[str, Array] = {}
     taus = {}
     for view, curves in (("divergence", energy), ("lens", _lens_curves(lensed, counts))):
