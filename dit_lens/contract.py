@@ -597,14 +597,8 @@ def markdown(rows: dict[str, list[Row]]) -> str:
             has = column != "patterns" or any(n.endswith("attn.hook_pattern") for n in case.model.names if ".attn" in n)
             cells.append("yes" if mine and all(row.ok for row in mine) and has else "no" if has else "none: linear")
         cells.append("yes" if case.cfg.restartable else "no")
-        branches = case.family.branches
-        cells.append(
-            "distilled or two calls"
-            if case.cfg.distilled_guidance
-            else "two calls"
-            if branches is None
-            else "one batch"
-        )
+        distilled = any(Case(case.family, v).cfg.distilled_guidance for v in VARIANTS)
+        cells.append(("two calls" if case.family.branches is None else "one batch") + (", or distilled" if distilled else ""))
         cells.append(str(sum(n.startswith("blocks.0.") for n in case.model.names)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

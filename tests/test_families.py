@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +18,23 @@ from dit_lens.families import family_named
 from dit_lens.families.sources import digest, small_inputs
 
 NAMES = sorted(families._OURS)
+FOUND: dict[str, list[contract.Row]] = {}
 
 
 @pytest.mark.parametrize("where", ["small(0)", "small(1)", "small(2)", "pipeline"])
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name, where):
-    failed = [f"{row.check}: {row.message}" for row in contract.examine(name, where=where) if not row.ok]
+    rows = contract.examine(name, where=where)
+    FOUND.setdefault(name, []).extend(rows)
+    failed = [f"{row.check}: {row.message}" for row in rows if not row.ok]
     assert not failed, "\n".join(failed)
+
+
+def test_the_readme_has_the_checkers_table():
+    if set(FOUND) != set(NAMES) or any(len(rows) != 46 for rows in FOUND.values()):
+        pytest.skip("needs the whole contract to have run before")
+    readme = (Path(dit_lens.__file__).parent.parent / "README.md").read_text()
+    assert contract.markdown(FOUND) in readme
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
