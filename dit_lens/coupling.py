@@ -6,7 +6,7 @@ In a batch [A | B] (with guidance [A | B | A null | B null]) every item attends 
 - `joint`: one softmax over both sets of keys, with log g added to the logits of the twin's.
 
 To first order in D = X_A - X_B both damp what the two disagree on by rho = (1 - g)/(1 + g) and leave what they share alone. The gate
-acts inside the attention of every family (`dit_lens.families.layers.Attend`), on the whole sequence where text is attended to as well;
+acts inside the attention of every family (`dit_lens.families.attention.Attend`), on the whole sequence where text is attended to as well;
 `hook_z` is what comes out of it. At g = 0 nothing is attached.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .families.layers import Kernel, sdpa
+from .families.attention import Kernel, sdpa
 from .model import HookedDiT
 
 Gate = Literal["mix", "joint"]

@@ -27,7 +27,7 @@ from torch import Tensor
 from .bands import CUT, Bands
 from .commitment import Agreement, agreement, half_crossing, resample
 from .coupling import Gate, check_gate, gated, linear_response
-from .families.layers import Kernel
+from .families.attention import Kernel
 from .model import HookedDiT
 from .sampling import model_inputs
 from .twinning import Twins, paired_labels, twins

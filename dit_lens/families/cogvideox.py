@@ -24,38 +24,15 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut, Joint
 from .base import RESID, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    HeadsOut,
-    Joint,
-    adaln_sites,
-    check_processor,
-    mlp_sites,
-    neurons,
-    out_sites,
-    qkv_sites,
-    refuse_processors,
-    scores_sites,
-)
+from .layers import check_processor, neurons, refuse_processors
+from .sites import FINAL_SITES, adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites, texts
 from .small import alive, small_text
 
 VIDEO = ("batch", "frame", "channel", "height", "width")
 Streams = dict[str, Axes]
 Angles = tuple[Tensor, Tensor]
-
-
-def texts(sites: Streams) -> Streams:
-    """The text's names and axes for the video's."""
-    axes_of = {"token": "text_token", "query": "text_query"}
-    return {f"text.{name}": tuple(axes_of.get(a, a) for a in axes) for name, axes in sites.items()}
-
-
-def both(sites: Streams) -> Streams:
-    """The video's names, each followed by the text's."""
-    pairs = zip(sites.items(), texts(sites).items(), strict=True)
-    return {name: axes for pair in pairs for name, axes in pair}
 
 
 def norm_sites(branch: str, norm: str) -> Streams:

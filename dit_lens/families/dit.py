@@ -17,20 +17,10 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    FINAL_SITES,
-    AdaNormForward,
-    Attend,
-    HeadsOut,
-    adaln_sites,
-    attention_sites,
-    check_processor,
-    mlp_sites,
-    neurons,
-    refuse_chunks,
-    refuse_processors,
-)
+from .layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
+from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
 from .small import alive, small_vae
 
 BLOCK_SITES: dict[str, Axes] = {

@@ -20,20 +20,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from . import register
+from .attention import Joint
 from .base import COND, RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    AdaNormForward,
-    FinalNormForward,
-    Joint,
-    adaln_sites,
-    mlp_sites,
-    neurons,
-    out_sites,
-    qkv_sites,
-    refuse_processors,
-    scores_sites,
-)
-from .packed import Angles, AttentionForward, BlockForward, PackedFamily, both, clipped, double_sites, refuse_fused
+from .layers import AdaNormForward, FinalNormForward, neurons, refuse_processors
+from .packed import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, refuse_fused
+from .sites import adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites
 from .small import alive, small_text, small_vae
 
 

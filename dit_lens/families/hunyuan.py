@@ -24,19 +24,10 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    FinalNormForward,
-    HeadsOut,
-    attention_sites,
-    check_processor,
-    mlp_sites,
-    neurons,
-    out_sites,
-    refuse_processors,
-)
+from .layers import FinalNormForward, check_processor, neurons, refuse_processors
+from .sites import FINAL_SITES, attention_sites, mlp_sites, out_sites
 from .small import alive, small_text
 
 HEADS, TEXT_HEADS = ("batch", "token", "head", "d_head"), ("batch", "text_token", "head", "d_head")

@@ -25,8 +25,9 @@ from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcess
 from torch import Tensor, nn
 
 from . import register
+from .attention import Joint, Kernel
 from .base import SAMPLE, Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
-from .layers import Joint, Kernel, refuse_processors
+from .layers import refuse_processors
 from .sandwich import (
     JointFamily,
     JointForward,

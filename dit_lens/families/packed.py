@@ -12,35 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hook_points import HookPoint
+from .attention import Attend, HeadsOut, Joint, dispatched
 from .base import COND, RESID, Axes, Condition, Config, Family, Forward, Points, Size, shift_of
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    HeadsOut,
-    Joint,
-    adaln_sites,
-    check_processor,
-    dispatched,
-    mlp_sites,
-    out_sites,
-    qkv_sites,
-    scores_sites,
-)
+from .layers import check_processor
+from .sites import FINAL_SITES, adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites, texts
 
 Streams = dict[str, Axes]
 Angles = tuple[Tensor, Tensor]
-
-
-def texts(sites: Streams) -> Streams:
-    """The text's names for these of the image."""
-    own = {"token": "text_token", "query": "text_query"}
-    return {f"text.{site}": tuple(own.get(axis, axis) for axis in axes) for site, axes in sites.items()}
-
-
-def both(sites: Streams) -> Streams:
-    """The image's names, each followed by the text's."""
-    pairs = zip(sites.items(), texts(sites).items(), strict=True)
-    return {name: axes for pair in pairs for name, axes in pair}
 
 
 def double_sites() -> Streams:

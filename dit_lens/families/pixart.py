@@ -20,20 +20,10 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    HeadsOut,
-    adaln_sites,
-    attention_sites,
-    check_processor,
-    mlp_sites,
-    neurons,
-    out_sites,
-    refuse_chunks,
-    refuse_processors,
-)
+from .layers import LastTable, check_processor, neurons, refuse_chunks, refuse_processors
+from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites
 from .small import alive, small_text, small_vae
 
 TEXT_HEADS, TEXT_SCORES = ("batch", "text_token", "head", "d_head"), ("batch", "head", "query", "text_key")
@@ -132,30 +122,7 @@ class ConditioningForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         modulation, vector = self.own(*args, **kwargs)
-        return modulation, ForTable(vector, self.last) if any(point.listeners for point in self.last) else vector
-
-
-class ForTable:
-    """The conditioning vector on its way to the last layer's table, in place of the tensor where somebody listens.
-
-    diffusers adds the two in the midst of the transformer's own forward, where no module is called. PyTorch asks the summand
-    (`__torch_function__`), and so the sums, shift and scale, pass through their hook points there.
-    """
-
-    def __init__(self, vector: Tensor, points: tuple[HookPoint, HookPoint]) -> None:
-        self.vector, self.points = vector, points
-
-    def __getitem__(self, index: Any) -> ForTable:
-        return ForTable(self.vector[index], self.points)
-
-    def to(self, *args: Any, **kwargs: Any) -> ForTable:
-        return ForTable(self.vector.to(*args, **kwargs), self.points)
-
-    @classmethod
-    def __torch_function__(cls, add: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
-        table, vector = args
-        sums = add(table, vector.vector).unbind(1)
-        return torch.stack([point(x) for point, x in zip(vector.points, sums, strict=True)], dim=1)
+        return modulation, LastTable.where_heard(vector, self.last)
 
 
 class PixArtFamily(Family):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from . import register
 from .base import RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
-from .layers import FinalNormForward, adaln_sites, neurons, refuse_processors
-from .packed import Angles, AttentionForward, BlockForward, PackedFamily, both, clipped, double_sites, pack, unpack
+from .layers import FinalNormForward, neurons, refuse_processors
+from .packed import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, pack, unpack
+from .sites import adaln_sites, both
 from .small import alive, small_text
 
 

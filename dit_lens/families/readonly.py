@@ -218,7 +218,7 @@ class ReadOnlyFamily(Family):
     def absent(self, transformer: Any) -> list[str]:
         """The standard names that this model does not have; `blocks.*` where no block has it."""
         from .dit import BLOCK_SITES
-        from .layers import FINAL_SITES
+        from .sites import FINAL_SITES
 
         sites, blocks, missing = self.sites(transformer), range(len(main_blocks(transformer))), []
         for site in BLOCK_SITES:

@@ -32,20 +32,10 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut, sdpa
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    HeadsOut,
-    adaln_sites,
-    check_processor,
-    mlp_sites,
-    out_sites,
-    qkv_sites,
-    refuse_processors,
-    scores_sites,
-    sdpa,
-)
+from .layers import check_processor, refuse_processors
+from .sites import FINAL_SITES, adaln_sites, mlp_sites, out_sites, qkv_sites, scores_sites
 from .small import alive, small_text
 
 CROSS = {"head": "cross_head", "d_head": "d_cross_head", "key": "text_key"}

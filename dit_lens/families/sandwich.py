@@ -14,33 +14,15 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..hook_points import BackwardEditor, HookPoint
+from .attention import Attend, Joint, Kernel, per_head
 from .base import RESID, Axes, Family, Forward, Points
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    Joint,
-    Kernel,
-    adaln_sites,
-    check_processor,
-    mlp_sites,
-    out_sites,
-    per_head,
-    qkv_sites,
-    scores_sites,
-)
+from .layers import check_processor
+from .sites import FINAL_SITES, adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites
 
 D_COND: Axes = ("batch", "d_cond")
 SILENT = HookPoint("")
 """In place of the text's hook point where only the image has one."""
 ANYWHERE = Joint(slice(0), slice(0))
-
-
-def both(sites: dict[str, Axes]) -> dict[str, Axes]:
-    """Each of these names for the image's part of the sequence, and then for the text's."""
-    text = {"token": "text_token", "query": "text_query"}
-    return {
-        f"{p}{n}": tuple(text.get(a, a) if p else a for a in axes) for n, axes in sites.items() for p in ("", "text.")
-    }
 
 
 def block_sites(key_heads: str) -> dict[str, Axes]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut
 from .base import (
     COND,
     RESID,
@@ -32,23 +33,8 @@ from .base import (
     Tap,
     TransformerForward,
 )
-from .layers import (
-    FINAL_SITES,
-    AdaNormForward,
-    Attend,
-    FinalNormForward,
-    HeadsOut,
-    adaln_sites,
-    attention_sites,
-    check_processor,
-    mlp_sites,
-    neurons,
-    out_sites,
-    qkv_sites,
-    refuse_chunks,
-    refuse_processors,
-    scores_sites,
-)
+from .layers import AdaNormForward, FinalNormForward, check_processor, neurons, refuse_chunks, refuse_processors
+from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites, qkv_sites, scores_sites
 from .small import alive, small_text, small_vae
 
 

@@ -22,19 +22,10 @@ from torch import Tensor, nn
 
 from ..hook_points import HookPoint
 from . import register
+from .attention import Attend, HeadsOut, dispatched
 from .base import COND, RESID, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import (
-    FINAL_SITES,
-    Attend,
-    HeadsOut,
-    adaln_sites,
-    attention_sites,
-    check_processor,
-    dispatched,
-    mlp_sites,
-    neurons,
-    refuse_processors,
-)
+from .layers import LastTable, check_processor, neurons, refuse_processors
+from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
 from .small import alive, small_text
 
 TEXT_HEADS, TEXT_SCORES = ("batch", "text_token", "head", "d_head"), ("batch", "head", "query", "text_key")
@@ -134,27 +125,7 @@ class ConditioningForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         vector, *rest = self.own(*args, **kwargs)
-        return Summand(vector, self.last) if any(point.listeners for point in self.last) else vector, *rest
-
-
-class Summand:
-    """The time's vector on its way to the last layer's table, in place of the tensor where somebody listens.
-
-    diffusers adds the two in the midst of the transformer's own forward, where no module is called. PyTorch asks the summand
-    (`__torch_function__`), and so the sums, shift and scale, pass through their hook points there.
-    """
-
-    def __init__(self, vector: Tensor, points: tuple[HookPoint, HookPoint]) -> None:
-        self.vector, self.points = vector, points
-        self.ndim, self.device = vector.ndim, vector.device
-
-    def unsqueeze(self, dim: int) -> Summand:
-        return Summand(self.vector.unsqueeze(dim), self.points)
-
-    @classmethod
-    def __torch_function__(cls, add: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
-        table, own = args
-        return torch.stack(hooked(own.points, add(table, own.vector)), dim=-2)
+        return LastTable.where_heard(vector, self.last), *rest
 
 
 class WanFamily(Family):

@@ -22,8 +22,9 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSin
 from torch import Tensor, nn
 
 from . import register
+from .attention import Joint, Kernel, dispatched
 from .base import Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
-from .layers import Joint, Kernel, dispatched, refuse_processors
+from .layers import refuse_processors
 from .sandwich import (
     JointFamily,
     LastForward,
