@@ -37,6 +37,7 @@ class Conditions:
         self.family, self.cfg, self.pipe = family, cfg, pipe
         self.prompts: list[str] = [] if cfg.n_classes else list(PROMPTS)
         self._encoded: dict[str, Condition] = {}
+        self._batches: dict[tuple[int, ...], Condition] = {}
 
     @property
     def n(self) -> int:
@@ -52,6 +53,7 @@ class Conditions:
         """Give prompts their conditions (batch axis 1) by hand, for a transformer that comes without text encoders; "" is the null one."""
         for prompt, condition in conditions.items():
             self._encoded[prompt] = Condition(condition)
+            self._batches.clear()
             if prompt and prompt not in self.prompts:
                 self.prompts.append(prompt)
 
@@ -91,10 +93,17 @@ class Conditions:
         if self.cfg.n_classes:
             condition = Condition(class_labels=labels)
         else:
-            each = [self._one("" if n == self.null else self.prompts[n]) for n in labels.tolist()]
-            condition = self.family.stack(each)
+            condition = Condition(self._stacked(tuple(labels.tolist())))
         condition.labels = labels
         return condition
+
+    def _stacked(self, labels: tuple[int, ...]) -> Condition:
+        """The same tensors for the same labels in every step of a run: a trace then keeps them once."""
+        if labels not in self._batches:
+            while len(self._batches) >= 4:
+                self._batches.pop(next(iter(self._batches)))
+            self._batches[labels] = self.family.stack([self._one(self.prompts[n] if n >= 0 else "") for n in labels])
+        return self._batches[labels]
 
     def _one(self, prompt: str) -> Condition:
         if prompt not in self._encoded:

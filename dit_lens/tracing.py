@@ -26,7 +26,7 @@ from .model import HookedDiT, transformer_of
 from .names import Key, NamesFilter, layer_of, resolve, select
 from .probe import Probe, Site
 from .regions import Region
-from .wiring import Call, Handle, Wiring
+from .wiring import Call, Copies, Handle, Wiring
 
 
 class Trace:
@@ -55,7 +55,7 @@ class Trace:
         self.calls: list[Call] = []
         self.calls_at: list[list[int]] = []  # each step's calls: one, or one for each branch of guidance
         self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}  # by call
-        self._copied: dict[int, Any] = {}
+        self._copies = Copies()
         self.weights: tuple[str, str] | None = None  # fingerprints on entering and on leaving
         self._open, self._current = False, 0
         self._handles: list[Handle] = []
@@ -100,6 +100,7 @@ class Trace:
         self._handles = []
         self.model.wiring.unwatch(self)
         self._open = False
+        self._copies = Copies()  # lets go of the caller's tensors
         self.weights = (self._before, fingerprint(self.model.transformer))
         wiring = self.model.wiring
         if wiring.temporary and not wiring.watchers and not wiring.listening:  # the last of the traces that share it
@@ -131,7 +132,7 @@ class Trace:
         if self._current == len(self.calls_at):
             self.calls_at.append([])
         self.calls_at[-1].append(len(self.calls))
-        self.calls.append(call.kept(self._copied))
+        self.calls.append(call.kept(self._copies))
 
     def _record(self, value: Tensor, point: HookPoint) -> None:
         if self.wanted_steps(self._current):
@@ -346,8 +347,9 @@ class Trace:
         return save(self, path)
 
     def __repr__(self) -> str:
-        kept = sum(v.numel() * v.element_size() for r in self.records.values() for v in r.values())
-        kept += sum(c.x.numel() * c.x.element_size() for c in self.calls)
+        tensors = {id(v): v for r in self.records.values() for v in r.values()}
+        tensors |= {id(v): v for c in self.calls for v in _tensors(c.inputs)}
+        kept = sum(v.numel() * v.element_size() for v in tensors.values())
         state = "open" if self._open else "closed"
         return f"Trace({len(self.calls_at)} steps, {len(self.recorded_names)} names recorded, {kept / 1e6:.1f} MB kept, {state})"
 
@@ -416,3 +418,11 @@ def _conditions(call: Call) -> Iterator[None]:
     autocast = torch.autocast(call.x.device.type, dtype=call.autocast, enabled=call.autocast is not None)
     with torch.set_grad_enabled(call.grad), autocast:
         yield
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)

@@ -65,18 +65,12 @@ class Call:
         classes = self.inputs.get("class_labels")
         return classes if isinstance(classes, Tensor) else self.condition
 
-    def kept(self, seen: dict[int, tuple[Tensor, int, Tensor]]) -> Call:
-        """A copy that outlives the call, whatever the caller does to its tensors.
-
-        `seen` remembers, for as long as the trace, what was copied: a prompt's embedding is one tensor in all steps, and is kept once.
-        """
+    def kept(self, copies: Copies) -> Call:
+        """A copy that outlives the call, whatever the caller does to its tensors."""
 
         def copy(value: Any) -> Any:
             if isinstance(value, Tensor):
-                found = seen.get(id(value))
-                if found is None or found[0] is not value or found[1] != _version(value):
-                    found = seen[id(value)] = value, _version(value), value.detach().clone()
-                return found[2]
+                return copies.of(value)
             if isinstance(value, Condition):
                 condition = Condition({k: copy(v) for k, v in value.items()})
                 condition.labels = copy(value.labels)
@@ -85,8 +79,36 @@ class Call:
                 return {k: copy(v) for k, v in value.items()}
             return type(value)(map(copy, value)) if type(value) in (list, tuple) else value
 
+        copies.next()
         tensors = ("inputs", "x", "t", "labels", "stream", "condition")
         return replace(self, memo={}, **{name: copy(getattr(self, name)) for name in tensors})
+
+
+class Copies:
+    """Copies of tensors; one that comes again unchanged, as a prompt's embedding does in every step, is copied once.
+
+    To know it again the original is held, until it has not come for a few calls.
+    """
+
+    RECENT = 4  # calls: more than a step of guidance has
+
+    def __init__(self) -> None:
+        self.call = 0
+        self.held: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self.latest: dict[int, int] = {}
+
+    def next(self) -> None:
+        """Another call begins."""
+        self.call += 1
+        for key in [key for key, call in self.latest.items() if call < self.call - self.RECENT]:
+            del self.held[key], self.latest[key]
+
+    def of(self, x: Tensor) -> Tensor:
+        found = self.held.get(id(x))
+        if found is None or found[0] is not x or found[1] != _version(x):
+            found = self.held[id(x)] = x, _version(x), x.detach().clone()
+        self.latest[id(x)] = self.call
+        return found[2]
 
 
 def _version(x: Tensor) -> int:

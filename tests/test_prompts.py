@@ -76,6 +76,40 @@ def test_guidance_is_the_pipelines(name):
         torch.testing.assert_close(run.latents[step], t.latents[step][:1], atol=1e-4, rtol=1e-4)
 
 
+def test_distilled_guidance_is_an_input():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    family = family_named("FluxTransformer2DModel")
+    with quiet():
+        transformer = next(m for v in range(3) if family.config(m := family.small(v)[0]).distilled_guidance)
+        parts = family.small_pipeline().components | {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
+        pipe = FluxPipeline(**{k: v for k, v in parts.items() if v is not None})
+    pipe.set_progress_bar_config(disable=True)
+    with dit_lens.trace(pipe) as t:
+        call(pipe, guidance_scale=2.5)
+    assert [c.branch for c in t.calls] == [("cond",)] * 3 and t.calls[0].inputs["guidance"].tolist() == [2.5]
+    with dit_lens.HookedDiT(pipe, size=(8, 8)) as model:
+        run, other = (
+            dit_lens.sample(model, ["a fox"], steps=3, guidance=g, latents=t.latents[0], scheduler=pipe.scheduler) for g in (2.5, 1.0)
+        )
+        assert run.activations("resid_post", 0, step=1).shape[0] == 1 and torch.equal(run.replay(1).latents, run.latents)
+    torch.testing.assert_close(run.latents[1:3], t.latents[1:], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(other.latents[-1], run.latents[-1])
+
+
+def test_a_trace_lets_go_of_what_it_copied(sd3):
+    import weakref
+
+    x = torch.randn(2, 4, 8, 8)
+    gone = weakref.ref(x)
+    with dit_lens.HookedDiT(sd3) as model, dit_lens.trace(model) as t:
+        for i in range(6):
+            model(x, torch.tensor([500.0, 400.0 - i]), torch.tensor([1, -1]))
+            x = torch.randn(2, 4, 8, 8)
+        assert gone() is None and len(t.calls) == 6
+    assert len(t._copies.held) == 0 and "0.1 MB kept" in repr(t), repr(t)
+
+
 def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
     with dit_lens.trace(flux, names="resid_post") as eager:
         images = call(flux, true_cfg_scale=3.0, negative_prompt="a dog")
