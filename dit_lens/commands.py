@@ -163,7 +163,7 @@ def hooks_command(args: argparse.Namespace) -> None:
     )
     for row, members in rows.items():
         axes = sites[members[0]]
-        count = f"{len(members)} layers" if row.startswith("blocks.{i}") else ""
+        count = f"{len(members)} layer{'s' * (len(members) > 1)}" if row.startswith("blocks.{i}") else ""
         shape = Text(
             "[" + ", ".join(str(sizes.get(a, a)) for a in axes) + "]"
         )  # as it stands: rich would take brackets for markup

@@ -15,8 +15,9 @@ from torch import nn
 import dit_lens
 from dit_lens import contract
 from dit_lens.families import register
+from dit_lens.families.attention import Attend, HeadsOut
 from dit_lens.families.base import RESID, SAMPLE, Condition, Config, Family, Forward, Tap, TransformerForward
-from dit_lens.families.layers import Attend, HeadsOut, adaln_sites, attention_sites, mlp_sites
+from dit_lens.families.sites import adaln_sites, attention_sites, mlp_sites
 from dit_lens.families.small import alive
 
 D, HEADS, PATCH = 16, 2, 2
@@ -60,14 +61,22 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin):
 # Its family: the names of a block in the order in which they come, and the block's forward with hook points in it.
 
 SITES = {"hook_resid_pre": RESID, "hook_cond": ("batch", "d_model"), **adaln_sites(parts=("scale",))}
-SITES |= {"ln1.hook_normalized": RESID, **attention_sites(rotary=False), "hook_attn_out": RESID, "hook_resid_mid": RESID}
+SITES |= {
+    "ln1.hook_normalized": RESID,
+    **attention_sites(rotary=False),
+    "hook_attn_out": RESID,
+    "hook_resid_mid": RESID,
+}
 SITES |= {"ln2.hook_normalized": RESID, **mlp_sites(), "hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
 class BlockForward(Forward):
     def __init__(self, module, points, wiring, layer):
         super().__init__(module)
-        self.points, self.embed = {site: points[f"blocks.{layer}.{site}"] for site in SITES}, None if layer else points["hook_embed"]
+        self.points, self.embed = (
+            {site: points[f"blocks.{layer}.{site}"] for site in SITES},
+            None if layer else points["hook_embed"],
+        )
         self.attend, self.heads_out = Attend(self.points, wiring, layer), HeadsOut(self.points)
 
     def __call__(self, x, cond):
@@ -78,7 +87,9 @@ class BlockForward(Forward):
         h = hook["attn.hook_in"](hook["ln1.hook_normalized"](block.norm(x)) * (1 + scale_attn[:, None]))
         parts = zip("qkv", block.qkv(h).chunk(3, dim=2), strict=True)
         q, k, v = (hook[f"attn.hook_{name}"](part.unflatten(2, (HEADS, -1))).transpose(1, 2) for name, part in parts)
-        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](self.heads_out(self.attend(q, k, v).transpose(1, 2), block.out)))
+        x = hook["hook_resid_mid"](
+            x + hook["hook_attn_out"](self.heads_out(self.attend(q, k, v).transpose(1, 2), block.out))
+        )
         h = hook["mlp.hook_in"](hook["ln2.hook_normalized"](block.norm(x)) * (1 + scale_mlp[:, None]))
         neurons = hook["mlp.hook_post"](nn.functional.gelu(hook["mlp.hook_pre"](block.up(h))))
         return hook["hook_resid_post"](x + hook["hook_mlp_out"](hook["mlp.hook_out"](block.down(neurons))))
