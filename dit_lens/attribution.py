@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from .bands import CUT, Bands
+from .guidance import guided, means, model_inputs
 from .hook_points import HookPoint, Observer
 from .model import HookedDiT
 from .names import layer_of, select
 from .patching import Patch, sweep
-from .sampling import Run, advance, edits_at, guided, means, model_inputs, prepared, seeds_at
+from .sampling import Run, advance, edits_at, prepared, seeds_at
 from .schedules import learns_variance
 
 if TYPE_CHECKING:

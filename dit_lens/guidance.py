@@ -1,77 +1,51 @@
-"""Which branch of classifier-free guidance a call of the transformer is, and which step of the loop: read off the pipeline that runs.
-
-Pipelines guide in three ways: one call on a doubled batch ([uncond | cond], in ZImage [cond | uncond]), two calls a step, or a strength
-given to a distilled model as one more input. Nothing in the tensors says which, so dit_lens looks at the pipeline itself: the
-frame of its `__call__`, whose local variables every diffusers pipeline names alike (`latents` before doubling; the loop's `i`).
-"""
+"""Guidance in our own loop: the batch that the model sees, and what its answers are mixed to."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Hashable
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
-DEEPEST = 24
-"""How many frames up a pipeline is looked for: the transformer's wrappers, offload hooks and contexts lie between."""
+import torch
+from torch import Tensor
 
+from .families.base import Condition
+from .model import HookedDiT
 
-CALLS = ("cond", "uncond", "")
-"""What a step's calls are, where each branch is a call of its own; a third one is something that we do not know."""
-
-
-class Guidance:
-    """Follows the pipelines that run through one transformer; of one such run it remembers the step and its calls."""
-
-    def __init__(self) -> None:
-        self.runs = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Let go of the pipeline's frame, and of the tensors in it."""
-        self.frame: FrameType | None = None
-        self.step: Any = None
-        self.calls = 0
-
-    def now(
-        self, transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
-    ) -> tuple[tuple[str, ...] | None, Hashable]:
-        """("cond" | "uncond" | "skip" | "" for each item, the step's place in the loop); (None, None) outside of a pipeline.
-
-        "skip" is the extra pass of skip-layer guidance, which is conditional with some layers left out. "" is an item of a batch that
-        is neither the latents' nor twice that. `order` is the family's `branches`.
-        """
-        frame = _pipeline(transformer)
-        if frame is None:
-            return None, None
-        local = frame.f_locals
-        own, step = local.get("latents"), local.get("i")
-        if frame is not self.frame:  # held, so that another run's frame can't come to lie at its address
-            self.frame, self.step, self.calls = frame, None, 0
-            self.runs += 1
-        self.calls = self.calls + 1 if step == self.step else 1
-        self.step = step
-        place = None if step is None else (self.runs, step)  # DiTPipeline's loop does not count: there a call is a step
-        n = len(own) if own is not None else items
-        if inputs.get("skip_layers") is not None:
-            return ("skip",) * items, place
-        if items == n:
-            word = "cond" if order is not None else CALLS[min(self.calls, len(CALLS)) - 1]
-            return (word,) * items, place
-        if items == 2 * n and order is not None:
-            return (order[0],) * n + (order[1],) * n, place
-        return ("",) * items, place
+if TYPE_CHECKING:
+    from .sampling import Settings
 
 
-def _pipeline(transformer: Any) -> FrameType | None:
-    """The innermost frame up from here that is the `__call__` of a pipeline with this transformer."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(DEEPEST):
-        if frame is None:
-            return None
-        if frame.f_code.co_name == "__call__":
-            pipe = frame.f_locals.get("self")
-            if any(part is transformer for part in getattr(pipe, "components", {}).values()):
-                return frame
-        frame = frame.f_back
-    return None
+def model_inputs(
+    model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float
+) -> tuple[Tensor, Tensor, Tensor | Condition]:
+    """The batch that the model sees: as it is, or [cond | null] with guidance."""
+    labels = labels.to(x.device)
+    if branches(model, guidance) == 2:
+        x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, model.cfg.null_class)])
+    x, t = x.to(model.dtype), t.to(x.device).expand(len(x))
+    if model.cfg.n_classes:
+        return x, t, labels
+    condition = model.conditions.of(labels)
+    if model.cfg.distilled_guidance:
+        strength = torch.full((len(x),), guidance, device=x.device)
+        condition["guidance"] = model.family.strength(model.transformer, strength)
+    return x, t, condition
+
+
+def branches(model: HookedDiT, guidance: float) -> int:
+    """2 where guidance needs a second, null pass; 1 without guidance, and for models that are told its strength."""
+    return 1 if guidance == 1 or model.cfg.distilled_guidance else 2
+
+
+def means(model: HookedDiT, output: Tensor) -> Tensor:
+    """A model's output without the variance that some predict in a second half of the channels."""
+    return output[:, : model.cfg.in_channels] if model.cfg.learned_sigma else output
+
+
+def guided(output: Tensor, model: HookedDiT, settings: Settings) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided channels, cond on the others."""
+    if branches(model, settings.guidance) == 1:
+        return output
+    cond, null = output.chunk(2)
+    last = (model.cfg.in_channels if model.cfg.learned_sigma else None) if settings.guided_channels == "all" else 3
+    mixed = model.family.guided(cond[:, :last], null[:, :last], settings.guidance)
+    return mixed if last is None else torch.cat([mixed, cond[:, last:]], 1)

@@ -28,8 +28,8 @@ from .bands import CUT, Bands
 from .commitment import Agreement, agreement, half_crossing, resample
 from .coupling import Gate, check_gate, gated, linear_response
 from .families.attention import Kernel
+from .guidance import model_inputs
 from .model import HookedDiT
-from .sampling import model_inputs
 from .twinning import Twins, paired_labels, twins
 
 if TYPE_CHECKING:

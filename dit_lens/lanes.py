@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .cache import ActivationCache
+from .guidance import branches, guided, means, model_inputs
 from .hook_points import HookFunction, HookPoint
 from .patches import Planned
-from .sampling import Edits, Run, advance, branches, edits_at, guided, means, model_inputs, prepared
+from .sampling import Edits, Run, advance, edits_at, prepared
 from .schedules import learns_variance
 
 SOURCE = "the source's output"

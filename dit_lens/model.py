@@ -14,7 +14,8 @@ from .conditions import Conditions
 from .families.base import Condition, Size
 from .hook_points import BackwardEditor, Editor, HookFunction, HookPoint, Observer, StopForward, stop
 from .names import NamesFilter, resolve, select
-from .wiring import Halted, Handle, Wiring
+from .spans import Halted
+from .wiring import Handle, Wiring
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guidance import model_inputs
 from .hook_points import HookPoint, Observer
 from .model import HookedDiT
 from .patching import Patch, sweep
-from .sampling import Run, advance, check_step, denoise, edits_at, model_inputs, prepared
+from .sampling import Run, advance, check_step, denoise, edits_at, prepared
 
 Point = tuple[str, int]
 """What a layer adds to the stream, such as "attn_out" or "mlp_out", and the layer."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from .calls import Call
 from .names import NamesFilter, layer_of
-from .wiring import Call
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .calls import Call
 from .families.base import Axes, Condition, Config
 from .names import NamesFilter, layer_of, select, site_of
 from .probe import Site
-from .wiring import Call
+from .reading import rows_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -146,7 +147,7 @@ def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> x
             variables[site] = xr.DataArray(array[0], dims=axes)
         else:
             variables[site] = xr.DataArray(array, dims=("layer", *axes), coords={"layer": layers})
-    calls = [trace.calls[c] for c in trace._rows(at[0], None)]
+    calls = [trace.calls[c] for c in rows_of(trace, at[0], None)]
     timesteps = [float(trace.timesteps[s]) for s in at]
     sites = [Site("", at[0], (), call, trace.model.cfg.null_class) for call in calls]
     coords: dict[str, Any] = {

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .calls import Call, Copies
 from .fingerprint import fingerprint
-from .hook_points import Editor, HookFunction, HookPoint, Observer, StopForward, stop
+from .hook_points import Editor, HookFunction, HookPoint, Observer
 from .interventions import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
 from .model import HookedDiT, transformer_of
 from .names import Key, NamesFilter, layer_of, resolve, select
 from .probe import Probe, Site
+from .reading import read
 from .regions import Region
-from .wiring import Call, Copies, Handle, Wiring
+from .wiring import Handle, Wiring
 
 
 class Trace:
@@ -223,92 +224,7 @@ class Trace:
         self, names: Sequence[str], steps: Steps = None, branch: str | None = None
     ) -> dict[str, dict[int, Tensor]]:
         """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed otherwise."""
-        if not self.calls:
-            raise RuntimeError("Nothing was traced: no forward of the model finished inside the `with` block.")
-        test = step_test(steps)
-        default = self.wanted_steps if steps is None else test
-        wanted = [s for s in range(len(self.calls_at)) if default(s)]
-        if not wanted:
-            asked = self.recorded_steps if steps is None else steps
-            raise ValueError(
-                f"No step matches {asked!r}; the trace has {len(self.calls_at)} steps, 0 to {len(self.calls_at) - 1}."
-            )
-        rows = {s: self._rows(s, branch) for s in wanted}
-        calls = [c for s in wanted for c in rows[s]]
-        missing = [n for n in names if not all(c in self.records.get(n, {}) for c in calls)]
-        found = {n: self.records[n] for n in names if n not in missing}
-        if missing:
-            found |= self._recompute(missing, calls)
-        return {n: {s: self._joined(n, found[n], rows[s]) for s in wanted} for n in names}
-
-    def _rows(self, step: int, branch: str | None) -> dict[int, list[int] | None]:
-        """Which items of which calls make up a step: all of them but skip-layer guidance's, or those of one branch."""
-        chosen: dict[int, list[int] | None] = {}
-        for c in self.calls_at[step]:
-            words = Site("", step, (), self.calls[c], self.model.cfg.null_class).branch
-            items = [i for i, word in enumerate(words) if (word == branch if branch else word != "skip")]
-            if items:
-                chosen[c] = None if len(items) == len(words) else items
-        if not chosen:
-            raise ValueError(
-                f"Step {step} has no items of the branch {branch!r}; expected 'cond' or 'uncond', where guidance ran."
-            )
-        return chosen
-
-    def _joined(self, name: str, found: dict[int, Tensor], rows: dict[int, list[int] | None]) -> Tensor:
-        absent = [c for c in rows if c not in found]
-        if absent:
-            raise RuntimeError(
-                f"{name!r} did not run in call {absent[0]} of the transformer: its block was skipped there."
-            )
-        parts = [found[c] if items is None else found[c][items] for c, items in rows.items()]
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError(
-                f"{name!r} has different shapes in the branches of guidance ({', '.join(str(list(p.shape)) for p in parts)}); "
-                "read one: t.get(name, branch='cond')."
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _recompute(self, names: list[str], calls: Sequence[int]) -> dict[str, dict[int, Tensor]]:
-        if self.lost_edits:
-            raise RuntimeError(
-                f"{names[0]!r} was not recorded, and this trace was edited at {self.lost_edits[0]!r} by a function that the "
-                "file can't hold; trace again with names= for what you will read."
-            )
-        if not isinstance(self.model, HookedDiT):
-            raise RuntimeError(
-                f"{names[0]!r} was not recorded; to recompute it, load the trace with its model: load_trace(path, model)."
-            )
-        self.model._require_eval()  # in train mode labels are dropped at random: no recomputation but another run
-        self._check_weights()
-        found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-        model, close = self.model, False
-        if not model.wiring.installed:
-            wiring, close = Wiring.of(model.transformer)
-            model.wiring = wiring
-        last = max(names, key=self.names.index)
-        try:
-            for c in calls:
-                call = self.calls[c]
-
-                def keep(value: Tensor, point: HookPoint, c: int = c) -> None:
-                    found[point.name][c] = self._keep(value)
-
-                listeners: list[tuple[str, Any]] = [
-                    *call.edits,
-                    *((n, Observer(keep)) for n in names),
-                    (last, Observer(stop)),
-                ]
-                with model.wiring.alone(listeners), model.wiring.part(call.span, call.stream), _conditions(call):
-                    model.wiring.gates = call.gates
-                    try:
-                        model.transformer(**call.inputs, return_dict=False)
-                    except StopForward:
-                        pass
-        finally:
-            if close:
-                model.wiring.remove()
-        return found
+        return read(self, names, steps, branch)
 
     def _check_weights(self) -> None:
         now = fingerprint(self.model.transformer)
@@ -410,14 +326,6 @@ def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
             "read one step at a time: t.get(name, steps=3)."
         )
     return torch.stack([at[s] for s in sorted(at)])
-
-
-@contextmanager
-def _conditions(call: Call) -> Iterator[None]:
-    """The grad mode and autocast under which the call was made: the same kernels, so the same bits."""
-    autocast = torch.autocast(call.x.device.type, dtype=call.autocast, enabled=call.autocast is not None)
-    with torch.set_grad_enabled(call.grad), autocast:
-        yield
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

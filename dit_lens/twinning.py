@@ -22,10 +22,11 @@ from torch import Tensor
 from .conditions import Labels
 from .coupling import Gate, check_gate, coupled
 from .fingerprint import fingerprint
+from .guidance import branches
 from .model import HookedDiT
 from .noise import START, noise
 from .probe import Probe
-from .sampling import Change, Run, Settings, branches, check_settings, denoise, is_stochastic, prepared
+from .sampling import Change, Run, Settings, check_settings, denoise, is_stochastic, prepared
 from .schedules import ETA, default_name
 from .tracing import trace
 

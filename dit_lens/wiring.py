@@ -8,126 +8,22 @@ hook that calls its own model, compiled or checkpointed forwards that skip or re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .branches import Branches
+from .calls import Call, Gate, Span, Watcher
 from .families import family_of
 from .families.base import Condition, Forward
 from .families.sources import check_sources
-from .guidance import Guidance
-from .hook_points import Editor, HookPoint, Listener, StopForward
+from .hook_points import Editor, HookPoint, Listener
 from .refusals import refuse_cache, refuse_unfit
-
-Span = tuple[int | None, int | None]
-Gate = Callable[..., Tensor]
-
-
-@dataclass
-class Call:
-    """One call of the transformer: all that its forward depends on, and the edits in force.
-
-    Attributes:
-        inputs: the transformer's arguments by name. x, t: the latents among them, and the time in the scheduler's units.
-        labels: [batch], classes or prompts by number, where they are known; see `dit_lens.conditions`.
-        span, stream: the part of the blocks that was run, and the stream that was put in.
-        gates: attention couplings in force, by layer. twin, branch: which item is which, where known.
-        place: the loop's step, where the pipeline tells; calls with one place are branches of one step.
-    """
-
-    inputs: dict[str, Any] = field(repr=False)
-    x: Tensor = field(repr=False)
-    t: Tensor
-    labels: Tensor | None = None
-    span: Span = (None, None)
-    stream: Tensor | None = field(default=None, repr=False)
-    grad: bool = False
-    autocast: torch.dtype | None = None
-    edits: list[tuple[str, Editor]] = field(default_factory=list)
-    gates: dict[int, Gate] = field(default_factory=dict)
-    twin: tuple[str, ...] | None = None
-    branch: tuple[str, ...] | None = None
-    place: Hashable = None
-    grid: tuple[int, ...] = ()
-    condition: Condition = field(default_factory=Condition, repr=False)
-    memo: dict[Any, Any] = field(
-        default_factory=dict, repr=False
-    )  # what sites look up, once a call: each costs a GPU a wait
-
-    @property
-    def y(self) -> Tensor | Condition:
-        """The condition, as `HookedDiT` takes it: class labels [batch], or the transformer's further arguments."""
-        classes = self.inputs.get("class_labels")
-        return classes if isinstance(classes, Tensor) else self.condition
-
-    def kept(self, copies: Copies) -> Call:
-        """A copy that outlives the call, whatever the caller does to its tensors."""
-
-        def copy(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return copies.of(value)
-            if isinstance(value, Condition):
-                condition = Condition({k: copy(v) for k, v in value.items()})
-                condition.labels = copy(value.labels)
-                return condition
-            if isinstance(value, dict):
-                return {k: copy(v) for k, v in value.items()}
-            return type(value)(map(copy, value)) if type(value) in (list, tuple) else value
-
-        copies.next()
-        tensors = ("inputs", "x", "t", "labels", "stream", "condition")
-        return replace(self, memo={}, **{name: copy(getattr(self, name)) for name in tensors})
-
-
-class Copies:
-    """Copies of tensors; one that comes again unchanged, as a prompt's embedding does in every step, is copied once.
-
-    To know it again the original is held, until it has not come for a few calls.
-    """
-
-    RECENT = 4  # calls: more than a step of guidance has
-
-    def __init__(self) -> None:
-        self.call = 0
-        self.held: dict[int, tuple[Tensor, int, Tensor]] = {}
-        self.latest: dict[int, int] = {}
-
-    def next(self) -> None:
-        """Another call begins."""
-        self.call += 1
-        for key in [key for key, call in self.latest.items() if call < self.call - self.RECENT]:
-            del self.held[key], self.latest[key]
-
-    def of(self, x: Tensor) -> Tensor:
-        found = self.held.get(id(x))
-        if found is None or found[0] is not x or found[1] != _version(x):
-            found = self.held[id(x)] = x, _version(x), x.detach().clone()
-        self.latest[id(x)] = self.call
-        return found[2]
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-class Halted(StopForward):
-    """Ends a pass on purpose before a layer; `stream` is what would have entered it."""
-
-    def __init__(self, stream: Tensor) -> None:
-        super().__init__("stop_at_layer")
-        self.stream = stream
-
-
-class Watcher(Protocol):
-    """Told of every call (traces are)."""
-
-    def begin(self, call: Call) -> None: ...
-    def end(self, call: Call, finished: bool) -> None: ...
+from .spans import Halt, Halted, Passed, Put
 
 
 class Handle:
@@ -157,7 +53,7 @@ class Wiring:
         self.now: dict[str, Any] | None = None  # the arguments of the call under way
         self.labels: Tensor | None = None
         self.gates: dict[int, Gate] = {}
-        self.guidance = Guidance()
+        self.branches = Branches()
         self.twin: tuple[str, ...] | None = None
         self.owner: int | None = None
         self.running: list[int] = []
@@ -231,7 +127,7 @@ class Wiring:
     def unwatch(self, watcher: Watcher) -> None:
         self.watchers = [w for w in self.watchers if w is not watcher]
         if not self.watchers:
-            self.guidance.forget()
+            self.branches.forget()
         self.release()
 
     def claim(self) -> None:
@@ -301,7 +197,7 @@ class Wiring:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         classes = inputs.get("class_labels")
         labels = classes if isinstance(classes, Tensor) else self.labels
-        branch, place = self.guidance.now(self.transformer, self.family.branches, inputs, len(x))
+        branch, place = self.branches.now(self.transformer, self.family.branches, inputs, len(x))
         own = (self.family.x_name, self.family.t_name)
         condition = Condition({k: v for k, v in inputs.items() if k not in own})
         condition.labels = labels
@@ -332,9 +228,9 @@ class Wiring:
             self.span, self.stream = span, stream
             for i, block in enumerate(blocks):
                 if start is not None and i < start:
-                    block.__dict__["forward"] = _Passed(self, stream if i == start - 1 else None)
+                    block.__dict__["forward"] = Passed(self, stream if i == start - 1 else None)
                 elif i == end or end == len(blocks) and i == end - 1:
-                    block.__dict__["forward"] = _Halt(self, block, block.forward if i != end else None)
+                    block.__dict__["forward"] = Halt(self, block, block.forward if i != end else None)
             if put is not None:
                 self.points["hook_embed"].add(put)
             yield
@@ -411,43 +307,8 @@ class Wiring:
             "now": None,
             "labels": None,
             "gates": {},
-            "guidance": Guidance(),
+            "branches": Branches(),
         }
-
-
-class Put(Listener):
-    """Replaces the activation before anybody else sees it."""
-
-    def __init__(self, stream: Tensor) -> None:
-        super().__init__()
-        self.order, self.stream = (False, -1), stream
-
-    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
-        return self.stream
-
-
-class _Passed:
-    """In place of a block's forward: hands on what it is given, or the given stream."""
-
-    def __init__(self, wiring: Wiring, stream: Tensor | None) -> None:
-        self.wiring, self.stream = wiring, stream
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, returned = self.wiring.family.passed(self.wiring.now or {}, args, kwargs)
-        return returned(x if self.stream is None else self.stream)
-
-
-class _Halt:
-    """In place of a block's forward: ends the pass with the stream that enters it, or that leaves `after` it."""
-
-    def __init__(self, wiring: Wiring, block: nn.Module, after: Any) -> None:
-        self.wiring, self.block, self.after = wiring, block, after
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.wiring.now or {}
-        if self.after is None:
-            raise Halted(self.wiring.family.entering(self.block, inputs, args, kwargs))
-        raise Halted(self.wiring.family.leaving(inputs, self.after(*args, **kwargs)))
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

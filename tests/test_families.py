@@ -15,7 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 import dit_lens
 from dit_lens import contract, families
 from dit_lens.families import family_named
-from dit_lens.families.sources import digest, small_inputs
+from dit_lens.families.sources import digest, flat, small_inputs
 
 NAMES = sorted(families._OURS)
 FOUND: dict[str, list[contract.Row]] = {}
@@ -49,8 +49,8 @@ def test_half_precision_is_bit_for_bit(name, dtype):
         opened = copy.deepcopy(plain)
         model = dit_lens.HookedDiT(opened)
         with torch.no_grad(), model.hooks([(None, lambda a, hook: None)]):
-            got = contract.flat(opened(**inputs, return_dict=False)[0])
-            want = contract.flat(plain(**inputs, return_dict=False)[0])
+            got = flat(opened(**inputs, return_dict=False)[0])
+            want = flat(plain(**inputs, return_dict=False)[0])
         assert got.dtype == dtype and torch.equal(got, want)
 
 

@@ -6,7 +6,7 @@ import torch
 
 import dit_lens
 from dit_lens.conditions import PROMPTS
-from dit_lens.contract import quiet
+from dit_lens.contract_pipelines import quiet
 from dit_lens.families import family_named
 
 
