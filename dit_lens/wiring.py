@@ -72,8 +72,8 @@ class Wiring:
     @classmethod
     def of(cls, transformer: nn.Module) -> tuple[Wiring, bool]:
         """The transformer's wiring, and whether it was made just now."""
-        for slot in ("forward", "_old_forward"):
-            found = getattr(transformer.__dict__.get(slot), "wiring", None)
+        for holder, slot in _slots(transformer):
+            found = getattr(holder.get(slot), "wiring", None)
             if isinstance(found, Wiring):
                 return found, False
         return cls(transformer), True

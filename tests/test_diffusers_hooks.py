@@ -65,6 +65,7 @@ def test_they_go_together(name, hook, before):
     if not before:
         HOOKS[hook](opened)
     assert torch.equal(ask(opened), want)
+    assert dit_lens.HookedDiT(opened).wiring is model.wiring
     with dit_lens.trace(model, names="resid_post") as eager:
         assert torch.equal(ask(opened), want)
     with dit_lens.trace(model) as lazy:
