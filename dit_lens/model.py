@@ -239,6 +239,11 @@ class HookedDiT:
                 handle.remove()
 
     @property
+    def absent(self) -> list[str]:
+        """The names of a DiT that this model has not, where it could only be opened read-only (docs/families.md); otherwise none."""
+        return self.family.absent(self.transformer)
+
+    @property
     def hook_dict(self) -> dict[str, HookPoint]:
         """TransformerLens's name for the hook points by name."""
         return self.wiring.points
@@ -282,7 +287,7 @@ class HookedDiT:
         if self.family.read_only:
             return (
                 f"HookedDiT({type(self.transformer).__name__}, read-only: {c.n_layers} layers, {len(self.names)} hook points; "
-                f"{len(self.family.absent(self.transformer))} standard names are absent: model.family.absent(model.transformer))"
+                f"{len(self.absent)} standard names are absent: model.absent)"
             )
         return (
             f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, "

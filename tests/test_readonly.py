@@ -277,7 +277,7 @@ def test_called_as_a_hooked_model(build):
 
 def test_it_says_what_is_absent():
     model = HookedDiT(made(chroma)[0])
-    absent = model.family.absent(model.transformer)
+    absent = model.absent
     assert (
         "blocks.*.hook_resid_mid" in absent
         and "blocks.*.attn.hook_pattern" in absent
