@@ -130,13 +130,14 @@ def test_a_newer_diffusers_is_noticed_by_what_it_computes(monkeypatch):
 def test_comments_and_blank_lines_do_not_count(tmp_path):
     (tmp_path / "one.py").write_text("def f(x):\n    return x + 1\n")
     (tmp_path / "two.py").write_text("def f(x):\n    # a comment\n\n      \n    return x + 1\n")
-    (tmp_path / "three.py").write_text("def f(x):\n    return x + 2\n")
+    (tmp_path / "three.py").write_text("def f(x):\n    if x:\n        x = 2\n    return x + 1\n")
+    (tmp_path / "four.py").write_text("def f(x):\n    if x:\n        x = 2\n        return x + 1\n")
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three; from dit_lens.families.sources import digest as d;"
-        "print(d(one.f) == d(two.f), d(one.f) == d(three.f))"
+        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three, four; from dit_lens.families.sources import digest as d;"
+        "print(d(one.f) == d(two.f), d(one.f) == d(three.f), d(three.f) == d(four.f))"
     )
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["True", "False"]
+    assert run.stdout.split() == ["True", "False", "False"]
 
 
 # From outside.

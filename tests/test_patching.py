@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, UnknownName, patching
+from dit_lens.guidance import model_inputs
 from dit_lens.patches import moved
 from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
 from dit_lens.probes.twin_patching import TwinPatching
-from dit_lens.guidance import model_inputs
 from dit_lens.sampling import edits_at
 
 STEPS = 6

@@ -187,13 +187,13 @@ class CogVideoXFamily(Family):
     model_class = "CogVideoXTransformer3DModel"
     differs = "video; text and video share all weights but the modulations, and are one sequence in attention and MLP"
     written_for = {
-        "AdaLayerNorm.forward": "2761cb69",
-        "Attention.forward": "9b9838fe",
-        "CogVideoXAttnProcessor2_0.__call__": "5018f528",
-        "CogVideoXBlock.forward": "8dd6f8cb",
-        "CogVideoXLayerNormZero.forward": "7d716889",
-        "GEGLU.forward": "9eec7000",
-        "GELU.forward": "87ac7265",
+        "AdaLayerNorm.forward": "802d5b6c",
+        "Attention.forward": "f4dadb54",
+        "CogVideoXAttnProcessor2_0.__call__": "1d1d9d63",
+        "CogVideoXBlock.forward": "706f5b8f",
+        "CogVideoXLayerNormZero.forward": "389659b3",
+        "GEGLU.forward": "94d28bbf",
+        "GELU.forward": "4a4013c4",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:

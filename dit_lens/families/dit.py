@@ -119,11 +119,11 @@ class DiTFamily(Family):
     differs = "the block that the others are compared with; every block embeds time and class for itself"
     branches = ("cond", "uncond")
     written_for = {
-        "AdaLayerNormZero.forward": "690b4440",
-        "Attention.forward": "9b9838fe",
-        "AttnProcessor2_0.__call__": "bdc4598a",
-        "BasicTransformerBlock.forward": "fe4764e1",
-        "GELU.forward": "87ac7265",
+        "AdaLayerNormZero.forward": "0451374e",
+        "Attention.forward": "f4dadb54",
+        "AttnProcessor2_0.__call__": "dc692b9a",
+        "BasicTransformerBlock.forward": "c7e58a0f",
+        "GELU.forward": "4a4013c4",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:

@@ -141,14 +141,14 @@ class FluxFamily(PackedFamily):
     model_class = "FluxTransformer2DModel"
     differs = "two streams that attend jointly, then one joint sequence with attention and MLP side by side"
     written_for = {
-        "AdaLayerNormContinuous.forward": "55cf4ec1",
-        "AdaLayerNormZero.forward": "690b4440",
-        "AdaLayerNormZeroSingle.forward": "ff138e11",
-        "FluxAttention.forward": "73e37aad",
-        "FluxAttnProcessor.__call__": "eee98f76",
-        "FluxSingleTransformerBlock.forward": "bdc8d269",
-        "FluxTransformerBlock.forward": "e988c2bc",
-        "GELU.forward": "87ac7265",
+        "AdaLayerNormContinuous.forward": "cbc6feb8",
+        "AdaLayerNormZero.forward": "0451374e",
+        "AdaLayerNormZeroSingle.forward": "0c25c24b",
+        "FluxAttention.forward": "e39d5275",
+        "FluxAttnProcessor.__call__": "2bbd9e82",
+        "FluxSingleTransformerBlock.forward": "ed016cd9",
+        "FluxTransformerBlock.forward": "da25cec9",
+        "GELU.forward": "4a4013c4",
     }
 
     def blocks(self, transformer: Any) -> list[nn.Module]:

@@ -148,13 +148,13 @@ class HunyuanFamily(Family):
     model_class = "HunyuanDiT2DModel"
     differs = "a cross-attention to the text between attention and MLP; shifts only, no gates; skips from the first to the second half"
     written_for = {
-        "AdaLayerNormContinuous.forward": "55cf4ec1",
-        "AdaLayerNormShift.forward": "c253188a",
-        "Attention.forward": "9b9838fe",
-        "GEGLU.forward": "9eec7000",
-        "GELU.forward": "87ac7265",
-        "HunyuanAttnProcessor2_0.__call__": "a360aed9",
-        "HunyuanDiTBlock.forward": "28a4b8db",
+        "AdaLayerNormContinuous.forward": "cbc6feb8",
+        "AdaLayerNormShift.forward": "51debb64",
+        "Attention.forward": "f4dadb54",
+        "GEGLU.forward": "94d28bbf",
+        "GELU.forward": "4a4013c4",
+        "HunyuanAttnProcessor2_0.__call__": "6dd20919",
+        "HunyuanDiTBlock.forward": "ab287213",
     }
 
     def blocks(self, transformer: Any) -> list[nn.Module]:

@@ -132,12 +132,12 @@ class Lumina2Family(JointFamily):
     differs = "caption and image in one sequence, through the same weights; a norm before and after each branch; gates through tanh"
     branches = None
     written_for = {
-        "Attention.forward": "9b9838fe",
-        "Lumina2AttnProcessor2_0.__call__": "887580b8",
-        "Lumina2TransformerBlock.forward": "137651ba",
-        "LuminaFeedForward.forward": "87178187",
-        "LuminaLayerNormContinuous.forward": "6d3f38db",
-        "LuminaRMSNormZero.forward": "78c65079",
+        "Attention.forward": "f4dadb54",
+        "Lumina2AttnProcessor2_0.__call__": "8114ed7f",
+        "Lumina2TransformerBlock.forward": "ce4373cf",
+        "LuminaFeedForward.forward": "c06931ca",
+        "LuminaLayerNormContinuous.forward": "0dc09977",
+        "LuminaRMSNormZero.forward": "f64e8253",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:

@@ -131,11 +131,11 @@ class PixArtFamily(Family):
     model_class = "PixArtTransformer2DModel"
     differs = "a cross-attention to the text between attention and MLP; one modulation for all blocks, to which each adds a table"
     written_for = {
-        "Attention.forward": "9b9838fe",
-        "AttnProcessor2_0.__call__": "bdc4598a",
-        "BasicTransformerBlock.forward": "fe4764e1",
-        "GEGLU.forward": "9eec7000",
-        "GELU.forward": "87ac7265",
+        "Attention.forward": "f4dadb54",
+        "AttnProcessor2_0.__call__": "dc692b9a",
+        "BasicTransformerBlock.forward": "c7e58a0f",
+        "GEGLU.forward": "94d28bbf",
+        "GELU.forward": "4a4013c4",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:

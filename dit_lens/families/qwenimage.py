@@ -81,11 +81,11 @@ class QwenImageFamily(PackedFamily):
     model_class = "QwenImageTransformer2DModel"
     differs = "two streams, image and text, with weights of their own, that attend jointly; prompts of any length, padded and masked"
     written_for = {
-        "AdaLayerNormContinuous.forward": "55cf4ec1",
-        "Attention.forward": "9b9838fe",
-        "GELU.forward": "87ac7265",
-        "QwenDoubleStreamAttnProcessor2_0.__call__": "d1e5e0a2",
-        "QwenImageTransformerBlock.forward": "39d56a2c",
+        "AdaLayerNormContinuous.forward": "cbc6feb8",
+        "Attention.forward": "f4dadb54",
+        "GELU.forward": "4a4013c4",
+        "QwenDoubleStreamAttnProcessor2_0.__call__": "85a4aad5",
+        "QwenImageTransformerBlock.forward": "1e729f99",
     }
 
     def sites(self, transformer: Any) -> dict[str, Axes]:

@@ -206,14 +206,14 @@ class SanaFamily(Family):
     model_class = "SanaTransformer2DModel"
     differs = "linear self-attention, without scores or pattern; cross-attention to the text; convolutions in the MLP"
     written_for = {
-        "AdaLayerNormSingle.forward": "eef3aab3",
-        "Attention.forward": "9b9838fe",
-        "GLUMBConv.forward": "f54fcd59",
-        "SanaAttnProcessor2_0.__call__": "4225f6f2",
-        "SanaCombinedTimestepGuidanceEmbeddings.forward": "4072e70c",
-        "SanaLinearAttnProcessor2_0.__call__": "37717d9a",
-        "SanaModulatedNorm.forward": "b9987670",
-        "SanaTransformerBlock.forward": "3d9aea48",
+        "AdaLayerNormSingle.forward": "28f2c5e0",
+        "Attention.forward": "f4dadb54",
+        "GLUMBConv.forward": "a8c9574f",
+        "SanaAttnProcessor2_0.__call__": "de909ac4",
+        "SanaCombinedTimestepGuidanceEmbeddings.forward": "10f2c33c",
+        "SanaLinearAttnProcessor2_0.__call__": "456fa1a5",
+        "SanaModulatedNorm.forward": "7c679d0a",
+        "SanaTransformerBlock.forward": "f6a3b8d9",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:

@@ -192,13 +192,13 @@ class SD3Family(Family):
     model_class = "SD3Transformer2DModel"
     differs = "two streams, image and text, with weights of their own, that attend jointly; in 3.5 a second attention in some blocks"
     written_for = {
-        "AdaLayerNormContinuous.forward": "55cf4ec1",
-        "AdaLayerNormZero.forward": "690b4440",
-        "Attention.forward": "9b9838fe",
-        "GELU.forward": "87ac7265",
-        "JointAttnProcessor2_0.__call__": "42343d48",
-        "JointTransformerBlock.forward": "f12a4210",
-        "SD35AdaLayerNormZeroX.forward": "4f1a3bc7",
+        "AdaLayerNormContinuous.forward": "cbc6feb8",
+        "AdaLayerNormZero.forward": "0451374e",
+        "Attention.forward": "f4dadb54",
+        "GELU.forward": "4a4013c4",
+        "JointAttnProcessor2_0.__call__": "b51b1636",
+        "JointTransformerBlock.forward": "172189ca",
+        "SD35AdaLayerNormZeroX.forward": "cbb7f0eb",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:

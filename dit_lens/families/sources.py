@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,10 +25,11 @@ from .base import Condition, Family, Forward
 _tested: dict[str, str] = {}
 
 
+@cache
 def digest(function: Any) -> str:
-    """Eight hex digits of a function's source without blank lines, comment lines and indentation."""
-    lines = (line.strip() for line in inspect.getsource(inspect.unwrap(function)).splitlines())
-    text = "\n".join(line for line in lines if line and not line.startswith("#"))
+    """Eight hex digits of a function's source without blank lines and comment lines."""
+    lines = (line.rstrip() for line in textwrap.dedent(inspect.getsource(inspect.unwrap(function))).splitlines())
+    text = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

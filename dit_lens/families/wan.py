@@ -135,10 +135,10 @@ class WanFamily(Family):
     differs = "video; cross-attention to the text between self-attention and MLP; modulations from one shared vector and a table a block"
     branches = None
     written_for = {
-        "GELU.forward": "87ac7265",
-        "WanAttention.forward": "510f329f",
-        "WanAttnProcessor.__call__": "20835aad",
-        "WanTransformerBlock.forward": "b66600ab",
+        "GELU.forward": "4a4013c4",
+        "WanAttention.forward": "895ea6af",
+        "WanAttnProcessor.__call__": "6c5a5095",
+        "WanTransformerBlock.forward": "69aa0565",
     }
 
     def blocks(self, transformer: Any) -> list[nn.Module]:

@@ -125,11 +125,11 @@ class ZImageFamily(JointFamily):
     x_name, t_name = "x", "t"
     branches = ("cond", "uncond")
     written_for = {
-        "Attention.forward": "9b9838fe",
-        "FeedForward.forward": "0b2901b4",
-        "FinalLayer.forward": "d8e88608",
-        "ZImageTransformerBlock.forward": "8898daa3",
-        "ZSingleStreamAttnProcessor.__call__": "52cf823d",
+        "Attention.forward": "f4dadb54",
+        "FeedForward.forward": "8da1c726",
+        "FinalLayer.forward": "1042daa0",
+        "ZImageTransformerBlock.forward": "333bb99e",
+        "ZSingleStreamAttnProcessor.__call__": "66a67907",
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:
