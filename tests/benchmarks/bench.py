@@ -61,6 +61,8 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     hooked = dit_lens.HookedDiT(copy.deepcopy(model, dict(shared)))
     plain = copy.deepcopy(model, dict(shared))
     watched = nnsight.NNsight(copy.deepcopy(model, dict(shared)))
+    bridged = dit_lens.to_nnsight(copy.deepcopy(model, dict(shared)))
+    lensed = dit_lens.to_transformer_lens(copy.deepcopy(model, dict(shared)))
     bands = dit_lens.Bands.radial(hooked.cfg.grid)
 
     @contextmanager
@@ -100,6 +102,19 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
 
         yield forward
 
+    @contextmanager
+    def with_to_nnsight() -> Iterator[Forward]:
+        def forward() -> object:
+            with bridged.trace(x, t, y):
+                outputs = nnsight.save([block.hook_resid_post.output for block in bridged.blocks])
+            return outputs
+
+        yield forward
+
+    @contextmanager
+    def with_transformer_lens(names: object) -> Iterator[Forward]:
+        yield lambda: lensed.run_with_cache(x, t, y, names_filter=names)
+
     n = config.num_layers
     return {
         "bare forward": bare,
@@ -109,9 +124,12 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
         f"streams, {n}: trace(names=...)": lambda: trace(STREAMS),
         f"streams, {n}: run_with_cache": lambda: cache(STREAMS),
         f"streams, {n}: nnsight": with_nnsight,
+        f"streams, {n}: to_nnsight": with_to_nnsight,
+        f"streams, {n}: to_transformer_lens": lambda: with_transformer_lens(STREAMS),
         f"band energies, {n}: plain hooks": lambda: plain_hooks(bands.energy_tokens),
         f"band energies, {n}: SpectralSplit": lambda: trace(probe=True),
         f"everything, {len(hooked.names)}: run_with_cache": lambda: cache(None),
+        f"everything, {len(hooked.names)}: to_transformer_lens": lambda: with_transformer_lens(None),
     }
 
 
