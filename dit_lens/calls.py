@@ -22,6 +22,7 @@ class Call:
 
     Attributes:
         inputs: the transformer's arguments by name. x, t: the latents among them, and the time in the scheduler's units.
+        condition: all arguments but x_t and the time, as `HookedDiT` takes them for y.
         labels: [batch], classes or prompts by number, where they are known; see `dit_lens.conditions`.
         span, stream: the part of the blocks that was run, and the stream that was put in.
         gates: attention couplings in force, by layer. twin, branch: which item is which, where known.
@@ -46,12 +47,6 @@ class Call:
     memo: dict[Any, Any] = field(
         default_factory=dict, repr=False
     )  # what sites look up, once a call: each costs a GPU a wait
-
-    @property
-    def y(self) -> Tensor | Condition:
-        """The condition, as `HookedDiT` takes it: class labels [batch], or the transformer's further arguments."""
-        classes = self.inputs.get("class_labels")
-        return classes if isinstance(classes, Tensor) else self.condition
 
     def kept(self, copies: Copies) -> Call:
         """A copy that outlives the call, whatever the caller does to its tensors."""

@@ -91,7 +91,7 @@ class Conditions:
     def of(self, labels: Tensor) -> Condition:
         """The transformer's further arguments for these labels [batch]."""
         if self.cfg.n_classes:
-            condition = Condition(class_labels=labels)
+            condition = Condition({self.family.labels_name: labels})
         else:
             condition = Condition(self._stacked(tuple(labels.tolist())))
         condition.labels = labels

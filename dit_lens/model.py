@@ -106,7 +106,9 @@ class HookedDiT:
     def _condition(self, y: Any) -> Condition:
         if isinstance(y, Tensor) and not self.cfg.n_classes:
             return self.conditions.of(y)
-        return y if isinstance(y, Condition) else Condition(y) if isinstance(y, dict) else Condition(class_labels=y)
+        if isinstance(y, dict):
+            return y if isinstance(y, Condition) else Condition(y)
+        return Condition({self.family.labels_name: y})
 
     def _check_restart(self, x: Tensor, start: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.cfg.d_model:

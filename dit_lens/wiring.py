@@ -195,7 +195,7 @@ class Wiring:
         x, t = self.family.latents(self.transformer, inputs), self.family.timesteps(self.transformer, inputs)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        classes = inputs.get("class_labels")
+        classes = inputs.get(self.family.labels_name)
         labels = classes if isinstance(classes, Tensor) else self.labels
         branch, place = self.branches.now(self.transformer, self.family.branches, inputs, len(x))
         own = (self.family.x_name, self.family.t_name)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Run, Site, trace
 from dit_lens.commitment import agreement
+from dit_lens.guidance import means
 from dit_lens.schedules import predict_x0
 
 
@@ -50,7 +51,7 @@ class LayerLens(Probe):
     def observe(self, activation: Tensor, site: Site) -> None:
         layer = -1 if site.layer is None else site.layer
         with torch.no_grad():
-            output = self.model.unembed(activation, site.call.t, site.call.y)[:, : self.model.cfg.in_channels]
+            output = means(self.model, self.model.unembed(activation, site.call.t, site.call.condition))
         self.x0[layer, site.step] = predict_x0(self.model.scheduler, site.call.x, output, site.call.t)
         self.labels = site.labels
         self.timesteps[site.step] = site.call.t[0]

@@ -13,6 +13,7 @@ prompt becomes a condition. Everything else in dit_lens knows latents, timesteps
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class Config:
     @property
     def tokens(self) -> int:
         """How many image tokens there are."""
-        return int(torch.tensor(self.grid).prod())
+        return math.prod(self.grid)
 
     @property
     def null_class(self) -> int:
@@ -141,7 +142,7 @@ class Family:
     Attributes:
         model_class: the diffusers class that it opens.
         differs: one line: where its block differs from the DiT block, for the docs.
-        x_name, t_name: the arguments that hold x_t and the time.
+        x_name, t_name, labels_name: the arguments that hold x_t, the time and, in a class-conditional model, the class labels.
         branches: how its pipelines guide: the branches in which a doubled batch is stacked, ("uncond", "cond") or ("cond", "uncond"), or
             None where each branch is a call of its own, the conditional one first.
         read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read through the last layer.
@@ -150,7 +151,7 @@ class Family:
 
     model_class: str
     differs: str
-    x_name, t_name = "hidden_states", "timestep"
+    x_name, t_name, labels_name = "hidden_states", "timestep", "class_labels"
     branches: tuple[str, str] | None = ("uncond", "cond")
     read_only = False
     written_for: dict[str, str] = {}
