@@ -31,8 +31,8 @@ class HookedDiT:
         out = model.run_with_hooks(x, t, y, fwd_hooks=[("blocks.5.hook_attn_out", lambda a, hook: 0 * a)])
 
     `x` are latents [batch, *model.cfg.latent_shape], unpacked; `t` is [batch], in the scheduler's units. `y` is the condition: labels
-    [batch] (classes; for models that are given text, prompts by number, see `model.conditions`), `model.cfg.null_class` for none; or a
-    dict of the transformer's own further arguments. Wrapping a model twice gives two views of the same hook points.
+    [batch] (classes; for models that are given text, prompts in words or by number, see `model.conditions`), `model.cfg.null_class` for
+    none; or a dict of the transformer's own further arguments. Wrapping a model twice gives two views of the same hook points.
 
     Attributes:
         transformer: the wrapped module.
@@ -88,7 +88,7 @@ class HookedDiT:
         if start is not None:
             self._check_restart(x, start)
             stream, x = x, self._blank(x)
-        condition = self._condition(y)
+        condition = self._condition(y, len(x))
         beside = [name for name, value in condition.items() if "controlnet" in name and value is not None]
         if beside and start is not None:
             raise ValueError(
@@ -103,12 +103,20 @@ class HookedDiT:
         answer = answer if isinstance(answer, Tensor) else answer[0]  # some classes answer with the bare tensor
         return self.family.output(self.transformer, answer, inputs)
 
-    def _condition(self, y: Any) -> Condition:
-        if isinstance(y, Tensor) and not self.cfg.n_classes:
-            return self.conditions.of(y)
+    def _condition(self, y: Any, items: int) -> Condition:
         if isinstance(y, dict):
             return y if isinstance(y, Condition) else Condition(y)
-        return Condition({self.family.labels_name: y})
+        if self.cfg.n_classes:
+            return Condition({self.family.labels_name: y})
+        if y is None:
+            raise ValueError(
+                f"The condition is None; {type(self.transformer).__name__} expects prompts, in words or by number ('' or -1 for none), "
+                "or a dict of its own further arguments."
+            )
+        labels = self.conditions.numbers(y, self.device)
+        if len(labels) != items:
+            raise ValueError(f"There are {len(labels)} prompts for a batch of {items}; expected one for each item.")
+        return self.conditions.of(labels)
 
     def _check_restart(self, x: Tensor, start: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.cfg.d_model:
@@ -201,7 +209,7 @@ class HookedDiT:
         x = None if now is None else self.family.latents(self.transformer, now)
         if x is None or len(x) != len(stream):
             x = self._blank(stream)
-        return self.wiring.unembed(stream, self.family.inputs(self.transformer, x, t, self._condition(y)))
+        return self.wiring.unembed(stream, self.family.inputs(self.transformer, x, t, self._condition(y, len(x))))
 
     # Hooks.
 

@@ -45,6 +45,11 @@ def test_labels_are_prompts_by_number(sd3):
         own = [sd3.encode_prompt(p, p, p, do_classifier_free_guidance=False) for p in ("a fox", "")]
         condition = {"encoder_hidden_states": torch.cat([e[0] for e in own]), "pooled_projections": torch.cat([e[2] for e in own])}
         torch.testing.assert_close(by_number, model(x, t, condition))
+        assert torch.equal(by_number, model(x, t, ["a fox", ""]))
+        with pytest.raises(ValueError, match="There are 3 prompts for a batch of 2; expected one for each item"):
+            model(x, t, ["a fox", "", ""])
+        with pytest.raises(ValueError, match="The condition is None; SD3Transformer2DModel expects prompts, in words or by number"):
+            model(x, t, None)
         torch.testing.assert_close(by_number, sd3.transformer(x, timestep=t, **condition).sample)
         for labels, text in [
             ([11], "Label 11 is out of range; expected 0 to 10, or -1 for no prompt"),
