@@ -231,9 +231,8 @@ class Family:
         """Conditions of single items as one of a batch."""
         return Condition({name: torch.cat([c[name] for c in conditions]) for name in conditions[0]})
 
-    def decode(self, pipe_or_vae: Any, latents: Tensor) -> Tensor:
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents as images [batch, channel, height, width] (video: [batch, channel, frame, height, width]), about -1 to 1."""
-        vae = pipe_or_vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         image: Tensor = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
         return image

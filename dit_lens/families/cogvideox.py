@@ -271,9 +271,8 @@ class CogVideoXFamily(Family):
         options = {"max_sequence_length": pipe.transformer.config.max_text_seq_length} if placed else {}
         return Condition(encoder_hidden_states=pipe.encode_prompt(prompt, None, False, **options)[0])
 
-    def decode(self, pipe_or_vae: Any, latents: Tensor) -> Tensor:
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """As the pipeline does, and the frames that 1.5 pads with are decoded too."""
-        vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
         return vae.decode((1 / vae.config.scaling_factor * latents.transpose(1, 2)).to(vae.dtype)).sample
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:

@@ -146,10 +146,10 @@ class QwenImageFamily(PackedFamily):
         own = {"encoder_hidden_states": torch.cat(padded), "encoder_hidden_states_mask": None if mask.all() else mask}
         return Condition({**conditions[0], **own})
 
-    def decode(self, pipe_or_vae: Any, latents: Tensor) -> Tensor:
-        c, frames = pipe_or_vae.config, latents[:, :, None].to(pipe_or_vae.dtype)
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        c, frames = vae.config, latents[:, :, None].to(vae.dtype)
         mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1).to(frames) for s in (c.latents_mean, c.latents_std))
-        image: Tensor = pipe_or_vae.decode(frames / (1.0 / std) + mean).sample[:, :, 0]
+        image: Tensor = vae.decode(frames / (1.0 / std) + mean).sample[:, :, 0]
         return image
 
     def guided(self, cond: Tensor, null: Tensor, strength: float) -> Tensor:

@@ -271,7 +271,7 @@ class ReadOnlyFamily(Family):
     def encode(self, pipe: Any, prompt: str) -> Condition:
         self._refuse("its prompts can't be encoded here", "a dict of the transformer's own arguments")
 
-    def decode(self, pipe_or_vae: Any, latents: Tensor) -> Tensor:
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
         self._refuse("its latents can't be decoded here", "its pipeline's own images")
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:

@@ -223,8 +223,7 @@ class WanFamily(Family):
         embeds, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
         return Condition(encoder_hidden_states=embeds.to(pipe.transformer.dtype))
 
-    def decode(self, pipe_or_vae: Any, latents: Tensor) -> Tensor:
-        vae = pipe_or_vae
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
         x = latents.to(vae.dtype)
         mean, std = (
             torch.tensor(v).view(1, -1, 1, 1, 1).to(x) for v in (vae.config.latents_mean, vae.config.latents_std)
