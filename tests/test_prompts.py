@@ -260,6 +260,30 @@ def test_what_does_not_fit_is_refused(sd3, flux):
             model.unembed(stream[:, :15], t, y)
 
 
+@pytest.mark.parametrize("gate", ["mix", "joint"])
+def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
+    """Each stream's queries see all keys of its own item, image and text, and with strength g all of its twin's."""
+    from dit_lens.coupling import coupled
+
+    g = 0.6
+    with dit_lens.HookedDiT(sd3) as model:
+        x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 500.0]), ["a fox", "a fox"]
+        names = [f"blocks.0.{p}attn.hook_{n}" for p in ("", "text.") for n in "qkvz"]
+        with coupled(model, g, gate):
+            _, seen = model.run_with_cache(x, t, y, names_filter=names)
+        q, k, v, z = (
+            torch.cat([seen[f"blocks.0.attn.hook_{n}"], seen[f"blocks.0.text.attn.hook_{n}"]], 1).transpose(1, 2) for n in "qkvz"
+        )
+    for own, twin in ((0, 1), (1, 0)):
+        logits = [q[own] @ k[i].transpose(-1, -2) * q.shape[-1] ** -0.5 for i in (own, twin)]
+        if gate == "mix":
+            by_hand = (logits[0].softmax(-1) @ v[own] + g * logits[1].softmax(-1) @ v[twin]) / (1 + g)
+        else:
+            weights = torch.cat([logits[0], logits[1] + np.log(g)], -1).softmax(-1)
+            by_hand = weights @ torch.cat([v[own], v[twin]], -2)
+        torch.testing.assert_close(z[own], by_hand, atol=1e-5, rtol=1e-4)
+
+
 def test_the_knob_and_causes_on_a_joint_model(sd3):
     from dit_lens import knob
 
