@@ -71,7 +71,7 @@ def _pipeline(transformer: Any) -> FrameType | None:
             return None
         if frame.f_code.co_name == "__call__":
             pipe = frame.f_locals.get("self")
-            if any(part is transformer for part in getattr(pipe, "components", {}).values()):
-                return frame
+            if hasattr(type(pipe), "register_modules") and any(part is transformer for part in vars(pipe).values()):
+                return frame  # vars and not `components`, which inspects the constructor anew, and raises if it disagrees
         frame = frame.f_back
     return None

@@ -113,7 +113,7 @@ class HookedDiT:
                 f"The condition is None; {type(self.transformer).__name__} expects prompts, in words or by number ('' or -1 for none), "
                 "or a dict of its own further arguments."
             )
-        labels = self.conditions.numbers(y, self.device)
+        labels = self.conditions.numbers(y)  # on the CPU: offloaded weights have no device to put them on
         if len(labels) != items:
             raise ValueError(f"There are {len(labels)} prompts for a batch of {items}; expected one for each item.")
         return self.conditions.of(labels)

@@ -221,7 +221,7 @@ class Wiring:
         """
         start, end = span
         before = self.span, self.stream
-        blocks = self.family.blocks(self.transformer)
+        blocks = [] if span == (None, None) else self.family.blocks(self.transformer)
         kept = [(block, block.__dict__.get("forward")) for block in blocks]
         put = Put(stream) if stream is not None and start == 0 else None
         try:
