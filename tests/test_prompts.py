@@ -284,6 +284,17 @@ def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
         torch.testing.assert_close(z[own], by_hand, atol=1e-5, rtol=1e-4)
 
 
+def test_prompts_with_offloaded_weights():
+    from accelerate import cpu_offload
+
+    model = dit_lens.HookedDiT(pipeline("SD3Transformer2DModel"))
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        want = model(x, t, ["a fox"])
+        cpu_offload(model.transformer, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert model.device.type == "meta" and torch.equal(model(x, t, ["a fox"]), want)
+
+
 def test_the_knob_and_causes_on_a_joint_model(sd3):
     from dit_lens import knob
 
