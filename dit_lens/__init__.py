@@ -1,11 +1,13 @@
 """dit_lens opens up Diffusion Transformers: hook points, traces, twins, probes.
 
-    model = dit_lens.load("digits")                    # or any diffusers DiT pipeline, transformer, folder, hub id
-    with dit_lens.trace(model) as t:                   # forgets nothing, keeps almost nothing
+    model = dit_lens.load("digits")       # or any diffusers DiT pipeline, transformer, folder, hub id
+    with dit_lens.trace(model) as t:      # forgets nothing, keeps almost nothing
         run = dit_lens.sample(model, labels=[3, 7])
-    t["resid_post", 5]                                 # [step, batch, token, d_model], recomputed when read
+    t["resid_post", 5]                    # [step, batch, token, d_model], recomputed when read
 
-Everything here is imported on first use, so that `import dit_lens` stays light.
+Everything here is imported on first use, so that `import dit_lens` stays light. Besides these names
+there are the namespaces `families`, `patching`, `experiments`, `probes`, `groundtruth` and
+`testing`, each with an `__all__`; what is in none of them is internal.
 """
 
 from __future__ import annotations
@@ -16,30 +18,34 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "ActivationCache": "cache",
-    "Bands": "bands",
-    "HookedDiT": "model",
-    "Probe": "probe",
-    "Run": "sampling",
-    "Site": "probe",
-    "Trace": "tracing",
-    "UnknownName": "names",
-    "load": "loading",
-    "load_trace": "tracing",
-    "sample": "sampling",
+    "ActivationCache": "hooks.cache",
+    "Bands": "measures.bands",
+    "HookedDiT": "model.hooked",
+    "Probe": "tracing.probe",
+    "Run": "sampling.run",
+    "Site": "tracing.probe",
+    "Trace": "tracing.trace",
+    "Twins": "twinning.twins",
+    "UnknownName": "hooks.names",
+    "load": "model.loading",
+    "load_trace": "tracing.trace",
+    "sample": "sampling.run",
     "to_nnsight": "bridges.nnsight",
     "to_transformer_lens": "bridges.transformer_lens",
-    "trace": "tracing",
-    "twins": "twinning",
+    "trace": "tracing.trace",
+    "twins": "twinning.twins",
 }
-__all__ = [*_HOME, "__version__"]
+_NAMESPACES = ("experiments", "families", "groundtruth", "patching", "probes", "testing")
+__all__ = [*_HOME, *_NAMESPACES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NAMESPACES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'dit_lens' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # over the submodule of the same name, which importing has just put here
+    globals()[name] = value
     return value
 
 

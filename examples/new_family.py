@@ -13,12 +13,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 import dit_lens
-from dit_lens import contract
 from dit_lens.families import register
-from dit_lens.families.attention import Attend, HeadsOut
 from dit_lens.families.base import RESID, SAMPLE, Condition, Config, Family, Forward, Tap, TransformerForward
-from dit_lens.families.sites import adaln_sites, attention_sites, mlp_sites
+from dit_lens.families.parts.attention import Attend, HeadsOut
+from dit_lens.families.parts.sites import adaln_sites, attention_sites, mlp_sites
 from dit_lens.families.small import alive
+from dit_lens.testing import family_contract as contract
 
 D, HEADS, PATCH = 16, 2, 2
 
@@ -71,13 +71,13 @@ SITES |= {"ln2.hook_normalized": RESID, **mlp_sites(), "hook_mlp_out": RESID, "h
 
 
 class BlockForward(Forward):
-    def __init__(self, module, points, wiring, layer):
+    def __init__(self, module, points, instrumentation, layer):
         super().__init__(module)
         self.points, self.embed = (
             {site: points[f"blocks.{layer}.{site}"] for site in SITES},
             None if layer else points["hook_embed"],
         )
-        self.attend, self.heads_out = Attend(self.points, wiring, layer), HeadsOut(self.points)
+        self.attend, self.heads_out = Attend(self.points, instrumentation, layer), HeadsOut(self.points)
 
     def __call__(self, x, cond):
         block, hook = self.module, self.points
@@ -115,10 +115,10 @@ class ScaleFamily(Family):
         final = {"final.hook_in": RESID, "final.hook_out": ("batch", "token", "patch"), "hook_sample": SAMPLE}
         return {"hook_embed": RESID} | blocks | final
 
-    def forwards(self, transformer, points, wiring):
-        blocks = [BlockForward(block, points, wiring, i) for i, block in enumerate(transformer.blocks)]
+    def forwards(self, transformer, points, instrumentation):
+        blocks = [BlockForward(block, points, instrumentation, i) for i, block in enumerate(transformer.blocks)]
         last = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
-        return [TransformerForward(transformer, points, wiring), *blocks, last]
+        return [TransformerForward(transformer, points, instrumentation), *blocks, last]
 
     def grid(self, transformer, inputs):
         return tuple(side // PATCH for side in inputs["hidden_states"].shape[2:])

@@ -10,9 +10,9 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Run, Site, trace
-from dit_lens.commitment import agreement
-from dit_lens.guidance import means
-from dit_lens.schedules import predict_x0
+from dit_lens.measures.commitment import agreement
+from dit_lens.sampling.guidance import means
+from dit_lens.sampling.schedulers import predict_x0
 
 
 class LayerLens(Probe):

@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Site, twins
-from dit_lens.names import NamesFilter
+from dit_lens.hooks.names import NamesFilter
 
 MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al. 2024, arXiv 2402.17762)."""

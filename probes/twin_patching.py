@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
-from dit_lens.patching import Kind, as_grid, grid, sweep, tiles
+from dit_lens.patching.sweep import Kind, as_grid, grid, sweep, tiles
 
 
 class TwinPatching(Probe):
@@ -20,7 +20,7 @@ class TwinPatching(Probe):
         result.move.sel(band="low")                          # [layer, site, window]
 
     `move` says how far B's finished latents go over to A's: the share of their squared distance that is gone, by band, 0 where the
-    patch does nothing, 1 where B becomes A, below 0 where it leads away. The whole result is that of `dit_lens.patching.sweep`, its
+    patch does nothing, 1 where B becomes A, below 0 where it leads away. The whole result is that of `dit_lens.patching.sweep.sweep`, its
     grid laid out.
 
     It runs its own twins and watches nobody else's: use `run`, not `dit_lens.trace(probes=[...])`.
@@ -55,7 +55,7 @@ class TwinPatching(Probe):
             pairs, settings: those of `dit_lens.twins` (release, steps, guidance, scheduler, ...).
             layers: by default every one. sites: hook points in a layer. windows: ranges of steps, or how many to cut the steps from
                 the release to the end into.
-            kind, outcome, batch, progress, resume: those of `dit_lens.patching.Patch` and `sweep`.
+            kind, outcome, batch, progress, resume: those of `dit_lens.patching.sweep.Patch` and `sweep`.
 
         Returns the Dataset of `sweep`, [layer, site, window, ...]. Raises ValueError, before the patches run, for what does not fit.
         """

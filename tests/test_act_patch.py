@@ -5,7 +5,7 @@ import torch
 from conftest import make_dit
 
 from dit_lens import HookedDiT
-from dit_lens import act_patch as ours
+from dit_lens.patching import act_patch as ours
 
 torch.set_num_threads(1)
 
@@ -55,7 +55,7 @@ def test_every_cell_is_the_patch_by_hand(setting, name, site, shape):
         by_hand = metric(model.run_with_hooks(*inputs, fwd_hooks=[(full, put)])).detach()
         cell = found[(layer, *{"token": (token,), "head": (head,), "both": (token, head), "pattern": (head,)}[shape])]
         assert float(cell) == pytest.approx(float(by_hand), rel=1e-4)
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0
 
 
 def test_the_stacks_of_several(setting):
@@ -98,4 +98,4 @@ def test_bad_input(setting):
     _, few = model.run_with_cache(x, t, y, names_filter="mlp_out")
     with pytest.raises(KeyError):
         ours.get_act_patch_resid_pre(model, (x, t, y), few, metric)
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0

@@ -7,10 +7,10 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.attribution import attribute
 from dit_lens.groundtruth import gaussian
-from dit_lens.patching import Patch, sweep
-from dit_lens.paths import path_patch
+from dit_lens.patching.attribution import attribute
+from dit_lens.patching.paths import path_patch
+from dit_lens.patching.sweep import Patch, sweep
 
 torch.set_num_threads(1)
 
@@ -87,7 +87,7 @@ def test_a_path_into_oneself_changes_nothing(model, pair):
     a, _ = pair
     for receiver in (None, ("mlp_out", 2)):
         assert torch.allclose(path_patch(a, a, ("attn_out", 0), receiver, range(0, 6)), a.latents[-1], atol=1e-5)
-    assert torch.equal(path_patch(a, a, ("attn_out", 0), None, range(0)), a.latents[-1]) and model.wiring.listening == 0
+    assert torch.equal(path_patch(a, a, ("attn_out", 0), None, range(0)), a.latents[-1]) and model.instrumentation.listening == 0
 
 
 def test_paths_of_a_model_whose_layers_do_not_read_each_other():
@@ -148,4 +148,4 @@ def test_bad_input(model, pair):
         pytest.raises(ValueError, match="Gradients are asked of a model in torch.inference_mode()"),
     ):
         attribute(a, b)
-    assert model.wiring.listening == 0 and all(p.grad is None for p in model.transformer.parameters())
+    assert model.instrumentation.listening == 0 and all(p.grad is None for p in model.transformer.parameters())

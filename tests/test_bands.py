@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_lens.bands import Bands
+from dit_lens.measures.bands import Bands
 
 torch.set_num_threads(1)
 

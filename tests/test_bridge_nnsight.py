@@ -17,7 +17,7 @@ import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.bridges import nnsight as bridge
 from dit_lens.bridges.nnsight import to_nnsight
-from dit_lens.hook_points import HookPoint
+from dit_lens.hooks.points import HookPoint
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
@@ -46,7 +46,7 @@ def m(model):
 
 
 def untouched(model):
-    return model.wiring.listening == 0 and model.wiring.owner is None and not model.transformer._forward_hooks
+    return model.instrumentation.listening == 0 and model.instrumentation.owner is None and not model.transformer._forward_hooks
 
 
 # Against nnsight itself.

@@ -12,8 +12,9 @@ import torch
 from conftest import make_dit, make_pipe, raw
 
 import dit_lens
-from dit_lens import HookedDiT, act_patch
+from dit_lens import HookedDiT
 from dit_lens.bridges.transformer_lens import _bridge, to_transformer_lens
+from dit_lens.patching import act_patch
 
 theirs = pytest.importorskip("transformer_lens")
 torch.set_num_threads(1)
@@ -164,7 +165,7 @@ def test_edits_are_dit_lenss(tl, model, inputs, name):
         with torch.inference_mode():
             assert torch.equal(tl.run_with_hooks(*inputs, fwd_hooks=[(name, in_place)]), wanted)
         tl.add_hook(lambda n: n == name, halve)
-        assert torch.equal(tl(*inputs), wanted) and model.wiring.listening == 0
+        assert torch.equal(tl(*inputs), wanted) and model.instrumentation.listening == 0
         assert [h.user_hook for h in tl.list_hooks()[name]] == [halve]
         tl.reset_hooks()
     assert torch.equal(tl(*inputs), plain) and tl.list_hooks() == {}
@@ -185,7 +186,7 @@ def test_it_stands_beside_hooks_of_dit_lens(tl, model, inputs):
     wanted = model.run_with_hooks(*inputs, fwd_hooks=both)
     with model.hooks(both[:1]):
         assert torch.equal(tl.run_with_hooks(*inputs, fwd_hooks=both[1:]), wanted)
-        assert model.wiring.listening == 1
+        assert model.instrumentation.listening == 1
 
 
 def test_hooks_reach_a_pipeline(pipe):
@@ -218,9 +219,9 @@ def test_nothing_is_left_behind(tl, model, dit, inputs):
     ):
         with pytest.raises(ZeroDivisionError):
             run()
-        assert model.wiring.listening == 0 and tl.list_hooks() == {} and not tl.attached
+        assert model.instrumentation.listening == 0 and tl.list_hooks() == {} and not tl.attached
     tl.run_with_hooks(*inputs, fwd_hooks=[("resid_post", halve)], reset_hooks_end=False)
-    assert model.wiring.listening == 0 and len(tl.list_hooks()) == 3
+    assert model.instrumentation.listening == 0 and len(tl.list_hooks()) == 3
     assert torch.equal(raw(dit, *inputs), plain) and not torch.equal(tl(*inputs), plain)
     tl.reset_hooks()
     tl.run_with_cache(*inputs)

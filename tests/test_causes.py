@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.causes import _sentence, coupled_alone, knock_outs, knocked_out
+from dit_lens.experiments.knock_outs import _sentence, coupled_alone, knock_outs, knocked_out
 from dit_lens.groundtruth import gaussian, planted
 
 torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def test_knocking_out_is_skipping_the_layer_bit_for_bit():
         *_inputs(out), fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: cache["resid_pre", 1])]
     )
     assert torch.equal(out.outputs[0], skipped[:, : out.outputs.shape[2]])
-    assert torch.equal(knocked_out(run, [], "attn").latents, run.latents) and model.wiring.listening == 0
+    assert torch.equal(knocked_out(run, [], "attn").latents, run.latents) and model.instrumentation.listening == 0
     attn, mlp = (knocked_out(run, [1], part).latents[-1] for part in ("attn", "mlp"))
     assert not torch.equal(attn, mlp) and not torch.equal(attn, run.latents[-1])
 
@@ -146,4 +146,4 @@ def test_bad_input():
         with pytest.raises(ValueError) as error:
             call()
         assert str(error.value).startswith(text), error.value
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0

@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 import dit_lens
-from dit_lens import gap, gap_report
-from dit_lens.commands import main
+from dit_lens.commands.main import main
+from dit_lens.experiments import gap
+from dit_lens.report import gap as gap_report
 
 
 @pytest.fixture

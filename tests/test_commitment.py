@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dit_lens.bands import Bands
-from dit_lens.commitment import Agreement, agreement, curve, describe, fit_commitment, half_crossing, resample
+from dit_lens.measures.bands import Bands
+from dit_lens.measures.commitment import Agreement, agreement, curve, describe, fit_commitment, half_crossing, resample
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 import dit_lens
 from dit_lens.families import family_named
-from dit_lens.families.sources import small_inputs
+from dit_lens.families.upstream import small_inputs
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_they_go_together(name, hook, before):
     if not before:
         HOOKS[hook](opened)
     assert torch.equal(ask(opened), want)
-    assert dit_lens.HookedDiT(opened).wiring is model.wiring
+    assert dit_lens.HookedDiT(opened).instrumentation is model.instrumentation
     with dit_lens.trace(model, names="resid_post") as eager:
         assert torch.equal(ask(opened), want)
     with dit_lens.trace(model) as lazy:

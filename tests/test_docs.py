@@ -70,7 +70,7 @@ def test_links_lead_somewhere(page):
 def test_digits_is_what_it_should_be():
     model = dit_lens.load("digits")
     assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.null_class, model.cfg.grid) == (28, 64, 10, (8, 8))
-    folder = Path(dit_lens.__file__).parent / "models" / "digits"
+    folder = Path(dit_lens.__file__).parent / "bundled" / "digits"
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 12e6
     images = dit_lens.sample(model, [0, 1], steps=20, eta=1.0).images
     assert images[0, 0, 6:10, 7:9].mean() < 0.5 < images[1, 0, 6:10, 7:9].max()  # a 0 is open in the middle, a 1 is not

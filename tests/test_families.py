@@ -13,9 +13,10 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
 import dit_lens
-from dit_lens import contract, families
+from dit_lens import families
 from dit_lens.families import family_named
-from dit_lens.families.sources import digest, flat, small_inputs
+from dit_lens.families.upstream import digest, flat, small_inputs
+from dit_lens.testing import family_contract as contract
 
 NAMES = sorted(families._OURS)
 FOUND: dict[str, list[contract.Row]] = {}
@@ -133,7 +134,7 @@ def test_comments_and_blank_lines_do_not_count(tmp_path):
     (tmp_path / "three.py").write_text("def f(x):\n    if x:\n        x = 2\n    return x + 1\n")
     (tmp_path / "four.py").write_text("def f(x):\n    if x:\n        x = 2\n        return x + 1\n")
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three, four; from dit_lens.families.sources import digest as d;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three, four; from dit_lens.families.upstream import digest as d;"
         "print(d(one.f) == d(two.f), d(one.f) == d(three.f), d(three.f) == d(four.f))"
     )
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -181,7 +182,7 @@ def command(*args, env=None):
     import os
 
     return subprocess.run(
-        [sys.executable, "-c", "from dit_lens.commands import main; import sys; sys.exit(main(sys.argv[1:]))", *args],
+        [sys.executable, "-c", "from dit_lens.commands.main import main; import sys; sys.exit(main(sys.argv[1:]))", *args],
         capture_output=True, text=True, env=os.environ | (env or {}), check=False,
     )  # fmt: skip
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dit_lens import HookedDiT, gap
+from dit_lens import HookedDiT
+from dit_lens.experiments import gap
 from dit_lens.groundtruth import ddim_agreement, gaussian
 
 

@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.experiments.coupling_sweep import collapse, couplings
 from dit_lens.groundtruth import gaussian, planted
-from dit_lens.knob import collapse, couplings
 
 STEPS = 40
 
@@ -50,7 +50,7 @@ def test_the_same_pairs_at_every_strength_and_again():
     assert a.identical(b)
     assert (a.change.sel(g=0) == 0).all() and (a.change_interval.sel(g=0) == 0).all()
     plain = dit_lens.twins(model, 8, [i % 4 for i in range(8)], tie="attention", g=0.0, steps=6, release=6, seed=3)
-    assert plain.tie == "attention" and model.wiring.listening == 0
+    assert plain.tie == "attention" and model.instrumentation.listening == 0
 
 
 def test_every_outcome_has_its_sentence():

@@ -9,9 +9,9 @@ import torch
 
 import dit_lens
 from dit_lens import Bands, HookedDiT
-from dit_lens.commitment import resample
+from dit_lens.experiments.layer_profile import profiles
 from dit_lens.groundtruth import planted, random_planted, random_weights, shuffle_layers
-from dit_lens.layer_profile import profiles
+from dit_lens.measures.commitment import resample
 from dit_lens.probes import LayerLens, TwinDivergence
 
 torch.set_num_threads(1)

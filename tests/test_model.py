@@ -410,7 +410,7 @@ def test_bad_input(dit, inputs):
     dit.train()
     with pytest.raises(RuntimeError, match="train mode.*call model.eval"):
         model.run_with_cache(x, t, y)
-    assert model.wiring.listening == 0 and all(not p.listeners for p in model.wiring.points.values())
+    assert model.instrumentation.listening == 0 and all(not p.listeners for p in model.instrumentation.points.values())
 
 
 def test_the_registry_refuses_duplicates():

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from dit_lens.onset import onset
+from dit_lens.measures.onset import onset
 
 LAYERS = 28
 

@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, UnknownName, patching
-from dit_lens.guidance import model_inputs
-from dit_lens.patches import moved
-from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
+from dit_lens.patching.patch import moved
+from dit_lens.patching.sweep import Patch, as_grid, grid, sweep, tiles
 from dit_lens.probes.twin_patching import TwinPatching
-from dit_lens.sampling import edits_at
+from dit_lens.sampling.guidance import model_inputs
+from dit_lens.sampling.run import edits_at
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -136,7 +136,7 @@ def test_each_equals_the_patch_by_itself(model, pair, guidance, labels):
     assert (alone - target.latents[-1]).abs().amax((1, 2, 3, 4))[
         :-1
     ].min() > 1e-3  # each patch but the empty one did something
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "sde-dpm++"])
@@ -247,7 +247,7 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         sweep(pair.a, pair.b, patches, whole, progress=break_off, resume=file)
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0
     seen = []
     resumed = sweep(pair.a, pair.b, patches, whole, progress=lambda done, total: seen.append(done), resume=file)
     assert resumed.identical(straight) and min(seen) > 2 * STEPS
@@ -331,7 +331,7 @@ def test_bad_input(model, pair):
 
     with pytest.raises(RuntimeError, match="mine"):
         sweep(a, b, [Patch("attn_out", 0)], progress=fail)
-    assert model.wiring.listening == 0 and all(
+    assert model.instrumentation.listening == 0 and all(
         torch.equal(v, before[k]) for k, v in model.transformer.state_dict().items()
     )
 

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, Probe
-from dit_lens.probe import load_probe, registered_probes
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
+from dit_lens.tracing.probe import load_probe, registered_probes
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_spectral_split_is_parseval_and_by_hand(model):
     ):
         with dit_lens.trace(model, probes=[SpectralSplit("hook_cond")]):
             dit_lens.sample(model, [1], steps=1)
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0
     with pytest.raises(RuntimeError, match="SpectralSplit has seen nothing"):
         with dit_lens.trace(model, probes=[probe]):
             pass
@@ -112,7 +112,7 @@ def test_a_probe_that_fails_leaves_nothing(model):
 
     with pytest.raises(ZeroDivisionError), dit_lens.trace(model, probes=[Broken()]):
         dit_lens.sample(model, [1], steps=2)
-    assert model.wiring.listening == 0 and not model.wiring.watchers and model.wiring.running == []
+    assert model.instrumentation.listening == 0 and not model.instrumentation.watchers and model.instrumentation.running == []
     with (
         pytest.raises(NotImplementedError, match="Half must define observe"),
         dit_lens.trace(model, probes=[type("Half", (Probe,), {})()]),

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import dit_lens
-from dit_lens.conditions import PROMPTS
-from dit_lens.contract_pipelines import quiet
 from dit_lens.families import family_named
+from dit_lens.model.conditions import PROMPTS
+from dit_lens.testing.pipeline_checks import quiet
 
 
 def pipeline(name):
@@ -206,7 +206,7 @@ def test_branches_with_several_images_a_prompt(sd3):
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"])
 def test_runs_replays_twins_and_patches(name):
     """What the measurements rest on, with a model that is given text: exact replays, recomputed activations, coupled twins, sweeps."""
-    from dit_lens.patching import Patch, sweep
+    from dit_lens.patching.sweep import Patch, sweep
 
     pipe = pipeline(name)
     model = dit_lens.HookedDiT(pipe, size=(8, 8))
@@ -234,7 +234,7 @@ def test_runs_replays_twins_and_patches(name):
 
 def test_paths_go_round_every_contribution():
     """In PixArt the text's contribution lies between attention and MLP: frozen with the rest, only the last layer hears the news."""
-    from dit_lens.paths import path_patch
+    from dit_lens.patching.paths import path_patch
 
     with dit_lens.HookedDiT(pipeline("PixArtTransformer2DModel"), size=(8, 8)) as model:
         pair = dit_lens.twins(model, pairs=2, release=0, steps=4)
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused(sd3, flux):
 @pytest.mark.parametrize("gate", ["mix", "joint"])
 def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
     """Each stream's queries see all keys of its own item, image and text, and with strength g all of its twin's."""
-    from dit_lens.coupling import coupled
+    from dit_lens.twinning.coupling import coupled
 
     g = 0.6
     with dit_lens.HookedDiT(sd3) as model:
@@ -296,7 +296,7 @@ def test_prompts_with_offloaded_weights():
 
 
 def test_the_knob_and_causes_on_a_joint_model(sd3):
-    from dit_lens import knob
+    from dit_lens.experiments import coupling_sweep as knob
 
     with dit_lens.HookedDiT(sd3, size=(8, 8)) as model:
         swept = knob.couplings(model, [0.0, 1.0], pairs=16, steps=6)
@@ -304,7 +304,7 @@ def test_the_knob_and_causes_on_a_joint_model(sd3):
 
 
 def test_gap_of_a_saved_pipeline_from_the_command_line(sd3, tmp_path, capsys):
-    from dit_lens.commands import main
+    from dit_lens.commands.main import main
 
     with quiet():
         sd3.save_pretrained(tmp_path / "model")

@@ -374,7 +374,7 @@ def test_what_needs_the_inside_is_refused():
         model.unembed(stream, T, rest)
     with pytest.raises(ValueError, match="start_at_layer=1 can't be done"):
         model(stream, T, rest, start_at_layer=1)
-    with dit_lens.coupling.coupled(model, 0.5), pytest.raises(RuntimeError, match="can't couple twins"):
+    with dit_lens.twinning.coupling.coupled(model, 0.5), pytest.raises(RuntimeError, match="can't couple twins"):
         answer(transformer, inputs)
     with pytest.raises(RuntimeError, match="prompts can't be encoded here"):
         model.family.encode(None, "a fox")

@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT
-from dit_lens.commitment import Agreement
+from dit_lens.experiments.release import _steepest, difference, features, images, latents, one_pass, release_sweep
 from dit_lens.groundtruth import ddim_agreement, gaussian
-from dit_lens.release import _steepest, difference, features, images, latents, one_pass, release_sweep
+from dit_lens.measures.commitment import Agreement
 
 STEPS, LAM = 16, (4.0, 0.25)
 

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.noise import START, generators, noise
-from dit_lens.schedules import log_snr, make_scheduler, predict_x0
+from dit_lens.sampling.noise import START, generators, noise
+from dit_lens.sampling.schedulers import log_snr, make_scheduler, predict_x0
 
 ALL = ["ddim", "ddpm", "dpm++", "sde-dpm++"]
 

@@ -256,7 +256,7 @@ def test_foreign_hooks_stay(pipe):
     mine = model.add_hook("hook_embed", lambda a, hook: None)
     with dit_lens.trace(model):
         run(pipe)
-    assert len(calls) == STEPS and model.wiring.listening == 1
+    assert len(calls) == STEPS and model.instrumentation.listening == 1
     mine[0].remove()
     model.remove()
     run(pipe)

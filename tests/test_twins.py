@@ -7,11 +7,11 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.coupling import coupled, gated, linear_response, partners
 from dit_lens.groundtruth import ddim_agreement, gaussian, planted, planted_gain
-from dit_lens.noise import START, noise
 from dit_lens.probes import TwinDivergence
-from dit_lens.twinning import twin_seeds
+from dit_lens.sampling.noise import START, noise
+from dit_lens.twinning.coupling import coupled, gated, linear_response, partners
+from dit_lens.twinning.twins import twin_seeds
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_attention_tie(model, gate, guidance):
     mean, half = (z[:2] + z[2:]) / 2, (z[:2] - z[2:]) / 2  # antisymmetric about sqrt(1 - eps²) z, variance preserving
     own, other = (noise(seeds, START, (1, 8, 8)) for seeds in twin_seeds(0, 2))
     assert torch.allclose(mean, (1 - 0.3**2) ** 0.5 * own, atol=1e-6) and torch.allclose(half, 0.3 * other, atol=1e-6)
-    assert model.wiring.listening == 0
+    assert model.instrumentation.listening == 0
 
 
 def test_gates_by_hand():
@@ -162,7 +162,7 @@ def test_bad_input(model):
     ]:
         with pytest.raises(ValueError, match=text):
             dit_lens.twins(model, **{"pairs": 2, "steps": 5} | kwargs)
-    assert model.wiring.listening == 0 and model.wiring.twin is None
+    assert model.instrumentation.listening == 0 and model.instrumentation.twin is None
 
 
 def test_a_coupled_run_is_not_recomputed_alone():

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint, Listener, _checked
-from ..model import HookedDiT
-from ..wiring import Handle
+from ..hooks.points import HookPoint, Listener, _checked
+from ..model.hooked import HookedDiT
+from ..model.instrumentation import Handle
 
 KINDS = ("input", "skip", "output")  # where nnsight stops at a module, and what it counts
 
@@ -132,7 +132,7 @@ class Tap(Listener):
         edited = new is not copy or (not torch.equal(copy, x) if before is None else _version(copy) != before)
         if not edited:
             return copy if copy.requires_grad else x  # gradients are asked for at what was served
-        if self.taps.dit.wiring.watchers:
+        if self.taps.dit.instrumentation.watchers:
             raise RuntimeError(
                 f"nnsight edited {point.name!r} inside a dit_lens.trace, which could not replay that when it recomputes; "
                 "edit with t.edit(...), or run the two one after the other."
@@ -153,7 +153,7 @@ class Taps:
 
     def start(self) -> None:
         self.dit._require_eval()
-        self.dit.wiring.claim()  # refused here, before nnsight has begun, and not by `attach` in the midst of its beginning
+        self.dit.instrumentation.claim()  # refused here, before nnsight has begun, and not by `attach` in the midst of its beginning
         self.forward_hook = self.dit.transformer.register_forward_hook(self.step)
 
     def stop(self) -> None:
@@ -162,12 +162,12 @@ class Taps:
         self.forward_hook = None
         self.keep(())
         self.served.clear()
-        self.dit.wiring.release()
+        self.dit.instrumentation.release()
 
     def listen(self, places: Collection[str]) -> None:
         """Listen where somebody waits. Nothing is taken off here: an edit of a pattern counts only while its listener is on."""
         for name in {self.places[place] for place in places if place in self.places} - self.handles.keys():
-            self.handles[name] = self.dit.wiring.attach(name, Tap(self))
+            self.handles[name] = self.dit.instrumentation.attach(name, Tap(self))
 
     def keep(self, places: Collection[str]) -> None:
         """Take off the listeners everywhere else."""

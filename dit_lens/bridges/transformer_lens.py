@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..hook_points import Editor, Listener
-from ..model import HookedDiT
-from ..names import select
+from ..hooks.names import select
+from ..hooks.points import Editor, Listener
+from ..model.hooked import HookedDiT
 
 if TYPE_CHECKING:
     from transformer_lens import HookedRootModule
@@ -87,10 +87,10 @@ class Tokens:
 class Through(Editor):
     """Sends the activation through TransformerLens's hook point of the same name; what its hooks make of it goes on."""
 
-    def __init__(self, theirs: Any, wiring: Any) -> None:
+    def __init__(self, theirs: Any, instrumentation: Any) -> None:
         Listener.__init__(self)  # Editor's own would look up the function's signature, which takes longer than the hook
         self.fn, self.now, self.by_keyword = self.through, None, True
-        self.theirs, self.wiring = theirs, wiring
+        self.theirs, self.instrumentation = theirs, instrumentation
 
     def through(self, activation: Tensor, hook: Any) -> Tensor | None:
         if not self.theirs.fwd_hooks and not self.theirs.bwd_hooks:  # taken off again within a `with tl.hooks(...)`
@@ -101,12 +101,12 @@ class Through(Editor):
                 "gradients are off, or neither the weights before it nor the input require them."
             )
         version = None if activation.is_inference() else activation._version
-        before = activation.detach().clone() if version is None or self.wiring.watchers else None
+        before = activation.detach().clone() if version is None or self.instrumentation.watchers else None
         new = self.theirs(activation)
         # In TransformerLens a hook may also change its activation in place and return None.
         touched = new is not activation or version is not None and activation._version != version
         differs = before is not None and not torch.equal(before, new)
-        if differs and self.wiring.watchers:
+        if differs and self.instrumentation.watchers:
             raise RuntimeError(
                 f"A TransformerLens hook changed {hook.name!r} inside a trace, which could not repeat that edit when it "
                 f"recomputes: make it with trace.edit({hook.name!r}, fn)."
@@ -247,7 +247,7 @@ def _bridge() -> Any:
                 for name, point in wanted.items():
                     if name in self.attached:
                         continue
-                    stack.callback(self.model.wiring.attach(name, Through(point, self.model.wiring)).remove)
+                    stack.callback(self.model.instrumentation.attach(name, Through(point, self.model.instrumentation)).remove)
                     self.attached.add(name)
                     stack.callback(self.attached.discard, name)
                 yield

@@ -22,7 +22,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 
 Axes = tuple[str, ...]
 Points = dict[str, HookPoint]
@@ -84,7 +84,7 @@ class Condition(dict[str, Any]):
     """All that a transformer is told besides x_t and the time, by its own argument names.
 
     Attributes:
-        labels: the numbers [batch] of the prompts that it was made from, if it was; see `dit_lens.conditions`.
+        labels: the numbers [batch] of the prompts that it was made from, if it was; see `dit_lens.model.conditions`.
     """
 
     labels: Tensor | None = None
@@ -104,17 +104,17 @@ class Forward:
 
 
 class TransformerForward(Forward):
-    """The whole model, as diffusers runs it, known to the wiring from its first argument to its answer."""
+    """The whole model, as diffusers runs it, known to the instrumentation from its first argument to its answer."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any) -> None:
         super().__init__(module)
-        self.sample, self.wiring = points["hook_sample"], wiring
+        self.sample, self.instrumentation = points["hook_sample"], instrumentation
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         return_dict = inputs.pop("return_dict", return_dict)
-        with self.wiring.forward(inputs):
+        with self.instrumentation.forward(inputs):
             output = self.answer(self.own(**inputs, return_dict=False)[0])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -146,7 +146,7 @@ class Family:
         branches: how its pipelines guide: the branches in which a doubled batch is stacked, ("uncond", "cond") or ("cond", "uncond"), or
             None where each branch is a call of its own, the conditional one first.
         read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read through the last layer.
-        written_for: digests of the diffusers source that its forwards repeat, by "Class.method"; see `dit_lens.families.sources`.
+        written_for: digests of the diffusers source that its forwards repeat, by "Class.method"; see `dit_lens.families.upstream`.
     """
 
     model_class: str
@@ -178,7 +178,7 @@ class Family:
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         """Raise one clear sentence for arguments that the model would fail on or, worse, silently get wrong."""
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         """The replacements, the transformer's own first."""
         raise NotImplementedError
 

@@ -22,12 +22,12 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut, Joint
 from .base import RESID, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import check_processor, neurons, refuse_processors
-from .sites import FINAL_SITES, adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites, texts
+from .parts.attention import Attend, HeadsOut, Joint
+from .parts.layers import check_processor, neurons, refuse_processors
+from .parts.sites import FINAL_SITES, adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites, texts
 from .small import alive, small_text
 
 VIDEO = ("batch", "frame", "channel", "height", "width")
@@ -68,14 +68,14 @@ def angles(c: Any, grid: Size, device: Any) -> Angles:
 class JointPoint:
     """The hook points of both streams as one, for a joint tensor: a `HookPoint` to whoever calls it."""
 
-    def __init__(self, points: Points, name: str, wiring: Any) -> None:
-        self.video, self.text, self.wiring = points[name], points[f"text.{name}"], wiring
+    def __init__(self, points: Points, name: str, instrumentation: Any) -> None:
+        self.video, self.text, self.instrumentation = points[name], points[f"text.{name}"], instrumentation
         self.dim = 2 if name.endswith(("scores", "pattern")) else 1  # where the tokens are
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.listeners:
             return x
-        length = self.wiring.now["encoder_hidden_states"].shape[1]
+        length = self.instrumentation.now["encoder_hidden_states"].shape[1]
         return Joint(slice(length, None), slice(length)).hook(self.video, self.text, x, self.dim)
 
     @property
@@ -93,10 +93,10 @@ class JointPoint:
 class BlockForward(Forward):
     """One block: joint attention and a joint MLP, each modulated and gated for each stream by itself."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, embeds: tuple[HookPoint, HookPoint] | None) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, embeds: tuple[HookPoint, HookPoint] | None) -> None:
         super().__init__(module)
         self.points, self.embeds = points, embeds
-        self.mlp_out = JointPoint(points, "mlp.hook_out", wiring)
+        self.mlp_out = JointPoint(points, "mlp.hook_out", instrumentation)
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
@@ -139,11 +139,11 @@ class ExpertNormForward(Forward):
 class AttentionForward(Forward):
     """Attention of text and video, which are one sequence."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int) -> None:
         super().__init__(module)
         inner = [*qkv_sites(), *scores_sites("attn."), *out_sites()]
-        joint: Any = {name: JointPoint(points, name, wiring) for name in inner if name != "attn.hook_in"}
-        self.points, self.attend, self.heads_out = joint, Attend(joint, wiring, layer), HeadsOut(joint)
+        joint: Any = {name: JointPoint(points, name, instrumentation) for name in inner if name != "attn.hook_in"}
+        self.points, self.attend, self.heads_out = joint, Attend(joint, instrumentation, layer), HeadsOut(joint)
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
@@ -230,16 +230,16 @@ class CogVideoXFamily(Family):
         if hasattr(transformer.patch_embed, "pos_embedding") and text != c.max_text_seq_length:
             raise ValueError(f"The text has {text} tokens; expected {c.max_text_seq_length}, padding included.")
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            joint: Any = {n: JointPoint(mine, n, wiring) for n in mine if n.startswith("mlp.")}
+            joint: Any = {n: JointPoint(mine, n, instrumentation) for n in mine if n.startswith("mlp.")}
             embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
             forwards += [
-                BlockForward(block, mine, wiring, embeds),
+                BlockForward(block, mine, instrumentation, embeds),
                 ExpertNormForward(block.norm1, mine, "attn", "ln1"),
-                AttentionForward(block.attn1, mine, wiring, i),
+                AttentionForward(block.attn1, mine, instrumentation, i),
                 ExpertNormForward(block.norm2, mine, "mlp", "ln2"),
                 neurons(block.ff.net[0], joint),
             ]

@@ -15,12 +15,12 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
-from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
+from .parts.attention import Attend, HeadsOut
+from .parts.layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
+from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
 from .small import alive, small_vae
 
 BLOCK_SITES: dict[str, Axes] = {
@@ -95,10 +95,10 @@ class BlockForward(Forward):
 class AttentionForward(Forward):
     """Multi-head self-attention."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int) -> None:
         super().__init__(module)
         self.q, self.k, self.v = (points[f"attn.hook_{name}"] for name in "qkv")
-        self.attend, self.heads_out = Attend(points, wiring, layer), HeadsOut(points)
+        self.attend, self.heads_out = Attend(points, instrumentation, layer), HeadsOut(points)
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None
@@ -191,14 +191,14 @@ class DiTFamily(Family):
                 f"The latents are on {x.device}, the model is on {weight.device}; use x.to({str(weight.device)!r})."
             )
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in BLOCK_SITES}
             forwards += [
                 BlockForward(block, mine, None if i else points["hook_embed"]),
                 AdaNormForward(block.norm1, mine),
-                AttentionForward(block.attn1, mine, wiring, i),
+                AttentionForward(block.attn1, mine, instrumentation, i),
                 neurons(block.ff.net[0], mine),
             ]
         return [

@@ -5,7 +5,7 @@ weights of their own that attend together. In the single blocks the same weights
 one normalised input and share one output projection, so that what they add comes in one piece, `hook_attn_mlp_out`, with one
 shift, scale and gate (`adaln.hook_gate_attn_mlp`). Everywhere the text's tokens come first in the joint sequence, then the image's; the
 text's hook points have the prefix `text.`. Queries and keys are normalised and rotated before they meet (`hook_rot_q`, `hook_rot_k`).
-Latents enter as packed 2x2 patches. What FLUX.1 shares with Qwen-Image is in `dit_lens.families.packed`.
+Latents enter as packed 2x2 patches. What FLUX.1 shares with Qwen-Image is in `dit_lens.families.parts.two_streams`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from . import register
-from .attention import Joint
 from .base import COND, RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
-from .layers import AdaNormForward, FinalNormForward, neurons, refuse_processors
-from .packed import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, refuse_fused
-from .sites import adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites
+from .parts.attention import Joint
+from .parts.layers import AdaNormForward, FinalNormForward, neurons, refuse_processors
+from .parts.sites import adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites
+from .parts.two_streams import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, refuse_fused
 from .small import alive, small_text, small_vae
 
 
@@ -179,19 +179,19 @@ class FluxFamily(PackedFamily):
                 f"guidance is {'given' if given else 'missing'}; expected guidance={'a tensor [batch], 3.5 say' if wanted else None}."
             )
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         n_double = len(transformer.transformer_blocks)
         block: Any
         for i, block in enumerate(self.blocks(transformer)):
             embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
             mine = {site: points[f"blocks.{i}.{site}"] for site in (double_sites() if i < n_double else single_sites())}
             if i < n_double:
-                forwards += [DoubleForward(block, mine, embeds), FluxAttentionForward(block.attn, mine, wiring, i)]
+                forwards += [DoubleForward(block, mine, embeds), FluxAttentionForward(block.attn, mine, instrumentation, i)]
                 forwards += [AdaNormForward(block.norm1, mine), AdaNormForward(block.norm1_context, mine, "text.")]
                 forwards += [neurons(block.ff.net[0], mine), neurons(block.ff_context.net[0], mine, "text.mlp.")]
             else:
-                forwards += [SingleForward(block, mine, embeds), SingleAttentionForward(block.attn, mine, wiring, i)]
+                forwards += [SingleForward(block, mine, embeds), SingleAttentionForward(block.attn, mine, instrumentation, i)]
                 forwards.append(SingleNormForward(block.norm, mine))
         tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
         return [*forwards, FinalNormForward(transformer.norm_out, points), tail]

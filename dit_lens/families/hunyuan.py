@@ -22,12 +22,12 @@ from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import FinalNormForward, check_processor, neurons, refuse_processors
-from .sites import FINAL_SITES, attention_sites, mlp_sites, out_sites
+from .parts.attention import Attend, HeadsOut
+from .parts.layers import FinalNormForward, check_processor, neurons, refuse_processors
+from .parts.sites import FINAL_SITES, attention_sites, mlp_sites, out_sites
 from .small import alive, small_text
 
 HEADS, TEXT_HEADS = ("batch", "token", "head", "d_head"), ("batch", "text_token", "head", "d_head")
@@ -118,11 +118,11 @@ class ShiftNormForward(Forward):
 class AttentionForward(Forward):
     """Attention of the image with itself (`attn.`), or with the text (`cross_attn.`, where twins are never coupled)."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int | None, prefix: str) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str) -> None:
         super().__init__(module)
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
         self.rotated = [points[f"{prefix}hook_rot_{name}"] for name in "qk"]
-        self.attend, self.heads_out = Attend(points, wiring, layer, (prefix,)), HeadsOut(points, prefix)
+        self.attend, self.heads_out = Attend(points, instrumentation, layer, (prefix,)), HeadsOut(points, prefix)
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, image_rotary_emb: Any = None
@@ -180,15 +180,15 @@ class HunyuanFamily(Family):
     def check_model(self, transformer: Any) -> None:
         refuse_processors(transformer.blocks, attn1=HunyuanAttnProcessor2_0, attn2=HunyuanAttnProcessor2_0)
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [HunyuanForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [HunyuanForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
             forwards += [
                 BlockForward(block, mine, None if i else points["hook_embed"]),
                 ShiftNormForward(block.norm1, mine),
-                AttentionForward(block.attn1, mine, wiring, i, "attn."),
-                AttentionForward(block.attn2, mine, wiring, None, "cross_attn."),
+                AttentionForward(block.attn1, mine, instrumentation, i, "attn."),
+                AttentionForward(block.attn2, mine, instrumentation, None, "cross_attn."),
                 neurons(block.ff.net[0], mine),
             ]
         return [

@@ -25,10 +25,10 @@ from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcess
 from torch import Tensor, nn
 
 from . import register
-from .attention import Joint, Kernel
 from .base import SAMPLE, Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
-from .layers import refuse_processors
-from .sandwich import (
+from .parts.attention import Joint, Kernel
+from .parts.layers import refuse_processors
+from .parts.one_sequence import (
     JointFamily,
     JointForward,
     LastForward,
@@ -179,17 +179,17 @@ class Lumina2Family(JointFamily):
         tokens = None if transformer is None else prod(self.grid(transformer, inputs))
         return CaptionFirst(inputs["encoder_attention_mask"], x.shape[1], tokens)
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.layers):
             mine = block_points(points, i)
             forwards += [
-                BlockForward(block, mine, wiring),
-                NormForward(block.norm1, mine, wiring),
-                AttentionForward(block.attn, mine, wiring, i),
-                MLPForward(block.feed_forward, mine, wiring),
+                BlockForward(block, mine, instrumentation),
+                NormForward(block.norm1, mine, instrumentation),
+                AttentionForward(block.attn, mine, instrumentation, i),
+                MLPForward(block.feed_forward, mine, instrumentation),
             ]
-        return [*forwards, FinalForward(transformer.norm_out, points, wiring)]
+        return [*forwards, FinalForward(transformer.norm_out, points, instrumentation)]
 
     def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         return {"hidden_states": x, "timestep": (1 - t / 1000).float(), **condition}

@@ -18,12 +18,12 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import LastTable, check_processor, neurons, refuse_chunks, refuse_processors
-from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites
+from .parts.attention import Attend, HeadsOut
+from .parts.layers import LastTable, check_processor, neurons, refuse_chunks, refuse_processors
+from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites
 from .small import alive, small_text, small_vae
 
 TEXT_HEADS, TEXT_SCORES = ("batch", "text_token", "head", "d_head"), ("batch", "head", "query", "text_key")
@@ -90,10 +90,10 @@ class BlockForward(Forward):
 class AttentionForward(Forward):
     """Attention of the image with itself (`attn.`), or with the text (`cross_attn.`, where twins are never coupled)."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int | None, prefix: str) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str) -> None:
         super().__init__(module)
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
-        self.attend, self.heads_out = Attend(points, wiring, layer, (prefix,)), HeadsOut(points, prefix)
+        self.attend, self.heads_out = Attend(points, instrumentation, layer, (prefix,)), HeadsOut(points, prefix)
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None
@@ -162,8 +162,8 @@ class PixArtFamily(Family):
                 "The blocks have no cross-attention (cross_attention_dim=None); expected a PixArt that is given text."
             )
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         forwards += [
             ConditioningForward(transformer.adaln_single, points),
             Tap(transformer.adaln_single.emb, after=points["hook_cond"]),
@@ -172,8 +172,8 @@ class PixArtFamily(Family):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
             forwards += [
                 BlockForward(block, mine, None if i else points["hook_embed"]),
-                AttentionForward(block.attn1, mine, wiring, i, "attn."),
-                AttentionForward(block.attn2, mine, wiring, None, "cross_attn."),
+                AttentionForward(block.attn1, mine, instrumentation, i, "attn."),
+                AttentionForward(block.attn2, mine, instrumentation, None, "cross_attn."),
                 neurons(block.ff.net[0], mine),
             ]
         return [

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import register
 from .base import RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
-from .layers import FinalNormForward, neurons, refuse_processors
-from .packed import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, pack, unpack
-from .sites import adaln_sites, both
+from .parts.layers import FinalNormForward, neurons, refuse_processors
+from .parts.sites import adaln_sites, both
+from .parts.two_streams import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, pack, unpack
 from .small import alive, small_text
 
 
@@ -111,12 +111,12 @@ class QwenImageFamily(PackedFamily):
                 "expected images of one shape."
             )
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in double_sites()}
             embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
-            forwards += [QwenBlockForward(block, mine, embeds), QwenAttentionForward(block.attn, mine, wiring, i)]
+            forwards += [QwenBlockForward(block, mine, embeds), QwenAttentionForward(block.attn, mine, instrumentation, i)]
             forwards += [neurons(block.img_mlp.net[0], mine), neurons(block.txt_mlp.net[0], mine, "text.mlp.")]
         tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
         return [*forwards, FinalNormForward(transformer.norm_out, points), tail]

@@ -22,7 +22,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from ..hook_points import BackwardEditor, HookPoint
+from ..hooks.points import BackwardEditor, HookPoint
 from .base import Axes, Condition, Config, Family, Forward, Points, Size, TransformerForward
 from .boundaries import argument_of, given, main_blocks, parts
 
@@ -109,20 +109,20 @@ def look(point: HookPoint, x: Any) -> None:
 class ReadTransformer(TransformerForward):
     """The whole model, which returns what its class returns, in whatever form."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, progress: Pass, x_name: str) -> None:
-        super().__init__(module, points, wiring)
+    def __init__(self, module: Any, points: Points, instrumentation: Any, progress: Pass, x_name: str) -> None:
+        super().__init__(module, points, instrumentation)
         self.progress, self.x_name = progress, x_name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         form = {"return_dict": inputs.pop("return_dict")} if "return_dict" in inputs else {}
-        with self.wiring.forward(inputs):
-            if self.wiring.gates:
+        with self.instrumentation.forward(inputs):
+            if self.instrumentation.gates:
                 raise RuntimeError(
                     f"{type(self.module).__name__} is opened read-only, and its attention can't couple twins; expected a model with a "
                     "family of its own."
                 )
-            self.progress.begin(inputs.get(self.x_name) if self.wiring.listening or self.wiring.watchers else None)
+            self.progress.begin(inputs.get(self.x_name) if self.instrumentation.listening or self.instrumentation.watchers else None)
             try:
                 returned = self.own(**inputs, **form)
             finally:
@@ -218,7 +218,7 @@ class ReadOnlyFamily(Family):
     def absent(self, transformer: Any) -> list[str]:
         """The standard names that this model does not have; `blocks.*` where no block has it."""
         from .dit import BLOCK_SITES
-        from .sites import FINAL_SITES
+        from .parts.sites import FINAL_SITES
 
         sites, blocks, missing = self.sites(transformer), range(len(main_blocks(transformer))), []
         for site in BLOCK_SITES:
@@ -226,9 +226,9 @@ class ReadOnlyFamily(Family):
             missing += without if len(without) < len(blocks) else [f"blocks.*.{site}"]
         return missing + list(FINAL_SITES)
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         progress = Pass(transformer)
-        forwards: list[Forward] = [ReadTransformer(transformer, points, wiring, progress, self.x_name)]
+        forwards: list[Forward] = [ReadTransformer(transformer, points, instrumentation, progress, self.x_name)]
         for i, block in enumerate(main_blocks(transformer)):
             start = f"blocks.{i}."
             mine = {name.removeprefix(start): point for name, point in points.items() if name.startswith(start)}

@@ -30,12 +30,12 @@ from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut, sdpa
 from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import check_processor, refuse_processors
-from .sites import FINAL_SITES, adaln_sites, mlp_sites, out_sites, qkv_sites, scores_sites
+from .parts.attention import Attend, HeadsOut, sdpa
+from .parts.layers import check_processor, refuse_processors
+from .parts.sites import FINAL_SITES, adaln_sites, mlp_sites, out_sites, qkv_sites, scores_sites
 from .small import alive, small_text
 
 CROSS = {"head": "cross_head", "d_head": "d_cross_head", "key": "text_key"}
@@ -121,10 +121,10 @@ class CrossAttentionForward(Forward):
 
     prefix, processor, kernel, clips = "cross_attn.", SanaAttnProcessor2_0, staticmethod(sdpa), False
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int | None) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int | None) -> None:
         super().__init__(module)
         scored = (self.prefix,) if f"{self.prefix}hook_pattern" in points else ()
-        self.attend, self.heads_out = Attend(points, wiring, layer, scored), HeadsOut(points, self.prefix)
+        self.attend, self.heads_out = Attend(points, instrumentation, layer, scored), HeadsOut(points, self.prefix)
         self.points = points
 
     def __call__(
@@ -245,16 +245,16 @@ class SanaFamily(Family):
             wanted = "its strength as a tensor [batch]" if c.guidance_embeds else "None"
             raise ValueError(f"guidance is {guidance!r}, and guidance_embeds={c.guidance_embeds}; expected {wanted}.")
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         forwards: list[Forward] = [
-            TransformerForward(transformer, points, wiring),
+            TransformerForward(transformer, points, instrumentation),
             TimeForward(transformer.time_embed, points),
         ]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
             forwards.append(BlockForward(block, mine, None if i else points["hook_embed"]))
-            forwards.append(LinearAttentionForward(block.attn1, mine, wiring, i))
-            forwards.append(CrossAttentionForward(block.attn2, mine, wiring, None))
+            forwards.append(LinearAttentionForward(block.attn1, mine, instrumentation, i))
+            forwards.append(CrossAttentionForward(block.attn2, mine, instrumentation, None))
             forwards.append(MixForward(block.ff, mine))
         return [
             *forwards,

@@ -15,9 +15,8 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut
 from .base import (
     COND,
     RESID,
@@ -33,8 +32,9 @@ from .base import (
     Tap,
     TransformerForward,
 )
-from .layers import AdaNormForward, FinalNormForward, check_processor, neurons, refuse_chunks, refuse_processors
-from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites, qkv_sites, scores_sites
+from .parts.attention import Attend, HeadsOut
+from .parts.layers import AdaNormForward, FinalNormForward, check_processor, neurons, refuse_chunks, refuse_processors
+from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites, qkv_sites, scores_sites
 from .small import alive, small_text, small_vae
 
 
@@ -143,12 +143,12 @@ class LastTextNormForward(Forward):
 class AttentionForward(Forward):
     """Attention of the image with the text, or (`attn2`) of the image alone."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int, prefix: str = "attn.") -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int, prefix: str = "attn.") -> None:
         super().__init__(module)
         self.points, self.prefix = points, prefix
         self.text_goes_on = prefix == "attn." and "text.attn.hook_z" in points
         prefixes = (prefix, f"text.{prefix}") if self.text_goes_on else (prefix,)
-        self.attend = Attend(points, wiring, layer, prefixes)
+        self.attend = Attend(points, instrumentation, layer, prefixes)
         self.heads_out = HeadsOut(points, prefix)
         self.text_out = HeadsOut(points, f"text.{prefix}") if self.text_goes_on else None
 
@@ -221,16 +221,16 @@ class SD3Family(Family):
         refuse_chunks(transformer.transformer_blocks)
         refuse_processors(transformer.transformer_blocks, attn=JointAttnProcessor2_0, attn2=JointAttnProcessor2_0)
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
             forwards.append(BlockForward(block, mine, None if i else (points["hook_embed"], points["text.hook_embed"])))
             forwards.append((DualNormForward if block.use_dual_attention else AdaNormForward)(block.norm1, mine))
-            forwards.append(AttentionForward(block.attn, mine, wiring, i))
+            forwards.append(AttentionForward(block.attn, mine, instrumentation, i))
             forwards.append(neurons(block.ff.net[0], mine))
             if block.use_dual_attention:
-                forwards.append(AttentionForward(block.attn2, mine, wiring, i, "attn2."))
+                forwards.append(AttentionForward(block.attn2, mine, instrumentation, i, "attn2."))
             if block.context_pre_only:
                 forwards.append(LastTextNormForward(block.norm1_context, mine))
             else:

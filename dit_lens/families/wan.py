@@ -20,12 +20,12 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from ..hook_points import HookPoint
+from ..hooks.points import HookPoint
 from . import register
-from .attention import Attend, HeadsOut, dispatched
 from .base import COND, RESID, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
-from .layers import LastTable, check_processor, neurons, refuse_processors
-from .sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
+from .parts.attention import Attend, HeadsOut, dispatched
+from .parts.layers import LastTable, check_processor, neurons, refuse_processors
+from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
 from .small import alive, small_text
 
 TEXT_HEADS, TEXT_SCORES = ("batch", "text_token", "head", "d_head"), ("batch", "head", "query", "text_key")
@@ -88,12 +88,12 @@ class BlockForward(Forward):
 class AttentionForward(Forward):
     """Attention of the video with itself, or with the text; queries and keys are normalised over all heads together."""
 
-    def __init__(self, module: Any, points: Points, wiring: Any, layer: int | None, prefix: str) -> None:
+    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str) -> None:
         super().__init__(module)
         self.attn_in = points[f"{prefix}hook_in"]
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
         self.rot_q, self.rot_k = points[f"{prefix}hook_rot_q"], points[f"{prefix}hook_rot_k"]
-        self.attend, self.heads_out = Attend(points, wiring, layer, (prefix,)), HeadsOut(points, prefix)
+        self.attend, self.heads_out = Attend(points, instrumentation, layer, (prefix,)), HeadsOut(points, prefix)
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -190,10 +190,10 @@ class WanFamily(Family):
         if inputs.get("encoder_hidden_states_image") is not None:
             raise ValueError("This Wan has no image embedder; expected encoder_hidden_states_image=None.")
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         embedder = transformer.condition_embedder
         forwards: list[Forward] = [
-            TransformerForward(transformer, points, wiring),
+            TransformerForward(transformer, points, instrumentation),
             ConditioningForward(embedder, points),
         ]
         forwards.append(Tap(embedder.time_embedder, after=points["hook_cond"]))
@@ -201,8 +201,8 @@ class WanFamily(Family):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
             forwards += [
                 BlockForward(block, mine, None if i else points["hook_embed"]),
-                AttentionForward(block.attn1, mine, wiring, i, "attn."),
-                AttentionForward(block.attn2, mine, wiring, None, "cross_attn."),
+                AttentionForward(block.attn1, mine, instrumentation, i, "attn."),
+                AttentionForward(block.attn2, mine, instrumentation, None, "cross_attn."),
                 neurons(block.ffn.net[0], mine),
             ]
         return [

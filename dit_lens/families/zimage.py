@@ -22,10 +22,10 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSin
 from torch import Tensor, nn
 
 from . import register
-from .attention import Joint, Kernel, dispatched
 from .base import Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
-from .layers import refuse_processors
-from .sandwich import (
+from .parts.attention import Joint, Kernel, dispatched
+from .parts.layers import refuse_processors
+from .parts.one_sequence import (
     JointFamily,
     LastForward,
     SandwichAttentionForward,
@@ -175,16 +175,16 @@ class ZImageFamily(JointFamily):
         image = height * width
         return Joint(slice(0, image), slice(image + -image % SEQ_MULTI_OF, None))
 
-    def forwards(self, transformer: Any, points: Points, wiring: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [ListForward(transformer, points, wiring)]
+    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
+        forwards: list[Forward] = [ListForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.layers):
             mine = block_points(points, i)
             forwards += [
-                ZBlockForward(block, mine, wiring),
-                ZAttentionForward(block.attention, mine, wiring, i),
-                ZMLPForward(block.feed_forward, mine, wiring),
+                ZBlockForward(block, mine, instrumentation),
+                ZAttentionForward(block.attention, mine, instrumentation, i),
+                ZMLPForward(block.feed_forward, mine, instrumentation),
             ]
-        return [*forwards, *(ZFinalForward(layer, points, wiring) for layer in transformer.all_final_layer.values())]
+        return [*forwards, *(ZFinalForward(layer, points, instrumentation) for layer in transformer.all_final_layer.values())]
 
     def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         return {"x": list(x.unsqueeze(2).unbind()), "t": ((1000 - t) / 1000).float(), **condition}

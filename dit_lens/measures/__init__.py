@@ -1,0 +1,4 @@
+"""Numbers only: frequency bands, agreement, bootstrap, crossings, commitment, onset.
+
+Belongs here: functions of tensors and arrays, with their sources. Does not: models or runs.
+"""

@@ -1,0 +1,139 @@
+"""`dit_lens.load`: from a name, a folder or a hub id to a hooked model."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..families import family_of
+from ..families.base import Family, Size
+from .hooked import HookedDiT
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+
+
+def load(
+    model: Any, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", size: Size | None = None
+) -> HookedDiT:
+    """Open a model: a bundled one by name, a folder, a hub id, or an object that is a pipeline or transformer already.
+
+    A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`), which may have `scheduler/` and
+    `vae/` inside. Weights are safetensors; a pickle is not opened. `size` is (height, width) of the latents, if not the model's own.
+
+    >>> import dit_lens
+    >>> dit_lens.load("digits").cfg.n_layers
+    28
+
+    Raises:
+        FileNotFoundError: no such bundled model or folder. ValueError: damaged or pickled weights.
+        TypeError: the model is no DiT that dit_lens knows.
+    """
+    if not isinstance(model, (str, Path)):
+        return HookedDiT(model, size=size)
+    bundled = sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()) if BUNDLED.exists() else []
+    folder = BUNDLED / model if model in bundled else Path(model)
+    if folder.is_dir():
+        return _load_folder(folder, dtype, device, size)
+    if _is_hub_id(model):
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        return HookedDiT(pipe.to(device), size=size)
+    near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
+    raise FileNotFoundError(
+        f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as 'owner/name'; {hint}"
+    )
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device, size: Size | None) -> HookedDiT:
+    import diffusers
+
+    if (folder / "model_index.json").exists():
+        pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype)
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        return HookedDiT(pipe.to(device), size=size)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a transformer)."
+        )
+    transformer = _part(folder, "config.json", dtype)
+    scheduler = _part(folder / "scheduler", "scheduler_config.json")
+    vae = _part(folder / "vae", "config.json", dtype)
+    return HookedDiT(
+        transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None, size=size
+    )
+
+
+def _is_hub_id(model: str | Path) -> bool:
+    return isinstance(model, str) and model.count("/") == 1 and model[0] not in "./~"
+
+
+def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
+    """A pipeline's part from its own folder, by the class that its config names; None where there is no such folder."""
+    import diffusers
+
+    if not (folder / config).exists():
+        return None
+    try:
+        name = json.loads((folder / config).read_text())["_class_name"]
+        cls = getattr(diffusers, name)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(folder / config)!r} does not name a diffusers class ({error!r}).") from None
+    return _weights(cls, folder, **({} if dtype is None else {"dtype": dtype}))
+
+
+def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
+    if not issubclass(cls, _scheduler_mixin()):
+        pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
+        if pickles:
+            raise ValueError(
+                f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as safetensors."
+            )
+        kwargs |= {"use_safetensors": True, "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
+    except Exception as error:  # diffusers and safetensors raise many kinds for damaged files
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"The model in {str(folder)!r} can't be loaded as {cls.__name__}: {first}") from error
+
+
+def _scheduler_mixin() -> type:
+    from diffusers import SchedulerMixin
+
+    mixin: type = SchedulerMixin
+    return mixin
+
+
+def load_skeleton(model: str | Path) -> tuple[Family, Any]:
+    """A model's family and its modules without weights (on torch's meta device): sizes and names, for any size of model.
+
+    Raises like `load`.
+    """
+    import diffusers
+
+    folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model)
+    if (folder / "model_index.json").exists():
+        folder = folder / "transformer"
+    if (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text())
+    elif folder.is_dir() or not _is_hub_id(model):
+        raise FileNotFoundError(
+            f"There is no model at {str(model)!r}; expected a bundled name, a folder with config.json, or a hub id."
+        )
+    else:
+        config = diffusers.ConfigMixin.load_config(str(model), subfolder="transformer")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        raise ValueError(
+            f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which diffusers does not have."
+        )
+    with torch.device("meta"):
+        skeleton = cls.from_config(config)
+    return family_of(skeleton), skeleton
