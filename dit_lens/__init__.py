@@ -1,6 +1,7 @@
 """dit_lens opens up Diffusion Transformers: hook points, traces, twins, probes.
 
-    model = dit_lens.load("digits")       # or any diffusers DiT pipeline, transformer, folder, hub id
+    # or any diffusers DiT pipeline, transformer, folder, hub id
+    model = dit_lens.load("digits")
     with dit_lens.trace(model) as t:      # forgets nothing, keeps almost nothing
         run = dit_lens.sample(model, labels=[3, 7])
     t["resid_post", 5]                    # [step, batch, token, d_model], recomputed when read

@@ -1,4 +1,5 @@
-"""A probe of your own: how much of each layer's attention stays within three tokens of the query, over a denoising run.
+"""A probe of your own: how much of each layer's attention stays within three tokens of the query,
+over a denoising run.
 
 python examples/custom_probe.py
 """
@@ -25,16 +26,22 @@ class Locality(dit_lens.Probe):
         self.near = (torch.cdist(place, place) <= self.radius).to(model.device)
         self.share = {}
 
-    def observe(self, activation, site):  # [batch, head, query, key], inside the forward pass: reduce, keep little
+    # [batch, head, query, key], inside the forward pass: reduce, keep little
+    def observe(self, activation, site):
         self.share[site.layer, site.step] = (activation * self.near).sum(-1).mean()
 
     def result(self):
         layers, steps = (sorted({key[i] for key in self.share}) for i in (0, 1))
-        table = torch.stack([torch.stack([self.share[layer, step] for step in steps]) for layer in layers])
-        return xr.Dataset({"near": (("layer", "step"), table.cpu().numpy())}, {"layer": layers, "step": steps})
+        table = torch.stack(
+            [torch.stack([self.share[layer, step] for step in steps]) for layer in layers]
+        )
+        return xr.Dataset(
+            {"near": (("layer", "step"), table.cpu().numpy())}, {"layer": layers, "step": steps}
+        )
 
 
-if __name__ == "__main__":  # so that `dit-lens check examples/custom_probe.py:Locality` can import the class
+# so that `dit-lens check examples/custom_probe.py:Locality` can import the class
+if __name__ == "__main__":
     model = dit_lens.load("digits")
     with dit_lens.trace(model, probes=[Locality()]) as t:
         dit_lens.sample(model, labels=range(10), steps=20, seeds=0)

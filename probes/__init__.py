@@ -1,4 +1,6 @@
-"""The built-in probes. Each uses only dit_lens's public surface: they are written as yours would be.
+"""The built-in probes.
+
+Each uses only dit_lens's public surface: they are written as yours would be.
 
 - `SpectralSplit`: band energies of any hook point.
 - `TwinDivergence`: how far twins differ, by layer, band and step, and when each layer has settled.

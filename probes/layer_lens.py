@@ -1,4 +1,6 @@
-"""What the model would answer if it stopped at layer l: every layer's stream read through the final layer."""
+"""What the model would answer if it stopped at layer l: every layer's stream read through the final
+layer.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,25 @@ from dit_lens.sampling.schedulers import predict_x0
 
 
 class LayerLens(Probe):
-    """Each layer's predicted clean x0, and how well it agrees, band by band, with how the images end.
+    """Each layer's predicted clean x0, and how well it agrees, band by band, with how the images
+    end.
 
-    The logit lens (nostalgebraist 2020) for DiTs: the stream after block l goes through the last layer, with the conditioning of that step,
-    and the output is turned into x0. At the last layer this is the model's own prediction; layer -1 is the embedding. Kept are
-    only these x0, one latent a layer, step and item.
+    The logit lens (nostalgebraist 2020) for DiTs: the stream after block l goes through the last
+    layer, with the conditioning of that step, and the output is turned into x0. At the last layer
+    this is the model's own prediction; layer -1 is the embedding. Kept are only these x0, one
+    latent a layer, step and item.
 
         lens = LayerLens()
-        stats = lens.run(model, run)                         # reads a finished dit_lens.sample run from its stored x_t
-        stats["agreement"]                                   # [layer, step, band], correlation with the finished latents
+        # reads a finished dit_lens.sample run from its stored x_t
+        stats = lens.run(model, run)
+        # [layer, step, band], correlation with the finished latents
+        stats["agreement"]
 
     Args:
         bands: a `Bands` of the latents' pixel grid; by default six radial bands.
 
-    Raises ValueError at the start if the model has no scheduler.
+    Raises:
+        ValueError: at the start if the model has no scheduler.
     """
 
     names = ("hook_embed", "resid_post")
@@ -40,7 +47,8 @@ class LayerLens(Probe):
     def start(self, model: HookedDiT) -> None:
         if model.scheduler is None:
             raise ValueError(
-                "LayerLens needs the model's scheduler to turn outputs into x0: HookedDiT(transformer, scheduler=...)."
+                "LayerLens needs the model's scheduler to turn outputs into x0: "
+                "HookedDiT(transformer, scheduler=...)."
             )
         self.model = model
         self.bands = self.wanted_bands or Bands.radial(model.cfg.pixels)
@@ -51,35 +59,48 @@ class LayerLens(Probe):
     def observe(self, activation: Tensor, site: Site) -> None:
         layer = -1 if site.layer is None else site.layer
         with torch.no_grad():
-            output = means(self.model, self.model.unembed(activation, site.call.t, site.call.condition))
-        self.x0[layer, site.step] = predict_x0(self.model.scheduler, site.call.x, output, site.call.t)
+            output = means(
+                self.model, self.model.unembed(activation, site.call.t, site.call.condition)
+            )
+        self.x0[layer, site.step] = predict_x0(
+            self.model.scheduler, site.call.x, output, site.call.t
+        )
         self.labels = site.labels
         self.timesteps[site.step] = site.call.t[0]
 
     def run(self, model: HookedDiT, run: Run, by_label: bool = True) -> xr.Dataset:
-        """Read a finished run: one forward for each step on its stored x_t, against its finished latents; see `result`."""
+        """Read a finished run: one forward for each step on its stored x_t, against its finished
+        latents; see `result`.
+        """
         with torch.no_grad(), trace(model, probes=[self]):
             for x, t in zip(run.latents, run.timesteps, strict=False):
                 model(x, t.expand(len(x)), run.labels)
         return self.result(run.latents[-1], by_label)
 
     def result(self, target: Tensor | None = None, by_label: bool = True) -> xr.Dataset:
-        """`xy`, `xx`, `yy` [layer, step, batch, band], band-wise products of lens and target, and `agreement` [layer, step, band].
+        """`xy`, `xx`, `yy` [layer, step, batch, band], band-wise products of lens and target, and
+        `agreement` [layer, step, band].
 
-        `target` [batch, channel, height, width] are the finished latents in the run's batch order; by default the last layer's own x0
-        at that step. The mean over the batch, of each label by itself with `by_label`, is taken off first: what all images of
-        a class share is no decision. `agreement` is the correlation, sum xy / sqrt(sum xx sum yy).
+        `target` [batch, channel, height, width] are the finished latents in the run's batch order;
+        by default the last layer's own x0 at that step. The mean over the batch, of each label by
+        itself with `by_label`, is taken off first: what all images of a class share is no decision.
+        `agreement` is the correlation, sum xy / sqrt(sum xx sum yy).
 
-        Raises RuntimeError if nothing was seen, ValueError for a target of another shape.
+        Raises:
+            RuntimeError: if nothing was seen.
+            ValueError: for a target of another shape.
         """
         if not self.x0:
             raise RuntimeError(
-                "LayerLens has seen nothing: run the model inside `with dit_lens.trace(model, probes=[...])`."
+                "LayerLens has seen nothing: run the model inside `with dit_lens.trace(model, "
+                "probes=[...])`."
             )
         layers, steps = sorted({k[0] for k in self.x0}), sorted({k[1] for k in self.x0})
         if target is not None and target.shape != self.x0[layers[0], steps[0]].shape:
             seen = list(self.x0[layers[0], steps[0]].shape)
-            raise ValueError(f"LayerLens's target has shape {list(target.shape)}; the run's latents have {seen}.")
+            raise ValueError(
+                f"LayerLens's target has shape {list(target.shape)}; the run's latents have {seen}."
+            )
         groups = (
             self.labels.expand(len(self.x0[layers[0], steps[0]])).cpu().numpy()
             if by_label and self.labels is not None
@@ -87,13 +108,21 @@ class LayerLens(Probe):
         )
         stats = [
             [
-                agreement(self.x0[i, s], self.x0[layers[-1], s] if target is None else target, self.bands, groups)
+                agreement(
+                    self.x0[i, s],
+                    self.x0[layers[-1], s] if target is None else target,
+                    self.bands,
+                    groups,
+                )
                 for s in steps
             ]
             for i in layers
         ]
         variables: dict[str, Any] = {
-            name: (("layer", "step", "batch", "band"), np.array([[getattr(s, name) for s in row] for row in stats]))
+            name: (
+                ("layer", "step", "batch", "band"),
+                np.array([[getattr(s, name) for s in row] for row in stats]),
+            )
             for name in ("xy", "xx", "yy")
         }
         xy, xx, yy = (variables[name][1].sum(2) for name in ("xy", "xx", "yy"))
@@ -102,5 +131,10 @@ class LayerLens(Probe):
         timesteps = [float(self.timesteps[s]) for s in steps]
         return xr.Dataset(
             variables,
-            coords={"layer": layers, "step": steps, "band": list(self.bands.names), "timestep": ("step", timesteps)},
+            coords={
+                "layer": layers,
+                "step": steps,
+                "band": list(self.bands.names),
+                "timestep": ("step", timesteps),
+            },
         )

@@ -12,7 +12,8 @@ from dit_lens import Bands, HookedDiT, Probe, Site
 class SpectralSplit(Probe):
     """Band energies |P_b h|² of hook points, [name, step, batch, band], reduced inside the hook.
 
-    The bands are an orthonormal partition of the token grid's modes, so their energies sum to |h|² (Parseval).
+    The bands are an orthonormal partition of the token grid's modes, so their energies sum to |h|²
+    (Parseval).
 
         with dit_lens.trace(model, probes=[SpectralSplit("resid_post")]) as t: ...
         t.probes[0].result()["energy"]                       # [name, step, batch, band]
@@ -21,7 +22,8 @@ class SpectralSplit(Probe):
         names: hook points with the axes [batch, token, ...], by any names filter.
         bands: a `Bands` of the token grid; by default six radial bands.
 
-    Raises ValueError, in the forward pass, at a hook point that has no token axis.
+    Raises:
+        ValueError: in the forward pass, at a hook point that has no token axis.
     """
 
     def __init__(self, names: str | list[str] = "resid_post", bands: Bands | None = None) -> None:
@@ -37,15 +39,20 @@ class SpectralSplit(Probe):
     def observe(self, activation: Tensor, site: Site) -> None:
         if self.sites[site.name][1] != "token":
             axes = ", ".join(self.sites[site.name])
-            raise ValueError(f"{site.name!r} has no token axis to take a spectrum over; its axes are {axes}.")
-        self.energy.setdefault(site.name, {})[site.step] = self.bands.energy_tokens(activation.flatten(2))
+            raise ValueError(
+                f"{site.name!r} has no token axis to take a spectrum over; its axes are {axes}."
+            )
+        self.energy.setdefault(site.name, {})[site.step] = self.bands.energy_tokens(
+            activation.flatten(2)
+        )
         self.timesteps[site.step] = site.call.t[0]
 
     def result(self) -> xr.Dataset:
         """`energy` [name, step, batch, band], with coordinates name, step, timestep and band."""
         if not self.energy:
             raise RuntimeError(
-                "SpectralSplit has seen nothing: run the model inside `with dit_lens.trace(model, probes=[...])`."
+                "SpectralSplit has seen nothing: run the model inside `with dit_lens.trace(model, "
+                "probes=[...])`."
             )
         energy = torch.stack([torch.stack(list(at.values())) for at in self.energy.values()])
         steps = sorted(self.timesteps)

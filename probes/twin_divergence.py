@@ -12,32 +12,43 @@ from dit_lens import Bands, HookedDiT, Probe, Site, twins
 from dit_lens.hooks.names import NamesFilter
 
 MASSIVE = 100.0
-"""A channel is massive if its mean square exceeds this many times the median channel's (Sun et al. 2024, arXiv 2402.17762)."""
+"""A channel is massive if its mean square exceeds this many times the median channel's (Sun et al.
+
+2024, arXiv 2402.17762).
+"""
 
 
 class TwinDivergence(Probe):
-    """Difference energy of the residual stream, E = |P_b(h_A - h_B)|² / (|P_b h_A|² + |P_b h_B|²), for every layer, band and step.
+    """Difference energy of the residual stream, E = |P_b(h_A - h_B)|² / (|P_b h_A|² + |P_b h_B|²),
+    for every layer, band and step.
 
-    The stream grows with depth and a few massive channels hold most of its energy, so a raw |P_b(h_A - h_B)|² shows those and not the
-    twins. Hence the common-mode normalisation, and three readings side by side: `raw` weighs channels as they are, `standardised`
-    divides each by its variance over tokens and items, `trimmed` leaves the massive ones out. Whatever the reading, E is 0 for
-    equal twins, 1 for unrelated ones.
+    The stream grows with depth and a few massive channels hold most of its energy, so a raw
+    |P_b(h_A - h_B)|² shows those and not the twins. Hence the common-mode normalisation, and three
+    readings side by side: `raw` weighs channels as they are, `standardised` divides each by its
+    variance over tokens and items, `trimmed` leaves the massive ones out. Whatever the reading, E
+    is 0 for equal twins, 1 for unrelated ones.
 
         result = TwinDivergence().run(model, pairs=32)
-        result["energy"]                                     # [reading, layer, step, band], pooled over pairs
+        # [reading, layer, step, band], pooled over pairs
+        result["energy"]
 
     Layer -1 is the embedding, before any layer: what layer 0 does is seen against it.
 
     Args:
-        bands: a `Bands` of the token grid; by default "low" and "high", cut at 0.25 cycles per token.
-        names: hook points with the axes [batch, token, d], one a layer, and at most one that is in none (layer -1).
+        bands: a `Bands` of the token grid; by default "low" and "high", cut at 0.25 cycles per
+            token.
+        names: hook points with the axes [batch, token, d], one a layer, and at most one that is in
+            none (layer -1).
 
-    Raises ValueError if the batch is not made of twins (use `dit_lens.twins`, or this class's `run`).
+    Raises:
+        ValueError: if the batch is not made of twins (use `dit_lens.twins`, or this class's `run`).
     """
 
     readings = ("raw", "standardised", "trimmed")
 
-    def __init__(self, bands: Bands | None = None, names: NamesFilter = ("hook_embed", "resid_post")) -> None:
+    def __init__(
+        self, bands: Bands | None = None, names: NamesFilter = ("hook_embed", "resid_post")
+    ) -> None:
         self.wanted_bands, self.names = bands, names
 
     def start(self, model: HookedDiT) -> None:
@@ -49,18 +60,25 @@ class TwinDivergence(Probe):
     def observe(self, activation: Tensor, site: Site) -> None:
         if site.call.twin is None:
             raise ValueError(
-                "TwinDivergence compares twins, and this batch has none; run it with dit_lens.twins(model, probes=[...])."
+                "TwinDivergence compares twins, and this batch has none; run it with "
+                "dit_lens.twins(model, probes=[...])."
             )
         layer = -1 if site.layer is None else site.layer
-        a, b = activation[site.where(branch="cond", twin="A")], activation[site.where(branch="cond", twin="B")]
+        a, b = (
+            activation[site.where(branch="cond", twin="A")],
+            activation[site.where(branch="cond", twin="B")],
+        )
         mean_square = torch.cat([a, b]).square().mean((0, 1))
         variance = torch.cat([a, b]).var((0, 1))
         kept = mean_square <= MASSIVE * mean_square.median()
-        weights = torch.stack([torch.ones_like(variance), 1 / variance.clamp_min(1e-12), kept.to(variance)])
+        weights = torch.stack(
+            [torch.ones_like(variance), 1 / variance.clamp_min(1e-12), kept.to(variance)]
+        )
         band = torch.nn.functional.one_hot(self.bands.index, self.bands.n).to(a)
 
         def energy(h: Tensor) -> Tensor:  # [pair, token, d] -> [reading, pair, band]
-            per_mode = self.bands.coefficients_tokens(h).square() @ weights.T  # [pair, mode, reading]
+            # [pair, mode, reading]
+            per_mode = self.bands.coefficients_tokens(h).square() @ weights.T
             return torch.einsum("pmr,mb->rpb", per_mode, band)
 
         self.difference[layer, site.step] = energy(a - b)
@@ -73,18 +91,25 @@ class TwinDivergence(Probe):
         return self.result()
 
     def result(self) -> xr.Dataset:
-        """`difference`, `common` [reading, layer, step, pair, band] and their pooled ratio `energy` [reading, layer, step, band]."""
+        """`difference`, `common` [reading, layer, step, pair, band] and their pooled ratio `energy`
+        [reading, layer, step, band].
+        """
         if not self.difference:
             raise RuntimeError(
-                "TwinDivergence has seen nothing: use its run(model, ...), or dit_lens.twins(model, probes=[...])."
+                "TwinDivergence has seen nothing: use its run(model, ...), or "
+                "dit_lens.twins(model, probes=[...])."
             )
         layers, steps = (sorted({key[i] for key in self.difference}) for i in (0, 1))
         arrays = {
-            name: torch.stack([torch.stack([seen[layer, step] for step in steps], 1) for layer in layers], 1)
+            name: torch.stack(
+                [torch.stack([seen[layer, step] for step in steps], 1) for layer in layers], 1
+            )
             for name, seen in (("difference", self.difference), ("common", self.common))
         }
         dims = ("reading", "layer", "step", "pair", "band")
-        variables: dict[str, Any] = {name: (dims, value.float().cpu().numpy()) for name, value in arrays.items()}
+        variables: dict[str, Any] = {
+            name: (dims, value.float().cpu().numpy()) for name, value in arrays.items()
+        }
         pooled = arrays["difference"].sum(3) / arrays["common"].sum(3)
         variables["energy"] = (("reading", "layer", "step", "band"), pooled.float().cpu().numpy())
         return xr.Dataset(

@@ -14,14 +14,15 @@ from dit_lens.patching.sweep import Kind, as_grid, grid, sweep, tiles
 
 
 class TwinPatching(Probe):
-    """Patches twin A's activations into twin B, over layers, sites and windows of steps, and follows B to its end.
+    """Patches twin A's activations into twin B, over layers, sites and windows of steps, and
+    follows B to its end.
 
         result = TwinPatching().run(model, pairs=16, release=20, steps=50)
         result.move.sel(band="low")                          # [layer, site, window]
 
-    `move` says how far B's finished latents go over to A's: the share of their squared distance that is gone, by band, 0 where the
-    patch does nothing, 1 where B becomes A, below 0 where it leads away. The whole result is that of `dit_lens.patching.sweep.sweep`, its
-    grid laid out.
+    `move` says how far B's finished latents go over to A's: the share of their squared distance
+    that is gone, by band, 0 where the patch does nothing, 1 where B becomes A, below 0 where it
+    leads away. The whole result is that of `dit_lens.patching.sweep.sweep`, its grid laid out.
 
     It runs its own twins and watches nobody else's: use `run`, not `dit_lens.trace(probes=[...])`.
     """
@@ -32,7 +33,10 @@ class TwinPatching(Probe):
         self._result: xr.Dataset | None = None
 
     def start(self, model: HookedDiT) -> None:
-        raise RuntimeError("TwinPatching runs twins of its own and can't watch another run; use its run(model, ...).")
+        raise RuntimeError(
+            "TwinPatching runs twins of its own and can't watch another run; use its run(model, "
+            "...)."
+        )
 
     def run(
         self,
@@ -53,18 +57,25 @@ class TwinPatching(Probe):
 
         Args:
             pairs, settings: those of `dit_lens.twins` (release, steps, guidance, scheduler, ...).
-            layers: by default every one. sites: hook points in a layer. windows: ranges of steps, or how many to cut the steps from
-                the release to the end into.
-            kind, outcome, batch, progress, resume: those of `dit_lens.patching.sweep.Patch` and `sweep`.
+            layers: by default every one.
+            sites: hook points in a layer.
+            windows: ranges of steps, or how many to cut the steps from the release to the end into.
+            kind, outcome, batch, progress, resume: those of `dit_lens.patching.sweep.Patch` and
+                `sweep`.
 
-        Returns the Dataset of `sweep`, [layer, site, window, ...]. Raises ValueError, before the patches run, for what does not fit.
+        Returns the Dataset of `sweep`, [layer, site, window, ...]. Raises ValueError, before the
+        patches run, for what does not fit.
         """
         model = model if isinstance(model, HookedDiT) else HookedDiT(model)
         made = twins(model, pairs=pairs, **settings)
         steps = made.run.settings.steps
         chosen = tiles(made.release, steps, windows) if isinstance(windows, int) else windows
-        patches = grid(range(model.cfg.n_layers) if layers is None else layers, sites, chosen, kind=kind)
-        swept = sweep(made.a, made.b, patches, outcome, batch=batch, progress=progress, resume=resume)
+        patches = grid(
+            range(model.cfg.n_layers) if layers is None else layers, sites, chosen, kind=kind
+        )
+        swept = sweep(
+            made.a, made.b, patches, outcome, batch=batch, progress=progress, resume=resume
+        )
         self._result = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
         return self._result
 

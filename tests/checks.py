@@ -1,6 +1,8 @@
-"""The long checks against exact answers, in one run: `make checks`, or `python tests/checks.py [--scale 0.1]` for a look.
+"""The long checks against exact answers, in one run: `make checks`, or `python tests/checks.py
+[--scale 0.1]` for a look.
 
-Each is the function of a quick test at full length. The tables are printed and, at full length, stored in docs/checks.md.
+Each is the function of a quick test at full length. The tables are printed and, at full length,
+stored in docs/checks.md.
 """
 
 import argparse
@@ -86,7 +88,9 @@ def coverage(scale: float) -> Iterator[Row]:
     for name, lam in test_commitment.CASES.items():
         for pairs, groups in ((32, 1), (64, 8)):
             hit, _, _ = test_commitment.coverage(lam, pairs, repeats, groups > 1, groups, 0)
-            for what, value in zip(("low", "high", "gap in log SNR", "gap in steps"), hit, strict=True):
+            for what, value in zip(
+                ("low", "high", "gap in log SNR", "gap in steps"), hit, strict=True
+            ):
                 yield Row(
                     "coverage of 95 % intervals",
                     f"{name.replace(' | ', ' / ')}, {pairs} pairs, {groups} labels: {what}",
@@ -149,7 +153,13 @@ def models(scale: float) -> Iterator[Row]:
                 share(claims, len(nulls)),
                 claims <= 0.05 * len(nulls),
             )
-    pairs = list(zip(nulls, test_layer_profile.null_models(len(nulls), "shuffled", other_twins=1000), strict=True))
+    pairs = list(
+        zip(
+            nulls,
+            test_layer_profile.null_models(len(nulls), "shuffled", other_twins=1000),
+            strict=True,
+        )
+    )
     for view in test_layer_profile.VIEWS:
         both = [(a.onsets[view], b.onsets[view]) for a, b in pairs if a.onsets[view] is not None]
         if both:
@@ -164,14 +174,29 @@ def models(scale: float) -> Iterator[Row]:
 
 
 def causes(scale: float) -> Iterator[Row]:
-    """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the difference and cause nothing."""
+    """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the
+    difference and cause nothing.
+    """
     found = list(test_causes.random_causes(max(4, round(200 * scale))))
     n, right = len(found), sum(named == truth for truth, _, named in found)
-    blamed, decoys = sum(len(named & decoys) for _, decoys, named in found), sum(len(decoys) for _, decoys, _ in found)
-    yield Row(
-        "knock-outs, E6 DiTs", "exactly the causing layers named", "at least 95 %", share(right, n), right >= 0.95 * n
+    blamed, decoys = (
+        sum(len(named & decoys) for _, decoys, named in found),
+        sum(len(decoys) for _, decoys, _ in found),
     )
-    yield Row("knock-outs, E6 DiTs", "decoys blamed", "at most 5 %", share(blamed, decoys), blamed <= 0.05 * decoys)
+    yield Row(
+        "knock-outs, E6 DiTs",
+        "exactly the causing layers named",
+        "at least 95 %",
+        share(right, n),
+        right >= 0.95 * n,
+    )
+    yield Row(
+        "knock-outs, E6 DiTs",
+        "decoys blamed",
+        "at most 5 %",
+        share(blamed, decoys),
+        blamed <= 0.05 * decoys,
+    )
 
 
 PARTS = (sampled, coverage, profiles, models, causes)
@@ -179,7 +204,9 @@ PARTS = (sampled, coverage, profiles, models, causes)
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__)
-    ap.add_argument("--scale", type=float, default=1.0, help="share of the full number of repeats and models")
+    ap.add_argument(
+        "--scale", type=float, default=1.0, help="share of the full number of repeats and models"
+    )
     ap.add_argument("--only", choices=[part.__name__ for part in PARTS])
     args = ap.parse_args()
     console = Console(highlight=False)
@@ -187,7 +214,11 @@ def main() -> None:
         if args.only in (None, part.__name__):
             began, lines = time.process_time(), []
             for row in part(args.scale):
-                lines.append("| " + " | ".join((*row[:4], {True: "yes", False: "**no**", None: ""}[row.ok])) + " |")
+                lines.append(
+                    "| "
+                    + " | ".join((*row[:4], {True: "yes", False: "**no**", None: ""}[row.ok]))
+                    + " |"
+                )
                 console.print(lines[-1], soft_wrap=True, markup=False)
             seconds = f"{time.process_time() - began:.0f} s of process time."
             console.print(seconds, markup=False)
@@ -198,10 +229,17 @@ def main() -> None:
 def store(name: str, lines: list[str]) -> None:
     """Put one part's section into the page, in the place of an earlier one."""
     page = DOCS.read_text() if DOCS.exists() else TITLE
-    kept = {text.split("\n", 1)[0]: text.split("\n", 1)[1].strip() for text in page.split("\n## ")[1:]}
+    kept = {
+        text.split("\n", 1)[0]: text.split("\n", 1)[1].strip() for text in page.split("\n## ")[1:]
+    }
     kept[name] = "\n".join(lines)
     DOCS.write_text(
-        TITLE + "".join(f"\n## {part.__name__}\n\n{kept[part.__name__]}\n" for part in PARTS if part.__name__ in kept)
+        TITLE
+        + "".join(
+            f"\n## {part.__name__}\n\n{kept[part.__name__]}\n"
+            for part in PARTS
+            if part.__name__ in kept
+        )
     )
 
 

@@ -1,4 +1,6 @@
-"""Small models for the tests: a random DiT whose weights are all alive, and a pipeline with a VAE around it."""
+"""Small models for the tests: a random DiT whose weights are all alive, and a pipeline with a VAE
+around it.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ torch.set_num_threads(1)
 
 
 def make_dit(layers=3, classes=1000, channels=4, out_channels=None, seed=0, **kwargs):
-    """A tiny DiT in eval mode; diffusers' own initialisation, with modulations large enough to matter."""
+    """A tiny DiT in eval mode; diffusers' own initialisation, with modulations large enough to
+    matter.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DiTTransformer2DModel(

@@ -1,4 +1,6 @@
-"""TransformerLens's patching functions: each cell is what running that patch by hand gives, in TransformerLens's shapes."""
+"""TransformerLens's patching functions: each cell is what running that patch by hand gives, in
+TransformerLens's shapes.
+"""
 
 import pytest
 import torch
@@ -29,16 +31,22 @@ def setting():
     ("name", "site", "shape"),
     [
         ("resid_pre", "hook_resid_pre", "token"),
-        ("resid_mid", "hook_resid_mid", "token"), ("attn_out", "hook_attn_out", "token"),
+        ("resid_mid", "hook_resid_mid", "token"),
+        ("attn_out", "hook_attn_out", "token"),
         ("mlp_out", "hook_mlp_out", "token"),
-        ("attn_head_out_all_pos", "attn.hook_z", "head"), ("attn_head_v_all_pos", "attn.hook_v", "head"),
-        ("attn_head_k_by_pos", "attn.hook_k", "both"), ("attn_head_pattern_all_pos", "attn.hook_pattern", "pattern"),
+        ("attn_head_out_all_pos", "attn.hook_z", "head"),
+        ("attn_head_v_all_pos", "attn.hook_v", "head"),
+        ("attn_head_k_by_pos", "attn.hook_k", "both"),
+        ("attn_head_pattern_all_pos", "attn.hook_pattern", "pattern"),
     ],
-)  # fmt: skip
+)
 def test_every_cell_is_the_patch_by_hand(setting, name, site, shape):
     model, inputs, cache, metric = setting
     found = getattr(ours, f"get_act_patch_{name}")(model, inputs, cache, metric)
-    assert found.shape == {"token": (3, 16), "head": (3, 2), "both": (3, 16, 2), "pattern": (3, 2)}[shape]
+    assert (
+        found.shape
+        == {"token": (3, 16), "head": (3, 2), "both": (3, 16, 2), "pattern": (3, 2)}[shape]
+    )
     for layer, token, head in ((0, 5, 1), (2, 15, 0)):
         where = {
             "token": (slice(None), token),
@@ -53,7 +61,14 @@ def test_every_cell_is_the_patch_by_hand(setting, name, site, shape):
             return activation
 
         by_hand = metric(model.run_with_hooks(*inputs, fwd_hooks=[(full, put)])).detach()
-        cell = found[(layer, *{"token": (token,), "head": (head,), "both": (token, head), "pattern": (head,)}[shape])]
+        cell = found[
+            (
+                layer,
+                *{"token": (token,), "head": (head,), "both": (token, head), "pattern": (head,)}[
+                    shape
+                ],
+            )
+        ]
         assert float(cell) == pytest.approx(float(by_hand), rel=1e-4)
     assert model.instrumentation.listening == 0
 
@@ -81,18 +96,26 @@ def test_names_and_argument_order_are_those_of_transformer_lens():
     for name in names:
         order = list(inspect.signature(getattr(theirs, name)).parameters)[:4]
         assert (
-            len(order) == 4 and order[0] == "model" and order[1].startswith("corrupted") and order[2] == "clean_cache"
+            len(order) == 4
+            and order[0] == "model"
+            and order[1].startswith("corrupted")
+            and order[2] == "clean_cache"
         ), (name, order)
 
 
 def test_bad_input(setting):
     model, (x, t, y), cache, metric = setting
-    with pytest.raises(ValueError, match="has the axes .*; index_axis_names=.* asks for one that it does not have"):
-        ours.generic_activation_patch(model, (x, t, y), cache, metric, "resid_pre", ("layer", "head"))
+    with pytest.raises(
+        ValueError, match="has the axes .*; index_axis_names=.* asks for one that it does not have"
+    ):
+        ours.generic_activation_patch(
+            model, (x, t, y), cache, metric, "resid_pre", ("layer", "head")
+        )
     with pytest.raises(ValueError, match="index_axis_names is .*; expected 'layer' first"):
         ours.generic_activation_patch(model, (x, t, y), cache, metric, "resid_pre", ("pos",))
     with pytest.raises(
-        ValueError, match="The clean cache has a batch of 2 and the corrupted inputs one of 1; expected the same"
+        ValueError,
+        match="The clean cache has a batch of 2 and the corrupted inputs one of 1; expected the same",
     ):
         ours.get_act_patch_resid_pre(model, (x[:1], t[:1], y[:1]), cache, metric)
     _, few = model.run_with_cache(x, t, y, names_filter="mlp_out")

@@ -12,7 +12,12 @@ GRIDS = [(8, 8), (16, 16), (7, 9), (12, 8), (8, 4), (1, 6)]
 
 def every_kind(grid):
     learnt = torch.randn(40, *grid, generator=torch.Generator().manual_seed(1))
-    return [Bands.radial(grid, n=3), Bands.dct(grid, n=3), Bands.pooling(grid), Bands.eigen(learnt, grid, n=3)]
+    return [
+        Bands.radial(grid, n=3),
+        Bands.dct(grid, n=3),
+        Bands.pooling(grid),
+        Bands.eigen(learnt, grid, n=3),
+    ]
 
 
 def field(*shape, dtype=torch.float64):
@@ -23,12 +28,18 @@ def field(*shape, dtype=torch.float64):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_parseval(grid, dtype, tolerance):
     h, w = grid
-    x, y, z = field(3, 2, h, w, dtype=dtype), field(3, h * w, 5, dtype=dtype), field(3, h * w, 5, dtype=dtype).flip(0)
+    x, y, z = (
+        field(3, 2, h, w, dtype=dtype),
+        field(3, h * w, 5, dtype=dtype),
+        field(3, h * w, 5, dtype=dtype).flip(0),
+    )
     for bands in every_kind(grid):
         whole = x.square().sum((-2, -1))
         assert bands.energy(x).shape == (3, 2, bands.n)
         assert (bands.energy(x).sum(-1) / whole - 1).abs().max() < tolerance
-        assert (bands.energy_tokens(y).sum(-1) / y.square().sum((-2, -1)) - 1).abs().max() < tolerance
+        assert (
+            bands.energy_tokens(y).sum(-1) / y.square().sum((-2, -1)) - 1
+        ).abs().max() < tolerance
         cross = bands.cross_tokens(y, z).sum(-1)
         assert (cross - (y * z).sum((-2, -1))).abs().max() < tolerance * y.square().sum()
         torch.testing.assert_close(bands.cross(x, x), bands.energy(x))
@@ -72,27 +83,37 @@ def test_pooling_is_what_average_pooling_keeps():
     x = field(1, 1, 8, 8)
     bands = Bands.pooling((8, 8))
     for b, cell in enumerate((8, 4, 2, 1)):
-        pooled = torch.nn.functional.avg_pool2d(x, cell).repeat_interleave(cell, -1).repeat_interleave(cell, -2)
+        pooled = (
+            torch.nn.functional.avg_pool2d(x, cell)
+            .repeat_interleave(cell, -1)
+            .repeat_interleave(cell, -2)
+        )
         torch.testing.assert_close(sum(bands.project(x, c) for c in range(b + 1)), pooled)
     assert Bands.pooling((12, 8)).names == ("mean", "3x2", "6x4", "12x8")
 
 
 def test_a_wave_is_in_its_band():
     j = torch.arange(16, dtype=torch.float64)
-    wave = torch.cos(2 * torch.pi * 3 * j / 16 + 0.7)[None, :].expand(16, 16)  # 3/16 cycles per token along x
+    # 3/16 cycles per token along x
+    wave = torch.cos(2 * torch.pi * 3 * j / 16 + 0.7)[None, :].expand(16, 16)
     bands = Bands.radial((16, 16), cut=0.25)
     assert bands.names == ("low", "high")
     assert bands.energy(wave)[1] < 1e-20 < 100 < bands.energy(wave)[0]
     frequency, energy = bands.spectrum(wave)
     assert frequency[energy.argmax()] == 3 / 16
     wave = torch.cos(2 * torch.pi * 4 * j / 16)[:, None].expand(16, 16)
-    assert bands.energy(wave)[0] < 1e-20 < 100 < bands.energy(wave)[1]  # a frequency equal to the cut is high
+    # a frequency equal to the cut is high
+    assert bands.energy(wave)[0] < 1e-20 < 100 < bands.energy(wave)[1]
 
 
 def test_eigen_orders_modes_by_variance():
     gen = torch.Generator().manual_seed(3)
     basis = torch.linalg.qr(torch.randn(16, 16, generator=gen, dtype=torch.float64))[0]
-    x = torch.randn(500, 16, generator=gen, dtype=torch.float64) * torch.linspace(4, 0.1, 16) @ basis.T
+    x = (
+        torch.randn(500, 16, generator=gen, dtype=torch.float64)
+        * torch.linspace(4, 0.1, 16)
+        @ basis.T
+    )
     images, activations = x.view(-1, 4, 4), x.view(50, 10, 16).transpose(1, 2)
     for data in (images, activations, x.T @ x):
         bands = Bands.eigen(data, (4, 4), sizes=[1] * 16)
@@ -115,9 +136,14 @@ def test_tokens_are_images_in_rows_and_half_precision_keeps_its_dtype():
     bands = Bands.radial((4, 6), n=2)
     tokens = x.flatten(1)[..., None]
     torch.testing.assert_close(bands.energy_tokens(tokens), bands.energy(x))
-    torch.testing.assert_close(bands.project_tokens(tokens, "low")[..., 0], bands.project(x, "low").flatten(1))
+    torch.testing.assert_close(
+        bands.project_tokens(tokens, "low")[..., 0], bands.project(x, "low").flatten(1)
+    )
     half = tokens.bfloat16()
-    assert bands.project_tokens(half, 0).dtype == torch.bfloat16 and bands.energy_tokens(half).dtype == torch.float32
+    assert (
+        bands.project_tokens(half, 0).dtype == torch.bfloat16
+        and bands.energy_tokens(half).dtype == torch.float32
+    )
 
 
 def test_a_video_is_split_in_space_and_in_time():
@@ -127,13 +153,17 @@ def test_a_video_is_split_in_space_and_in_time():
     torch.testing.assert_close(space.energy(x), each_frame.energy(x).sum(1))
     torch.testing.assert_close(space.project(x, "high"), each_frame.project(x, "high"))
     spectrum = torch.fft.fft(x, dim=1)
-    low = torch.fft.ifft(spectrum * (torch.fft.fftfreq(5).abs() < 0.25)[None, :, None, None], dim=1).real.to(x.dtype)
+    low = torch.fft.ifft(
+        spectrum * (torch.fft.fftfreq(5).abs() < 0.25)[None, :, None, None], dim=1
+    ).real.to(x.dtype)
     torch.testing.assert_close(time.project(x, "low"), low)
     for bands in (space, time):
         torch.testing.assert_close(bands.energy(x).sum(-1), x.square().sum((1, 2, 3)))
         tokens = x.flatten(1)[..., None].expand(-1, -1, 3)
         torch.testing.assert_close(bands.energy_tokens(tokens), 3 * bands.energy(x))
-        torch.testing.assert_close(bands.project_tokens(tokens, 0)[..., 1], bands.project(x, 0).flatten(1))
+        torch.testing.assert_close(
+            bands.project_tokens(tokens, 0)[..., 1], bands.project(x, 0).flatten(1)
+        )
         torch.testing.assert_close(sum(bands.project(x, b) for b in range(bands.n)), x)
     still = x[:, :1].expand(-1, 5, -1, -1)
     assert time.energy(still)[:, 1].abs().max() < 1e-6 < time.energy(still)[:, 0].min()
@@ -144,30 +174,80 @@ def test_split_merges():
     bands = Bands.radial((8, 8))
     two = bands.split(2)
     energy = bands.energy(field(8, 8))
-    torch.testing.assert_close(two.energy(field(8, 8)), torch.stack([energy[:2].sum(), energy[2:].sum()]))
+    torch.testing.assert_close(
+        two.energy(field(8, 8)), torch.stack([energy[:2].sum(), energy[2:].sum()])
+    )
     assert two.names == ("low", "high")
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda: Bands.radial((4, 4), n=6), "Band 1 (0.118-0.236) of n=6 holds no mode of the 4x4 grid, whose radial "
-                                   "frequencies go from 0 to 0.7071; the largest n that works is 5."),
-    (lambda: Bands.radial((8, 8), cut=0.9), "Band 1 (high) with inner edges [0.9] holds no mode of the 8x8 grid"),
-    (lambda: Bands.dct((8, 8), cut=0.0), "Band 0 (low) with inner edges [0.0] holds no mode of the 8x8 grid"),
-    (lambda: Bands.radial((8, 8), edges=[0.3, 0.2]), "The edges are [0.3, 0.2]; expected finite frequencies in incr"),
-    (lambda: Bands.radial((8, 8), edges=[0.2], cut=0.2), "Both edges=[0.2] and cut=0.2 are given; expected one"),
-    (lambda: Bands.radial((8, 8), n=0), "n is 0; expected a number of bands, 1 or more."),
-    (lambda: Bands.radial((0, 8)), "grid is (0, 8); expected (height, width) or (frames, height, width), all 1 or more."),
-    (lambda: Bands.pooling((2, 8, 8)), "grid is (2, 8, 8); the pooling pyramid is of images, (height, width)."),
-    (lambda: Bands.temporal((8, 8)), "grid is (8, 8); bands in time need a video's: (frames, height, width)."),
-    (lambda: Bands.radial((2, 4, 4)).energy(torch.ones(3, 4, 4)), "x has shape (3, 4, 4); expected images [..., 2, 4, 4]"),
-    (lambda: Bands.pooling((8, 8)).split(4), "at is 4; 4 bands can be split at 1 to 3."),
-    (lambda: Bands.pooling((8, 8)).number("4x5"), "There is no band '4x5'; expected 0 to 3 or a name: '4x4'"),
-    (lambda: Bands.pooling((8, 8)).energy(torch.ones(3, 64, 8)), "x has shape (3, 64, 8); expected images [..., 8, 8]"),
-    (lambda: Bands.pooling((8, 8)).energy_tokens(torch.ones(3, 8, 8)), "x has shape (3, 8, 8); expected activations"),
-    (lambda: Bands.eigen(torch.ones(3, 5), (2, 2)), "x has shape (3, 5); expected a covariance"),
-    (lambda: Bands.eigen(torch.zeros(3, 2, 2), (2, 2)), "x gives a covariance that is not finite"),
-    (lambda: Bands.eigen(torch.ones(3, 2, 2), (2, 2), sizes=[1, 2]), "sizes are [1, 2]; expected numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: Bands.radial((4, 4), n=6),
+            "Band 1 (0.118-0.236) of n=6 holds no mode of the 4x4 grid, whose radial "
+            "frequencies go from 0 to 0.7071; the largest n that works is 5.",
+        ),
+        (
+            lambda: Bands.radial((8, 8), cut=0.9),
+            "Band 1 (high) with inner edges [0.9] holds no mode of the 8x8 grid",
+        ),
+        (
+            lambda: Bands.dct((8, 8), cut=0.0),
+            "Band 0 (low) with inner edges [0.0] holds no mode of the 8x8 grid",
+        ),
+        (
+            lambda: Bands.radial((8, 8), edges=[0.3, 0.2]),
+            "The edges are [0.3, 0.2]; expected finite frequencies in incr",
+        ),
+        (
+            lambda: Bands.radial((8, 8), edges=[0.2], cut=0.2),
+            "Both edges=[0.2] and cut=0.2 are given; expected one",
+        ),
+        (lambda: Bands.radial((8, 8), n=0), "n is 0; expected a number of bands, 1 or more."),
+        (
+            lambda: Bands.radial((0, 8)),
+            "grid is (0, 8); expected (height, width) or (frames, height, width), all 1 or more.",
+        ),
+        (
+            lambda: Bands.pooling((2, 8, 8)),
+            "grid is (2, 8, 8); the pooling pyramid is of images, (height, width).",
+        ),
+        (
+            lambda: Bands.temporal((8, 8)),
+            "grid is (8, 8); bands in time need a video's: (frames, height, width).",
+        ),
+        (
+            lambda: Bands.radial((2, 4, 4)).energy(torch.ones(3, 4, 4)),
+            "x has shape (3, 4, 4); expected images [..., 2, 4, 4]",
+        ),
+        (lambda: Bands.pooling((8, 8)).split(4), "at is 4; 4 bands can be split at 1 to 3."),
+        (
+            lambda: Bands.pooling((8, 8)).number("4x5"),
+            "There is no band '4x5'; expected 0 to 3 or a name: '4x4'",
+        ),
+        (
+            lambda: Bands.pooling((8, 8)).energy(torch.ones(3, 64, 8)),
+            "x has shape (3, 64, 8); expected images [..., 8, 8]",
+        ),
+        (
+            lambda: Bands.pooling((8, 8)).energy_tokens(torch.ones(3, 8, 8)),
+            "x has shape (3, 8, 8); expected activations",
+        ),
+        (
+            lambda: Bands.eigen(torch.ones(3, 5), (2, 2)),
+            "x has shape (3, 5); expected a covariance",
+        ),
+        (
+            lambda: Bands.eigen(torch.zeros(3, 2, 2), (2, 2)),
+            "x gives a covariance that is not finite",
+        ),
+        (
+            lambda: Bands.eigen(torch.ones(3, 2, 2), (2, 2), sizes=[1, 2]),
+            "sizes are [1, 2]; expected numbers",
+        ),
+    ],
+)
 def test_errors(make, text):
     with pytest.raises(ValueError) as error:
         make()

@@ -1,4 +1,6 @@
-"""The bridge to nnsight, against nnsight itself on an untouched copy, and against dit_lens without it: bit for bit."""
+"""The bridge to nnsight, against nnsight itself on an untouched copy, and against dit_lens without
+it: bit for bit.
+"""
 
 import copy
 import re
@@ -46,7 +48,11 @@ def m(model):
 
 
 def untouched(model):
-    return model.instrumentation.listening == 0 and model.instrumentation.owner is None and not model.transformer._forward_hooks
+    return (
+        model.instrumentation.listening == 0
+        and model.instrumentation.owner is None
+        and not model.transformer._forward_hooks
+    )
 
 
 # Against nnsight itself.
@@ -106,7 +112,9 @@ def test_edits_do_what_they_do_in_nnsight(inputs):
 def test_steps_of_a_pipeline_are_those_of_nnsight():
     theirs_pipe, ours_pipe = make_pipe(), make_pipe()
     plain, m = NNsight(theirs_pipe.transformer), to_nnsight(ours_pipe)
-    with plain.trace(fn=theirs_pipe.__call__, class_labels=[3, 5], generator=seeded(), **settings()) as tracer:
+    with plain.trace(
+        fn=theirs_pipe.__call__, class_labels=[3, 5], generator=seeded(), **settings()
+    ) as tracer:
         theirs = keep([])
         for step in tracer.iter[:STEPS]:
             if step == 2:
@@ -140,13 +148,17 @@ def test_every_name_has_the_value_of_run_with_cache(model, m, inputs):
     with m.trace(*inputs) as tracer:
         cached = tracer.cache(include_inputs=True)
     for name, value in cache.items():
-        assert torch.equal(cached[f"model.{name}"].output, value) and torch.equal(cached[f"model.{name}"].input, value)
+        assert torch.equal(cached[f"model.{name}"].output, value) and torch.equal(
+            cached[f"model.{name}"].input, value
+        )
     assert torch.equal(m.trace(*inputs, trace=False), out) and torch.equal(m(*inputs), out)
     assert untouched(model)
 
 
 def test_every_name_can_be_edited(model, m, inputs):
-    """Two blocks' worth of editing in place, by assignment, through `.input` and `.inputs`, and by `.skip`, against run_with_hooks."""
+    """Two blocks' worth of editing in place, by assignment, through `.input` and `.inputs`, and by
+    `.skip`, against run_with_hooks.
+    """
     names = [n for n in model.names if not n.startswith(("blocks.1", "blocks.2"))]
     for i, name in enumerate(names):
         expected = model.run_with_hooks(*inputs, fwd_hooks=[(name, lambda a, hook: a * 0.5)])
@@ -177,11 +189,15 @@ def test_every_name_can_be_edited(model, m, inputs):
 
 
 def test_patterns_edited_in_every_mode(model, m, inputs):
-    """An edit in place of a pattern is seen even where tensors count no edits, and a mere read changes no bit."""
+    """An edit in place of a pattern is seen even where tensors count no edits, and a mere read
+    changes no bit.
+    """
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             plain = model(*inputs)
-            expected = model.run_with_hooks(*inputs, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda a, hook: a * 0)])
+            expected = model.run_with_hooks(
+                *inputs, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda a, hook: a * 0)]
+            )
             with m.trace(*inputs):
                 m.blocks[1].attn.hook_pattern.output.mul_(0)
                 out = m.output.save()
@@ -215,7 +231,9 @@ def test_gradients(model, m, inputs):
 
 
 def test_stored_edits_sessions_and_stop(model, m, inputs):
-    expected = model.run_with_hooks(*inputs, fwd_hooks=[("blocks.0.hook_mlp_out", lambda a, hook: a * 0)])
+    expected = model.run_with_hooks(
+        *inputs, fwd_hooks=[("blocks.0.hook_mlp_out", lambda a, hook: a * 0)]
+    )
     with m.edit() as (tracer, edited):
         edited.blocks[0].hook_mlp_out.output[:] = 0
     with edited.trace(*inputs):
@@ -234,7 +252,9 @@ def test_stored_edits_sessions_and_stop(model, m, inputs):
             twice = m.output.save()
     handle.remove()
     assert ran == [1] and untouched(model)
-    expected = model.run_with_hooks(*inputs, fwd_hooks=[("blocks.1.hook_resid_pre", lambda a, hook: stream)])
+    expected = model.run_with_hooks(
+        *inputs, fwd_hooks=[("blocks.1.hook_resid_pre", lambda a, hook: stream)]
+    )
     assert torch.equal(twice, expected)
 
 
@@ -251,7 +271,12 @@ def test_the_lens_inside_a_trace(model, m, inputs):
 
 def test_steps_equal_a_trace_bit_for_bit(pipe):
     run = {"class_labels": [3, 5], **settings()}
-    names = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_pattern", "blocks.2.adaln.hook_gate_mlp", "hook_sample"]
+    names = [
+        "blocks.0.hook_resid_post",
+        "blocks.1.attn.hook_pattern",
+        "blocks.2.adaln.hook_gate_mlp",
+        "hook_sample",
+    ]
     with dit_lens.trace(pipe, names=names) as t:
         images = pipe(**run, generator=seeded()).images
     m = to_nnsight(pipe)
@@ -266,11 +291,14 @@ def test_steps_equal_a_trace_bit_for_bit(pipe):
         assert torch.equal(torch.stack(seen[name]), t[name]), name
     assert torch.equal(m.generate(**run, generator=seeded()).images, images) and untouched(m.dit)
     with dit_lens.trace(m.dit) as lazy, pytest.warns(UserWarning, match="ends this way by design"):
-        with m.trace(**run, generator=seeded()) as tracer:  # a loop without an end runs as far as the pipeline does
+        # a loop without an end runs as far as the pipeline does
+        with m.trace(**run, generator=seeded()) as tracer:
             got = keep([])
             for _ in tracer.all():
                 got.append(m.hook_sample.output)
-    assert torch.equal(torch.stack(got), t["hook_sample"]) and torch.equal(lazy["hook_sample"], t["hook_sample"])
+    assert torch.equal(torch.stack(got), t["hook_sample"]) and torch.equal(
+        lazy["hook_sample"], t["hook_sample"]
+    )
 
 
 def test_a_step_is_counted_also_where_nobody_listened(pipe):
@@ -286,7 +314,8 @@ def test_a_step_is_counted_also_where_nobody_listened(pipe):
             late = m.blocks[2].hook_mlp_out.output.save()
     assert torch.equal(early, t["mlp_out", 0][1]) and torch.equal(late, t["mlp_out", 2][3])
     assert torch.equal(scores, t["attn_scores", 2][3])
-    with pytest.raises(Exception, match="already ran past it"):  # and what was passed is passed, not found a step later
+    # and what was passed is passed, not found a step later
+    with pytest.raises(Exception, match="already ran past it"):
         with m.generate(**run, generator=seeded()):
             m.blocks[2].hook_mlp_out.output.save()
             m.blocks[0].attn.hook_pattern.output.save()
@@ -308,10 +337,14 @@ def test_an_edit_at_one_step_equals_the_traces(pipe):
 
 
 def test_only_what_is_read_is_listened_to(pipe, monkeypatch):
-    """Scores, patterns and per-head results are computed for listeners; whoever reads other names must not pay for them."""
+    """Scores, patterns and per-head results are computed for listeners; whoever reads other names
+    must not pay for them.
+    """
     listened = []
     add = HookPoint.add
-    monkeypatch.setattr(HookPoint, "add", lambda point, who: (listened.append(point.name), add(point, who))[1])
+    monkeypatch.setattr(
+        HookPoint, "add", lambda point, who: (listened.append(point.name), add(point, who))[1]
+    )
     m = to_nnsight(pipe)
     with m.generate(class_labels=[3], generator=seeded(), **settings()) as tracer:
         m.blocks[1].hook_resid_post.output.save()
@@ -319,7 +352,11 @@ def test_only_what_is_read_is_listened_to(pipe, monkeypatch):
         for _ in tracer.iter[3]:
             m.blocks[0].attn.hook_pattern.output.save()
             left = keep([name for name, point in m.dit.hook_dict.items() if point.listeners])
-    assert listened == ["blocks.1.hook_resid_post", "blocks.2.attn.hook_q", "blocks.0.attn.hook_pattern"]
+    assert listened == [
+        "blocks.1.hook_resid_post",
+        "blocks.2.attn.hook_q",
+        "blocks.0.attn.hook_pattern",
+    ]
     assert left == ["blocks.0.attn.hook_pattern"] and untouched(m.dit)
 
 
@@ -382,7 +419,9 @@ def test_one_invoke_patches_another(model, m, inputs):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_invokes_of_a_pipeline(pipe, guidance):
-    """Each invoke has its images' rows of both halves, reads and edits them, in place too, and gets its images."""
+    """Each invoke has its images' rows of both halves, reads and edits them, in place too, and gets
+    its images.
+    """
     shared = settings(guidance_scale=guidance)
     labels, gens = [3, 5, 7], [seeded(i) for i in range(3)]
     halves = 2 if guidance > 1 else 1
@@ -471,7 +510,8 @@ def test_an_exception_leaves_no_listeners(model, m, pipe, inputs):
     with pytest.raises(ValueError, match=r"shape \[1\]; expected \[2, 16, 16\]"):
         with m.trace(x, t, y):
             m.blocks[1].hook_resid_post.output = torch.zeros(1)
-    with pytest.raises(ValueError, match="The latents have shape"):  # the model's own refusals come through
+    # the model's own refusals come through
+    with pytest.raises(ValueError, match="The latents have shape"):
         with m.trace(x[:, :2], t, y):
             m.blocks[1].hook_resid_post.output.save()
     with pytest.raises(Exception, match="already ran past it"):
@@ -490,21 +530,29 @@ def test_an_exception_leaves_no_listeners(model, m, pipe, inputs):
 
 
 def test_clear_sentences(model, m, pipe, inputs):
-    with pytest.raises(AttributeError, match="model.blocks.1 has no 'hook_resid_pots'; nearest: 'hook_resid_post'"):
+    with pytest.raises(
+        AttributeError, match="model.blocks.1 has no 'hook_resid_pots'; nearest: 'hook_resid_post'"
+    ):
         _ = m.blocks[1].hook_resid_pots
     with pytest.raises(
-        TypeError, match=r"unexpected keyword argument 'class_labels'.*give to_nnsight the pipeline itself"
+        TypeError,
+        match=r"unexpected keyword argument 'class_labels'.*give to_nnsight the pipeline itself",
     ):
         with m.generate(class_labels=[3]):
             m.hook_embed.output.save()
-    with pytest.raises(ValueError, match=r"The invokes differ in guidance_scale \(1.0, 4.0\), and one batch has one"):
+    with pytest.raises(
+        ValueError,
+        match=r"The invokes differ in guidance_scale \(1.0, 4.0\), and one batch has one",
+    ):
         p = to_nnsight(pipe)
         with p.generate() as tracer:
             with tracer.invoke([3], guidance_scale=1.0):
                 p.hook_embed.output.save()
             with tracer.invoke([4], guidance_scale=4.0):
                 p.hook_embed.output.save()
-    with pytest.raises(ValueError, match="A pipeline's output can't be replaced for one of several invokes"):
+    with pytest.raises(
+        ValueError, match="A pipeline's output can't be replaced for one of several invokes"
+    ):
         with p.generate(num_inference_steps=1) as tracer:
             with tracer.invoke([3]):
                 p.output = p.output
@@ -535,6 +583,7 @@ def test_nnsight_is_imported_late_and_missed_politely(monkeypatch):
 
 def test_the_page_runs(tmp_path, capsys):
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "nnsight.md").read_text(), re.S)
-    (tmp_path / "page.py").write_text("\n".join(code))  # nnsight reads the source of its with blocks
+    # nnsight reads the source of its with blocks
+    (tmp_path / "page.py").write_text("\n".join(code))
     runpy.run_path(str(tmp_path / "page.py"))
     assert capsys.readouterr().out.endswith("True\n")

@@ -1,4 +1,6 @@
-"""The bridge to TransformerLens: its own functions on a DiT give what dit_lens's give, and leave nothing behind."""
+"""The bridge to TransformerLens: its own functions on a DiT give what dit_lens's give, and leave
+nothing behind.
+"""
 
 import copy
 import pickle
@@ -20,10 +22,15 @@ theirs = pytest.importorskip("transformer_lens")
 torch.set_num_threads(1)
 
 PATCHES = [
-    "resid_pre", "resid_mid", "attn_out", "mlp_out", "block_every", "attn_head_all_pos_every",
+    "resid_pre",
+    "resid_mid",
+    "attn_out",
+    "mlp_out",
+    "block_every",
+    "attn_head_all_pos_every",
     *(f"attn_head_{of}_all_pos" for of in ("out", "q", "k", "v", "pattern")),
     *(f"attn_head_{of}_by_pos" for of in ("out", "q", "k", "v")),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -43,7 +50,12 @@ def pair():
     clean, corrupted = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, y = torch.tensor([300, 300]), torch.tensor([3, 4])
     target = model(clean, t, y).detach()
-    return to_transformer_lens(model), (clean, t, y), (corrupted, t, y), lambda out: (out - target).square().mean()
+    return (
+        to_transformer_lens(model),
+        (clean, t, y),
+        (corrupted, t, y),
+        lambda out: (out - target).square().mean(),
+    )
 
 
 def square(out):
@@ -63,19 +75,26 @@ def test_it_is_a_hooked_root_module_with_the_models_names_and_sizes(tl, model):
 
     assert isinstance(tl, theirs.HookedRootModule) and isinstance(tl, TransformerLensModel)
     assert list(tl.hook_dict) == model.names
-    assert all(type(point) is HookPoint and point.name == name for name, point in tl.hook_dict.items())
+    assert all(
+        type(point) is HookPoint and point.name == name for name, point in tl.hook_dict.items()
+    )
     assert tl.blocks[1].attn.hook_q is tl.hook_dict["blocks.1.attn.hook_q"] and len(tl.blocks) == 3
     assert tl.hook_dict["blocks.2.hook_resid_post"].layer() == 2
     c = tl.cfg
     assert (c.n_layers, c.d_model, c.n_heads, c.d_head, c.d_mlp, c.n_ctx) == (3, 16, 2, 8, 64, 16)
-    assert isinstance(c, theirs.TransformerBridgeConfig) and c.device == "cpu" and c.dtype is torch.float32
+    assert (
+        isinstance(c, theirs.TransformerBridgeConfig)
+        and c.device == "cpu"
+        and c.dtype is torch.float32
+    )
     assert "TransformerLensDiT(HookedDiT(" in repr(tl)
 
 
 def test_the_weights_are_the_transformers_own(tl, dit):
     assert [p.data_ptr() for p in tl.parameters()] == [p.data_ptr() for p in dit.parameters()]
     assert set(tl.state_dict()) == {f"transformer.{name}" for name in dit.state_dict()}
-    assert not any(hasattr(module, "name") for module in dit.modules())  # setup() would have left its mark
+    # setup() would have left its mark
+    assert not any(hasattr(module, "name") for module in dit.modules())
     assert not any(module.training for module in tl.modules())
     tl.to(torch.float64)
     assert dit.proj_out_2.weight.dtype is torch.float64 and tl.cfg.dtype is torch.float64
@@ -93,7 +112,11 @@ def test_it_takes_pipelines_and_transformers_too(inputs):
 
 
 def test_run_with_cache_is_hooked_dits_bit_for_bit(tl, model, dit, inputs):
-    plain, (out, cache), (_, ours) = raw(dit, *inputs), tl.run_with_cache(*inputs), model.run_with_cache(*inputs)
+    plain, (out, cache), (_, ours) = (
+        raw(dit, *inputs),
+        tl.run_with_cache(*inputs),
+        model.run_with_cache(*inputs),
+    )
     assert torch.equal(tl(*inputs), plain) and torch.equal(out, plain)
     assert type(cache) is theirs.ActivationCache and list(cache) == model.names
     assert all(torch.equal(cache[name], ours[name]) for name in ours)
@@ -109,15 +132,24 @@ def test_the_options_of_run_with_cache(tl, model, inputs):
     for names, chosen in (
         ("blocks.1.attn.hook_q", ["blocks.1.attn.hook_q"]),
         (["hook_embed", "hook_sample"], ["hook_embed", "hook_sample"]),
-        (lambda name: name.endswith("gate_mlp"), [f"blocks.{i}.adaln.hook_gate_mlp" for i in range(3)]),
+        (
+            lambda name: name.endswith("gate_mlp"),
+            [f"blocks.{i}.adaln.hook_gate_mlp" for i in range(3)],
+        ),
         ("attn.hook_z", [f"blocks.{i}.attn.hook_z" for i in range(3)]),
     ):
         assert list(tl.run_with_cache(*inputs, names_filter=names)[1]) == chosen
     stream, cache = tl.run_with_cache(*inputs, stop_at_layer=1, device="cpu")
-    assert torch.equal(stream, ours["resid_pre", 1]) and "blocks.1.hook_resid_pre" not in cache.keys()
+    assert (
+        torch.equal(stream, ours["resid_pre", 1]) and "blocks.1.hook_resid_pre" not in cache.keys()
+    )
     assert torch.equal(tl(stream, t, y, start_at_layer=1), tl(*inputs))
     _, one = tl.run_with_cache(x[:1], t[:1], y[:1], remove_batch_dim=True)
-    assert one["q", 0].shape == (16, 2, 8) and one["gate_mlp", 0, "adaln"].shape == (16,) and not one.has_batch_dim
+    assert (
+        one["q", 0].shape == (16, 2, 8)
+        and one["gate_mlp", 0, "adaln"].shape == (16,)
+        and not one.has_batch_dim
+    )
     with pytest.raises(AssertionError, match="Cannot remove batch dimension"):
         tl.run_with_cache(tl.to_tokens(*inputs), remove_batch_dim=True)
 
@@ -134,7 +166,9 @@ def test_pos_slice_takes_tokens_and_leaves_what_has_none(tl, inputs):
 def test_patterns_are_computed_only_when_asked_for(tl, inputs, monkeypatch):
     asked = []
     softmax = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a, **k: asked.append(1) or softmax(self, *a, **k))
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda self, *a, **k: asked.append(1) or softmax(self, *a, **k)
+    )
     tl.run_with_cache(*inputs, names_filter="resid_post")
     tl(*inputs)
     assert not asked
@@ -146,9 +180,18 @@ def test_patterns_are_computed_only_when_asked_for(tl, inputs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["hook_embed", "blocks.0.hook_resid_mid", "blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern",
-             "blocks.1.attn.hook_result", "blocks.2.adaln.hook_gate_mlp", "final.hook_scale", "hook_sample"],
-)  # fmt: skip
+    "name",
+    [
+        "hook_embed",
+        "blocks.0.hook_resid_mid",
+        "blocks.1.attn.hook_q",
+        "blocks.1.attn.hook_pattern",
+        "blocks.1.attn.hook_result",
+        "blocks.2.adaln.hook_gate_mlp",
+        "final.hook_scale",
+        "hook_sample",
+    ],
+)
 def test_edits_are_dit_lenss(tl, model, inputs, name):
     wanted = model.run_with_hooks(*inputs, fwd_hooks=[(name, halve)])
     plain = tl(*inputs)
@@ -178,7 +221,10 @@ def test_an_edit_is_not_seen_under_the_streams_other_name(tl, inputs):
     _, plain = tl.run_with_cache(*inputs)
     with torch.no_grad(), tl.hooks([("blocks.1.hook_resid_pre", zero)]):
         _, cache = tl.run_with_cache(*inputs)
-    assert torch.equal(cache["resid_post", 0], plain["resid_post", 0]) and cache["resid_pre", 1].abs().max() == 0
+    assert (
+        torch.equal(cache["resid_post", 0], plain["resid_post", 0])
+        and cache["resid_pre", 1].abs().max() == 0
+    )
 
 
 def test_it_stands_beside_hooks_of_dit_lens(tl, model, inputs):
@@ -192,7 +238,9 @@ def test_it_stands_beside_hooks_of_dit_lens(tl, model, inputs):
 def test_hooks_reach_a_pipeline(pipe):
     def image():
         noise = torch.Generator().manual_seed(0)
-        return torch.tensor(pipe([3], num_inference_steps=3, generator=noise, output_type="np").images)
+        return torch.tensor(
+            pipe([3], num_inference_steps=3, generator=noise, output_type="np").images
+        )
 
     tl = to_transformer_lens(pipe)
     plain, hooks = image(), [("attn_out", lambda a, hook: 0 * a)]
@@ -213,7 +261,9 @@ def test_nothing_is_left_behind(tl, model, dit, inputs):
 
     plain = raw(dit, *inputs)
     for run in (
-        lambda: tl.run_with_hooks(*inputs, fwd_hooks=[("resid_post", halve), ("hook_sample", fail)]),
+        lambda: tl.run_with_hooks(
+            *inputs, fwd_hooks=[("resid_post", halve), ("hook_sample", fail)]
+        ),
         lambda: tl.run_with_cache(*inputs, metric=lambda out: 1 / 0, incl_bwd=True),
         lambda: within(("resid_post", fail)),
     ):
@@ -253,7 +303,8 @@ def test_traces(tl, inputs):
 
 def test_gradients_are_autograds(tl, model, inputs):
     x, t, y = inputs
-    names = [n for n in model.names if not re.search("scores|pattern|result", n)]  # which lie beside the fused kernel
+    # which lie beside the fused kernel
+    names = [n for n in model.names if not re.search("scores|pattern|result", n)]
     kept = {}
     with model.hooks([(names, lambda a, hook: kept.__setitem__(hook.name, a))]):
         grads = torch.autograd.grad(square(model(*inputs)), [kept[n] for n in names])
@@ -271,14 +322,23 @@ def test_gradients_of_patterns_and_backward_edits_are_dit_lenss(tl, model, input
             square(of(x, *inputs[1:])).backward()
         return x.grad
 
-    for name in ("blocks.1.attn.hook_pattern", "blocks.0.attn.hook_result", "blocks.1.hook_resid_pre"):
+    for name in (
+        "blocks.1.attn.hook_pattern",
+        "blocks.0.attn.hook_result",
+        "blocks.1.hook_resid_pre",
+    ):
         ours, seen = [], []
         gradients(model, name, lambda g, hook, ours=ours: ours.append(g))
         gradients(tl, name, lambda g, hook, seen=seen: seen.append(g))
         assert torch.allclose(seen[0], ours[0], rtol=1e-5, atol=1e-9) and ours[0].abs().max() > 0
         doubled = gradients(model, name, lambda g, hook: 2 * g)
-        assert torch.allclose(gradients(tl, name, lambda g, hook: 2 * g), doubled, rtol=1e-5, atol=1e-9)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="A backward hook waits at 'hook_embed', but no"):
+        assert torch.allclose(
+            gradients(tl, name, lambda g, hook: 2 * g), doubled, rtol=1e-5, atol=1e-9
+        )
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="A backward hook waits at 'hook_embed', but no"),
+    ):
         tl.run_with_hooks(*inputs, bwd_hooks=[("hook_embed", halve)])
     with pytest.raises(ValueError, match=re.escape("pass metric=fn, with fn(output) a scalar")):
         tl.run_with_cache(*inputs, incl_bwd=True)
@@ -290,23 +350,41 @@ def test_gradients_of_patterns_and_backward_edits_are_dit_lenss(tl, model, input
 def test_the_functions_of_its_cache(tl, model, inputs):
     _, cache = tl.run_with_cache(*inputs)
     _, ours = model.run_with_cache(*inputs)
-    for key in (("resid_post", -1), ("q", 1), ("gate_attn", 0, "adaln"), ("normalized", 2, "ln2"), "embed", "pre1"):
-        name = theirs.utilities.get_act_name(*([key] if isinstance(key, str) else key)).replace("-1", "2")
+    for key in (
+        ("resid_post", -1),
+        ("q", 1),
+        ("gate_attn", 0, "adaln"),
+        ("normalized", 2, "ln2"),
+        "embed",
+        "pre1",
+    ):
+        name = theirs.utilities.get_act_name(*([key] if isinstance(key, str) else key)).replace(
+            "-1", "2"
+        )
         assert torch.equal(cache[key], ours[name])
     assert torch.equal(cache.stack_activation("pattern"), ours.stack("pattern"))
-    assert torch.equal(cache.stack_activation("scale_mlp", sublayer_type="adaln"), ours.stack("adaln.hook_scale_mlp"))
+    assert torch.equal(
+        cache.stack_activation("scale_mlp", sublayer_type="adaln"),
+        ours.stack("adaln.hook_scale_mlp"),
+    )
     streams, labels = cache.accumulated_resid(incl_mid=True, return_labels=True)
     assert labels == ["0_pre", "0_mid", "1_pre", "1_mid", "2_pre", "2_mid", "final_post"]
-    assert torch.equal(streams[-1], ours["resid_post", 2]) and torch.equal(streams[3], ours["resid_mid", 1])
+    assert torch.equal(streams[-1], ours["resid_post", 2]) and torch.equal(
+        streams[3], ours["resid_mid", 1]
+    )
     parts, labels = cache.decompose_resid(return_labels=True)
     assert labels[:3] == ["embed", "0_attn_out", "0_mlp_out"] and len(parts) == 7
     assert torch.allclose(parts.sum(0), ours["resid_post", 2], atol=1e-5)
-    assert torch.allclose(cache.decompose_resid(1, mlp_input=True, mode="all").sum(0), ours["resid_mid", 1], atol=1e-5)
+    assert torch.allclose(
+        cache.decompose_resid(1, mlp_input=True, mode="all").sum(0), ours["resid_mid", 1], atol=1e-5
+    )
     # Heads come before the gate: with it, and the bias, they are what attention adds.
     heads, labels = cache.stack_head_results(return_labels=True)
     assert labels == ["L0H0", "L0H1", "L1H0", "L1H1", "L2H0", "L2H1"]
     gates = cache.stack_activation("gate_attn", sublayer_type="adaln")[:, :, None]
-    bias = torch.stack([block.attn1.to_out[0].bias for block in tl.transformer.transformer_blocks])[:, None, None]
+    bias = torch.stack([block.attn1.to_out[0].bias for block in tl.transformer.transformer_blocks])[
+        :, None, None
+    ]
     summed = gates * (heads.unflatten(0, (3, 2)).sum(1) + bias)
     assert torch.allclose(summed, ours.stack("attn_out"), atol=1e-5)
     assert torch.equal(cache.apply_slice_to_batch_dim(1)["z", 1], ours["z", 1][1])
@@ -341,7 +419,9 @@ def test_its_patches_of_patterns_on_a_smaller_image(pair):
             activation[:, 1, 2, 3] = cache["pattern", 0][:, 1, 2, 3]
             return activation
 
-        by_hand = square(tl.model.run_with_hooks(*corrupted, fwd_hooks=[("blocks.0.attn.hook_pattern", put)]))
+        by_hand = square(
+            tl.model.run_with_hooks(*corrupted, fwd_hooks=[("blocks.0.attn.hook_pattern", put)])
+        )
     assert cells.shape == (2, 2, 4, 4) and torch.equal(cells[0, 1, 2, 3], by_hand)
 
 
@@ -349,10 +429,18 @@ def test_its_statistics_over_a_batch(pair):
     tl, clean, corrupted, _ = pair
     _, cache = tl.run_with_cache(*clean)
     found = theirs.patching.get_act_patch_mlp_out(
-        tl, tl.to_tokens(*corrupted), cache, lambda out: out.flatten(1).mean(1), reduce="none", baseline=True
+        tl,
+        tl.to_tokens(*corrupted),
+        cache,
+        lambda out: out.flatten(1).mean(1),
+        reduce="none",
+        baseline=True,
     )
     assert found.values.shape == (2, 16, 2)
-    assert torch.allclose(found.baseline, tl(*corrupted).flatten(1).mean(1)) and found.effect().abs().max() > 0
+    assert (
+        torch.allclose(found.baseline, tl(*corrupted).flatten(1).mean(1))
+        and found.effect().abs().max() > 0
+    )
 
 
 def test_its_attribution_patching(pair):
@@ -364,10 +452,14 @@ def test_its_attribution_patching(pair):
     wanted = dict.fromkeys(scores, 0.0)
     for item in range(2):  # it takes items one by one and averages
         _, there = tl.run_with_cache(*(v[item : item + 1] for v in clean))
-        _, here = tl.run_with_cache(*(v[item : item + 1] for v in corrupted), metric=square, incl_bwd=True)
+        _, here = tl.run_with_cache(
+            *(v[item : item + 1] for v in corrupted), metric=square, incl_bwd=True
+        )
         for name, position, head in scores:
             product = ((there[name] - here[name]) * here[f"{name}_grad"])[0, position]
-            wanted[name, position, head] += float((product if head is None else product[head]).sum()) / 2
+            wanted[name, position, head] += (
+                float((product if head is None else product[head]).sum()) / 2
+            )
     assert len(scores) == 16 * (1 + 2 * 3)
     assert all(scores[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-9) for key in scores)
 
@@ -383,7 +475,9 @@ def test_its_interchange_interventions(pair):
         return tl(tokens).flatten(1)[:, :4]
 
     with torch.no_grad():
-        acts = interchange.collect_activations(tl, point, source, task, positions=where, batch_size=1)
+        acts = interchange.collect_activations(
+            tl, point, source, task, positions=where, batch_size=1
+        )
         assert torch.allclose(acts, tl.run_with_cache(*clean)[1][point][[0, 1], where], atol=1e-5)
         whole = interchange.SubspaceInterchange(torch.eye(16))
         found = interchange.intervened_logits(tl, point, whole, base, acts, task, positions=where)
@@ -395,14 +489,23 @@ def test_its_interchange_interventions(pair):
         wanted = tl.model.run_with_hooks(*corrupted, fwd_hooks=[(point, put)]).flatten(1)[:, :4]
     assert torch.allclose(found, wanted, atol=1e-6) and not torch.equal(wanted, task(base))
     places = {"base_positions": where, "source_positions": where}
-    learned = interchange.fit_das(tl, point, base, source, torch.tensor([0, 1]), task, rank=2, epochs=3, **places)
+    learned = interchange.fit_das(
+        tl, point, base, source, torch.tensor([0, 1]), task, rank=2, epochs=3, **places
+    )
     assert learned.losses[-1] < learned.losses[0] and all(p.requires_grad for p in tl.parameters())
-    assert not torch.equal(task(base), interchange.reinitialized(tl, seed=0)(base).flatten(1)[:, :4])
+    assert not torch.equal(
+        task(base), interchange.reinitialized(tl, seed=0)(base).flatten(1)[:, :4]
+    )
 
 
 def test_tokens(tl, inputs):
     tokens = tl.to_tokens(*inputs)
-    assert tokens.shape == (2, 16) and len(tokens) == 2 and tokens.ndim == 2 and tl.to_tokens(tokens) is tokens
+    assert (
+        tokens.shape == (2, 16)
+        and len(tokens) == 2
+        and tokens.ndim == 2
+        and tl.to_tokens(tokens) is tokens
+    )
     assert torch.equal(tl(tokens), tl(*inputs)) and "2 inputs" in repr(tokens)
     for index in (1, [1], slice(1, 2), torch.tensor([1]), torch.tensor([False, True])):
         assert all(torch.equal(a, b[1:]) for a, b in zip(tokens[index].inputs, inputs, strict=True))
@@ -410,7 +513,9 @@ def test_tokens(tl, inputs):
     more = tl.to_tokens(x, t[:1], {"labels": y, "scale": 2.0})[[1, 0, 1]]
     assert torch.equal(more.inputs[1], t[:1]) and more.inputs[2]["scale"] == 2.0
     assert torch.equal(more.inputs[2]["labels"], y[[1, 0, 1]])
-    with pytest.raises(TypeError, match=re.escape("timesteps t and condition y, not (str, NoneType, NoneType)")):
+    with pytest.raises(
+        TypeError, match=re.escape("timesteps t and condition y, not (str, NoneType, NoneType)")
+    ):
         tl.to_tokens("a cat")
 
 
@@ -428,8 +533,13 @@ def test_what_does_not_apply_says_so(tl, inputs):
         tl.add_hook(lambda name: False, halve)
     with pytest.raises(dit_lens.UnknownName):
         tl.add_caching_hooks("resid_pots")
-    for method in (lambda: cache.stack_neuron_results(1), lambda: cache.logit_attrs(cache.decompose_resid(), 3)):
-        with pytest.raises(AttributeError, match="is not part of the bridge: it gives TransformerLens a DiT's hook"):
+    for method in (
+        lambda: cache.stack_neuron_results(1),
+        lambda: cache.logit_attrs(cache.decompose_resid(), 3),
+    ):
+        with pytest.raises(
+            AttributeError, match="is not part of the bridge: it gives TransformerLens a DiT's hook"
+        ):
             method()
     with pytest.raises(NotImplementedError, match=re.escape("use tl.model.unembed(stream, t, y)")):
         cache.accumulated_resid(apply_ln=True)
@@ -446,7 +556,9 @@ def test_what_does_not_apply_says_so(tl, inputs):
 def test_without_transformer_lens(monkeypatch, dit):
     monkeypatch.setitem(sys.modules, "transformer_lens", None)
     _bridge.cache_clear()
-    with pytest.raises(ImportError, match=re.escape("use pip install 'dit_lens[transformer-lens]'")):
+    with pytest.raises(
+        ImportError, match=re.escape("use pip install 'dit_lens[transformer-lens]'")
+    ):
         to_transformer_lens(dit)
 
 

@@ -23,19 +23,35 @@ def test_transformer_lens_on_two_streams(flux):
         assert torch.equal(got, want) and list(tl.hook_dict) == model.names
         assert all(torch.equal(theirs[name], cache[name]) for name in model.names)
         edit = ("blocks.0.text.hook_attn_out", lambda a, hook: 0 * a)
-        assert torch.equal(tl.run_with_hooks(x, T, y, fwd_hooks=[edit]), model.run_with_hooks(x, T, y, fwd_hooks=[edit]))
+        assert torch.equal(
+            tl.run_with_hooks(x, T, y, fwd_hooks=[edit]),
+            model.run_with_hooks(x, T, y, fwd_hooks=[edit]),
+        )
 
 
 def test_nnsight_on_a_pipeline_that_calls_twice_a_step(flux):
-    """To nnsight an iteration is a call of the transformer: with true guidance, cond and uncond in turn."""
-    asked = {"height": 16, "width": 16, "num_inference_steps": 2, "true_cfg_scale": 3.0, "negative_prompt": "a dog", "output_type": "pt"}
+    """To nnsight an iteration is a call of the transformer: with true guidance, cond and uncond in
+    turn.
+    """
+    asked = {
+        "height": 16,
+        "width": 16,
+        "num_inference_steps": 2,
+        "true_cfg_scale": 3.0,
+        "negative_prompt": "a dog",
+        "output_type": "pt",
+    }
     with dit_lens.trace(flux, names="blocks.1.hook_resid_post") as t:
-        call(flux, **{k: v for k, v in asked.items() if k not in ("height", "width", "output_type")})
+        call(
+            flux, **{k: v for k, v in asked.items() if k not in ("height", "width", "output_type")}
+        )
     m = dit_lens.to_nnsight(flux)
     with m.generate("a fox", generator=[torch.Generator().manual_seed(0)], **asked) as tracer:
         seen = list().save()
         for _ in tracer.iter[:]:
             seen.append(m.blocks[1].hook_resid_post.output)
     assert len(seen) == 4
-    assert torch.equal(torch.stack([torch.cat(seen[:2]), torch.cat(seen[2:])]), t["blocks.1.hook_resid_post"])
+    assert torch.equal(
+        torch.stack([torch.cat(seen[:2]), torch.cat(seen[2:])]), t["blocks.1.hook_resid_post"]
+    )
     m.dit.remove()

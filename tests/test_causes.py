@@ -1,4 +1,6 @@
-"""Knock-outs on models whose causing layers are known (E6), decoys among them; `python tests/checks.py` does it at length."""
+"""Knock-outs on models whose causing layers are known (E6), decoys among them; `python
+tests/checks.py` does it at length.
+"""
 
 from collections.abc import Iterator
 
@@ -16,8 +18,12 @@ from dit_lens.groundtruth import gaussian, planted
 torch.set_num_threads(1)
 
 
-def random_cause(seed: int, pairs: int = 24, steps: int = 16) -> tuple[set[int], set[int], set[int]]:
-    """The layers that cause the gap, the decoys, and the layers named, of a random model: depth, layers, shares, sign, decoys."""
+def random_cause(
+    seed: int, pairs: int = 24, steps: int = 16
+) -> tuple[set[int], set[int], set[int]]:
+    """The layers that cause the gap, the decoys, and the layers named, of a random model: depth,
+    layers, shares, sign, decoys.
+    """
     rng = np.random.default_rng(seed)
     n = int(rng.integers(4, 9))
     order = rng.permutation(n).tolist()
@@ -25,7 +31,14 @@ def random_cause(seed: int, pairs: int = 24, steps: int = 16) -> tuple[set[int],
     causes, decoys = order[:count], order[count : count + int(rng.integers(1, 3))]
     first = float(rng.uniform(0.35, 0.65))
     lam = (4.0, 0.25) if rng.random() < 0.5 else (0.25, 4.0)
-    truth = gaussian(*lam, causes, n, shares=[1.0] if count == 1 else [first, 1 - first], decoys=decoys, sample_size=4)
+    truth = gaussian(
+        *lam,
+        causes,
+        n,
+        shares=[1.0] if count == 1 else [first, 1 - first],
+        decoys=decoys,
+        sample_size=4,
+    )
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     found = knock_outs(model, pairs=pairs, steps=steps, cut=0.1, seed=seed, resamples=300)
     return set(causes), set(decoys), set(found.attrs["causes"])
@@ -45,7 +58,11 @@ def test_a_layer_that_shows_the_difference_and_causes_nothing():
     """E4: the planted layer makes the twins differ in the stream, and the output never reads it."""
     truth = planted([1], 0.5, 3, "low", sample_size=4)
     found = knock_outs(
-        HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=16, steps=12, cut=0.1, resamples=200
+        HookedDiT(truth.transformer, scheduler=truth.scheduler),
+        pairs=16,
+        steps=12,
+        cut=0.1,
+        resamples=200,
     )
     assert found.attrs["causes"] == [] and np.abs(found.effect).max() < 0.01
     assert found.sentence.startswith("No layer of 3, knocked out by itself, moves the gap of ")
@@ -54,7 +71,11 @@ def test_a_layer_that_shows_the_difference_and_causes_nothing():
 def test_without_the_layer_there_is_no_gap_left():
     truth = gaussian(4.0, 0.25, (1,), 3, sample_size=4)
     found = knock_outs(
-        HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=32, steps=20, cut=0.1, resamples=200
+        HookedDiT(truth.transformer, scheduler=truth.scheduler),
+        pairs=32,
+        steps=20,
+        cut=0.1,
+        resamples=200,
     )
     without = float(found.gap.sel(layer=1))
     low, high = found.attrs["gap_interval"]
@@ -72,22 +93,30 @@ def test_knocking_out_is_skipping_the_layer_bit_for_bit():
     out = knocked_out(run, [1])
     _, cache = model.run_with_cache(*_inputs(out), names_filter="resid_*")
     skipped = model.run_with_hooks(
-        *_inputs(out), fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: cache["resid_pre", 1])]
+        *_inputs(out),
+        fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: cache["resid_pre", 1])],
     )
     assert torch.equal(out.outputs[0], skipped[:, : out.outputs.shape[2]])
-    assert torch.equal(knocked_out(run, [], "attn").latents, run.latents) and model.instrumentation.listening == 0
+    assert (
+        torch.equal(knocked_out(run, [], "attn").latents, run.latents)
+        and model.instrumentation.listening == 0
+    )
     attn, mlp = (knocked_out(run, [1], part).latents[-1] for part in ("attn", "mlp"))
     assert not torch.equal(attn, mlp) and not torch.equal(attn, run.latents[-1])
 
 
 def test_direct_and_mediated_effects():
-    """The last layer's whole effect is direct; of two causes in a row the earlier one's news goes through the later one too."""
+    """The last layer's whole effect is direct; of two causes in a row the earlier one's news goes
+    through the later one too.
+    """
     truth = gaussian(4.0, 0.25, (1, 3), 4, decoys=[0], sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     found = knock_outs(model, direct=True, pairs=16, steps=12, cut=0.1, resamples=200)
     assert np.allclose(found.direct_effect + found.mediated_effect, found.effect)
     assert (
-        np.abs(found.mediated_effect.sel(layer=[0, 2, 3])).max() < 0.01 < abs(float(found.mediated_effect.sel(layer=1)))
+        np.abs(found.mediated_effect.sel(layer=[0, 2, 3])).max()
+        < 0.01
+        < abs(float(found.mediated_effect.sel(layer=1)))
     )
     assert found.attrs["causes"] == [1, 3]
     low, high = found.direct_effect_interval.sel(layer=3).values
@@ -95,11 +124,17 @@ def test_direct_and_mediated_effects():
 
 
 def test_coupling_one_layer_alone():
-    """At g = 1 attention passes no difference on: coupling the one layer that makes the gap takes it away, any other does nothing."""
+    """At g = 1 attention passes no difference on: coupling the one layer that makes the gap takes
+    it away, any other does nothing.
+    """
     truth = gaussian(4.0, 0.25, (2,), 4, decoys=[0], sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     found = coupled_alone(model, eps=0.3, pairs=16, steps=20, cut=0.1, resamples=200)
-    assert found.attrs["causes"] == [2] and abs(float(found.gap.sel(layer=2))) < 1e-3 and found.attrs["gap"] > 2
+    assert (
+        found.attrs["causes"] == [2]
+        and abs(float(found.gap.sel(layer=2))) < 1e-3
+        and found.attrs["gap"] > 2
+    )
     assert np.abs(found.effect.sel(layer=[0, 1, 3])).max() < 1e-3
     assert found.sentence.startswith("Coupled one by one, 1 of 4 layers move the gap of ")
 
@@ -122,9 +157,12 @@ def _small():
 
 def test_bad_input():
     model = _small()
-    never = HookedDiT(gaussian(4.0, 0.25, (1,), 2, sample_size=4).transformer, scheduler=DDIMScheduler(1000))
+    never = HookedDiT(
+        gaussian(4.0, 0.25, (1,), 2, sample_size=4).transformer, scheduler=DDIMScheduler(1000)
+    )
     with torch.no_grad():
-        never.transformer.proj_out_2.weight.zero_()  # predicts 0: nothing of the image is ever known beforehand
+        # predicts 0: nothing of the image is ever known beforehand
+        never.transformer.proj_out_2.weight.zero_()
     for call, text in [
         (
             lambda: knock_outs(model, [2], pairs=16, steps=8, cut=0.1),

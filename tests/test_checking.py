@@ -26,14 +26,22 @@ def failed(probe_class):
     return {row.name: row for row in check(probe_class) if not row.ok}
 
 
-@pytest.mark.parametrize("name, compared", [("SpectralSplit", 2), ("TwinDivergence", 6), ("LayerLens", 3)])
+@pytest.mark.parametrize(
+    "name, compared", [("SpectralSplit", 2), ("TwinDivergence", 6), ("LayerLens", 3)]
+)
 def test_the_built_in_probes_pass(name, compared, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["check", name]) == 0
     shown = capsys.readouterr().out
     assert f"{name}: " in shown and "0 failed" in shown and "FAIL" not in shown
     assert sum(word in shown for word in ("energy: bands sum", "energy: 6 rings")) in (0, 2)
-    answers = ("energy: bands", "energy: 6", "difference: low x", "difference: high x", "agreement: ")
+    answers = (
+        "energy: bands",
+        "energy: 6",
+        "difference: low x",
+        "difference: high x",
+        "agreement: ",
+    )
     assert sum(shown.count(answer) for answer in answers) == compared
     assert not list(tmp_path.iterdir())
 
@@ -123,12 +131,20 @@ class Raises(SpectralSplit):
             "output unchanged",
             "the model answers otherwise under the probe: observe may not change the activation",
         ),
-        (Accumulates, "starts afresh", "used again, the probe gives another result: start must forget the last run"),
+        (
+            Accumulates,
+            "starts afresh",
+            "used again, the probe gives another result: start must forget the last run",
+        ),
         (ClassWide, "same run, same result", "two probes that saw the same run differ"),
         (Nan, "gives numbers", "1 of 2880 values of 'energy' are NaN or infinite"),
         (Dict, "gives numbers", "result() gave a dict; expected a non-empty xarray.Dataset"),
         (Empty, "gives numbers", "result() gave an empty Dataset"),
-        (Placed, "order of items", "with the items in reverse order the result is not the reversed one"),
+        (
+            Placed,
+            "order of items",
+            "with the items in reverse order the result is not the reversed one",
+        ),
         (Hooks, "leaves no hooks", "of probe or trace"),
         (Raises, "contract", "ZeroDivisionError: no luck"),
     ],
@@ -141,7 +157,9 @@ def test_each_way_of_being_wrong_has_its_row(probe, row, text):
 
 def test_a_factor_shows_as_that_factor():
     row = failed(Factor)["energy: bands sum to |h|²"]
-    assert row.error == pytest.approx(0.5, rel=1e-3) and row.measured == pytest.approx(1.5 * row.expected, rel=1e-3)
+    assert row.error == pytest.approx(0.5, rel=1e-3) and row.measured == pytest.approx(
+        1.5 * row.expected, rel=1e-3
+    )
 
 
 class SwappedTwins(TwinDivergence):
@@ -179,7 +197,9 @@ def test_wrong_differences_and_agreements_are_caught(quick):
 
 
 class OnePass(Probe):
-    """Commitment from x0 at each step against the finished latents: the estimator of design 5 as a stranger would write it."""
+    """Commitment from x0 at each step against the finished latents: the estimator of design 5 as a
+    stranger would write it.
+    """
 
     names, shift, width = "hook_sample", 0.0, 1.0
 
@@ -191,14 +211,20 @@ class OnePass(Probe):
         self.bands = self.wanted or Bands.radial(model.cfg.pixels, cut=0.1)
 
     def observe(self, activation, site):
-        self.x0.append(predict_x0(self.scheduler, site.call.x, activation[:, : site.call.x.shape[1]], site.call.t))
+        self.x0.append(
+            predict_x0(
+                self.scheduler, site.call.x, activation[:, : site.call.x.shape[1]], site.call.t
+            )
+        )
         self.t.append(site.call.t[0])
 
     def result(self, target=None):
         end = self.x0[-1] if target is None else target
         stats = Agreement.stack([agreement(x0, end, self.bands) for x0 in self.x0])
         snr = log_snr(self.scheduler, torch.stack(self.t).cpu())
-        r = fit_commitment(stats, range(len(self.t)), snr, names=self.bands.names, squared=True, resamples=200)
+        r = fit_commitment(
+            stats, range(len(self.t)), snr, names=self.bands.names, squared=True, resamples=200
+        )
         middle = r.gap_interval.mean("bound")
         return xr.Dataset(
             {
@@ -230,7 +256,10 @@ def test_a_shifted_commitment_and_an_interval_too_narrow_are_caught(monkeypatch)
     monkeypatch.setattr(known_answers, "ITEMS", 64)
     assert {"gap_interval in step", "gap_interval in log_snr"} <= set(failed(TooSure))
     monkeypatch.setattr(known_answers, "SPECTRA", {"white": (1.0, 1.0)})
-    assert set(failed(Shifted)) == {"commitment in step: white spectrum", "commitment in log_snr: white spectrum"}
+    assert set(failed(Shifted)) == {
+        "commitment in step: white spectrum",
+        "commitment in log_snr: white spectrum",
+    }
 
 
 class Onset(Probe):
@@ -250,7 +279,9 @@ class Onset(Probe):
         growth = np.log([self.size[i, "post"] / self.size[i, "pre"] for i in range(self.layers)])
         off = np.abs(growth) > 0.1
         found = np.flatnonzero(off)
-        return xr.Dataset({"onset_layer": -1 if off.all() or not off.any() else int(found[0]) + self.late})
+        return xr.Dataset(
+            {"onset_layer": -1 if off.all() or not off.any() else int(found[0]) + self.late}
+        )
 
 
 class OnsetLate(Onset):
@@ -286,7 +317,9 @@ class Hooked(Other):
         return xr.Dataset({"count": float(len(self.norms))})
 
     def expected(self, truth):
-        return xr.Dataset({"count": known_answers.STEPS * len(truth.transformer.transformer_blocks) + self.wrong})
+        return xr.Dataset(
+            {"count": known_answers.STEPS * len(truth.transformer.transformer_blocks) + self.wrong}
+        )
 
 
 class HookedWrong(Hooked):
@@ -295,7 +328,10 @@ class HookedWrong(Hooked):
 
 def test_a_probe_can_say_what_it_should_be_and_is_told_when_nothing_compares(quick):
     rows = check(Hooked)
-    assert all(row.ok for row in rows) and [row.name for row in rows][-2:] == ["count: gaussian", "count: planted"]
+    assert all(row.ok for row in rows) and [row.name for row in rows][-2:] == [
+        "count: gaussian",
+        "count: planted",
+    ]
     assert set(failed(HookedWrong)) == {"count: gaussian", "count: planted"}
     (row,) = [row for row in check(Other) if row.name == "known answers"]
     assert row.ok and row.note.startswith(
@@ -310,7 +346,9 @@ class NoBands(LayerLens):
 
 def test_what_is_not_compared_says_why(quick):
     notes = {row.name: row.note for row in check(NoBands) + check(TwinDivergence)}
-    assert notes["agreement: not compared"].startswith("its bands are not known; let the constructor take `bands`")
+    assert notes["agreement: not compared"].startswith(
+        "its bands are not known; let the constructor take `bands`"
+    )
     assert notes["energy: not compared"].startswith(
         "it has the dimensions [reading, layer, step, band]; expected [name,"
     )
@@ -332,13 +370,18 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
     for where, text in (
         ("SpectralSplitt", "No probe is called 'SpectralSplitt'; installed: 'SpectralSplit'"),
         ("nofile.py:A", "There is no file 'nofile.py'; expected path/to/file.py:ClassName."),
-        ("mine.py", "'mine.py' names no class; expected path/to/file.py:ClassName; its probes: 'LayerLens', 'Mine'."),
+        (
+            "mine.py",
+            "'mine.py' names no class; expected path/to/file.py:ClassName; its probes: "
+            "'LayerLens', 'Mine'.",
+        ),
         ("mine.py:Mime", "'mine.py' has no class 'Mime'; its probes: 'Mine'."),
         ("mine:Mime", "'mine' has no class 'Mime'; its probes: 'Mine'."),
         ("mine.py:Plain", "which is not a subclass of dit_lens.Probe; its probes: "),
         (
             "mine.py:Mine",
-            "Mine can't be built without arguments: its constructor needs 'radius'; give each a default, as in",
+            "Mine can't be built without arguments: its constructor needs 'radius'; give each a "
+            "default, as in",
         ),
         ("broken.py:A", "'broken.py' can't be imported: SystemExit: bye."),
         ("no.such:A", "'no.such' can't be imported: ModuleNotFoundError: No module named 'no'."),
@@ -346,7 +389,9 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
         assert main(["check", where]) == 2, where
         err = capsys.readouterr().err
         assert err.startswith("dit-lens: ") and text in err and err.count("\n") == 1, err
-    with pytest.raises(ValueError, match="is not a subclass of dit_lens.Probe; pass the class, as in check"):
+    with pytest.raises(
+        ValueError, match="is not a subclass of dit_lens.Probe; pass the class, as in check"
+    ):
         check(LayerLens())
     assert find_probe("mine.py:LayerLens") is LayerLens
 

@@ -36,14 +36,19 @@ def test_every_public_name_is_there_and_no_core_module_imports_a_probe():
     for name in dit_lens.__all__:
         assert getattr(dit_lens, name) is not None
     for file in pathlib.Path(dit_lens.__file__).parent.glob("*.py"):
-        assert "from .probes" not in file.read_text() and "from dit_lens.probes" not in file.read_text(), file
+        assert (
+            "from .probes" not in file.read_text()
+            and "from dit_lens.probes" not in file.read_text()
+        ), file
 
 
 def test_hooks_reads_no_weights(folder, capsys):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     assert main(["hooks", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "88 hook points" in out and "[b, 16, 2, 8]" in out and "blocks.{i}.attn.hook_pattern" in out
+    assert (
+        "88 hook points" in out and "[b, 16, 2, 8]" in out and "blocks.{i}.attn.hook_pattern" in out
+    )
     assert main(["hooks", str(folder), "--filter", "attn.*"]) == 0
     assert "27 hook points" in capsys.readouterr().out
 
@@ -53,10 +58,19 @@ def test_hooks_reads_no_weights(folder, capsys):
     [
         (["hooks", "/nowhere"], "There is no model at '/nowhere'"),
         (["gap", "digit"], "'digit' is neither a bundled model nor a folder nor a hub id"),
-        (["gap", "--couple", "1", "0"], "strengths is [1.0, 0.0]; expected two or more in increasing order"),
-        (["gap", "--bands", "wavelet"], "bands='wavelet' is no partition of modes; expected 'radial'"),
+        (
+            ["gap", "--couple", "1", "0"],
+            "strengths is [1.0, 0.0]; expected two or more in increasing order",
+        ),
+        (
+            ["gap", "--bands", "wavelet"],
+            "bands='wavelet' is no partition of modes; expected 'radial'",
+        ),
         (["report", "/nowhere"], "There are no results at '/nowhere'"),
-        (["probe", "SpectralSplitt"], "No probe is called 'SpectralSplitt'; installed: 'SpectralSplit'"),
+        (
+            ["probe", "SpectralSplitt"],
+            "No probe is called 'SpectralSplitt'; installed: 'SpectralSplit'",
+        ),
     ],
 )
 def test_mistakes_are_one_line(argv, text, capsys):
@@ -69,7 +83,8 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["gap", str(folder), "--pairs", "16", "--steps", "8", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "stream low" in shown and "│     2 │" in shown and shown.count("│") == 3 * 8 + 8 * 4  # layers, bands
+    # layers, bands
+    assert "stream low" in shown and "│     2 │" in shown and shown.count("│") == 3 * 8 + 8 * 4
     first = gap_report.read(out / "gap.nc")
     for name in ("layer_profile.png", "frequencies.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
@@ -78,10 +93,13 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     again = gap.measure(dit_lens.load(folder), pairs=16, steps=8, name=str(folder))
     other = gap.measure(dit_lens.load(folder), pairs=16, steps=8, seed=1, name=str(folder))
     for name in first.data_vars:
-        assert np.array_equal(first[name].values, again[name].values, equal_nan=first[name].dtype.kind == "f"), name
+        assert np.array_equal(
+            first[name].values, again[name].values, equal_nan=first[name].dtype.kind == "f"
+        ), name
     assert not np.array_equal(first.difference_energy.values, other.difference_energy.values)
     with pytest.raises(
-        ValueError, match="There are 8 pairs; intervals over pairs with class means removed need 16 or more"
+        ValueError,
+        match="There are 8 pairs; intervals over pairs with class means removed need 16 or more",
     ):
         gap.measure(dit_lens.load(folder), pairs=8)
     (tmp_path / "gap.nc").write_text("no")
@@ -91,13 +109,32 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
 
 def test_probe_command(folder, tmp_path, capsys):
     out = tmp_path / "r.nc"
-    assert main(["probe", "SpectralSplit", str(folder), "--items", "2", "--steps", "2", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "probe",
+                "SpectralSplit",
+                str(folder),
+                "--items",
+                "2",
+                "--steps",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert out.exists() and "energy" in capsys.readouterr().out
 
 
 def test_loading(folder, tmp_path):
     model = dit_lens.load(folder)
-    assert model.scheduler.config.clip_sample is False and model.vae is None and not model.transformer.training
+    assert (
+        model.scheduler.config.clip_sample is False
+        and model.vae is None
+        and not model.transformer.training
+    )
     make_pipe().save_pretrained(tmp_path / "pipe")
     pipe = dit_lens.load(tmp_path / "pipe")
     assert pipe.vae is not None and pipe.cfg.learned_sigma and pipe.cfg.null_class == 1000
@@ -105,7 +142,9 @@ def test_loading(folder, tmp_path):
 
 
 def test_loading_what_can_not_be_loaded(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="'digitz' is neither a bundled model nor a folder nor a hub id"):
+    with pytest.raises(
+        FileNotFoundError, match="'digitz' is neither a bundled model nor a folder nor a hub id"
+    ):
         dit_lens.load("digitz")
     with pytest.raises(FileNotFoundError, match="has neither model_index.json"):
         dit_lens.load(tmp_path)
@@ -117,7 +156,9 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
     weights.write_bytes(whole)
     torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin' is a pickle, which can run code when opened"):
+    with pytest.raises(
+        ValueError, match="diffusion_pytorch_model.bin' is a pickle, which can run code when opened"
+    ):
         dit_lens.load(folder)
     unet = UNet2DModel(
         sample_size=8,
@@ -136,19 +177,39 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
 
 
 def test_patch_end_to_end(tmp_path, capsys):
-    """On a saved E6 model: the causing layer is named, and `gap --causes --couple` runs the same beside the rest."""
+    """On a saved E6 model: the causing layer is named, and `gap --causes --couple` runs the same
+    beside the rest.
+    """
     from dit_lens.groundtruth import gaussian
 
     folder = gaussian(4.0, 0.25, (1,), 3, sample_size=4).save(tmp_path / "model")
     out = tmp_path / "out"
-    assert main(["patch", str(folder), "--pairs", "16", "--steps", "10", "--cut", "0.1", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "patch",
+                str(folder),
+                "--pairs",
+                "16",
+                "--steps",
+                "10",
+                "--cut",
+                "0.1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     shown = " ".join(capsys.readouterr().out.split())
     assert "Necessity: Knocked out one by one, 1 of 3 layers move the gap" in shown
     assert (
-        "Without layer 1 at most half of the gap is left; of the layers that move it, 1 of 1 are among the last five."
-        in shown
+        "Without layer 1 at most half of the gap is left; of the layers that move it, 1 of 1 are "
+        "among the last five." in shown
     )
-    assert (out / "causes.png").read_bytes()[:4] == b"\x89PNG" and (out / "sweep.safetensors").exists()
+    assert (out / "causes.png").read_bytes()[:4] == b"\x89PNG" and (
+        out / "sweep.safetensors"
+    ).exists()
     both = [
         "gap",
         str(folder),

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from dit_lens.measures.bands import Bands
-from dit_lens.measures.commitment import Agreement, agreement, curve, describe, fit_commitment, half_crossing, resample
+from dit_lens.measures.commitment import (
+    Agreement,
+    agreement,
+    curve,
+    describe,
+    fit_commitment,
+    half_crossing,
+    resample,
+)
 
 torch.set_num_threads(1)
 
@@ -21,9 +29,12 @@ RELEASES = np.arange(2, 50, 3)
 
 
 def gaussian_twins(rng, lam, pairs, releases=RELEASES, shared=False, groups=1):
-    """Agreement [release, pair, band] of finished twins. lam [band] lists the variances of each band's modes.
+    """Agreement [release, pair, band] of finished twins.
 
-    The mean of each of `groups` equal groups is removed, as in `agreement`; `shared`: one trajectory, all releases.
+    lam [band] lists the variances of each band's modes.
+
+    The mean of each of `groups` equal groups is removed, as in `agreement`; `shared`: one
+    trajectory, all releases.
     """
     stats = np.empty((3, len(releases), pairs, len(lam)))
     for b, spectrum in enumerate(lam):
@@ -33,7 +44,10 @@ def gaussian_twins(rng, lam, pairs, releases=RELEASES, shared=False, groups=1):
         for i, s in enumerate(releases):
             r = v * ABAR[s] / (1 - ABAR[s] + v * ABAR[s])
             z = common if shared else rng.standard_normal((pairs, len(v)))
-            x, y = (root * (np.sqrt(r) * z + np.sqrt(1 - r) * rng.standard_normal((pairs, len(v)))) for _ in range(2))
+            x, y = (
+                root * (np.sqrt(r) * z + np.sqrt(1 - r) * rng.standard_normal((pairs, len(v))))
+                for _ in range(2)
+            )
             x, y = (p.reshape(groups, -1, len(v)) for p in (x, y))
             x, y = ((p - p.mean(1, keepdims=True)).reshape(pairs, -1) for p in (x, y))
             stats[:, i, :, b] = [(p * q).sum(-1) for p, q in ((x, y), (x, x), (y, y))]
@@ -51,7 +65,8 @@ def true_commitment(spectrum):
 
 
 def coverage(lam, pairs, repeats, shared=False, groups=1, seed=0, resamples=500):
-    """Share of repeats whose 95 % intervals hold the truth, the bias over the s.d., and how many had no answer.
+    """Share of repeats whose 95 % intervals hold the truth, the bias over the s.d., and how many
+    had no answer.
 
     The intervals are of the first band, the last band, the gap in log SNR and the gap in steps.
     """
@@ -59,14 +74,22 @@ def coverage(lam, pairs, repeats, shared=False, groups=1, seed=0, resamples=500)
     step = np.interp(truth, LOG_SNR, np.arange(STEPS))
     hits, errors = [], []
     for i in range(repeats):
-        stats = gaussian_twins(np.random.default_rng([seed, i]), lam, pairs, shared=shared, groups=groups)
+        stats = gaussian_twins(
+            np.random.default_rng([seed, i]), lam, pairs, shared=shared, groups=groups
+        )
         out = fit_commitment(stats, RELEASES, LOG_SNR, groups=groups, resamples=resamples, seed=i)
-        ends = np.concatenate([out.commitment_interval.values[[0, -1], 2], out.gap_interval.values[[2, 0]]])
+        ends = np.concatenate(
+            [out.commitment_interval.values[[0, -1], 2], out.gap_interval.values[[2, 0]]]
+        )
         want = np.array([truth[0], truth[-1], truth[-1] - truth[0], step[-1] - step[0]])
         hits.append((ends[:, 0] <= want) & (want <= ends[:, 1]))
         errors.append(out.commitment.values[[0, -1], 2] - truth[[0, -1]])
     errors = np.array(errors)  # a commitment that is NaN counts as a miss
-    return np.mean(hits, 0), np.nanmean(errors, 0) / np.nanstd(errors, 0), int(np.isnan(errors).any(1).sum())
+    return (
+        np.mean(hits, 0),
+        np.nanmean(errors, 0) / np.nanstd(errors, 0),
+        int(np.isnan(errors).any(1).sum()),
+    )
 
 
 CASES = {
@@ -94,18 +117,21 @@ def test_group_mean_is_no_agreement():
     mean = 5 * torch.randn(3, 2, 8, 8, generator=gen)[labels]
     a, b = (mean + torch.randn(600, 2, 8, 8, generator=gen) for _ in range(2))
     bands = Bands.radial((8, 8), cut=0.25)
-    assert (curve(agreement(a, b, bands)) > 0.9).all()  # the labels are shared, so they count without groups
+    # the labels are shared, so they count without groups
+    assert (curve(agreement(a, b, bands)) > 0.9).all()
     assert np.abs(curve(agreement(a, b, bands, groups=labels))).max() < 0.05
     same = agreement(a, a, bands, groups=labels)
     np.testing.assert_allclose(curve(same), 1)
     features = agreement(a, a)
     assert features.xy.shape == (600, 1)
-    np.testing.assert_allclose(features.xx[:, 0], agreement(a, a, bands).xx.sum(1), rtol=1e-10)  # Parseval
+    # Parseval
+    np.testing.assert_allclose(features.xx[:, 0], agreement(a, a, bands).xx.sum(1), rtol=1e-10)
 
 
 def test_group_sums_are_unbiased():
     gen = torch.Generator().manual_seed(1)
-    common = 0.6 * torch.randn(800, 20, 5, generator=gen)  # 800 experiments of 20 pairs in 10 groups of 2
+    # 800 experiments of 20 pairs in 10 groups of 2
+    common = 0.6 * torch.randn(800, 20, 5, generator=gen)
     a, b = (common + 0.8 * torch.randn(800, 20, 5, generator=gen) for _ in range(2))
     stats = [agreement(x, y, groups=torch.arange(20) % 10) for x, y in zip(a, b, strict=True)]
     for i, exact in ((0, 0.36), (1, 1.0), (2, 1.0)):
@@ -121,10 +147,14 @@ def test_exact_logistic_is_recovered():
     out = fit_commitment(stats, RELEASES, LOG_SNR, names=["low", "high"], resamples=50)
     np.testing.assert_allclose(out.commitment.sel(quantity="log_snr"), [-1.3, 0.8], atol=1e-6)
     np.testing.assert_allclose(out.slope, 1.7, atol=1e-6)
-    np.testing.assert_allclose(out.commitment_interval.sel(quantity="log_snr", band="low"), -1.3, atol=1e-6)
+    np.testing.assert_allclose(
+        out.commitment_interval.sel(quantity="log_snr", band="low"), -1.3, atol=1e-6
+    )
     steps = np.interp([-1.3, 0.8], LOG_SNR, np.arange(STEPS))
     np.testing.assert_allclose(out.commitment.sel(quantity="step"), steps, atol=1e-5)
-    np.testing.assert_allclose(out.gap, [steps[1] - steps[0], (steps[1] - steps[0]) / STEPS, 2.1], atol=1e-5)
+    np.testing.assert_allclose(
+        out.gap, [steps[1] - steps[0], (steps[1] - steps[0]) / STEPS, 2.1], atol=1e-5
+    )
     squared = Agreement(np.sqrt(stats.xy), one, one)
     again = fit_commitment(squared, RELEASES, LOG_SNR, resamples=50, squared=True)
     np.testing.assert_allclose(again.commitment, out.commitment, atol=1e-6)
@@ -137,7 +167,9 @@ def test_influence_gives_the_jackknife_error():
     out = fit_commitment(stats, RELEASES, LOG_SNR, resamples=400)
     whole = out.commitment.values[0, 2]
     left = [
-        fit_commitment(Agreement(*(np.delete(part, i, 1) for part in stats)), RELEASES, LOG_SNR, resamples=1)
+        fit_commitment(
+            Agreement(*(np.delete(part, i, 1) for part in stats)), RELEASES, LOG_SNR, resamples=1
+        )
         for i in range(48)
     ]
     values = np.array([o.commitment.values[0, 2] for o in left])
@@ -150,7 +182,8 @@ def test_influence_gives_the_jackknife_error():
 @pytest.mark.parametrize(("lam", "pairs"), [([[4.0] * 8, [0.5] * 20], 32), ([[9.0], [0.3]], 64)])
 def test_intervals_cover(lam, pairs):
     hit, bias, undefined = coverage(lam, pairs, 60, seed=3, resamples=200)
-    assert (hit >= 0.86).all() and undefined == 0  # 60 repeats at 95 %: below 0.86 once in 400; the long run is in main
+    # 60 repeats at 95 %: below 0.86 once in 400; the long run is in main
+    assert (hit >= 0.86).all() and undefined == 0
     assert np.abs(bias).max() < 0.5
 
 
@@ -165,13 +198,23 @@ def test_the_same_seed_gives_the_same_answer():
 def test_a_curve_that_does_not_cross_is_nan_with_a_reason():
     stats = gaussian_twins(np.random.default_rng(2), [[4.0] * 8, [1e-4] * 8], 32)
     out = fit_commitment(stats, RELEASES, LOG_SNR, names=["low", "high"], resamples=100)
-    assert np.isfinite(out.commitment.sel(band="low")).all() and str(out.reason.sel(band="low").values) == ""
+    assert (
+        np.isfinite(out.commitment.sel(band="low")).all()
+        and str(out.reason.sel(band="low").values) == ""
+    )
     assert np.isnan(out.commitment.sel(band="high")).all() and np.isnan(out.gap).all()
-    assert np.isnan(out.commitment_interval.sel(band="high")).all() and np.isnan(out.gap_interval).all()
-    assert "does not rise through 1/2 between them; release later." in str(out.reason.sel(band="high").values)
+    assert (
+        np.isnan(out.commitment_interval.sel(band="high")).all()
+        and np.isnan(out.gap_interval).all()
+    )
+    assert "does not rise through 1/2 between them; release later." in str(
+        out.reason.sel(band="high").values
+    )
     zero = Agreement(*(np.zeros_like(part) for part in stats))
     none = fit_commitment(zero, RELEASES, LOG_SNR, resamples=50)
-    assert str(none.reason[0].values).startswith("Band 0 has no energy left once the mean is removed")
+    assert str(none.reason[0].values).startswith(
+        "Band 0 has no energy left once the mean is removed"
+    )
 
 
 def test_an_interval_past_the_releases_is_cut_off_and_says_so():
@@ -187,7 +230,8 @@ def test_half_crossing():
     ramp = np.arange(11.0)
     assert half_crossing(ramp) == 5
     assert half_crossing([0, 3, 0, 0, 1, 6]) == 4.4  # the bump at step 1 is undone: 0 1 1 1 1 6
-    assert half_crossing([0, 4, 4, 1]) == 0.5  # an overshoot is averaged with what it ends at: 0 3 3 3
+    # an overshoot is averaged with what it ends at: 0 3 3 3
+    assert half_crossing([0, 4, 4, 1]) == 0.5
     noisy = [0, 0.1, 1, 0.4, 0.6, 0.45, 0.9]  # crosses half five times
     assert half_crossing(noisy) == half_crossing([0, 0.1, *[2.45 / 4] * 4, 0.9])
     assert np.isnan(half_crossing([[2, 2, 2], [0, 1, 0], [0, np.nan, 1], [0, 1, -1]])).all()
@@ -198,26 +242,62 @@ def test_half_crossing():
 
 def broken(**change):
     stats = Agreement(*(np.ones((3, 16, 2)) for _ in range(3)))
-    fit_commitment(**{"stats": stats, "releases": [1, 2, 3], "log_snr": np.arange(5.0), "resamples": 10} | change)
+    fit_commitment(
+        **{"stats": stats, "releases": [1, 2, 3], "log_snr": np.arange(5.0), "resamples": 10}
+        | change
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda: resample(7), "There are 7 pairs; an interval needs 8 or more."),
-        (lambda: broken(stats=Agreement(*np.ones((3, 3, 7, 2)))), "There are 7 pairs; an interval needs 8 or more."),
-        (lambda: broken(log_snr=[0, 1, 1, 2]), "log_snr does not rise from step 1 (1) to 2 (1); expected the steps in"),
-        (lambda: broken(log_snr=[[0, 1]]), "log_snr has shape (1, 2); expected finite values [step]"),
-        (lambda: broken(log_snr=[0, 1, np.inf, 9]), "log_snr has shape (4,); expected finite values [step]"),
-        (lambda: broken(releases=[1, 2]), "releases is [1, 2]; expected 3 step numbers, one for each release"),
-        (lambda: broken(releases=[1, 2, 5]), "releases is [1, 2, 5]; expected 3 or more different steps from 0 to 4."),
-        (lambda: broken(releases=[1, 2, 2]), "releases is [1, 2, 2]; expected 3 or more different steps from 0 to 4."),
-        (lambda: broken(stats=Agreement(*np.ones((3, 3, 9)))), "The statistics have shapes [(3, 9)]; expected one"),
+        (
+            lambda: broken(stats=Agreement(*np.ones((3, 3, 7, 2)))),
+            "There are 7 pairs; an interval needs 8 or more.",
+        ),
+        (
+            lambda: broken(log_snr=[0, 1, 1, 2]),
+            "log_snr does not rise from step 1 (1) to 2 (1); expected the steps in",
+        ),
+        (
+            lambda: broken(log_snr=[[0, 1]]),
+            "log_snr has shape (1, 2); expected finite values [step]",
+        ),
+        (
+            lambda: broken(log_snr=[0, 1, np.inf, 9]),
+            "log_snr has shape (4,); expected finite values [step]",
+        ),
+        (
+            lambda: broken(releases=[1, 2]),
+            "releases is [1, 2]; expected 3 step numbers, one for each release",
+        ),
+        (
+            lambda: broken(releases=[1, 2, 5]),
+            "releases is [1, 2, 5]; expected 3 or more different steps from 0 to 4.",
+        ),
+        (
+            lambda: broken(releases=[1, 2, 2]),
+            "releases is [1, 2, 2]; expected 3 or more different steps from 0 to 4.",
+        ),
+        (
+            lambda: broken(stats=Agreement(*np.ones((3, 3, 9)))),
+            "The statistics have shapes [(3, 9)]; expected one",
+        ),
         (lambda: broken(groups=9), "groups is 9; 16 pairs can have been in 1 to 8 groups."),
         (lambda: broken(names=["low"]), "names are ['low']; expected one for each of the 2 bands."),
-        (lambda: agreement(torch.ones(3, 4), torch.ones(3, 5)), "The twins have shapes (3, 4) and (3, 5); expected"),
-        (lambda: agreement(torch.ones(3, 4), torch.ones(3, 4), groups=[1, 1]), "groups has shape (2,); expected one"),
-        (lambda: agreement(torch.ones(3, 4), torch.ones(3, 4), groups=[1, 1, 2]), "Group 2 has 1 pair; to remove a"),
+        (
+            lambda: agreement(torch.ones(3, 4), torch.ones(3, 5)),
+            "The twins have shapes (3, 4) and (3, 5); expected",
+        ),
+        (
+            lambda: agreement(torch.ones(3, 4), torch.ones(3, 4), groups=[1, 1]),
+            "groups has shape (2,); expected one",
+        ),
+        (
+            lambda: agreement(torch.ones(3, 4), torch.ones(3, 4), groups=[1, 1, 2]),
+            "Group 2 has 1 pair; to remove a",
+        ),
     ],
 )
 def test_errors(make, text):
@@ -228,7 +308,10 @@ def test_errors(make, text):
 
 if __name__ == "__main__":
     repeats, seed = (int(a) for a in (*sys.argv[1:], *(300, 0)[len(sys.argv) - 1 :]))
-    print(f"{'spectrum':20s} pairs shared groups | low    high   gap    gap(steps) | bias/sd      undefined")
+    print(
+        f"{'spectrum':20s} pairs shared groups | low    high   gap    gap(steps) | bias/sd      "
+        "undefined"
+    )
     for name, lam in CASES.items():
         for pairs, shared, groups in ((32, False, 1), (64, False, 1), (64, True, 1), (64, True, 8)):
             hit, bias, undefined = coverage(lam, pairs, repeats, shared, groups, seed)

@@ -1,10 +1,17 @@
-"""diffusers' own hooks and adapters on an opened model, put on before and after it was opened: either they work, or a sentence says no."""
+"""diffusers' own hooks and adapters on an opened model, put on before and after it was opened:
+either they work, or a sentence says no.
+"""
 
 import copy
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, apply_group_offloading, apply_layer_skip
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    LayerSkipConfig,
+    apply_group_offloading,
+    apply_layer_skip,
+)
 from peft import LoraConfig
 
 import dit_lens
@@ -22,22 +29,34 @@ def skip(model, **what):
 def lora(model):
     torch.manual_seed(0)
     targets = ["to_q", "to_k", "to_out.0", "proj_out", "net.0.proj"]
-    model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    model.add_adapter(
+        LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    )
 
 
 HOOKS = {
     "layerwise casting": lambda m: m.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
-    "skip a block": lambda m: apply_layer_skip(m, LayerSkipConfig(indices=[1], fqn="transformer_blocks")),
+    "skip a block": lambda m: apply_layer_skip(
+        m, LayerSkipConfig(indices=[1], fqn="transformer_blocks")
+    ),
     "skip attention": lambda m: skip(m, skip_attention=True),
     "skip scores": lambda m: skip(m, skip_attention_scores=True),
     "skip the MLP": lambda m: skip(m, skip_ff=True),
-    "offload groups": lambda m: apply_group_offloading(m, CPU, CPU, "block_level", num_blocks_per_group=1),
+    "offload groups": lambda m: apply_group_offloading(
+        m, CPU, CPU, "block_level", num_blocks_per_group=1
+    ),
     "offload leaves": lambda m: apply_group_offloading(m, CPU, CPU, "leaf_level"),
     "LoRA": lora,
 }
-SKIPS = ("skip a block", "skip attention", "skip scores", "skip the MLP")  # diffusers knows the blocks of these
+# diffusers knows the blocks of these
+SKIPS = ("skip a block", "skip attention", "skip scores", "skip the MLP")
 CASES = [("DiTTransformer2DModel", hook) for hook in HOOKS if hook != "LoRA"]
-CASES += [(family, hook) for family in ("SD3Transformer2DModel", "FluxTransformer2DModel") for hook in HOOKS if hook not in SKIPS]
+CASES += [
+    (family, hook)
+    for family in ("SD3Transformer2DModel", "FluxTransformer2DModel")
+    for hook in HOOKS
+    if hook not in SKIPS
+]
 
 
 def small(name, variant=1):
@@ -72,7 +91,10 @@ def test_they_go_together(name, hook, before):
         ask(opened)
     for layer in range(model.cfg.n_layers):
         if hook == "skip a block" and layer == 1:
-            with pytest.raises(RuntimeError, match="'blocks.1.hook_resid_post' did not run in call 0.*its block was skipped"):
+            with pytest.raises(
+                RuntimeError,
+                match="'blocks.1.hook_resid_post' did not run in call 0.*its block was skipped",
+            ):
                 lazy["resid_post", 1]
         else:
             assert torch.equal(lazy["resid_post", layer], eager["resid_post", layer])
@@ -109,7 +131,9 @@ def test_caches_are_refused_whenever_they_come():
     plain, ask = small("FluxTransformer2DModel")
     model = dit_lens.HookedDiT(plain)
     plain.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(RuntimeError, match=r"A diffusers cache is on.*call transformer.disable_cache\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"A diffusers cache is on.*call transformer.disable_cache\(\) first"
+    ):
         model.add_hook("resid_post", lambda a, hook: None)
         ask(plain)
     model.remove()

@@ -17,7 +17,9 @@ from dit_lens import families
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (dit_lens, dit_lens.probes)
-MODULES = sorted({m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")})
+MODULES = sorted(
+    {m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")}
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -25,7 +27,11 @@ def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
     result = doctest.testmod(
-        module, extraglobs={"np": importlib.import_module("numpy"), "torch": importlib.import_module("torch")}
+        module,
+        extraglobs={
+            "np": importlib.import_module("numpy"),
+            "torch": importlib.import_module("torch"),
+        },
     )
     assert result.failed == 0
 
@@ -33,7 +39,9 @@ def test_docstring_examples_run(name):
 def test_the_readme_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     exec(code, {})
-    assert capsys.readouterr().out == "torch.Size([50, 2, 64, 64])\ntorch.Size([50, 2, 4, 64, 64])\n"
+    assert (
+        capsys.readouterr().out == "torch.Size([50, 2, 64, 64])\ntorch.Size([50, 2, 4, 64, 64])\n"
+    )
 
 
 def test_the_code_in_causes_runs(capsys):
@@ -56,11 +64,15 @@ def test_every_family_has_its_line():
 
 def test_the_example_family_keeps_the_contract():
     script, env = ROOT / "examples" / "new_family.py", os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, script], env=env, capture_output=True, text=True, check=True
+    )
     assert "ScaleTransformer2DModel, 4 layers" in run.stdout
 
 
-@pytest.mark.parametrize("page", [p.relative_to(ROOT) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))], ids=str)
+@pytest.mark.parametrize(
+    "page", [p.relative_to(ROOT) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))], ids=str
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
@@ -69,8 +81,14 @@ def test_links_lead_somewhere(page):
 
 def test_digits_is_what_it_should_be():
     model = dit_lens.load("digits")
-    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.null_class, model.cfg.grid) == (28, 64, 10, (8, 8))
+    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.null_class, model.cfg.grid) == (
+        28,
+        64,
+        10,
+        (8, 8),
+    )
     folder = Path(dit_lens.__file__).parent / "bundled" / "digits"
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 12e6
     images = dit_lens.sample(model, [0, 1], steps=20, eta=1.0).images
-    assert images[0, 0, 6:10, 7:9].mean() < 0.5 < images[1, 0, 6:10, 7:9].max()  # a 0 is open in the middle, a 1 is not
+    # a 0 is open in the middle, a 1 is not
+    assert images[0, 0, 6:10, 7:9].mean() < 0.5 < images[1, 0, 6:10, 7:9].max()

@@ -58,7 +58,9 @@ def test_half_precision_is_bit_for_bit(name, dtype):
 def _to(value, dtype):
     if isinstance(value, list):
         return [_to(v, dtype) for v in value]
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return (
+        value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    )
 
 
 def test_the_checker_finds_what_is_wrong(monkeypatch):
@@ -73,7 +75,8 @@ def test_the_checker_finds_what_is_wrong(monkeypatch):
     assert failing() == set()
     whole = dit.BlockForward.__call__
 
-    def hooks_in_vain(self, *args, **kwargs):  # resid_mid is shown, and what it returns is thrown away
+    # resid_mid is shown, and what it returns is thrown away
+    def hooks_in_vain(self, *args, **kwargs):
         before = self.resid_mid
         self.resid_mid = lambda x: (before(x), x)[1]
         try:
@@ -83,7 +86,9 @@ def test_the_checker_finds_what_is_wrong(monkeypatch):
 
     monkeypatch.setattr(dit.BlockForward, "__call__", hooks_in_vain)
     assert "edits_reach_the_stream" in failing()
-    monkeypatch.setattr(dit.BlockForward, "__call__", lambda self, *a, **k: whole(self, *a, **k) * 1.0001)
+    monkeypatch.setattr(
+        dit.BlockForward, "__call__", lambda self, *a, **k: whole(self, *a, **k) * 1.0001
+    )
     assert "same_output" in failing()
     monkeypatch.setattr(dit.BlockForward, "__call__", whole)
     sites = dict(dit.BLOCK_SITES)
@@ -96,7 +101,10 @@ def test_the_checker_finds_what_is_wrong(monkeypatch):
     monkeypatch.setattr(dit, "BLOCK_SITES", sites)
     monkeypatch.setattr(dit.DiTFamily, "written_for", {"GELU.forward": "00000000"})
     assert failing() == {"sources_are_noted"}
-    with pytest.raises(ValueError, match="There is no family for 'DiTTransformer2D'; did you mean 'DiTTransformer2DModel'"):
+    with pytest.raises(
+        ValueError,
+        match="There is no family for 'DiTTransformer2D'; did you mean 'DiTTransformer2DModel'",
+    ):
         contract.examine("DiTTransformer2D")
     with pytest.raises(AssertionError, match="sources_are_noted: written_for should hold"):
         contract.check("DiTTransformer2DModel")
@@ -114,14 +122,19 @@ def recomputed(self, *args, **kwargs):
 
 
 def test_a_newer_diffusers_is_noticed_by_what_it_computes(monkeypatch):
-    """A method that reads otherwise is tried out: it is refused if it computes something else, and only then."""
+    """A method that reads otherwise is tried out: it is refused if it computes something else, and
+    only then.
+    """
     dit = make_dit()
     monkeypatch.setattr(BasicTransformerBlock, "forward", reworded)
     assert digest(reworded) != digest(ORIGINAL)
     dit_lens.HookedDiT(dit).remove()
     monkeypatch.setattr(BasicTransformerBlock, "forward", recomputed)
-    with pytest.raises(RuntimeError, match=r"BasicTransformerBlock.forward of diffusers .* is not what dit_lens repeats for "
-                                           r"DiTTransformer2DModel: on its small model 0 .* another. Install"):  # fmt: skip
+    with pytest.raises(
+        RuntimeError,
+        match=r"BasicTransformerBlock.forward of diffusers .* is not what dit_lens repeats for "
+        r"DiTTransformer2DModel: on its small model 0 .* another. Install",
+    ):
         dit_lens.HookedDiT(dit)
     assert [n for n, m in dit.named_modules() if "forward" in m.__dict__] == []
     monkeypatch.setattr(BasicTransformerBlock, "forward", ORIGINAL)
@@ -134,10 +147,13 @@ def test_comments_and_blank_lines_do_not_count(tmp_path):
     (tmp_path / "three.py").write_text("def f(x):\n    if x:\n        x = 2\n    return x + 1\n")
     (tmp_path / "four.py").write_text("def f(x):\n    if x:\n        x = 2\n        return x + 1\n")
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three, four; from dit_lens.families.upstream import digest as d;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import one, two, three, four; from "
+        "dit_lens.families.upstream import digest as d;"
         "print(d(one.f) == d(two.f), d(one.f) == d(three.f), d(three.f) == d(four.f))"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert run.stdout.split() == ["True", "False", "False"]
 
 
@@ -182,9 +198,17 @@ def command(*args, env=None):
     import os
 
     return subprocess.run(
-        [sys.executable, "-c", "from dit_lens.commands.main import main; import sys; sys.exit(main(sys.argv[1:]))", *args],
-        capture_output=True, text=True, env=os.environ | (env or {}), check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "from dit_lens.commands.main import main; import sys; sys.exit(main(sys.argv[1:]))",
+            *args,
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | (env or {}),
+        check=False,
+    )
 
 
 def test_a_family_comes_from_another_package(tmp_path):
@@ -198,13 +222,23 @@ def test_a_family_comes_from_another_package(tmp_path):
     )
     import os
 
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | env, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        check=True,
+    )
     assert ran.stdout.split() == ["MyFamily", "88"]
 
 
 def test_two_families_for_one_class_are_refused(tmp_path):
     run = command("check-family", env=strangers(tmp_path / "b", "DiTTransformer2DModel"))
-    assert run.returncode == 2 and "There is a family for 'DiTTransformer2DModel' already, 'dit_lens.families.dit'" in run.stderr
+    assert (
+        run.returncode == 2
+        and "There is a family for 'DiTTransformer2DModel' already, 'dit_lens.families.dit'"
+        in run.stderr
+    )
     assert "registers 'stranger' for it must be removed" in run.stderr
 
 
@@ -213,18 +247,32 @@ def test_two_families_for_one_class_are_refused(tmp_path):
 
 def test_what_is_refused(tmp_path):
     dit = make_dit()
-    with pytest.raises(TypeError, match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows CogVideoX"):
-        dit_lens.HookedDiT(UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
-                                       up_block_types=("UpBlock2D",), norm_num_groups=4))  # fmt: skip
+    with pytest.raises(
+        TypeError,
+        match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows CogVideoX",
+    ):
+        dit_lens.HookedDiT(
+            UNet2DModel(
+                sample_size=8,
+                block_out_channels=(8,),
+                down_block_types=("DownBlock2D",),
+                up_block_types=("UpBlock2D",),
+                norm_num_groups=4,
+            )
+        )
     with torch.device("meta"):
         empty = DiTTransformer2DModel.from_config(dit.config).eval()
-    with pytest.raises(ValueError, match=r"DiTTransformer2DModel has no weights: \S+ is on the meta device. Load them first"):
+    with pytest.raises(
+        ValueError,
+        match=r"DiTTransformer2DModel has no weights: \S+ is on the meta device. Load them first",
+    ):
         dit_lens.HookedDiT(empty)
     quantised = copy.deepcopy(dit)
     linear = quantised.transformer_blocks[0].attn1.to_q
     linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(
-        ValueError, match=r"has quantised weights \(transformer_blocks.0.attn1.to_q.weight is torch.int8\).*load it unquantised"
+        ValueError,
+        match=r"has quantised weights \(transformer_blocks.0.attn1.to_q.weight is torch.int8\).*load it unquantised",
     ):
         dit_lens.HookedDiT(quantised)
 
@@ -232,7 +280,10 @@ def test_what_is_refused(tmp_path):
         components = {"transformer": None, "scheduler": None}
         transformer = None
 
-    with pytest.raises(TypeError, match="NoTransformer is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline"):
+    with pytest.raises(
+        TypeError,
+        match="NoTransformer is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline",
+    ):
         dit_lens.HookedDiT(NoTransformer())
     for model in (empty, quantised):
         assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == []

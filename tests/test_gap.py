@@ -1,4 +1,6 @@
-"""`dit-lens gap` on models whose answer is known by construction: the layers it names are the layers that do it."""
+"""`dit-lens gap` on models whose answer is known by construction: the layers it names are the
+layers that do it.
+"""
 
 import numpy as np
 import pytest
@@ -11,33 +13,44 @@ from dit_lens.groundtruth import ddim_agreement, gaussian
 @pytest.mark.parametrize("layer", [0, 4, 7])
 @pytest.mark.parametrize("low, high", [(4.0, 0.25), (0.25, 4.0)])
 def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
-    """E6, early, in the middle, last, and with either sign: an exact denoiser whose one layer makes all of the gap.
+    """E6, early, in the middle, last, and with either sign: an exact denoiser whose one layer makes
+    all of the gap.
 
-    The lens must say "none" here: each band of x0 is the band of x_t times a number, in every layer, which a
-    correlation does not see.
+    The lens must say "none" here: each band of x0 is the band of x_t times a number, in every
+    layer, which a correlation does not see.
     """
     truth = gaussian(lam_low=low, lam_high=high, layers=(layer,), n_layers=8)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    result = gap.measure(model, pairs=24, steps=16, cut=0.1, resamples=200)  # below 0.1 there is the mean alone
+    # below 0.1 there is the mean alone
+    result = gap.measure(model, pairs=24, steps=16, cut=0.1, resamples=200)
     assert result.attrs["onset_layer_divergence"] == layer
     assert result.attrs["onset_verdict_lens"] == "none"
 
     scheduler = type(truth.scheduler).from_config(truth.scheduler.config)
     scheduler.set_timesteps(16)
     visited = scheduler.alphas_cumprod[scheduler.timesteps]
-    exact = np.array([[float(ddim_agreement([lam], visited, r)[0]) for lam in (low, high)] for r in range(16)])
+    exact = np.array(
+        [[float(ddim_agreement([lam], visited, r)[0]) for lam in (low, high)] for r in range(16)]
+    )
     crossing = [np.interp(0.5, exact[:, b], np.arange(16)) for b in (0, 1)]
     low_end, high_end = result.split_gap_interval.sel(estimator="one_pass", quantity="step").values
-    slack = 0.5  # half a step: the exact curve is interpolated, the measured one fitted by a logistic
+    # half a step: the exact curve is interpolated, the measured one fitted by a logistic
+    slack = 0.5
     assert low_end - slack < crossing[1] - crossing[0] < high_end + slack
-    assert np.sign(float(result.split_gap.sel(estimator="one_pass", quantity="step"))) == np.sign(low - high)
+    assert np.sign(float(result.split_gap.sel(estimator="one_pass", quantity="step"))) == np.sign(
+        low - high
+    )
 
 
 def test_without_a_gap_none_is_claimed():
     """The same data variance in both bands: no gap, and nothing in any layer through the lens."""
     truth = gaussian(lam_low=1.0, lam_high=1.0, layers=(3,), n_layers=8)
     result = gap.measure(
-        HookedDiT(truth.transformer, scheduler=truth.scheduler), pairs=24, steps=16, cut=0.1, resamples=200
+        HookedDiT(truth.transformer, scheduler=truth.scheduler),
+        pairs=24,
+        steps=16,
+        cut=0.1,
+        resamples=200,
     )
     assert result.attrs["onset_layer_lens"] == -1 == result.attrs["onset_layer_divergence"]
     low, high = result.split_gap_interval.sel(estimator="one_pass", quantity="step").values
@@ -47,11 +60,15 @@ def test_without_a_gap_none_is_claimed():
 def test_bad_input():
     model = HookedDiT(gaussian(n_layers=2, layers=(1,)).transformer)
     for kwargs, text in [
-        (dict(pairs=8), "There are 8 pairs; intervals over pairs with class means removed need 16 or more"),
+        (
+            dict(pairs=8),
+            "There are 8 pairs; intervals over pairs with class means removed need 16 or more",
+        ),
         (dict(steps=3), "steps=3 is too short a run to see anything settle in; expected 4 or more"),
         (
             dict(bands="wavelet"),
-            "bands=.wavelet. is no partition of modes; expected .radial., .dct., .pooling. or .eigen.",
+            "bands=.wavelet. is no partition of modes; expected .radial., .dct., .pooling. or "
+            ".eigen.",
         ),
         (dict(cut=0.9), "Band 1 \\(high\\) with inner edges"),
     ]:
@@ -61,7 +78,9 @@ def test_bad_input():
 
 @pytest.mark.parametrize(("kind", "cut"), [("dct", 0.05), ("pooling", 0.1), ("eigen", 0.25)])
 def test_other_bands_find_the_same_gap(kind, cut):
-    """The token mean is the lowest mode of the DCT and of the pyramid, and the leading eigenmode of these data."""
+    """The token mean is the lowest mode of the DCT and of the pyramid, and the leading eigenmode of
+    these data.
+    """
     truth = gaussian(lam_low=16.0, lam_high=0.0625, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     result = gap.measure(model, pairs=16, steps=12, cut=cut, bands=kind, resamples=200)
@@ -74,28 +93,36 @@ def test_other_bands_find_the_same_gap(kind, cut):
 
 
 def test_every_reading_of_the_finished_twins():
-    """On x_t, the predicted x0, the image and a feature of it; clones beside one pass; the spectrum, and the gap against the cut."""
+    """On x_t, the predicted x0, the image and a feature of it; clones beside one pass; the
+    spectrum, and the gap against the cut.
+    """
     truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    result = gap.measure(model, pairs=32, steps=16, cut=0.1, feature=lambda x: x.mean((2, 3)), resamples=200)
+    result = gap.measure(
+        model, pairs=32, steps=16, cut=0.1, feature=lambda x: x.mean((2, 3)), resamples=200
+    )
     one = result.sel(quantity="step")
     exact = 4.6  # of 16 steps, by `ddim_agreement` (tests/test_gap.py's first test computes it)
-    assert (one.image_gap_interval.sel(bound="low") > 0).all()  # images clip what is beyond [0, 1], so no exact answer
+    # images clip what is beyond [0, 1], so no exact answer
+    assert (one.image_gap_interval.sel(bound="low") > 0).all()
     for low, high in (one.x_t_gap_interval, *one.split_gap_interval):
         assert low - 0.75 < exact < high + 0.75
     assert (
         result.features_commitment.shape == (2,)
-        and np.abs(result.features_commitment - result.split_commitment.sel(split="low")).max() < 1.5
+        and np.abs(result.features_commitment - result.split_commitment.sel(split="low")).max()
+        < 1.5
     )
     ratio = (
         result.variance_ratio.values - result.agreement_one_pass.values
     )  # equal for an exact denoiser (design, section 5)
     assert np.abs(ratio[4:, 1:]).max() < 0.1
     at = int(np.abs(result.cut.values - 0.1).argmin())
-    assert float(result.cut_gap[at]) == pytest.approx(float(one.split_gap.sel(estimator="one_pass")), abs=1e-6)
-    assert np.ptp(result.spectrum_commitment.values[1:]) < 1.5 and result.attrs["estimators"].startswith(
-        "Commitment by one pass less clones"
+    assert float(result.cut_gap[at]) == pytest.approx(
+        float(one.split_gap.sel(estimator="one_pass")), abs=1e-6
     )
+    assert np.ptp(result.spectrum_commitment.values[1:]) < 1.5 and result.attrs[
+        "estimators"
+    ].startswith("Commitment by one pass less clones")
 
 
 def test_a_gap_that_cannot_be_told_says_how_many_pairs_would():
@@ -103,17 +130,21 @@ def test_a_gap_that_cannot_be_told_says_how_many_pairs_would():
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     result = gap.measure(model, pairs=16, steps=12, cut=0.1, resamples=200)
     value, (low, high) = (
-        result[name].sel(estimator="one_pass", quantity="step").values for name in ("split_gap", "split_gap_interval")
+        result[name].sel(estimator="one_pass", quantity="step").values
+        for name in ("split_gap", "split_gap_interval")
     )
     needed = int(np.ceil(16 * ((high - low) / 2 / abs(value)) ** 2))
     assert (
         low < 0 < high
-        and f"With 16 pairs no gap can be told from zero; about {needed} would show one of this size" in result.headline
+        and f"With 16 pairs no gap can be told from zero; about {needed} would show one of this size"
+        in result.headline
     )
 
 
 def test_images_are_parted_at_the_same_cut():
-    """Pixels well inside [0, 1] are the latents halved and shifted, so their gap is the latents' at any cut."""
+    """Pixels well inside [0, 1] are the latents halved and shifted, so their gap is the latents' at
+    any cut.
+    """
     truth = gaussian(0.04, 0.0025, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     result = gap.measure(model, pairs=16, steps=16, cut=0.1, resamples=100)

@@ -1,4 +1,6 @@
-"""The ground truths are themselves checked: formulas against integration and simulation, models against formulas."""
+"""The ground truths are themselves checked: formulas against integration and simulation, models
+against formulas.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,17 @@ def predict(transformer: DiTTransformer2DModel, x: Tensor, timestep: int | Tenso
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 @contextmanager
 def knocked_out(transformer: DiTTransformer2DModel, layers: list[int]) -> Iterator[None]:
     hooks = [
-        transformer.transformer_blocks[i].attn1.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+        transformer.transformer_blocks[i].attn1.register_forward_hook(
+            lambda module, args, out: torch.zeros_like(out)
+        )
         for i in layers
     ]
     try:
@@ -60,7 +66,9 @@ def test_agreement_is_half_at_one_over_one_plus_lambda() -> None:
     agreement = gt.gaussian_agreement(lam, 1 / (1 + lam))
     assert np.allclose(np.diag(agreement), 0.5) and agreement.shape == (3, 3)
     assert np.allclose(np.log(1 / lam), gt.commitment_log_snr(lam))
-    assert gt.gaussian_agreement([1.0, 3.0], 0.5, pooled=True) == pytest.approx((0.5 + 3 * 0.75) / 4)
+    assert gt.gaussian_agreement([1.0, 3.0], 0.5, pooled=True) == pytest.approx(
+        (0.5 + 3 * 0.75) / 4
+    )
 
 
 def test_commitment_timestep_is_where_the_agreement_crosses_half() -> None:
@@ -73,7 +81,11 @@ def test_commitment_timestep_is_where_the_agreement_crosses_half() -> None:
 def test_ddim_agreement_tends_to_the_exact_one_with_more_steps() -> None:
     lam, errors = [4.0, 0.25], []
     for count in (10, 40, 200):
-        abars = DDIMScheduler(1000).alphas_cumprod.double().numpy()[np.arange(0, 1000, 1000 // count)[::-1]]
+        abars = (
+            DDIMScheduler(1000)
+            .alphas_cumprod.double()
+            .numpy()[np.arange(0, 1000, 1000 // count)[::-1]]
+        )
         got = np.stack([gt.ddim_agreement(lam, abars, release) for release in range(count)])
         errors.append(np.abs(got - gt.gaussian_agreement(lam, abars)).max())
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.04
@@ -84,7 +96,9 @@ def test_deterministic_ratio_is_the_ratio_of_standard_deviations() -> None:
     assert np.allclose(gt.deterministic_ratio([0.1, 1.0, 9.0], 1.0), 1)
 
 
-@pytest.mark.parametrize(("m", "sigma", "abar"), [(1.0, 0.3, 0.4), (2.0, 0.1, 0.9), (0.5, 1.0, 0.05), (3.0, 0.2, 0.99)])
+@pytest.mark.parametrize(
+    ("m", "sigma", "abar"), [(1.0, 0.3, 0.4), (2.0, 0.1, 0.9), (0.5, 1.0, 0.05), (3.0, 0.2, 0.99)]
+)
 def test_mixture_agreement_matches_quadrature(m: float, sigma: float, abar: float) -> None:
     width, centre = np.sqrt(1 - abar + sigma**2 * abar), m * np.sqrt(abar)
 
@@ -92,7 +106,9 @@ def test_mixture_agreement_matches_quadrature(m: float, sigma: float, abar: floa
         plus, minus = norm.pdf(x, centre, width), norm.pdf(x, -centre, width)
         return 0.5 * (plus**2 + minus**2) / (plus + minus)
 
-    exact = quad(integrand, -centre - 10 * width, centre + 10 * width, points=[-centre, centre], limit=200)[0]
+    exact = quad(
+        integrand, -centre - 10 * width, centre + 10 * width, points=[-centre, centre], limit=200
+    )[0]
     assert gt.mixture_agreement(m, sigma, abar) == pytest.approx(exact, abs=1e-7)
 
 
@@ -108,8 +124,12 @@ def test_mixture_agreement_at_known_points() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("lam_low", "lam_high"), [(4.0, 0.25), (1.0, 0.05), (0.1, 10.0), (1.0, 1.0)])
-def test_gaussian_is_the_exact_denoiser(dtype: torch.dtype, lam_low: float, lam_high: float) -> None:
+@pytest.mark.parametrize(
+    ("lam_low", "lam_high"), [(4.0, 0.25), (1.0, 0.05), (0.1, 10.0), (1.0, 1.0)]
+)
+def test_gaussian_is_the_exact_denoiser(
+    dtype: torch.dtype, lam_low: float, lam_high: float
+) -> None:
     truth = gt.gaussian(lam_low, lam_high, layers=(0, 2), n_layers=3, sample_size=4, dtype=dtype)
     abar = truth.scheduler.alphas_cumprod.double()
     x = noise(1000, 3, 4, 4, dtype=dtype)
@@ -120,7 +140,9 @@ def test_gaussian_is_the_exact_denoiser(dtype: torch.dtype, lam_low: float, lam_
 
 
 def test_gaussian_with_patches_and_many_tokens() -> None:
-    truth = gt.gaussian(4.0, 0.25, layers=(0,), n_layers=1, sample_size=16, patch_size=2, in_channels=1)
+    truth = gt.gaussian(
+        4.0, 0.25, layers=(0,), n_layers=1, sample_size=16, patch_size=2, in_channels=1
+    )
     x, abar = noise(1, 1, 16, 16), truth.scheduler.alphas_cumprod[[300]].double()
     exact = gt.gaussian_eps(x.double(), abar, 4.0, 0.25, patch_size=2)
     assert relative(predict(truth.transformer, x, 300), exact) < 1e-4
@@ -216,7 +238,10 @@ def test_each_band_switches_on_at_its_own_timestep() -> None:
     truth = gt.planted((1,), 0.5, n_layers=2, band="both", switch={"low": 700, "high": 300})
     assert truth.answer["gap_timesteps"] == 400 and truth.answer["deviation"] < 1e-3
     for band, switch in (("low", 700), ("high", 300)):
-        gains = [float(gt.stream_gains(truth.transformer, t, band)[1]) for t in (switch - 200, switch, switch + 200)]
+        gains = [
+            float(gt.stream_gains(truth.transformer, t, band)[1])
+            for t in (switch - 200, switch, switch + 200)
+        ]
         assert gains == pytest.approx([1.5, 1.25, 1.0], abs=1e-3)
 
 
@@ -229,11 +254,17 @@ def test_random_plants_differ_and_repeat() -> None:
     assert len({answer["onset"] for answer in answers}) > 4
     assert {answer["a"] > 0 for answer in answers} == {True, False}
     again = gt.random_planted(0).transformer.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in plants[0].transformer.state_dict().items())
+    assert all(
+        torch.equal(value, again[name])
+        for name, value in plants[0].transformer.state_dict().items()
+    )
     for plant in plants:
         gains = gt.stream_gains(plant.transformer, 500, plant.answer["band"])
         change = (gains - 1).abs()
-        assert change[plant.answer["layers"]].min() > 0.1 and change[: plant.answer["onset"]].sum() < 0.5
+        assert (
+            change[plant.answer["layers"]].min() > 0.1
+            and change[: plant.answer["onset"]].sum() < 0.5
+        )
         assert gains.std() > 1e-4  # the noise is there
 
 
@@ -246,7 +277,9 @@ def test_shuffled_layers_take_their_gains_with_them() -> None:
     shuffled = gt.shuffle_layers(truth.transformer, seed=0)
     assert torch.equal(before, torch.get_rng_state())
     gains, moved = (gt.stream_gains(model, 500) for model in (truth.transformer, shuffled))
-    assert not torch.allclose(moved, gains, atol=0.1) and torch.allclose(moved.sort()[0], gains.sort()[0], atol=1e-4)
+    assert not torch.allclose(moved, gains, atol=0.1) and torch.allclose(
+        moved.sort()[0], gains.sort()[0], atol=1e-4
+    )
     with torch.no_grad():
         shuffled.proj_out_2.weight.zero_()
     assert truth.transformer.proj_out_2.weight.abs().max() > 0
@@ -268,10 +301,16 @@ def test_saved_models_load_as_plain_diffusers(tmp_path: Path, dtype: torch.dtype
     x = noise(2, 3, 8, 8, dtype=dtype)
     assert torch.equal(predict(loaded, x, 300), predict(truth.transformer, x, 300))
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    assert torch.equal(scheduler.alphas_cumprod, truth.scheduler.alphas_cumprod) and not scheduler.config.clip_sample
+    assert (
+        torch.equal(scheduler.alphas_cumprod, truth.scheduler.alphas_cumprod)
+        and not scheduler.config.clip_sample
+    )
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "scheduler", "answer.json"
-    }  # fmt: skip
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "scheduler",
+        "answer.json",
+    }
     answer = json.loads((folder / "answer.json").read_text())
     assert answer.pop("description") == truth.description and answer == truth.answer
 
@@ -281,22 +320,52 @@ def test_saved_models_load_as_plain_diffusers(tmp_path: Path, dtype: torch.dtype
     [
         (lambda: gt.gaussian_agreement([1.0, -2.0], 0.5), "lam is [1.0, -2.0]; every variance"),
         (lambda: gt.gaussian_agreement(1.0, 1.5), "abar is 1.5; a cumulative alpha lies in [0, 1]"),
-        (lambda: gt.commitment_timestep(1e9, [0.9, 0.1]), "it commits at log SNR -20.72, which must lie"),
-        (lambda: gt.ddim_agreement(1.0, [0.1, 0.9], 3), "release is 3; it must be a step from 0 to 2"),
+        (
+            lambda: gt.commitment_timestep(1e9, [0.9, 0.1]),
+            "it commits at log SNR -20.72, which must lie",
+        ),
+        (
+            lambda: gt.ddim_agreement(1.0, [0.1, 0.9], 3),
+            "release is 3; it must be a step from 0 to 2",
+        ),
         (lambda: gt.mixture_agreement(1.0, -1.0, 0.5), "sigma at least 0"),
         (lambda: gt.planted_gain(0.3, 5, -1.0), "g is -1.0; a coupling strength"),
-        (lambda: gt.gaussian(layers=()), "layers is []; it must hold different layers from 0 to 27."),
+        (
+            lambda: gt.gaussian(layers=()),
+            "layers is []; it must hold different layers from 0 to 27.",
+        ),
         (lambda: gt.gaussian(layers=(1,), decoys=(1,)), "from 0 to 27 that are not among [1]."),
-        (lambda: gt.gaussian(layers=(1, 2), shares=(0.5, 0.4)), "shares is (0.5, 0.4); it must hold 2 numbers"),
-        (lambda: gt.gaussian(in_channels=20), "at most 16 values a patch fit beside the positions of a 64-t"),
-        (lambda: gt.gaussian(sample_size=9, patch_size=2), "sample_size is 9 and patch_size 2; 2 or more"),
-        (lambda: gt.gaussian(n_layers=15, dtype=torch.float16), "dtype is torch.float16; ground-truth models"),
-        (lambda: gt.planted((3, 28)), "layers is [3, 28]; it must hold different layers from 0 to 27."),
+        (
+            lambda: gt.gaussian(layers=(1, 2), shares=(0.5, 0.4)),
+            "shares is (0.5, 0.4); it must hold 2 numbers",
+        ),
+        (
+            lambda: gt.gaussian(in_channels=20),
+            "at most 16 values a patch fit beside the positions of a 64-t",
+        ),
+        (
+            lambda: gt.gaussian(sample_size=9, patch_size=2),
+            "sample_size is 9 and patch_size 2; 2 or more",
+        ),
+        (
+            lambda: gt.gaussian(n_layers=15, dtype=torch.float16),
+            "dtype is torch.float16; ground-truth models",
+        ),
+        (
+            lambda: gt.planted((3, 28)),
+            "layers is [3, 28]; it must hold different layers from 0 to 27.",
+        ),
         (lambda: gt.planted(band="mid"), "band is 'mid'; it must be 'low', 'high' or 'both'."),
         (lambda: gt.planted(a=-1.0), "a is -1.0; the gain 1 + a must be finite and above 0"),
-        (lambda: gt.planted(switch={"high": 1}), "switch is {'high': 1}; it must give a timestep for"),
+        (
+            lambda: gt.planted(switch={"high": 1}),
+            "switch is {'high': 1}; it must give a timestep for",
+        ),
         (lambda: gt.planted(noise=-1.0), "noise is -1.0; it is a fraction of the signal"),
-        (lambda: gt.shuffle_layers(gt.random_weights(0, 1).transformer, 0), "transformer has 1 block"),
+        (
+            lambda: gt.shuffle_layers(gt.random_weights(0, 1).transformer, 0),
+            "transformer has 1 block",
+        ),
     ],
 )
 def test_bad_input_is_named(make: Callable[[], object], message: str) -> None:

@@ -14,25 +14,36 @@ STEPS = 40
 
 @pytest.mark.parametrize(("low", "high"), [(4.0, 0.25), (0.25, 4.0)])
 def test_uncoupled_twins_part_where_half_is_decided(low, high):
-    """E1: on Gaussian data Var(x0hat) is half of Var(x0) at abar = 1/(1 + lambda), and the twins' difference grows with it."""
+    """E1: on Gaussian data Var(x0hat) is half of Var(x0) at abar = 1/(1 + lambda), and the twins'
+    difference grows with it.
+    """
     truth = gaussian(low, high, layers=(1,), n_layers=2)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     found = couplings(model, [0.0, 1.0], eps=0.3, pairs=16, steps=STEPS, cut=0.1)
     scheduler = DDIMScheduler.from_config(truth.scheduler.config)
     scheduler.set_timesteps(STEPS)
     abar = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
-    exact = [np.interp(-np.log(lam), np.log(abar / (1 - abar)), np.arange(STEPS)) for lam in (low, high)]
-    assert np.allclose(found.parting.sel(g=0), exact, atol=0.7)  # a sampler of 40 steps is that far from the flow (E2)
+    exact = [
+        np.interp(-np.log(lam), np.log(abar / (1 - abar)), np.arange(STEPS)) for lam in (low, high)
+    ]
+    # a sampler of 40 steps is that far from the flow (E2)
+    assert np.allclose(found.parting.sel(g=0), exact, atol=0.7)
     assert np.sign(found.gap.sel(g=0, sense="parting")) == np.sign(low - high)
-    # E6: all of the gap is made by one layer's attention, and at g = 1 attention passes no difference on.
-    assert abs(float(found.gap.sel(g=1, sense="parting"))) < 1e-3 and "it collapses" in found.sentence_parting
+    # E6: all of the gap is made by one layer's attention, and at g = 1 attention passes no
+    # difference on.
+    assert (
+        abs(float(found.gap.sel(g=1, sense="parting"))) < 1e-3
+        and "it collapses" in found.sentence_parting
+    )
     assert (
         "there is none to collapse at the weakest" in found.sentence_size
     )  # E2: the finished twins differ alike in both bands
 
 
 def test_attention_without_queries_and_keys_responds_by_rho():
-    """E4: uniform attention passes a difference through its values alone, so coupling multiplies it by rho, at any g."""
+    """E4: uniform attention passes a difference through its values alone, so coupling multiplies it
+    by rho, at any g.
+    """
     model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
     gs = [0.0, 0.5, 1.0, 3.0]
     for gate in ("mix", "joint"):
@@ -49,7 +60,9 @@ def test_the_same_pairs_at_every_strength_and_again():
     a, b = (couplings(model, [0, 0.5], pairs=8, steps=6, seed=3, resamples=50) for _ in range(2))
     assert a.identical(b)
     assert (a.change.sel(g=0) == 0).all() and (a.change_interval.sel(g=0) == 0).all()
-    plain = dit_lens.twins(model, 8, [i % 4 for i in range(8)], tie="attention", g=0.0, steps=6, release=6, seed=3)
+    plain = dit_lens.twins(
+        model, 8, [i % 4 for i in range(8)], tie="attention", g=0.0, steps=6, release=6, seed=3
+    )
     assert plain.tie == "attention" and model.instrumentation.listening == 0
 
 
@@ -83,13 +96,24 @@ def test_bad_input():
     for kwargs, text in [
         (
             dict(strengths=[0.5]),
-            "strengths is [0.5]; expected two or more in increasing order, the weakest first, such as 0, 0.5, 1.",
+            "strengths is [0.5]; expected two or more in increasing order, the weakest first, such "
+            "as 0, 0.5, 1.",
         ),
-        (dict(strengths=[1, 0]), "strengths is [1.0, 0.0]; expected two or more in increasing order"),
-        (dict(strengths=[0, -1]), "The coupling g=-1.0 is not a strength; expected a finite number of at least 0."),
+        (
+            dict(strengths=[1, 0]),
+            "strengths is [1.0, 0.0]; expected two or more in increasing order",
+        ),
+        (
+            dict(strengths=[0, -1]),
+            "The coupling g=-1.0 is not a strength; expected a finite number of at least 0.",
+        ),
         (dict(strengths=[0, np.inf]), "The coupling g=inf is not a strength"),
         (dict(pairs=4), "There are 4 pairs; an interval needs 8 or more."),
-        (dict(eps=0), "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start equal"),
+        (
+            dict(eps=0),
+            "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start "
+            "equal",
+        ),
         (dict(gate="max"), "'max' is no gate; expected 'mix' or 'joint'."),
     ]:
         with pytest.raises(ValueError) as error:

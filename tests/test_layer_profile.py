@@ -1,4 +1,6 @@
-"""The layer that is planted is the layer that is named, and random layers are not blamed; `python tests/checks.py` does it at length."""
+"""The layer that is planted is the layer that is named, and random layers are not blamed; `python
+tests/checks.py` does it at length.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,7 +21,9 @@ VIEWS = ("divergence", "lens", "ratio", "growth")
 
 
 class Named(NamedTuple):
-    """What was planted (None in a null model), and the onset that each reading names (None for none)."""
+    """What was planted (None in a null model), and the onset that each reading names (None for
+    none).
+    """
 
     planted: int | None
     onsets: dict[str, int | None]
@@ -27,12 +31,17 @@ class Named(NamedTuple):
 
 def named(model: HookedDiT, seed: int, cut: float, pairs: int, steps: int) -> dict[str, int | None]:
     """The onset by every reading, as `dit-lens gap` finds it, at two thirds of the run."""
-    fine, split = Bands.radial(model.cfg.grid, edges=[cut, 0.6]), Bands.radial(model.cfg.grid, cut=cut)
+    fine, split = (
+        Bands.radial(model.cfg.grid, edges=[cut, 0.6]),
+        Bands.radial(model.cfg.grid, cut=cut),
+    )
     divergence, lens = TwinDivergence(fine), LayerLens(Bands.radial(model.cfg.pixels, cut=cut))
     labels = [i % min(model.cfg.n_classes, pairs // 2) for i in range(pairs)]
     pair = dit_lens.twins(model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens])
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, 300, seed)])
-    _, onsets = profiles(divergence.result(), lens.result(pair.run.latents[-1]), split, fine, counts, 2 * steps // 3)
+    _, onsets = profiles(
+        divergence.result(), lens.result(pair.run.latents[-1]), split, fine, counts, 2 * steps // 3
+    )
     return {view: None if isinstance(found, str) else found.layer for view, found in onsets.items()}
 
 
@@ -47,17 +56,29 @@ def planted_models(models: int, pairs: int = 24, steps: int = 6) -> Iterator[Nam
 def null_models(
     models: int, kind: str = "random", pairs: int = 24, steps: int = 16, other_twins: int = 0
 ) -> Iterator[Named]:
-    """Random weights, or `digits` with its layers in another order (E5); `other_twins` is added to the seed of the twins."""
+    """Random weights, or `digits` with its layers in another order (E5); `other_twins` is added to
+    the seed of the twins.
+    """
     digits = dit_lens.load("digits")
     for seed in range(models):
-        truth = random_weights(seed).transformer if kind == "random" else shuffle_layers(digits.transformer, seed)
-        yield Named(None, named(HookedDiT(truth, scheduler=digits.scheduler), seed + other_twins, 0.25, pairs, steps))
+        truth = (
+            random_weights(seed).transformer
+            if kind == "random"
+            else shuffle_layers(digits.transformer, seed)
+        )
+        yield Named(
+            None,
+            named(
+                HookedDiT(truth, scheduler=digits.scheduler), seed + other_twins, 0.25, pairs, steps
+            ),
+        )
 
 
 def test_planted_layers_are_named_by_the_growth_of_the_difference():
     found = list(planted_models(6))
     assert [one.onsets["growth"] for one in found] == [one.planted for one in found]
-    assert all(one.onsets["divergence"] is None and one.onsets["lens"] is None for one in found)  # a gain is no delay
+    # a gain is no delay
+    assert all(one.onsets["divergence"] is None and one.onsets["lens"] is None for one in found)
 
 
 def test_a_single_planted_layer_is_named_even_if_it_is_the_first():
@@ -78,16 +99,26 @@ def test_bands_are_merged_by_the_cut(band):
     truth = planted([2], 0.4, 4, band)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     got = []
-    for fine in (Bands.radial(model.cfg.grid, edges=[0.1, 0.3, 0.5]), Bands.radial(model.cfg.grid, cut=0.1)):
+    for fine in (
+        Bands.radial(model.cfg.grid, edges=[0.1, 0.3, 0.5]),
+        Bands.radial(model.cfg.grid, cut=0.1),
+    ):
         seen, lens = TwinDivergence(fine), LayerLens(Bands.radial((8, 8), cut=0.1))
         pair = dit_lens.twins(model, 8, [0] * 8, steps=4, probes=[seen, lens])
         counts = np.ones((201, 8))
         got.append(
             profiles(
-                seen.result(), lens.result(pair.run.latents[-1]), Bands.radial(model.cfg.grid, cut=0.1), fine, counts, 2
+                seen.result(),
+                lens.result(pair.run.latents[-1]),
+                Bands.radial(model.cfg.grid, cut=0.1),
+                fine,
+                counts,
+                2,
             )[0]
         )
     for name in ("log_ratio", "layer_gap", "difference_energy"):
         np.testing.assert_allclose(got[0][name][1], got[1][name][1], rtol=1e-4)
     growth = got[0]["log_ratio"][1][1]
-    np.testing.assert_allclose(np.diff(growth), [0, 0, 2 * np.log(1.4) * (1 if band == "low" else -1), 0], atol=1e-3)
+    np.testing.assert_allclose(
+        np.diff(growth), [0, 0, 2 * np.log(1.4) * (1 if band == "low" else -1), 0], atol=1e-3
+    )

@@ -1,6 +1,7 @@
 """The two-scale mixture against its exact denoiser, and E1, E2, E3 by sampling.
 
-`python tests/test_mixture.py [scale]` prints the sampled checks with `scale` times the pairs (5 by default).
+`python tests/test_mixture.py [scale]` prints the sampled checks with `scale` times the pairs (5 by
+default).
 """
 
 from __future__ import annotations
@@ -46,30 +47,46 @@ def hooked(truth: gt.GroundTruth) -> dit_lens.HookedDiT:
     return dit_lens.HookedDiT(truth.transformer, scheduler=truth.scheduler)
 
 
-def clones_of_gaussians(pairs: int, seeds: range, releases: tuple[int, ...], steps: int = 25) -> Iterator[Row]:
-    """E1: the correlation of finished clones against `ddim_agreement`, the formula of the sampler as it is run."""
+def clones_of_gaussians(
+    pairs: int, seeds: range, releases: tuple[int, ...], steps: int = 25
+) -> Iterator[Row]:
+    """E1: the correlation of finished clones against `ddim_agreement`, the formula of the sampler
+    as it is run.
+    """
     for i, (name, lam) in enumerate(SPECTRA.items()):
         truth = gt.gaussian(*lam, layers=(1,), n_layers=2, sample_size=4)
         model = hooked(truth)
         for seed in seeds:
             twins = dit_lens.twins(
-                model, pairs, [0] * pairs, release=releases[0], steps=steps, seed=len(SPECTRA) * seed + i
+                model,
+                pairs,
+                [0] * pairs,
+                release=releases[0],
+                steps=steps,
+                seed=len(SPECTRA) * seed + i,
             )
             abars = truth.scheduler.alphas_cumprod[twins.run.timesteps]
             for release in releases:
                 others = 10**6 * (len(SPECTRA) * seed + i) + 10**5 * release
-                clones = twins.b if release == releases[0] else twins.a.replay(release, seeds=others)
+                clones = (
+                    twins.b if release == releases[0] else twins.a.replay(release, seeds=others)
+                )
                 exact = gt.ddim_agreement(lam, abars, release)
                 finished = [bands_of(run.latents[-1]) for run in (twins.a, clones)]
-                for band, r, modes in zip(("low", "high"), exact.tolist(), (3, 45), strict=True):  # of 3 x 16
+                # of 3 x 16
+                for band, r, modes in zip(("low", "high"), exact.tolist(), (3, 45), strict=True):
                     a, b = (x[band] for x in finished)
                     measured = float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
                     error = (1 - r**2) / (modes * pairs) ** 0.5
-                    yield Row("E1", f"{name}, {band}, release {release}, seed {seed}", r, measured, error)
+                    yield Row(
+                        "E1", f"{name}, {band}, release {release}, seed {seed}", r, measured, error
+                    )
 
 
 def deterministic_runs(steps: int) -> Iterator[Row]:
-    """E2: |d(t)| / |d(0)| against `deterministic_ratio`, and the variance-normalised difference against a constant."""
+    """E2: |d(t)| / |d(0)| against `deterministic_ratio`, and the variance-normalised difference
+    against a constant.
+    """
     for name, lam in SPECTRA.items():
         truth = gt.gaussian(*lam, layers=(1,), n_layers=2, sample_size=4)
         run = dit_lens.sample(hooked(truth), [0, 0], seeds=[1, 2], steps=steps)
@@ -101,13 +118,19 @@ def ddim_ratio(lam: float, abars: np.ndarray) -> np.ndarray:
     return 1 / np.cumprod(factor[::-1])[::-1]
 
 
-def clones_of_mixtures(pairs: int, seeds: range, steps: int, offsets: tuple[float, ...]) -> Iterator[Row]:
+def clones_of_mixtures(
+    pairs: int, seeds: range, steps: int, offsets: tuple[float, ...]
+) -> Iterator[Row]:
     """E3: the share of clones that end on the same side, released around each band's decision."""
-    truth = gt.two_scale(m_low=4.0, m_high=1.0, sigma=0.25, low_layer=0, high_layer=1, n_layers=2, sample_size=4)
+    truth = gt.two_scale(
+        m_low=4.0, m_high=1.0, sigma=0.25, low_layer=0, high_layer=1, n_layers=2, sample_size=4
+    )
     model = hooked(truth)
     for seed in seeds:
         run = dit_lens.sample(model, [0] * pairs, seeds=10**6 * seed, steps=steps, eta=1.0)
-        for i, (band, offset) in enumerate((band, offset) for band in ("low", "high") for offset in offsets):
+        for i, (band, offset) in enumerate(
+            (band, offset) for band in ("low", "high") for offset in offsets
+        ):
             at = truth.answer["decision_log_snr"][band] + offset
             release = int((run.log_snr - at).abs().argmin())
             other = run.replay(release, seeds=10**6 * seed + 10**5 * (i + 1))
@@ -126,7 +149,8 @@ def clones_of_mixtures(pairs: int, seeds: range, steps: int, offsets: tuple[floa
 def table(scale: float = 5.0) -> list[Row]:
     """All sampled checks with `scale` times 200 and 150 pairs; prints and returns them.
 
-    Above 5 or so the standard error of E3 falls below what 250 steps of DDIM are off by, about 0.003.
+    Above 5 or so the standard error of E3 falls below what 250 steps of DDIM are off by, about
+    0.003.
     """
     rows: list[Row] = []
     print(f"{'check':14s} {'setting':44s} expected measured  error      z")
@@ -139,12 +163,14 @@ def table(scale: float = 5.0) -> list[Row]:
         for row in source:
             rows.append(row)
             print(
-                f"{row.check:14s} {row.setting:44s} {row.expected:8.4f} {row.measured:8.4f} {row.error:6.4f} {row.z:6.2f}"
+                f"{row.check:14s} {row.setting:44s} {row.expected:8.4f} {row.measured:8.4f} "
+                f"{row.error:6.4f} {row.z:6.2f}"
             )
     for check in ("E1", "E2", "E2 normalised", "E3"):
         z = np.array([row.z for row in rows if row.check == check])
         print(
-            f"{check}: {len(z)} rows, mean z {z.mean():.2f}, rms z {(z**2).mean() ** 0.5:.2f}, worst {abs(z).max():.2f}"
+            f"{check}: {len(z)} rows, mean z {z.mean():.2f}, rms z {(z**2).mean() ** 0.5:.2f}, "
+            f"worst {abs(z).max():.2f}"
         )
     return rows
 
@@ -166,9 +192,15 @@ def noisy_data(
     config, draw = truth.transformer.config, torch.Generator().manual_seed(5)
     c, side = config["in_channels"], config["sample_size"]
     x = sigma * torch.randn(len(t), c, side, side, generator=draw)
-    x += m_low / (c * side * side) ** 0.5 * (2.0 * torch.randint(0, 2, (len(t), 1, 1, 1), generator=draw) - 1)
+    x += (
+        m_low
+        / (c * side * side) ** 0.5
+        * (2.0 * torch.randint(0, 2, (len(t), 1, 1, 1), generator=draw) - 1)
+    )
     signs = 2.0 * torch.randint(0, 2, (len(t), 1, side // 2, side // 2), generator=draw) - 1
-    checkers = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(side // 2, side // 2) / (4 * c) ** 0.5
+    checkers = (
+        torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(side // 2, side // 2) / (4 * c) ** 0.5
+    )
     x += m_high * checkers * signs.repeat_interleave(2, 2).repeat_interleave(2, 3)
     abar = truth.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     return abar.sqrt() * x + (1 - abar).sqrt() * torch.randn(x.shape, generator=draw)
@@ -200,14 +232,23 @@ def test_the_exact_denoiser_is_the_score_of_the_mixture() -> None:
     abar, (m_low, m_high, sigma) = torch.tensor([0.3, 0.9], dtype=torch.float64), (2.0, 1.0, 0.4)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 4, 4, generator=draw, dtype=torch.float64).requires_grad_()
-    low, high = x.sum((1, 2, 3)) / 4, torch.stack(
-        [(x[:, 0, i, j] - x[:, 0, i, j + 1] - x[:, 0, i + 1, j] + x[:, 0, i + 1, j + 1]) / 2 for i in (0, 2) for j in (0, 2)],
-        1,
-    )  # fmt: skip
+    low, high = (
+        x.sum((1, 2, 3)) / 4,
+        torch.stack(
+            [
+                (x[:, 0, i, j] - x[:, 0, i, j + 1] - x[:, 0, i + 1, j] + x[:, 0, i + 1, j + 1]) / 2
+                for i in (0, 2)
+                for j in (0, 2)
+            ],
+            1,
+        ),
+    )
     gamma, root = (1 - abar + sigma**2 * abar)[:, None], abar.sqrt()[:, None]
 
     def log_p(m: float, at: Tensor) -> Tensor:
-        return torch.logaddexp(-((at - m * root) ** 2) / 2 / gamma, -((at + m * root) ** 2) / 2 / gamma)
+        return torch.logaddexp(
+            -((at - m * root) ** 2) / 2 / gamma, -((at + m * root) ** 2) / 2 / gamma
+        )
 
     white = (x.square().sum((1, 2, 3)) - low**2 - high.square().sum(1)) / 2 / gamma[:, 0]
     (log_p(m_low, low[:, None]).sum() + log_p(m_high, high).sum() - white.sum()).backward()
@@ -216,11 +257,15 @@ def test_the_exact_denoiser_is_the_score_of_the_mixture() -> None:
 
 
 def test_each_bit_is_made_by_its_layer_alone(truth: gt.GroundTruth) -> None:
-    """Without the MLP of one layer, that bit is denoised as Gaussian of variance sigma² and the other as before."""
+    """Without the MLP of one layer, that bit is denoised as Gaussian of variance sigma² and the
+    other as before.
+    """
     t = torch.full((8,), 300)
     x, abar = noisy_data(truth, t), truth.scheduler.alphas_cumprod[t]
     for layer, sizes in ((2, (0.0, 1.0, 0.25)), (0, (4.0, 0.0, 0.25))):
-        hook = truth.transformer.transformer_blocks[layer].ff.register_forward_hook(lambda module, args, out: 0 * out)
+        hook = truth.transformer.transformer_blocks[layer].ff.register_forward_hook(
+            lambda module, args, out: 0 * out
+        )
         got = predict(truth.transformer, x, t)
         hook.remove()
         exact = gt.mixture_eps(x, abar, *sizes)
@@ -246,7 +291,8 @@ def test_sides_reads_the_bits(truth: gt.GroundTruth) -> None:
     x[0, 0, :2, 2:4] = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])  # the second token
     assert gt.sides(x, truth)[1][0].tolist() == [1, -1] + [1] * 14
     low_mode, high_modes = coefficients(x)
-    assert float(low_mode) == 0 and high_modes[0, 1] == -2  # the patch's norm: the basis is orthonormal
+    # the patch's norm: the basis is orthonormal
+    assert float(low_mode) == 0 and high_modes[0, 1] == -2
 
 
 def test_it_saves_loads_and_traces(truth: gt.GroundTruth, tmp_path: Path) -> None:
@@ -271,7 +317,8 @@ def test_it_saves_loads_and_traces(truth: gt.GroundTruth, tmp_path: Path) -> Non
 def test_clones_of_gaussians_agree_as_e1_says() -> None:
     rows = list(clones_of_gaussians(100, range(2), (8, 14, 19)))
     assert len(rows) == 36 and max(abs(row.z) for row in rows) < 3, rows
-    assert 0.7 < np.mean([row.z**2 for row in rows]) ** 0.5 < 1.3  # the standard errors are the right size
+    # the standard errors are the right size
+    assert 0.7 < np.mean([row.z**2 for row in rows]) ** 0.5 < 1.3
 
 
 def test_deterministic_runs_keep_the_ratio_of_e2() -> None:
@@ -279,7 +326,10 @@ def test_deterministic_runs_keep_the_ratio_of_e2() -> None:
     assert len(fine) == 36 and all(abs(row.z) < 1 for row in coarse + fine)
     for few, many in zip(coarse, fine, strict=True):
         if "step 0 " in few.setting:  # first order: four times the steps, a quarter of the error
-            assert abs(many.measured - many.expected) < 0.3 * abs(few.measured - few.expected) + 1e-3 * few.expected
+            assert (
+                abs(many.measured - many.expected)
+                < 0.3 * abs(few.measured - few.expected) + 1e-3 * few.expected
+            )
             assert abs(many.measured / many.expected - 1) < 0.02
 
 
@@ -293,21 +343,42 @@ def test_clones_of_mixtures_end_on_the_same_side_as_e3_says() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gt.two_scale(sigma=0.0), "sigma is 0.0; the width of a side must be finite and above 0"),
-        (lambda: gt.two_scale(m_low=0.2), "m_low is 0.2; it must be finite and above sigma, 0.25, or no side"),
-        (lambda: gt.two_scale(m_high=float("nan")), "m_high is nan; it must be finite and above sigma"),
+        (
+            lambda: gt.two_scale(sigma=0.0),
+            "sigma is 0.0; the width of a side must be finite and above 0",
+        ),
+        (
+            lambda: gt.two_scale(m_low=0.2),
+            "m_low is 0.2; it must be finite and above sigma, 0.25, or no side",
+        ),
+        (
+            lambda: gt.two_scale(m_high=float("nan")),
+            "m_high is nan; it must be finite and above sigma",
+        ),
         (lambda: gt.two_scale(low_layer=28), "low_layer is 28; it must be a layer from 0 to 27."),
         (lambda: gt.two_scale(high_layer=-1), "high_layer is -1; it must be a layer from 0 to 27."),
-        (lambda: gt.two_scale(patch_size=1), "patch_size is 1; it must be even, for a checkerboard"),
-        (lambda: gt.two_scale(sample_size=9), "sample_size is 9 and patch_size 2; 2 or more whole patches"),
+        (
+            lambda: gt.two_scale(patch_size=1),
+            "patch_size is 1; it must be even, for a checkerboard",
+        ),
+        (
+            lambda: gt.two_scale(sample_size=9),
+            "sample_size is 9 and patch_size 2; 2 or more whole patches",
+        ),
         (lambda: gt.two_scale(dtype=torch.float16), "dtype is torch.float16; ground-truth models"),
         (lambda: gt.two_scale(m_low=1e4), "which must lie in the schedule's"),
         (
             lambda: coefficients(torch.ones(1, 1, 5, 4)),
             "patch_size is 2; patches must be even and fill latents of [5, 4]",
         ),
-        (lambda: gt.sides(torch.ones(1, 1, 4, 4), gt.two_scale(n_layers=21)), "[1, 1, 4, 4]; it must be [b, 1, 8, 8]."),
-        (lambda: gt.sides(torch.ones(1, 3, 8, 8), gt.gaussian(layers=(0,), n_layers=1)), "truth is of kind 'gaussian'"),
+        (
+            lambda: gt.sides(torch.ones(1, 1, 4, 4), gt.two_scale(n_layers=21)),
+            "[1, 1, 4, 4]; it must be [b, 1, 8, 8].",
+        ),
+        (
+            lambda: gt.sides(torch.ones(1, 3, 8, 8), gt.gaussian(layers=(0,), n_layers=1)),
+            "truth is of kind 'gaussian'",
+        ),
     ],
 )
 def test_bad_input_is_named(make: Callable[[], object], message: str) -> None:

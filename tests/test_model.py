@@ -27,7 +27,9 @@ def test_names_are_complete_and_in_forward_order(layers):
     assert len(model.names) == 7 + BLOCK * layers and sorted(seen) == sorted(model.names)
     by_hand = [n for n in seen if not n.startswith("blocks")]
     assert by_hand == [n for n in model.names if not n.startswith("blocks")]
-    assert [n for n in model.names if n.endswith("resid_mid")] == [n for n in seen if n.endswith("resid_mid")]
+    assert [n for n in model.names if n.endswith("resid_mid")] == [
+        n for n in seen if n.endswith("resid_mid")
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -37,7 +39,10 @@ def test_bit_for_bit(dtype, batch, grad):
     dit = make_dit(layers=28, channels=4, out_channels=8).to(dtype)
     gen = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, 4, 8, 8, generator=gen).to(dtype)
-    t, y = torch.randint(1000, (batch,), generator=gen), torch.randint(1001, (batch,), generator=gen)
+    t, y = (
+        torch.randint(1000, (batch,), generator=gen),
+        torch.randint(1001, (batch,), generator=gen),
+    )
     state = {k: v.clone() for k, v in dit.state_dict().items()}
 
     def gradients():
@@ -56,7 +61,9 @@ def test_bit_for_bit(dtype, batch, grad):
     cases = {
         "idle": lambda: model(x, t, y),
         "all recorded": lambda: model.run_with_cache(x, t, y)[0],
-        "all hooked": lambda: model.run_with_hooks(x, t, y, fwd_hooks=[(None, lambda a, hook: None)]),
+        "all hooked": lambda: model.run_with_hooks(
+            x, t, y, fwd_hooks=[(None, lambda a, hook: None)]
+        ),
         "through diffusers": lambda: raw(dit, x, t, y),
     }
     for case, f in cases.items():
@@ -74,7 +81,9 @@ def test_bit_for_bit(dtype, batch, grad):
     got, grads = run(lambda: raw(dit, x, t, y))
     assert torch.equal(got, want) and all(map(torch.equal, grads, want_grads))
     assert not any("forward" in m.__dict__ for m in dit.modules())
-    assert list(dit.state_dict()) == list(state) and all(torch.equal(v, state[k]) for k, v in dit.state_dict().items())
+    assert list(dit.state_dict()) == list(state) and all(
+        torch.equal(v, state[k]) for k, v in dit.state_dict().items()
+    )
 
 
 def test_every_shape_is_that_of_the_table(dit, inputs):
@@ -105,8 +114,12 @@ def test_derived_activations_agree(dit, inputs):
     scores = torch.einsum("bqhd,bkhd->bhqk", c["q", 1], c["k", 1]) / 8**0.5
     assert torch.allclose(c["attn_scores", 1], scores, atol=1e-6)
     assert torch.allclose(c["pattern", 1].sum(-1), torch.ones(2, 2, 16))
-    assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", c["pattern", 1], c["v", 1]), c["z", 1], atol=1e-6)
-    assert torch.allclose(c["result", 1].sum(2) + attn.to_out[0].bias, c["attn.hook_out", 1], atol=1e-6)
+    assert torch.allclose(
+        torch.einsum("bhqk,bkhd->bqhd", c["pattern", 1], c["v", 1]), c["z", 1], atol=1e-6
+    )
+    assert torch.allclose(
+        c["result", 1].sum(2) + attn.to_out[0].bias, c["attn.hook_out", 1], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,11 +169,15 @@ def test_in_place_edits_and_their_order(dit, inputs):
     with model.hooks(hooks):
         _, c = model.run_with_cache(*inputs)
     assert (seen[0] == 0).all() and (c["resid_pre", 1][:, 0] == 0).all()
-    assert (c["resid_post", 0][:, 0] != 0).any()  # one tensor under two names; the earlier record is not overwritten
+    # one tensor under two names; the earlier record is not overwritten
+    assert (c["resid_post", 0][:, 0] != 0).any()
     with pytest.raises(
-        RuntimeError, match="at 'hook_embed' changed its activation in place and returned None; return it"
+        RuntimeError,
+        match="at 'hook_embed' changed its activation in place and returned None; return it",
     ):
-        model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, hook: a.zero_().data is None or None)])
+        model.run_with_hooks(
+            *inputs, fwd_hooks=[("hook_embed", lambda a, hook: a.zero_().data is None or None)]
+        )
 
 
 def test_hook_functions_are_called_as_transformer_lens_does(dit, inputs):
@@ -171,8 +188,12 @@ def test_hook_functions_are_called_as_transformer_lens_does(dit, inputs):
     def with_keyword(a, *, hook, store):
         store.append((hook.name, hook.layer()))
 
-    model.run_with_hooks(*inputs, fwd_hooks=[("blocks.2.attn.hook_q", partial(with_keyword, store=seen))])
-    model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, h: seen.append((h.name, h.layer())))])
+    model.run_with_hooks(
+        *inputs, fwd_hooks=[("blocks.2.attn.hook_q", partial(with_keyword, store=seen))]
+    )
+    model.run_with_hooks(
+        *inputs, fwd_hooks=[("hook_embed", lambda a, h: seen.append((h.name, h.layer())))]
+    )
     assert seen == [("blocks.2.attn.hook_q", 2), ("hook_embed", None)]
 
 
@@ -184,7 +205,13 @@ def test_names_filters_and_shorthand(dit, inputs):
 
     posts = [f"blocks.{i}.hook_resid_post" for i in range(3)]
     assert got(None) == model.names
-    for f in ("blocks.*.hook_resid_post", "resid_post", posts, tuple(posts), lambda n: n.endswith("resid_post")):
+    for f in (
+        "blocks.*.hook_resid_post",
+        "resid_post",
+        posts,
+        tuple(posts),
+        lambda n: n.endswith("resid_post"),
+    ):
         assert got(f) == posts
     assert got(("q", -1)) == ["blocks.2.attn.hook_q"]
     assert got(["hook_embed", ("pattern", 0)]) == ["hook_embed", "blocks.0.attn.hook_pattern"]
@@ -210,15 +237,21 @@ def test_backward_hooks(dit, inputs):
         out, cache = model.run_with_cache(*inputs, names_filter="resid_post")
         out.sum().backward()
     want = torch.autograd.grad(raw(dit, *inputs).sum(), dit.transformer_blocks[2].ff.net[2].bias)[0]
-    gate = model.run_with_cache(*inputs, names_filter="blocks.2.adaln.hook_gate_mlp")[1]["blocks.2.adaln.hook_gate_mlp"]
-    assert torch.allclose((grads["blocks.2.hook_resid_post"].sum(1) * gate).sum(0), want, rtol=1e-4, atol=1e-5)
+    gate = model.run_with_cache(*inputs, names_filter="blocks.2.adaln.hook_gate_mlp")[1][
+        "blocks.2.adaln.hook_gate_mlp"
+    ]
+    assert torch.allclose(
+        (grads["blocks.2.hook_resid_post"].sum(1) * gate).sum(0), want, rtol=1e-4, atol=1e-5
+    )
     dit.zero_grad()
     with model.hooks(bwd_hooks=[("blocks.1.hook_resid_post", lambda g, hook: torch.zeros_like(g))]):
         model(*inputs).sum().backward()
     assert dit.transformer_blocks[1].ff.net[2].bias.grad.abs().sum() == 0
     assert dit.transformer_blocks[2].ff.net[2].bias.grad.abs().sum() > 0
     with (
-        pytest.raises(RuntimeError, match="backward hook waits at 'hook_embed', but no gradient flows there"),
+        pytest.raises(
+            RuntimeError, match="backward hook waits at 'hook_embed', but no gradient flows there"
+        ),
         torch.no_grad(),
     ):
         model.run_with_hooks(*inputs, bwd_hooks=[("hook_embed", lambda g, hook: None)])
@@ -233,11 +266,15 @@ def test_start_and_stop(dit, inputs):
         assert torch.equal(stream, cache["resid_pre", i])
         assert torch.equal(model(stream, t, y, start_at_layer=i), out)
     assert torch.equal(model(*inputs, stop_at_layer=3), cache["resid_post", 2])
-    _, partial = model.run_with_cache(cache["resid_pre", 1], t, y, start_at_layer=1, stop_at_layer=2)
+    _, partial = model.run_with_cache(
+        cache["resid_pre", 1], t, y, start_at_layer=1, stop_at_layer=2
+    )
     assert {n.split(".")[1] for n in partial} == {"1"}
     with pytest.raises(ValueError, match="There is no layer 9; the model has 3, 0 to 2"):
         model(*inputs, stop_at_layer=9)
-    with pytest.raises(ValueError, match=r"takes the residual stream \[batch, token, 16\] in place of latents"):
+    with pytest.raises(
+        ValueError, match=r"takes the residual stream \[batch, token, 16\] in place of latents"
+    ):
         model(x, t, y, start_at_layer=1)
 
 
@@ -277,7 +314,10 @@ def test_saving_is_unchanged(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "hooked")
     for file in (tmp_path / "plain").rglob("*"):
         if file.is_file():
-            assert file.read_bytes() == (tmp_path / "hooked" / file.relative_to(tmp_path / "plain")).read_bytes(), file
+            assert (
+                file.read_bytes()
+                == (tmp_path / "hooked" / file.relative_to(tmp_path / "plain")).read_bytes()
+            ), file
     buffer = io.BytesIO()
     torch.save(pipe.transformer.state_dict(), buffer)
     again = dit_lens.load(tmp_path / "hooked")
@@ -306,7 +346,10 @@ def test_honoured_or_refused(inputs):
     assert torch.allclose(raw(dit, *inputs), want, atol=1e-5)
     with pytest.raises(ValueError, match="cross_attention_kwargs={'scale': 1.0} is not honoured"):
         HookedDiT(d := fresh()) and d(
-            inputs[0], timestep=inputs[1], class_labels=inputs[2], cross_attention_kwargs={"scale": 1.0}
+            inputs[0],
+            timestep=inputs[1],
+            class_labels=inputs[2],
+            cross_attention_kwargs={"scale": 1.0},
         )
     with pytest.raises(RuntimeError, match="The model is compiled"):
         HookedDiT(torch.compile(fresh()))
@@ -324,7 +367,8 @@ def test_gradient_checkpointing(dit, inputs):
     x = inputs[0].clone().requires_grad_()
     model(x, *inputs[1:]).sum().backward()  # idle: as without dit_lens
     with pytest.raises(
-        RuntimeError, match="would run each hook twice; call transformer.disable_gradient_checkpointing"
+        RuntimeError,
+        match="would run each hook twice; call transformer.disable_gradient_checkpointing",
     ):
         model.run_with_cache(*inputs)
     with torch.no_grad():
@@ -368,9 +412,13 @@ def test_accelerate_offload_is_honoured(dit, inputs, before):
 def test_other_tools_forwards_are_respected(dit, inputs):
     block = dit.transformer_blocks[0]
     block.forward = lambda *a, **k: None
-    with pytest.raises(RuntimeError, match="BasicTransformerBlock was already replaced on the instance"):
+    with pytest.raises(
+        RuntimeError, match="BasicTransformerBlock was already replaced on the instance"
+    ):
         HookedDiT(dit)
-    assert [n for n, m in dit.named_modules() if "forward" in m.__dict__] == ["transformer_blocks.0"]
+    assert [n for n, m in dit.named_modules() if "forward" in m.__dict__] == [
+        "transformer_blocks.0"
+    ]
     del block.forward
     model = HookedDiT(dit)
     block.forward = theirs = lambda *a, **k: None
@@ -384,12 +432,24 @@ def test_bad_input(dit, inputs):
     x, t, y = inputs
     for bad, text in [
         ((torch.zeros(2, 4, 8, 6), t, y), "latents are 8x6; diffusers' DiT silently scrambles"),
-        ((torch.zeros(2, 3, 8, 8), t, y), r"latents have shape \[2, 3, 8, 8\]; expected \[batch, 4, 8, 8\]"),
-        ((torch.zeros(2, 4, 7, 7), t, y), "latents are 7 wide; expected a multiple of the patch size 2"),
-        ((x, torch.tensor(5), y), r"timesteps are shape \[\]; expected a tensor of shape \[2\], one for each item"),
+        (
+            (torch.zeros(2, 3, 8, 8), t, y),
+            r"latents have shape \[2, 3, 8, 8\]; expected \[batch, 4, 8, 8\]",
+        ),
+        (
+            (torch.zeros(2, 4, 7, 7), t, y),
+            "latents are 7 wide; expected a multiple of the patch size 2",
+        ),
+        (
+            (x, torch.tensor(5), y),
+            r"timesteps are shape \[\]; expected a tensor of shape \[2\], one for each item",
+        ),
         ((x, 5, y), r"timesteps are 5; expected a tensor of shape \[2\]"),
         ((x, t, None), r"class labels are None; expected a tensor of shape \[2\]"),
-        ((x, t, torch.tensor([3, 1001])), "Class label 1001 is out of range; expected 0 to 999, or 1000 for no class"),
+        (
+            (x, t, torch.tensor([3, 1001])),
+            "Class label 1001 is out of range; expected 0 to 999, or 1000 for no class",
+        ),
         ((x, t, torch.tensor([-1, 3])), "Class label -1 is out of range"),
         ((x.to("meta"), t, y), "latents are on meta, the model is on cpu; use x.to"),
     ]:
@@ -401,7 +461,11 @@ def test_bad_input(dit, inputs):
             ValueError,
             r"hook at 'hook_embed' returned shape \[2, 1, 16\]; expected \[2, 16, 16\]",
         ),
-        (lambda a, hook: a.double(), ValueError, "returned torch.float64 on cpu; expected torch.float32 on cpu"),
+        (
+            lambda a, hook: a.double(),
+            ValueError,
+            "returned torch.float64 on cpu; expected torch.float32 on cpu",
+        ),
         (lambda a, hook: 3, TypeError, "returned a int; expected a tensor or None"),
         ("no function", TypeError, "A hook must be a function"),
     ]:
@@ -410,7 +474,9 @@ def test_bad_input(dit, inputs):
     dit.train()
     with pytest.raises(RuntimeError, match="train mode.*call model.eval"):
         model.run_with_cache(x, t, y)
-    assert model.instrumentation.listening == 0 and all(not p.listeners for p in model.instrumentation.points.values())
+    assert model.instrumentation.listening == 0 and all(
+        not p.listeners for p in model.instrumentation.points.values()
+    )
 
 
 def test_the_registry_refuses_duplicates():
@@ -426,7 +492,10 @@ def test_nothing_outside_families_knows_the_block():
     package = pathlib.Path(dit_lens.__file__).parent
     for file in package.glob("*.py"):
         for word in ("transformer_blocks", "attn1", "norm1", "proj_out"):
-            assert word not in file.read_text() or file.name.startswith("groundtruth"), (file.name, word)
+            assert word not in file.read_text() or file.name.startswith("groundtruth"), (
+                file.name,
+                word,
+            )
 
 
 def test_pipelines_work_through(pipe):
@@ -434,5 +503,8 @@ def test_pipelines_work_through(pipe):
     want = pipe(class_labels=[1, 2], num_inference_steps=3, generator=gen, output_type="pt").images
     model = HookedDiT(pipe)
     gen = [torch.Generator().manual_seed(0) for _ in range(2)]
-    assert torch.equal(pipe(class_labels=[1, 2], num_inference_steps=3, generator=gen, output_type="pt").images, want)
+    assert torch.equal(
+        pipe(class_labels=[1, 2], num_inference_steps=3, generator=gen, output_type="pt").images,
+        want,
+    )
     assert model.scheduler is pipe.scheduler and model.vae is pipe.vae and "3 layers" in repr(model)

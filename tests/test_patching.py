@@ -1,4 +1,6 @@
-"""Sweeps of patches against each patch run by itself, through `Run.replay` and hooks written out here."""
+"""Sweeps of patches against each patch run by itself, through `Run.replay` and hooks written out
+here.
+"""
 
 from types import SimpleNamespace
 
@@ -36,13 +38,17 @@ def model():
 
 @pytest.fixture(scope="module")
 def pair(model):
-    """Twins, each computed in a batch of its own, so that patches of it can be held to the last bit."""
+    """Twins, each computed in a batch of its own, so that patches of it can be held to the last
+    bit.
+    """
     both = dit_lens.twins(model, pairs=3, labels=[1, 2, 1], release=1, steps=STEPS)
     return SimpleNamespace(a=both.a.replay(), b=both.b.replay())
 
 
 def by_itself(source, target, patch):
-    """The patch as one would write it: the source's activations at every step of the window, then a replay with an edit."""
+    """The patch as one would write it: the source's activations at every step of the window, then a
+    replay with an edit.
+    """
     model, steps = target.model, target.settings.steps
     window = range(steps) if patch.steps is None else patch.steps
     if not len(window):
@@ -88,7 +94,9 @@ def by_itself(source, target, patch):
 
     taken = {}
     for s in window:
-        inputs = model_inputs(model, source.latents[s], source.timesteps[s], source.labels, source.settings.guidance)
+        inputs = model_inputs(
+            model, source.latents[s], source.timesteps[s], source.labels, source.settings.guidance
+        )
         with torch.no_grad(), model.hooks(edits_at(source.history, s)):
             taken[s] = model.run_with_cache(*inputs, names_filter=[name])[1][name].clone()
     return target.replay(first, [("hook_embed", count), (entry, keep), (name, put)]).latents[-1]
@@ -125,12 +133,14 @@ def test_each_equals_the_patch_by_itself(model, pair, guidance, labels):
     source, target = pair.a, pair.b
     if guidance != 1:
         source, target = (
-            dit_lens.sample(model, [1, 2, 1], seeds=seed, steps=STEPS, guidance=guidance, eta=1.0) for seed in (0, 50)
+            dit_lens.sample(model, [1, 2, 1], seeds=seed, steps=STEPS, guidance=guidance, eta=1.0)
+            for seed in (0, 50)
         )
     if labels == "other":
         source = dit_lens.sample(model, [4, 5, 6], seeds=9, steps=STEPS, guidance=guidance, eta=1.0)
     alone = torch.stack([by_itself(source, target, p) for p in EVERYTHING])
-    assert torch.equal(latents(source, target, EVERYTHING, batch=1), alone)  # one lane at a time: the same batch shape
+    # one lane at a time: the same batch shape
+    assert torch.equal(latents(source, target, EVERYTHING, batch=1), alone)
     stacked = latents(source, target, EVERYTHING, batch=24)
     assert torch.allclose(stacked, alone, atol=1e-5)
     assert (alone - target.latents[-1]).abs().amax((1, 2, 3, 4))[
@@ -141,7 +151,9 @@ def test_each_equals_the_patch_by_itself(model, pair, guidance, labels):
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "sde-dpm++"])
 def test_schedulers_with_a_memory(model, scheduler):
-    source, target = (dit_lens.sample(model, [1, 2], seeds=s, steps=STEPS, scheduler=scheduler) for s in (0, 7))
+    source, target = (
+        dit_lens.sample(model, [1, 2], seeds=s, steps=STEPS, scheduler=scheduler) for s in (0, 7)
+    )
     patches = [
         Patch("attn_out", 1, range(2, 4)),
         Patch("attn_out", 1, range(2, 5)),
@@ -154,7 +166,8 @@ def test_schedulers_with_a_memory(model, scheduler):
 
 def test_patching_a_run_into_itself_changes_nothing(model, pair):
     b = pair.b
-    awake = b.replay(0, [("resid_pre", lambda a, hook: None)])  # edits in the history: no short cut is taken
+    # edits in the history: no short cut is taken
+    awake = b.replay(0, [("resid_pre", lambda a, hook: None)])
     some = [
         p for p in EVERYTHING if p.kind == "swap" and "pattern" not in p.site
     ]  # a patched pattern is the explicit softmax's
@@ -169,8 +182,11 @@ def test_patching_a_run_into_itself_changes_nothing(model, pair):
 
 def test_the_whole_stream_of_the_source_makes_the_target_the_source(model):
     target = dit_lens.sample(model, [1, 2], steps=STEPS, eta=1.0)
-    source = target.replay(0, [("hook_embed", lambda a, hook: a + 0.5)])  # the same noise, another embedding
-    found = latents(source, target, grid(range(3), ["resid_pre", "resid_mid", "resid_post"], [None]), batch=2)
+    # the same noise, another embedding
+    source = target.replay(0, [("hook_embed", lambda a, hook: a + 0.5)])
+    found = latents(
+        source, target, grid(range(3), ["resid_pre", "resid_mid", "resid_post"], [None]), batch=2
+    )
     assert all(torch.equal(x, source.latents[-1]) for x in found) and not torch.equal(
         source.latents[-1], target.latents[-1]
     )
@@ -189,13 +205,20 @@ def test_the_targets_own_edits_are_honoured(model, pair):
 
     target = pair.b.replay(2, [(("attn_out", 1), mine)])
     source = pair.a.replay(3, [("mlp_out", lambda a, hook: a * 1.5)])
-    some = [Patch("mlp_out", 1, range(1, 4)), Patch("attn_out", 1, range(3, 5)), Patch("resid_post", 2, range(2, 5))]
+    some = [
+        Patch("mlp_out", 1, range(1, 4)),
+        Patch("attn_out", 1, range(3, 5)),
+        Patch("resid_post", 2, range(2, 5)),
+    ]
     alone = torch.stack([by_itself(source, target, p) for p in some])
-    assert torch.equal(latents(source, target, some), alone) and set(shapes) == {3}  # always on the target's own batch
+    # always on the target's own batch
+    assert torch.equal(latents(source, target, some), alone) and set(shapes) == {3}
 
 
 def test_what_is_shared(model, pair):
-    """Nothing before the window, the first step from the patched layer on, one forward of each run a step, lanes alike run once."""
+    """Nothing before the window, the first step from the patched layer on, one forward of each run
+    a step, lanes alike run once.
+    """
     a, b, n = pair.a, pair.b, 3
 
     def blocks(*patches):
@@ -203,13 +226,15 @@ def test_what_is_shared(model, pair):
 
     look = n * 3  # one forward of one run
     assert blocks(Patch("attn_out", 2, range(3, 5))) == 2 * look + look + n * (1 + 3 + 3)
-    assert blocks(Patch("attn_out", 2, range(3, 5), kind="zero")) == look + n * (1 + 3 + 3)  # no need of the source
+    # no need of the source
+    assert blocks(Patch("attn_out", 2, range(3, 5), kind="zero")) == look + n * (1 + 3 + 3)
     both = Patch("attn_out", 2, range(3, 5)), Patch("attn_out", 2, range(3, 6))
     assert blocks(*both) == 3 * look + look + n * (1 + 3 + 3 + 3)  # they part at step 5
     assert blocks(*grid(range(3), "resid_post", [range(3, 4)])) == look + look + n * (
         3 + 3
     )  # one answer, whatever the layer
-    assert blocks(*grid(range(3), ["attn_out"], [range(5, 6)])) == look + look + n * 3 * 3  # one stack, from layer 0 on
+    # one stack, from layer 0 on
+    assert blocks(*grid(range(3), ["attn_out"], [range(5, 6)])) == look + look + n * 3 * 3
 
 
 def test_the_result(model, pair):
@@ -217,17 +242,32 @@ def test_the_result(model, pair):
     patches = grid([0, 2], ["mlp_out", "attn_out"], tiles(1, 6, 3))
     result = sweep(pair.a, pair.b, patches, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1] == (12 * STEPS, 12 * STEPS)
-    assert list(result.patch.values) == [str(p) for p in patches] and str(patches[0]) == "swap mlp_out, layer 0, step 1"
+    assert (
+        list(result.patch.values) == [str(p) for p in patches]
+        and str(patches[0]) == "swap mlp_out, layer 0, step 1"
+    )
     laid = as_grid(result)
-    assert laid.move.dims == ("layer", "site", "window", "band") and list(laid.window.values) == ["1", "2-3", "4-5"]
+    assert laid.move.dims == ("layer", "site", "window", "band") and list(laid.window.values) == [
+        "1",
+        "2-3",
+        "4-5",
+    ]
     one = laid.sel(layer=2, site="attn_out", window="2-3")
     alone = by_itself(pair.a, pair.b, Patch("attn_out", 2, range(2, 4)))
     bands = Bands.radial((8, 8), cut=0.25)
-    energy = [bands.energy((x - pair.a.latents[-1]).double()).sum((0, 1)) for x in (alone, pair.b.latents[-1])]
+    energy = [
+        bands.energy((x - pair.a.latents[-1]).double()).sum((0, 1))
+        for x in (alone, pair.b.latents[-1])
+    ]
     assert torch.allclose(torch.as_tensor(one.move.values), 1 - energy[0] / energy[1], atol=1e-5)
     assert one.move_interval.isnull().all()  # 3 pairs give no interval
     many = dit_lens.twins(model, pairs=8, release=1, steps=4)
-    wide = sweep(many.a, many.b, [Patch("attn_out", 1), Patch("resid_post", 1)], BANDS8 := Bands.radial((8, 8), n=3))
+    wide = sweep(
+        many.a,
+        many.b,
+        [Patch("attn_out", 1), Patch("resid_post", 1)],
+        BANDS8 := Bands.radial((8, 8), n=3),
+    )
     assert wide.band.size == BANDS8.n and wide.agreement_stats.shape == (2, 2, 3, 8, 3)
     assert (wide.move_interval.sel(bound="low") <= wide.move).all() and (
         wide.move <= wide.move_interval.sel(bound="high")
@@ -238,7 +278,10 @@ def test_the_result(model, pair):
 
 def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(patching, "IN_FLIGHT", 2)
-    patches, file = grid(range(3), ["attn_out", "mlp_out"], [range(2, 4)]), tmp_path / "deep" / "sweep.safetensors"
+    patches, file = (
+        grid(range(3), ["attn_out", "mlp_out"], [range(2, 4)]),
+        tmp_path / "deep" / "sweep.safetensors",
+    )
     straight = sweep(pair.a, pair.b, patches, whole)
 
     def break_off(done, total):
@@ -249,11 +292,15 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
         sweep(pair.a, pair.b, patches, whole, progress=break_off, resume=file)
     assert model.instrumentation.listening == 0
     seen = []
-    resumed = sweep(pair.a, pair.b, patches, whole, progress=lambda done, total: seen.append(done), resume=file)
+    resumed = sweep(
+        pair.a, pair.b, patches, whole, progress=lambda done, total: seen.append(done), resume=file
+    )
     assert resumed.identical(straight) and min(seen) > 2 * STEPS
     seen.clear()
     assert (
-        sweep(pair.a, pair.b, patches, whole, progress=lambda *a: seen.append(a), resume=file).identical(straight)
+        sweep(
+            pair.a, pair.b, patches, whole, progress=lambda *a: seen.append(a), resume=file
+        ).identical(straight)
         and not seen
     )
     for other in (
@@ -277,7 +324,10 @@ def test_bad_input(model, pair):
         return dit_lens.sample(which, list(labels), **{"steps": STEPS} | options)
 
     for source, text in [
-        (run(other), r"The runs are of different weights, \w{8} and \w{8}; expected two of one model"),
+        (
+            run(other),
+            r"The runs are of different weights, \w{8} and \w{8}; expected two of one model",
+        ),
         (run(steps=5), "The source has steps=5 and the target steps=6; expected the same"),
         (run(guidance=2.0), "guidance=2.0 and the target guidance=1.0"),
         (run(scheduler="ddpm"), "different schedulers, DDPMScheduler .* and DDIMScheduler"),
@@ -289,18 +339,30 @@ def test_bad_input(model, pair):
     empty.sizes = (16, 0)
     for options, text in [
         (dict(site="atn_out"), "No hook point matches 'atn_out'; nearest: 'attn_out'"),
-        (dict(site="hook_embed"), "'hook_embed' is in no layer; expected one that is, such as 'resid_post'"),
+        (
+            dict(site="hook_embed"),
+            "'hook_embed' is in no layer; expected one that is, such as 'resid_post'",
+        ),
         (dict(layer=3), "there is no layer 3; the model has 3, 0 to 2"),
         (dict(steps=range(4, 9)), "step 6 is outside the run; it has 6 steps"),
         (dict(steps=range(-1, 2)), "step -1 is outside the run"),
-        (dict(heads=[0]), "'blocks.0.hook_attn_out' has no head axis; its axes are batch, token, d_model"),
+        (
+            dict(heads=[0]),
+            "'blocks.0.hook_attn_out' has no head axis; its axes are batch, token, d_model",
+        ),
         (dict(site="attn.hook_z", heads=[2]), r"head index \[2\] is out of range; expected 0 to 1"),
         (dict(region=[16]), r"token index \[16\] is out of range; expected 0 to 15"),
         (dict(region=[]), r"region=\[\] chooses nothing"),
         (dict(bands=BANDS, band="lo"), "There is no band 'lo'; expected 0 to 1 or a name"),
         (dict(bands=empty, band=1), "holds no mode; the bands with modes are"),
-        (dict(bands=Bands.radial((8, 8)), band=0), "the bands are of a 8x8 grid; expected the tokens' 4x4"),
-        (dict(direction=torch.ones(5)), r"the direction has 5 entries; 'blocks.0.hook_attn_out' has 16 \(d_model\)"),
+        (
+            dict(bands=Bands.radial((8, 8)), band=0),
+            "the bands are of a 8x8 grid; expected the tokens' 4x4",
+        ),
+        (
+            dict(direction=torch.ones(5)),
+            r"the direction has 5 entries; 'blocks.0.hook_attn_out' has 16 \(d_model\)",
+        ),
         (dict(bands=BANDS), "expected both or neither"),
         (dict(direction=torch.zeros(16)), "length 0; expected a vector"),
         (dict(kind="swop"), r"'swop' is no kind of patch; expected one of .*\(nearest: 'swap'\)"),
@@ -315,14 +377,20 @@ def test_bad_input(model, pair):
         (dict(patches=[]), "There are no patches"),
         (dict(batch=0), "batch=0 is no number of images"),
         (dict(outcome=Bands.radial((4, 4))), "bands are of a 4x4 grid; expected the latents' 8x8"),
-        (dict(outcome=lambda x: x[:1]), r"The outcome gave shape \[1, 1, 8, 8\]; expected \[3, ...\]"),
+        (
+            dict(outcome=lambda x: x[:1]),
+            r"The outcome gave shape \[1, 1, 8, 8\]; expected \[3, ...\]",
+        ),
     ]:
         with pytest.raises(ValueError, match=text):
             sweep(a, b, **{"patches": [Patch("attn_out", 0, range(5, 6))]} | options)
     tied = dit_lens.twins(model, pairs=2, tie="attention", g=1.0, eps=0.5, release=3, steps=STEPS)
-    with pytest.raises(ValueError, match="begins while the runs are coupled to their twins, until step "):
+    with pytest.raises(
+        ValueError, match="begins while the runs are coupled to their twins, until step "
+    ):
         sweep(tied.a, tied.b, [Patch("attn_out", 0, range(1, 2))])
-    assert sweep(tied.a, tied.b, [Patch("attn_out", 0, range(3, 5))]).move.notnull().all()  # free from the release on
+    # free from the release on
+    assert sweep(tied.a, tied.b, [Patch("attn_out", 0, range(3, 5))]).move.notnull().all()
     with pytest.raises(ValueError, match="n=9 windows over 5 steps"):
         tiles(1, 6, 9)
 
@@ -340,8 +408,15 @@ def test_the_probe(model):
     probe = TwinPatching()
     with pytest.raises(RuntimeError, match="TwinPatching has seen nothing"):
         probe.result()
-    with pytest.raises(RuntimeError, match="runs twins of its own"), dit_lens.trace(model, probes=[probe]):
+    with (
+        pytest.raises(RuntimeError, match="runs twins of its own"),
+        dit_lens.trace(model, probes=[probe]),
+    ):
         pass
-    result = probe.run(model, pairs=2, layers=[0, 2], sites="attn_out", windows=2, release=2, steps=STEPS)
-    assert result.move.dims == ("layer", "site", "window", "band") and list(result.window.values) == ["2-3", "4-5"]
+    result = probe.run(
+        model, pairs=2, layers=[0, 2], sites="attn_out", windows=2, release=2, steps=STEPS
+    )
+    assert result.move.dims == ("layer", "site", "window", "band") and list(
+        result.window.values
+    ) == ["2-3", "4-5"]
     assert result.move.notnull().all() and result.attrs["release"] == 2 and probe.result() is result

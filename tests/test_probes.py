@@ -14,7 +14,9 @@ from dit_lens.tracing.probe import load_probe, registered_probes
 
 @pytest.fixture
 def model():
-    return HookedDiT(make_dit(channels=1, classes=10), scheduler=DDIMScheduler(1000, clip_sample=False))
+    return HookedDiT(
+        make_dit(channels=1, classes=10), scheduler=DDIMScheduler(1000, clip_sample=False)
+    )
 
 
 def test_spectral_split_is_parseval_and_by_hand(model):
@@ -28,10 +30,13 @@ def test_spectral_split_is_parseval_and_by_hand(model):
         assert np.allclose(energy.sel(name=name).sum("band"), whole, rtol=1e-5)
     bands = Bands.radial((4, 4))
     assert np.allclose(
-        energy.sel(name="blocks.1.hook_resid_post", step=2), bands.energy_tokens(t["resid_post", 1][2]), rtol=1e-5
+        energy.sel(name="blocks.1.hook_resid_post", step=2),
+        bands.energy_tokens(t["resid_post", 1][2]),
+        rtol=1e-5,
     )
     with pytest.raises(
-        ValueError, match="'blocks.0.hook_cond' has no token axis to take a spectrum over; its axes are batch, d_model"
+        ValueError,
+        match="'blocks.0.hook_cond' has no token axis to take a spectrum over; its axes are batch, d_model",
     ):
         with dit_lens.trace(model, probes=[SpectralSplit("hook_cond")]):
             dit_lens.sample(model, [1], steps=1)
@@ -50,10 +55,16 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
         assert torch.equal(lens.x0[2, step], run.x0[step])
         assert not torch.allclose(lens.x0[0, step], run.x0[step])
     result = lens.result()  # against the last layer's own x0
-    assert np.allclose(result.agreement.sel(layer=2), 1) and result.agreement.dims == ("layer", "step", "band")
+    assert np.allclose(result.agreement.sel(layer=2), 1) and result.agreement.dims == (
+        "layer",
+        "step",
+        "band",
+    )
     again = LayerLens().run(model, run)
     assert np.allclose(again.xy, lens.result(run.latents[-1]).xy, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"target has shape \[1, 1, 8, 8\]; the run's latents have \[4, 1, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"target has shape \[1, 1, 8, 8\]; the run's latents have \[4, 1, 8, 8\]"
+    ):
         lens.result(run.latents[-1][:1])
     with pytest.raises(ValueError, match="LayerLens needs the model's scheduler"):
         dit_lens.trace(HookedDiT(make_dit()), probes=[LayerLens()]).__enter__()
@@ -98,9 +109,21 @@ def test_probes_combine_and_see_branches_and_twins():
 
     probes = [Watch(), SpectralSplit(), TwinDivergence(), LayerLens()]
     dit_lens.twins(model, pairs=2, labels=[3, 3], steps=2, guidance=2.0, probes=probes)
-    assert sites[1] == (1, None, 0.0, (4, 4), ("cond",) * 4 + ("uncond",) * 4, ("A", "A", "B", "B") * 2, [4, 5, 6, 7])
-    assert probes[1].result().energy.shape == (3, 2, 8, 5) and dict(probes[2].result().sizes)["pair"] == 2
-    assert probes[3].result(by_label=False).agreement.shape == (4, 2, 6)  # the embedding, then three layers
+    assert sites[1] == (
+        1,
+        None,
+        0.0,
+        (4, 4),
+        ("cond",) * 4 + ("uncond",) * 4,
+        ("A", "A", "B", "B") * 2,
+        [4, 5, 6, 7],
+    )
+    assert (
+        probes[1].result().energy.shape == (3, 2, 8, 5)
+        and dict(probes[2].result().sizes)["pair"] == 2
+    )
+    # the embedding, then three layers
+    assert probes[3].result(by_label=False).agreement.shape == (4, 2, 6)
 
 
 def test_a_probe_that_fails_leaves_nothing(model):
@@ -112,7 +135,11 @@ def test_a_probe_that_fails_leaves_nothing(model):
 
     with pytest.raises(ZeroDivisionError), dit_lens.trace(model, probes=[Broken()]):
         dit_lens.sample(model, [1], steps=2)
-    assert model.instrumentation.listening == 0 and not model.instrumentation.watchers and model.instrumentation.running == []
+    assert (
+        model.instrumentation.listening == 0
+        and not model.instrumentation.watchers
+        and model.instrumentation.running == []
+    )
     with (
         pytest.raises(NotImplementedError, match="Half must define observe"),
         dit_lens.trace(model, probes=[type("Half", (Probe,), {})()]),

@@ -1,4 +1,6 @@
-"""Models that are asked in words: conditions by number, guidance, traces of pipelines that call twice a step, twins, patches."""
+"""Models that are asked in words: conditions by number, guidance, traces of pipelines that call
+twice a step, twins, patches.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,13 @@ def flux():
 
 def call(pipe, **more):
     gen = [torch.Generator().manual_seed(i) for i in range(1)]
-    asked = {"prompt": "a fox", "height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
+    asked = {
+        "prompt": "a fox",
+        "height": 16,
+        "width": 16,
+        "num_inference_steps": 3,
+        "output_type": "pt",
+    }
     with quiet():
         return pipe(**asked | {"generator": gen} | more).images
 
@@ -37,18 +45,33 @@ def call(pipe, **more):
 def test_labels_are_prompts_by_number(sd3):
     with dit_lens.HookedDiT(sd3) as model:
         ask = model.conditions
-        assert ask.numbers([0, 3, -1]).tolist() == [0, 3, -1] and ask.n == len(PROMPTS) and ask.null == -1
-        assert ask.numbers(["a fox", PROMPTS[2], "", "a fox"]).tolist() == [10, 2, -1, 10] and ask.prompts[10] == "a fox"
+        assert (
+            ask.numbers([0, 3, -1]).tolist() == [0, 3, -1]
+            and ask.n == len(PROMPTS)
+            and ask.null == -1
+        )
+        assert (
+            ask.numbers(["a fox", PROMPTS[2], "", "a fox"]).tolist() == [10, 2, -1, 10]
+            and ask.prompts[10] == "a fox"
+        )
         assert ask.numbers("a fox").tolist() == [10]
         x, t = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0])
         by_number = model(x, t, ask.numbers(["a fox", ""]))
         own = [sd3.encode_prompt(p, p, p, do_classifier_free_guidance=False) for p in ("a fox", "")]
-        condition = {"encoder_hidden_states": torch.cat([e[0] for e in own]), "pooled_projections": torch.cat([e[2] for e in own])}
+        condition = {
+            "encoder_hidden_states": torch.cat([e[0] for e in own]),
+            "pooled_projections": torch.cat([e[2] for e in own]),
+        }
         torch.testing.assert_close(by_number, model(x, t, condition))
         assert torch.equal(by_number, model(x, t, ["a fox", ""]))
-        with pytest.raises(ValueError, match="There are 3 prompts for a batch of 2; expected one for each item"):
+        with pytest.raises(
+            ValueError, match="There are 3 prompts for a batch of 2; expected one for each item"
+        ):
             model(x, t, ["a fox", "", ""])
-        with pytest.raises(ValueError, match="The condition is None; SD3Transformer2DModel expects prompts, in words or by number"):
+        with pytest.raises(
+            ValueError,
+            match="The condition is None; SD3Transformer2DModel expects prompts, in words or by number",
+        ):
             model(x, t, None)
         torch.testing.assert_close(by_number, sd3.transformer(x, timestep=t, **condition).sample)
         for labels, text in [
@@ -60,16 +83,28 @@ def test_labels_are_prompts_by_number(sd3):
             with pytest.raises(ValueError, match=text):
                 ask.numbers(labels)
     bare = dit_lens.HookedDiT(sd3.transformer, scheduler=sd3.scheduler)
-    with pytest.raises(ValueError, match="'a dog' can't be encoded: this transformer was opened without a pipeline. Open the pipeline, or"):
+    with pytest.raises(
+        ValueError,
+        match="'a dog' can't be encoded: this transformer was opened without a pipeline. Open the pipeline, or",
+    ):
         dit_lens.sample(bare, ["a dog"], steps=2)
-    bare.conditions.add({"a dog": {k: v[:1] for k, v in condition.items()}, "": {k: v[1:] for k, v in condition.items()}})
+    bare.conditions.add(
+        {
+            "a dog": {k: v[:1] for k, v in condition.items()},
+            "": {k: v[1:] for k, v in condition.items()},
+        }
+    )
     assert dit_lens.sample(bare, ["a dog"], steps=2, guidance=3.0).latents.isfinite().all()
     bare.remove()
-    with pytest.raises(ValueError, match="The model knows 10 classes by number and takes no prompts; got 'a seven'"):
+    with pytest.raises(
+        ValueError, match="The model knows 10 classes by number and takes no prompts; got 'a seven'"
+    ):
         dit_lens.sample(dit_lens.load("digits"), ["a seven"], steps=2)
 
 
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "QwenImageTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name", ["SD3Transformer2DModel", "QwenImageTransformer2DModel", "FluxTransformer2DModel"]
+)
 def test_guidance_is_the_pipelines(name):
     pipe = pipeline(name)
     true_cfg = {} if name.startswith("SD3") else {"true_cfg_scale": 3.0, "negative_prompt": ""}
@@ -86,18 +121,35 @@ def test_distilled_guidance_is_an_input():
 
     family = family_named("FluxTransformer2DModel")
     with quiet():
-        transformer = next(m for v in range(3) if family.config(m := family.small(v)[0]).distilled_guidance)
-        parts = family.small_pipeline().components | {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
+        transformer = next(
+            m for v in range(3) if family.config(m := family.small(v)[0]).distilled_guidance
+        )
+        parts = family.small_pipeline().components | {
+            "transformer": transformer,
+            "scheduler": FlowMatchEulerDiscreteScheduler(),
+        }
         pipe = FluxPipeline(**{k: v for k, v in parts.items() if v is not None})
     pipe.set_progress_bar_config(disable=True)
     with dit_lens.trace(pipe) as t:
         call(pipe, guidance_scale=2.5)
-    assert [c.branch for c in t.calls] == [("cond",)] * 3 and t.calls[0].inputs["guidance"].tolist() == [2.5]
+    assert [c.branch for c in t.calls] == [("cond",)] * 3 and t.calls[0].inputs[
+        "guidance"
+    ].tolist() == [2.5]
     with dit_lens.HookedDiT(pipe, size=(8, 8)) as model:
         run, other = (
-            dit_lens.sample(model, ["a fox"], steps=3, guidance=g, latents=t.latents[0], scheduler=pipe.scheduler) for g in (2.5, 1.0)
+            dit_lens.sample(
+                model,
+                ["a fox"],
+                steps=3,
+                guidance=g,
+                latents=t.latents[0],
+                scheduler=pipe.scheduler,
+            )
+            for g in (2.5, 1.0)
         )
-        assert run.activations("resid_post", 0, step=1).shape[0] == 1 and torch.equal(run.replay(1).latents, run.latents)
+        assert run.activations("resid_post", 0, step=1).shape[0] == 1 and torch.equal(
+            run.replay(1).latents, run.latents
+        )
     torch.testing.assert_close(run.latents[1:3], t.latents[1:], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(other.latents[-1], run.latents[-1])
 
@@ -122,21 +174,33 @@ def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
         assert torch.equal(call(flux, true_cfg_scale=3.0, negative_prompt="a dog"), images)
     assert len(t.steps) == 3 and len(t.calls) == 6 and t.calls_at == [[0, 1], [2, 3], [4, 5]]
     assert [c.branch for c in t.calls] == [("cond",), ("uncond",)] * 3
-    assert t["resid_post", 1].shape[:2] == (3, 2) and torch.equal(t["resid_post", 1], eager["resid_post", 1])
+    assert t["resid_post", 1].shape[:2] == (3, 2) and torch.equal(
+        t["resid_post", 1], eager["resid_post", 1]
+    )
     both = [t.get("resid_post", branch=b)["blocks.0.hook_resid_post"] for b in ("cond", "uncond")]
     assert torch.equal(torch.cat(both, 1), t["resid_post", 0]) and not torch.equal(*both)
-    with pytest.raises(ValueError, match="Step 0 has no items of the branch 'skip'; expected 'cond' or 'uncond'"):
+    with pytest.raises(
+        ValueError, match="Step 0 has no items of the branch 'skip'; expected 'cond' or 'uncond'"
+    ):
         t.get("resid_post", branch="skip")
     data = t.to_xarray("resid_post")
-    assert data.sizes["batch"] == 2 and list(data.branch.values) == ["cond", "uncond"] and "label" not in data.coords
+    assert (
+        data.sizes["batch"] == 2
+        and list(data.branch.values) == ["cond", "uncond"]
+        and "label" not in data.coords
+    )
     assert np.allclose(data.timestep, flux.scheduler.timesteps, atol=1e-3)
     with dit_lens.HookedDiT(flux) as model:
         again = dit_lens.load_trace(t.save(tmp_path / "t.safetensors"), model)
-        assert again.calls_at == t.calls_at and torch.equal(again["attn.hook_q", 2], t["attn.hook_q", 2])
+        assert again.calls_at == t.calls_at and torch.equal(
+            again["attn.hook_q", 2], t["attn.hook_q", 2]
+        )
         assert [c.branch for c in again.calls] == [c.branch for c in t.calls]
     size = (tmp_path / "t.safetensors").stat().st_size
     held = t.calls[0].inputs["encoder_hidden_states"]
-    assert size < 3 * held.numel() * 4 + 60_000, "a prompt's embedding is one tensor in all steps, and is written once"
+    assert size < 3 * held.numel() * 4 + 60_000, (
+        "a prompt's embedding is one tensor in all steps, and is written once"
+    )
     assert t.calls[2].inputs["encoder_hidden_states"] is held
 
 
@@ -172,47 +236,95 @@ def test_branches_that_nothing_tells_are_empty(sd3):
 
     probe = Words()
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0])
-    condition = {"encoder_hidden_states": torch.randn(2, 5, 32), "pooled_projections": torch.randn(2, 24)}
+    condition = {
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "pooled_projections": torch.randn(2, 24),
+    }
     with dit_lens.HookedDiT(sd3) as model:
         with dit_lens.trace(model, probes=[probe]):
             model(x, t, condition)
             model(x, t, torch.tensor([3, -1]))
             sd3.transformer(torch.randn(2, 4, 8, 12), timestep=t, **condition)
     assert [s[0] for s in probe.seen] == [("", ""), ("cond", "uncond"), ("", "")]
-    assert probe.seen[0][1] is None and probe.seen[1][1].tolist() == [3, -1] and probe.seen[2][2] == (4, 6)
+    assert (
+        probe.seen[0][1] is None
+        and probe.seen[1][1].tolist() == [3, -1]
+        and probe.seen[2][2] == (4, 6)
+    )
 
 
 def test_skip_layer_guidance_is_a_branch_of_its_own(sd3):
     with dit_lens.trace(sd3) as t:
-        images = call(sd3, guidance_scale=4.0, num_inference_steps=4, skip_guidance_layers=[1], skip_layer_guidance_start=0.0,
-                      skip_layer_guidance_stop=0.6)  # fmt: skip
+        images = call(
+            sd3,
+            guidance_scale=4.0,
+            num_inference_steps=4,
+            skip_guidance_layers=[1],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=0.6,
+        )
     assert len(t.steps) == 4 and [c.branch for c in t.calls] == [
-        ("uncond", "cond"), ("uncond", "cond"), ("skip",), ("uncond", "cond"), ("skip",), ("uncond", "cond"),
-    ]  # fmt: skip
+        ("uncond", "cond"),
+        ("uncond", "cond"),
+        ("skip",),
+        ("uncond", "cond"),
+        ("skip",),
+        ("uncond", "cond"),
+    ]
     assert t["resid_post", 1].shape[:2] == (4, 2)
-    assert t.get("blocks.2.hook_resid_post", steps=1, branch="skip")["blocks.2.hook_resid_post"].shape[:2] == (1, 1)
-    with pytest.raises(RuntimeError, match="'blocks.1.hook_resid_post' did not run in call 2.*its block was skipped there"):
+    assert t.get("blocks.2.hook_resid_post", steps=1, branch="skip")[
+        "blocks.2.hook_resid_post"
+    ].shape[:2] == (1, 1)
+    with pytest.raises(
+        RuntimeError,
+        match="'blocks.1.hook_resid_post' did not run in call 2.*its block was skipped there",
+    ):
         t.get("blocks.1.hook_resid_post", steps=1, branch="skip")
-    assert torch.equal(call(sd3, guidance_scale=4.0, num_inference_steps=4, skip_guidance_layers=[1], skip_layer_guidance_start=0.0,
-                            skip_layer_guidance_stop=0.6), images)  # fmt: skip
+    assert torch.equal(
+        call(
+            sd3,
+            guidance_scale=4.0,
+            num_inference_steps=4,
+            skip_guidance_layers=[1],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=0.6,
+        ),
+        images,
+    )
 
 
 def test_branches_with_several_images_a_prompt(sd3):
     with dit_lens.trace(sd3) as t, quiet():
-        sd3(prompt=["a fox", "a dog"], num_images_per_prompt=2, height=16, width=16, num_inference_steps=1, guidance_scale=4.0)
+        sd3(
+            prompt=["a fox", "a dog"],
+            num_images_per_prompt=2,
+            height=16,
+            width=16,
+            num_inference_steps=1,
+            guidance_scale=4.0,
+        )
     assert t.calls[0].branch == ("uncond",) * 4 + ("cond",) * 4
 
 
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"]
+)
 def test_runs_replays_twins_and_patches(name):
-    """What the measurements rest on, with a model that is given text: exact replays, recomputed activations, coupled twins, sweeps."""
+    """What the measurements rest on, with a model that is given text: exact replays, recomputed
+    activations, coupled twins, sweeps.
+    """
     from dit_lens.patching.sweep import Patch, sweep
 
     pipe = pipeline(name)
     model = dit_lens.HookedDiT(pipe, size=(8, 8))
     run = dit_lens.sample(model, ["a fox", "a dog"], steps=4, guidance=2.0)
     assert torch.equal(run.replay(2).latents, run.latents)
-    assert run.activations("resid_post", 1, step=2).shape[0] == 4 and run.images.shape == (2, 3, 16, 16)
+    assert run.activations("resid_post", 1, step=2).shape[0] == 4 and run.images.shape == (
+        2,
+        3,
+        16,
+        16,
+    )
     edited = run.replay(1, edits=[("blocks.0.hook_attn_out", lambda a, hook: a * 0)])
     assert not torch.equal(edited.latents[-1], run.latents[-1])
     apart = dit_lens.twins(model, pairs=2, tie="attention", g=0.0, release=2, steps=4)
@@ -228,41 +340,67 @@ def test_runs_replays_twins_and_patches(name):
         name_ = f"blocks.{patch.layer}.hook_resid_post"
         once = pair.b.replay(2, edits=[(name_, lambda a, hook, s=source: s)]).latents[3]
         by_hand = pair.b.replay(3, latents=once).latents[-1].flatten(1)
-        torch.testing.assert_close(torch.as_tensor(swept.outcome.values[i]).float(), by_hand, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.as_tensor(swept.outcome.values[i]).float(), by_hand, atol=1e-5, rtol=1e-4
+        )
     model.remove()
 
 
 def test_paths_go_round_every_contribution():
-    """In PixArt the text's contribution lies between attention and MLP: frozen with the rest, only the last layer hears the news."""
+    """In PixArt the text's contribution lies between attention and MLP: frozen with the rest, only
+    the last layer hears the news.
+    """
     from dit_lens.patching.paths import path_patch
 
     with dit_lens.HookedDiT(pipeline("PixArtTransformer2DModel"), size=(8, 8)) as model:
         pair = dit_lens.twins(model, pairs=2, release=0, steps=4)
         a, b, last = pair.a, pair.b, model.cfg.n_layers - 1
-        news = a.activations("cross_attn_out", 1, step=3) - b.activations("cross_attn_out", 1, step=3)
-        by_hand = b.replay(3, edits=[(f"blocks.{last}.hook_resid_post", lambda x, hook: x + news)]).latents[-1]
-        torch.testing.assert_close(path_patch(a, b, ("cross_attn_out", 1), None, range(3, 4)), by_hand, atol=1e-4, rtol=1e-4)
+        news = a.activations("cross_attn_out", 1, step=3) - b.activations(
+            "cross_attn_out", 1, step=3
+        )
+        by_hand = b.replay(
+            3, edits=[(f"blocks.{last}.hook_resid_post", lambda x, hook: x + news)]
+        ).latents[-1]
+        torch.testing.assert_close(
+            path_patch(a, b, ("cross_attn_out", 1), None, range(3, 4)),
+            by_hand,
+            atol=1e-4,
+            rtol=1e-4,
+        )
         path_patch(a, b, ("attn_out", 0), ("cross_attn_out", 1), range(3, 4))
-        with pytest.raises(ValueError, match=r"expected \('attn_out' or 'cross_attn_out' or 'mlp_out', a layer from 0 to"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected \('attn_out' or 'cross_attn_out' or 'mlp_out', a layer from 0 to",
+        ):
             path_patch(a, b, ("resid_post", 1), None, range(3, 4))
     with dit_lens.HookedDiT(pipeline("SD3Transformer2DModel"), size=(8, 8)) as model:
         pair = dit_lens.twins(model, pairs=2, release=0, steps=4)
-        with pytest.raises(ValueError, match="SD3Transformer2DModel hand on more than the image's stream.*expected a model of one stream"):
+        with pytest.raises(
+            ValueError,
+            match="SD3Transformer2DModel hand on more than the image's stream.*expected a model of one stream",
+        ):
             path_patch(pair.a, pair.b, ("attn_out", 0), None, range(3, 4))
 
 
 def test_what_does_not_fit_is_refused(sd3, flux):
     with dit_lens.HookedDiT(sd3) as model:
         stream, t, y = torch.zeros(1, 16, 16), torch.tensor([500.0]), torch.tensor([0])
-        with pytest.raises(ValueError, match="start_at_layer=1 can't be done with SD3Transformer2DModel, whose blocks are given more than"):
+        with pytest.raises(
+            ValueError,
+            match="start_at_layer=1 can't be done with SD3Transformer2DModel, whose blocks are given more than",
+        ):
             model(stream, t, y, start_at_layer=1)
-        with pytest.raises(ValueError, match=r"The stream has 15 tokens; expected 16, of the 4x4 grid, or a square"):
+        with pytest.raises(
+            ValueError, match=r"The stream has 15 tokens; expected 16, of the 4x4 grid, or a square"
+        ):
             model.unembed(stream[:, :15], t, y)
 
 
 @pytest.mark.parametrize("gate", ["mix", "joint"])
 def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
-    """Each stream's queries see all keys of its own item, image and text, and with strength g all of its twin's."""
+    """Each stream's queries see all keys of its own item, image and text, and with strength g all
+    of its twin's.
+    """
     from dit_lens.twinning.coupling import coupled
 
     g = 0.6
@@ -272,12 +410,17 @@ def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
         with coupled(model, g, gate):
             _, seen = model.run_with_cache(x, t, y, names_filter=names)
         q, k, v, z = (
-            torch.cat([seen[f"blocks.0.attn.hook_{n}"], seen[f"blocks.0.text.attn.hook_{n}"]], 1).transpose(1, 2) for n in "qkvz"
+            torch.cat(
+                [seen[f"blocks.0.attn.hook_{n}"], seen[f"blocks.0.text.attn.hook_{n}"]], 1
+            ).transpose(1, 2)
+            for n in "qkvz"
         )
     for own, twin in ((0, 1), (1, 0)):
         logits = [q[own] @ k[i].transpose(-1, -2) * q.shape[-1] ** -0.5 for i in (own, twin)]
         if gate == "mix":
-            by_hand = (logits[0].softmax(-1) @ v[own] + g * logits[1].softmax(-1) @ v[twin]) / (1 + g)
+            by_hand = (logits[0].softmax(-1) @ v[own] + g * logits[1].softmax(-1) @ v[twin]) / (
+                1 + g
+            )
         else:
             weights = torch.cat([logits[0], logits[1] + np.log(g)], -1).softmax(-1)
             by_hand = weights @ torch.cat([v[own], v[twin]], -2)
@@ -309,7 +452,23 @@ def test_gap_of_a_saved_pipeline_from_the_command_line(sd3, tmp_path, capsys):
     with quiet():
         sd3.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    assert main(["gap", str(tmp_path / "model"), "--quick", "--steps", "6", "--size", "8", "8", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "gap",
+                str(tmp_path / "model"),
+                "--quick",
+                "--steps",
+                "6",
+                "--size",
+                "8",
+                "8",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert "Euler" in capsys.readouterr().out and (out / "gap.nc").exists()
     assert main(["hooks", str(tmp_path / "model"), "--filter", "text.*"]) == 0
     shown = capsys.readouterr().out

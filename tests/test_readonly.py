@@ -1,4 +1,6 @@
-"""Transformers that have no family of their own: what is read is what torch's own module hooks see, and nothing is guessed."""
+"""Transformers that have no family of their own: what is read is what torch's own module hooks see,
+and nothing is guessed.
+"""
 
 import copy
 import pickle
@@ -21,73 +23,149 @@ HEADS = dict(num_attention_heads=2, attention_head_dim=8)
 
 def auraflow(text=5):
     model = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=12, caption_projection_dim=16,
-        pos_embed_max_size=64, **HEADS,
-    )  # fmt: skip
-    return model, dict(hidden_states=randn(2, 4, 8, 8), timestep=UNIT, encoder_hidden_states=randn(2, text, 12))
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+        **HEADS,
+    )
+    return model, dict(
+        hidden_states=randn(2, 4, 8, 8), timestep=UNIT, encoder_hidden_states=randn(2, text, 12)
+    )
 
 
 def cogview4():
     model = diffusers.CogView4Transformer2DModel(
-        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=12, time_embed_dim=8, condition_dim=4, rope_axes_dim=(8, 8), **HEADS
-    )  # fmt: skip
-    sizes = dict(
-        original_size=torch.full((2, 2), 8.0), target_size=torch.full((2, 2), 8.0), crop_coords=torch.zeros(2, 2)
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        text_embed_dim=12,
+        time_embed_dim=8,
+        condition_dim=4,
+        rope_axes_dim=(8, 8),
+        **HEADS,
     )
-    return model, dict(hidden_states=randn(2, 4, 8, 8), timestep=T, encoder_hidden_states=randn(2, 5, 12), **sizes)
+    sizes = dict(
+        original_size=torch.full((2, 2), 8.0),
+        target_size=torch.full((2, 2), 8.0),
+        crop_coords=torch.zeros(2, 2),
+    )
+    return model, dict(
+        hidden_states=randn(2, 4, 8, 8), timestep=T, encoder_hidden_states=randn(2, 5, 12), **sizes
+    )
 
 
 def ltx():
     model = diffusers.LTXVideoTransformer3DModel(
-        in_channels=4, out_channels=4, cross_attention_dim=24, num_layers=2, caption_channels=12, **HEADS | {"attention_head_dim": 12}
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=12,
+        **HEADS | {"attention_head_dim": 12},
+    )
     grid = dict(num_frames=2, height=3, width=3, encoder_attention_mask=torch.ones(2, 5))
-    return model, dict(hidden_states=randn(2, 18, 4), timestep=T, encoder_hidden_states=randn(2, 5, 12), **grid)
+    return model, dict(
+        hidden_states=randn(2, 18, 4), timestep=T, encoder_hidden_states=randn(2, 5, 12), **grid
+    )
 
 
 def ltx2():
     model = diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4, out_channels=4, cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
-        audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2, caption_channels=16, **HEADS,
-    )  # fmt: skip
-    sound = dict(audio_hidden_states=randn(2, 6, 4), audio_encoder_hidden_states=randn(2, 5, 16), audio_num_frames=6)
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=16,
+        **HEADS,
+    )
+    sound = dict(
+        audio_hidden_states=randn(2, 6, 4),
+        audio_encoder_hidden_states=randn(2, 5, 16),
+        audio_num_frames=6,
+    )
     grid = dict(num_frames=2, height=3, width=3, fps=25.0)
     return model, dict(
-        hidden_states=randn(2, 18, 4), timestep=T, encoder_hidden_states=randn(2, 5, 16), **sound, **grid
+        hidden_states=randn(2, 18, 4),
+        timestep=T,
+        encoder_hidden_states=randn(2, 5, 16),
+        **sound,
+        **grid,
     )
 
 
 def chroma():
     model = diffusers.ChromaTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=2, joint_attention_dim=12, axes_dims_rope=(4, 2, 2), approximator_num_channels=8,
-        approximator_hidden_dim=16, approximator_layers=1, **HEADS,
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 2, 2),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+        **HEADS,
+    )
     ids = dict(img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
-    return model, dict(hidden_states=randn(2, 16, 4), timestep=UNIT, encoder_hidden_states=randn(2, 5, 12), **ids)
+    return model, dict(
+        hidden_states=randn(2, 16, 4), timestep=UNIT, encoder_hidden_states=randn(2, 5, 12), **ids
+    )
 
 
 def mochi():
     model = diffusers.MochiTransformer3DModel(
-        num_layers=2, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=5, **HEADS
-    )  # fmt: skip
-    text = dict(encoder_hidden_states=randn(2, 5, 16), encoder_attention_mask=torch.ones(2, 5).bool())
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=4,
+        max_sequence_length=5,
+        **HEADS,
+    )
+    text = dict(
+        encoder_hidden_states=randn(2, 5, 16), encoder_attention_mask=torch.ones(2, 5).bool()
+    )
     return model, dict(hidden_states=randn(2, 4, 2, 8, 8), timestep=T, **text)
 
 
 def stable_audio():
     model = diffusers.StableAudioDiTModel(
-        sample_size=8, in_channels=3, num_layers=2, num_key_value_attention_heads=2, out_channels=3, cross_attention_dim=12,
-        time_proj_dim=8, global_states_input_dim=10, cross_attention_input_dim=12, **HEADS,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        num_layers=2,
+        num_key_value_attention_heads=2,
+        out_channels=3,
+        cross_attention_dim=12,
+        time_proj_dim=8,
+        global_states_input_dim=10,
+        cross_attention_input_dim=12,
+        **HEADS,
+    )
     text = dict(encoder_hidden_states=randn(2, 5, 12), global_hidden_states=randn(2, 1, 10))
     return model, dict(hidden_states=randn(2, 3, 8), timestep=UNIT, **text)
 
 
 def omnigen():
     model = diffusers.OmniGenTransformer2DModel(
-        hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, num_layers=2, in_channels=4, time_step_dim=4,
-        rope_scaling={"long_factor": [1.0, 2.0], "short_factor": [1.0, 2.0]}, vocab_size=50, pad_token_id=0,
-    )  # fmt: skip
+        hidden_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=32,
+        num_layers=2,
+        in_channels=4,
+        time_step_dim=4,
+        rope_scaling={"long_factor": [1.0, 2.0], "short_factor": [1.0, 2.0]},
+        vocab_size=50,
+        pad_token_id=0,
+    )
     n = 5 + 1 + 16  # words, the time, patches
     text = dict(input_ids=torch.randint(0, 50, (2, 5)), input_img_latents=[], input_image_sizes={})
     seen = dict(attention_mask=torch.ones(2, n, n), position_ids=torch.arange(n)[None].repeat(2, 1))
@@ -96,20 +174,44 @@ def omnigen():
 
 def hunyuan_video():
     model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, patch_size=1, text_embed_dim=12, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
-    )  # fmt: skip
-    text = dict(
-        encoder_hidden_states=randn(2, 5, 12), encoder_attention_mask=torch.ones(2, 5), pooled_projections=randn(2, 8)
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        text_embed_dim=12,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
     )
-    return model, dict(hidden_states=randn(2, 4, 1, 3, 3), timestep=T, guidance=torch.full((2,), 6000.0), **text)
+    text = dict(
+        encoder_hidden_states=randn(2, 5, 12),
+        encoder_attention_mask=torch.ones(2, 5),
+        pooled_projections=randn(2, 8),
+    )
+    return model, dict(
+        hidden_states=randn(2, 4, 1, 3, 3), timestep=T, guidance=torch.full((2,), 6000.0), **text
+    )
 
 
 def hidream():
     model = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, caption_channels=[8, 6], text_emb_dim=10,
-        num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(16, 16), llama_layers=(0, 1), **HEADS,
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        caption_channels=[8, 6],
+        text_emb_dim=10,
+        num_routed_experts=2,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(16, 16),
+        llama_layers=(0, 1),
+        **HEADS,
+    )
     text = dict(
         encoder_hidden_states_t5=randn(2, 5, 8),
         encoder_hidden_states_llama3=randn(2, 2, 5, 6),
@@ -121,40 +223,74 @@ def hidream():
 def vace():
     """Wan with a control branch, whose blocks are no part of the stream."""
     model = diffusers.WanVACETransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12, freq_dim=8, ffn_dim=16, num_layers=3,
-        vace_layers=[0, 2], vace_in_channels=4, rope_max_seq_len=16,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=3,
+        vace_layers=[0, 2],
+        vace_in_channels=4,
+        rope_max_seq_len=16,
+    )
     video = dict(hidden_states=randn(2, 4, 2, 4, 4), control_hidden_states=randn(2, 4, 2, 4, 4))
     return model, dict(timestep=T, encoder_hidden_states=randn(2, 5, 12), **video)
 
 
 def kandinsky5():
     model = diffusers.Kandinsky5Transformer3DModel(
-        in_visual_dim=4, in_text_dim=12, in_text_dim2=10, time_dim=16, out_visual_dim=4, model_dim=16, ff_dim=32, num_text_blocks=1,
-        num_visual_blocks=2, axes_dims=(2, 2, 4),
-    )  # fmt: skip
-    where = dict(visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(4)], text_rope_pos=torch.arange(5))
+        in_visual_dim=4,
+        in_text_dim=12,
+        in_text_dim2=10,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(2, 2, 4),
+    )
+    where = dict(
+        visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(4)],
+        text_rope_pos=torch.arange(5),
+    )
     text = dict(encoder_hidden_states=randn(2, 5, 12), pooled_projections=randn(2, 10))
     return model, dict(hidden_states=randn(2, 2, 8, 8, 4), timestep=T, **text, **where)
 
 
 def latte():
     model = diffusers.LatteTransformer3DModel(
-        sample_size=8, num_layers=2, patch_size=2, caption_channels=12, in_channels=4, cross_attention_dim=16, video_length=3,
-        attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_single",
-        norm_elementwise_affine=False, **HEADS,
-    )  # fmt: skip
-    return model, dict(hidden_states=randn(2, 4, 3, 8, 8), timestep=T, encoder_hidden_states=randn(2, 5, 12))
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        caption_channels=12,
+        in_channels=4,
+        cross_attention_dim=16,
+        video_length=3,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        **HEADS,
+    )
+    return model, dict(
+        hidden_states=randn(2, 4, 3, 8, 8), timestep=T, encoder_hidden_states=randn(2, 5, 12)
+    )
 
 
-# Builder, where the image's stream is in what each block returns (None: all of it), and the parts that have names.
+# Builder, where the image's stream is in what each block returns (None: all of it), and the parts
+# that have names.
 BOTH, NONE = ["attn.", "mlp."], []
 KNOWN = {
     auraflow: ([1, 1, None, None], [BOTH] * 4),
     cogview4: ([0, 0], [["attn."]] * 2),  # its MLP is called twice
     ltx: ([None, None], [BOTH] * 2),
     ltx2: ([0, 0], [BOTH] * 2),
-    chroma: ([1, None, None], [BOTH, NONE, NONE]),  # single blocks project attention and MLP together
+    # single blocks project attention and MLP together
+    chroma: ([1, None, None], [BOTH, NONE, NONE]),
     mochi: ([0, 0], [BOTH] * 2),
     stable_audio: ([None, None], [BOTH] * 2),
     omnigen: ([None, None], [BOTH] * 2),
@@ -185,7 +321,9 @@ def same(a, b):
 
 
 def by_torch(model, family, inputs, places):
-    """Every activation by name as torch's own module hooks see it, on a model that dit_lens has not touched."""
+    """Every activation by name as torch's own module hooks see it, on a model that dit_lens has not
+    touched.
+    """
     seen = {}
 
     def listen(module, before, after, place=None):
@@ -194,7 +332,9 @@ def by_torch(model, family, inputs, places):
             seen[before] = kwargs.get(first, args[0] if args else kwargs.get("x")).clone()
 
         def leave(module, args, kwargs, out):
-            seen[after] = (out if place is None and isinstance(out, torch.Tensor) else out[place or 0]).clone()
+            seen[after] = (
+                out if place is None and isinstance(out, torch.Tensor) else out[place or 0]
+            ).clone()
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, with_kwargs=True)
@@ -203,7 +343,9 @@ def by_torch(model, family, inputs, places):
     for i, (block, place) in enumerate(zip(blocks, places, strict=True)):
         listen(block, f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post", place)
         for prefix, name in parts(block):
-            listen(getattr(block, name), f"blocks.{i}.{prefix}hook_in", f"blocks.{i}.{prefix}hook_out")
+            listen(
+                getattr(block, name), f"blocks.{i}.{prefix}hook_in", f"blocks.{i}.{prefix}hook_out"
+            )
     seen["hook_sample"] = answer(model, inputs)[0]
     return seen | {"hook_embed": seen["blocks.0.hook_resid_pre"]}
 
@@ -252,7 +394,13 @@ def test_recomputed_is_recorded_and_a_file_reads_alike(build, tmp_path):
         if len({v.shape for v in eager.get("resid_post").values()}) == 1
         else None
     )
-    assert data is None or data["hook_resid_post"].dims == ("layer", "step", "batch", "sequence", "d_model")
+    assert data is None or data["hook_resid_post"].dims == (
+        "layer",
+        "step",
+        "batch",
+        "sequence",
+        "d_model",
+    )
 
 
 @EACH
@@ -270,7 +418,10 @@ def test_called_as_a_hooked_model(build):
     for copied in (copy.deepcopy(transformer), pickle.loads(pickle.dumps(transformer))):
         assert torch.equal(answer(copied, inputs)[0], want)
         theirs = HookedDiT(copied)
-        with theirs.hooks([("hook_embed", lambda a, hook: a * 2)]), pytest.raises(RuntimeError, match="read-only"):
+        with (
+            theirs.hooks([("hook_embed", lambda a, hook: a * 2)]),
+            pytest.raises(RuntimeError, match="read-only"),
+        ):
             answer(copied, inputs)
         assert torch.equal(answer(transformer, inputs)[0], want)
 
@@ -300,7 +451,9 @@ def test_hooks_only_look():
     with model.hooks([(None, lambda a, hook: a)]):  # a hook may hand back what it was given
         assert torch.equal(answer(transformer, inputs)[0], want)
     with model.hooks([("resid_post", lambda a, hook: a + 1)]):
-        with pytest.raises(RuntimeError, match=r"'blocks.0.hook_resid_post' returned another value.*read-only"):
+        with pytest.raises(
+            RuntimeError, match=r"'blocks.0.hook_resid_post' returned another value.*read-only"
+        ):
             answer(transformer, inputs)
     with (
         model.hooks(bwd_hooks=[("resid_post", lambda g, hook: None)]),
@@ -336,7 +489,8 @@ def test_frames_in_the_batch_and_lists_that_take_turns():
         answer(transformer, inputs)
     with dit_lens.trace(transformer) as t:
         assert torch.equal(answer(transformer, inputs)[0], want)
-    for layer in (0, 2):  # the first would be right by its number; but now it is known that they take turns
+    # the first would be right by its number; but now it is known that they take turns
+    for layer in (0, 2):
         with pytest.raises(RuntimeError, match="numbers would mislead"):
             t["resid_post", layer]
 
@@ -351,10 +505,12 @@ def test_a_part_called_twice_is_refused(monkeypatch):
         return own(self, hidden_states, **kwargs)
 
     monkeypatch.setattr(block, "forward", twice)
-    assert parts(transformer.transformer_blocks[0]) == [("mlp.", "ff")]  # its source does not show the second call
+    # its source does not show the second call
+    assert parts(transformer.transformer_blocks[0]) == [("mlp.", "ff")]
     with dit_lens.trace(transformer) as t:
         answer(transformer, inputs)
-    with pytest.raises(RuntimeError, match="more than once"):  # though reading would stop after the first
+    # though reading would stop after the first
+    with pytest.raises(RuntimeError, match="more than once"):
         t["mlp.out", 0]
     with HookedDiT(transformer) as model, model.hooks([("mlp.out", lambda a, hook: None)]):
         with pytest.raises(RuntimeError, match="more than once"):
@@ -374,26 +530,47 @@ def test_what_needs_the_inside_is_refused():
         model.unembed(stream, T, rest)
     with pytest.raises(ValueError, match="start_at_layer=1 can't be done"):
         model(stream, T, rest, start_at_layer=1)
-    with dit_lens.twinning.coupling.coupled(model, 0.5), pytest.raises(RuntimeError, match="can't couple twins"):
+    with (
+        dit_lens.twinning.coupling.coupled(model, 0.5),
+        pytest.raises(RuntimeError, match="can't couple twins"),
+    ):
         answer(transformer, inputs)
     with pytest.raises(RuntimeError, match="prompts can't be encoded here"):
         model.family.encode(None, "a fox")
     with (
         dit_lens.trace(model),
-        pytest.raises(TypeError, match=r"attention_kwargs is or holds what .* can't be given again"),
+        pytest.raises(
+            TypeError, match=r"attention_kwargs is or holds what .* can't be given again"
+        ),
     ):
         transformer(**inputs, rope_interpolation_scale=None, attention_kwargs={"seen": {1}})
     assert torch.equal(model(x, T, rest), answer(transformer, inputs)[0])
 
 
-@pytest.mark.parametrize("model", [
-    diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
-                          up_block_types=("UpBlock2D",) * 2),
-    diffusers.SD3ControlNetModel(sample_size=8, num_layers=1, joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8,
-                                 pos_embed_max_size=8, **HEADS),
-    small_vae(),
-    torch.nn.Linear(1, 1),
-], ids=lambda model: type(model).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+        diffusers.SD3ControlNetModel(
+            sample_size=8,
+            num_layers=1,
+            joint_attention_dim=8,
+            caption_projection_dim=16,
+            pooled_projection_dim=8,
+            pos_embed_max_size=8,
+            **HEADS,
+        ),
+        small_vae(),
+        torch.nn.Linear(1, 1),
+    ],
+    ids=lambda model: type(model).__name__,
+)
 def test_other_models_stay_unopened(model):
     with pytest.raises(TypeError, match="is not a Diffusion Transformer that dit_lens can open"):
         family_of(model)
@@ -402,7 +579,11 @@ def test_other_models_stay_unopened(model):
 def test_a_pipeline_is_traced():
     encoder, tokenizer = small_text("umt5", 12)
     pipe = diffusers.AuraFlowPipeline(
-        tokenizer, encoder, small_vae(), made(auraflow)[0], diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+        tokenizer,
+        encoder,
+        small_vae(),
+        made(auraflow)[0],
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
     )
     pipe.set_progress_bar_config(disable=True)
 
@@ -424,7 +605,10 @@ def test_a_pipeline_is_traced():
             assert torch.equal(run(guidance), want)
         with dit_lens.trace(pipe, names="resid_post") as eager:
             run(guidance)
-        assert lazy["resid_post", 0].shape == (2, items, 16, 16) and lazy["resid_post", 3].shape == (2, items, 280, 16)
+        assert lazy["resid_post", 0].shape == (2, items, 16, 16) and lazy[
+            "resid_post", 3
+        ].shape == (2, items, 280, 16)
         assert torch.equal(lazy["resid_post", 3], eager["resid_post", 3])
         assert [call.branch for call in lazy.calls] == [("cond",) if items == 1 else ("", "")] * 2
-        assert "log_snr" not in lazy.to_xarray("hook_embed").coords  # the time is in the transformer's own units
+        # the time is in the transformer's own units
+        assert "log_snr" not in lazy.to_xarray("hook_embed").coords

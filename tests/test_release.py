@@ -1,4 +1,6 @@
-"""Release sweeps and the one-pass estimator, against E1 on an exact denoiser, and what they say of wrong input."""
+"""Release sweeps and the one-pass estimator, against E1 on an exact denoiser, and what they say of
+wrong input.
+"""
 
 from dataclasses import replace
 
@@ -10,7 +12,15 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT
-from dit_lens.experiments.release import _steepest, difference, features, images, latents, one_pass, release_sweep
+from dit_lens.experiments.release import (
+    _steepest,
+    difference,
+    features,
+    images,
+    latents,
+    one_pass,
+    release_sweep,
+)
 from dit_lens.groundtruth import ddim_agreement, gaussian
 from dit_lens.measures.commitment import Agreement
 
@@ -24,7 +34,9 @@ def exact():
     scheduler = DDIMScheduler.from_config(truth.scheduler.config)
     scheduler.set_timesteps(STEPS)
     visited = scheduler.alphas_cumprod[scheduler.timesteps]
-    curves = np.array([[float(ddim_agreement([lam], visited, r)[0]) for lam in LAM] for r in range(STEPS)])
+    curves = np.array(
+        [[float(ddim_agreement([lam], visited, r)[0]) for lam in LAM] for r in range(STEPS)]
+    )
     return model, dit_lens.twins(model, 96, [0] * 96, steps=STEPS), curves
 
 
@@ -34,12 +46,15 @@ SPLIT = Bands.radial((8, 8), cut=0.1)  # the token mean alone is low
 def test_clones_and_one_pass_are_the_exact_curve(exact):
     model, pair, curves = exact
     clones = release_sweep(pair, [latents(SPLIT)], releases=[4, 8, 12])
-    error = (1 - curves[[4, 8, 12]] ** 2) / np.sqrt(96 * 3)  # of a correlation; the low band has three modes a pair
+    # of a correlation; the low band has three modes a pair
+    error = (1 - curves[[4, 8, 12]] ** 2) / np.sqrt(96 * 3)
     assert clones.estimator == "clones" and clones.releases == (4, 8, 12)
     assert (np.abs(clones.agreement("latents") - curves[[4, 8, 12]]) < 3 * error + 0.01).all()
     for quantity in ("x0", "x_t"):  # for one mode x0 is x_t times a number, so both are the curve
         one = one_pass(pair, [latents(SPLIT)], quantity)
-        assert (np.abs(one.agreement("latents") - curves) < 0.15).all() and one.releases == tuple(range(STEPS))
+        assert (np.abs(one.agreement("latents") - curves) < 0.15).all() and one.releases == tuple(
+            range(STEPS)
+        )
     apart = difference(one, clones, "latents")
     assert "can't be told from an exact one" in apart.attrs["sentence"]
 
@@ -66,11 +81,16 @@ def test_releases_are_spent_where_the_curve_rises(exact):
     _, pair, curves = exact
     spent = []
     found = release_sweep(pair, [latents(SPLIT)], releases=6, progress=spent.append)
-    assert len(found.releases) == 6 == len(spent) and sum(spent) == 96 * sum(STEPS - r for r in found.releases)
+    assert len(found.releases) == 6 == len(spent) and sum(spent) == 96 * sum(
+        STEPS - r for r in found.releases
+    )
     rising = np.flatnonzero(((curves > 0.05) & (curves < 0.95)).any(1))
-    assert sum(rising[0] - 1 <= r <= rising[-1] + 1 for r in found.releases) >= 5  # the first guesses are made blindly
+    # the first guesses are made blindly
+    assert sum(rising[0] - 1 <= r <= rising[-1] + 1 for r in found.releases) >= 5
     assert (
-        _steepest({}, 10) == 4 and _steepest({4: np.array([0.1])}, 10) == 7 and _steepest({4: np.array([0.9])}, 10) == 1
+        _steepest({}, 10) == 4
+        and _steepest({4: np.array([0.1])}, 10) == 7
+        and _steepest({4: np.array([0.9])}, 10) == 1
     )
 
 
@@ -79,17 +99,24 @@ def test_images_and_features_are_read_too(exact):
     readings = [images(model), features(model, lambda x: x.mean((2, 3)))]
     found = release_sweep(pair, readings, releases=[4, 8, 12])
     assert found.bands == {"images": ("low", "high"), "features": ("features",)}
-    assert found.agreement("features").shape == (3, 1) and (np.diff(found.agreement("features")[:, 0]) > 0).all()
+    assert (
+        found.agreement("features").shape == (3, 1)
+        and (np.diff(found.agreement("features")[:, 0]) > 0).all()
+    )
     direct = (pair.a.latents[-1] / 2 + 0.5).clamp(0, 1)
     assert torch.equal(readings[0].of(pair.a.latents[-1]), direct)
 
 
 def test_a_coupled_sweep_runs_both_twins_alone_from_the_release():
     model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
-    tied = dit_lens.twins(model, 8, [3] * 8, tie="attention", g=0.7, eps=0.5, steps=6, release=6, seed=5)
+    tied = dit_lens.twins(
+        model, 8, [3] * 8, tie="attention", g=0.7, eps=0.5, steps=6, release=6, seed=5
+    )
     found = release_sweep(tied, [latents(SPLIT)], releases=[0, 3, 5])
     assert found.estimator == "coupled"
-    whole = dit_lens.twins(model, 8, [3] * 8, tie="attention", g=0.7, eps=0.5, steps=6, release=3, seed=5)
+    whole = dit_lens.twins(
+        model, 8, [3] * 8, tie="attention", g=0.7, eps=0.5, steps=6, release=3, seed=5
+    )
     by_hand = latents(SPLIT).compare(whole.a.latents[-1], whole.b.latents[-1], [3] * 8)
     assert np.allclose(found.stats["latents"].xy[1], by_hand.xy, rtol=1e-4)
 
@@ -110,7 +137,8 @@ def test_bad_input(exact):
         ),
         (
             lambda: release_sweep(tied, reading),
-            "These twins were released at step 3; a sweep needs them coupled throughout, release=6.",
+            "These twins were released at step 3; a sweep needs them coupled throughout, "
+            "release=6.",
         ),
         (
             lambda: one_pass(tied, reading),
@@ -145,5 +173,7 @@ def test_bad_input(exact):
     c = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=7), reading)
     with pytest.raises(ValueError, match="The curves come from different models"):
         difference(a, b, "latents")
-    with pytest.raises(ValueError, match="The curves come from runs of 6 and 7 steps; expected the same steps"):
+    with pytest.raises(
+        ValueError, match="The curves come from runs of 6 and 7 steps; expected the same steps"
+    ):
         difference(a, c, "latents")

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 from conftest import make_dit, make_pipe
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 import dit_lens
 from dit_lens import HookedDiT
@@ -27,7 +32,9 @@ def test_noise_is_a_pure_function_of_seed_step_and_item():
     assert not torch.equal(noise([5], 4, (1, 4, 4))[0], a[0])
     many = noise(range(4000), START, (4,))
     assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.05
-    assert abs(torch.corrcoef(torch.stack([noise(range(4000), s, ()) for s in (0, 1)]))[0, 1]) < 0.06
+    assert (
+        abs(torch.corrcoef(torch.stack([noise(range(4000), s, ()) for s in (0, 1)]))[0, 1]) < 0.06
+    )
 
 
 def test_a_plain_loop_by_hand_agrees(model):
@@ -38,7 +45,9 @@ def test_a_plain_loop_by_hand_agrees(model):
     with torch.no_grad():
         for s, t in enumerate(scheduler.timesteps):
             assert torch.equal(run.latents[s], x)
-            out = model.transformer(x, timestep=t.expand(2), class_labels=torch.tensor([3, 7])).sample
+            out = model.transformer(
+                x, timestep=t.expand(2), class_labels=torch.tensor([3, 7])
+            ).sample
             step = scheduler.step(out, t, x)
             assert torch.allclose(run.x0[s], step.pred_original_sample, atol=1e-5)
             x = step.prev_sample
@@ -51,14 +60,18 @@ def test_a_plain_loop_by_hand_agrees(model):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_pipeline_agrees(guidance):
-    """Guidance on all channels, learned sigma and the null class, against diffusers' own pipeline from the same start."""
+    """Guidance on all channels, learned sigma and the null class, against diffusers' own pipeline
+    from the same start.
+    """
     pipe = make_pipe()
     start = noise([0, 1], START, (4, 8, 8))
     import diffusers.pipelines.dit.pipeline_dit as module
 
     original, module.randn_tensor = module.randn_tensor, lambda *a, **k: start.clone()
     try:
-        want = pipe(class_labels=[3, 5], num_inference_steps=5, guidance_scale=guidance, output_type="pt").images
+        want = pipe(
+            class_labels=[3, 5], num_inference_steps=5, guidance_scale=guidance, output_type="pt"
+        ).images
     finally:
         module.randn_tensor = original
     run = dit_lens.sample(pipe, [3, 5], seeds=0, steps=5, guidance=guidance)
@@ -70,12 +83,19 @@ def test_the_pipeline_agrees(guidance):
 @pytest.mark.parametrize("scheduler", ALL)
 def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
     run = dit_lens.sample(
-        model, [3, 7, 1], seeds=[4, 9, 2], steps=8, scheduler=scheduler, eta=1.0 if scheduler == "ddim" else 0.0
+        model,
+        [3, 7, 1],
+        seeds=[4, 9, 2],
+        steps=8,
+        scheduler=scheduler,
+        eta=1.0 if scheduler == "ddim" else 0.0,
     )
     for step in (0, 3, 7):
         again = run.replay(step)
         assert torch.equal(again.latents, run.latents) and torch.equal(again.x0, run.x0)
-    shuffled = dit_lens.sample(model, [1, 3, 7], seeds=[2, 4, 9], steps=8, scheduler=scheduler, eta=run.settings.eta)
+    shuffled = dit_lens.sample(
+        model, [1, 3, 7], seeds=[2, 4, 9], steps=8, scheduler=scheduler, eta=run.settings.eta
+    )
     assert torch.allclose(shuffled.latents, run.latents[:, [2, 0, 1]], atol=1e-5)
     alone = dit_lens.sample(model, 7, seeds=[9], steps=8, scheduler=scheduler, eta=run.settings.eta)
     assert torch.allclose(alone.latents[:, 0], run.latents[:, 1], atol=1e-5)
@@ -83,10 +103,16 @@ def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
     if scheduler in ("ddim", "ddpm", "sde-dpm++"):
         clone = run.replay(5, seeds=[1, 1, 1])
         assert torch.equal(clone.replay(2).latents, clone.latents)
-        assert torch.equal(clone.replay(2, edits=[("hook_embed", lambda a, hook: None)]).latents, clone.latents)
-        assert torch.equal(clone.latents[:6], run.latents[:6]) and not torch.equal(clone.latents[6], run.latents[6])
+        assert torch.equal(
+            clone.replay(2, edits=[("hook_embed", lambda a, hook: None)]).latents, clone.latents
+        )
+        assert torch.equal(clone.latents[:6], run.latents[:6]) and not torch.equal(
+            clone.latents[6], run.latents[6]
+        )
     edited = run.replay(4, edits=[("blocks.1.hook_attn_out", lambda a, hook: a * 0)])
-    assert torch.equal(edited.latents[:5], run.latents[:5]) and not torch.equal(edited.latents[-1], run.latents[-1])
+    assert torch.equal(edited.latents[:5], run.latents[:5]) and not torch.equal(
+        edited.latents[-1], run.latents[-1]
+    )
     assert torch.equal(edited.replay(2).latents[:5], run.latents[:5]) and torch.equal(
         edited.replay(2).latents, edited.latents
     )
@@ -94,29 +120,41 @@ def test_replay_is_bit_for_bit_and_items_stand_alone(model, scheduler):
         edited.activations("attn_out", 1, step=3) != 0
     ).any()
     part = run.select([2, 0])
-    assert torch.allclose(part.replay(2).latents, run.latents[:, [2, 0]], atol=1e-5) and part.seeds_at(0) == (2, 4)
+    assert torch.allclose(
+        part.replay(2).latents, run.latents[:, [2, 0]], atol=1e-5
+    ) and part.seeds_at(0) == (2, 4)
 
 
 def test_flow_matching():
-    model = HookedDiT(make_dit(channels=1, classes=10), scheduler=FlowMatchEulerDiscreteScheduler(1000))
+    model = HookedDiT(
+        make_dit(channels=1, classes=10), scheduler=FlowMatchEulerDiscreteScheduler(1000)
+    )
     run = dit_lens.sample(model, [1, 2], steps=5, scheduler="euler-flow")
     assert torch.equal(run.replay(2).latents, run.latents)
     assert (run.log_snr[1:] > run.log_snr[:-1]).all()
     x0, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([300.0, 800.0])
     sigma = (t / 1000)[:, None, None, None]
-    assert torch.allclose(predict_x0(model.scheduler, (1 - sigma) * x0 + sigma * eps, eps - x0, t), x0, atol=1e-5)
+    assert torch.allclose(
+        predict_x0(model.scheduler, (1 - sigma) * x0 + sigma * eps, eps - x0, t), x0, atol=1e-5
+    )
     with pytest.raises(
-        ValueError, match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching"
+        ValueError,
+        match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching",
     ):
         dit_lens.sample(model, [1], steps=5, scheduler="ddim")
-    assert torch.equal(dit_lens.sample(model, [1, 2], steps=5).latents, run.latents)  # what a flow is sampled with unasked
+    # what a flow is sampled with unasked
+    assert torch.equal(dit_lens.sample(model, [1, 2], steps=5).latents, run.latents)
     pair = dit_lens.twins(model, pairs=2, steps=6, release=3)
-    assert torch.equal(pair.a.latents[3], pair.b.latents[3]) and not torch.equal(pair.a.latents[-1], pair.b.latents[-1])
+    assert torch.equal(pair.a.latents[3], pair.b.latents[3]) and not torch.equal(
+        pair.a.latents[-1], pair.b.latents[-1]
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_stochastic_flow_sampler_draws_from_the_posterior(shift):
-    """E1 on a flow: with the exact denoiser of Gaussian modes, clones released at sigma correlate by lambda snr / (1 + lambda snr)."""
+    """E1 on a flow: with the exact denoiser of Gaussian modes, clones released at sigma correlate
+    by lambda snr / (1 + lambda snr).
+    """
     lam, steps, n, release = torch.tensor([4.0, 1.0, 0.25]), 400, 20_000, 0.6
     scheduler = make_scheduler("euler-flow", FlowMatchEulerDiscreteScheduler(1000, shift=shift))
     gen = torch.Generator().manual_seed(0)
@@ -148,7 +186,9 @@ def test_x0_is_exact_for_every_prediction_type(kind):
     x0, eps = torch.randn(3, 1, 4, 4, generator=gen), torch.randn(3, 1, 4, 4, generator=gen)
     t = torch.tensor([10, 500, 900])
     x = scheduler.add_noise(x0, eps, t)
-    output = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}[kind]
+    output = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}[
+        kind
+    ]
     assert torch.allclose(predict_x0(scheduler, x, output, t), x0, atol=2e-4)
     clipping = DDPMScheduler(1000, prediction_type=kind, clip_sample=True)
     assert predict_x0(clipping, x, output, t).abs().max() <= 1
@@ -157,7 +197,11 @@ def test_x0_is_exact_for_every_prediction_type(kind):
 def test_log_snr():
     scheduler = make_scheduler("ddim")
     abar = scheduler.alphas_cumprod[500].double()
-    assert math.isclose(float(log_snr(scheduler, torch.tensor(500))), float(torch.log(abar / (1 - abar))), rel_tol=1e-9)
+    assert math.isclose(
+        float(log_snr(scheduler, torch.tensor(500))),
+        float(torch.log(abar / (1 - abar))),
+        rel_tol=1e-9,
+    )
 
 
 def test_activations_are_those_of_the_run(model):
@@ -168,7 +212,9 @@ def test_activations_are_those_of_the_run(model):
 
 
 def test_the_runs_own_schedule_counts_and_changed_weights_raise(model):
-    cosine = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+    cosine = DDIMScheduler(
+        1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+    )
     run = dit_lens.sample(model, [1], steps=4, scheduler=cosine)
     assert torch.equal(run.log_snr, log_snr(cosine, run.timesteps)) and not torch.equal(
         run.log_snr, log_snr(model.scheduler, run.timesteps)
@@ -183,7 +229,9 @@ def test_the_runs_own_schedule_counts_and_changed_weights_raise(model):
 @pytest.mark.parametrize("scheduler", ALL)
 @pytest.mark.parametrize("sigma", [True, False])
 def test_learned_variance_and_clipping_configs(scheduler, sigma):
-    """facebook/DiT-XL-2's scheduler has neither; a model's config may have both, and not every scheduler can use them."""
+    """facebook/DiT-XL-2's scheduler has neither; a model's config may have both, and not every
+    scheduler can use them.
+    """
     base = DDPMScheduler(1000, variance_type="learned_range", clip_sample=True)
     model = HookedDiT(make_dit(out_channels=8 if sigma else 4), scheduler=base)
     run = dit_lens.sample(model, [1, 2], steps=5, scheduler=scheduler)
@@ -194,7 +242,9 @@ def test_learned_variance_and_clipping_configs(scheduler, sigma):
 def test_latents_stay_float32_whatever_the_model_computes_in(model):
     model.to(torch.bfloat16)
     run = dit_lens.sample(model, [1, 2], steps=4, eta=1.0)
-    assert run.latents.dtype == run.x0.dtype == torch.float32 and torch.equal(run.replay(1).latents, run.latents)
+    assert run.latents.dtype == run.x0.dtype == torch.float32 and torch.equal(
+        run.replay(1).latents, run.latents
+    )
 
 
 def test_bad_input(model):
@@ -205,7 +255,10 @@ def test_bad_input(model):
         (dict(labels=[1], steps=0), "steps=0 is no number of denoising steps"),
         (dict(labels=[1], steps=2000), "steps=2000 is more than the 1000 timesteps"),
         (dict(labels=[1.7]), "labels are torch.float32, starting with 1.7"),
-        (dict(labels=[1], scheduler="dpm++", eta=1.0), "eta=1.0 is DDIM's and Euler's on a flow; DPMSolverMultistepScheduler has none"),
+        (
+            dict(labels=[1], scheduler="dpm++", eta=1.0),
+            "eta=1.0 is DDIM's and Euler's on a flow; DPMSolverMultistepScheduler has none",
+        ),
         (
             dict(labels=[1], scheduler=EulerDiscreteScheduler()),
             "EulerDiscreteScheduler scales its latents by sigma, which is not supported",
@@ -222,9 +275,13 @@ def test_bad_input(model):
         with pytest.raises(ValueError, match=text):
             dit_lens.sample(model, **kwargs)
     run = dit_lens.sample(model, [1], steps=3)
-    with pytest.raises(ValueError, match=r"Step 3 is outside the run; it has 3 steps, 0 \(the noisiest\) to 2"):
+    with pytest.raises(
+        ValueError, match=r"Step 3 is outside the run; it has 3 steps, 0 \(the noisiest\) to 2"
+    ):
         run.replay(3)
-    with pytest.raises(ValueError, match=r"latents have shape \[2, 1, 8, 8\]; expected \[1, 1, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"latents have shape \[2, 1, 8, 8\]; expected \[1, 1, 8, 8\]"
+    ):
         run.replay(1, latents=torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="has no scheduler, so its noise schedule is unknown"):
         dit_lens.sample(HookedDiT(make_dit()), [1])

@@ -17,7 +17,11 @@ STEPS = 4
 def run(pipe, labels=(3, 5), guidance=4.0):
     gen = torch.Generator().manual_seed(0)
     return pipe(
-        class_labels=list(labels), num_inference_steps=STEPS, guidance_scale=guidance, generator=gen, output_type="pt"
+        class_labels=list(labels),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        generator=gen,
+        output_type="pt",
     ).images
 
 
@@ -60,13 +64,18 @@ def test_edits_act_and_are_replayed(pipe):
     with dit_lens.trace(pipe) as plain:
         before = run(pipe)
     with dit_lens.trace(pipe, names="blocks.2.hook_resid_post") as t:
-        t.edit("blocks.1.hook_attn_out", lambda a, hook: a * (2 if hook.step == 1 else 3), steps=[1, 2])
+        t.edit(
+            "blocks.1.hook_attn_out", lambda a, hook: a * (2 if hook.step == 1 else 3), steps=[1, 2]
+        )
         after = run(pipe)
     assert not torch.equal(before, after)
     assert torch.equal(t["resid_mid", 1], t["resid_pre", 1] + t["attn_out", 1])
-    assert torch.equal(t["resid_pre", 0][:2], plain["resid_pre", 0][:2])  # up to the first edited step all is as it was
+    # up to the first edited step all is as it was
+    assert torch.equal(t["resid_pre", 0][:2], plain["resid_pre", 0][:2])
     with dit_lens.trace(pipe, names="*") as eager:
-        eager.edit("blocks.1.hook_attn_out", lambda a, hook: a * (2 if hook.step == 1 else 3), steps=[1, 2])
+        eager.edit(
+            "blocks.1.hook_attn_out", lambda a, hook: a * (2 if hook.step == 1 else 3), steps=[1, 2]
+        )
         run(pipe)
     for name, value in t.get(None).items():
         assert torch.equal(value, eager[name]), name
@@ -74,7 +83,10 @@ def test_edits_act_and_are_replayed(pipe):
 
 def test_edits_in_the_body_and_outer_hooks_are_replayed_in_order(pipe):
     model = HookedDiT(pipe)
-    with model.hooks([("blocks.0.hook_resid_post", lambda a, hook: a + 1)]), dit_lens.trace(model) as t:
+    with (
+        model.hooks([("blocks.0.hook_resid_post", lambda a, hook: a + 1)]),
+        dit_lens.trace(model) as t,
+    ):
         t.edit("blocks.0.hook_resid_post", lambda a, hook: a * 2)
         run(pipe)
     with dit_lens.trace(model) as plain:
@@ -94,7 +106,9 @@ def test_patch_from_another_trace_gives_its_output(pipe):
         run(pipe, labels=(3, 5))
     assert torch.equal(c["hook_sample"], a["hook_sample"]) and c_source.shape[0] == STEPS
     with (
-        pytest.raises(ValueError, match=r"The patch for 'blocks.1.hook_resid_post' has shape \[1, 16, 16\]"),
+        pytest.raises(
+            ValueError, match=r"The patch for 'blocks.1.hook_resid_post' has shape \[1, 16, 16\]"
+        ),
         dit_lens.trace(pipe) as d,
     ):
         d.patch("blocks.1.hook_resid_post", torch.zeros(1, 16, 16))
@@ -122,24 +136,35 @@ def test_regions(dit, inputs):
         return plain[name][0], t[name][0]
 
     old, new = change("blocks.1.attn.hook_z", heads=1, tokens=[0, 3], items=0)
-    assert (new[0, [0, 3], 1] == 0).all() and torch.equal(new[1], old[1]) and torch.equal(new[0, :, 0], old[0, :, 0])
+    assert (
+        (new[0, [0, 3], 1] == 0).all()
+        and torch.equal(new[1], old[1])
+        and torch.equal(new[0, :, 0], old[0, :, 0])
+    )
     assert torch.equal(new[0, 1], old[0, 1])
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[1:3, 1:3] = True
     old, new = change("blocks.1.hook_resid_mid", tokens=mask)
-    assert (new[:, mask.flatten()] == 0).all() and torch.equal(new[:, ~mask.flatten()], old[:, ~mask.flatten()])
+    assert (new[:, mask.flatten()] == 0).all() and torch.equal(
+        new[:, ~mask.flatten()], old[:, ~mask.flatten()]
+    )
     old, new = change("blocks.1.hook_resid_mid", band=(bands, 0))
     energy = bands.energy_tokens(new)
-    assert (energy[..., 0] < 1e-8).all() and torch.allclose(energy[..., 1], bands.energy_tokens(old)[..., 1], rtol=1e-4)
+    assert (energy[..., 0] < 1e-8).all() and torch.allclose(
+        energy[..., 1], bands.energy_tokens(old)[..., 1], rtol=1e-4
+    )
     old, new = change("blocks.1.attn.hook_pattern", heads=[0], tokens=2)
     assert (new[:, 0, 2] == 0).all() and torch.equal(new[:, 1], old[:, 1])
     with pytest.raises(
-        ValueError, match="'blocks.0.hook_resid_pre' has no head axis; its axes are batch, token, d_model"
+        ValueError,
+        match="'blocks.0.hook_resid_pre' has no head axis; its axes are batch, token, d_model",
     ):
         dit_lens.trace(model).ablate("blocks.0.hook_resid_pre", heads=1)
     with pytest.raises(ValueError, match="head index 5 is out of range; expected 0 to 1"):
         change("blocks.1.attn.hook_z", heads=5)
-    with pytest.raises(ValueError, match="'mode' is no way to ablate; expected one of 'zero', 'mean', 'resample'"):
+    with pytest.raises(
+        ValueError, match="'mode' is no way to ablate; expected one of 'zero', 'mean', 'resample'"
+    ):
         dit_lens.trace(model).ablate("hook_embed", "mode")
 
 
@@ -151,7 +176,8 @@ def test_changed_weights_raise_and_recorded_reads_go_on(pipe):
     with pytest.raises(RuntimeError, match="train mode"):
         t["resid_post", 1]
     pipe.transformer.eval()
-    pipe.transformer.transformer_blocks[2].ff.net[2].weight.data[3, 5] += 1e-3  # .data does not even bump the version
+    # .data does not even bump the version
+    pipe.transformer.transformer_blocks[2].ff.net[2].weight.data[3, 5] += 1e-3
     with pytest.raises(RuntimeError, match="weights have changed since this trace began"):
         t["resid_post", 0]
     assert t["hook_embed"].shape[0] == STEPS
@@ -240,18 +266,24 @@ def test_threads_are_refused_and_idle_ones_work(dit, inputs):
 def test_reentry_is_refused(dit, inputs):
     model = HookedDiT(dit)
     with pytest.raises(RuntimeError, match="from inside one of its own hooks"):
-        model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, hook: model(*inputs) and None)])
+        model.run_with_hooks(
+            *inputs, fwd_hooks=[("hook_embed", lambda a, hook: model(*inputs) and None)]
+        )
     with dit_lens.trace(model) as t:
         model(*inputs)
         with pytest.raises(RuntimeError, match="can't be recomputed inside a hook"):
-            model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", lambda a, hook: t["resid_post", 0] and None)])
+            model.run_with_hooks(
+                *inputs, fwd_hooks=[("hook_embed", lambda a, hook: t["resid_post", 0] and None)]
+            )
         model(*inputs)
     assert len(t.steps) == 2 and torch.equal(t["hook_sample"][0], t["hook_sample"][1])
 
 
 def test_foreign_hooks_stay(pipe):
     calls = []
-    theirs = pipe.transformer.transformer_blocks[0].attn1.register_forward_hook(lambda m, i, o: calls.append(1))
+    theirs = pipe.transformer.transformer_blocks[0].attn1.register_forward_hook(
+        lambda m, i, o: calls.append(1)
+    )
     model = HookedDiT(pipe)
     mine = model.add_hook("hook_embed", lambda a, hook: None)
     with dit_lens.trace(model):
@@ -269,7 +301,9 @@ def test_save_and_load(pipe, tmp_path):
         run(pipe)
     path = t.save(tmp_path / "run.safetensors")
     alone = dit_lens.load_trace(path)
-    assert torch.equal(alone["resid_post", 1], t["resid_post", 1]) and len(alone["resid_post", 1]) == 2
+    assert (
+        torch.equal(alone["resid_post", 1], t["resid_post", 1]) and len(alone["resid_post", 1]) == 2
+    )
     with pytest.raises(RuntimeError, match="load the trace with its model"):
         alone["hook_embed"]
     again = dit_lens.load_trace(path, pipe)
@@ -300,7 +334,10 @@ def test_a_saved_edit_is_not_forgotten(pipe, tmp_path):
         run(pipe)
     again = dit_lens.load_trace(t.save(tmp_path / "t"), pipe)
     assert torch.equal(again["hook_embed"], t["hook_embed"])
-    with pytest.raises(RuntimeError, match="edited at 'blocks.1.hook_attn_out' by a function that the file can't hold"):
+    with pytest.raises(
+        RuntimeError,
+        match="edited at 'blocks.1.hook_attn_out' by a function that the file can't hold",
+    ):
         again["resid_post", 1]
 
 
@@ -310,14 +347,18 @@ def test_xarray(pipe):
     ds = t.to_xarray(["resid_post", "attn.hook_pattern", "hook_embed"], steps=[0, 3])
     assert ds["hook_resid_post"].dims == ("layer", "step", "batch", "token", "d_model")
     assert ds["attn.hook_pattern"].dims == ("layer", "step", "batch", "head", "query", "key")
-    assert list(ds.branch.values) == ["cond", "cond", "uncond", "uncond"] and list(ds.label.values) == [
+    assert list(ds.branch.values) == ["cond", "cond", "uncond", "uncond"] and list(
+        ds.label.values
+    ) == [
         3,
         5,
         1000,
         1000,
     ]
     assert list(ds.step.values) == [0, 3] and ds.timestep.values[0] == float(t.timesteps[0])
-    assert (ds["hook_resid_post"].sel(layer=1, step=3).values == t["resid_post", 1][3].numpy()).all()
+    assert (
+        ds["hook_resid_post"].sel(layer=1, step=3).values == t["resid_post", 1][3].numpy()
+    ).all()
     assert ds.log_snr.values[0] < ds.log_snr.values[1]
     with pytest.raises(ValueError, match="No names were recorded"):
         t.to_xarray()
@@ -333,7 +374,10 @@ def test_steps_device_and_dtype(pipe):
         t["resid_post", 0]
     with pytest.raises(ValueError, match=r"steps=\[-1\] names no step"):
         dit_lens.trace(pipe, steps=[-1])
-    with pytest.warns(UserWarning, match="never acted: the run had 4 steps"), dit_lens.trace(pipe) as t:
+    with (
+        pytest.warns(UserWarning, match="never acted: the run had 4 steps"),
+        dit_lens.trace(pipe) as t,
+    ):
         t.edit("hook_embed", lambda a, hook: None, steps=50)
         run(pipe)
 

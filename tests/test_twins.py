@@ -16,7 +16,9 @@ from dit_lens.twinning.twins import twin_seeds
 
 @pytest.fixture
 def model():
-    return HookedDiT(make_dit(channels=1, classes=10), scheduler=DDIMScheduler(1000, clip_sample=False))
+    return HookedDiT(
+        make_dit(channels=1, classes=10), scheduler=DDIMScheduler(1000, clip_sample=False)
+    )
 
 
 def test_noise_tie(model):
@@ -26,7 +28,9 @@ def test_noise_tie(model):
     assert torch.equal(t.run.replay(2).latents, t.run.latents)  # the release is part of the run
     again = dit_lens.twins(model, pairs=3, release=4, steps=6)
     assert torch.equal(again.run.latents, t.run.latents)
-    assert not torch.equal(dit_lens.twins(model, pairs=3, release=4, steps=6, seed=1).run.latents, t.run.latents)
+    assert not torch.equal(
+        dit_lens.twins(model, pairs=3, release=4, steps=6, seed=1).run.latents, t.run.latents
+    )
 
 
 @pytest.mark.parametrize("gate", ["mix", "joint"])
@@ -38,13 +42,19 @@ def test_attention_tie(model, gate, guidance):
     assert torch.equal(
         dit_lens.twins(model, g=0.7, release=0, **settings).run.latents, free.run.latents
     )  # never coupled
-    plain = dit_lens.sample(model, free.run.labels, seeds=free.run.seeds_at(0), steps=4, guidance=guidance, latents=z)
-    assert torch.equal(plain.latents, free.run.latents)  # g = 0 is bit for bit the plain model on the same batch
+    plain = dit_lens.sample(
+        model, free.run.labels, seeds=free.run.seeds_at(0), steps=4, guidance=guidance, latents=z
+    )
+    # g = 0 is bit for bit the plain model on the same batch
+    assert torch.equal(plain.latents, free.run.latents)
     tied = dit_lens.twins(model, g=1.0, release=4, **settings).run
     assert not torch.allclose(tied.latents[-1], free.run.latents[-1], atol=1e-4)
-    mean, half = (z[:2] + z[2:]) / 2, (z[:2] - z[2:]) / 2  # antisymmetric about sqrt(1 - eps²) z, variance preserving
+    # antisymmetric about sqrt(1 - eps²) z, variance preserving
+    mean, half = (z[:2] + z[2:]) / 2, (z[:2] - z[2:]) / 2
     own, other = (noise(seeds, START, (1, 8, 8)) for seeds in twin_seeds(0, 2))
-    assert torch.allclose(mean, (1 - 0.3**2) ** 0.5 * own, atol=1e-6) and torch.allclose(half, 0.3 * other, atol=1e-6)
+    assert torch.allclose(mean, (1 - 0.3**2) ** 0.5 * own, atol=1e-6) and torch.allclose(
+        half, 0.3 * other, atol=1e-6
+    )
     assert model.instrumentation.listening == 0
 
 
@@ -70,7 +80,10 @@ def test_the_linear_formula_errs_by_the_square(gate, g):
     direction = [torch.randn(1, 1, 6, 4, generator=gen, dtype=torch.float64) for _ in range(3)]
     errors = []
     for size in (1e-2, 1e-3):
-        q, k, v = (torch.cat([m + size * d / 2, m - size * d / 2]) for m, d in zip(mean, direction, strict=True))
+        q, k, v = (
+            torch.cat([m + size * d / 2, m - size * d / 2])
+            for m, d in zip(mean, direction, strict=True)
+        )
         own = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
         out = gated(own, q, k, v, g, gate) if g else own
         want = linear_response(*mean, *(size * d for d in direction), g)
@@ -81,7 +94,9 @@ def test_the_linear_formula_errs_by_the_square(gate, g):
 @pytest.mark.parametrize("where", [(0, 1, 2), (12, 13), (23, 24, 25, 26, 27)])
 @pytest.mark.parametrize("gate", ["mix", "joint"])
 def test_planted_products_under_the_gate(where, gate):
-    """E4: the gain on the difference's mean mode, through every layer of a real DiT, at g = 0, 1/2, 1."""
+    """E4: the gain on the difference's mean mode, through every layer of a real DiT, at g = 0, 1/2,
+    1.
+    """
     truth = planted(layers=where, a=0.3, dtype=torch.float64)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     gen = torch.Generator().manual_seed(0)
@@ -91,11 +106,21 @@ def test_planted_products_under_the_gate(where, gate):
     t, y = torch.tensor([500] * 2), torch.tensor([0] * 2)
     for g in (0.0, 0.5, 1.0):
         with torch.no_grad(), coupled(model, g, gate):
-            _, cache = model.run_with_cache(torch.cat([x + d, x - d]), t, y, names_filter="resid_p*")
-        mean_mode = [(c[0] - c[1]).mean(0).norm() for c in (cache["resid_pre", 0], cache["resid_post", 27])]
-        assert abs(float(mean_mode[1] / mean_mode[0]) / float(planted_gain(0.3, where, g)) - 1) < 1e-5, g
+            _, cache = model.run_with_cache(
+                torch.cat([x + d, x - d]), t, y, names_filter="resid_p*"
+            )
+        mean_mode = [
+            (c[0] - c[1]).mean(0).norm() for c in (cache["resid_pre", 0], cache["resid_post", 27])
+        ]
+        assert (
+            abs(float(mean_mode[1] / mean_mode[0]) / float(planted_gain(0.3, where, g)) - 1) < 1e-5
+        ), g
     if len(where) == 5:
-        assert [round(float(planted_gain(0.3, where, g)), 5) for g in (0, 0.5, 1)] == [3.71293, 1.61051, 1.0]
+        assert [round(float(planted_gain(0.3, where, g)), 5) for g in (0, 0.5, 1)] == [
+            3.71293,
+            1.61051,
+            1.0,
+        ]
 
 
 def test_clones_of_an_exact_gaussian_agree_as_the_formula_says():
@@ -112,7 +137,10 @@ def test_clones_of_an_exact_gaussian_agree_as_the_formula_says():
         for lam, (u, v) in ((4.0, low), (0.25, high)):
             r = float((u * v).sum() / (u.square().sum() * v.square().sum()).sqrt())
             want = float(ddim_agreement([lam], abars, release)[0])
-            assert abs(r - want) < 4 * (1 - want**2) / (u.numel() if u.shape[-1] > 1 else 3 * pairs) ** 0.5 + 0.02, (
+            assert (
+                abs(r - want)
+                < 4 * (1 - want**2) / (u.numel() if u.shape[-1] > 1 else 3 * pairs) ** 0.5 + 0.02
+            ), (
                 lam,
                 release,
             )
@@ -121,15 +149,21 @@ def test_clones_of_an_exact_gaussian_agree_as_the_formula_says():
 def test_twin_divergence(model):
     probe = TwinDivergence()
     result = probe.run(model, pairs=4, release=2, steps=5, guidance=2.0)
-    assert result.energy.dims == ("reading", "layer", "step", "band") and dict(result.sizes)["pair"] == 4
-    assert (result.energy.sel(step=slice(0, 2)) == 0).all()  # released at 2, they differ from step 3 on
+    assert (
+        result.energy.dims == ("reading", "layer", "step", "band")
+        and dict(result.sizes)["pair"] == 4
+    )
+    # released at 2, they differ from step 3 on
+    assert (result.energy.sel(step=slice(0, 2)) == 0).all()
     assert (result.energy.sel(step=slice(3, None)) > 0).all()
     with dit_lens.trace(model) as t:
         pair = dit_lens.twins(model, pairs=4, release=2, steps=5, guidance=2.0)
     h = t["resid_post", 1][4][:8]  # [A | B] of the guided half
     by_hand = probe.bands.energy_tokens(h[:4] - h[4:])
     assert torch.allclose(
-        torch.as_tensor(result.difference.sel(reading="raw", layer=1, step=4).values), by_hand, rtol=1e-3
+        torch.as_tensor(result.difference.sel(reading="raw", layer=1, step=4).values),
+        by_hand,
+        rtol=1e-3,
     )
     assert len(pair.run.labels) == 8
     with (
@@ -145,13 +179,20 @@ def test_twin_divergence(model):
 
 def test_bad_input(model):
     for kwargs, text in [
-        (dict(eta=0.0), "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start equal"),
+        (
+            dict(eta=0.0),
+            "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start "
+            "equal",
+        ),
         (dict(scheduler="dpm++"), "The twins can't part: the sampler 'dpm"),
         (dict(release=5), r"never released \(release=5 of 5 steps\)"),
         (dict(release=6), "release=6 is outside the run; expected a step from 0 to 5"),
         (dict(tie="attention", eps=0.0), "they start equal"),
         (dict(tie="attention", eps=1.5), "eps=1.5 is out of range"),
-        (dict(tie="attention", g=-1), "The coupling g=-1 is not a strength; expected a finite number of at least 0"),
+        (
+            dict(tie="attention", g=-1),
+            "The coupling g=-1 is not a strength; expected a finite number of at least 0",
+        ),
         (dict(tie="attention", g=float("inf")), "g=inf is not a strength"),
         (dict(tie="attention", g=1, gate="sum"), "'sum' is no gate; expected 'mix' or 'joint'"),
         (dict(tie="attention", g=1, layers=[3]), "There is no layer 3 to couple; the model has 3"),

@@ -1,16 +1,21 @@
 """The bridge to nnsight: a model whose modules are the hook points.
 
-nnsight reads and edits what goes into modules and what comes out, and for that replaces the `forward` of every module it wraps, for
-good. But most of a DiT's quantities are not at the border of a module (`hook_resid_mid`, `hook_attn_out`, `hook_pattern`), and a
-model that dit_lens opened must be left as it was. So nnsight gets a tree of its own: one identity module for each hook point, under
-its name. While a trace runs, listeners send the values of hook points through these modules, and there nnsight does whatever it does
-with modules: reads, edits, skips, counts, caches. The transformer itself it never touches.
+nnsight reads and edits what goes into modules and what comes out, and for that replaces the
+`forward` of every module it wraps, for good. But most of a DiT's quantities are not at the border
+of a module (`hook_resid_mid`, `hook_attn_out`, `hook_pattern`), and a model that dit_lens opened
+must be left as it was. So nnsight gets a tree of its own: one identity module for each hook point,
+under its name. While a trace runs, listeners send the values of hook points through these modules,
+and there nnsight does whatever it does with modules: reads, edits, skips, counts, caches. The
+transformer itself it never touches.
 
 Three things keep that exact:
 
-- a hook point is listened to only once somebody waits for its value, so patterns that nobody reads are not computed;
-- nnsight tells denoising steps apart by counting visits, so points that the model passed while nobody listened are counted too;
-- what is served is a copy, as it is for dit_lens's own editors: the stream is often one tensor under two names.
+- a hook point is listened to only once somebody waits for its value, so patterns that nobody reads
+  are not computed;
+- nnsight tells denoising steps apart by counting visits, so points that the model passed while
+  nobody listened are counted too;
+- what is served is a copy, as it is for dit_lens's own editors: the stream is often one tensor
+  under two names.
 """
 
 from __future__ import annotations
@@ -34,9 +39,10 @@ KINDS = ("input", "skip", "output")  # where nnsight stops at a module, and what
 def to_nnsight(model: Any) -> Any:
     """An `nnsight.NNsight` whose modules are the hook points of `model`, under their names.
 
-    `model` is a HookedDiT, a transformer or a pipeline. `m.trace(x, t, y)` runs the transformer once; a pipeline is run by
-    `m.generate(class_labels=[207], num_inference_steps=50)`, where `tracer.iter` counts the denoising steps. Values have the shapes
-    of `m.dit.sites`; under guidance the batch is [cond | null], and an invoke sees its rows of both.
+    `model` is a HookedDiT, a transformer or a pipeline. `m.trace(x, t, y)` runs the transformer
+    once; a pipeline is run by `m.generate(class_labels=[207], num_inference_steps=50)`, where
+    `tracer.iter` counts the denoising steps. Values have the shapes of `m.dit.sites`; under
+    guidance the batch is [cond | null], and an invoke sees its rows of both.
 
         with m.trace(x, t, y):
             stream = m.blocks[5].hook_resid_post.output.save()  # [batch, token, d_model]
@@ -45,10 +51,12 @@ def to_nnsight(model: Any) -> Any:
     >>> m.get("blocks.5.attn.hook_q")
     Point(batch, token, head, d_head)
 
-    Two attributes lead back: `m.dit`, the HookedDiT (`m.dit.remove()` takes the hook points out again), and `m.pipe`, the pipeline.
+    Two attributes lead back: `m.dit`, the HookedDiT (`m.dit.remove()` takes the hook points out
+    again), and `m.pipe`, the pipeline.
 
     Raises:
-        ImportError: if nnsight is not installed. TypeError, ValueError, RuntimeError: as `HookedDiT(model)` does.
+        ImportError: if nnsight is not installed. TypeError, ValueError, RuntimeError: as
+            `HookedDiT(model)` does.
     """
     root, interleaver = _nnsight_classes()
     is_pipe = not isinstance(model, (HookedDiT, nn.Module))
@@ -71,9 +79,11 @@ class Point(nn.Module):
 
 
 class HookPoints(nn.Module):
-    """The tree of points, `blocks[5].attn.hook_q` and all; calling it runs the transformer or the pipeline.
+    """The tree of points, `blocks[5].attn.hook_q` and all; calling it runs the transformer or the
+    pipeline.
 
-    Neither is a child of it, or nnsight would wrap their modules too; but it has their parameters, so `m.device` and `m.to(...)` work.
+    Neither is a child of it, or nnsight would wrap their modules too; but it has their parameters,
+    so `m.device` and `m.to(...)` work.
     """
 
     def __init__(self, dit: HookedDiT, pipe: Any) -> None:
@@ -96,7 +106,9 @@ class HookPoints(nn.Module):
         return self.target(args, kwargs)(*args, **kwargs)
 
     def target(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What such arguments are for: the pipeline, or the transformer when there is none or when latents are given."""
+        """What such arguments are for: the pipeline, or the transformer when there is none or when
+        latents are given.
+        """
         latents = "x" in kwargs or (len(args) > 0 and isinstance(args[0], Tensor))
         return self.dit.__call__ if self.pipe is None or latents else self.pipe.__call__
 
@@ -106,7 +118,11 @@ class HookPoints(nn.Module):
         try:
             bound = signature.bind_partial(*args, **kwargs)
         except TypeError as error:
-            hint = " (for denoising runs, give to_nnsight the pipeline itself)" if self.pipe is None else ""
+            hint = (
+                " (for denoising runs, give to_nnsight the pipeline itself)"
+                if self.pipe is None
+                else ""
+            )
             raise TypeError(f"{error}; expected the arguments {signature}{hint}.") from None
         return dict(bound.arguments)
 
@@ -129,12 +145,15 @@ class Tap(Listener):
         copy = x.clone()
         before = _version(copy)
         new = self.taps.serve(point.name, copy)
-        edited = new is not copy or (not torch.equal(copy, x) if before is None else _version(copy) != before)
+        edited = new is not copy or (
+            not torch.equal(copy, x) if before is None else _version(copy) != before
+        )
         if not edited:
             return copy if copy.requires_grad else x  # gradients are asked for at what was served
         if self.taps.dit.instrumentation.watchers:
             raise RuntimeError(
-                f"nnsight edited {point.name!r} inside a dit_lens.trace, which could not replay that when it recomputes; "
+                f"nnsight edited {point.name!r} inside a dit_lens.trace, which could not replay "
+                "that when it recomputes; "
                 "edit with t.edit(...), or run the two one after the other."
             )
         point.changed = True
@@ -142,7 +161,9 @@ class Tap(Listener):
 
 
 class Taps:
-    """The listeners of one run: put on when nnsight waits for a point, taken off after the forward in which it was served."""
+    """The listeners of one run: put on when nnsight waits for a point, taken off after the forward
+    in which it was served.
+    """
 
     def __init__(self, tree: HookPoints, interleaver: Any) -> None:
         self.dit, self.points, self.interleaver = tree.dit, tree.points, interleaver
@@ -153,7 +174,8 @@ class Taps:
 
     def start(self) -> None:
         self.dit._require_eval()
-        self.dit.instrumentation.claim()  # refused here, before nnsight has begun, and not by `attach` in the midst of its beginning
+        # refused here, before nnsight has begun, and not by `attach` in the midst of its beginning
+        self.dit.instrumentation.claim()
         self.forward_hook = self.dit.transformer.register_forward_hook(self.step)
 
     def stop(self) -> None:
@@ -165,8 +187,13 @@ class Taps:
         self.dit.instrumentation.release()
 
     def listen(self, places: Collection[str]) -> None:
-        """Listen where somebody waits. Nothing is taken off here: an edit of a pattern counts only while its listener is on."""
-        for name in {self.places[place] for place in places if place in self.places} - self.handles.keys():
+        """Listen where somebody waits.
+
+        Nothing is taken off here: an edit of a pattern counts only while its listener is on.
+        """
+        for name in {
+            self.places[place] for place in places if place in self.places
+        } - self.handles.keys():
             self.handles[name] = self.dit.instrumentation.attach(name, Tap(self))
 
     def keep(self, places: Collection[str]) -> None:
@@ -193,7 +220,10 @@ class Taps:
 
 @cache
 def _nnsight_classes() -> tuple[Any, Any]:
-    """nnsight's model and interleaver, made ours. Only here is nnsight imported: that puts `.save` on every object there is."""
+    """nnsight's model and interleaver, made ours.
+
+    Only here is nnsight imported: that puts `.save` on every object there is.
+    """
     try:
         from diffusers.utils import BaseOutput
         from nnsight import NNsight
@@ -201,7 +231,9 @@ def _nnsight_classes() -> tuple[Any, Any]:
         from nnsight.intervention.interleaver import Interleaver
         from nnsight.modeling.diffusion import DiffusionBatcher
     except ImportError as error:
-        raise ImportError(f"nnsight can't be imported ({error}); pip install 'dit_lens[nnsight]'.") from error
+        raise ImportError(
+            f"nnsight can't be imported ({error}); pip install 'dit_lens[nnsight]'."
+        ) from error
 
     class TappedInterleaver(Interleaver):
         """Whenever nnsight sets anew what it waits for (`parked`, `observers`), the taps follow."""
@@ -234,8 +266,11 @@ def _nnsight_classes() -> tuple[Any, Any]:
                 self.taps.stop()
 
     class Batcher(DiffusionBatcher):
-        """Which rows of a batch are an invoke's. Under guidance they lie in two places, so nnsight serves a copy: edits in place are
-        put back from there. A pipeline's output, which nnsight can't take apart, is cut by images."""
+        """Which rows of a batch are an invoke's.
+
+        Under guidance they lie in two places, so nnsight serves a copy: edits in place are
+        put back from there. A pipeline's output, which nnsight can't take apart, is cut by
+        images."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -245,12 +280,18 @@ def _nnsight_classes() -> tuple[Any, Any]:
             if not (self.batching and group and isinstance(value, BaseOutput)):
                 return super().narrow(value, group)
             start, size = self.image_groups[group[0]]
-            parts = {k: v[start : start + size] if _rows_of(v) == self.image_total else v for k, v in value.items()}
+            parts = {
+                k: v[start : start + size] if _rows_of(v) == self.image_total else v
+                for k, v in value.items()
+            }
             return type(value)(**parts)
 
         def widen(self, full: Any, group: Any, edited: Any) -> Any:
             if self.batching and group and isinstance(full, BaseOutput):
-                raise ValueError("A pipeline's output can't be replaced for one of several invokes; edit hook_sample.")
+                raise ValueError(
+                    "A pipeline's output can't be replaced for one of several invokes; edit "
+                    "hook_sample."
+                )
             return super().widen(full, group, edited)
 
         def _narrow_tensor(self, tensor: Tensor, group: Any) -> Tensor:
@@ -281,7 +322,11 @@ def _nnsight_classes() -> tuple[Any, Any]:
             except AttributeError:
                 pass
             near = difflib.get_close_matches(name, list(self.__dict__.get("_child_map", ())), n=3)
-            hint = f"nearest: {', '.join(map(repr, near))}" if near else "m.dit.names lists all hook points"
+            hint = (
+                f"nearest: {', '.join(map(repr, near))}"
+                if near
+                else "m.dit.names lists all hook points"
+            )
             raise AttributeError(f"{self.__dict__.get('path')} has no {name!r}; {hint}.")
 
     class NNsightDiT(Named, NNsight):
@@ -328,18 +373,26 @@ def _joined(each: list[dict[str, Any]], rows: list[int]) -> dict[str, Any]:
 
 
 def _join(key: str, values: list[Any], rows: list[int]) -> Any:
-    """What is given for each image one after the other; of all else there is one, and the calls must agree on it."""
+    """What is given for each image one after the other; of all else there is one, and the calls
+    must agree on it.
+    """
     given = list(zip(values, rows, strict=True))
     if all(isinstance(v, Tensor) and len(v) in (1, n) for v, n in given):
         return torch.cat([v if len(v) == n else v.expand(n, *v.shape[1:]) for v, n in given])
     if all(isinstance(value, dict) for value in values):
         return _joined(values, rows)
-    if (key in ("y", "class_labels", "generator") or "prompt" in key) and all(value is not None for value in values):
+    if (key in ("y", "class_labels", "generator") or "prompt" in key) and all(
+        value is not None for value in values
+    ):
         return [one for v, n in given for one in (v if isinstance(v, (list, tuple)) else [v] * n)]
     tensors = all(isinstance(value, Tensor) for value in values)
-    if not all(torch.equal(value, values[0]) if tensors else value == values[0] for value in values):
+    if not all(
+        torch.equal(value, values[0]) if tensors else value == values[0] for value in values
+    ):
         shown = ", ".join(str(list(value.shape) if tensors else value) for value in values)
-        raise ValueError(f"The invokes differ in {key} ({shown}), and one batch has one; trace them apart.")
+        raise ValueError(
+            f"The invokes differ in {key} ({shown}), and one batch has one; trace them apart."
+        )
     return values[0]
 
 

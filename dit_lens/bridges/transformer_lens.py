@@ -1,14 +1,17 @@
 """The bridge to TransformerLens: a real `HookedRootModule` in front of a hooked DiT.
 
-TransformerLens's functions ask a model for three things: a tree of its own `HookPoint` modules, methods that run the model with
-functions on them, and a `cfg` of sizes. So the bridge is such a tree, with dit_lens's names, and nothing is computed in it: the DiT runs
-as it always does, and for the length of a forward an editor at each point where somebody listens sends the activation through
-TransformerLens's point of that name and passes on what comes back. Where nobody listens nothing is attached: patterns are not
-computed, the output is bit for bit the model's own, and after the forward the model is as it was.
+TransformerLens's functions ask a model for three things: a tree of its own `HookPoint` modules,
+methods that run the model with functions on them, and a `cfg` of sizes. So the bridge is such a
+tree, with dit_lens's names, and nothing is computed in it: the DiT runs as it always does, and for
+the length of a forward an editor at each point where somebody listens sends the activation through
+TransformerLens's point of that name and passes on what comes back. Where nobody listens nothing is
+attached: patterns are not computed, the output is bit for bit the model's own, and after the
+forward the model is as it was.
 
-Two habits of dit_lens are kept: a name that matches nothing raises, with the nearest (TransformerLens records nothing and says nothing),
-and hooks get a copy, because the stream is often one tensor under two names. TransformerLens takes 2.7 s to import, so the class is
-made on the first call.
+Two habits of dit_lens are kept: a name that matches nothing raises, with the nearest
+(TransformerLens records nothing and says nothing), and hooks get a copy, because the stream is
+often one tensor under two names. TransformerLens takes 2.7 s to import, so the class is made on the
+first call.
 """
 
 from __future__ import annotations
@@ -31,14 +34,18 @@ if TYPE_CHECKING:
 
 
 def to_transformer_lens(model: Any) -> HookedRootModule:
-    """TransformerLens's `HookedRootModule` for a DiT: `hook_dict`, `run_with_cache`, `run_with_hooks`, `hooks`, `add_hook`, `cfg`.
+    """TransformerLens's `HookedRootModule` for a DiT: `hook_dict`, `run_with_cache`,
+    `run_with_hooks`, `hooks`, `add_hook`, `cfg`.
 
     Args:
-        model: a `HookedDiT`, or what one can be made of: a pipeline or its transformer. It is opened in place and shared, not copied.
+        model: a `HookedDiT`, or what one can be made of: a pipeline or its transformer. It is
+            opened in place and shared, not copied.
 
-    The module is called as `HookedDiT` is: `tl(x, t, y)`, with `start_at_layer` and `stop_at_layer`, and gives the model's output. With
-    `metric=fn` it gives `fn(output)`, which `run_with_cache(..., incl_bwd=True)` needs to be a number. `tl.to_tokens(x, t, y)` stands for
-    `tokens` in functions that take one argument. `tl.model` is the HookedDiT, `tl.transformer` the diffusers module.
+    The module is called as `HookedDiT` is: `tl(x, t, y)`, with `start_at_layer` and
+    `stop_at_layer`, and gives the model's output. With `metric=fn` it gives `fn(output)`, which
+    `run_with_cache(..., incl_bwd=True)` needs to be a number. `tl.to_tokens(x, t, y)` stands for
+    `tokens` in functions that take one argument. `tl.model` is the HookedDiT, `tl.transformer` the
+    diffusers module.
 
     >>> import dit_lens, torch; tl = to_transformer_lens(dit_lens.load("digits"))
     >>> out, cache = tl.run_with_cache(torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3]))
@@ -46,15 +53,18 @@ def to_transformer_lens(model: Any) -> HookedRootModule:
     (torch.Size([1, 4, 64, 64]), torch.Size([28, 1, 64, 64]))
 
     Raises:
-        ImportError: if transformer-lens is not installed. TypeError, RuntimeError, ValueError: as `HookedDiT` does.
+        ImportError: if transformer-lens is not installed. TypeError, RuntimeError, ValueError: as
+            `HookedDiT` does.
     """
     return _bridge()(model if isinstance(model, HookedDiT) else HookedDiT(model))
 
 
 class Tokens:
-    """A batch of inputs (x, t, y) under one name, for TransformerLens's functions that take `tokens`.
+    """A batch of inputs (x, t, y) under one name, for TransformerLens's functions that take
+    `tokens`.
 
-    Its shape is [batch, token]. Indexing chooses items of the batch: by a slice, a list, or a tensor of indices.
+    Its shape is [batch, token]. Indexing chooses items of the batch: by a slice, a list, or a
+    tensor of indices.
     """
 
     ndim = 2
@@ -64,7 +74,8 @@ class Tokens:
 
     @functools.cached_property
     def shape(self) -> torch.Size:
-        with torch.no_grad():  # what enters the first block, since every family counts its tokens its own way
+        # what enters the first block, since every family counts its tokens its own way
+        with torch.no_grad():
             return self.model(*self.inputs, stop_at_layer=0).shape[:2]
 
     def __len__(self) -> int:
@@ -76,7 +87,11 @@ class Tokens:
         def pick(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: pick(each) for key, each in value.items()}
-            return value[chosen] if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
+            return (
+                value[chosen]
+                if isinstance(value, Tensor) and value.ndim and len(value) == len(self)
+                else value
+            )
 
         return Tokens(self.model, *map(pick, self.inputs))
 
@@ -85,15 +100,19 @@ class Tokens:
 
 
 class Through(Editor):
-    """Sends the activation through TransformerLens's hook point of the same name; what its hooks make of it goes on."""
+    """Sends the activation through TransformerLens's hook point of the same name; what its hooks
+    make of it goes on.
+    """
 
     def __init__(self, theirs: Any, instrumentation: Any) -> None:
-        Listener.__init__(self)  # Editor's own would look up the function's signature, which takes longer than the hook
+        # Editor's own would look up the function's signature, which takes longer than the hook
+        Listener.__init__(self)
         self.fn, self.now, self.by_keyword = self.through, None, True
         self.theirs, self.instrumentation = theirs, instrumentation
 
     def through(self, activation: Tensor, hook: Any) -> Tensor | None:
-        if not self.theirs.fwd_hooks and not self.theirs.bwd_hooks:  # taken off again within a `with tl.hooks(...)`
+        # taken off again within a `with tl.hooks(...)`
+        if not self.theirs.fwd_hooks and not self.theirs.bwd_hooks:
             return None
         if self.theirs.bwd_hooks and not activation.requires_grad:
             raise RuntimeError(
@@ -101,14 +120,19 @@ class Through(Editor):
                 "gradients are off, or neither the weights before it nor the input require them."
             )
         version = None if activation.is_inference() else activation._version
-        before = activation.detach().clone() if version is None or self.instrumentation.watchers else None
+        before = (
+            activation.detach().clone()
+            if version is None or self.instrumentation.watchers
+            else None
+        )
         new = self.theirs(activation)
         # In TransformerLens a hook may also change its activation in place and return None.
-        touched = new is not activation or version is not None and activation._version != version
+        touched = new is not activation or (version is not None and activation._version != version)
         differs = before is not None and not torch.equal(before, new)
         if differs and self.instrumentation.watchers:
             raise RuntimeError(
-                f"A TransformerLens hook changed {hook.name!r} inside a trace, which could not repeat that edit when it "
+                f"A TransformerLens hook changed {hook.name!r} inside a trace, which could not "
+                "repeat that edit when it "
                 f"recomputes: make it with trace.edit({hook.name!r}, fn)."
             )
         return new if touched or differs else None
@@ -124,8 +148,10 @@ class Branch(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         raise NotImplementedError(
-            f"{self.name!r} holds hook points and computes nothing: in a DiT a modulation by (t, y) follows each normalisation. "
-            "To read a stream by the last layer use tl.model.unembed(stream, t, y); elsewhere record hook_normalized."
+            f"{self.name!r} holds hook points and computes nothing: in a DiT a modulation by (t, "
+            "y) follows each normalisation. "
+            "To read a stream by the last layer use tl.model.unembed(stream, t, y); elsewhere "
+            "record hook_normalized."
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -139,8 +165,10 @@ def _attribute(module: Any, name: str) -> Any:
         if name.startswith("_"):
             raise
         raise AttributeError(
-            f"{name!r} is not part of the bridge: it gives TransformerLens a DiT's hook points and sizes, no vocabulary, "
-            "and no weights under TransformerLens's names (tl.transformer has them, under diffusers')."
+            f"{name!r} is not part of the bridge: it gives TransformerLens a DiT's hook points and "
+            "sizes, no vocabulary, "
+            "and no weights under TransformerLens's names (tl.transformer has them, under "
+            "diffusers')."
         ) from None
 
 
@@ -151,7 +179,8 @@ def _bridge() -> Any:
         from transformer_lens.hook_points import HookPoint
     except ImportError as error:
         raise ImportError(
-            f"The bridge to TransformerLens needs transformer-lens, and importing it failed ({error}); "
+            "The bridge to TransformerLens needs transformer-lens, and importing it failed "
+            f"({error}); "
             "use pip install 'dit_lens[transformer-lens]'."
         ) from error
 
@@ -174,25 +203,42 @@ def _bridge() -> Any:
             points: dict[str, Any] = dict(self.named_modules())
             self.hook_dict = {name: points[name] for name in model.names}  # in forward order
             self.train(model.transformer.training)
-            # Only now: `setup` would write a `name` on each of its modules, and `train` would change their modes.
+            # Only now: `setup` would write a `name` on each of its modules, and `train` would
+            # change their modes.
             self.transformer = model.transformer
             c, theirs = model.cfg, getattr(model.transformer, "config", None)
             self._cfg = TransformerBridgeConfig(
-                n_layers=c.n_layers, d_model=c.d_model, n_heads=c.n_heads, d_head=c.d_head, d_mlp=c.d_mlp,
-                n_ctx=math.prod(c.grid), model_name=type(model.transformer).__name__, attention_dir="bidirectional",
-                act_fn=str(getattr(theirs, "activation_fn", "unknown")), use_attn_result=True, default_prepend_bos=False,
-            )  # fmt: skip
+                n_layers=c.n_layers,
+                d_model=c.d_model,
+                n_heads=c.n_heads,
+                d_head=c.d_head,
+                d_mlp=c.d_mlp,
+                n_ctx=math.prod(c.grid),
+                model_name=type(model.transformer).__name__,
+                attention_dir="bidirectional",
+                act_fn=str(getattr(theirs, "activation_fn", "unknown")),
+                use_attn_result=True,
+                default_prepend_bos=False,
+            )
 
         @property
         def cfg(self) -> TransformerBridgeConfig:
-            """Sizes, device and dtype; what language models alone have stays at TransformerLens's defaults."""
+            """Sizes, device and dtype; what language models alone have stays at TransformerLens's
+            defaults.
+            """
             self._cfg.device, self._cfg.dtype = str(self.model.device), self.model.dtype
             return self._cfg
 
         # Running.
 
         def forward(
-            self, x: Tensor | Tokens, t: Tensor | None = None, y: Any = None, *, metric: Any = None, **span: Any
+            self,
+            x: Tensor | Tokens,
+            t: Tensor | None = None,
+            y: Any = None,
+            *,
+            metric: Any = None,
+            **span: Any,
         ) -> Any:
             inputs: Any = x.inputs if isinstance(x, Tokens) else (x, t, y)
             with self.listening():
@@ -200,38 +246,58 @@ def _bridge() -> Any:
             return out if metric is None else metric(out)
 
         def to_tokens(self, x: Tensor | Tokens, t: Tensor | None = None, y: Any = None) -> Tokens:
-            """(x, t, y) as the one argument that TransformerLens's functions call tokens, of shape [batch, token]."""
+            """(x, t, y) as the one argument that TransformerLens's functions call tokens, of shape
+            [batch, token].
+            """
             if isinstance(x, Tokens):
                 return x
             if not isinstance(x, Tensor) or not isinstance(t, Tensor):
                 kinds = ", ".join(type(each).__name__ for each in (x, t, y))
                 raise TypeError(
-                    f"to_tokens takes a DiT's inputs: latents x, timesteps t and condition y, not ({kinds})."
+                    "to_tokens takes a DiT's inputs: latents x, timesteps t and condition y, not "
+                    f"({kinds})."
                 )
             return Tokens(self.model, x, t, y)
 
-        def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> tuple[Any, Any]:
+        def run_with_cache(
+            self, *args: Any, return_cache_object: bool = True, **kwargs: Any
+        ) -> tuple[Any, Any]:
             if kwargs.get("incl_bwd") and kwargs.get("metric") is None:
                 raise ValueError(
-                    "incl_bwd=True needs a number to take the gradient of, and a DiT's output is an image; "
+                    "incl_bwd=True needs a number to take the gradient of, and a DiT's output is "
+                    "an image; "
                     "pass metric=fn, with fn(output) a scalar."
                 )
             if args and isinstance(args[0], Tokens):
                 args = (*args[0].inputs, *args[1:])
             out, kept = super().run_with_cache(*args, **kwargs)
             if return_cache_object:
-                kept = ActivationCache(kept, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+                kept = ActivationCache(
+                    kept, self, has_batch_dim=not kwargs.get("remove_batch_dim", False)
+                )
             return out, kept
 
-        # Hooks: names as everywhere in dit_lens, and listeners in the model only while they are needed.
+        # Hooks: names as everywhere in dit_lens, and listeners in the model only while they are
+        # needed.
 
         def matching(self, names: Any) -> list[str]:
-            """All hook names that a name, glob, shorthand, list or function chooses; raises for none. A whole name is found at once."""
-            return [names] if isinstance(names, str) and names in self.hook_dict else select(names, self.model.names)
+            """All hook names that a name, glob, shorthand, list or function chooses; raises for
+            none. A whole name is found at once.
+            """
+            return (
+                [names]
+                if isinstance(names, str) and names in self.hook_dict
+                else select(names, self.model.names)
+            )
 
         @contextmanager
-        def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Iterator[Any]:
-            named = [[(n, fn) for f, fn in each for n in self.matching(f)] for each in (fwd_hooks, bwd_hooks)]
+        def hooks(
+            self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
+        ) -> Iterator[Any]:
+            named = [
+                [(n, fn) for f, fn in each for n in self.matching(f)]
+                for each in (fwd_hooks, bwd_hooks)
+            ]
             with super().hooks(*named, *args, **kwargs), self.listening():
                 yield self
 
@@ -241,13 +307,18 @@ def _bridge() -> Any:
             wanted = {n: p for n, p in self.hook_dict.items() if p.fwd_hooks or p.bwd_hooks}
             if wanted and self.transformer.training:
                 raise RuntimeError(
-                    "The model is in train mode, where diffusers drops class labels at random; call model.eval() first."
+                    "The model is in train mode, where diffusers drops class labels at random; "
+                    "call model.eval() first."
                 )
             with ExitStack() as stack:
                 for name, point in wanted.items():
                     if name in self.attached:
                         continue
-                    stack.callback(self.model.instrumentation.attach(name, Through(point, self.model.instrumentation)).remove)
+                    stack.callback(
+                        self.model.instrumentation.attach(
+                            name, Through(point, self.model.instrumentation)
+                        ).remove
+                    )
                     self.attached.add(name)
                     stack.callback(self.attached.discard, name)
                 yield
@@ -260,14 +331,22 @@ def _bridge() -> Any:
             return super().add_caching_hooks(self.matching(names_filter), *args, **kwargs)
 
         def get_caching_hooks(
-            self, names_filter: Any = None, *args: Any, cache: Any = None, pos_slice: Any = None, **kwargs: Any
+            self,
+            names_filter: Any = None,
+            *args: Any,
+            cache: Any = None,
+            pos_slice: Any = None,
+            **kwargs: Any,
         ) -> Any:
             names = self.matching(names_filter)
-            # TransformerLens would slice the last axis but one of each, which for a gate [batch, d_model] is the batch.
+            # TransformerLens would slice the last axis but one of each, which for a gate [batch,
+            # d_model] is the batch.
             of_tokens = [n for n in names if {"token", "query"} & set(self.model.sites[n])]
             others = [n for n in names if n not in of_tokens]
             cache = {} if cache is None else cache
-            _, fwd, bwd = super().get_caching_hooks(of_tokens, *args, cache=cache, pos_slice=pos_slice, **kwargs)
+            _, fwd, bwd = super().get_caching_hooks(
+                of_tokens, *args, cache=cache, pos_slice=pos_slice, **kwargs
+            )
             _, more_fwd, more_bwd = super().get_caching_hooks(others, *args, cache=cache, **kwargs)
             return cache, fwd + more_fwd, bwd + more_bwd
 
@@ -278,6 +357,7 @@ def _bridge() -> Any:
             return f"TransformerLensDiT({self.model!r})"
 
         def __reduce__(self) -> Any:
-            return to_transformer_lens, (self.model,)  # a copied or unpickled model starts with nobody listening
+            # a copied or unpickled model starts with nobody listening
+            return to_transformer_lens, (self.model,)
 
     return TransformerLensDiT

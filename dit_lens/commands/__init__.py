@@ -1,7 +1,8 @@
-"""The command line, one file a subcommand: `add_arguments(parser)` says what it takes, `run(args)` does it.
+"""The command line, one file a subcommand: `add_arguments(parser)` says what it takes, `run(args)`
+does it.
 
-Belongs here: arguments, progress bars, exit codes, where files are written. Does not: anything
-that a user of the library would also want; that lives below and is called from here.
+Belongs here: arguments, progress bars, exit codes, where files are written. Does not: anything that
+a user of the library would also want; that lives below and is called from here.
 """
 
 from .main import main

@@ -1,4 +1,7 @@
-"""The command line: `dit-lens hooks | gap | patch | probe | check | check-family | report`. Each command is a page that reads top down."""
+"""The command line: `dit-lens hooks | gap | patch | probe | check | check-family | report`.
+
+Each command is a page that reads top down.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     hooks = commands.add_parser("hooks", help="list a model's hook points and their shapes")
-    hooks.add_argument("model", nargs="?", default="digits", help="bundled name, folder or hub id (default: digits)")
-    hooks.add_argument("--filter", help="only names that match this pattern, such as 'attn.*' or 'resid_post'")
+    hooks.add_argument(
+        "model",
+        nargs="?",
+        default="digits",
+        help="bundled name, folder or hub id (default: digits)",
+    )
+    hooks.add_argument(
+        "--filter", help="only names that match this pattern, such as 'attn.*' or 'resid_post'"
+    )
     hooks.set_defaults(run=hooks_command)
 
     gap = commands.add_parser("gap", help="measure the synchronization gap, layer by layer")
-    gap.add_argument("model", nargs="?", default="digits", help="bundled name, folder or hub id (default: digits)")
+    gap.add_argument(
+        "model",
+        nargs="?",
+        default="digits",
+        help="bundled name, folder or hub id (default: digits)",
+    )
     gap.add_argument("--pairs", type=int, help="twins (default: 48; with --quick 16)")
     gap.add_argument("--steps", type=int, help="denoising steps (default: 50; with --quick 25)")
     gap.add_argument("--quick", action="store_true", help="fewer twins and steps: a first look")
-    gap.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures to the last digit")
+    gap.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same figures to the last digit"
+    )
     gap.add_argument(
         "--cut",
         type=float,
@@ -45,31 +62,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="radial, dct, pooling or eigen (default: radial; --couple and --causes stay radial)",
     )
     gap.add_argument(
-        "--couple", type=float, nargs="+", metavar="G", help="also couple twins with these strengths, such as 0 0.5 1"
+        "--couple",
+        type=float,
+        nargs="+",
+        metavar="G",
+        help="also couple twins with these strengths, such as 0 0.5 1",
     )
     gap.add_argument(
-        "--causes", action="store_true", help="also what `dit-lens patch` does: the layers that cause the gap"
+        "--causes",
+        action="store_true",
+        help="also what `dit-lens patch` does: the layers that cause the gap",
     )
     _size(gap)
-    gap.add_argument("--out", type=Path, help="folder for pictures and results (default: gap-MODEL)")
+    gap.add_argument(
+        "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
+    )
     gap.set_defaults(run=gap_command)
 
     patch = commands.add_parser(
         "patch", help="find the layers that cause the gap: knock-outs, and patches between twins"
     )
-    patch.add_argument("model", nargs="?", default="digits", help="bundled name, folder or hub id (default: digits)")
-    patch.add_argument("--pairs", type=int, help="twins of the knock-outs (default: 24; with --quick 16)")
+    patch.add_argument(
+        "model",
+        nargs="?",
+        default="digits",
+        help="bundled name, folder or hub id (default: digits)",
+    )
+    patch.add_argument(
+        "--pairs", type=int, help="twins of the knock-outs (default: 24; with --quick 16)"
+    )
     patch.add_argument("--steps", type=int, help="denoising steps (default: 25; with --quick 12)")
     patch.add_argument("--quick", action="store_true", help="fewer twins and steps: a first look")
     patch.add_argument("--seed", type=int, default=0)
     patch.add_argument(
-        "--cut", type=float, default=0.25, help="between low and high, in cycles per pixel (default: 0.25)"
+        "--cut",
+        type=float,
+        default=0.25,
+        help="between low and high, in cycles per pixel (default: 0.25)",
     )
     _size(patch)
-    patch.add_argument("--out", type=Path, help="folder for the picture and results (default: patch-MODEL)")
+    patch.add_argument(
+        "--out", type=Path, help="folder for the picture and results (default: patch-MODEL)"
+    )
     patch.set_defaults(run=patch_command)
 
-    probe = commands.add_parser("probe", help="run an installed probe over a sampling run and store its result")
+    probe = commands.add_parser(
+        "probe", help="run an installed probe over a sampling run and store its result"
+    )
     probe.add_argument("name", help="a probe registered in the entry-point group dit_lens.probes")
     probe.add_argument("model", nargs="?", default="digits")
     probe.add_argument("--items", type=int, default=8, help="images to sample")
@@ -82,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser(
         "check", help="hold a probe against models whose answer is known; exit code 1 if it fails"
     )
-    check.add_argument("probe", help="an installed probe, path/to/file.py:ClassName or package.module:ClassName")
+    check.add_argument(
+        "probe", help="an installed probe, path/to/file.py:ClassName or package.module:ClassName"
+    )
     check.set_defaults(run=check_command)
 
     family = commands.add_parser(
@@ -90,15 +131,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="hold families of models against the contract, on small random models; exit code 1 if one fails",
     )
     family.add_argument(
-        "families", nargs="*", help="model classes, such as DiTTransformer2DModel (default: all that are installed)"
+        "families",
+        nargs="*",
+        help="model classes, such as DiTTransformer2DModel (default: all that are installed)",
     )
     family.add_argument(
-        "--table", action="store_true", help="print what works in each as Markdown, as the README has it"
+        "--table",
+        action="store_true",
+        help="print what works in each as Markdown, as the README has it",
     )
     family.set_defaults(run=check_family_command)
 
-    report = commands.add_parser("report", help="print the table and draw the pictures of stored results again")
-    report.add_argument("results", type=Path, help="the gap.nc that `dit-lens gap` wrote, or its folder")
+    report = commands.add_parser(
+        "report", help="print the table and draw the pictures of stored results again"
+    )
+    report.add_argument(
+        "results", type=Path, help="the gap.nc that `dit-lens gap` wrote, or its folder"
+    )
     report.set_defaults(run=report_command)
 
     args = parser.parse_args(argv)
@@ -130,7 +179,9 @@ def _sizes(cfg: Config) -> dict[str, Any]:
         "head": cfg.n_heads,
         "d_head": cfg.d_head,
         "d_mlp": cfg.d_mlp,
-        "patch": cfg.out_channels * (cfg.pixels[0] * cfg.pixels[1]) // (cfg.grid[-2] * cfg.grid[-1]),
+        "patch": cfg.out_channels
+        * (cfg.pixels[0] * cfg.pixels[1])
+        // (cfg.grid[-2] * cfg.grid[-1]),
         "channel": cfg.out_channels,
         "frame": next((n for n in cfg.latent_shape[:-2] if n != cfg.in_channels), cfg.in_channels),
         "height": cfg.pixels[0],
@@ -157,13 +208,23 @@ def hooks_command(args: argparse.Namespace) -> None:
     chosen = select(args.filter, list(sites))
     rows: dict[str, list[str]] = {}  # the same site of every layer is one row
     for name in chosen:
-        rows.setdefault(name if name == site_of(name) else f"blocks.{{i}}.{site_of(name)}", []).append(name)
+        rows.setdefault(
+            name if name == site_of(name) else f"blocks.{{i}}.{site_of(name)}", []
+        ).append(name)
     table = Table(
-        "hook point", "shape", "axes", "of", title=f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers"
+        "hook point",
+        "shape",
+        "axes",
+        "of",
+        title=f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers",
     )
     for row, members in rows.items():
         axes = sites[members[0]]
-        count = f"{len(members)} layer{'s' * (len(members) > 1)}" if row.startswith("blocks.{i}") else ""
+        count = (
+            f"{len(members)} layer{'s' * (len(members) > 1)}"
+            if row.startswith("blocks.{i}")
+            else ""
+        )
         shape = Text(
             "[" + ", ".join(str(sizes.get(a, a)) for a in axes) + "]"
         )  # as it stands: rich would take brackets for markup
@@ -180,7 +241,10 @@ def gap_command(args: argparse.Namespace) -> None:
     from ..report import gap as gap_report
 
     model = load(args.model, size=args.size and tuple(args.size))
-    pairs, steps = args.pairs or (16 if args.quick else 48), args.steps or (25 if args.quick else 50)
+    pairs, steps = (
+        args.pairs or (16 if args.quick else 48),
+        args.steps or (25 if args.quick else 50),
+    )
     if args.couple:
         knob.checked_strengths(args.couple)  # before minutes are spent
     results = gap.measure(
@@ -198,8 +262,15 @@ def gap_command(args: argparse.Namespace) -> None:
     if args.couple:
         with _bar() as bar:
             task = bar.add_task("couplings", total=len(args.couple))
-            swept = knob.couplings(model, args.couple, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut,
-                                   progress=lambda g: bar.advance(task))  # fmt: skip
+            swept = knob.couplings(
+                model,
+                args.couple,
+                pairs=pairs,
+                steps=steps,
+                seed=args.seed,
+                cut=args.cut,
+                progress=lambda g: bar.advance(task),
+            )
         knob_report.write(swept, out)
     if args.causes:
         onsets = {view: int(results.attrs[f"onset_layer_{view}"]) for view in gap_report.VIEWS}
@@ -207,16 +278,27 @@ def gap_command(args: argparse.Namespace) -> None:
 
 
 def patch_command(args: argparse.Namespace) -> None:
-    """Knock out every layer, and patch every layer of twin A into twin B; an interrupted sweep of patches goes on where it was."""
+    """Knock out every layer, and patch every layer of twin A into twin B; an interrupted sweep of
+    patches goes on where it was.
+    """
     from ..model.loading import load
 
     model = load(args.model, size=args.size and tuple(args.size))
-    pairs, steps = args.pairs or (16 if args.quick else 24), args.steps or (12 if args.quick else 25)
+    pairs, steps = (
+        args.pairs or (16 if args.quick else 24),
+        args.steps or (12 if args.quick else 25),
+    )
     _causes(model, pairs, steps, args, args.out or Path(f"patch-{Path(str(args.model)).name}"))
 
 
-def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, out: Path,
-            onsets: Mapping[str, int] | None = None) -> None:  # fmt: skip
+def _causes(
+    model: HookedDiT,
+    pairs: int,
+    steps: int,
+    args: argparse.Namespace,
+    out: Path,
+    onsets: Mapping[str, int] | None = None,
+) -> None:
     import importlib
 
     from ..experiments.knock_outs import knock_outs
@@ -226,24 +308,52 @@ def _causes(model: HookedDiT, pairs: int, steps: int, args: argparse.Namespace, 
     out.mkdir(parents=True, exist_ok=True)
     with _bar() as bar:
         first = bar.add_task("knock-outs", total=model.cfg.n_layers)
-        knocked = knock_outs(model, direct=True, pairs=pairs, steps=steps, seed=args.seed, cut=args.cut,
-                             progress=lambda layer: bar.advance(first))  # fmt: skip
+        knocked = knock_outs(
+            model,
+            direct=True,
+            pairs=pairs,
+            steps=steps,
+            seed=args.seed,
+            cut=args.cut,
+            progress=lambda layer: bar.advance(first),
+        )
         second = bar.add_task("patches", total=None)
-        patched = importlib.import_module("dit_lens.probes").TwinPatching().run(
-            model, pairs=8, windows=5, release=steps // 3, steps=steps, seed=args.seed,
-            outcome=Bands.radial(model.cfg.pixels, cut=args.cut), resume=out / "sweep.safetensors",
-            progress=lambda done, total: bar.update(second, completed=done, total=total),
-        )  # fmt: skip
+        patched = (
+            importlib.import_module("dit_lens.probes")
+            .TwinPatching()
+            .run(
+                model,
+                pairs=8,
+                windows=5,
+                release=steps // 3,
+                steps=steps,
+                seed=args.seed,
+                outcome=Bands.radial(model.cfg.pixels, cut=args.cut),
+                resume=out / "sweep.safetensors",
+                progress=lambda done, total: bar.update(second, completed=done, total=total),
+            )
+        )
     cause_report.write(knocked, patched, out, onsets)
 
 
 def _bar() -> Progress:
     """A live bar with the time left, gone when it is done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     share = TextColumn("{task.percentage:.0f} %")
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), share, TimeElapsedColumn(), TimeRemainingColumn(), transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        share,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        transient=True,
     )
 
 
@@ -265,7 +375,9 @@ def probe_command(args: argparse.Namespace) -> None:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """Whether a probe keeps the contract and finds what is there; see `dit_lens.testing.probe_checks`."""
+    """Whether a probe keeps the contract and finds what is there; see
+    `dit_lens.testing.probe_checks`.
+    """
     from rich.console import Console
 
     from ..testing import probe_checks as checking
@@ -273,7 +385,9 @@ def check_command(args: argparse.Namespace) -> int:
     checks = checking.check(checking.find_probe(args.probe))
     failed = sum(not row.ok for row in checks)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(checking.table(checks, title=f"{args.probe}: {len(checks)} checks, {failed} failed"))
+    console.print(
+        checking.table(checks, title=f"{args.probe}: {len(checks)} checks, {failed} failed")
+    )
     return 1 if failed else 0
 
 

@@ -1,12 +1,15 @@
 """Which layers cause the gap: knock each layer out of the whole run and see how far the gap moves.
 
-A layer is knocked out by leaving its stream as it came (what its attention and MLP would add is 0), at every step and in every twin. The
-gap of what the model then generates is measured in one pass, on the same starts and the same noise as without, so that the two gaps can
-be subtracted pair by pair. A layer that merely shows the difference between the bands, without anything reading it, moves nothing.
+A layer is knocked out by leaving its stream as it came (what its attention and MLP would add is 0),
+at every step and in every twin. The gap of what the model then generates is measured in one pass,
+on the same starts and the same noise as without, so that the two gaps can be subtracted pair by
+pair. A layer that merely shows the difference between the bands, without anything reading it, moves
+nothing.
 
-28 layers are tested at once. Their intervals are simultaneous: effect +- c * standard error, c the 95 % quantile of the largest |t| of all
-layers over the bootstrap (the studentised maximum, Romano & Wolf 2005, "Exact and approximate stepdown methods for multiple hypothesis
-testing", JASA 100, without its stepdown).
+28 layers are tested at once. Their intervals are simultaneous: effect +- c * standard error, c the
+95 % quantile of the largest |t| of all layers over the bootstrap (the studentised maximum, Romano &
+Wolf 2005, "Exact and approximate stepdown methods for multiple hypothesis testing", JASA 100,
+without its stepdown).
 """
 
 from __future__ import annotations
@@ -37,16 +40,22 @@ Array = NDArray[np.float64]
 Part = Literal["layer", "attn", "mlp"]
 PARTS: dict[str, tuple[str, ...]] = {"layer": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
 MATTERS = 0.25
-"""Steps. A smaller effect is named no cause, however certain: finite steps and the fitted logistic make as much of nothing."""
+"""Steps.
+
+A smaller effect is named no cause, however certain: finite steps and the fitted logistic make as
+much of nothing.
+"""
 
 
 def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: bool = False) -> Run:
-    """The run again, from the same start and with the same noise, with what these layers add to the stream set to 0.
+    """The run again, from the same start and with the same noise, with what these layers add to the
+    stream set to 0.
 
-    With `direct` only the last layer misses it, and the layers between work on as if it were there: what the knock-out does beyond that
-    is mediated by them.
+    With `direct` only the last layer misses it, and the layers between work on as if it were there:
+    what the knock-out does beyond that is mediated by them.
 
-    Raises ValueError for a layer that does not exist, or an unknown part.
+    Raises:
+        ValueError: for a layer that does not exist, or an unknown part.
 
     >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=2)
     >>> bool((knocked_out(run, [5]).x0 != run.x0).any())
@@ -55,7 +64,9 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
     n = run.model.cfg.n_layers
     for layer in layers:
         if not 0 <= layer < n:
-            raise ValueError(f"There is no layer {layer} to knock out; the model has {n}, counted from 0.")
+            raise ValueError(
+                f"There is no layer {layer} to knock out; the model has {n}, counted from 0."
+            )
     if part not in PARTS:
         raise ValueError(f"part={part!r} is none of a layer; expected 'layer', 'attn' or 'mlp'.")
     names = [f"blocks.{layer}.hook_{of}_out" for layer in layers for of in PARTS[part]]
@@ -71,7 +82,9 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
         added.clear()
         return left
 
-    return run.replay(0, [*((name, keep) for name in names), (f"blocks.{n - 1}.hook_resid_post", take_off)])
+    return run.replay(
+        0, [*((name, keep) for name in names), (f"blocks.{n - 1}.hook_resid_post", take_off)]
+    )
 
 
 def knock_outs(
@@ -89,20 +102,24 @@ def knock_outs(
 ) -> xr.Dataset:
     """The gap without each layer in turn, and how far that moved it, in steps.
 
-    Returns a Dataset: `gap` and `effect` (the gap without the layer less the gap with it) [layer]; `effect_interval` [layer, bound], 95 %
-    for all layers at once; `commitment` [layer, band]; with `direct` also `direct_effect` and `mediated_effect`, which add up to `effect`,
-    each with its `_interval`; attrs: the `gap` and `gap_interval` of the whole model, `causes`, the layers whose effect is not 0, and the
-    `sentence`.
-    NaN where a band no longer commits within the run: without that layer the model decides nothing.
+    Returns a Dataset: `gap` and `effect` (the gap without the layer less the gap with it) [layer];
+    `effect_interval` [layer, bound], 95 % for all layers at once; `commitment` [layer, band]; with
+    `direct` also `direct_effect` and `mediated_effect`, which add up to `effect`, each with its
+    `_interval`; attrs: the `gap` and `gap_interval` of the whole model, `causes`, the layers whose
+    effect is not 0, and the `sentence`. NaN where a band no longer commits within the run: without
+    that layer the model decides nothing.
 
-    Raises ValueError for a layer that does not exist, too few pairs, or a model whose bands don't commit to begin with.
+    Raises:
+        ValueError: for a layer that does not exist, too few pairs, or a model whose bands don't
+            commit to begin with.
 
         knock_outs(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
     """
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     if pairs < 2 * FEWEST_PAIRS:
         raise ValueError(
-            f"There are {pairs} pairs; intervals over pairs with class means removed need {2 * FEWEST_PAIRS} or more."
+            f"There are {pairs} pairs; intervals over pairs with class means removed need "
+            f"{2 * FEWEST_PAIRS} or more."
         )
     reading = latents(Bands.radial(model.cfg.pixels, cut=cut))
     labels = paired_labels(model, pairs)
@@ -111,27 +128,45 @@ def knock_outs(
     def taus(pair: Twins) -> Array:  # [resample, band], in steps
         curves = one_pass(pair, [reading])
         return commitment_draws(
-            curves.stats["latents"], curves.releases, curves.log_snr, squared=True, resamples=resamples, seed=seed
+            curves.stats["latents"],
+            curves.releases,
+            curves.log_snr,
+            squared=True,
+            resamples=resamples,
+            seed=seed,
         )
 
     before = taus(whole)
     if not np.isfinite(before[0]).all():
         raise ValueError(
-            "The model's low or high band does not commit within the run, so it has no gap to find causes of."
+            "The model's low or high band does not commit within the run, so it has no gap to find "
+            "causes of."
         )
     after, straight = [], []
     for layer in chosen:
         after.append(taus(replace(whole, run=knocked_out(whole.run, [layer], part))))
         if direct:
-            straight.append(taus(replace(whole, run=knocked_out(whole.run, [layer], part, direct=True))))
+            straight.append(
+                taus(replace(whole, run=knocked_out(whole.run, [layer], part, direct=True)))
+            )
         if progress is not None:
             progress(layer)
     result = _effects(
-        before, np.stack(after), chosen, "knocked out", part=part, pairs=pairs, steps=steps, seed=seed, cut=cut
+        before,
+        np.stack(after),
+        chosen,
+        "knocked out",
+        part=part,
+        pairs=pairs,
+        steps=steps,
+        seed=seed,
+        cut=cut,
     )
     gap = before[:, 1] - before[:, 0]
     if direct:
-        both, alone = (tau[..., 1] - tau[..., 0] - gap for tau in (np.stack(after), np.stack(straight)))
+        both, alone = (
+            tau[..., 1] - tau[..., 0] - gap for tau in (np.stack(after), np.stack(straight))
+        )
         for name, draws in (("direct_effect", alone), ("mediated_effect", both - alone)):
             result[name] = ("layer", draws[:, 0])
             result[f"{name}_interval"] = (("layer", "bound"), _simultaneous(draws))
@@ -152,13 +187,17 @@ def coupled_alone(
     resamples: int = 1000,
     progress: Callable[[int], object] | None = None,
 ) -> xr.Dataset:
-    """The gap of twins coupled in one layer alone, each in turn, and how far that moved it, in steps.
+    """The gap of twins coupled in one layer alone, each in turn, and how far that moved it, in
+    steps.
 
-    The gap is that of `dit_lens.experiments.coupling_sweep`: twins that start `eps` apart part in each band at some step. Returns `gap`, `effect`, its
-    interval, `commitment` and attrs as `knock_outs` does. A layer whose attention makes the
-    bands part at different steps takes the gap away.
+    The gap is that of `dit_lens.experiments.coupling_sweep`: twins that start `eps` apart part in
+    each band at some step. Returns `gap`, `effect`, its interval, `commitment` and attrs as
+    `knock_outs` does. A layer whose attention makes the bands part at different steps takes the gap
+    away.
 
-    Raises ValueError for a layer that does not exist, a coupling that is none, too few pairs, or twins that don't part to begin with.
+    Raises:
+        ValueError: for a layer that does not exist, a coupling that is none, too few pairs, or
+            twins that don't part to begin with.
 
         coupled_alone(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
     """
@@ -186,7 +225,8 @@ def coupled_alone(
     before = taus(0.0, None)
     if not np.isfinite(before[0]).all():
         raise ValueError(
-            "The uncoupled twins do not part within the run in both bands, so there is no gap to find causes of."
+            "The uncoupled twins do not part within the run in both bands, so there is no gap to "
+            "find causes of."
         )
     after = []
     for layer in chosen:
@@ -209,20 +249,31 @@ def coupled_alone(
 
 
 def _effects(before: Array, after: Array, layers: list[int], done: str, **attrs: Any) -> xr.Dataset:
-    """What became of the gap, from commitments before [resample, band] and after [layer, resample, band]."""
+    """What became of the gap, from commitments before [resample, band] and after [layer, resample,
+    band].
+    """
     import xarray as xr
 
     gap, was = after[..., 1] - after[..., 0], before[:, 1] - before[:, 0]
     effect = gap - was
     interval, own = _simultaneous(effect), np.nanquantile(was[1:], [0.025, 0.975])
     sure = (interval[:, 0] > 0) | (interval[:, 1] < 0)
-    causes = [layer for layer, yes, size in zip(layers, sure, effect[:, 0], strict=True) if yes and abs(size) > MATTERS]
+    causes = [
+        layer
+        for layer, yes, size in zip(layers, sure, effect[:, 0], strict=True)
+        if yes and abs(size) > MATTERS
+    ]
     result = xr.Dataset(
-        {"gap": ("layer", gap[:, 0]), "effect": ("layer", effect[:, 0]), "effect_interval": (("layer", "bound"), interval),
-         "commitment": (("layer", "band"), after[:, 0])},
+        {
+            "gap": ("layer", gap[:, 0]),
+            "effect": ("layer", effect[:, 0]),
+            "effect_interval": (("layer", "bound"), interval),
+            "commitment": (("layer", "band"), after[:, 0]),
+        },
         coords={"layer": layers, "band": ["low", "high"], "bound": ["low", "high"]},
-        attrs={"gap": float(was[0]), "gap_interval": own.tolist(), "causes": causes, "done": done} | attrs,
-    )  # fmt: skip
+        attrs={"gap": float(was[0]), "gap_interval": own.tolist(), "causes": causes, "done": done}
+        | attrs,
+    )
     result.attrs["sentence"] = _sentence(result)
     return result
 
@@ -232,9 +283,12 @@ def _nothing(activation: Tensor, hook: Any) -> Tensor:
 
 
 def _simultaneous(effect: Array) -> Array:
-    """95 % intervals [layer, bound] that hold for all layers at once, from effects [layer, 1 + resample]; NaN where unknown."""
+    """95 % intervals [layer, bound] that hold for all layers at once, from effects [layer, 1 +
+    resample]; NaN where unknown.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a layer without which nothing commits is NaN throughout
+        # a layer without which nothing commits is NaN throughout
+        warnings.simplefilter("ignore", RuntimeWarning)
         known = np.isfinite(effect[:, 0]) & (np.isfinite(effect[:, 1:]).mean(1) > 0.9)
         wobble = effect[:, 1:] - np.nanmean(effect[:, 1:], axis=1, keepdims=True)
         error = np.where(known, np.nanstd(effect[:, 1:], axis=1, ddof=1), np.nan)
@@ -248,12 +302,18 @@ def _simultaneous(effect: Array) -> Array:
 
 
 def _sentence(result: Any) -> str:
-    gap, done, causes, n = result.attrs["gap"], result.attrs["done"], result.attrs["causes"], len(result.layer)
+    gap, done, causes, n = (
+        result.attrs["gap"],
+        result.attrs["done"],
+        result.attrs["causes"],
+        len(result.layer),
+    )
     low, high = result.attrs["gap_interval"]
     whole = f"the gap of {gap:+.2f} steps [{low:+.2f}, {high:+.2f}]"
     lost = [int(layer) for layer in result.layer.values[~np.isfinite(result.effect.values)]]
     undecided = (
-        f" Without layer{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} a band does not commit at all."
+        f" Without layer{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} a band does not "
+        "commit at all."
         if lost
         else ""
     )
@@ -264,8 +324,11 @@ def _sentence(result: Any) -> str:
     for layer in order[:5]:
         one = result.sel(layer=layer)
         words.append(
-            f"{layer} ({float(one.effect):+.2f} [{float(one.effect_interval[0]):+.2f}, {float(one.effect_interval[1]):+.2f}])"
+            f"{layer} ({float(one.effect):+.2f} [{float(one.effect_interval[0]):+.2f}, "
+            f"{float(one.effect_interval[1]):+.2f}])"
         )
     more = f" and {len(order) - 5} more" if len(order) > 5 else ""
     head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move {whole}"
-    return f"{head}: {', '.join(words)}{more}, largest first; 95 % for all layers at once.{undecided}"
+    return (
+        f"{head}: {', '.join(words)}{more}, largest first; 95 % for all layers at once.{undecided}"
+    )

@@ -2,12 +2,15 @@
 
 The same curve is estimated in two ways (design, section 5), and both are a `Curves`:
 
-- `release_sweep`: part twins at chosen steps and run each of them to its end. With the noise tie these are clones; with the attention tie
-  both twins run on alone from where they were when the coupling ended. Needs nothing of the model, costs a run for each release.
-- `one_pass`: corr²(x0 predicted at a step, finished image) over ordinary runs. For an exact denoiser it is the clones' curve, since clones
-  released at x_t are independent draws from one posterior. Costs nothing beyond the run, and gives every step.
+- `release_sweep`: part twins at chosen steps and run each of them to its end. With the noise tie
+  these are clones; with the attention tie both twins run on alone from where they were when the
+  coupling ended. Needs nothing of the model, costs a run for each release.
+- `one_pass`: corr²(x0 predicted at a step, finished image) over ordinary runs. For an exact
+  denoiser it is the clones' curve, since clones released at x_t are independent draws from one
+  posterior. Costs nothing beyond the run, and gives every step.
 
-What is compared is a `Reading` of the finished latents: the latents themselves by band, the images, or features of the images.
+What is compared is a `Reading` of the finished latents: the latents themselves by band, the images,
+or features of the images.
 """
 
 from __future__ import annotations
@@ -32,14 +35,20 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 SLACK = 0.5
-"""Steps. What the sampler's finite steps and the fitted logistic can make of nothing; a smaller difference is none of the model's."""
+"""Steps.
+
+What the sampler's finite steps and the fitted logistic can make of nothing; a smaller difference is
+none of the model's.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What of finished twins is compared: `of` maps latents [n, c, h, w] to fields or features, `bands` splits the fields.
+    """What of finished twins is compared: `of` maps latents [n, c, h, w] to fields or features,
+    `bands` splits the fields.
 
-    Make one with `latents`, `images` or `features`; without `bands`, features of any shape count as one band.
+    Make one with `latents`, `images` or `features`; without `bands`, features of any shape count as
+    one band.
     """
 
     name: str
@@ -51,7 +60,9 @@ class Reading:
         return self.bands.names if self.bands else (self.name,)
 
     def compare(self, a: Tensor, b: Tensor, groups: Sequence[int]) -> Agreement:
-        """Agreement statistics of finished latents a and b, [pair, band], without each group's mean."""
+        """Agreement statistics of finished latents a and b, [pair, band], without each group's
+        mean.
+        """
         return agreement(self.of(a), self.of(b), self.bands, groups)
 
 
@@ -60,10 +71,13 @@ def latents(bands: Bands, name: str = "latents") -> Reading:
     return Reading(name, lambda x: x, bands)
 
 
-def images(model: HookedDiT, bands: Bands | None = None, name: str = "images", cut: float = CUT) -> Reading:
+def images(
+    model: HookedDiT, bands: Bands | None = None, name: str = "images", cut: float = CUT
+) -> Reading:
     """The images that the latents decode to (through the VAE where there is one), by band.
 
-    By default low and high, parted at `cut` cycles per pixel of the latents, so that the same waves are low in both.
+    By default low and high, parted at `cut` cycles per pixel of the latents, so that the same waves
+    are low in both.
     """
 
     def of(x: Tensor) -> Tensor:
@@ -75,22 +89,33 @@ def images(model: HookedDiT, bands: Bands | None = None, name: str = "images", c
     return Reading(name, of, bands)
 
 
-def features(model: HookedDiT, function: Callable[[Tensor], Tensor], name: str = "features") -> Reading:
-    """What `function` (a classifier, DINO) makes of the images [n, channel, height, width] in [0, 1]: [n, ...], one band.
+def features(
+    model: HookedDiT, function: Callable[[Tensor], Tensor], name: str = "features"
+) -> Reading:
+    """What `function` (a classifier, DINO) makes of the images [n, channel, height, width] in [0,
+    1]: [n, ...], one band.
 
-    Raises ValueError, when read, if it gives anything but n rows of finite numbers.
+    Raises:
+        ValueError: when read, if it gives anything but n rows of finite numbers.
     """
 
     def of(x: Tensor) -> Tensor:
         with torch.no_grad():
             found = function(decode(model, x))
         if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
-            got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            got = (
+                f"shape {list(found.shape)}"
+                if isinstance(found, Tensor)
+                else f"a {type(found).__name__}"
+            )
             raise ValueError(
-                f"The feature function gave {got} for {len(x)} images; expected a tensor [{len(x)}, feature]."
+                f"The feature function gave {got} for {len(x)} images; expected a tensor "
+                f"[{len(x)}, feature]."
             )
         if not found.isfinite().all():
-            raise ValueError(f"The feature function gave values that are not finite for {len(x)} images.")
+            raise ValueError(
+                f"The feature function gave values that are not finite for {len(x)} images."
+            )
         return found.flatten(1)
 
     return Reading(name, of, None)
@@ -101,9 +126,13 @@ class Curves:
     """Agreement of finished twins by release step, for every reading.
 
     Attributes:
-        estimator: "one_pass", "clones" or "coupled". releases: [release], steps. log_snr: [step], of the whole run.
-        stats: for each reading's name its statistics [release, pair, band]. bands: its band names.
-        groups: how many labels' means were taken off. weights: the fingerprint of the model they come from.
+        estimator: "one_pass", "clones" or "coupled".
+        releases: [release], steps.
+        log_snr: [step], of the whole run.
+        stats: for each reading's name its statistics [release, pair, band].
+        bands: its band names.
+        groups: how many labels' means were taken off.
+        weights: the fingerprint of the model they come from.
     """
 
     estimator: str
@@ -118,14 +147,27 @@ class Curves:
         """The curve, [release, band], from 0 (nothing shared beyond the label) to 1."""
         return curve(self._stats(reading), squared=self.estimator == "one_pass")
 
-    def commitment(self, reading: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> xr.Dataset:
+    def commitment(
+        self, reading: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    ) -> xr.Dataset:
         """Commitment and gap with intervals; see `dit_lens.measures.commitment.fit_commitment`."""
-        return fit_commitment(self._stats(reading), self.releases, self.log_snr, names=self.bands[reading], groups=self.groups,
-                              squared=self.estimator == "one_pass", resamples=resamples, seed=seed, level=level)  # fmt: skip
+        return fit_commitment(
+            self._stats(reading),
+            self.releases,
+            self.log_snr,
+            names=self.bands[reading],
+            groups=self.groups,
+            squared=self.estimator == "one_pass",
+            resamples=resamples,
+            seed=seed,
+            level=level,
+        )
 
     def _stats(self, reading: str) -> Agreement:
         if reading not in self.stats:
-            raise ValueError(f"There is no reading {reading!r} here; these curves have {list(self.stats)}.")
+            raise ValueError(
+                f"There is no reading {reading!r} here; these curves have {list(self.stats)}."
+            )
         return self.stats[reading]
 
 
@@ -134,21 +176,27 @@ def one_pass(
     readings: Sequence[Reading],
     quantity: Literal["x0", "x_t"] = "x0",
 ) -> Curves:
-    """corr²(`quantity` at step s, finished image) at every step s, from runs that were never tied: `twins(..., release=0)`.
+    """corr²(`quantity` at step s, finished image) at every step s, from runs that were never tied:
+    `twins(..., release=0)`.
 
-    `quantity` is the predicted clean image, which shows a decision earlier, or x_t itself. Both twins of a pair count; the pair
-    is the unit that intervals resample. Raises ValueError for twins that were tied, whose runs are not independent.
+    `quantity` is the predicted clean image, which shows a decision earlier, or x_t itself. Both
+    twins of a pair count; the pair is the unit that intervals resample. Raises ValueError for twins
+    that were tied, whose runs are not independent.
 
         pair = dit_lens.twins(model, pairs=32)
         one_pass(pair, [latents(Bands.radial((16, 16)))]).agreement("latents")       # [step, band]
     """
     if twins.release:
         raise ValueError(
-            f"These twins were tied up to step {twins.release}; one pass needs independent runs, release=0."
+            f"These twins were tied up to step {twins.release}; one pass needs independent runs, "
+            "release=0."
         )
     run, groups = twins.run, twins.run.labels.tolist()
     seen = run.x0 if quantity == "x0" else run.latents[:-1]
-    stats = {r.name: Agreement.stack([_by_pair(r.compare(x, run.latents[-1], groups)) for x in seen]) for r in readings}
+    stats = {
+        r.name: Agreement.stack([_by_pair(r.compare(x, run.latents[-1], groups)) for x in seen])
+        for r in readings
+    }
     return Curves("one_pass", tuple(range(run.settings.steps)), *_about(run, readings, stats))
 
 
@@ -163,12 +211,17 @@ def release_sweep(
     """Agreement of finished twins for each of several releases of one tied run.
 
     Args:
-        twins: with the noise tie, any release: twin A's run is the shared past. With the attention tie, twins that were never
-            released, `twins(..., tie="attention", release=steps)`: from each release on, both run alone.
-        releases: steps, or how many of them; a number is spent where the curves rise most steeply, by bisection.
-        seed: of the noise after the release. progress: called with the forwards (images) that each run took.
+        twins: with the noise tie, any release: twin A's run is the shared past. With the attention
+            tie, twins that were never released, `twins(..., tie="attention", release=steps)`: from
+            each release on, both run alone.
+        releases: steps, or how many of them; a number is spent where the curves rise most steeply,
+            by bisection.
+        seed: of the noise after the release.
+        progress: called with the forwards (images) that each run took.
 
-    Raises ValueError for releases outside the run, fewer than 3, or twins that can't be released any more.
+    Raises:
+        ValueError: for releases outside the run, fewer than 3, or twins that can't be released any
+            more.
 
         tied = dit_lens.twins(model, pairs=32, tie="attention", g=0.5, eta=1.0, release=50, steps=50)
         release_sweep(tied, [latents(Bands.radial((16, 16), cut=0.25))]).commitment("latents").gap
@@ -176,20 +229,32 @@ def release_sweep(
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
         raise ValueError(
-            f"These twins were released at step {twins.release}; a sweep needs them coupled throughout, release={steps}."
+            f"These twins were released at step {twins.release}; a sweep needs them coupled "
+            f"throughout, release={steps}."
         )
     wanted = [releases] if isinstance(releases, int) else list(releases)
     if isinstance(releases, int):
         if not 3 <= releases <= steps:
-            raise ValueError(f"releases={releases}; a curve needs from 3 releases to {steps}, the run's steps.")
-    elif len(set(wanted)) != len(wanted) or len(wanted) < 3 or not all(0 <= r < steps for r in wanted):
-        raise ValueError(f"releases is {wanted}; expected 3 or more different steps from 0 to {steps - 1}.")
+            raise ValueError(
+                f"releases={releases}; a curve needs from 3 releases to {steps}, the run's steps."
+            )
+    elif (
+        len(set(wanted)) != len(wanted)
+        or len(wanted) < 3
+        or not all(0 <= r < steps for r in wanted)
+    ):
+        raise ValueError(
+            f"releases is {wanted}; expected 3 or more different steps from 0 to {steps - 1}."
+        )
     a, b = twins.a, twins.b
     labels = a.labels.tolist()
     found: dict[int, dict[str, Agreement]] = {}
 
     def measure(release: int) -> None:
-        own, fresh = a.seeds_at(steps - 1), twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1]
+        own, fresh = (
+            a.seeds_at(steps - 1),
+            twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1],
+        )
         if twins.tie == "noise":  # twin A's future is already there
             ends = a.latents[-1], a.replay(release, seeds=fresh).latents[-1]
         else:
@@ -203,24 +268,37 @@ def release_sweep(
 
     if isinstance(releases, int):
         while len(found) < releases:
-            measure(_steepest({r: np.concatenate([curve(s) for s in of.values()]) for r, of in found.items()}, steps))
+            measure(
+                _steepest(
+                    {r: np.concatenate([curve(s) for s in of.values()]) for r, of in found.items()},
+                    steps,
+                )
+            )
     else:
         for release in wanted:
             measure(release)
     order = tuple(sorted(found))
-    stats = {r.name: Agreement.stack([found[release][r.name] for release in order]) for r in readings}
-    return Curves("clones" if twins.tie == "noise" else "coupled", order, *_about(twins.run, readings, stats))
+    stats = {
+        r.name: Agreement.stack([found[release][r.name] for release in order]) for r in readings
+    }
+    return Curves(
+        "clones" if twins.tie == "noise" else "coupled", order, *_about(twins.run, readings, stats)
+    )
 
 
 def _steepest(curves: dict[int, Array], steps: int) -> int:
-    """The middle of the interval between releases over which some curve rises most; 0 and 1 are taken for the run's ends."""
+    """The middle of the interval between releases over which some curve rises most; 0 and 1 are
+    taken for the run's ends.
+    """
     ends = {-1: 0.0, steps: 1.0}
     known = sorted([*curves, *ends])
     rise = {}
     for left, right in zip(known, known[1:], strict=False):
         if right - left > 1:
             here, there = (curves.get(r, ends.get(r)) for r in (left, right))
-            rise[(left + right) // 2] = float(np.nanmax(np.abs(np.asarray(there) - np.asarray(here)), initial=0.0))
+            rise[(left + right) // 2] = float(
+                np.nanmax(np.abs(np.asarray(there) - np.asarray(here)), initial=0.0)
+            )
     return max(rise, key=lambda r: rise[r])
 
 
@@ -231,35 +309,53 @@ def _by_pair(stats: Agreement) -> Agreement:
 
 def _about(run: Run, readings: Sequence[Reading], stats: dict[str, Agreement]) -> Any:
     bands = {r.name: r.band_names for r in readings}
-    return run.log_snr.numpy().astype(np.float64), stats, bands, len(set(run.labels.tolist())), run.weights
+    return (
+        run.log_snr.numpy().astype(np.float64),
+        stats,
+        bands,
+        len(set(run.labels.tolist())),
+        run.weights,
+    )
 
 
-def difference(one: Curves, other: Curves, reading: str, *, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
-    """How much later `one` puts the commitment of every band, and the gap, than `other`, in steps, with 95 % intervals.
+def difference(
+    one: Curves, other: Curves, reading: str, *, resamples: int = 1000, seed: int = 0
+) -> xr.Dataset:
+    """How much later `one` puts the commitment of every band, and the gap, than `other`, in steps,
+    with 95 % intervals.
 
-    `commitment` [band], `gap` and their `_interval`, made as if the two were independent: where they share runs they move
-    together, and the intervals are too wide. attrs["sentence"] says what it means for one pass against clones: both estimate
-    one curve if the denoiser is exact, so a difference is an error of the model (or of a coarse sampler), never of the data.
+    `commitment` [band], `gap` and their `_interval`, made as if the two were independent: where
+    they share runs they move together, and the intervals are too wide. attrs["sentence"] says what
+    it means for one pass against clones: both estimate one curve if the denoiser is exact, so a
+    difference is an error of the model (or of a coarse sampler), never of the data.
 
-    Raises ValueError for curves of different models or of runs with other steps.
+    Raises:
+        ValueError: for curves of different models or of runs with other steps.
     """
     import xarray as xr
 
     if one.weights != other.weights:
         raise ValueError(
-            f"The curves come from different models (weights {one.weights} and {other.weights}); compare curves of one."
+            f"The curves come from different models (weights {one.weights} and {other.weights}); "
+            "compare curves of one."
         )
     if not np.array_equal(one.log_snr, other.log_snr):
         raise ValueError(
-            f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; expected the same steps."
+            f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; "
+            "expected the same steps."
         )
-    fits = [c.commitment(reading, resamples=resamples, seed=seed).sel(quantity="step") for c in (one, other)]
+    fits = [
+        c.commitment(reading, resamples=resamples, seed=seed).sel(quantity="step")
+        for c in (one, other)
+    ]
     parts: dict[str, Any] = {}
     for name in ("commitment", "gap"):
         dims = fits[0][name].dims
         value = fits[0][name].values - fits[1][name].values
         down, up = (
-            np.abs(np.stack([f[f"{name}_interval"].values[..., side] - f[name].values for f in fits]))
+            np.abs(
+                np.stack([f[f"{name}_interval"].values[..., side] - f[name].values for f in fits])
+            )
             for side in (0, 1)
         )
         ends = np.stack([value - np.hypot(down[0], up[1]), value + np.hypot(up[0], down[1])], -1)

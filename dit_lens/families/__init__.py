@@ -1,9 +1,10 @@
 """Families of Diffusion Transformers: the only place that knows how a block computes.
 
-A family teaches dit_lens one model class. `families/dit.py` is the first and the pattern; what a family provides is `Family` in
-`families/base.py`. The registry is keyed by the diffusers class name, so that a family's module is imported only when such a model is met.
-A family can come from any package, by the entry-point group `dit_lens.families`: `YourTransformer2DModel = "your_package.your_module"`,
-a module that calls `register`. docs/families.md is the guide.
+A family teaches dit_lens one model class. `families/dit.py` is the first and the pattern; what a
+family provides is `Family` in `families/base.py`. The registry is keyed by the diffusers class
+name, so that a family's module is imported only when such a model is met. A family can come from
+any package, by the entry-point group `dit_lens.families`: `YourTransformer2DModel =
+"your_package.your_module"`, a module that calls `register`. docs/families.md is the guide.
 """
 
 from __future__ import annotations
@@ -39,14 +40,18 @@ def register(family: Family) -> Family:
         ValueError: if another family has that class already.
     """
     if family.model_class in _FAMILIES:
-        raise ValueError(f"There is a family for {family.model_class!r} already: {_FAMILIES[family.model_class]!r}.")
+        raise ValueError(
+            f"There is a family for {family.model_class!r} already: "
+            f"{_FAMILIES[family.model_class]!r}."
+        )
     _FAMILIES[family.model_class] = family
     return family
 
 
 @cache
 def modules() -> dict[str, str]:
-    """The module of each family that can be had, by model class: ours, and those of installed packages.
+    """The module of each family that can be had, by model class: ours, and those of installed
+    packages.
 
     Raises:
         ValueError: if two of them are for one class.
@@ -55,7 +60,8 @@ def modules() -> dict[str, str]:
     for entry in entry_points(group="dit_lens.families"):
         if entry.name in found:
             raise ValueError(
-                f"There is a family for {entry.name!r} already, {found[entry.name]!r}; the package that registers "
+                f"There is a family for {entry.name!r} already, {found[entry.name]!r}; the package "
+                "that registers "
                 f"{entry.value!r} for it must be removed."
             )
         found[entry.name] = entry.value
@@ -70,7 +76,8 @@ def family_named(model_class: str) -> Family | None:
 
 
 def family_of(transformer: nn.Module) -> Family:
-    """The family that handles this module, by the names of its class and base classes; for other diffusers transformers a read-only one.
+    """The family that handles this module, by the names of its class and base classes; for other
+    diffusers transformers a read-only one.
 
     Raises:
         TypeError: if there is none (a U-Net, say).
@@ -84,5 +91,6 @@ def family_of(transformer: nn.Module) -> Family:
         return unknown
     known = ", ".join(sorted({*modules(), *_FAMILIES}))
     raise TypeError(
-        f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it knows {known}."
+        f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it "
+        f"knows {known}."
     )

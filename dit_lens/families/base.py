@@ -1,13 +1,15 @@
 """What a family provides: sizes, names, and forwards with hook points in them.
 
-dit_lens changes a model by putting a callable of its own into the `forward` of some module *instances*: the transformer, its blocks, and
-the parts of a block in which something happens that has a name. A `Forward` is such a callable: an object and no closure, so that a
-deep copy of the model gets forwards that compute with the copy's weights, and pickling works. It calls the module's children by
-`child(...)`, so the user's own module hooks, adapters and offloading stay in force. Whatever lies between the blocks
-(embedders, refiners, rotary tables) stays diffusers' own code.
+dit_lens changes a model by putting a callable of its own into the `forward` of some module
+*instances*: the transformer, its blocks, and the parts of a block in which something happens that
+has a name. A `Forward` is such a callable: an object and no closure, so that a deep copy of the
+model gets forwards that compute with the copy's weights, and pickling works. It calls the module's
+children by `child(...)`, so the user's own module hooks, adapters and offloading stay in force.
+Whatever lies between the blocks (embedders, refiners, rotary tables) stays diffusers' own code.
 
-A family also says how its transformer is spoken to: which arguments hold x_t and the time, in which units, how latents are packed, how a
-prompt becomes a condition. Everything else in dit_lens knows latents, timesteps in the scheduler's units, and conditions.
+A family also says how its transformer is spoken to: which arguments hold x_t and the time, in which
+units, how latents are packed, how a prompt becomes a condition. Everything else in dit_lens knows
+latents, timesteps in the scheduler's units, and conditions.
 """
 
 from __future__ import annotations
@@ -38,11 +40,14 @@ class Config:
     """Sizes of a hooked model, under TransformerLens's names where it has one.
 
     Attributes:
-        latent_shape: one item's x_t: (channel, height, width), for video with frames among them, the last two height and width.
+        latent_shape: one item's x_t: (channel, height, width), for video with frames among them,
+            the last two height and width.
         grid: the image tokens' grid: (height, width), or (frame, height, width).
         n_classes: how many classes the model knows; 0 where prompts or the like condition it.
-        restartable: whether the residual stream is all that a block is given, so that a pass can start at any layer.
-        distilled_guidance: whether the model takes the strength of guidance as an input, instead of a second, null pass.
+        restartable: whether the residual stream is all that a block is given, so that a pass can
+            start at any layer.
+        distilled_guidance: whether the model takes the strength of guidance as an input, instead of
+            a second, null pass.
     """
 
     n_layers: int
@@ -71,7 +76,9 @@ class Config:
 
     @property
     def null_class(self) -> int:
-        """The label that stands for 'no condition' in classifier-free guidance: one after the last class; -1 for prompts."""
+        """The label that stands for 'no condition' in classifier-free guidance: one after the last
+        class; -1 for prompts.
+        """
         return self.n_classes or -1
 
     @property
@@ -84,14 +91,18 @@ class Condition(dict[str, Any]):
     """All that a transformer is told besides x_t and the time, by its own argument names.
 
     Attributes:
-        labels: the numbers [batch] of the prompts that it was made from, if it was; see `dit_lens.model.conditions`.
+        labels: the numbers [batch] of the prompts that it was made from, if it was; see
+            `dit_lens.model.conditions`.
     """
 
     labels: Tensor | None = None
 
 
 class Forward:
-    """A replacement for `module.forward`. Subclasses define `__call__` with the original's signature."""
+    """A replacement for `module.forward`.
+
+    Subclasses define `__call__` with the original's signature.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -104,7 +115,9 @@ class Forward:
 
 
 class TransformerForward(Forward):
-    """The whole model, as diffusers runs it, known to the instrumentation from its first argument to its answer."""
+    """The whole model, as diffusers runs it, known to the instrumentation from its first argument
+    to its answer.
+    """
 
     def __init__(self, module: Any, points: Points, instrumentation: Any) -> None:
         super().__init__(module)
@@ -127,7 +140,9 @@ class Tap(Forward):
 
     repeats = False  # it calls the class's own forward, so a changed one is no matter
 
-    def __init__(self, module: Any, before: HookPoint | None = None, after: HookPoint | None = None) -> None:
+    def __init__(
+        self, module: Any, before: HookPoint | None = None, after: HookPoint | None = None
+    ) -> None:
         super().__init__(module)
         self.before, self.after = before, after
 
@@ -137,16 +152,22 @@ class Tap(Forward):
 
 
 class Family:
-    """The registry's unit: one instance per model class. Methods that are not defined here must be by the family.
+    """The registry's unit: one instance per model class.
+
+    Methods that are not defined here must be by the family.
 
     Attributes:
         model_class: the diffusers class that it opens.
         differs: one line: where its block differs from the DiT block, for the docs.
-        x_name, t_name, labels_name: the arguments that hold x_t, the time and, in a class-conditional model, the class labels.
-        branches: how its pipelines guide: the branches in which a doubled batch is stacked, ("uncond", "cond") or ("cond", "uncond"), or
-            None where each branch is a call of its own, the conditional one first.
-        read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read through the last layer.
-        written_for: digests of the diffusers source that its forwards repeat, by "Class.method"; see `dit_lens.families.upstream`.
+        x_name, t_name, labels_name: the arguments that hold x_t, the time and, in a
+            class-conditional model, the class labels.
+        branches: how its pipelines guide: the branches in which a doubled batch is stacked,
+            ("uncond", "cond") or ("cond", "uncond"), or None where each branch is a call of its
+            own, the conditional one first.
+        read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read
+            through the last layer.
+        written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
+            see `dit_lens.families.upstream`.
     """
 
     model_class: str
@@ -161,7 +182,11 @@ class Family:
         return list(transformer.transformer_blocks)
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:
-        """The model's sizes. `size` is (height, width) of the latents, or (frames, height, width), instead of the model's own."""
+        """The model's sizes.
+
+        `size` is (height, width) of the latents, or (frames, height, width), instead of the model's
+        own.
+        """
         raise NotImplementedError
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
@@ -173,17 +198,23 @@ class Family:
         return []
 
     def check_model(self, transformer: Any) -> None:
-        """Raise one clear sentence if the model has something switched on that the forwards do not honour."""
+        """Raise one clear sentence if the model has something switched on that the forwards do not
+        honour.
+        """
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
-        """Raise one clear sentence for arguments that the model would fail on or, worse, silently get wrong."""
+        """Raise one clear sentence for arguments that the model would fail on or, worse, silently
+        get wrong.
+        """
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         """The replacements, the transformer's own first."""
         raise NotImplementedError
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
-        """A tiny model with all weights alive and a condition for two items: for `dit-lens check-family`. Three variants, 0 to 2."""
+        """A tiny model with all weights alive and a condition for two items: for `dit-lens
+        check-family`. Three variants, 0 to 2.
+        """
         raise NotImplementedError
 
     def small_pipeline(self) -> Any:
@@ -191,16 +222,25 @@ class Family:
         return None
 
     def small_call(self, guided: bool) -> dict[str, Any]:
-        """What `small_pipeline()` is called with for two items in two steps, with guidance and without."""
+        """What `small_pipeline()` is called with for two items in two steps, with guidance and
+        without.
+        """
         return {
-            "prompt": ["a red fox", "a boat"], "height": 16, "width": 16, "num_inference_steps": 2,
+            "prompt": ["a red fox", "a boat"],
+            "height": 16,
+            "width": 16,
+            "num_inference_steps": 2,
             "guidance_scale": 4.0 if guided else 1.0,
-        }  # fmt: skip
+        }
 
     # How its transformer is spoken to.
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-        """The transformer's arguments for latents [batch, *latent_shape], timesteps [batch] in the scheduler's units, and a condition."""
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
+        """The transformer's arguments for latents [batch, *latent_shape], timesteps [batch] in the
+        scheduler's units, and a condition.
+        """
         return {self.x_name: x, self.t_name: t, **condition}
 
     def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -232,9 +272,13 @@ class Family:
         return Condition({name: torch.cat([c[name] for c in conditions]) for name in conditions[0]})
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Latents as images [batch, channel, height, width] (video: [batch, channel, frame, height, width]), about -1 to 1."""
+        """Latents as images [batch, channel, height, width] (video: [batch, channel, frame, height,
+        width]), about -1 to 1.
+        """
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        image: Tensor = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+        image: Tensor = vae.decode(
+            (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+        ).sample
         return image
 
     def strength(self, transformer: Any, guidance: Tensor) -> Tensor:
@@ -242,18 +286,29 @@ class Family:
         return guidance
 
     def guided(self, cond: Tensor, null: Tensor, strength: float) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022), as the family's pipeline mixes two answers."""
+        """Classifier-free guidance (Ho & Salimans 2022), as the family's pipeline mixes two
+        answers.
+        """
         return null + strength * (cond - null)
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
-        """Give the scheduler its timesteps as the family's pipeline does, for images of so many tokens."""
-        options = {"mu": shift_of(scheduler, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}
+        """Give the scheduler its timesteps as the family's pipeline does, for images of so many
+        tokens.
+        """
+        options = (
+            {"mu": shift_of(scheduler, tokens)}
+            if scheduler.config.get("use_dynamic_shifting")
+            else {}
+        )
         scheduler.set_timesteps(steps, **options)
 
     # What a block does if it does nothing.
 
-    def passed(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """From a block's arguments: the image's stream that enters it, and what the block returns if a stream just goes through.
+    def passed(
+        self, inputs: dict[str, Any], args: Any, kwargs: Any
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """From a block's arguments: the image's stream that enters it, and what the block returns
+        if a stream just goes through.
 
         `inputs` are the transformer's arguments.
         """
@@ -271,7 +326,9 @@ class Family:
 
 
 def shift_of(scheduler: Any, tokens: int) -> float:
-    """The shift of a flow-matching schedule for images of so many tokens: linear between two sizes (Esser et al. 2024, section 5.3.2)."""
+    """The shift of a flow-matching schedule for images of so many tokens: linear between two sizes
+    (Esser et al. 2024, section 5.3.2).
+    """
     c = scheduler.config
     few, many = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
     low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.15)

@@ -1,7 +1,8 @@
-"""What can be told of a diffusers transformer that nobody has described: which of its modules are blocks, attention, MLP.
+"""What can be told of a diffusers transformer that nobody has described: which of its modules are
+blocks, attention, MLP.
 
-By the names under which diffusers registers them, and by the source of the block, which shows how often and when it calls each. What is
-not clear is left out.
+By the names under which diffusers registers them, and by the source of the block, which shows how
+often and when it calls each. What is not clear is left out.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ PARTS = {
     "attn.": ("attn", "attn1", "self_attn", "attention", "self_attention"),
     "mlp.": ("ff", "ffn", "mlp", "img_mlp", "feed_forward"),
 }
-SIDE_LISTS = re.compile("text|txt|context|caption|refiner|audio|control|vace|face|motion|adapter|head")
-"""Lists of blocks that do not carry the image's stream: refiners, control branches, other modalities."""
+SIDE_LISTS = re.compile(
+    "text|txt|context|caption|refiner|audio|control|vace|face|motion|adapter|head"
+)
+"""Lists of blocks that do not carry the image's stream: refiners, control branches, other
+modalities.
+"""
 OUT_PROJECTION = re.compile("to_out|out_proj|out_layer|o_proj|proj|.*attn_proj")
 JOINS_TOKENS = re.compile(r"\b(?:cat|concat)\(\s*[\[(][^\])]*[\])],\s*(?:dim=|axis=)?1\b")
 
 
 def main_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of all lists directly on the transformer that carry its stream, in the order of their registration."""
+    """The blocks of all lists directly on the transformer that carry its stream, in the order of
+    their registration.
+    """
 
     def attends(module: nn.Module) -> bool:
         return any("attn" in name or "attention" in name for name, _ in module.named_modules())
@@ -39,7 +46,9 @@ def main_blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def argument_of(module: nn.Module) -> Argument:
-    """Name and position of the argument in which a module is given its stream: `hidden_states`, otherwise the first."""
+    """Name and position of the argument in which a module is given its stream: `hidden_states`,
+    otherwise the first.
+    """
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     name = "hidden_states" if "hidden_states" in names else names[0]
     return name, names.index(name)
@@ -52,10 +61,12 @@ def given(argument: Argument, args: Sequence[Any], kwargs: dict[str, Any]) -> An
 
 
 def parts(block: nn.Module) -> list[tuple[str, str]]:
-    """(prefix of the hook names, child's name) of a block's attention and MLP, in the order in which the block calls them.
+    """(prefix of the hook names, child's name) of a block's attention and MLP, in the order in
+    which the block calls them.
 
-    Only those are named of which the block's source shows that they are called once, before text and image are joined in one sequence, and
-    which are a whole attention with its output projection, or a plain MLP.
+    Only those are named of which the block's source shows that they are called once, before text
+    and image are joined in one sequence, and which are a whole attention with its output
+    projection, or a plain MLP.
     """
     try:
         source = inspect.getsource(inspect.unwrap(type(block).forward))
@@ -63,8 +74,16 @@ def parts(block: nn.Module) -> list[tuple[str, str]]:
         return []
     joined, found = JOINS_TOKENS.search(source), []
     for prefix, names in PARTS.items():
-        called = [n for n in names if isinstance(getattr(block, n, None), nn.Module) and f"self.{n}(" in source]
-        if len(called) == 1 and source.count(f"self.{called[0]}(") == 1 and _whole(prefix, getattr(block, called[0])):
+        called = [
+            n
+            for n in names
+            if isinstance(getattr(block, n, None), nn.Module) and f"self.{n}(" in source
+        ]
+        if (
+            len(called) == 1
+            and source.count(f"self.{called[0]}(") == 1
+            and _whole(prefix, getattr(block, called[0]))
+        ):
             at = source.index(f"self.{called[0]}(")
             if joined is None or at < joined.start():
                 found.append((at, prefix, called[0]))
@@ -72,7 +91,9 @@ def parts(block: nn.Module) -> list[tuple[str, str]]:
 
 
 def _whole(prefix: str, module: nn.Module) -> bool:
-    """Whether a part is what its name says: no attention with the MLP inside or the output projection elsewhere, no convolutions."""
+    """Whether a part is what its name says: no attention with the MLP inside or the output
+    projection elsewhere, no convolutions.
+    """
     if prefix == "attn.":
         out = [child for name, child in module.named_children() if OUT_PROJECTION.fullmatch(name)]
         projects = any(isinstance(m, nn.Linear) for child in out for m in child.modules())

@@ -1,14 +1,19 @@
-"""CogVideoX 1.0 and 1.5 (Yang et al. 2024, arXiv 2408.06072) as diffusers' `CogVideoXTransformer3DModel`.
+"""CogVideoX 1.0 and 1.5 (Yang et al.
 
-Video: latents are [batch, frame, channel, height, width], the tokens' grid (frame, height, width); in 1.5 a token spans two latent frames.
-Video and text are two streams that share all weights but the modulations: each block's "expert" adaLN has vectors for the video and others
-for the text, `text.adaln.*`. Attention and MLP run once, on one sequence in which the text comes first; hook points are given its two
-parts, the text's under names with `text.`. Queries and keys are normalised, then, in the larger models, the video's are turned by its
-positions: `hook_rot_q` and `hook_rot_k`. Smaller models have their positions in `hook_embed` instead. After the blocks the video goes
-through a plain normalisation, which has no name, before the modulated one (`ln_final`).
+2024, arXiv 2408.06072) as diffusers' `CogVideoXTransformer3DModel`.
 
-Image-to-video models can be opened and traced, but not sampled by dit_lens: their latents are the video's and the image's channels one
-behind the other, of which the scheduler steps the first half only.
+Video: latents are [batch, frame, channel, height, width], the tokens' grid (frame, height, width);
+in 1.5 a token spans two latent frames. Video and text are two streams that share all weights but
+the modulations: each block's "expert" adaLN has vectors for the video and others for the text,
+`text.adaln.*`. Attention and MLP run once, on one sequence in which the text comes first; hook
+points are given its two parts, the text's under names with `text.`. Queries and keys are
+normalised, then, in the larger models, the video's are turned by its positions: `hook_rot_q` and
+`hook_rot_k`. Smaller models have their positions in `hook_embed` instead. After the blocks the
+video goes through a plain normalisation, which has no name, before the modulated one (`ln_final`).
+
+Image-to-video models can be opened and traced, but not sampled by dit_lens: their latents are the
+video's and the image's channels one behind the other, of which the scheduler steps the first half
+only.
 """
 
 from __future__ import annotations
@@ -24,10 +29,30 @@ from torch import Tensor, nn
 
 from ..hooks.points import HookPoint
 from . import register
-from .base import RESID, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
+from .base import (
+    RESID,
+    Axes,
+    Condition,
+    Config,
+    Family,
+    Forward,
+    Points,
+    Size,
+    Tap,
+    TransformerForward,
+)
 from .parts.attention import Attend, HeadsOut, Joint
 from .parts.layers import check_processor, neurons, refuse_processors
-from .parts.sites import FINAL_SITES, adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites, texts
+from .parts.sites import (
+    FINAL_SITES,
+    adaln_sites,
+    both,
+    mlp_sites,
+    out_sites,
+    qkv_sites,
+    scores_sites,
+    texts,
+)
 from .small import alive, small_text
 
 VIDEO = ("batch", "frame", "channel", "height", "width")
@@ -36,7 +61,9 @@ Angles = tuple[Tensor, Tensor]
 
 
 def norm_sites(branch: str, norm: str) -> Streams:
-    """What one expert adaLN makes: the modulations of both streams, then each stream normalised, and modulated."""
+    """What one expert adaLN makes: the modulations of both streams, then each stream normalised,
+    and modulated.
+    """
     vectors: Streams = adaln_sites(branches=(branch,))
     entered: Streams = {f"{norm}.hook_normalized": RESID, f"{branch}.hook_in": RESID}
     return vectors | texts(vectors) | entered | texts(entered)
@@ -47,13 +74,19 @@ def block_sites(block: Any) -> Streams:
     mid: Streams = {"hook_attn_out": RESID, "hook_resid_mid": RESID}
     post: Streams = {"hook_mlp_out": RESID, "hook_resid_post": RESID}
     gated = isinstance(block.ff.net[0], (GEGLU, SwiGLU))
-    sites = both({"hook_resid_pre": RESID}) | {"hook_cond": ("batch", "d_cond")} | norm_sites("attn", "ln1")
+    sites = (
+        both({"hook_resid_pre": RESID})
+        | {"hook_cond": ("batch", "d_cond")}
+        | norm_sites("attn", "ln1")
+    )
     sites |= both(qkv_sites() | scores_sites("attn.") | out_sites()) | mid | texts(mid)
     return sites | norm_sites("mlp", "ln2") | both(mlp_sites(gated=gated)) | post | texts(post)
 
 
 def angles(c: Any, grid: Size, device: Any) -> Angles:
-    """Cosines and sines of the video's positions [token, d_head], as the pipeline prepares them for a model with the config `c`."""
+    """Cosines and sines of the video's positions [token, d_head], as the pipeline prepares them for
+    a model with the config `c`.
+    """
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
     frames, *size = grid
@@ -62,14 +95,22 @@ def angles(c: Any, grid: Size, device: Any) -> Angles:
         options: Any = {"crops_coords": get_resize_crop_region_for_grid(tuple(size), width, height)}
     else:
         options = {"crops_coords": None, "grid_type": "slice", "max_size": (height, width)}
-    return get_3d_rotary_pos_embed(c.attention_head_dim, grid_size=size, temporal_size=frames, device=device, **options)
+    return get_3d_rotary_pos_embed(
+        c.attention_head_dim, grid_size=size, temporal_size=frames, device=device, **options
+    )
 
 
 class JointPoint:
-    """The hook points of both streams as one, for a joint tensor: a `HookPoint` to whoever calls it."""
+    """The hook points of both streams as one, for a joint tensor: a `HookPoint` to whoever calls
+    it.
+    """
 
     def __init__(self, points: Points, name: str, instrumentation: Any) -> None:
-        self.video, self.text, self.instrumentation = points[name], points[f"text.{name}"], instrumentation
+        self.video, self.text, self.instrumentation = (
+            points[name],
+            points[f"text.{name}"],
+            instrumentation,
+        )
         self.dim = 2 if name.endswith(("scores", "pattern")) else 1  # where the tokens are
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,48 +132,80 @@ class JointPoint:
 
 
 class BlockForward(Forward):
-    """One block: joint attention and a joint MLP, each modulated and gated for each stream by itself."""
+    """One block: joint attention and a joint MLP, each modulated and gated for each stream by
+    itself.
+    """
 
-    def __init__(self, module: Any, points: Points, instrumentation: Any, embeds: tuple[HookPoint, HookPoint] | None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        points: Points,
+        instrumentation: Any,
+        embeds: tuple[HookPoint, HookPoint] | None,
+    ) -> None:
         super().__init__(module)
         self.points, self.embeds = points, embeds
         self.mlp_out = JointPoint(points, "mlp.hook_out", instrumentation)
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
-        image_rotary_emb: Angles | None = None, attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Angles | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         block, hook, n = self.module, self.points, encoder_hidden_states.shape[1]
         x, text = hidden_states, encoder_hidden_states
         if self.embeds is not None:
             x, text = self.embeds[0](x), self.embeds[1](text)
-        x, text, temb = hook["hook_resid_pre"](x), hook["text.hook_resid_pre"](text), hook["hook_cond"](temb)
+        x, text, temb = (
+            hook["hook_resid_pre"](x),
+            hook["text.hook_resid_pre"](text),
+            hook["hook_cond"](temb),
+        )
         h, text_h, gate, text_gate = block.norm1(x, text, temb)
         out, text_out = block.attn1(
-            hidden_states=h, encoder_hidden_states=text_h, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {})
+            hidden_states=h,
+            encoder_hidden_states=text_h,
+            image_rotary_emb=image_rotary_emb,
+            **(attention_kwargs or {}),
         )
         x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate * out))
         text = hook["text.hook_resid_mid"](text + hook["text.hook_attn_out"](text_gate * text_out))
         h, text_h, gate, text_gate = block.norm2(x, text, temb)
         out = self.mlp_out(block.ff(torch.cat([text_h, h], dim=1)))
         x = hook["hook_resid_post"](x + hook["hook_mlp_out"](gate * out[:, n:]))
-        return x, hook["text.hook_resid_post"](text + hook["text.hook_mlp_out"](text_gate * out[:, :n]))
+        return x, hook["text.hook_resid_post"](
+            text + hook["text.hook_mlp_out"](text_gate * out[:, :n])
+        )
 
 
 class ExpertNormForward(Forward):
-    """One expert adaLN: both streams normalised by the same weights, each modulated by its own vectors; and their gates."""
+    """One expert adaLN: both streams normalised by the same weights, each modulated by its own
+    vectors; and their gates.
+    """
 
     def __init__(self, module: Any, points: Points, branch: str, norm: str) -> None:
         super().__init__(module)
         names = list(norm_sites(branch, norm))
-        self.modulations, self.entered = [points[n] for n in names[:6]], [points[n] for n in names[6:]]
+        self.modulations, self.entered = (
+            [points[n] for n in names[:6]],
+            [points[n] for n in names[6:]],
+        )
 
-    def __call__(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+    def __call__(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor
+    ) -> tuple[Tensor, ...]:
         norm, (normalized, h, text_normalized, text_h) = self.module, self.entered
         chunks = zip(self.modulations, norm.linear(norm.silu(temb)).chunk(6, dim=1), strict=True)
-        shift, scale, gate, text_shift, text_scale, text_gate = (point(part)[:, None] for point, part in chunks)
+        shift, scale, gate, text_shift, text_scale, text_gate = (
+            point(part)[:, None] for point, part in chunks
+        )
         x = h(normalized(norm.norm(hidden_states)) * (1 + scale) + shift)
-        text = text_h(text_normalized(norm.norm(encoder_hidden_states)) * (1 + text_scale) + text_shift)
+        text = text_h(
+            text_normalized(norm.norm(encoder_hidden_states)) * (1 + text_scale) + text_shift
+        )
         return x, text, gate, text_gate
 
 
@@ -142,26 +215,46 @@ class AttentionForward(Forward):
     def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int) -> None:
         super().__init__(module)
         inner = [*qkv_sites(), *scores_sites("attn."), *out_sites()]
-        joint: Any = {name: JointPoint(points, name, instrumentation) for name in inner if name != "attn.hook_in"}
-        self.points, self.attend, self.heads_out = joint, Attend(joint, instrumentation, layer), HeadsOut(joint)
+        joint: Any = {
+            name: JointPoint(points, name, instrumentation)
+            for name in inner
+            if name != "attn.hook_in"
+        }
+        self.points, self.attend, self.heads_out = (
+            joint,
+            Attend(joint, instrumentation, layer),
+            HeadsOut(joint),
+        )
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         image_rotary_emb: Angles | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         attn, hook, n = self.module, self.points, encoder_hidden_states.shape[1]
         check_processor(attn, CogVideoXAttnProcessor2_0)
         h = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, h.shape[1], len(h))
             attention_mask = mask.view(len(h), attn.heads, -1, mask.shape[-1])
-        parts = (part.unflatten(2, (attn.heads, -1)) for part in (attn.to_q(h), attn.to_k(h), attn.to_v(h)))
-        q, k, v = (hook[f"attn.hook_{name}"](part).transpose(1, 2) for name, part in zip("qkv", parts, strict=True))
+        parts = (
+            part.unflatten(2, (attn.heads, -1))
+            for part in (attn.to_q(h), attn.to_k(h), attn.to_v(h))
+        )
+        q, k, v = (
+            hook[f"attn.hook_{name}"](part).transpose(1, 2)
+            for name, part in zip("qkv", parts, strict=True)
+        )
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             for part in (q, k):  # in place, as nobody has seen what the norms return
                 part[:, :, n:] = apply_rotary_emb(part[:, :, n:], image_rotary_emb)
-        q, k = (hook[f"attn.hook_rot_{name}"](p.transpose(1, 2)).transpose(1, 2) for name, p in (("q", q), ("k", k)))
+        q, k = (
+            hook[f"attn.hook_rot_{name}"](p.transpose(1, 2)).transpose(1, 2)
+            for name, p in (("q", q), ("k", k))
+        )
         out = self.heads_out(self.attend(q, k, v, attention_mask).transpose(1, 2), *attn.to_out)
         return out[:, n:], out[:, :n]
 
@@ -174,7 +267,9 @@ class LastNormForward(Forward):
         self.modulations = points["final.hook_shift"], points["final.hook_scale"]
         self.normalized = points["ln_final.hook_normalized"]
 
-    def __call__(self, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None
+    ) -> Tensor:
         norm = self.module
         chunks = zip(self.modulations, norm.linear(norm.silu(temb)).chunk(2, dim=1), strict=True)
         shift, scale = (point(part)[:, None] for point, part in chunks)
@@ -197,16 +292,29 @@ class CogVideoXFamily(Family):
     }
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c, p, p_t = transformer.config, transformer.config.patch_size, transformer.config.patch_size_t or 1
+        c, p, p_t = (
+            transformer.config,
+            transformer.config.patch_size,
+            transformer.config.patch_size_t or 1,
+        )
         frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
-        own = (-(-frames // p_t) * p_t, c.sample_height, c.sample_width)  # 1.5 pads frames to whole tokens
+        # 1.5 pads frames to whole tokens
+        own = (-(-frames // p_t) * p_t, c.sample_height, c.sample_width)
         frames, height, width = own if size is None else (*own[: 3 - len(size)], *size)
         d_model = c.num_attention_heads * c.attention_head_dim
         return Config(
-            n_layers=c.num_layers, d_model=d_model, n_heads=c.num_attention_heads, d_head=c.attention_head_dim, d_mlp=4 * d_model,
-            patch_size=p, in_channels=c.in_channels, out_channels=c.out_channels, latent_shape=(frames, c.in_channels, height, width),
-            grid=(frames // p_t, height // p, width // p), restartable=False,
-        )  # fmt: skip
+            n_layers=c.num_layers,
+            d_model=d_model,
+            n_heads=c.num_attention_heads,
+            d_head=c.attention_head_dim,
+            d_mlp=4 * d_model,
+            patch_size=p,
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            latent_shape=(frames, c.in_channels, height, width),
+            grid=(frames // p_t, height // p, width // p),
+            restartable=False,
+        )
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
         sites: dict[str, Axes] = both({"hook_embed": RESID})
@@ -218,23 +326,35 @@ class CogVideoXFamily(Family):
         refuse_processors(transformer.transformer_blocks, attn1=CogVideoXAttnProcessor2_0)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
-        c, x, text = transformer.config, inputs["hidden_states"], inputs["encoder_hidden_states"].shape[1]
+        c, x, text = (
+            transformer.config,
+            inputs["hidden_states"],
+            inputs["encoder_hidden_states"].shape[1],
+        )
         units = c.patch_size_t or 1, c.patch_size, c.patch_size
         if any(size % unit for size, unit in zip((x.shape[1], *x.shape[3:]), units, strict=True)):
             wanted = "[batch, frame, channel, height, width] with frames, height and width in multiples of"
-            raise ValueError(f"The latents have shape {list(x.shape)}; expected {wanted} {', '.join(map(str, units))}.")
+            raise ValueError(
+                f"The latents have shape {list(x.shape)}; expected {wanted} "
+                f"{', '.join(map(str, units))}."
+            )
         if c.use_rotary_positional_embeddings and inputs.get("image_rotary_emb") is None:
             raise ValueError(
-                "image_rotary_emb is missing, the positions of the tokens; expected the pipeline's two tables."
+                "image_rotary_emb is missing, the positions of the tokens; expected the pipeline's "
+                "two tables."
             )
         if hasattr(transformer.patch_embed, "pos_embedding") and text != c.max_text_seq_length:
-            raise ValueError(f"The text has {text} tokens; expected {c.max_text_seq_length}, padding included.")
+            raise ValueError(
+                f"The text has {text} tokens; expected {c.max_text_seq_length}, padding included."
+            )
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            joint: Any = {n: JointPoint(mine, n, instrumentation) for n in mine if n.startswith("mlp.")}
+            joint: Any = {
+                n: JointPoint(mine, n, instrumentation) for n in mine if n.startswith("mlp.")
+            }
             embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
             forwards += [
                 BlockForward(block, mine, instrumentation, embeds),
@@ -249,17 +369,26 @@ class CogVideoXFamily(Family):
             Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
         ]
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
         inputs = {"hidden_states": x, "timestep": t, **condition}
-        if transformer.config.use_rotary_positional_embeddings and inputs.get("image_rotary_emb") is None:
-            inputs["image_rotary_emb"] = angles(transformer.config, self.grid(transformer, inputs), x.device)
+        if (
+            transformer.config.use_rotary_positional_embeddings
+            and inputs.get("image_rotary_emb") is None
+        ):
+            inputs["image_rotary_emb"] = angles(
+                transformer.config, self.grid(transformer, inputs), x.device
+            )
         return inputs
 
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         c, (frames, _, height, width) = transformer.config, inputs["hidden_states"].shape[1:]
         return frames // (c.patch_size_t or 1), height // c.patch_size, width // c.patch_size
 
-    def passed(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def passed(
+        self, inputs: dict[str, Any], args: Any, kwargs: Any
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         x, text = args[:2] if args else (kwargs["hidden_states"], kwargs["encoder_hidden_states"])
         return x, lambda stream: (stream, text)
 
@@ -267,13 +396,20 @@ class CogVideoXFamily(Family):
         return returned[0]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
-        placed = hasattr(pipe.transformer.patch_embed, "pos_embedding")  # for so many tokens and no others
-        options = {"max_sequence_length": pipe.transformer.config.max_text_seq_length} if placed else {}
-        return Condition(encoder_hidden_states=pipe.encode_prompt(prompt, None, False, **options)[0])
+        # for so many tokens and no others
+        placed = hasattr(pipe.transformer.patch_embed, "pos_embedding")
+        options = (
+            {"max_sequence_length": pipe.transformer.config.max_text_seq_length} if placed else {}
+        )
+        return Condition(
+            encoder_hidden_states=pipe.encode_prompt(prompt, None, False, **options)[0]
+        )
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """As the pipeline does, and the frames that 1.5 pads with are decoded too."""
-        return vae.decode((1 / vae.config.scaling_factor * latents.transpose(1, 2)).to(vae.dtype)).sample
+        return vae.decode(
+            (1 / vae.config.scaling_factor * latents.transpose(1, 2)).to(vae.dtype)
+        ).sample
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         return self._small(variant, 7), Condition(encoder_hidden_states=torch.randn(2, 7, 24))
@@ -281,14 +417,28 @@ class CogVideoXFamily(Family):
     def _small(self, variant: int, text_tokens: int) -> nn.Module:
         from diffusers import CogVideoXTransformer3DModel
 
-        return alive(CogVideoXTransformer3DModel(
-            num_attention_heads=(2, 2, 3)[variant], attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=20,
-            text_embed_dim=24, num_layers=(3, 2, 4)[variant], sample_width=8, sample_height=(8, 4, 8)[variant],
-            sample_frames=(5, 5, 9)[variant], patch_size_t=(None, None, 2)[variant], max_text_seq_length=text_tokens,
-            use_rotary_positional_embeddings=variant > 0, use_learned_positional_embeddings=variant == 1,
-            attention_bias=variant != 1, norm_elementwise_affine=variant != 2, patch_bias=variant != 2,
-            activation_fn=("gelu-approximate", "geglu", "gelu-approximate")[variant],
-        ))  # fmt: skip
+        return alive(
+            CogVideoXTransformer3DModel(
+                num_attention_heads=(2, 2, 3)[variant],
+                attention_head_dim=16,
+                in_channels=4,
+                out_channels=4,
+                time_embed_dim=20,
+                text_embed_dim=24,
+                num_layers=(3, 2, 4)[variant],
+                sample_width=8,
+                sample_height=(8, 4, 8)[variant],
+                sample_frames=(5, 5, 9)[variant],
+                patch_size_t=(None, None, 2)[variant],
+                max_text_seq_length=text_tokens,
+                use_rotary_positional_embeddings=variant > 0,
+                use_learned_positional_embeddings=variant == 1,
+                attention_bias=variant != 1,
+                norm_elementwise_affine=variant != 2,
+                patch_bias=variant != 2,
+                activation_fn=("gelu-approximate", "geglu", "gelu-approximate")[variant],
+            )
+        )
 
     def small_pipeline(self) -> Any:
         from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
@@ -297,9 +447,13 @@ class CogVideoXFamily(Family):
         vae = AutoencoderKLCogVideoX(block_out_channels=(4,) * 4, **sizes)
         encoder, tokenizer = small_text("t5", 24)
         scheduler = CogVideoXDDIMScheduler(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing",
-            clip_sample=False, set_alpha_to_one=True,
-        )  # fmt: skip
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=True,
+        )
         return CogVideoXPipeline(tokenizer, encoder, alive(vae), self._small(0, 226), scheduler)
 
     def small_call(self, guided: bool) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The original DiT (Peebles & Xie 2023, arXiv 2212.09748) as diffusers' `DiTTransformer2DModel`.
 
-Each `Forward` below computes what diffusers' own does, operation for operation, with hook points in between; the tests hold
-the two equal bit for bit. Attention runs through PyTorch's fused kernel whether or not somebody reads the scores and
-pattern: those are computed beside it, and only a hook that changes them switches to the explicit softmax.
+Each `Forward` below computes what diffusers' own does, operation for operation, with hook points in
+between; the tests hold the two equal bit for bit. Attention runs through PyTorch's fused kernel
+whether or not somebody reads the scores and pattern: those are computed beside it, and only a hook
+that changes them switches to the explicit softmax.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from torch import Tensor, nn
 
 from ..hooks.points import HookPoint
 from . import register
-from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
+from .base import (
+    COND,
+    RESID,
+    SAMPLE,
+    Axes,
+    Condition,
+    Config,
+    Family,
+    Forward,
+    Points,
+    Size,
+    Tap,
+    TransformerForward,
+)
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
 from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
@@ -51,11 +65,17 @@ class ShiftScaleForward(Forward):
         both = self.own(x)
         if not any(point.listeners for point in self.points):
             return both
-        return torch.cat([point(part) for point, part in zip(self.points, both.chunk(2, dim=1), strict=True)], dim=1)
+        return torch.cat(
+            [point(part) for point, part in zip(self.points, both.chunk(2, dim=1), strict=True)],
+            dim=1,
+        )
 
 
 class BlockForward(Forward):
-    """One block: two gated branches added to the stream. The first one is also given `hook_embed`."""
+    """One block: two gated branches added to the stream.
+
+    The first one is also given `hook_embed`.
+    """
 
     def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
         super().__init__(module)
@@ -81,14 +101,19 @@ class BlockForward(Forward):
     ) -> Tensor:
         if cross_attention_kwargs:
             raise ValueError(
-                f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked DiT, which has no "
+                f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
+                "DiT, which has no "
                 "cross-attention; pass None."
             )
         block = self.module
         x = self.resid_pre(hidden_states if self.embed is None else self.embed(hidden_states))
-        h, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
+        h, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.norm1(
+            x, timestep, class_labels, hidden_dtype=x.dtype
+        )
         x = self.resid_mid(self.attn_out(gate_attn.unsqueeze(1) * block.attn1(h)) + x)
-        h = self.mlp_in(self.normalized(block.norm3(x)) * (1 + scale_mlp[:, None]) + shift_mlp[:, None])
+        h = self.mlp_in(
+            self.normalized(block.norm3(x)) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+        )
         return self.resid_post(self.mlp_out(gate_mlp.unsqueeze(1) * self.mlp_raw(block.ff(h))) + x)
 
 
@@ -101,7 +126,10 @@ class AttentionForward(Forward):
         self.attend, self.heads_out = Attend(points, instrumentation, layer), HeadsOut(points)
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         attn = self.module
         check_processor(attn, AttnProcessor2_0)
@@ -116,7 +144,9 @@ class DiTFamily(Family):
     """How dit_lens opens a `DiTTransformer2DModel`."""
 
     model_class = "DiTTransformer2DModel"
-    differs = "the block that the others are compared with; every block embeds time and class for itself"
+    differs = (
+        "the block that the others are compared with; every block embeds time and class for itself"
+    )
     branches = ("cond", "uncond")
     written_for = {
         "AdaLayerNormZero.forward": "0451374e",
@@ -156,7 +186,8 @@ class DiTFamily(Family):
             if not isinstance(block.ff.net[0], GELU):
                 raise ValueError(
                     f"Block {i} has the activation {type(block.ff.net[0]).__name__} "
-                    f"(activation_fn={transformer.config.activation_fn!r}); expected 'gelu' or 'gelu-approximate'."
+                    f"(activation_fn={transformer.config.activation_fn!r}); expected 'gelu' or "
+                    "'gelu-approximate'."
                 )
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
@@ -165,21 +196,36 @@ class DiTFamily(Family):
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != c.in_channels:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(
-                f"The latents have {got}; expected [batch, {c.in_channels}, {c.sample_size}, {c.sample_size}]."
+                f"The latents have {got}; expected [batch, {c.in_channels}, {c.sample_size}, "
+                f"{c.sample_size}]."
             )
         if x.shape[2] != x.shape[3]:
             raise ValueError(
-                f"The latents are {x.shape[2]}x{x.shape[3]}; diffusers' DiT silently scrambles images that are not "
+                f"The latents are {x.shape[2]}x{x.shape[3]}; diffusers' DiT silently scrambles "
+                "images that are not "
                 f"square, so expected {c.sample_size}x{c.sample_size}."
             )
         if x.shape[2] % p:
-            raise ValueError(f"The latents are {x.shape[2]} wide; expected a multiple of the patch size {p}.")
+            raise ValueError(
+                f"The latents are {x.shape[2]} wide; expected a multiple of the patch size {p}."
+            )
         for name, value in (("timesteps", t), ("class labels", y)):
-            if not isinstance(value, Tensor) or value.ndim != 1 or value.shape[0] not in (1, x.shape[0]):
+            if (
+                not isinstance(value, Tensor)
+                or value.ndim != 1
+                or value.shape[0] not in (1, x.shape[0])
+            ):
                 got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"The {name} are {got}; expected a tensor of shape [{x.shape[0]}], one for each item.")
+                raise ValueError(
+                    f"The {name} are {got}; expected a tensor of shape [{x.shape[0]}], one for "
+                    "each item."
+                )
         assert y is not None
-        if y.device.type == "cpu" and len(y) and not (0 <= int(y.min()) and int(y.max()) <= c.num_embeds_ada_norm):
+        if (
+            y.device.type == "cpu"
+            and len(y)
+            and not (0 <= int(y.min()) and int(y.max()) <= c.num_embeds_ada_norm)
+        ):
             bad = int(y.min()) if y.min() < 0 else int(y.max())
             raise ValueError(
                 f"Class label {bad} is out of range; expected 0 to {c.num_embeds_ada_norm - 1}, "
@@ -188,7 +234,8 @@ class DiTFamily(Family):
         weight = transformer.proj_out_2.weight
         if x.device != weight.device and weight.device.type != "meta":
             raise ValueError(
-                f"The latents are on {x.device}, the model is on {weight.device}; use x.to({str(weight.device)!r})."
+                f"The latents are on {x.device}, the model is on {weight.device}; use "
+                f"x.to({str(weight.device)!r})."
             )
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
@@ -212,14 +259,25 @@ class DiTFamily(Family):
         from diffusers import DiTTransformer2DModel
 
         model = DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=(4, 1, 4)[variant], out_channels=(8, 1, 4)[variant],
-            num_layers=(3, 2, 4)[variant], sample_size=8, patch_size=2, num_embeds_ada_norm=(1000, 10, 10)[variant], norm_num_groups=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=(4, 1, 4)[variant],
+            out_channels=(8, 1, 4)[variant],
+            num_layers=(3, 2, 4)[variant],
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=(1000, 10, 10)[variant],
+            norm_num_groups=1,
             activation_fn=("gelu-approximate", "gelu-approximate", "gelu")[variant],
-        ).eval()  # fmt: skip
+        ).eval()
         return alive(model), Condition(class_labels=torch.tensor([3, 7]))
 
     def small_call(self, guided: bool) -> dict[str, Any]:
-        return {"class_labels": [3, 7], "num_inference_steps": 2, "guidance_scale": 4.0 if guided else 1.0}
+        return {
+            "class_labels": [3, 7],
+            "num_inference_steps": 2,
+            "guidance_scale": 4.0 if guided else 1.0,
+        }
 
     def small_pipeline(self) -> Any:
         from diffusers import DDIMScheduler, DiTPipeline

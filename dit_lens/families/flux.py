@@ -1,11 +1,13 @@
 """FLUX.1 (Black Forest Labs 2024; no paper) as diffusers' `FluxTransformer2DModel`.
 
-Two kinds of blocks follow one another and are counted as one row, `blocks.{i}`. In the double blocks image and text are two streams with
-weights of their own that attend together. In the single blocks the same weights act on both, and attention and MLP work side by side on
-one normalised input and share one output projection, so that what they add comes in one piece, `hook_attn_mlp_out`, with one
-shift, scale and gate (`adaln.hook_gate_attn_mlp`). Everywhere the text's tokens come first in the joint sequence, then the image's; the
-text's hook points have the prefix `text.`. Queries and keys are normalised and rotated before they meet (`hook_rot_q`, `hook_rot_k`).
-Latents enter as packed 2x2 patches. What FLUX.1 shares with Qwen-Image is in `dit_lens.families.parts.two_streams`.
+Two kinds of blocks follow one another and are counted as one row, `blocks.{i}`. In the double
+blocks image and text are two streams with weights of their own that attend together. In the single
+blocks the same weights act on both, and attention and MLP work side by side on one normalised input
+and share one output projection, so that what they add comes in one piece, `hook_attn_mlp_out`, with
+one shift, scale and gate (`adaln.hook_gate_attn_mlp`). Everywhere the text's tokens come first in
+the joint sequence, then the image's; the text's hook points have the prefix `text.`. Queries and
+keys are normalised and rotated before they meet (`hook_rot_q`, `hook_rot_k`). Latents enter as
+packed 2x2 patches. What FLUX.1 shares with Qwen-Image is in `dit_lens.families.parts.two_streams`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ from .base import COND, RESID, Axes, Condition, Forward, Points, Size, Tap, Tran
 from .parts.attention import Joint
 from .parts.layers import AdaNormForward, FinalNormForward, neurons, refuse_processors
 from .parts.sites import adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites
-from .parts.two_streams import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, refuse_fused
+from .parts.two_streams import (
+    Angles,
+    AttentionForward,
+    BlockForward,
+    PackedFamily,
+    clipped,
+    double_sites,
+    refuse_fused,
+)
 from .small import alive, small_text, small_vae
 
 
@@ -32,7 +42,9 @@ def single_sites() -> dict[str, Axes]:
     """The names of a block in which attention and MLP work side by side on the joint sequence."""
     mlp = {s: axes for s, axes in mlp_sites().items() if s != "mlp.hook_out"}
     attend = qkv_sites() | scores_sites("attn.") | {"attn.hook_z": out_sites()["attn.hook_z"]}
-    sites = both({"hook_resid_pre": RESID}) | {"hook_cond": COND} | adaln_sites(branches=("attn_mlp",))
+    sites = (
+        both({"hook_resid_pre": RESID}) | {"hook_cond": COND} | adaln_sites(branches=("attn_mlp",))
+    )
     added = {"hook_attn_mlp_out": RESID, "hook_resid_post": RESID}
     return sites | both({"ln1.hook_normalized": RESID} | mlp | attend | added)
 
@@ -41,27 +53,41 @@ class DoubleForward(BlockForward):
     """A double block: attention of both streams, then an MLP for each."""
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Angles | None = None,
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Angles | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         block = self.module
         x, text, temb = self.entered(hidden_states, encoder_hidden_states, temb)
         h, *modulation = block.norm1(x, emb=temb)
         text_h, *text_modulation = block.norm1_context(text, emb=temb)
         further = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
         out, text_out = block.attn(hidden_states=h, encoder_hidden_states=text_h, **further)
-        x = self.points["hook_resid_post"](self.second_half("", x, out, modulation, block.norm2, block.ff))
-        text = self.second_half("text.", text, text_out, text_modulation, block.norm2_context, block.ff_context)
+        x = self.points["hook_resid_post"](
+            self.second_half("", x, out, modulation, block.norm2, block.ff)
+        )
+        text = self.second_half(
+            "text.", text, text_out, text_modulation, block.norm2_context, block.ff_context
+        )
         return self.points["text.hook_resid_post"](clipped(text)), x
 
 
 class SingleForward(BlockForward):
-    """A single block: attention and MLP side by side, on the text's tokens and the image's after them."""
+    """A single block: attention and MLP side by side, on the text's tokens and the image's after
+    them.
+    """
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Angles | None = None,
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Angles | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         block, hook, further = self.module, self.points, joint_attention_kwargs or {}
         x, text, temb = self.entered(hidden_states, encoder_hidden_states, temb)
         n = text.shape[1]
@@ -92,7 +118,9 @@ class SingleNormForward(Forward):
         norm = self.module
         chunks = norm.linear(norm.silu(emb)).chunk(3, dim=1)
         shift, scale, gate = [hook(m) for hook, m in zip(self.modulations, chunks, strict=True)]
-        return joint.hook(*self.normalized, norm.norm(x)) * (1 + scale[:, None]) + shift[:, None], gate
+        return joint.hook(*self.normalized, norm.norm(x)) * (1 + scale[:, None]) + shift[
+            :, None
+        ], gate
 
 
 def rotated(x: Tensor, angles: Angles | None) -> Tensor:
@@ -106,9 +134,12 @@ class FluxAttentionForward(AttentionForward):
     processor = FluxAttnProcessor
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         image_rotary_emb: Angles | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         self.check()
         image, text = self.streams(hidden_states, encoder_hidden_states)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
@@ -117,13 +148,19 @@ class FluxAttentionForward(AttentionForward):
 
 
 class SingleAttentionForward(AttentionForward):
-    """The attention of a single block, up to what the heads read: the output projection is shared with the MLP."""
+    """The attention of a single block, up to what the heads read: the output projection is shared
+    with the MLP.
+    """
 
     processor = FluxAttnProcessor
 
     def __call__(
-        self, hidden_states: Tensor, joint: Joint, attention_mask: Tensor | None = None, image_rotary_emb: Angles | None = None
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        joint: Joint,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Angles | None = None,
+    ) -> Tensor:
         attn = self.module
         self.check()
         h, shape = self.hooked(joint, "hook_in", hidden_states), (attn.heads, -1)
@@ -165,7 +202,8 @@ class FluxFamily(PackedFamily):
     def check_model(self, transformer: Any) -> None:
         if getattr(transformer, "encoder_hid_proj", None) is not None:
             raise ValueError(
-                "An IP-Adapter is loaded, whose attention dit_lens does not repeat; call pipe.unload_ip_adapter() first."
+                "An IP-Adapter is loaded, whose attention dit_lens does not repeat; call "
+                "pipe.unload_ip_adapter() first."
             )
         blocks = self.blocks(transformer)
         refuse_processors(blocks, attn=FluxAttnProcessor)
@@ -176,7 +214,8 @@ class FluxFamily(PackedFamily):
         if wanted != given:
             raise ValueError(
                 f"The model takes {'the strength of guidance' if wanted else 'no strength of guidance'} as an input, and "
-                f"guidance is {'given' if given else 'missing'}; expected guidance={'a tensor [batch], 3.5 say' if wanted else None}."
+                f"guidance is {'given' if given else 'missing'}; expected "
+                f"guidance={'a tensor [batch], 3.5 say' if wanted else None}."
             )
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
@@ -185,21 +224,44 @@ class FluxFamily(PackedFamily):
         block: Any
         for i, block in enumerate(self.blocks(transformer)):
             embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
-            mine = {site: points[f"blocks.{i}.{site}"] for site in (double_sites() if i < n_double else single_sites())}
+            mine = {
+                site: points[f"blocks.{i}.{site}"]
+                for site in (double_sites() if i < n_double else single_sites())
+            }
             if i < n_double:
-                forwards += [DoubleForward(block, mine, embeds), FluxAttentionForward(block.attn, mine, instrumentation, i)]
-                forwards += [AdaNormForward(block.norm1, mine), AdaNormForward(block.norm1_context, mine, "text.")]
-                forwards += [neurons(block.ff.net[0], mine), neurons(block.ff_context.net[0], mine, "text.mlp.")]
+                forwards += [
+                    DoubleForward(block, mine, embeds),
+                    FluxAttentionForward(block.attn, mine, instrumentation, i),
+                ]
+                forwards += [
+                    AdaNormForward(block.norm1, mine),
+                    AdaNormForward(block.norm1_context, mine, "text."),
+                ]
+                forwards += [
+                    neurons(block.ff.net[0], mine),
+                    neurons(block.ff_context.net[0], mine, "text.mlp."),
+                ]
             else:
-                forwards += [SingleForward(block, mine, embeds), SingleAttentionForward(block.attn, mine, instrumentation, i)]
+                forwards += [
+                    SingleForward(block, mine, embeds),
+                    SingleAttentionForward(block.attn, mine, instrumentation, i),
+                ]
                 forwards.append(SingleNormForward(block.norm, mine))
         tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
         return [*forwards, FinalNormForward(transformer.norm_out, points), tail]
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-        given, text = super().inputs(transformer, x, t, condition), condition["encoder_hidden_states"]
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
+        given, text = (
+            super().inputs(transformer, x, t, condition),
+            condition["encoder_hidden_states"],
+        )
         places = torch.cartesian_prod(*(torch.arange(n // 2) for n in x.shape[-2:]))
-        own = {"img_ids": F.pad(places, (1, 0)).to(text), "txt_ids": text.new_zeros(text.shape[1], 3)}
+        own = {
+            "img_ids": F.pad(places, (1, 0)).to(text),
+            "txt_ids": text.new_zeros(text.shape[1], 3),
+        }
         if transformer.config.guidance_embeds:
             own["guidance"] = torch.full((len(x),), 3.5, device=x.device)
         return own | given
@@ -207,7 +269,8 @@ class FluxFamily(PackedFamily):
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         ids = inputs["img_ids"].cpu().long()  # one wait for the GPU, not several
         ids = ids[0] if ids.ndim == 3 else ids
-        last = ids[ids[:, 0] == ids[0, 0]][-1]  # further images, as in Kontext, have another first coordinate
+        # further images, as in Kontext, have another first coordinate
+        last = ids[ids[:, 0] == ids[0, 0]][-1]
         return int(last[1]) + 1, int(last[2]) + 1
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
@@ -224,18 +287,29 @@ class FluxFamily(PackedFamily):
         from diffusers import FluxTransformer2DModel
 
         model = FluxTransformer2DModel(
-            in_channels=16, num_layers=(2, 1, 3)[variant], num_single_layers=(2, 3, 1)[variant], attention_head_dim=8,
-            num_attention_heads=(2, 3, 2)[variant], joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=variant == 1,
+            in_channels=16,
+            num_layers=(2, 1, 3)[variant],
+            num_single_layers=(2, 3, 1)[variant],
+            attention_head_dim=8,
+            num_attention_heads=(2, 3, 2)[variant],
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=variant == 1,
             axes_dims_rope=(2, 4, 2) if variant == 2 else (2, 2, 4),
-        )  # fmt: skip
+        )
         model.register_to_config(sample_size=((8, 8), (8, 8), (6, 10))[variant])
         text = torch.randn(2, (5, 7, 6)[variant], 32)
-        return alive(model), Condition(encoder_hidden_states=text, pooled_projections=torch.randn(2, 24))
+        return alive(model), Condition(
+            encoder_hidden_states=text, pooled_projections=torch.randn(2, 24)
+        )
 
     def small_pipeline(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-        (first, tokens), (second, second_tokens) = small_text("clip_plain", 24), small_text("t5", 32)
+        (first, tokens), (second, second_tokens) = (
+            small_text("clip_plain", 24),
+            small_text("t5", 32),
+        )
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
         vae, transformer = small_vae(shift_factor=0.1), self.small(0)[0]
         return FluxPipeline(scheduler, vae, first, tokens, second, second_tokens, transformer)

@@ -1,14 +1,16 @@
 """Hunyuan-DiT (Li et al. 2024, arXiv 2405.08748) as diffusers' `HunyuanDiT2DModel`.
 
-One stream, the image's, with skip connections as in a U-Net: of n blocks, those after the middle one, n/2, receive besides the stream
-what left the block as far from the other end (block i the `hook_resid_post` of block n - 1 - i): `hook_skip_in`. Stream and skip, side
-by side, go through a norm and a linear layer, and what comes out is that block's `hook_resid_pre`. There, and only there,
+One stream, the image's, with skip connections as in a U-Net: of n blocks, those after the middle
+one, n/2, receive besides the stream what left the block as far from the other end (block i the
+`hook_resid_post` of block n - 1 - i): `hook_skip_in`. Stream and skip, side by side, go through a
+norm and a linear layer, and what comes out is that block's `hook_resid_pre`. There, and only there,
 `hook_resid_pre` is not the `hook_resid_post` of the block before.
 
-The time, with the pooled text, gives each block a shift before its attention and nothing else: no scales, no gates. Between attention
-and MLP each block reads the text by a cross-attention (`cross_attn.`), after a norm of its own (`ln_cross`). The text is BERT's tokens
-followed by T5's, with learned vectors in place of the padding, and no mask. Queries and keys are normalised, then rotated by the
-place in the image (`hook_rot_q`, `hook_rot_k`); the text's keys are only normalised.
+The time, with the pooled text, gives each block a shift before its attention and nothing else: no
+scales, no gates. Between attention and MLP each block reads the text by a cross-attention
+(`cross_attn.`), after a norm of its own (`ln_cross`). The text is BERT's tokens followed by T5's,
+with learned vectors in place of the padding, and no mask. Queries and keys are normalised, then
+rotated by the place in the image (`hook_rot_q`, `hook_rot_k`); the text's keys are only normalised.
 """
 
 from __future__ import annotations
@@ -24,7 +26,20 @@ from torch import Tensor, nn
 
 from ..hooks.points import HookPoint
 from . import register
-from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
+from .base import (
+    COND,
+    RESID,
+    SAMPLE,
+    Axes,
+    Condition,
+    Config,
+    Family,
+    Forward,
+    Points,
+    Size,
+    Tap,
+    TransformerForward,
+)
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import FinalNormForward, check_processor, neurons, refuse_processors
 from .parts.sites import FINAL_SITES, attention_sites, mlp_sites, out_sites
@@ -52,14 +67,25 @@ PIXELS = 8  # the side of a latent in the image, by which sizes are told
 def block_sites(block: Any) -> dict[str, Axes]:
     """The names of one block: those of the second half receive a skipped stream."""
     sites: dict[str, Axes] = {} if block.skip_linear is None else {"hook_skip_in": RESID}
-    sites |= {"hook_resid_pre": RESID, "hook_cond": COND, "adaln.hook_shift_attn": COND, "ln1.hook_normalized": RESID}
+    sites |= {
+        "hook_resid_pre": RESID,
+        "hook_cond": COND,
+        "adaln.hook_shift_attn": COND,
+        "ln1.hook_normalized": RESID,
+    }
     sites |= attention_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID} | CROSS_SITES
-    sites |= {"ln2.hook_normalized": RESID} | mlp_sites(gated=isinstance(block.ff.net[0], (GEGLU, SwiGLU)))
+    sites |= {"ln2.hook_normalized": RESID} | mlp_sites(
+        gated=isinstance(block.ff.net[0], (GEGLU, SwiGLU))
+    )
     return sites | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
 class HunyuanForward(TransformerForward):
-    """The whole model. diffusers empties the list of a ControlNet's residuals; the caller's, by which a call is recomputed, stays full."""
+    """The whole model.
+
+    diffusers empties the list of a ControlNet's residuals; the caller's, by which a call is
+    recomputed, stays full.
+    """
 
     def own(self, *args: Any, controlnet_block_samples: Any = None, **kwargs: Any) -> Any:
         samples = None if controlnet_block_samples is None else list(controlnet_block_samples)
@@ -67,7 +93,10 @@ class HunyuanForward(TransformerForward):
 
 
 class BlockForward(Forward):
-    """One block: attention, cross-attention and MLP added to the stream. The first one is also given `hook_embed`."""
+    """One block: attention, cross-attention and MLP added to the stream.
+
+    The first one is also given `hook_embed`.
+    """
 
     def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
         super().__init__(module)
@@ -87,9 +116,13 @@ class BlockForward(Forward):
             x = merged(block, x, hook["hook_skip_in"](skip))
         x = hook["hook_resid_pre"](x)
         h = block.norm1(x, hook["hook_cond"](temb))
-        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](block.attn1(h, image_rotary_emb=image_rotary_emb)))
+        x = hook["hook_resid_mid"](
+            x + hook["hook_attn_out"](block.attn1(h, image_rotary_emb=image_rotary_emb))
+        )
         h = hook["cross_attn.hook_in"](hook["ln_cross.hook_normalized"](block.norm2(x)))
-        out = block.attn2(h, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=image_rotary_emb)
+        out = block.attn2(
+            h, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=image_rotary_emb
+        )
         x = hook["hook_resid_mid_cross"](x + hook["hook_cross_attn_out"](out))
         h = hook["mlp.hook_in"](hook["ln2.hook_normalized"](block.norm3(x)))
         return hook["hook_resid_post"](x + hook["hook_mlp_out"](hook["mlp.hook_out"](block.ff(h))))
@@ -116,29 +149,43 @@ class ShiftNormForward(Forward):
 
 
 class AttentionForward(Forward):
-    """Attention of the image with itself (`attn.`), or with the text (`cross_attn.`, where twins are never coupled)."""
+    """Attention of the image with itself (`attn.`), or with the text (`cross_attn.`, where twins
+    are never coupled).
+    """
 
-    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str) -> None:
+    def __init__(
+        self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str
+    ) -> None:
         super().__init__(module)
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
         self.rotated = [points[f"{prefix}hook_rot_{name}"] for name in "qk"]
-        self.attend, self.heads_out = Attend(points, instrumentation, layer, (prefix,)), HeadsOut(points, prefix)
+        self.attend, self.heads_out = (
+            Attend(points, instrumentation, layer, (prefix,)),
+            HeadsOut(points, prefix),
+        )
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, image_rotary_emb: Any = None
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        image_rotary_emb: Any = None,
     ) -> Tensor:
         attn = self.module
         check_processor(attn, HunyuanAttnProcessor2_0)
         read = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(read), attn.to_v(read)
         q, k, v = (
-            hook(x.unflatten(-1, (attn.heads, -1))).transpose(1, 2) for hook, x in zip(self.qkv, projected, strict=True)
+            hook(x.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
+            for hook, x in zip(self.qkv, projected, strict=True)
         )
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             q = apply_rotary_emb(q, image_rotary_emb)
             k = k if attn.is_cross_attention else apply_rotary_emb(k, image_rotary_emb)
-        q, k = (hook(x.transpose(1, 2)).transpose(1, 2) for hook, x in zip(self.rotated, (q, k), strict=True))
+        q, k = (
+            hook(x.transpose(1, 2)).transpose(1, 2)
+            for hook, x in zip(self.rotated, (q, k), strict=True)
+        )
         return self.heads_out(self.attend(q, k, v).transpose(1, 2), *attn.to_out)
 
 
@@ -165,11 +212,18 @@ class HunyuanFamily(Family):
         height, width = size or (c.sample_size, c.sample_size)
         d_model = c.num_attention_heads * c.attention_head_dim
         return Config(
-            n_layers=c.num_layers, d_model=d_model, n_heads=c.num_attention_heads, d_head=c.attention_head_dim,
-            d_mlp=int(d_model * c.mlp_ratio), patch_size=c.patch_size, in_channels=c.in_channels,
-            out_channels=transformer.out_channels, latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size), restartable=False,
-        )  # fmt: skip
+            n_layers=c.num_layers,
+            d_model=d_model,
+            n_heads=c.num_attention_heads,
+            d_head=c.attention_head_dim,
+            d_mlp=int(d_model * c.mlp_ratio),
+            patch_size=c.patch_size,
+            in_channels=c.in_channels,
+            out_channels=transformer.out_channels,
+            latent_shape=(c.in_channels, height, width),
+            grid=(height // c.patch_size, width // c.patch_size),
+            restartable=False,
+        )
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
         sites: dict[str, Axes] = {"hook_embed": RESID}
@@ -178,7 +232,9 @@ class HunyuanFamily(Family):
         return sites | FINAL_SITES | {"hook_sample": SAMPLE}
 
     def check_model(self, transformer: Any) -> None:
-        refuse_processors(transformer.blocks, attn1=HunyuanAttnProcessor2_0, attn2=HunyuanAttnProcessor2_0)
+        refuse_processors(
+            transformer.blocks, attn1=HunyuanAttnProcessor2_0, attn2=HunyuanAttnProcessor2_0
+        )
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         forwards: list[Forward] = [HunyuanForward(transformer, points, instrumentation)]
@@ -202,44 +258,69 @@ class HunyuanFamily(Family):
         x, _ = self.passed(inputs, args, kwargs)
         return x if block.skip_linear is None else merged(block, x, kwargs["skip"])
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
         height, width = x.shape[-2:]
         told: dict[str, Any] = {
             "style": torch.zeros(len(x), dtype=torch.long, device=x.device),
-            "image_meta_size": x.new_tensor([1024, 1024, PIXELS * height, PIXELS * width, 0, 0]).repeat(len(x), 1),
+            "image_meta_size": x.new_tensor(
+                [1024, 1024, PIXELS * height, PIXELS * width, 0, 0]
+            ).repeat(len(x), 1),
         }
         if "image_rotary_emb" not in condition:
             told["image_rotary_emb"] = rotary(transformer, x)
-        return told | super().inputs(transformer, x, t.to(x.dtype), condition)  # the time's type is the embedder's
+        # the time's type is the embedder's
+        return told | super().inputs(transformer, x, t.to(x.dtype), condition)
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         def encoded(index: int, length: int) -> tuple[Tensor, Tensor]:
             embeds, _, mask, _ = pipe.encode_prompt(
-                prompt, dtype=pipe.transformer.dtype, do_classifier_free_guidance=False, max_sequence_length=length,
+                prompt,
+                dtype=pipe.transformer.dtype,
+                do_classifier_free_guidance=False,
+                max_sequence_length=length,
                 text_encoder_index=index,
-            )  # fmt: skip
+            )
             return embeds, mask
 
         bert, t5 = encoded(0, 77), encoded(1, 256)
         return Condition(
-            encoder_hidden_states=bert[0], text_embedding_mask=bert[1], encoder_hidden_states_t5=t5[0], text_embedding_mask_t5=t5[1]
-        )  # fmt: skip
+            encoder_hidden_states=bert[0],
+            text_embedding_mask=bert[1],
+            encoder_hidden_states_t5=t5[0],
+            text_embedding_mask_t5=t5[1],
+        )
 
     def stack(self, conditions: Sequence[Condition]) -> Condition:
         # The rotary table (cosines, sines) has no batch axis.
         shared = {k: v for k, v in conditions[0].items() if not isinstance(v, Tensor)}
-        return Condition(shared | {k: torch.cat([c[k] for c in conditions]) for k in conditions[0] if k not in shared})
+        return Condition(
+            shared
+            | {k: torch.cat([c[k] for c in conditions]) for k in conditions[0] if k not in shared}
+        )
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         from diffusers import HunyuanDiT2DModel
 
         model = HunyuanDiT2DModel(
-            num_attention_heads=(2, 3, 2)[variant], attention_head_dim=8, hidden_size=(16, 24, 16)[variant], in_channels=4,
-            patch_size=2, sample_size=8, num_layers=(4, 6, 2)[variant], mlp_ratio=(4.0, 4.0, 2.5)[variant],
-            activation_fn=("gelu-approximate", "gelu-approximate", "geglu")[variant], learn_sigma=variant != 1,
-            use_style_cond_and_image_meta_size=variant != 1, cross_attention_dim=24, cross_attention_dim_t5=32,
-            pooled_projection_dim=16, text_len=77 if variant == 0 else 7, text_len_t5=256 if variant == 0 else 9,
-        )  # fmt: skip
+            num_attention_heads=(2, 3, 2)[variant],
+            attention_head_dim=8,
+            hidden_size=(16, 24, 16)[variant],
+            in_channels=4,
+            patch_size=2,
+            sample_size=8,
+            num_layers=(4, 6, 2)[variant],
+            mlp_ratio=(4.0, 4.0, 2.5)[variant],
+            activation_fn=("gelu-approximate", "gelu-approximate", "geglu")[variant],
+            learn_sigma=variant != 1,
+            use_style_cond_and_image_meta_size=variant != 1,
+            cross_attention_dim=24,
+            cross_attention_dim_t5=32,
+            pooled_projection_dim=16,
+            text_len=77 if variant == 0 else 7,
+            text_len_t5=256 if variant == 0 else 9,
+        )
         gen = torch.Generator().manual_seed(variant)
         bert, t5 = model.config.text_len, model.config.text_len_t5
         return alive(model), Condition(
@@ -250,7 +331,11 @@ class HunyuanFamily(Family):
         )
 
     def small_call(self, guided: bool) -> dict[str, Any]:
-        return super().small_call(guided) | {"height": 64, "width": 64, "use_resolution_binning": False}
+        return super().small_call(guided) | {
+            "height": 64,
+            "width": 64,
+            "use_resolution_binning": False,
+        }
 
     def small_pipeline(self) -> Any:
         from diffusers import AutoencoderKL, DDPMScheduler, HunyuanDiTPipeline
@@ -258,24 +343,38 @@ class HunyuanFamily(Family):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             vae = AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(8,) * 4, norm_num_groups=4,
-            ).eval()  # fmt: skip
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(8,) * 4,
+                norm_num_groups=4,
+            ).eval()
         (bert, bert_tokens), (t5, t5_tokens) = small_text("bert", 24), small_text("t5", 32)
         return HunyuanDiTPipeline(
-            vae, bert, bert_tokens, self.small(0)[0], DDPMScheduler(prediction_type="v_prediction"), None, None,
-            requires_safety_checker=False, text_encoder_2=t5, tokenizer_2=t5_tokens,
-        )  # fmt: skip
+            vae,
+            bert,
+            bert_tokens,
+            self.small(0)[0],
+            DDPMScheduler(prediction_type="v_prediction"),
+            None,
+            None,
+            requires_safety_checker=False,
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokens,
+        )
 
 
 def rotary(transformer: Any, x: Tensor) -> Any:
-    """Cosines and sines [token, d_head] for these latents: the pipeline's, which lays every grid into one square, by its longer side."""
+    """Cosines and sines [token, d_head] for these latents: the pipeline's, which lays every grid
+    into one square, by its longer side.
+    """
     p = transformer.config.patch_size
     grid, square = [side // p for side in x.shape[-2:]], 512 // PIXELS // p
     sizes = [round(square / max(grid) * side) for side in grid]
     start = [round((square - size) / 2) for size in sizes]
     stop = [begin + size for begin, size in zip(start, sizes, strict=True)]
-    return get_2d_rotary_pos_embed(transformer.config.attention_head_dim, (start, stop), grid, device=x.device)
+    return get_2d_rotary_pos_embed(
+        transformer.config.attention_head_dim, (start, stop), grid, device=x.device
+    )
 
 
 register(HunyuanFamily())

@@ -1,13 +1,16 @@
 """Lumina-Image 2.0 (Qin et al. 2025, arXiv 2503.21758) as diffusers' `Lumina2Transformer2DModel`.
 
-Caption and image are one sequence, `[caption | image | padding]`, that goes through the same weights. Each item's image comes right after
-its own caption, so it lies elsewhere in each item; the hook points take the two apart. The plain names are the image's, the grid's tokens
-in order. The prefix `text.` is all the rest: the caption, followed by the padding that makes the items equally long, which the model
-computes and nothing attends to. Keys are in the model's own order. The modulations are the same vectors for both parts; gates go
-through tanh (`hook_gate_*` is what comes out of it), and there is no shift. What a branch puts out is normalised once more before
-it is added (`ln1_post.`, `ln2_post.`), and several heads share a key and a value (the axis `kv_head`).
+Caption and image are one sequence, `[caption | image | padding]`, that goes through the same
+weights. Each item's image comes right after its own caption, so it lies elsewhere in each item; the
+hook points take the two apart. The plain names are the image's, the grid's tokens in order. The
+prefix `text.` is all the rest: the caption, followed by the padding that makes the items equally
+long, which the model computes and nothing attends to. Keys are in the model's own order. The
+modulations are the same vectors for both parts; gates go through tanh (`hook_gate_*` is what comes
+out of it), and there is no shift. What a branch puts out is normalised once more before it is added
+(`ln1_post.`, `ln2_post.`), and several heads share a key and a value (the axis `kv_head`).
 
-The refiners before the blocks, of the image alone and of the caption alone, stay diffusers' own. The block is in `sandwich.py`.
+The refiners before the blocks, of the image alone and of the caption alone, stay diffusers' own.
+The block is in `sandwich.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,17 @@ from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcess
 from torch import Tensor, nn
 
 from . import register
-from .base import SAMPLE, Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
+from .base import (
+    SAMPLE,
+    Axes,
+    Condition,
+    Config,
+    Forward,
+    Points,
+    Size,
+    TransformerForward,
+    shift_of,
+)
 from .parts.attention import Joint, Kernel
 from .parts.layers import refuse_processors
 from .parts.one_sequence import (
@@ -43,7 +56,10 @@ from .small import alive, small_text, small_vae
 
 
 class CaptionFirst(Joint):
-    """`[caption | image | padding]`: the image's positions, and as the text's all others. Worked out when somebody listens."""
+    """`[caption | image | padding]`: the image's positions, and as the text's all others.
+
+    Worked out when somebody listens.
+    """
 
     text_valid = None
 
@@ -73,18 +89,31 @@ class BlockForward(SandwichForward):
     """One block."""
 
     def __call__(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, image_rotary_emb: Tensor, temb: Tensor
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        image_rotary_emb: Tensor,
+        temb: Tensor,
     ) -> Tensor:
         block, joint = self.module, self.joint(hidden_states)
         x = self.entering(hidden_states, joint)
         h, gate_attn, scale_mlp, gate_mlp = block.norm1(x, temb)
         gate_attn, gate_mlp = (
-            self.points[f"adaln.hook_gate_{branch}"](gate.unsqueeze(1).tanh().squeeze(1)).unsqueeze(1)
+            self.points[f"adaln.hook_gate_{branch}"](gate.unsqueeze(1).tanh().squeeze(1)).unsqueeze(
+                1
+            )
             for branch, gate in (("attn", gate_attn), ("mlp", gate_mlp))
         )
-        out = block.attn(h, encoder_hidden_states=h, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
+        out = block.attn(
+            h,
+            encoder_hidden_states=h,
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+        )
         x = self.after_attention(x, out, gate_attn, block.norm2, joint)
-        h = self.hook("ln2.hook_normalized", block.ffn_norm1(x), joint) * (1 + scale_mlp.unsqueeze(1))
+        h = self.hook("ln2.hook_normalized", block.ffn_norm1(x), joint) * (
+            1 + scale_mlp.unsqueeze(1)
+        )
         return self.after_mlp(x, block.feed_forward(h), gate_mlp, block.ffn_norm2, joint)
 
 
@@ -94,7 +123,9 @@ class NormForward(JointForward):
     def __call__(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
         norm, joint = self.module, self.joint(x)
         chunks = norm.linear(norm.silu(self.points["hook_cond"](emb))).chunk(4, dim=1)
-        scale_attn, scale_mlp = (self.points[f"adaln.hook_scale_{b}"](chunks[i]) for i, b in ((0, "attn"), (2, "mlp")))
+        scale_attn, scale_mlp = (
+            self.points[f"adaln.hook_scale_{b}"](chunks[i]) for i, b in ((0, "attn"), (2, "mlp"))
+        )
         h = self.hook("ln1.hook_normalized", norm.norm(x), joint) * (1 + scale_attn[:, None])
         return self.hook("attn.hook_in", h, joint), chunks[1], scale_mlp, chunks[3]
 
@@ -144,11 +175,18 @@ class Lumina2Family(JointFamily):
         c = transformer.config
         height, width = size or (c.sample_size, c.sample_size)
         return Config(
-            n_layers=c.num_layers, d_model=c.hidden_size, n_heads=c.num_attention_heads, d_head=c.hidden_size // c.num_attention_heads,
-            d_mlp=transformer.layers[0].feed_forward.linear_1.out_features, patch_size=c.patch_size, in_channels=c.in_channels,
-            out_channels=transformer.out_channels, latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size), restartable=False,
-        )  # fmt: skip
+            n_layers=c.num_layers,
+            d_model=c.hidden_size,
+            n_heads=c.num_attention_heads,
+            d_head=c.hidden_size // c.num_attention_heads,
+            d_mlp=transformer.layers[0].feed_forward.linear_1.out_features,
+            patch_size=c.patch_size,
+            in_channels=c.in_channels,
+            out_channels=transformer.out_channels,
+            latent_shape=(c.in_channels, height, width),
+            grid=(height // c.patch_size, width // c.patch_size),
+            restartable=False,
+        )
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
         return model_sites(len(transformer.layers), SAMPLE, "kv_head")
@@ -159,19 +197,28 @@ class Lumina2Family(JointFamily):
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         c, p = transformer.config, transformer.config.patch_size
         x, mask = inputs.get("hidden_states"), inputs.get("encoder_attention_mask")
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % p or x.shape[3] % p:
+        if (
+            not isinstance(x, Tensor)
+            or x.ndim != 4
+            or x.shape[1] != c.in_channels
+            or x.shape[2] % p
+            or x.shape[3] % p
+        ):
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(
-                f"The latents have {got}; expected [batch, {c.in_channels}, height, width], height and width multiples of {p}."
+                f"The latents have {got}; expected [batch, {c.in_channels}, height, width], height "
+                f"and width multiples of {p}."
             )
         if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(x):
             got = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(
-                f"encoder_attention_mask has {got}; expected [{len(x)}, token], 1 where the caption is and 0 after it."
+                f"encoder_attention_mask has {got}; expected [{len(x)}, token], 1 where the "
+                "caption is and 0 after it."
             )
         if mask.device.type != "meta" and bool((mask[:, 1:].int() > mask[:, :-1].int()).any()):
             raise ValueError(
-                "encoder_attention_mask has captions that do not start at the first token, and the model would read the padding in their "
+                "encoder_attention_mask has captions that do not start at the first token, and the "
+                "model would read the padding in their "
                 "place; expected padding on the right: pipe.tokenizer.padding_side = 'right'."
             )
 
@@ -191,7 +238,9 @@ class Lumina2Family(JointFamily):
             ]
         return [*forwards, FinalForward(transformer.norm_out, points, instrumentation)]
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
         return {"hidden_states": x, "timestep": (1 - t / 1000).float(), **condition}
 
     def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -201,11 +250,17 @@ class Lumina2Family(JointFamily):
         return -answer
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
-        options = {"mu": shift_of(scheduler, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}
+        options = (
+            {"mu": shift_of(scheduler, tokens)}
+            if scheduler.config.get("use_dynamic_shifting")
+            else {}
+        )
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **options)
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
-        """The empty prompt is encoded as the pipeline's negative one: without the system prompt that goes before all others."""
+        """The empty prompt is encoded as the pipeline's negative one: without the system prompt
+        that goes before all others.
+        """
         *cond, null, null_mask = pipe.encode_prompt(prompt, do_classifier_free_guidance=not prompt)
         embeds, mask = cond if prompt else (null, null_mask)
         return Condition(encoder_hidden_states=embeds, encoder_attention_mask=mask)
@@ -218,30 +273,47 @@ class Lumina2Family(JointFamily):
             return F.pad(c[name], (0, 0) * (c[name].ndim - 2) + (0, missing))
 
         names = ("encoder_hidden_states", "encoder_attention_mask")
-        return Condition(conditions[0] | {name: torch.cat([padded(name, c) for c in conditions]) for name in names})
+        return Condition(
+            conditions[0]
+            | {name: torch.cat([padded(name, c) for c in conditions]) for name in names}
+        )
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         from diffusers import Lumina2Transformer2DModel
 
         model = Lumina2Transformer2DModel(
-            sample_size=(8, 4, 8)[variant], patch_size=(2, 1, 2)[variant], in_channels=(4, 3, 4)[variant],
-            hidden_size=(32, 16, 32)[variant], num_layers=(3, 2, 4)[variant], num_refiner_layers=(1, 2, 0)[variant],
-            num_attention_heads=(4, 2, 4)[variant], num_kv_heads=(2, 2, 1)[variant], multiple_of=8,
-            ffn_dim_multiplier=(None, 1.5, 0.5)[variant], axes_dim_rope=(4, 2, 2), axes_lens=(300, 16, 16), cap_feat_dim=24,
-        )  # fmt: skip
+            sample_size=(8, 4, 8)[variant],
+            patch_size=(2, 1, 2)[variant],
+            in_channels=(4, 3, 4)[variant],
+            hidden_size=(32, 16, 32)[variant],
+            num_layers=(3, 2, 4)[variant],
+            num_refiner_layers=(1, 2, 0)[variant],
+            num_attention_heads=(4, 2, 4)[variant],
+            num_kv_heads=(2, 2, 1)[variant],
+            multiple_of=8,
+            ffn_dim_multiplier=(None, 1.5, 0.5)[variant],
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(300, 16, 16),
+            cap_feat_dim=24,
+        )
         lengths = torch.tensor(((7, 4), (5, 5), (2, 6))[variant])
         mask = (torch.arange(7) < lengths[:, None]).long()
-        return alive(model), Condition(encoder_hidden_states=torch.randn(2, 7, 24), encoder_attention_mask=mask)
+        return alive(model), Condition(
+            encoder_hidden_states=torch.randn(2, 7, 24), encoder_attention_mask=mask
+        )
 
     def small_pipeline(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 
         text_encoder, tokenizer = small_text("gemma2", 24)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-        return Lumina2Pipeline(self.small(0)[0], scheduler, small_vae(shift_factor=0.1), text_encoder, tokenizer)
+        return Lumina2Pipeline(
+            self.small(0)[0], scheduler, small_vae(shift_factor=0.1), text_encoder, tokenizer
+        )
 
     def small_call(self, guided: bool) -> dict[str, Any]:
-        return super().small_call(guided) | {"height": 64, "width": 64}  # the pipeline divides by 8, whatever the VAE
+        # the pipeline divides by 8, whatever the VAE
+        return super().small_call(guided) | {"height": 64, "width": 64}
 
 
 register(Lumina2Family())

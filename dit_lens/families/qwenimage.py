@@ -1,9 +1,11 @@
 """Qwen-Image (Wu et al. 2025, arXiv 2508.02324) as diffusers' `QwenImageTransformer2DModel`.
 
-Image and text are two streams with weights of their own that attend together, as in SD 3, here with the text's tokens first in the joint
-sequence, and with queries and keys normalised and rotated before they meet (`hook_rot_q`, `hook_rot_k`). The text's hook points
-have the prefix `text.`. Prompts differ in length, so in a batch the shorter ones are padded and the padding is masked. Latents enter
-as packed 2x2 patches; those of dit_lens are [batch, channel, height, width], without the frame axis that the VAE wants.
+Image and text are two streams with weights of their own that attend together, as in SD 3, here with
+the text's tokens first in the joint sequence, and with queries and keys normalised and rotated
+before they meet (`hook_rot_q`, `hook_rot_k`). The text's hook points have the prefix `text.`.
+Prompts differ in length, so in a batch the shorter ones are padded and the padding is masked.
+Latents enter as packed 2x2 patches; those of dit_lens are [batch, channel, height, width], without
+the frame axis that the VAE wants.
 """
 
 from __future__ import annotations
@@ -13,14 +15,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    apply_rotary_emb_qwen,
+)
 from torch import Tensor, nn
 
 from . import register
 from .base import RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
 from .parts.layers import FinalNormForward, neurons, refuse_processors
 from .parts.sites import adaln_sites, both
-from .parts.two_streams import Angles, AttentionForward, BlockForward, PackedFamily, clipped, double_sites, pack, unpack
+from .parts.two_streams import (
+    Angles,
+    AttentionForward,
+    BlockForward,
+    PackedFamily,
+    clipped,
+    double_sites,
+    pack,
+    unpack,
+)
 from .small import alive, small_text
 
 
@@ -28,25 +42,39 @@ class QwenBlockForward(BlockForward):
     """A block of Qwen-Image: it modulates and normalises both streams itself."""
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None, temb: Tensor,
-        image_rotary_emb: Angles | None = None, joint_attention_kwargs: dict[str, Any] | None = None, modulate_index: None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: Angles | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: None = None,
+    ) -> tuple[Tensor, Tensor]:
         block = self.module
         x, text, temb = self.entered(hidden_states, encoder_hidden_states, temb)
         h, *rest = self.first_half("", x, block.img_mod(temb), block.img_norm1)
         text_h, *text_rest = self.first_half("text.", text, block.txt_mod(temb), block.txt_norm1)
         out, text_out = block.attn(
-            hidden_states=h, encoder_hidden_states=text_h, encoder_hidden_states_mask=encoder_hidden_states_mask,
-            image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}),
-        )  # fmt: skip
+            hidden_states=h,
+            encoder_hidden_states=text_h,
+            encoder_hidden_states_mask=encoder_hidden_states_mask,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
         x = self.second_half("", x, out, rest, block.img_norm2, block.img_mlp)
         x = self.points["hook_resid_post"](clipped(x))
         text = self.second_half("text.", text, text_out, text_rest, block.txt_norm2, block.txt_mlp)
         return self.points["text.hook_resid_post"](clipped(text)), x
 
-    def first_half(self, stream: str, x: Tensor, modulation: Tensor, norm: Any) -> tuple[Tensor, ...]:
+    def first_half(
+        self, stream: str, x: Tensor, modulation: Tensor, norm: Any
+    ) -> tuple[Tensor, ...]:
         """What enters the attention, and the four modulations that are still to come."""
-        hook, chunks = self.points, zip(adaln_sites(stream), modulation.chunk(6, dim=-1), strict=True)
+        hook, chunks = (
+            self.points,
+            zip(adaln_sites(stream), modulation.chunk(6, dim=-1), strict=True),
+        )
         shift, scale, *rest = [hook[name](m) for name, m in chunks]
         h = hook[f"{stream}ln1.hook_normalized"](norm(x)) * (1 + scale[:, None]) + shift[:, None]
         return hook[f"{stream}attn.hook_in"](h), *rest
@@ -58,9 +86,12 @@ class QwenAttentionForward(AttentionForward):
     processor = QwenDoubleStreamAttnProcessor2_0
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None = None,
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
         image_rotary_emb: Angles | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         self.check()
         image, text = self.streams(hidden_states, encoder_hidden_states)
         if image_rotary_emb is not None:
@@ -71,7 +102,9 @@ class QwenAttentionForward(AttentionForward):
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
         mask = encoder_hidden_states_mask
         if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)], dim=1)[:, None, None]
+            mask = torch.cat(
+                [mask, mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)], dim=1
+            )[:, None, None]
         return self.answers(q, k, v, mask, encoder_hidden_states.shape[1])
 
 
@@ -98,8 +131,10 @@ class QwenImageFamily(PackedFamily):
         for option in ("zero_cond_t", "use_layer3d_rope"):
             if transformer.config.get(option):
                 raise ValueError(
-                    f"The model has {option}=True, as the newer editing and layering versions of Qwen-Image do: its images differ in their "
-                    "modulation or make up x_t together; expected a transformer without it, such as that of Qwen/Qwen-Image."
+                    f"The model has {option}=True, as the newer editing and layering versions of "
+                    "Qwen-Image do: its images differ in their "
+                    "modulation or make up x_t together; expected a transformer without it, such "
+                    "as that of Qwen/Qwen-Image."
                 )
         refuse_processors(transformer.transformer_blocks, attn=QwenDoubleStreamAttnProcessor2_0)
 
@@ -107,7 +142,8 @@ class QwenImageFamily(PackedFamily):
         shapes = inputs.get("img_shapes") or []
         if other := [shape for shape in shapes if shape != shapes[0]]:
             raise ValueError(
-                f"The batch has images of shapes {shapes[0]} and {other[0]}, and diffusers places all as if they were like the first; "
+                f"The batch has images of shapes {shapes[0]} and {other[0]}, and diffusers places "
+                "all as if they were like the first; "
                 "expected images of one shape."
             )
 
@@ -116,18 +152,27 @@ class QwenImageFamily(PackedFamily):
         for i, block in enumerate(transformer.transformer_blocks):
             mine = {site: points[f"blocks.{i}.{site}"] for site in double_sites()}
             embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
-            forwards += [QwenBlockForward(block, mine, embeds), QwenAttentionForward(block.attn, mine, instrumentation, i)]
-            forwards += [neurons(block.img_mlp.net[0], mine), neurons(block.txt_mlp.net[0], mine, "text.mlp.")]
+            forwards += [
+                QwenBlockForward(block, mine, embeds),
+                QwenAttentionForward(block.attn, mine, instrumentation, i),
+            ]
+            forwards += [
+                neurons(block.img_mlp.net[0], mine),
+                neurons(block.txt_mlp.net[0], mine, "text.mlp."),
+            ]
         tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
         return [*forwards, FinalNormForward(transformer.norm_out, points), tail]
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
         shapes = [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)
         return {"img_shapes": shapes} | super().inputs(transformer, x, t, condition)
 
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         first = inputs["img_shapes"][0]
-        _, height, width = first if isinstance(first, tuple) else first[0]  # the others are given for editing
+        # the others are given for editing
+        _, height, width = first if isinstance(first, tuple) else first[0]
         return height, width
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
@@ -136,24 +181,35 @@ class QwenImageFamily(PackedFamily):
 
     def stack(self, conditions: Sequence[Condition]) -> Condition:
         """Shorter texts are padded as the pipeline does; without padding there is no mask."""
-        longest, padded, masks = max(c["encoder_hidden_states"].shape[1] for c in conditions), [], []
+        longest, padded, masks = (
+            max(c["encoder_hidden_states"].shape[1] for c in conditions),
+            [],
+            [],
+        )
         for c in conditions:
             text, mask = c["encoder_hidden_states"], c.get("encoder_hidden_states_mask")
             mask = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask.long()
             padded.append(F.pad(text, (0, 0, 0, longest - text.shape[1])))
             masks.append(F.pad(mask, (0, longest - text.shape[1])))
         mask = torch.cat(masks)
-        own = {"encoder_hidden_states": torch.cat(padded), "encoder_hidden_states_mask": None if mask.all() else mask}
+        own = {
+            "encoder_hidden_states": torch.cat(padded),
+            "encoder_hidden_states_mask": None if mask.all() else mask,
+        }
         return Condition({**conditions[0], **own})
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         c, frames = vae.config, latents[:, :, None].to(vae.dtype)
-        mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1).to(frames) for s in (c.latents_mean, c.latents_std))
+        mean, std = (
+            torch.tensor(s).view(1, -1, 1, 1, 1).to(frames) for s in (c.latents_mean, c.latents_std)
+        )
         image: Tensor = vae.decode(frames / (1.0 / std) + mean).sample[:, :, 0]
         return image
 
     def guided(self, cond: Tensor, null: Tensor, strength: float) -> Tensor:
-        """Each token is scaled back to the length that it has without guidance, as the pipeline does."""
+        """Each token is scaled back to the length that it has without guidance, as the pipeline
+        does.
+        """
         mixed = super().guided(cond, null, strength)
         own, longer = (pack(x).norm(dim=-1, keepdim=True) for x in (cond, mixed))
         return unpack(pack(mixed) * (own / longer), (cond.shape[-2] // 2, cond.shape[-1] // 2))
@@ -162,23 +218,41 @@ class QwenImageFamily(PackedFamily):
         from diffusers import QwenImageTransformer2DModel
 
         model = QwenImageTransformer2DModel(
-            in_channels=16, out_channels=4, num_layers=(2, 3, 4)[variant], attention_head_dim=8, num_attention_heads=(2, 3, 2)[variant],
-            joint_attention_dim=16, axes_dims_rope=(2, 4, 2) if variant == 2 else (2, 2, 4),
-        )  # fmt: skip
+            in_channels=16,
+            out_channels=4,
+            num_layers=(2, 3, 4)[variant],
+            attention_head_dim=8,
+            num_attention_heads=(2, 3, 2)[variant],
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 4, 2) if variant == 2 else (2, 2, 4),
+        )
         model.register_to_config(sample_size=((8, 8), (8, 8), (6, 10))[variant])
         mask = None if variant == 0 else torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-        return alive(model), Condition(encoder_hidden_states=torch.randn(2, 6, 16), encoder_hidden_states_mask=mask)
+        return alive(model), Condition(
+            encoder_hidden_states=torch.randn(2, 6, 16), encoder_hidden_states_mask=mask
+        )
 
     def small_pipeline(self) -> Any:
-        from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+        from diffusers import (
+            AutoencoderKLQwenImage,
+            FlowMatchEulerDiscreteScheduler,
+            QwenImagePipeline,
+        )
 
         with torch.random.fork_rng():
             torch.manual_seed(1)
             vae = AutoencoderKLQwenImage(
-                base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-                latents_mean=[-0.7, 0.1, 0.0, 0.4], latents_std=[2.8, 1.5, 1.0, 0.6],
-            ).eval()  # fmt: skip
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192)
+                base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False],
+                latents_mean=[-0.7, 0.1, 0.0, 0.4],
+                latents_std=[2.8, 1.5, 1.0, 0.6],
+            ).eval()
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192
+        )
         return QwenImagePipeline(scheduler, vae, *small_text("qwen2_vl", 16), self.small(0)[0])
 
 

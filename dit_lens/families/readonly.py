@@ -1,13 +1,16 @@
 """Any other diffusers transformer, opened for reading only.
 
-Nothing is known here of how its blocks compute. Their own forwards run, and the hook points lie where one module calls another: what a
-block is given and what it returns, and, where one of its modules is clearly its attention or its MLP, what that is given and returns.
-What happens inside (the stream between attention and MLP, modulations, heads, patterns) has no name; `absent` lists what is missing. A
-hook may look and return None; one that returns another value is refused.
+Nothing is known here of how its blocks compute. Their own forwards run, and the hook points lie
+where one module calls another: what a block is given and what it returns, and, where one of its
+modules is clearly its attention or its MLP, what that is given and returns. What happens inside
+(the stream between attention and MLP, modulations, heads, patterns) has no name; `absent` lists
+what is missing. A hook may look and return None; one that returns another value is refused.
 
-The axis of tokens is called `sequence`: it is what the block is given, which in some models is the image's tokens with the text's or
-others among them, and where which of them lie is not known. The time is in the transformer's own units. Whatever can't be told for
-certain (which of two tensors of one shape is the image's, in which order blocks run) is refused when it is read; the model itself runs on.
+The axis of tokens is called `sequence`: it is what the block is given, which in some models is the
+image's tokens with the text's or others among them, and where which of them lie is not known. The
+time is in the transformer's own units. Whatever can't be told for certain (which of two tensors of
+one shape is the image's, in which order blocks run) is refused when it is read; the model itself
+runs on.
 """
 
 from __future__ import annotations
@@ -32,15 +35,20 @@ OTHER_MODELS = re.compile("UNet|ControlNet|Autoencoder|VAE|Prior")
 
 
 AGAIN: WeakSet[nn.Module] = WeakSet()
-"""Modules seen to run more than once in a pass, and transformers whose blocks do: their names would stand for several things."""
+"""Modules seen to run more than once in a pass, and transformers whose blocks do: their names would
+stand for several things.
+"""
 
 
 class Pass:
     """Where a pass is in which someone listens: what tells whether a value is what its name says.
 
     Attributes:
-        items: the batch of the latents; None where nobody listens. layer: the block under way. shape: of the stream that entered it.
-        called: its parts that ran. ordered: whether the blocks so far ran in the order of their numbers.
+        items: the batch of the latents; None where nobody listens.
+        layer: the block under way.
+        shape: of the stream that entered it.
+        called: its parts that ran.
+        ordered: whether the blocks so far ran in the order of their numbers.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -61,29 +69,39 @@ class Pass:
         self.shape = stream.shape if isinstance(stream, Tensor) else torch.Size()
 
     def show(self, point: HookPoint, x: Any) -> None:
-        """Let those who listen see the stream, or a value of its shape, or what of a tuple has it: where it is certain that it is that."""
+        """Let those who listen see the stream, or a value of its shape, or what of a tuple has it:
+        where it is certain that it is that.
+        """
         if not point.listeners:
             return
         if not self.ordered or self.transformer in AGAIN:
             refuse(
-                point, "the blocks do not run once each, one list after the other, so that their numbers would mislead"
+                point,
+                "the blocks do not run once each, one list after the other, so that their numbers "
+                "would mislead",
             )
         if len(self.shape) != 3 or self.shape[0] != self.items:
             refuse(
                 point,
-                f"the stream is {list(self.shape)}; expected [{self.items}, sequence, d_model], the latents' batch",
+                f"the stream is {list(self.shape)}; expected [{self.items}, sequence, d_model], "
+                "the latents' batch",
             )
         if isinstance(x, (tuple, list)):
             fits = [each for each in x if isinstance(each, Tensor) and each.shape == self.shape]
             if len(fits) > 1:
-                refuse(point, f"there are {len(fits)} tensors of shape {list(self.shape)}, and which is the image's can't be told; "
-                       "use a prompt or a size that makes text and image differ in length")  # fmt: skip
+                refuse(
+                    point,
+                    f"there are {len(fits)} tensors of shape {list(self.shape)}, and which is the "
+                    "image's can't be told; "
+                    "use a prompt or a size that makes text and image differ in length",
+                )
             x = fits[0] if fits else x
         if not isinstance(x, Tensor) or x.shape != self.shape:
             got = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             refuse(
                 point,
-                f"it is {got} where the block's stream is {list(self.shape)}, and where the stream lies in it can't be told",
+                f"it is {got} where the block's stream is {list(self.shape)}, and where the stream "
+                "lies in it can't be told",
             )
         look(point, x)
 
@@ -97,11 +115,14 @@ def look(point: HookPoint, x: Any) -> None:
     if not isinstance(x, Tensor):
         refuse(point, f"it is a {type(x).__name__}, and no tensor")
     if point.wants(BackwardEditor):
-        refuse(point, "this model is opened read-only, and no gradient passes through its hook points")
+        refuse(
+            point, "this model is opened read-only, and no gradient passes through its hook points"
+        )
     new = point(x)
     if point.changed and not torch.equal(new, x):
         raise RuntimeError(
-            f"The hook at {point.name!r} returned another value, and this model is opened read-only; expected None. Only a model with a "
+            f"The hook at {point.name!r} returned another value, and this model is opened "
+            "read-only; expected None. Only a model with a "
             "family of its own can be edited (docs/families.md)."
         )
 
@@ -109,7 +130,9 @@ def look(point: HookPoint, x: Any) -> None:
 class ReadTransformer(TransformerForward):
     """The whole model, which returns what its class returns, in whatever form."""
 
-    def __init__(self, module: Any, points: Points, instrumentation: Any, progress: Pass, x_name: str) -> None:
+    def __init__(
+        self, module: Any, points: Points, instrumentation: Any, progress: Pass, x_name: str
+    ) -> None:
         super().__init__(module, points, instrumentation)
         self.progress, self.x_name = progress, x_name
 
@@ -119,10 +142,15 @@ class ReadTransformer(TransformerForward):
         with self.instrumentation.forward(inputs):
             if self.instrumentation.gates:
                 raise RuntimeError(
-                    f"{type(self.module).__name__} is opened read-only, and its attention can't couple twins; expected a model with a "
+                    f"{type(self.module).__name__} is opened read-only, and its attention can't "
+                    "couple twins; expected a model with a "
                     "family of its own."
                 )
-            self.progress.begin(inputs.get(self.x_name) if self.instrumentation.listening or self.instrumentation.watchers else None)
+            self.progress.begin(
+                inputs.get(self.x_name)
+                if self.instrumentation.listening or self.instrumentation.watchers
+                else None
+            )
             try:
                 returned = self.own(**inputs, **form)
             finally:
@@ -137,10 +165,14 @@ class ReadBlock(Forward):
 
     repeats = False
 
-    def __init__(self, module: Any, points: Points, progress: Pass, layer: int, embed: HookPoint | None) -> None:
+    def __init__(
+        self, module: Any, points: Points, progress: Pass, layer: int, embed: HookPoint | None
+    ) -> None:
         super().__init__(module)
         self.progress, self.layer, self.argument = progress, layer, argument_of(module)
-        self.before = [points["hook_resid_pre"]] if embed is None else [embed, points["hook_resid_pre"]]
+        self.before = (
+            [points["hook_resid_pre"]] if embed is None else [embed, points["hook_resid_pre"]]
+        )
         self.after = points["hook_resid_post"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +201,10 @@ class ReadPart(Forward):
         if self.prefix in self.progress.called:
             AGAIN.add(self.module)
         if self.module in AGAIN and (self.before.listeners or self.after.listeners):
-            refuse(self.before, "its block calls this module more than once, each time for something else")
+            refuse(
+                self.before,
+                "its block calls this module more than once, each time for something else",
+            )
         self.progress.called.add(self.prefix)
         self.progress.show(self.before, given(self.argument, args, kwargs))
         returned = self.own(*args, **kwargs)
@@ -195,7 +230,9 @@ class ReadOnlyFamily(Family):
         return main_blocks(transformer)
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:
-        """Sizes as far as the model's own config has them under their usual names; 0, or empty, where it has not."""
+        """Sizes as far as the model's own config has them under their usual names; 0, or empty,
+        where it has not.
+        """
 
         def number(*names: str) -> int:
             return next((c[name] for name in names if isinstance(c.get(name), int)), 0)
@@ -203,16 +240,26 @@ class ReadOnlyFamily(Family):
         c = transformer.config
         heads, d_head = number("num_attention_heads"), number("attention_head_dim")
         return Config(
-            n_layers=len(main_blocks(transformer)), d_model=number("hidden_size") or heads * d_head, n_heads=heads, d_head=d_head,
-            d_mlp=0, patch_size=number("patch_size"), in_channels=number("in_channels"),
-            out_channels=number("out_channels", "in_channels"), latent_shape=(), grid=(), restartable=False,
-        )  # fmt: skip
+            n_layers=len(main_blocks(transformer)),
+            d_model=number("hidden_size") or heads * d_head,
+            n_heads=heads,
+            d_head=d_head,
+            d_mlp=0,
+            patch_size=number("patch_size"),
+            in_channels=number("in_channels"),
+            out_channels=number("out_channels", "in_channels"),
+            latent_shape=(),
+            grid=(),
+            restartable=False,
+        )
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
         names = ["hook_embed"]
         for i, block in enumerate(main_blocks(transformer)):
             inside = [f"{prefix}hook_{end}" for prefix, _ in parts(block) for end in ("in", "out")]
-            names += [f"blocks.{i}.{site}" for site in ("hook_resid_pre", *inside, "hook_resid_post")]
+            names += [
+                f"blocks.{i}.{site}" for site in ("hook_resid_pre", *inside, "hook_resid_post")
+            ]
         return dict.fromkeys(names, SEQUENCE) | {"hook_sample": ("batch", "output")}
 
     def absent(self, transformer: Any) -> list[str]:
@@ -228,19 +275,31 @@ class ReadOnlyFamily(Family):
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         progress = Pass(transformer)
-        forwards: list[Forward] = [ReadTransformer(transformer, points, instrumentation, progress, self.x_name)]
+        forwards: list[Forward] = [
+            ReadTransformer(transformer, points, instrumentation, progress, self.x_name)
+        ]
         for i, block in enumerate(main_blocks(transformer)):
             start = f"blocks.{i}."
-            mine = {name.removeprefix(start): point for name, point in points.items() if name.startswith(start)}
-            forwards.append(ReadBlock(block, mine, progress, i, None if i else points["hook_embed"]))
-            forwards += [ReadPart(getattr(block, name), mine, progress, prefix) for prefix, name in parts(block)]
+            mine = {
+                name.removeprefix(start): point
+                for name, point in points.items()
+                if name.startswith(start)
+            }
+            forwards.append(
+                ReadBlock(block, mine, progress, i, None if i else points["hook_embed"])
+            )
+            forwards += [
+                ReadPart(getattr(block, name), mine, progress, prefix)
+                for prefix, name in parts(block)
+            ]
         return forwards
 
     def latents(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         for name, value in inputs.items():
-            if not _plain(value) or name == self.x_name and not isinstance(value, Tensor):
+            if not _plain(value) or (name == self.x_name and not isinstance(value, Tensor)):
                 raise TypeError(
-                    f"{name} is or holds what {self.model_class} can't be given again for a recomputation ({type(value).__name__}); "
+                    f"{name} is or holds what {self.model_class} can't be given again for a "
+                    f"recomputation ({type(value).__name__}); "
                     "expected latents in one tensor, and further tensors, numbers and words only."
                 )
         x: Tensor = inputs[self.x_name]
@@ -254,13 +313,17 @@ class ReadOnlyFamily(Family):
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         return ()
 
-    def passed(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def passed(
+        self, inputs: dict[str, Any], args: Any, kwargs: Any
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         own = next((each for each in self.arguments if each[0] in kwargs), self.arguments[0])
         return given(own, args, kwargs), self._passes_nothing
 
     def leaving(self, inputs: dict[str, Any], returned: Any) -> Tensor:
         if not isinstance(returned, Tensor):
-            self._refuse("its last block returns more than the stream", "the hook_resid_post of that block")
+            self._refuse(
+                "its last block returns more than the stream", "the hook_resid_post of that block"
+            )
         return returned
 
     # What it can't do.
@@ -269,7 +332,9 @@ class ReadOnlyFamily(Family):
         self._refuse("no block of it can be left out", "a whole pass, or one that stops at a layer")
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
-        self._refuse("its prompts can't be encoded here", "a dict of the transformer's own arguments")
+        self._refuse(
+            "its prompts can't be encoded here", "a dict of the transformer's own arguments"
+        )
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         self._refuse("its latents can't be decoded here", "its pipeline's own images")
@@ -278,21 +343,35 @@ class ReadOnlyFamily(Family):
         self._refuse("can't be sampled here", "its pipeline's own call inside dit_lens.trace(pipe)")
 
     def _refuse(self, why: str, instead: str) -> NoReturn:
-        raise RuntimeError(f"{self.model_class} is opened read-only, and {why}; expected {instead}.")
+        raise RuntimeError(
+            f"{self.model_class} is opened read-only, and {why}; expected {instead}."
+        )
 
 
 def _plain(value: Any) -> bool:
     """Whether a value can be kept and given again."""
     if isinstance(value, (dict, list, tuple)):
         return all(map(_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+    return value is None or isinstance(
+        value, (Tensor, bool, int, float, str, torch.dtype, torch.device)
+    )
 
 
 def read_only(transformer: nn.Module) -> ReadOnlyFamily | None:
-    """A read-only family for a diffusers transformer; None for what is none: a U-Net, a VAE, a ControlNet, no blocks, no time."""
+    """A read-only family for a diffusers transformer; None for what is none: a U-Net, a VAE, a
+    ControlNet, no blocks, no time.
+    """
     if not isinstance(transformer, ModelMixin) or OTHER_MODELS.search(type(transformer).__name__):
         return None
-    names, blocks = inspect.signature(type(transformer).forward).parameters, main_blocks(transformer)
-    if not names.keys() & set(TIMES) or "return_dict" not in names or not blocks or len(set(blocks)) < len(blocks):
+    names, blocks = (
+        inspect.signature(type(transformer).forward).parameters,
+        main_blocks(transformer),
+    )
+    if (
+        not names.keys() & set(TIMES)
+        or "return_dict" not in names
+        or not blocks
+        or len(set(blocks)) < len(blocks)
+    ):
         return None
     return ReadOnlyFamily(transformer)

@@ -1,20 +1,27 @@
-"""SANA and SANA-Sprint (Xie et al. 2024, arXiv 2410.10629; Chen et al. 2025, arXiv 2503.09641) as diffusers' `SanaTransformer2DModel`.
+"""SANA and SANA-Sprint (Xie et al. 2024, arXiv 2410.10629; Chen et al.
 
-A block attends to itself, then to the text, which the blocks leave as it is, then comes the MLP. One vector of the time, and in Sprint of
-guidance, serves the whole model (`hook_cond`, before the first block); to its projection each block adds a table of its own, which gives
-the six `adaln.hook_*`. The cross-attention has no modulation, and reads the stream as it is.
+2025, arXiv 2503.09641) as diffusers' `SanaTransformer2DModel`.
 
-Self-attention is linear: each head reads sum_j v_j relu(k_j)·relu(q_i) / sum_j relu(k_j)·relu(q_i). Without scores and softmax there are
-no `attn.hook_attn_scores` and `attn.hook_pattern`; twins couple by the gate "mix". Where queries and keys are normalised, all heads at
-once, `hook_rot_q` and `hook_rot_k` are what comes out, before the relu. Cross-attention is softmax attention, with heads of another number
-and size, hence the axes `cross_head` and `d_cross_head`.
+A block attends to itself, then to the text, which the blocks leave as it is, then comes the MLP.
+One vector of the time, and in Sprint of guidance, serves the whole model (`hook_cond`, before the
+first block); to its projection each block adds a table of its own, which gives the six
+`adaln.hook_*`. The cross-attention has no modulation, and reads the stream as it is.
 
-The MLP is a gated one with a convolution in it: every token's channels are widened, each channel is smoothed over the 3x3 neighbouring
-tokens, and half of them gate the others. So `mlp.hook_pre` and `hook_pre_linear` at a token already know its neighbours' `mlp.hook_in`;
-`post = pre_linear * act(pre)` and `hook_out` are of one token again. The neurons are images; hooks are given them as tokens.
+Self-attention is linear: each head reads sum_j v_j relu(k_j)·relu(q_i) / sum_j relu(k_j)·relu(q_i).
+Without scores and softmax there are no `attn.hook_attn_scores` and `attn.hook_pattern`; twins
+couple by the gate "mix". Where queries and keys are normalised, all heads at once, `hook_rot_q` and
+`hook_rot_k` are what comes out, before the relu. Cross-attention is softmax attention, with heads
+of another number and size, hence the axes `cross_head` and `d_cross_head`.
 
-Sprint is a flow-matching network with guidance distilled into an input; its pipeline rewrites a trigonometric schedule into the flow's
-time. dit_lens speaks to the network: latents as they enter it, timesteps 1000 times the flow's time, the flow's velocity as output.
+The MLP is a gated one with a convolution in it: every token's channels are widened, each channel is
+smoothed over the 3x3 neighbouring tokens, and half of them gate the others. So `mlp.hook_pre` and
+`hook_pre_linear` at a token already know its neighbours' `mlp.hook_in`; `post = pre_linear *
+act(pre)` and `hook_out` are of one token again. The neurons are images; hooks are given them as
+tokens.
+
+Sprint is a flow-matching network with guidance distilled into an input; its pipeline rewrites a
+trigonometric schedule into the flow's time. dit_lens speaks to the network: latents as they enter
+it, timesteps 1000 times the flow's time, the flow's velocity as output.
 """
 
 from __future__ import annotations
@@ -32,7 +39,20 @@ from torch import Tensor, nn
 
 from ..hooks.points import HookPoint
 from . import register
-from .base import COND, RESID, SAMPLE, Axes, Condition, Config, Family, Forward, Points, Size, Tap, TransformerForward
+from .base import (
+    COND,
+    RESID,
+    SAMPLE,
+    Axes,
+    Condition,
+    Config,
+    Family,
+    Forward,
+    Points,
+    Size,
+    Tap,
+    TransformerForward,
+)
 from .parts.attention import Attend, HeadsOut, sdpa
 from .parts.layers import check_processor, refuse_processors
 from .parts.sites import FINAL_SITES, adaln_sites, mlp_sites, out_sites, qkv_sites, scores_sites
@@ -45,18 +65,34 @@ GUIDANCE = 4.5  # the Sprint pipeline's default strength
 def block_sites(block: Any) -> dict[str, Axes]:
     """The names of one block."""
     normed = block.attn1.norm_q is not None
-    sites: dict[str, Axes] = {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
-    sites |= qkv_sites(rotary=normed) | out_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
-    cross = qkv_sites("cross_attn.", rotary=normed) | scores_sites("cross_attn.") | out_sites("cross_attn.")
+    sites: dict[str, Axes] = (
+        {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
+    )
+    sites |= (
+        qkv_sites(rotary=normed) | out_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+    )
+    cross = (
+        qkv_sites("cross_attn.", rotary=normed)
+        | scores_sites("cross_attn.")
+        | out_sites("cross_attn.")
+    )
     for name, axes in cross.items():
         of_text = name.endswith(("hook_k", "hook_v", "hook_rot_k"))
-        sites[name] = tuple("text_token" if of_text and a == "token" else CROSS.get(a, a) for a in axes)
-    sites |= {"hook_cross_attn_out": RESID, "hook_resid_mid_cross": RESID, "ln2.hook_normalized": RESID}
+        sites[name] = tuple(
+            "text_token" if of_text and a == "token" else CROSS.get(a, a) for a in axes
+        )
+    sites |= {
+        "hook_cross_attn_out": RESID,
+        "hook_resid_mid_cross": RESID,
+        "ln2.hook_normalized": RESID,
+    }
     return sites | mlp_sites(gated=True) | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
 class LinearKernel:
-    """Attention with relu in place of the softmax, in float32; q, k, v [batch, head, token, d_head]."""
+    """Attention with relu in place of the softmax, in float32; q, k, v [batch, head, token,
+    d_head].
+    """
 
     linear = True  # no softmax that twins could share
 
@@ -68,30 +104,49 @@ class LinearKernel:
 
 
 def modulations(points: Sequence[HookPoint], vectors: Tensor) -> list[Tensor]:
-    """Vectors [batch, n, d_model], one a hook point, each [batch, 1, d_model] to be broadcast over the stream."""
-    return [p(v.squeeze(1)).unsqueeze(1) for p, v in zip(points, vectors.chunk(len(points), dim=1), strict=True)]
+    """Vectors [batch, n, d_model], one a hook point, each [batch, 1, d_model] to be broadcast over
+    the stream.
+    """
+    return [
+        p(v.squeeze(1)).unsqueeze(1)
+        for p, v in zip(points, vectors.chunk(len(points), dim=1), strict=True)
+    ]
 
 
 class TimeForward(Forward):
-    """The vector of the time, and of guidance where the model takes it, and the projection of which all modulations are made."""
+    """The vector of the time, and of guidance where the model takes it, and the projection of which
+    all modulations are made.
+    """
 
     def __init__(self, module: Any, points: Points) -> None:
         super().__init__(module)
         self.cond = points["hook_cond"]
 
-    def __call__(self, timestep: Tensor, guidance: Tensor | None = None, hidden_dtype: Any = None, **size: Any) -> Any:
+    def __call__(
+        self,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        hidden_dtype: Any = None,
+        **size: Any,
+    ) -> Any:
         embed = self.module
         if guidance is None:
-            cond = embed.emb(timestep, resolution=None, aspect_ratio=None, hidden_dtype=hidden_dtype, **size)
+            cond = embed.emb(
+                timestep, resolution=None, aspect_ratio=None, hidden_dtype=hidden_dtype, **size
+            )
         else:
             cond = embed.timestep_embedder(embed.time_proj(timestep).to(hidden_dtype))
-            cond = cond + embed.guidance_embedder(embed.guidance_condition_proj(guidance).to(hidden_dtype))
+            cond = cond + embed.guidance_embedder(
+                embed.guidance_condition_proj(guidance).to(hidden_dtype)
+            )
         cond = self.cond(cond)
         return embed.linear(embed.silu(cond)), cond
 
 
 class BlockForward(Forward):
-    """One block: self-attention, cross-attention and MLP, the first and the last modulated and gated."""
+    """One block: self-attention, cross-attention and MLP, the first and the last modulated and
+    gated.
+    """
 
     def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
         super().__init__(module)
@@ -99,16 +154,28 @@ class BlockForward(Forward):
         self.modulations = [points[name] for name in adaln_sites()]
 
     def __call__(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None, timestep: Tensor, height: int, width: int,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+        timestep: Tensor,
+        height: int,
+        width: int,
+    ) -> Tensor:
         block, hook = self.module, self.points
-        x = hook["hook_resid_pre"](hidden_states if self.embed is None else self.embed(hidden_states))
-        six = modulations(self.modulations, block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1))
+        x = hook["hook_resid_pre"](
+            hidden_states if self.embed is None else self.embed(hidden_states)
+        )
+        six = modulations(
+            self.modulations, block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
+        )
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = six
         h = hook["ln1.hook_normalized"](block.norm1(x)) * (1 + scale) + shift
         x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate * block.attn1(h.to(x.dtype))))
-        out = block.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+        out = block.attn2(
+            x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
+        )
         x = hook["hook_resid_mid_cross"](hook["hook_cross_attn_out"](out) + x)
         h = hook["ln2.hook_normalized"](block.norm2(x)) * (1 + scale_mlp) + shift_mlp
         image = hook["mlp.hook_in"](h).unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -119,16 +186,29 @@ class BlockForward(Forward):
 class CrossAttentionForward(Forward):
     """Attention of the image to the text, with softmax and a mask."""
 
-    prefix, processor, kernel, clips = "cross_attn.", SanaAttnProcessor2_0, staticmethod(sdpa), False
+    prefix, processor, kernel, clips = (
+        "cross_attn.",
+        SanaAttnProcessor2_0,
+        staticmethod(sdpa),
+        False,
+    )
 
-    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int | None) -> None:
+    def __init__(
+        self, module: Any, points: Points, instrumentation: Any, layer: int | None
+    ) -> None:
         super().__init__(module)
         scored = (self.prefix,) if f"{self.prefix}hook_pattern" in points else ()
-        self.attend, self.heads_out = Attend(points, instrumentation, layer, scored), HeadsOut(points, self.prefix)
+        self.attend, self.heads_out = (
+            Attend(points, instrumentation, layer, scored),
+            HeadsOut(points, self.prefix),
+        )
         self.points = points
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         attn = self.module
         check_processor(attn, self.processor)
@@ -145,10 +225,15 @@ class CrossAttentionForward(Forward):
         """Queries, keys and values [batch, token, head, d_head]; a norm is over all heads at once."""
         attn, hook, heads = self.module, self.points, (self.module.heads, -1)
         parts = zip("qkv", (attn.to_q(x), attn.to_k(source), attn.to_v(source)), strict=True)
-        q, k, v = (hook[f"{self.prefix}hook_{name}"](part.unflatten(2, heads)) for name, part in parts)
+        q, k, v = (
+            hook[f"{self.prefix}hook_{name}"](part.unflatten(2, heads)) for name, part in parts
+        )
         if attn.norm_q is not None:
             normed = zip("qk", (attn.norm_q(q.flatten(2)), attn.norm_k(k.flatten(2))), strict=True)
-            q, k = (hook[f"{self.prefix}hook_rot_{name}"](part.unflatten(2, heads)) for name, part in normed)
+            q, k = (
+                hook[f"{self.prefix}hook_rot_{name}"](part.unflatten(2, heads))
+                for name, part in normed
+            )
         return q, k, v
 
     def finish(self, out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,7 +249,9 @@ class LinearAttentionForward(CrossAttentionForward):
 
 
 def as_tokens(point: HookPoint, image: Tensor) -> Tensor:
-    """An image [batch, channel, height, width] through a hook point that is given it as [batch, token, channel]."""
+    """An image [batch, channel, height, width] through a hook point that is given it as [batch,
+    token, channel].
+    """
     if not point.listeners:
         return image
     tokens = image.flatten(2).transpose(1, 2)
@@ -173,15 +260,21 @@ def as_tokens(point: HookPoint, image: Tensor) -> Tensor:
 
 
 class MixForward(Forward):
-    """The gated MLP with a convolution over the token grid, on images [batch, d_model, height, width]."""
+    """The gated MLP with a convolution over the token grid, on images [batch, d_model, height,
+    width].
+    """
 
     def __init__(self, module: Any, points: Points) -> None:
         super().__init__(module)
-        self.pre, self.linear, self.post = (points[f"mlp.hook_{name}"] for name in ("pre", "pre_linear", "post"))
+        self.pre, self.linear, self.post = (
+            points[f"mlp.hook_{name}"] for name in ("pre", "pre_linear", "post")
+        )
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         ff = self.module
-        linear, gate = ff.conv_depth(ff.nonlinearity(ff.conv_inverted(hidden_states))).chunk(2, dim=1)
+        linear, gate = ff.conv_depth(ff.nonlinearity(ff.conv_inverted(hidden_states))).chunk(
+            2, dim=1
+        )
         gate, linear = as_tokens(self.pre, gate), as_tokens(self.linear, linear)
         return ff.conv_point(as_tokens(self.post, linear * ff.nonlinearity(gate)))
 
@@ -221,11 +314,18 @@ class SanaFamily(Family):
         height, width = size or (c.sample_size, c.sample_size)
         d_model = c.num_attention_heads * c.attention_head_dim
         return Config(
-            n_layers=c.num_layers, d_model=d_model, n_heads=c.num_attention_heads, d_head=c.attention_head_dim,
-            d_mlp=int(c.mlp_ratio * d_model), patch_size=c.patch_size, in_channels=c.in_channels,
-            out_channels=c.out_channels or c.in_channels, latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size), distilled_guidance=c.guidance_embeds,
-        )  # fmt: skip
+            n_layers=c.num_layers,
+            d_model=d_model,
+            n_heads=c.num_attention_heads,
+            d_head=c.attention_head_dim,
+            d_mlp=int(c.mlp_ratio * d_model),
+            patch_size=c.patch_size,
+            in_channels=c.in_channels,
+            out_channels=c.out_channels or c.in_channels,
+            latent_shape=(c.in_channels, height, width),
+            grid=(height // c.patch_size, width // c.patch_size),
+            distilled_guidance=c.guidance_embeds,
+        )
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
         sites: dict[str, Axes] = {"hook_cond": COND, "hook_embed": RESID}
@@ -234,16 +334,26 @@ class SanaFamily(Family):
         return sites | FINAL_SITES | {"hook_sample": SAMPLE}
 
     def check_model(self, transformer: Any) -> None:
-        refuse_processors(transformer.transformer_blocks, attn1=SanaLinearAttnProcessor2_0, attn2=SanaAttnProcessor2_0)
+        refuse_processors(
+            transformer.transformer_blocks,
+            attn1=SanaLinearAttnProcessor2_0,
+            attn2=SanaAttnProcessor2_0,
+        )
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         c, x, p = transformer.config, inputs["hidden_states"], transformer.config.patch_size
         if x.shape[2] % p or x.shape[3] % p:  # diffusers would cut off the rest
-            raise ValueError(f"The latents are {x.shape[2]}x{x.shape[3]}; expected multiples of the patch size {p}.")
+            raise ValueError(
+                f"The latents are {x.shape[2]}x{x.shape[3]}; expected multiples of the patch size "
+                f"{p}."
+            )
         guidance = inputs.get("guidance")
         if (guidance is not None) != c.guidance_embeds:
             wanted = "its strength as a tensor [batch]" if c.guidance_embeds else "None"
-            raise ValueError(f"guidance is {guidance!r}, and guidance_embeds={c.guidance_embeds}; expected {wanted}.")
+            raise ValueError(
+                f"guidance is {guidance!r}, and guidance_embeds={c.guidance_embeds}; expected "
+                f"{wanted}."
+            )
 
     def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
         forwards: list[Forward] = [
@@ -263,14 +373,18 @@ class SanaFamily(Family):
         ]
 
     def timestep_scale(self, transformer: Any) -> float:
-        """What the scheduler's timesteps are multiplied by; Sprint's time runs from 0 to 1, whatever its config says."""
+        """What the scheduler's timesteps are multiplied by; Sprint's time runs from 0 to 1,
+        whatever its config says.
+        """
         return 0.001 if transformer.config.guidance_embeds else transformer.config.timestep_scale
 
     def strength(self, transformer: Any, guidance: Any) -> Any:
         """The transformer's `guidance` for a strength of guidance."""
         return guidance * transformer.config.guidance_embeds_scale
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
         further = dict(condition)
         if transformer.config.guidance_embeds and further.get("guidance") is None:
             usual = further["encoder_hidden_states"].new_full((len(x),), GUIDANCE)
@@ -281,38 +395,78 @@ class SanaFamily(Family):
         return inputs["timestep"] / self.timestep_scale(transformer)
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
-        """As the pipeline does: a prompt comes after the instruction to enhance it, the empty one, for guidance, does not."""
-        chi = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default if prompt else None
-        options: Any = {} if pipe.transformer.config.guidance_embeds else {"do_classifier_free_guidance": False}
+        """As the pipeline does: a prompt comes after the instruction to enhance it, the empty one,
+        for guidance, does not.
+        """
+        chi = (
+            inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+            if prompt
+            else None
+        )
+        options: Any = (
+            {}
+            if pipe.transformer.config.guidance_embeds
+            else {"do_classifier_free_guidance": False}
+        )
         embeds, mask, *_ = pipe.encode_prompt(prompt, complex_human_instruction=chi, **options)
-        return Condition(encoder_hidden_states=embeds.to(pipe.transformer.dtype), encoder_attention_mask=mask)
+        return Condition(
+            encoder_hidden_states=embeds.to(pipe.transformer.dtype), encoder_attention_mask=mask
+        )
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         from diffusers import SanaTransformer2DModel
 
         model = SanaTransformer2DModel(
-            in_channels=4, out_channels=(4, 4, 8)[variant], num_attention_heads=4, attention_head_dim=8, num_layers=(3, 2, 4)[variant],
-            num_cross_attention_heads=2, cross_attention_head_dim=(16, 12, 16)[variant], cross_attention_dim=32, caption_channels=24,
-            mlp_ratio=(2.5, 3.0, 2.5)[variant], sample_size=(16, 4, 8)[variant], patch_size=(4, 1, 2)[variant],
-            qk_norm=(None, "rms_norm_across_heads", "layer_norm_across_heads")[variant], guidance_embeds=variant == 1,
-            interpolation_scale=(None, 1, None)[variant], norm_elementwise_affine=variant == 1, attention_bias=variant == 2,
+            in_channels=4,
+            out_channels=(4, 4, 8)[variant],
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=(3, 2, 4)[variant],
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=(16, 12, 16)[variant],
+            cross_attention_dim=32,
+            caption_channels=24,
+            mlp_ratio=(2.5, 3.0, 2.5)[variant],
+            sample_size=(16, 4, 8)[variant],
+            patch_size=(4, 1, 2)[variant],
+            qk_norm=(None, "rms_norm_across_heads", "layer_norm_across_heads")[variant],
+            guidance_embeds=variant == 1,
+            interpolation_scale=(None, 1, None)[variant],
+            norm_elementwise_affine=variant == 1,
+            attention_bias=variant == 2,
             timestep_scale=(1.0, 1.0, 0.001)[variant],
-        )  # fmt: skip
+        )
         mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-        return alive(model), Condition(encoder_hidden_states=torch.randn(2, 7, 24), encoder_attention_mask=mask)
+        return alive(model), Condition(
+            encoder_hidden_states=torch.randn(2, 7, 24), encoder_attention_mask=mask
+        )
 
     def small_pipeline(self) -> Any:
         from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
 
-        stages = {"block_out_channels": (4,) * 4, "layers_per_block": (1,) * 4, "qkv_multiscales": ((),) * 4}
-        both = {f"{half}_{name}": value for name, value in stages.items() for half in ("encoder", "decoder")}
+        stages = {
+            "block_out_channels": (4,) * 4,
+            "layers_per_block": (1,) * 4,
+            "qkv_multiscales": ((),) * 4,
+        }
+        both = {
+            f"{half}_{name}": value
+            for name, value in stages.items()
+            for half in ("encoder", "decoder")
+        }
         encoder, tokenizer = small_text("gemma2", 24)
         vae = alive(AutoencoderDC(latent_channels=4, **both))
-        scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        scheduler = DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
         return SanaPipeline(tokenizer, encoder, vae, self.small(0)[0], scheduler)
 
     def small_call(self, guided: bool) -> dict[str, Any]:
-        return super().small_call(guided) | {"height": 128, "width": 128, "use_resolution_binning": False}
+        return super().small_call(guided) | {
+            "height": 128,
+            "width": 128,
+            "use_resolution_binning": False,
+        }
 
 
 register(SanaFamily())

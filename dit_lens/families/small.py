@@ -1,4 +1,6 @@
-"""Small random parts for the families' own test models: weights all alive, and what a pipeline needs around a transformer."""
+"""Small random parts for the families' own test models: weights all alive, and what a pipeline
+needs around a transformer.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def alive(model: M, seed: int = 0) -> M:
-    """The model in eval mode with random weights, large enough everywhere that every path shows in the output."""
+    """The model in eval mode with random weights, large enough everywhere that every path shows in
+    the output.
+    """
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=gen) * 0.7 * p[0].numel() ** -0.5)
             else:
-                p.copy_(p.round() + torch.randn(p.shape, generator=gen) * 0.2)  # norms stay about 1, biases about 0
+                # norms stay about 1, biases about 0
+                p.copy_(p.round() + torch.randn(p.shape, generator=gen) * 0.2)
     return model.eval()
 
 
@@ -29,14 +34,22 @@ def small_vae(channels: int = 4, **config: object) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return AutoencoderKL(
-            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4,
-            sample_size=16, **config,
-        ).eval()  # fmt: skip
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=channels,
+            norm_num_groups=4,
+            sample_size=16,
+            **config,
+        ).eval()
 
 
 def small_text(kind: str, dim: int) -> tuple[nn.Module, object]:
-    """A tiny random text encoder and a tokenizer of single characters: clip, clip_plain, t5, umt5, bert, gemma2, qwen2_vl or qwen3."""
+    """A tiny random text encoder and a tokenizer of single characters: clip, clip_plain, t5, umt5,
+    bert, gemma2, qwen2_vl or qwen3.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(dim)
         return _TEXT[kind](dim)
@@ -46,13 +59,26 @@ LETTERS = [chr(c) for c in range(32, 127)]
 
 
 def _clip(dim: int, plain: bool = False) -> tuple[nn.Module, object]:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
 
     words = [*LETTERS, *(f"{c}</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=dim, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=dim,
-        max_position_embeddings=77, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=dim,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=dim,
+        max_position_embeddings=77,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
     tokenizer = CLIPTokenizer({w: i for i, w in enumerate(words)}, [], model_max_length=77)
     return (CLIPTextModel if plain else CLIPTextModelWithProjection)(config).eval(), tokenizer
 
@@ -60,8 +86,16 @@ def _clip(dim: int, plain: bool = False) -> tuple[nn.Module, object]:
 def _t5(dim: int, multilingual: bool = False) -> tuple[nn.Module, object]:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in LETTERS[1:])]
-    sizes: Any = dict(vocab_size=len(vocab) + 100, d_model=dim, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -9.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in LETTERS[1:]),
+    ]
+    sizes: Any = dict(
+        vocab_size=len(vocab) + 100, d_model=dim, d_kv=8, d_ff=16, num_layers=2, num_heads=2
+    )
     tokenizer = T5Tokenizer(vocab, model_max_length=120)
     if multilingual:
         return UMT5EncoderModel(UMT5Config(**sizes)).eval(), tokenizer
@@ -73,9 +107,15 @@ def _bert(dim: int) -> tuple[nn.Module, object]:
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
     config = BertConfig(
-        vocab_size=len(words), hidden_size=dim, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        vocab_size=len(words),
+        hidden_size=dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
-    return BertModel(config).eval(), BertTokenizer({w: i for i, w in enumerate(words)}, model_max_length=77)
+    return BertModel(config).eval(), BertTokenizer(
+        {w: i for i, w in enumerate(words)}, model_max_length=77
+    )
 
 
 def _bytes() -> list[str]:
@@ -89,10 +129,18 @@ def _gemma2(dim: int) -> tuple[nn.Module, object]:
 
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS[1:]]
     config = Gemma2Config(
-        vocab_size=len(words), hidden_size=dim, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, sliding_window=64,
-    )  # fmt: skip
-    return Gemma2Model(config).eval(), GemmaTokenizer({w: i for i, w in enumerate(words)}, [], model_max_length=300)
+        vocab_size=len(words),
+        hidden_size=dim,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=64,
+    )
+    return Gemma2Model(config).eval(), GemmaTokenizer(
+        {w: i for i, w in enumerate(words)}, [], model_max_length=300
+    )
 
 
 CHAT = (
@@ -105,7 +153,9 @@ def _qwen_tokenizer() -> tuple[int, object]:
     from transformers import Qwen2Tokenizer
 
     words = [*_bytes(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Qwen2Tokenizer({w: i for i, w in enumerate(words)}, [], chat_template=CHAT, model_max_length=1024)
+    tokenizer = Qwen2Tokenizer(
+        {w: i for i, w in enumerate(words)}, [], chat_template=CHAT, model_max_length=1024
+    )
     return len(words) + 8, tokenizer
 
 
@@ -114,9 +164,14 @@ def _qwen3(dim: int) -> tuple[nn.Module, object]:
 
     words, tokenizer = _qwen_tokenizer()
     config = Qwen3Config(
-        vocab_size=words, hidden_size=dim, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=words,
+        hidden_size=dim,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=8,
-    )  # fmt: skip
+    )
     return Qwen3Model(config).eval(), tokenizer
 
 
@@ -126,10 +181,22 @@ def _qwen2_vl(dim: int) -> tuple[nn.Module, object]:
     words, tokenizer = _qwen_tokenizer()
     half = dim // 4
     sections = [half // 4, half // 4, half - 2 * (half // 4)]
-    text: Any = dict(vocab_size=words, hidden_size=dim, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=1, rope_scaling={"type": "mrope", "mrope_section": sections})  # fmt: skip
+    text: Any = dict(
+        vocab_size=words,
+        hidden_size=dim,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_scaling={"type": "mrope", "mrope_section": sections},
+    )
     vision: Any = dict(
-        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=dim, fullatt_block_indexes=[0]
+        depth=1,
+        hidden_size=16,
+        num_heads=2,
+        intermediate_size=16,
+        out_hidden_size=dim,
+        fullatt_block_indexes=[0],
     )
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return Qwen2_5_VLForConditionalGeneration(config).eval(), tokenizer

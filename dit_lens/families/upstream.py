@@ -1,9 +1,10 @@
 """Whether diffusers' blocks still are what our forwards repeat.
 
-A family's forwards compute what diffusers' own did when they were written. A newer diffusers may compute something else under the same
-name, and hooks would then show numbers of a model that nobody runs. So each family notes a digest of every method it repeats. Where one
-differs, the family is put to the test on its own small models: if every output still is bit for bit that of the unopened model, only the
-wording has changed and nothing is said; if not, the model is refused.
+A family's forwards compute what diffusers' own did when they were written. A newer diffusers may
+compute something else under the same name, and hooks would then show numbers of a model that nobody
+runs. So each family notes a digest of every method it repeats. Where one differs, the family is put
+to the test on its own small models: if every output still is bit for bit that of the unopened
+model, only the wording has changed and nothing is said; if not, the model is refused.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ _tested: dict[str, str] = {}
 @cache
 def digest(function: Any) -> str:
     """Eight hex digits of a function's source without blank lines and comment lines."""
-    lines = (line.rstrip() for line in textwrap.dedent(inspect.getsource(inspect.unwrap(function))).splitlines())
+    lines = (
+        line.rstrip()
+        for line in textwrap.dedent(inspect.getsource(inspect.unwrap(function))).splitlines()
+    )
     text = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def methods(forwards: Sequence[Forward]) -> dict[str, str]:
-    """The digests that a family has to note: of the forward of each class it replaces, and of their attention processors."""
+    """The digests that a family has to note: of the forward of each class it replaces, and of their
+    attention processors.
+    """
     found = {}
     for forward in forwards[1:]:
         cls = type(forward.module)
@@ -46,13 +52,18 @@ def methods(forwards: Sequence[Forward]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def check_sources(family: Family, forwards: Sequence[Forward], opened: Callable[[nn.Module], Any]) -> None:
-    """Raise RuntimeError if a method that the family's forwards repeat has changed, and with it what the model computes.
+def check_sources(
+    family: Family, forwards: Sequence[Forward], opened: Callable[[nn.Module], Any]
+) -> None:
+    """Raise RuntimeError if a method that the family's forwards repeat has changed, and with it
+    what the model computes.
 
     `opened` puts the forwards into a model, whatever they repeat.
     """
     now = methods(forwards)
-    changed = [name for name, value in now.items() if family.written_for.get(name) not in (value, None)]
+    changed = [
+        name for name, value in now.items() if family.written_for.get(name) not in (value, None)
+    ]
     if not changed:
         return
     key = f"{family.model_class} {now}"
@@ -62,13 +73,16 @@ def check_sources(family: Family, forwards: Sequence[Forward], opened: Callable[
         import diffusers
 
         raise RuntimeError(
-            f"{changed[0]} of diffusers {diffusers.__version__} is not what dit_lens repeats for {family.model_class}: {_tested[key]}. "
+            f"{changed[0]} of diffusers {diffusers.__version__} is not what dit_lens repeats for "
+            f"{family.model_class}: {_tested[key]}. "
             "Install the diffusers that this dit_lens was tested with, or a newer dit_lens."
         )
 
 
 def _difference(family: Family, opened: Callable[[nn.Module], Any]) -> str:
-    """What differs on the family's small models between the opened and the unopened one; empty if nothing."""
+    """What differs on the family's small models between the opened and the unopened one; empty if
+    nothing.
+    """
     for variant in range(3):
         try:
             with torch.random.fork_rng():

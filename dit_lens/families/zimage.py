@@ -1,14 +1,17 @@
 """Z-Image (Z-Image Team 2025, arXiv 2511.22699) as diffusers' `ZImageTransformer2DModel`.
 
-Image and caption are one sequence, `[image | padding | caption | padding]`, that goes through the same weights; the block is
-Lumina-Image 2.0's (`sandwich.py`: a norm before and after each branch, gates through tanh, no shift). Both are filled to a multiple of 32
-tokens with learned tokens that take part in everything, and a batch's shorter captions with zeros that nothing attends to.
-The plain names hold exactly the grid's tokens. The prefix `text.` is all that comes after the image's own filling: the caption, its filling
-(which has been through the caption's refiner with it), zeros. The image's filling (none at 1024x1024) has no name, but is among the keys,
-which are in the model's own order. The refiners before the blocks stay diffusers' own.
+Image and caption are one sequence, `[image | padding | caption | padding]`, that goes through the
+same weights; the block is Lumina-Image 2.0's (`sandwich.py`: a norm before and after each branch,
+gates through tanh, no shift). Both are filled to a multiple of 32 tokens with learned tokens that
+take part in everything, and a batch's shorter captions with zeros that nothing attends to. The
+plain names hold exactly the grid's tokens. The prefix `text.` is all that comes after the image's
+own filling: the caption, its filling (which has been through the caption's refiner with it), zeros.
+The image's filling (none at 1024x1024) has no name, but is among the keys, which are in the model's
+own order. The refiners before the blocks stay diffusers' own.
 
-The transformer takes lists, one tensor [channel, frame, height, width] an item; latents here are [batch, channel, height, width], and
-`hook_sample` is the list that it returns, stacked: it has the axis `frame`, of one.
+The transformer takes lists, one tensor [channel, frame, height, width] an item; latents here are
+[batch, channel, height, width], and `hook_sample` is the list that it returns, stacked: it has the
+axis `frame`, of one.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
+from diffusers.models.transformers.transformer_z_image import (
+    SEQ_MULTI_OF,
+    ZSingleStreamAttnProcessor,
+)
 from torch import Tensor, nn
 
 from . import register
@@ -51,7 +57,10 @@ class ListForward(TransformerForward):
 
 
 class ZBlockForward(SandwichForward):
-    """One block, which makes its own modulations. The arguments after `adaln_input` are those of omni mode, which is refused."""
+    """One block, which makes its own modulations.
+
+    The arguments after `adaln_input` are those of omni mode, which is refused.
+    """
 
     def __call__(
         self,
@@ -111,7 +120,12 @@ class ZFinalForward(LastForward):
     """The last layer. The arguments after `c` are those of omni mode, which is refused."""
 
     def __call__(
-        self, x: Tensor, c: Tensor, noise_mask: None = None, c_noisy: None = None, c_clean: None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        noise_mask: None = None,
+        c_noisy: None = None,
+        c_clean: None = None,
     ) -> Tensor:
         layer = self.module
         return self.projected(x, layer.adaLN_modulation(c), layer.norm_final, layer.linear)
@@ -136,14 +150,23 @@ class ZImageFamily(JointFamily):
         c = transformer.config
         height, width = size or (min(DEFAULT_SIZE, PATCH * room) for room in c.axes_lens[1:])
         return Config(
-            n_layers=c.n_layers, d_model=c.dim, n_heads=c.n_heads, d_head=c.dim // c.n_heads,
-            d_mlp=transformer.layers[0].feed_forward.w1.out_features, patch_size=PATCH, in_channels=c.in_channels,
-            out_channels=transformer.out_channels, latent_shape=(c.in_channels, height, width),
-            grid=(height // PATCH, width // PATCH), restartable=False,
-        )  # fmt: skip
+            n_layers=c.n_layers,
+            d_model=c.dim,
+            n_heads=c.n_heads,
+            d_head=c.dim // c.n_heads,
+            d_mlp=transformer.layers[0].feed_forward.w1.out_features,
+            patch_size=PATCH,
+            in_channels=c.in_channels,
+            out_channels=transformer.out_channels,
+            latent_shape=(c.in_channels, height, width),
+            grid=(height // PATCH, width // PATCH),
+            restartable=False,
+        )
 
     def sites(self, transformer: Any) -> dict[str, Axes]:
-        return model_sites(len(transformer.layers), ("batch", "channel", "frame", "height", "width"))
+        return model_sites(
+            len(transformer.layers), ("batch", "channel", "frame", "height", "width")
+        )
 
     def check_model(self, transformer: Any) -> None:
         refuse_processors(transformer.layers, attention=ZSingleStreamAttnProcessor)
@@ -152,23 +175,43 @@ class ZImageFamily(JointFamily):
         x, captions, p = inputs.get("x"), inputs.get("cap_feats"), inputs.get("patch_size", PATCH)
         if isinstance(x, (list, tuple)) and x and isinstance(x[0], (list, tuple)):
             raise ValueError(
-                "x is a list of lists, Z-Image's omni mode, where some images are conditions and each has modulations of its own; "
+                "x is a list of lists, Z-Image's omni mode, where some images are conditions and "
+                "each has modulations of its own; "
                 "dit_lens opens its plain mode: expected a list of tensors, one image an item."
             )
-        if not isinstance(x, (list, tuple)) or not x or not all(isinstance(item, Tensor) for item in x):
+        if (
+            not isinstance(x, (list, tuple))
+            or not x
+            or not all(isinstance(item, Tensor) for item in x)
+        ):
             raise ValueError(
-                f"x is a {type(x).__name__}; expected a list of tensors [channel, 1, height, width], one an item."
+                f"x is a {type(x).__name__}; expected a list of tensors [channel, 1, height, "
+                "width], one an item."
             )
         shapes = sorted({tuple(item.shape) for item in x})
         c, *frames, height, width = shapes[0] if len(shapes[0]) == 4 else (0, 0, 0)
-        if len(shapes) > 1 or c != transformer.in_channels or frames != [1] or height % p or width % p:
+        if (
+            len(shapes) > 1
+            or c != transformer.in_channels
+            or frames != [1]
+            or height % p
+            or width % p
+        ):
             raise ValueError(
-                f"The latents in x have the shapes {', '.join(str(list(s)) for s in shapes)}; expected one shape, "
+                f"The latents in x have the shapes {', '.join(str(list(s)) for s in shapes)}; "
+                "expected one shape, "
                 f"[{transformer.in_channels}, 1, height, width], height and width multiples of {p}."
             )
         if not isinstance(captions, (list, tuple)) or len(captions) != len(x):
-            got = f"{len(captions)} items" if isinstance(captions, (list, tuple)) else f"a {type(captions).__name__}"
-            raise ValueError(f"cap_feats has {got}; expected a list of {len(x)} captions [token, d], one an item of x.")
+            got = (
+                f"{len(captions)} items"
+                if isinstance(captions, (list, tuple))
+                else f"a {type(captions).__name__}"
+            )
+            raise ValueError(
+                f"cap_feats has {got}; expected a list of {len(x)} captions [token, d], one an "
+                "item of x."
+            )
 
     def joint(self, inputs: dict[str, Any], x: Tensor, transformer: Any = None) -> Joint:
         height, width = self.grid(transformer, inputs)
@@ -184,9 +227,17 @@ class ZImageFamily(JointFamily):
                 ZAttentionForward(block.attention, mine, instrumentation, i),
                 ZMLPForward(block.feed_forward, mine, instrumentation),
             ]
-        return [*forwards, *(ZFinalForward(layer, points, instrumentation) for layer in transformer.all_final_layer.values())]
+        return [
+            *forwards,
+            *(
+                ZFinalForward(layer, points, instrumentation)
+                for layer in transformer.all_final_layer.values()
+            ),
+        ]
 
-    def inputs(self, transformer: Any, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
         return {"x": list(x.unsqueeze(2).unbind()), "t": ((1000 - t) / 1000).float(), **condition}
 
     def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -204,24 +255,39 @@ class ZImageFamily(JointFamily):
         return height // p, width // p
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
-        options = {"mu": shift_of(scheduler, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}
+        options = (
+            {"mu": shift_of(scheduler, tokens)}
+            if scheduler.config.get("use_dynamic_shifting")
+            else {}
+        )
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), **options)
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         return Condition(cap_feats=pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0])
 
     def stack(self, conditions: Sequence[Condition]) -> Condition:
-        return Condition(conditions[0] | {"cap_feats": [caption for c in conditions for caption in c["cap_feats"]]})
+        return Condition(
+            conditions[0]
+            | {"cap_feats": [caption for c in conditions for caption in c["cap_feats"]]}
+        )
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         from diffusers import ZImageTransformer2DModel
 
         model = ZImageTransformer2DModel(
-            all_patch_size=((2,), (2, 4), (2,))[variant], all_f_patch_size=((1,), (1, 1), (1,))[variant],
-            in_channels=(4, 3, 4)[variant], dim=(32, 16, 24)[variant], n_layers=(3, 2, 4)[variant], n_refiner_layers=(1, 2, 0)[variant],
-            n_heads=(4, 2, 3)[variant], n_kv_heads=(4, 2, 3)[variant], qk_norm=variant != 1, cap_feat_dim=24,
-            axes_dims=[4, 2, 2], axes_lens=[600, *((4, 4), (4, 8), (3, 5))[variant]],
-        )  # fmt: skip
+            all_patch_size=((2,), (2, 4), (2,))[variant],
+            all_f_patch_size=((1,), (1, 1), (1,))[variant],
+            in_channels=(4, 3, 4)[variant],
+            dim=(32, 16, 24)[variant],
+            n_layers=(3, 2, 4)[variant],
+            n_refiner_layers=(1, 2, 0)[variant],
+            n_heads=(4, 2, 3)[variant],
+            n_kv_heads=(4, 2, 3)[variant],
+            qk_norm=variant != 1,
+            cap_feat_dim=24,
+            axes_dims=[4, 2, 2],
+            axes_lens=[600, *((4, 4), (4, 8), (3, 5))[variant]],
+        )
         lengths = ((7, 40), (5, 5), (32, 33))[variant]
         return alive(model), Condition(cap_feats=[torch.randn(n, 24) for n in lengths])
 
@@ -230,7 +296,9 @@ class ZImageFamily(JointFamily):
 
         text_encoder, tokenizer = small_text("qwen3", 24)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        return ZImagePipeline(scheduler, small_vae(shift_factor=0.1), text_encoder, tokenizer, self.small(0)[0])
+        return ZImagePipeline(
+            scheduler, small_vae(shift_factor=0.1), text_encoder, tokenizer, self.small(0)[0]
+        )
 
     def small_call(self, guided: bool) -> dict[str, Any]:
         return super().small_call(guided) | {

@@ -1,9 +1,11 @@
-"""Models and formulas whose answer is known, so that every tool here can be shown to be right, or caught.
+"""Models and formulas whose answer is known, so that every tool here can be shown to be right, or
+caught.
 
 - `closed_forms`: the exact answers as functions of numbers; no model.
-- `models`: real diffusers DiTs whose weights are set so that the answer is known (`gaussian`, `planted`,
-  `random_planted`).
-- `mixture`: one more of them, which decides a global bit in one layer and a bit a token in another (`two_scale`).
+- `models`: real diffusers DiTs whose weights are set so that the answer is known (`gaussian`,
+  `planted`, `random_planted`).
+- `mixture`: one more of them, which decides a global bit in one layer and a bit a token in another
+  (`two_scale`).
 - `nulls`: models in which there is nothing to find (`random_weights`, `shuffle_layers`).
 - `measured`: how near a model comes to its answer (`stream_gains`).
 - `construction`: the few tricks that put a formula into a DiT's weights.

@@ -1,8 +1,9 @@
 """The exact answers (design, section 6) as functions of numbers.
 
-Gaussian data makes everything linear: a mode of variance `lam` is denoised by one coefficient, so agreements, ratios
-and gaps have formulas. They hold for an ideal sampler; `ddim_agreement` is the same answer for a sampler of finitely
-many steps, so that a check need not allow for the discretisation.
+Gaussian data makes everything linear: a mode of variance `lam` is denoised by one coefficient, so
+agreements, ratios and gaps have formulas. They hold for an ideal sampler; `ddim_agreement` is the
+same answer for a sampler of finitely many steps, so that a check need not allow for the
+discretisation.
 """
 
 from __future__ import annotations
@@ -19,22 +20,29 @@ Array = NDArray[np.float64]
 def _spectrum(lam: ArrayLike) -> Array:
     values = np.asarray(lam, dtype=np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(f"lam is {lam!r}; every variance of the data must be finite and above 0, for instance 4.0.")
+        raise ValueError(
+            f"lam is {lam!r}; every variance of the data must be finite and above 0, for instance "
+            "4.0."
+        )
     return values
 
 
 def _alphas(abar: ArrayLike) -> Array:
     values = np.asarray(abar, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"abar is {abar!r}; a cumulative alpha lies in [0, 1], as in scheduler.alphas_cumprod.")
+        raise ValueError(
+            f"abar is {abar!r}; a cumulative alpha lies in [0, 1], as in scheduler.alphas_cumprod."
+        )
     return values
 
 
 def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) -> Array:
-    """E1: correlation of finished twins released at `abar`, r = lam abar / (1 - abar + lam abar), for each mode.
+    """E1: correlation of finished twins released at `abar`, r = lam abar / (1 - abar + lam abar),
+    for each mode.
 
-    `lam` [mode] are the variances of the data's modes; the result has abar's shape with a last axis for the modes, or
-    without it when `pooled`: sum lam r / sum lam. Exact denoiser and exact stochastic sampler.
+    `lam` [mode] are the variances of the data's modes; the result has abar's shape with a last axis
+    for the modes, or without it when `pooled`: sum lam r / sum lam. Exact denoiser and exact
+    stochastic sampler.
 
     >>> float(gaussian_agreement([4.0], 0.2)[0])
     0.5
@@ -54,7 +62,8 @@ def commitment_log_snr(lam: ArrayLike) -> Array:
 
 
 def commitment_timestep(lam: float, abars: ArrayLike) -> float:
-    """The timestep, with a fraction, at which `abars` [timestep] passes E1's 1 / (1 + lam); log SNR is interpolated.
+    """The timestep, with a fraction, at which `abars` [timestep] passes E1's 1 / (1 + lam); log SNR
+    is interpolated.
 
     >>> commitment_timestep(1.0, [0.9, 0.5, 0.1])
     1.0
@@ -62,28 +71,36 @@ def commitment_timestep(lam: float, abars: ArrayLike) -> float:
     alpha = _alphas(abars)
     snr, wanted = np.log(alpha) - np.log1p(-alpha), float(commitment_log_snr(lam))
     if not snr.min() <= wanted <= snr.max():
-        raise ValueError(f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, which must lie in the schedule's "
-                         f"{snr.min():.2f} to {snr.max():.2f}.")  # fmt: skip
+        raise ValueError(
+            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, which must lie in the schedule's "
+            f"{snr.min():.2f} to {snr.max():.2f}."
+        )
     return float(np.interp(-wanted, -snr, np.arange(len(snr))))
 
 
 def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 1.0) -> Array:
-    """E1 for the DDIM sampler as it is run: `abars` [step] at the visited timesteps, noisiest first; then abar = 1.
+    """E1 for the DDIM sampler as it is run: `abars` [step] at the visited timesteps, noisiest
+    first; then abar = 1.
 
-    With Gaussian data each step is x' = A x + sigma z, so the finished twins, one trajectory before step `release` and
-    with noise of their own from it on, share the part (prod A)^2 Var(x_release) of their variance. Per mode [mode].
+    With Gaussian data each step is x' = A x + sigma z, so the finished twins, one trajectory before
+    step `release` and with noise of their own from it on, share the part (prod A)^2 Var(x_release)
+    of their variance. Per mode [mode].
 
     >>> float(ddim_agreement([4.0], [0.1, 0.5, 0.9], release=3)[0])
     1.0
     """
     spectrum, alpha = np.atleast_1d(_spectrum(lam)), _alphas(abars)
     if not 0 <= release <= len(alpha):
-        raise ValueError(f"release is {release}; it must be a step from 0 to {len(alpha)} (never released).")
+        raise ValueError(
+            f"release is {release}; it must be a step from 0 to {len(alpha)} (never released)."
+        )
     shared = total = np.ones_like(spectrum)  # the variances of a start from pure noise
     for step, (here, there) in enumerate(zip(alpha, [*alpha[1:], 1.0], strict=True)):
         eps = np.sqrt(1 - here) / (spectrum * here + 1 - here)
         fresh = eta**2 * (1 - there) / (1 - here) * (1 - here / there)
-        decay = np.sqrt(there / here) * (1 - np.sqrt(1 - here) * eps) + np.sqrt(1 - there - fresh) * eps
+        decay = (
+            np.sqrt(there / here) * (1 - np.sqrt(1 - here) * eps) + np.sqrt(1 - there - fresh) * eps
+        )
         total = decay**2 * total + fresh
         shared = total if step < release else decay**2 * shared
     return shared / total
@@ -100,16 +117,19 @@ def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
 
 
 def mixture_agreement(m: float, sigma: float, abar: float) -> float:
-    """E3: the chance that twins released at `abar` end on the same side of a mixture N(+-m, sigma^2).
+    """E3: the chance that twins released at `abar` end on the same side of a mixture N(+-m,
+    sigma^2).
 
-    phi = 1/2 ∫ (G+^2 + G-^2) / (G+ + G-) dx with G± = N(±m sqrt(abar), 1 - abar + sigma^2 abar). The trapezoid rule is
-    exact to rounding for a smooth integrand that has decayed at both ends.
+    phi = 1/2 ∫ (G+^2 + G-^2) / (G+ + G-) dx with G± = N(±m sqrt(abar), 1 - abar + sigma^2 abar).
+    The trapezoid rule is exact to rounding for a smooth integrand that has decayed at both ends.
 
     >>> round(mixture_agreement(m=1.0, sigma=1.0, abar=1.0), 4)
     0.7752
     """
     if not (np.isfinite(m) and np.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"m is {m!r} and sigma {sigma!r}; both must be finite, and sigma at least 0.")
+        raise ValueError(
+            f"m is {m!r} and sigma {sigma!r}; both must be finite, and sigma at least 0."
+        )
     width = np.sqrt(1 - _alphas(abar) + sigma**2 * abar)
     if width == 0:
         return 1.0 if m else 0.5
@@ -123,7 +143,8 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
 
 
 def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> Array:
-    """E4: gain on the twins' difference through planted layers tied with strength g: (1 + rho a)^n, rho = (1-g)/(1+g).
+    """E4: gain on the twins' difference through planted layers tied with strength g: (1 + rho a)^n,
+    rho = (1-g)/(1+g).
 
     `layers` is their number or a list of them; `a` may be an array, say over timesteps.
 
@@ -137,7 +158,8 @@ def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> A
 
 
 def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
-    """P_low: latents [b, c, h, w] with every patch replaced by the mean over all patches, place by place.
+    """P_low: latents [b, c, h, w] with every patch replaced by the mean over all patches, place by
+    place.
 
     >>> import torch; token_mean(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist()
     [1.5, 1.5, 1.5, 1.5]
@@ -147,8 +169,11 @@ def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
     return tiles.mean((2, 4), keepdim=True).expand_as(tiles).reshape(x.shape)
 
 
-def gaussian_eps(x: Tensor, abar: Tensor, lam_low: float, lam_high: float, patch_size: int = 1) -> Tensor:
-    """E6: the exact noise prediction for Gaussian data of two bands, c_low P_low x + c_high P_high x, [b, c, h, w].
+def gaussian_eps(
+    x: Tensor, abar: Tensor, lam_low: float, lam_high: float, patch_size: int = 1
+) -> Tensor:
+    """E6: the exact noise prediction for Gaussian data of two bands, c_low P_low x + c_high P_high
+    x, [b, c, h, w].
 
     c = sqrt(1 - abar) / (lam abar + 1 - abar); `abar` [b]; the low band is `token_mean`.
 
@@ -159,4 +184,6 @@ def gaussian_eps(x: Tensor, abar: Tensor, lam_low: float, lam_high: float, patch
     alpha = abar.view(-1, 1, 1, 1)
     low = token_mean(x, patch_size)
     white = (1 - alpha).sqrt()
-    return white / (lam_low * alpha + 1 - alpha) * low + white / (lam_high * alpha + 1 - alpha) * (x - low)
+    return white / (lam_low * alpha + 1 - alpha) * low + white / (lam_high * alpha + 1 - alpha) * (
+        x - low
+    )

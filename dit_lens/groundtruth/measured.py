@@ -13,9 +13,11 @@ from .construction import TIMESTEPS, DiT
 
 @torch.no_grad()
 def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int = 0) -> Tensor:
-    """How many times each layer enlarges the band of the difference of two random inputs, measured, [layer] float64.
+    """How many times each layer enlarges the band of the difference of two random inputs, measured,
+    [layer] float64.
 
-    The whole stream's difference is taken, token mean ("low") or the rest ("high"). Nothing is known of the model here.
+    The whole stream's difference is taken, token mean ("low") or the rest ("high"). Nothing is
+    known of the model here.
 
     >>> from dit_lens.groundtruth import planted
     >>> gains = stream_gains(planted(layers=(1,), n_layers=2).transformer, timestep=500)
@@ -26,14 +28,19 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
         raise ValueError(f"band is {band!r}; it must be 'low' or 'high'.")
     config, sizes, first = transformer.config, [], next(transformer.parameters())
     shape = (2, config["in_channels"], config["sample_size"], config["sample_size"])
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(first)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        first
+    )
 
     def measure(module: torch.nn.Module, args: tuple, stream: Tensor) -> None:
         difference = (stream[0] - stream[1]).double()
         mean = difference.mean(0, keepdim=True)
         sizes.append((mean if band == "low" else difference - mean).norm())
 
-    hooks = [m.register_forward_hook(measure) for m in (transformer.pos_embed, *transformer.transformer_blocks)]
+    hooks = [
+        m.register_forward_hook(measure)
+        for m in (transformer.pos_embed, *transformer.transformer_blocks)
+    ]
     try:
         steps = torch.full((2,), timestep, device=first.device)
         transformer(x, timestep=steps, class_labels=torch.zeros_like(steps))
@@ -46,8 +53,12 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
 
 @torch.no_grad()
 def denoiser_error(transformer: DiT, abars: Tensor, lam_low: float, lam_high: float) -> float:
-    """The largest relative error of either band over 41 timesteps; the low one is a small part of the whole."""
-    steps = torch.cat([torch.arange(0, 16), torch.arange(16, TIMESTEPS, 41), torch.tensor([TIMESTEPS - 1])])
+    """The largest relative error of either band over 41 timesteps; the low one is a small part of
+    the whole.
+    """
+    steps = torch.cat(
+        [torch.arange(0, 16), torch.arange(16, TIMESTEPS, 41), torch.tensor([TIMESTEPS - 1])]
+    )
     config, abar = transformer.config, abars[steps]
     shape = (len(steps), config["in_channels"], config["sample_size"], config["sample_size"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -59,7 +70,14 @@ def denoiser_error(transformer: DiT, abars: Tensor, lam_low: float, lam_high: fl
     exact = gaussian_eps(x.double(), abar, lam_low, lam_high, size)
     worst = 0.0
     for get in (lambda v: token_mean(v, size), lambda v: v - token_mean(v, size)):
-        worst = max(worst, float(((get(out - exact)).flatten(1).norm(dim=1) / get(exact).flatten(1).norm(dim=1)).max()))
+        worst = max(
+            worst,
+            float(
+                (
+                    (get(out - exact)).flatten(1).norm(dim=1) / get(exact).flatten(1).norm(dim=1)
+                ).max()
+            ),
+        )
     return worst
 
 
@@ -71,5 +89,7 @@ def gain_error(transformer: DiT, gains: Mapping[str, Tensor], layers: Sequence[i
             a = float(gains[band][timestep]) if band in gains else 0.0
             wanted = torch.ones(len(transformer.transformer_blocks), dtype=torch.float64)
             wanted[list(layers)] += a
-            worst = max(worst, float((stream_gains(transformer, timestep, band) / wanted - 1).abs().max()))
+            worst = max(
+                worst, float((stream_gains(transformer, timestep, band) / wanted - 1).abs().max())
+            )
     return worst

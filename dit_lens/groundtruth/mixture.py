@@ -1,9 +1,13 @@
-"""E3 as a real DiT: the exact denoiser of data that decide two bits, a global one and one in every token.
+"""E3 as a real DiT: the exact denoiser of data that decide two bits, a global one and one in every
+token.
 
-In an orthonormal basis of the latents, with N values in T patches, two kinds of modes decide between two sides,
+In an orthonormal basis of the latents, with N values in T patches, two kinds of modes decide
+between two sides,
 
-- low: the zero frequency, 1 / sqrt(N) everywhere; its coefficient [b] is drawn from N(+-m_low, sigma²);
-- high: in each patch a checkerboard of unit norm; its coefficients [b, token], independent, from N(+-m_high, sigma²);
+- low: the zero frequency, 1 / sqrt(N) everywhere; its coefficient [b] is drawn from N(+-m_low,
+  sigma²);
+- high: in each patch a checkerboard of unit norm; its coefficients [b, token], independent, from
+  N(+-m_high, sigma²);
 
 and all others are N(0, sigma²). Modes are independent, so the posterior mean goes mode by mode:
 x0hat = sigma² sqrt(abar) / Gamma x + m (1 - abar) / Gamma tanh(u x), u = m sqrt(abar) / Gamma,
@@ -11,9 +15,10 @@ Gamma = 1 - abar + sigma² abar. With eps = (x - sqrt(abar) x0hat) / sqrt(1 - ab
 
     eps = sqrt(1 - abar) / Gamma (x - m sqrt(abar) tanh(u x)),      m = 0 where nothing is decided,
 
-which is how the model computes it. The final layer's scale is the factor in front, the same for all modes. The MLP of
-one layer subtracts the low bit, that of another the high bits: adaLN's scale is u(t), the neurons are the tanh, adaLN's
-gate is m sqrt(abar). The low layer's attention first brings the mean over all tokens to where its MLP reads.
+which is how the model computes it. The final layer's scale is the factor in front, the same for all
+modes. The MLP of one layer subtracts the low bit, that of another the high bits: adaLN's scale is
+u(t), the neurons are the tanh, adaLN's gate is m sqrt(abar). The low layer's attention first brings
+the mean over all tokens to where its MLP reads.
 """
 
 from __future__ import annotations
@@ -31,16 +36,22 @@ from .models import GroundTruth, plain_scheduler
 
 UNITS = 128  # neurons of one tanh: half of what a block has, so that one block can carry both bits
 REACH = 7.0  # tanh is 1 beyond, to 2e-6
-# What a block's conditioning carries, beside build.LOW, build.HIGH and build.FINAL: scale, then gate.
+# What a block's conditioning carries, beside build.LOW, build.HIGH and build.FINAL: scale, then
+# gate.
 LOW_BIT, HIGH_BIT = (3, 4), (5, 6)
 
 
-def mixture_eps(x: Tensor, abar: Tensor, m_low: float, m_high: float, sigma: float, patch_size: int = 2) -> Tensor:
-    """E3: the exact noise prediction for the two-scale mixture, sqrt(1 - abar) / Gamma (x - m sqrt(abar) tanh(u x)).
+def mixture_eps(
+    x: Tensor, abar: Tensor, m_low: float, m_high: float, sigma: float, patch_size: int = 2
+) -> Tensor:
+    """E3: the exact noise prediction for the two-scale mixture, sqrt(1 - abar) / Gamma (x - m
+    sqrt(abar) tanh(u x)).
 
-    `x` [b, c, h, w], `abar` [b]; the result has x's shape. The modes and u are in the module's text.
+    `x` [b, c, h, w], `abar` [b]; the result has x's shape. The modes and u are in the module's
+    text.
 
-    >>> mixture_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 1.0, 0.25)[0, 0, 0].tolist()   # all noise
+    # all noise
+    >>> mixture_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 1.0, 0.25)[0, 0, 0].tolist()
     [1.0, 1.0]
     """
     low, high = coefficients(x, patch_size)
@@ -51,29 +62,39 @@ def mixture_eps(x: Tensor, abar: Tensor, m_low: float, m_high: float, sigma: flo
     def pull(m: float, coefficient: Tensor) -> Tensor:
         return m * alpha.sqrt() * torch.tanh(m * alpha.sqrt() / gamma * coefficient)
 
-    mean = pull(m_low, low[:, None]) / high.shape[1] ** 0.5  # the low mode's share of each patch [b, 1]
+    # the low mode's share of each patch [b, 1]
+    mean = pull(m_low, low[:, None]) / high.shape[1] ** 0.5
     decided = mean[:, None] * flat[:, None] + pull(m_high, high)[:, None] * checkers[:, None]
     factor = ((1 - alpha).sqrt() / gamma)[..., None, None]
-    return factor * (x - fold(decided.expand(-1, -1, high.shape[1]), x.shape[2:], patch_size, stride=patch_size))
+    return factor * (
+        x - fold(decided.expand(-1, -1, high.shape[1]), x.shape[2:], patch_size, stride=patch_size)
+    )
 
 
 def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
-    """The low mode's coefficient [b] and the high modes' [b, token] of latents [b, c, h, w]; the basis is orthonormal.
+    """The low mode's coefficient [b] and the high modes' [b, token] of latents [b, c, h, w]; the
+    basis is orthonormal.
 
     >>> low, high = coefficients(torch.ones(1, 1, 4, 4)); low.tolist(), high.tolist()
     ([4.0], [[0.0, 0.0, 0.0, 0.0]])
     """
     if patch_size < 1 or patch_size % 2 or any(size % patch_size for size in x.shape[2:]):
-        raise ValueError(f"patch_size is {patch_size}; patches must be even and fill latents of {list(x.shape[2:])}.")
-    patches = unfold(x, patch_size, stride=patch_size)  # [b, values, token], values as (channel, row, column)
+        raise ValueError(
+            f"patch_size is {patch_size}; patches must be even and fill latents of "
+            f"{list(x.shape[2:])}."
+        )
+    # [b, values, token], values as (channel, row, column)
+    patches = unfold(x, patch_size, stride=patch_size)
     flat, checkers = _patterns(x.shape[1], patch_size, x)
     return (flat @ patches).sum(-1) / patches.shape[-1] ** 0.5, checkers @ patches
 
 
 def sides(latents: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
-    """Which side finished latents [b, c, h, w] ended on, 1 or -1: the low bit [b] and the high bits [b, token].
+    """Which side finished latents [b, c, h, w] ended on, 1 or -1: the low bit [b] and the high bits
+    [b, token].
 
-    The sign is the likelier side; it is the wrong one with the chance answer["misread"], Phi(-m / sigma).
+    The sign is the likelier side; it is the wrong one with the chance answer["misread"], Phi(-m /
+    sigma).
 
     >>> low, high = sides(torch.ones(1, 1, 8, 8), two_scale(n_layers=2, low_layer=0, high_layer=1)); low.tolist()
     [1]
@@ -81,9 +102,14 @@ def sides(latents: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
     config = truth.transformer.config
     wanted = (config["in_channels"], config["sample_size"], config["sample_size"])
     if truth.answer.get("kind") != "two_scale":
-        raise ValueError(f"truth is of kind {truth.answer.get('kind')!r}; only a 'two_scale' model has sides.")
+        raise ValueError(
+            f"truth is of kind {truth.answer.get('kind')!r}; only a 'two_scale' model has sides."
+        )
     if latents.ndim != 4 or tuple(latents.shape[1:]) != wanted:
-        raise ValueError(f"latents has shape {list(latents.shape)}; it must be [b, {', '.join(map(str, wanted))}].")
+        raise ValueError(
+            f"latents has shape {list(latents.shape)}; it must be [b, "
+            f"{', '.join(map(str, wanted))}]."
+        )
     low, high = coefficients(latents, config["patch_size"])
     return low.sign().long().add(low == 0), high.sign().long().add(high == 0)
 
@@ -101,30 +127,39 @@ def two_scale(
     in_channels: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E3: the exact denoiser of a mixture with a global bit, subtracted by `low_layer`, and one a token, by `high_layer`.
+    """E3: the exact denoiser of a mixture with a global bit, subtracted by `low_layer`, and one a
+    token, by `high_layer`.
 
-    Knock a layer's MLP out and its modes are denoised as N(0, sigma²): that bit is not decided. The layers may be in any
-    order, or one. Latents are [b, in_channels, sample_size, sample_size], the only class is 0; `mixture_agreement`
-    with m and sigma of the answer gives phi, `sides` reads the bits. Bits are decided (phi = 0.7752) where
-    m sqrt(abar) = sqrt(Gamma), at log SNR -log(m² - sigma²), so m must exceed sigma. The answer's `deviation` is the
-    largest relative error of the model's output, over low mode, high modes and rest. ValueError for bad input.
+    Knock a layer's MLP out and its modes are denoised as N(0, sigma²): that bit is not decided. The
+    layers may be in any order, or one. Latents are [b, in_channels, sample_size, sample_size], the
+    only class is 0; `mixture_agreement` with m and sigma of the answer gives phi, `sides` reads the
+    bits. Bits are decided (phi = 0.7752) where m sqrt(abar) = sqrt(Gamma), at log SNR -log(m² -
+    sigma²), so m must exceed sigma. The answer's `deviation` is the largest relative error of the
+    model's output, over low mode, high modes and rest. ValueError for bad input.
 
     >>> truth = two_scale(m_low=4.0, m_high=1.0, sigma=0.25, n_layers=2, low_layer=0, high_layer=1)
     >>> round(truth.answer["gap_log_snr"], 3)   # log(4² - 1/16) - log(1² - 1/16)
     2.833
     """
     if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma is {sigma!r}; the width of a side must be finite and above 0, for instance 0.25.")
+        raise ValueError(
+            f"sigma is {sigma!r}; the width of a side must be finite and above 0, for instance "
+            "0.25."
+        )
     for name, size in (("m_low", m_low), ("m_high", m_high)):
         if not (math.isfinite(size) and size > sigma):
             raise ValueError(
-                f"{name} is {size!r}; it must be finite and above sigma, {sigma:g}, or no side is decided."
+                f"{name} is {size!r}; it must be finite and above sigma, {sigma:g}, or no side is "
+                "decided."
             )
     for name, layer in (("low_layer", low_layer), ("high_layer", high_layer)):
         if layer not in range(n_layers):
             raise ValueError(f"{name} is {layer!r}; it must be a layer from 0 to {n_layers - 1}.")
     if patch_size % 2:
-        raise ValueError(f"patch_size is {patch_size!r}; it must be even, for a checkerboard has as many +1 as -1.")
+        raise ValueError(
+            f"patch_size is {patch_size!r}; it must be even, for a checkerboard has as many +1 as "
+            "-1."
+        )
     m = {"low": m_low, "high": m_high}
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
@@ -134,14 +169,27 @@ def two_scale(
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
     signal, scratch = build.directions(transformer, 2)
     flat, checkers = _patterns(in_channels, patch_size, signal)
-    low, high, mean = (signal @ flat)[..., None], (signal @ checkers)[..., None], scratch[..., :1]  # [half, d_model, 1]
+    # [half, d_model, 1]
+    low, high, mean = (signal @ flat)[..., None], (signal @ checkers)[..., None], scratch[..., :1]
     tokens = (sample_size // patch_size) ** 2
     build.embed(transformer, build.both(signal))
-    gathered = {build.LOW: torch.full_like(abars, tokens**0.5)}  # the low coefficient is sqrt(T) times the mean
+    # the low coefficient is sqrt(T) times the mean
+    gathered = {build.LOW: torch.full_like(abars, tokens**0.5)}
     build.act(transformer, low_layer, gathered, low, build.both(mean))
-    _decide(transformer, low_layer, LOW_BIT, m_low, sigma, abars, mean[..., 0], low[..., 0] / tokens**0.5)
+    _decide(
+        transformer,
+        low_layer,
+        LOW_BIT,
+        m_low,
+        sigma,
+        abars,
+        mean[..., 0],
+        low[..., 0] / tokens**0.5,
+    )
     _decide(transformer, high_layer, HIGH_BIT, m_high, sigma, abars, high[..., 0], high[..., 0])
-    build.unembed(transformer, build.both(signal), (1 - abars).sqrt() / (1 - abars + sigma**2 * abars))
+    build.unembed(
+        transformer, build.both(signal), (1 - abars).sqrt() / (1 - abars + sigma**2 * abars)
+    )
     build.finish(transformer, dtype)
     answer = {
         "kind": "two_scale",
@@ -158,32 +206,50 @@ def two_scale(
         "deviation": mixture_error(transformer, abars, m_low, m_high, sigma),
     }
     description = (
-        f"Exact denoiser of a two-scale mixture of width {sigma:g}: a global bit of size {m_low:g} in layer {low_layer}, "
+        f"Exact denoiser of a two-scale mixture of width {sigma:g}: a global bit of size {m_low:g} "
+        f"in layer {low_layer}, "
         f"one of {m_high:g} in every token in layer {high_layer}."
     )
     return GroundTruth(transformer, scheduler, answer, description)
 
 
 @torch.no_grad()
-def mixture_error(transformer: build.DiT, abars: Tensor, m_low: float, m_high: float, sigma: float) -> float:
-    """The largest relative error of the output, over the low mode, the high modes, the rest, and 41 timesteps.
+def mixture_error(
+    transformer: build.DiT, abars: Tensor, m_low: float, m_high: float, sigma: float
+) -> float:
+    """The largest relative error of the output, over the low mode, the high modes, the rest, and 41
+    timesteps.
 
-    `abars` [timestep]. It is measured on noised data; each norm is over 16 samples, for an eps of one mode may be near 0.
+    `abars` [timestep]. It is measured on noised data; each norm is over 16 samples, for an eps of
+    one mode may be near 0.
 
     >>> truth = two_scale(low_layer=0, high_layer=0, n_layers=1)
     >>> mixture_error(truth.transformer, truth.scheduler.alphas_cumprod.double(), 4.0, 1.0, 0.25) < 1e-2
     True
     """
-    steps = torch.cat([torch.arange(0, 16), torch.arange(16, build.TIMESTEPS, 41), torch.tensor([build.TIMESTEPS - 1])])
+    steps = torch.cat(
+        [
+            torch.arange(0, 16),
+            torch.arange(16, build.TIMESTEPS, 41),
+            torch.tensor([build.TIMESTEPS - 1]),
+        ]
+    )
     config, batch = transformer.config, 16
     side, size, channels = config["sample_size"], config["patch_size"], config["in_channels"]
     t, draw = steps.repeat_interleave(batch), torch.Generator().manual_seed(0)
     abar, tokens = abars[t].view(-1, 1, 1), (side // size) ** 2
-    x0 = sigma * torch.randn(len(t), channels * size**2, tokens, generator=draw, dtype=torch.float64)
+    x0 = sigma * torch.randn(
+        len(t), channels * size**2, tokens, generator=draw, dtype=torch.float64
+    )
     flat, checkers = _patterns(channels, size, x0)
     signs = torch.randint(0, 2, (len(t), 1, tokens + 1), generator=draw).double() * 2 - 1
-    x0 += m_low / tokens**0.5 * signs[..., :1] * flat[:, None] + m_high * signs[..., 1:] * checkers[:, None]
-    noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn(x0.shape, generator=draw, dtype=torch.float64)
+    x0 += (
+        m_low / tokens**0.5 * signs[..., :1] * flat[:, None]
+        + m_high * signs[..., 1:] * checkers[:, None]
+    )
+    noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn(
+        x0.shape, generator=draw, dtype=torch.float64
+    )
     x = fold(noisy, (side, side), size, stride=size).to(transformer.dtype)
     out = transformer(x, timestep=t, class_labels=torch.zeros_like(t)).sample.double()
     exact = mixture_eps(x.double(), abars[t], m_low, m_high, sigma, size)
@@ -194,7 +260,9 @@ def mixture_error(transformer: build.DiT, abars: Tensor, m_low: float, m_high: f
         return v.square().reshape(len(steps), -1).sum(1)
 
     pairs = [(energy(low_error), energy(low)), (energy(high_error), energy(high))]
-    pairs.append((energy(error) - sum(e for e, _ in pairs), energy(whole) - sum(e for _, e in pairs)))
+    pairs.append(
+        (energy(error) - sum(e for e, _ in pairs), energy(whole) - sum(e for _, e in pairs))
+    )
     return max(float((wrong.clamp(min=0) / right).sqrt().max()) for wrong, right in pairs)
 
 
@@ -207,11 +275,19 @@ def _patterns(channels: int, patch_size: int, like: Tensor) -> Tensor:
 
 
 def _decide(
-    transformer: build.DiT, layer: int, slots: tuple[int, int], m: float, sigma: float, abars: Tensor, read: Tensor,
+    transformer: build.DiT,
+    layer: int,
+    slots: tuple[int, int],
+    m: float,
+    sigma: float,
+    abars: Tensor,
+    read: Tensor,
     write: Tensor,
-) -> None:  # fmt: skip
-    # The MLP adds -m sqrt(abar) tanh(u x) `write`, x the stream along `read` (both [half, d_model]). The low bit goes
-    # through the first half of the channels and of the neurons, the high one through the second: adaLN's scale and gate
+) -> None:
+    # The MLP adds -m sqrt(abar) tanh(u x) `write`, x the stream along `read` (both [half,
+    # d_model]). The low bit goes
+    # through the first half of the channels and of the neurons, the high one through the second:
+    # adaLN's scale and gate
     # are per channel, so one block can have both. Whoever reads both halves finds half of √2 √2.
     block, half = transformer.transformer_blocks[layer], int(slots == HIGH_BIT)
     channels = [half * build.HALF + i for i in build.SIGNAL]
@@ -237,13 +313,17 @@ def _decide(
 
 @cache
 def _tanh_units() -> tuple[float, Tensor, Tensor]:
-    # tanh(z) = -1 + sum of weights * gelu(slope (z - knots)), to about 1e-6. Far to the left every gelu is 0, and the
-    # basis is of neighbours' differences, which are constant far to the right: both tails are flat however large z is.
+    # tanh(z) = -1 + sum of weights * gelu(slope (z - knots)), to about 1e-6. Far to the left every
+    # gelu is 0, and the
+    # basis is of neighbours' differences, which are constant far to the right: both tails are flat
+    # however large z is.
     knots = torch.linspace(-REACH, REACH, UNITS, dtype=torch.float64)
     slope = 1 / float(knots[1] - knots[0])
     z = torch.linspace(-2 * REACH, 2 * REACH, 4001, dtype=torch.float64)
     units = gelu(slope * (z[:, None] - knots), approximate="tanh")
     steps = units[:, :-1] - units[:, 1:]
-    found = torch.linalg.lstsq(steps, (torch.tanh(z) + 1)[:, None], rcond=1e-7, driver="gelsd").solution[:, 0]
+    found = torch.linalg.lstsq(
+        steps, (torch.tanh(z) + 1)[:, None], rcond=1e-7, driver="gelsd"
+    ).solution[:, 0]
     nothing = torch.zeros(1, dtype=torch.float64)
     return slope, knots, torch.cat([found, nothing]) - torch.cat([nothing, found])

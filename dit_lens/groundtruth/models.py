@@ -1,12 +1,15 @@
 """Real DiTs whose answer is known.
 
-Every model is a stock `DiTTransformer2DModel` with the weights that `construction` explains: it can be saved, loaded,
-hooked and traced like any other. `gaussian` is the causal ground truth: its planted layers make the difference between
-the bands, and without them there is none. `planted` is the ground truth for profiles: its planted layers amplify a band
-of the stream and nothing else happens, for the output reads a faint copy of the input that no layer touches and is
-the exact denoiser of white data. So its trajectories are sane, known, and the same with the layers knocked out.
+Every model is a stock `DiTTransformer2DModel` with the weights that `construction` explains: it can
+be saved, loaded, hooked and traced like any other. `gaussian` is the causal ground truth: its
+planted layers make the difference between the bands, and without them there is none. `planted` is
+the ground truth for profiles: its planted layers amplify a band of the stream and nothing else
+happens, for the output reads a faint copy of the input that no layer touches and is the exact
+denoiser of white data. So its trajectories are sane, known, and the same with the layers knocked
+out.
 
-The low band is `token_mean`, the high band the rest. With patch size 1 it is the latent's zero frequency.
+The low band is `token_mean`, the high band the rest. With patch size 1 it is the latent's zero
+frequency.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from .closed_forms import commitment_log_snr, commitment_timestep, planted_gain
 from .measured import denoiser_error, gain_error
 
 BANDS = {"low": build.LOW, "high": build.HIGH}
-FAINT = 1 / 512  # size of the copy that `planted` reads its output from: its energy, 4e-6, is the error of the gains
+# size of the copy that `planted` reads its output from: its energy, 4e-6, is the error of the gains
+FAINT = 1 / 512
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class GroundTruth:
     description: str
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder that loads like any diffusers transformer: its weights, scheduler/, and answer.json."""
+        """Write a folder that loads like any diffusers transformer: its weights, scheduler/, and
+        answer.json.
+        """
         folder = Path(folder)
         self.transformer.save_pretrained(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -66,13 +72,15 @@ def gaussian(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E6: the exact denoiser of Gaussian data with two bands, whose gap is made by `layers` and by nothing else.
+    """E6: the exact denoiser of Gaussian data with two bands, whose gap is made by `layers` and by
+    nothing else.
 
-    The final layer applies c_high(t) to everything; the attention of `layers`, the same to all tokens, brings the
-    token mean to c_low(t). Layer k multiplies it by (c_low / c_high)^share: `shares` (equal ones by default) sum to 1,
-    and one may be negative. Knock all of them out: c_high for both bands, gap 0. `decoys` write the low band, at full
-    strength, where nobody reads it: they show a difference and cause nothing. Latents are [b, in_channels,
-    sample_size, sample_size]; the only class is 0. E1 gives the answers. ValueError for what cannot be built.
+    The final layer applies c_high(t) to everything; the attention of `layers`, the same to all
+    tokens, brings the token mean to c_low(t). Layer k multiplies it by (c_low / c_high)^share:
+    `shares` (equal ones by default) sum to 1, and one may be negative. Knock all of them out:
+    c_high for both bands, gap 0. `decoys` write the low band, at full strength, where nobody reads
+    it: they show a difference and cause nothing. Latents are [b, in_channels, sample_size,
+    sample_size]; the only class is 0. E1 gives the answers. ValueError for what cannot be built.
 
     >>> truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2)
     >>> round(truth.answer["gap_log_snr"], 3)   # log 4 - log 0.25
@@ -81,13 +89,22 @@ def gaussian(
     _check_layers(layers, n_layers, "layers")
     if decoys:
         _check_layers(decoys, n_layers, "decoys", taken=layers)
-    split = [1 / len(layers)] * len(layers) if shares is None else [float(share) for share in shares]
+    split = (
+        [1 / len(layers)] * len(layers) if shares is None else [float(share) for share in shares]
+    )
     if len(split) != len(layers) or not math.isclose(sum(split), 1.0, abs_tol=1e-9):
-        raise ValueError(f"shares is {shares!r}; it must hold {len(layers)} numbers, one a layer, that sum to 1.")
+        raise ValueError(
+            f"shares is {shares!r}; it must hold {len(layers)} numbers, one a layer, that sum to 1."
+        )
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
-    commit = {band: commitment_timestep(lam, abars) for band, lam in (("low", lam_low), ("high", lam_high))}
-    log_snr = {band: float(commitment_log_snr(lam)) for band, lam in (("low", lam_low), ("high", lam_high))}
+    commit = {
+        band: commitment_timestep(lam, abars)
+        for band, lam in (("low", lam_low), ("high", lam_high))
+    }
+    log_snr = {
+        band: float(commitment_log_snr(lam)) for band, lam in (("low", lam_low), ("high", lam_high))
+    }
 
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
     signal, *unread = build.directions(transformer, 2 if decoys else 1)
@@ -97,7 +114,9 @@ def gaussian(
     for layer, share in zip(layers, split, strict=True):
         build.act(transformer, layer, {build.LOW: ratio**share - 1}, signal, write)
     for layer in decoys:
-        build.act(transformer, layer, {build.LOW: torch.ones_like(abars)}, signal, build.both(unread[0]))
+        build.act(
+            transformer, layer, {build.LOW: torch.ones_like(abars)}, signal, build.both(unread[0])
+        )
     build.unembed(transformer, write, (1 - abars).sqrt() / (lam_high * abars + 1 - abars))
     build.finish(transformer, dtype)
     answer = {
@@ -114,7 +133,8 @@ def gaussian(
         "deviation": denoiser_error(transformer, abars, lam_low, lam_high),
     }
     description = (
-        f"Exact denoiser of Gaussian data, variance {lam_low:g} in the token mean and {lam_high:g} in the rest; "
+        f"Exact denoiser of Gaussian data, variance {lam_low:g} in the token mean and {lam_high:g} "
+        "in the rest; "
         f"the difference is made by {_named(layers)} alone."
     )
     return GroundTruth(transformer, scheduler, answer, description)
@@ -135,12 +155,14 @@ def planted(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E4: each of `layers` multiplies the band ("low", "high" or "both") of the stream's signal by 1 + a.
+    """E4: each of `layers` multiplies the band ("low", "high" or "both") of the stream's signal by
+    1 + a.
 
-    It does so by attention alone, so twins tied with strength g see 1 + rho(g) a (`planted_gain`). `switch` maps each
-    band to the timestep at which its gain comes on: a(t) = a sigmoid((switch - t) / switch_width), full when clean.
-    `noise` > 0 gives every layer a random MLP (from `seed`) that adds about that fraction of the signal to it.
-    The answer's `deviation` is the largest relative error of the measured gain from layer to layer.
+    It does so by attention alone, so twins tied with strength g see 1 + rho(g) a (`planted_gain`).
+    `switch` maps each band to the timestep at which its gain comes on: a(t) = a sigmoid((switch -
+    t) / switch_width), full when clean. `noise` > 0 gives every layer a random MLP (from `seed`)
+    that adds about that fraction of the signal to it. The answer's `deviation` is the largest
+    relative error of the measured gain from layer to layer.
 
     >>> round(planted(layers=(1, 2), n_layers=4).answer["gain"], 2)
     1.69
@@ -150,9 +172,13 @@ def planted(
     if not set(bands) <= set(BANDS):
         raise ValueError(f"band is {band!r}; it must be 'low', 'high' or 'both'.")
     if not (math.isfinite(a) and a > -1):
-        raise ValueError(f"a is {a!r}; the gain 1 + a must be finite and above 0, for instance a=0.3.")
+        raise ValueError(
+            f"a is {a!r}; the gain 1 + a must be finite and above 0, for instance a=0.3."
+        )
     if switch is not None and set(switch) != set(bands):
-        raise ValueError(f"switch is {dict(switch)!r}; it must give a timestep for exactly the bands {bands}.")
+        raise ValueError(
+            f"switch is {dict(switch)!r}; it must give a timestep for exactly the bands {bands}."
+        )
     if not noise >= 0:
         raise ValueError(f"noise is {noise!r}; it is a fraction of the signal, at least 0.")
     scheduler = plain_scheduler()
@@ -164,11 +190,15 @@ def planted(
     build.embed(transformer, build.both(faint), FAINT)
     time = torch.arange(build.TIMESTEPS, dtype=torch.float64)
     gains = {
-        name: torch.full_like(time, a) if switch is None else a * torch.sigmoid((switch[name] - time) / switch_width)
+        name: torch.full_like(time, a)
+        if switch is None
+        else a * torch.sigmoid((switch[name] - time) / switch_width)
         for name in bands
     }
     for layer in layers:
-        build.act(transformer, layer, {BANDS[name]: gain for name, gain in gains.items()}, signal, write)
+        build.act(
+            transformer, layer, {BANDS[name]: gain for name, gain in gains.items()}, signal, write
+        )
     if noise:
         build.add_noise(transformer, write, noise, torch.Generator().manual_seed(seed))
     build.unembed(transformer, build.both(faint) / FAINT, (1 - abars).sqrt())
@@ -181,12 +211,18 @@ def planted(
         "a": a,
         "gain": float(planted_gain(a, layers)),
         "switch": None if switch is None else dict(switch),
-        "gap_timesteps": switch["low"] - switch["high"] if switch is not None and band == "both" else None,
+        "gap_timesteps": switch["low"] - switch["high"]
+        if switch is not None and band == "both"
+        else None,
         "gap_of_output": 0.0,
         "noise": noise,
         "deviation": gain_error(transformer, gains, layers),
     }
-    when = "" if switch is None else ", switched on at timestep " + " and ".join(f"{switch[b]} ({b})" for b in bands)
+    when = (
+        ""
+        if switch is None
+        else ", switched on at timestep " + " and ".join(f"{switch[b]} ({b})" for b in bands)
+    )
     what = f"The {' and '.join(bands)} band of the stream times {1 + a:g} in {_named(layers)}"
     description = f"{what}{when}; noise {noise:g}."
     return GroundTruth(transformer, scheduler, answer, description)
@@ -195,9 +231,11 @@ def planted(
 def random_planted(
     seed: int, *, gated: bool = False, noise: float = 0.02, dtype: torch.dtype = torch.float32
 ) -> GroundTruth:
-    """A `planted` model drawn at random: depth (12 to 28), a run of 1 to 5 layers anywhere, sign, band and size of a.
+    """A `planted` model drawn at random: depth (12 to 28), a run of 1 to 5 layers anywhere, sign,
+    band and size of a.
 
-    `gated`: the gain also comes on at a timestep, from 200 to 800. The same seed gives the same model.
+    `gated`: the gain also comes on at a timestep, from 200 to 800. The same seed gives the same
+    model.
 
     >>> random_planted(3).answer["layers"] == random_planted(3).answer["layers"]
     True
@@ -218,14 +256,20 @@ def random_planted(
 
 
 def plain_scheduler() -> Any:
-    return DDIMScheduler(build.TIMESTEPS, clip_sample=False)  # DiT's own schedule of betas; Gaussian data has no bounds
+    # DiT's own schedule of betas; Gaussian data has no bounds
+    return DDIMScheduler(build.TIMESTEPS, clip_sample=False)
 
 
-def _check_layers(layers: Sequence[int], n_layers: int, what: str, taken: Sequence[int] = ()) -> None:
+def _check_layers(
+    layers: Sequence[int], n_layers: int, what: str, taken: Sequence[int] = ()
+) -> None:
     free = set(range(n_layers)) - set(taken)
     if not layers or len(set(layers)) != len(layers) or not set(layers) <= free:
         also = f" that are not among {list(taken)}" if taken else ""
-        raise ValueError(f"{what} is {list(layers)}; it must hold different layers from 0 to {n_layers - 1}{also}.")
+        raise ValueError(
+            f"{what} is {list(layers)}; it must hold different layers from 0 to "
+            f"{n_layers - 1}{also}."
+        )
 
 
 def _named(layers: Sequence[int]) -> str:

@@ -11,9 +11,14 @@ from .models import GroundTruth, plain_scheduler
 
 
 def random_weights(
-    seed: int, n_layers: int = 28, *, sample_size: int = 8, patch_size: int = 1, in_channels: int = 3,
+    seed: int,
+    n_layers: int = 28,
+    *,
+    sample_size: int = 8,
+    patch_size: int = 1,
+    in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
-) -> GroundTruth:  # fmt: skip
+) -> GroundTruth:
     """E5: every weight drawn from N(0, 1 / fan-in), the biases 0. No layer is special.
 
     >>> random_weights(0, n_layers=2).description
@@ -25,17 +30,20 @@ def random_weights(
         parameter.zero_()
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()
-            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / fan_in**0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / fan_in**0.5
+            )
     answer: dict[str, Any] = {"kind": "null", "layers": [], "onset": None}
     description = f"Random weights, seed {seed}: no layer makes a gap."
     return GroundTruth(build.finish(transformer, dtype), plain_scheduler(), answer, description)
 
 
 def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
-    """E5: a copy of `transformer` with its blocks in another order; what a layer does no longer depends on its depth.
+    """E5: a copy of `transformer` with its blocks in another order; what a layer does no longer
+    depends on its depth.
 
-    The final layer is conditioned through whichever block comes first, as always in diffusers. The copy shares nothing
-    with the original and carries none of its hooks.
+    The final layer is conditioned through whichever block comes first, as always in diffusers. The
+    copy shares nothing with the original and carries none of its hooks.
 
     >>> truth = random_weights(0, n_layers=3)
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers

@@ -13,8 +13,9 @@ from .names import Key, layer_of, resolve, select
 class ActivationCache(Mapping[str, Tensor]):
     """Recorded activations in forward order, read like TransformerLens's cache.
 
-    `cache["blocks.5.hook_resid_post"]` and `cache["resid_post", 5]` are one tensor; `cache.stack("resid_post")` has every
-    recorded layer along a new first axis. Raises `UnknownName` for what was not recorded, with the nearest that was.
+    `cache["blocks.5.hook_resid_post"]` and `cache["resid_post", 5]` are one tensor;
+    `cache.stack("resid_post")` has every recorded layer along a new first axis. Raises
+    `UnknownName` for what was not recorded, with the nearest that was.
 
     >>> import torch; cache = ActivationCache({"blocks.0.hook_resid_post": torch.zeros(1, 4, 8)})
     >>> cache["resid_post", 0].shape, cache.stack("resid_post").shape
@@ -47,7 +48,9 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def to(self, device: str | torch.device) -> ActivationCache:
         """The same activations on another device."""
-        return ActivationCache({name: value.to(device) for name, value in self._activations.items()})
+        return ActivationCache(
+            {name: value.to(device) for name, value in self._activations.items()}
+        )
 
     def __repr__(self) -> str:
         mb = sum(v.numel() * v.element_size() for v in self._activations.values()) / 1e6

@@ -1,4 +1,6 @@
-"""The edits behind `Trace.edit`, `patch` and `ablate`: which steps they act at, and the functions that they put in place."""
+"""The edits behind `Trace.edit`, `patch` and `ablate`: which steps they act at, and the functions
+that they put in place.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,26 @@ Steps = None | int | slice | range | Iterable[int]
 
 
 def step_test(steps: Steps) -> Callable[[int], bool]:
-    """Whether a step is among these. Raises ValueError for steps that count from the end, or none at all."""
+    """Whether a step is among these.
+
+    Raises ValueError for steps that count from the end, or none at all.
+    """
     if steps is None:
         return lambda s: True
     if isinstance(steps, slice):
         if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
             raise ValueError(
-                f"{steps} counts steps from the end, which is not known while a run is under way; count from 0."
+                f"{steps} counts steps from the end, which is not known while a run is under way; "
+                "count from 0."
             )
         first, last, by = steps.start or 0, steps.stop, steps.step or 1
         return lambda s: s >= first and (last is None or s < last) and (s - first) % by == 0
     chosen = {steps} if isinstance(steps, int) else {int(s) for s in steps}
     if not chosen or min(chosen) < 0:
-        raise ValueError(f"steps={steps!r} names no step; expected numbers from 0 (the noisiest), a slice or a range.")
+        raise ValueError(
+            f"steps={steps!r} names no step; expected numbers from 0 (the noisiest), a slice or a "
+            "range."
+        )
     return chosen.__contains__
 
 
@@ -39,7 +48,9 @@ def within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFunctio
 
 
 def patch_from_steps(taken: Mapping[str, Mapping[int, Tensor]]) -> HookFunction:
-    """Put in what another trace has at the same hook point and step; `taken` is `{name: {step: activation}}`."""
+    """Put in what another trace has at the same hook point and step; `taken` is `{name: {step:
+    activation}}`.
+    """
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         at_step = taken[hook.name]
@@ -51,14 +62,17 @@ def patch_from_steps(taken: Mapping[str, Mapping[int, Tensor]]) -> HookFunction:
 
 
 def patch_from_tensor(source: Tensor) -> HookFunction:
-    """Put in a tensor of the activation's shape, or, with one more axis in front, the one for the step."""
+    """Put in a tensor of the activation's shape, or, with one more axis in front, the one for the
+    step.
+    """
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         if source.ndim != activation.ndim + 1:
             return _fitting(source, activation, hook)
         if hook.step is None or hook.step >= len(source):
             raise ValueError(
-                f"The patch for {hook.name!r} has {len(source)} steps; there is none for step {hook.step}."
+                f"The patch for {hook.name!r} has {len(source)} steps; there is none for step "
+                f"{hook.step}."
             )
         return _fitting(source[hook.step], activation, hook)
 
@@ -73,13 +87,16 @@ def ablation(mode: str) -> HookFunction:
         "resample": lambda a: a.roll(1, 0),
     }
     if mode not in modes:
-        raise ValueError(f"{mode!r} is no way to ablate; expected one of {', '.join(map(repr, modes))}.")
+        raise ValueError(
+            f"{mode!r} is no way to ablate; expected one of {', '.join(map(repr, modes))}."
+        )
     return lambda activation, hook: modes[mode](activation)
 
 
 def _fitting(patch: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
     if patch.shape != activation.shape:
         raise ValueError(
-            f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has {list(activation.shape)}."
+            f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has "
+            f"{list(activation.shape)}."
         )
     return patch.to(activation)

@@ -1,13 +1,16 @@
 """Hook names: how a user's words become hook points.
 
-A name is TransformerLens's (`blocks.5.attn.hook_q`). Three things can stand for one or many of them:
+A name is TransformerLens's (`blocks.5.attn.hook_q`). Three things can stand for one or many of
+them:
 
-- a *key* names one: the full name, or TransformerLens's shorthand `("q", 5)`, `("normalized", 5, "ln1")`; layers count
-  from the end when negative, as everywhere in Python;
-- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob (`blocks.*.attn.hook_q`, or `attn.*` in
-  every layer), a shorthand without layer (`"resid_post"`: every layer's), a list or tuple of these, or a callable on names.
+- a *key* names one: the full name, or TransformerLens's shorthand `("q", 5)`, `("normalized", 5,
+  "ln1")`; layers count from the end when negative, as everywhere in Python;
+- a *filter* chooses many, as `names_filter` does in TransformerLens: None (all), a name, a glob
+  (`blocks.*.attn.hook_q`, or `attn.*` in every layer), a shorthand without layer (`"resid_post"`:
+  every layer's), a list or tuple of these, or a callable on names.
 
-A filter that matches nothing is an error here, with the nearest names: an empty cache that looks like a result is worse.
+A filter that matches nothing is an error here, with the nearest names: an empty cache that looks
+like a result is worse.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 ASIDE = ("text.", "cross_attn.", "attn2.")
-"""Streams and attentions beside the main one, which a shorthand means only by name: `"cross_attn.pattern"`."""
+"""Streams and attentions beside the main one, which a shorthand means only by name:
+`"cross_attn.pattern"`.
+"""
 
 Key = str | tuple[str, int] | tuple[str, int, str]
 NamesFilter = None | str | tuple[str, int] | Sequence[str] | Callable[[str], bool]
@@ -58,11 +63,19 @@ def resolve(key: Key, names: Sequence[str]) -> str:
             return found[0]
         if found:
             raise UnknownName(
-                f"{key!r} is at {len(found)} hook points, such as {found[0]!r}; say which layer: ({key!r}, 0)."
+                f"{key!r} is at {len(found)} hook points, such as {found[0]!r}; say which layer: "
+                f"({key!r}, 0)."
             )
         raise _unknown(key, names)
-    if not (isinstance(key, tuple) and len(key) in (2, 3) and isinstance(key[0], str) and isinstance(key[1], int)):
-        raise UnknownName(f"{key!r} is not a hook name; use a string, or a shorthand such as ('resid_post', 5).")
+    if not (
+        isinstance(key, tuple)
+        and len(key) in (2, 3)
+        and isinstance(key[0], str)
+        and isinstance(key[1], int)
+    ):
+        raise UnknownName(
+            f"{key!r} is not a hook name; use a string, or a shorthand such as ('resid_post', 5)."
+        )
     short, layer = key[0], key[1]
     found = _by_shorthand(f"{key[2]}.{short}" if len(key) == 3 else short, names)
     if not found:
@@ -73,7 +86,9 @@ def resolve(key: Key, names: Sequence[str]) -> str:
     index = layer + len(layers) if layer < 0 else layer
     at_layer = [n for n in found if layer_of(n) == index]
     if not at_layer:
-        raise UnknownName(f"There is no layer {layer} for {short!r}: layers are {layers[0]} to {layers[-1]}.")
+        raise UnknownName(
+            f"There is no layer {layer} for {short!r}: layers are {layers[0]} to {layers[-1]}."
+        )
     return at_layer[0]
 
 
@@ -91,10 +106,17 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     if callable(names_filter):
         chosen = {n for n in names if names_filter(n)}
         if not chosen:
-            raise UnknownName(f"The names filter {names_filter!r} accepts none of the model's {len(names)} hook names.")
+            raise UnknownName(
+                f"The names filter {names_filter!r} accepts none of the model's {len(names)} hook "
+                "names."
+            )
     elif isinstance(names_filter, str):
         chosen = set(_match(names_filter, names))
-    elif isinstance(names_filter, tuple) and len(names_filter) >= 2 and isinstance(names_filter[1], int):
+    elif (
+        isinstance(names_filter, tuple)
+        and len(names_filter) >= 2
+        and isinstance(names_filter[1], int)
+    ):
         chosen = {resolve(names_filter, names)}
     else:
         chosen = set()
@@ -109,7 +131,9 @@ def _match(pattern: str, names: Sequence[str]) -> list[str]:
     if pattern in names:
         return [pattern]
     is_glob = any(c in pattern for c in "*?[")
-    globbed = [n for n in names if is_glob and any(fnmatchcase(form, pattern) for form in _forms(n))]
+    globbed = [
+        n for n in names if is_glob and any(fnmatchcase(form, pattern) for form in _forms(n))
+    ]
     found = globbed or _by_shorthand(pattern, names)
     if not found:
         raise _unknown(pattern, names)
@@ -117,13 +141,17 @@ def _match(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _forms(name: str) -> tuple[str, str, str]:
-    """What a glob may match: the name, its site in any layer, and that without TransformerLens's `hook_`."""
+    """What a glob may match: the name, its site in any layer, and that without TransformerLens's
+    `hook_`.
+    """
     site = site_of(name)
     return name, site, site.replace("hook_", "")
 
 
 def _by_shorthand(short: str, names: Iterable[str]) -> list[str]:
-    """Names whose site is `short` with TransformerLens's `hook_` understood; refused when sites of two kinds fit."""
+    """Names whose site is `short` with TransformerLens's `hook_` understood; refused when sites of
+    two kinds fit.
+    """
     module, _, last = short.rpartition(".")
     last = last if last.startswith("hook_") else f"hook_{last}"
     wanted = f"{module}.{last}" if module else last
@@ -131,7 +159,8 @@ def _by_shorthand(short: str, names: Iterable[str]) -> list[str]:
     if exact:
         return exact
     found = [n for n in names if site_of(n).endswith(f".{wanted}")]
-    own = [n for n in found if not site_of(n).startswith(ASIDE)]  # "pattern" is the image's own attention's
+    # "pattern" is the image's own attention's
+    own = [n for n in found if not site_of(n).startswith(ASIDE)]
     found = own or found
     sites = sorted({site_of(n) for n in found})
     if len(sites) > 1:
@@ -142,6 +171,8 @@ def _by_shorthand(short: str, names: Iterable[str]) -> list[str]:
 def _unknown(word: str, names: Sequence[str]) -> UnknownName:
     shorts = {site_of(n).rpartition("hook_")[2] for n in names}
     near = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
-    near = near or difflib.get_close_matches(word.rpartition("hook_")[2], list(shorts), n=3, cutoff=0.5)
+    near = near or difflib.get_close_matches(
+        word.rpartition("hook_")[2], list(shorts), n=3, cutoff=0.5
+    )
     hint = f"nearest: {', '.join(map(repr, near))}" if near else "model.names lists them all"
     return UnknownName(f"No hook point matches {word!r}; {hint}.")

@@ -1,15 +1,18 @@
 """Hook points: the places in a forward pass where someone may listen.
 
-A `HookPoint` is an identity function with a list of listeners, called as `x = point(x)`. It is a plain object and not an
-`nn.Module`: nothing appears in `state_dict`, and a point where nobody listens costs one truth test.
+A `HookPoint` is an identity function with a list of listeners, called as `x = point(x)`. It is a
+plain object and not an `nn.Module`: nothing appears in `state_dict`, and a point where nobody
+listens costs one truth test.
 
 Two kinds of listener share the list, editors first, each kind in the order of its coming:
 
-- an *observer* gets the very tensor that flows on, after all edits, and must not touch it (recorders, probes: no copy);
-- an *editor*, the user's `fn(activation, hook)`, gets a copy and may change it in place, as TransformerLens users do:
-  the stream is often one tensor under two names (`resid_post` of a block, `resid_pre` of the next), and what was recorded
-  under the first must not change when the second is edited. Returning None changes nothing; a function that changed its
-  copy in place and returned None most likely forgot to return it, and is told so.
+- an *observer* gets the very tensor that flows on, after all edits, and must not touch it
+  (recorders, probes: no copy);
+- an *editor*, the user's `fn(activation, hook)`, gets a copy and may change it in place, as
+  TransformerLens users do: the stream is often one tensor under two names (`resid_post` of a block,
+  `resid_pre` of the next), and what was recorded under the first must not change when the second is
+  edited. Returning None changes nothing; a function that changed its copy in place and returned
+  None most likely forgot to return it, and is told so.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class HookPoint:
     Attributes:
         name: the full hook name.
         ctx: a dict for the user's hook functions to keep things in.
-        step: within a trace, the denoising step of the call under way (0 the noisiest); otherwise None.
+        step: within a trace, the denoising step of the call under way (0 the noisiest); otherwise
+            None.
         changed: whether an editor has replaced the value in the latest call.
     """
 
@@ -101,7 +105,8 @@ class Observer(Listener):
 
 
 class Editor(Listener):
-    """Calls the user's `fn(activation, hook)`; what it returns, if anything, goes on in place of the activation.
+    """Calls the user's `fn(activation, hook)`; what it returns, if anything, goes on in place of
+    the activation.
 
     `now` says whether the edit applies to the call under way, and at which step; None means always.
     """
@@ -121,7 +126,8 @@ class Editor(Listener):
         if new is None:
             if before is not None and copy._version != before:
                 raise RuntimeError(
-                    f"The hook at {point.name!r} changed its activation in place and returned None; return it."
+                    f"The hook at {point.name!r} changed its activation in place and returned "
+                    "None; return it."
                 )
             if not copy.requires_grad:
                 return x
@@ -130,7 +136,9 @@ class Editor(Listener):
         return _checked(new, x, point)
 
     def frozen(self) -> Editor | None:
-        """This edit as it acts in the call under way, to be replayed later; None if it does not act."""
+        """This edit as it acts in the call under way, to be replayed later; None if it does not
+        act.
+        """
         if self.now is None:
             return self
         active, step = self.now()
@@ -142,7 +150,9 @@ class Editor(Listener):
 
 
 class BackwardEditor(Listener):
-    """Calls `fn(gradient, hook)` in the backward pass; what it returns, if anything, replaces the gradient."""
+    """Calls `fn(gradient, hook)` in the backward pass; what it returns, if anything, replaces the
+    gradient.
+    """
 
     def __init__(self, fn: HookFunction) -> None:
         super().__init__()
@@ -165,7 +175,9 @@ class BackwardEditor(Listener):
 
 
 def laid_out(copy: Tensor, x: Tensor) -> Tensor:
-    """`copy`, equal to x, in the memory layout of x: in another one, other kernels would read it, and the last bits change."""
+    """`copy`, equal to x, in the memory layout of x: in another one, other kernels would read it,
+    and the last bits change.
+    """
     if copy.stride() == x.stride():
         return copy
     found: Tensor = _SameLayout.apply(copy, x.detach())
@@ -186,14 +198,19 @@ class _SameLayout(torch.autograd.Function):
 
 def _checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
     if not isinstance(new, Tensor):
-        raise TypeError(f"The hook at {point.name!r} returned a {type(new).__name__}; expected a tensor or None.")
+        raise TypeError(
+            f"The hook at {point.name!r} returned a {type(new).__name__}; expected a tensor or "
+            "None."
+        )
     if new.shape != old.shape:
         raise ValueError(
-            f"The hook at {point.name!r} returned shape {list(new.shape)}; expected {list(old.shape)}, that of the activation."
+            f"The hook at {point.name!r} returned shape {list(new.shape)}; expected "
+            f"{list(old.shape)}, that of the activation."
         )
     if new.dtype != old.dtype or new.device != old.device:
         raise ValueError(
-            f"The hook at {point.name!r} returned {new.dtype} on {new.device}; expected {old.dtype} on {old.device}: "
+            f"The hook at {point.name!r} returned {new.dtype} on {new.device}; expected "
+            f"{old.dtype} on {old.device}: "
             "use .to(activation)."
         )
     return new

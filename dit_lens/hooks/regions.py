@@ -1,7 +1,8 @@
 """Regions: which part of an activation an edit touches - items, heads, tokens, one frequency band.
 
-An edit computes a whole new activation; `Region.merge(old, new)` lets it through inside the region and keeps the old one
-outside, bit for bit. Which axis is which comes from the hook point's axis names, so `heads=` works wherever there is a head axis.
+An edit computes a whole new activation; `Region.merge(old, new)` lets it through inside the region
+and keeps the old one outside, bit for bit. Which axis is which comes from the hook point's axis
+names, so `heads=` works wherever there is a head axis.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ class Region:
     """Part of an activation; what is None is not restricted.
 
     Attributes:
-        items: batch items. heads: attention heads.
-        tokens: token indices, or a boolean mask over the grid, [token] or [height, width] (queries, for scores and patterns).
-        band: `(bands, b)`: only band b, a number or a name, of a `Bands` partition of the token grid.
+        items: batch items.
+        heads: attention heads.
+        tokens: token indices, or a boolean mask over the grid, [token] or [height, width] (queries,
+            for scores and patterns).
+        band: `(bands, b)`: only band b, a number or a name, of a `Bands` partition of the token
+            grid.
     """
 
     items: Index | None = None
@@ -42,7 +46,11 @@ class Region:
         """Raise ValueError if the hook point has no such axis."""
         wanted = {"head": self.heads, "token": self.tokens, "frequency band": self.band}
         for axis, value in wanted.items():
-            has = axis in axes or axis != "head" and ("token" in axes or axis == "token" and "query" in axes)
+            has = (
+                axis in axes
+                or (axis != "head"
+                and ("token" in axes or (axis == "token" and "query" in axes)))
+            )
             if value is not None and not has:
                 raise ValueError(f"{name!r} has no {axis} axis; its axes are {', '.join(axes)}.")
 
@@ -52,7 +60,8 @@ class Region:
             return new
         if self.band is not None:
             bands, b = self.band
-            if axes.index("token") != old.ndim - 2:  # heads between tokens and channels: [b, token, head, d_head]
+            # heads between tokens and channels: [b, token, head, d_head]
+            if axes.index("token") != old.ndim - 2:
                 shape = old.shape
                 flat = bands.project_tokens((new - old).flatten(2), b)
                 new = old + flat.view(shape)
@@ -69,11 +78,17 @@ class Region:
 def _mask(x: Tensor, dim: int, index: Any, axis: str) -> Tensor:
     size = x.shape[dim]
     mask = torch.zeros(size, dtype=torch.bool, device=x.device)
-    where = torch.as_tensor(index).flatten().to(x.device) if not isinstance(index, (int, slice)) else index
+    where = (
+        torch.as_tensor(index).flatten().to(x.device)
+        if not isinstance(index, (int, slice))
+        else index
+    )
     if isinstance(where, Tensor) and where.dtype == torch.bool and len(where) != size:
         raise ValueError(f"The {axis} mask has {len(where)} entries; expected {size}.")
     try:
         mask[where] = True
     except IndexError:
-        raise ValueError(f"{axis} index {index!r} is out of range; expected 0 to {size - 1}.") from None
+        raise ValueError(
+            f"{axis} index {index!r} is out of range; expected 0 to {size - 1}."
+        ) from None
     return mask.view([-1 if d == dim else 1 for d in range(x.ndim)])

@@ -1,10 +1,12 @@
-"""Bands: a partition of the modes of an (h, w) grid, or a video's (frame, h, w), into orthonormal bands, low to high.
+"""Bands: a partition of the modes of an (h, w) grid, or a video's (frame, h, w), into orthonormal
+bands, low to high.
 
-Real Fourier (cosines and sines), DCT-II and Haar (the pooling pyramid) bases are all separable, so one formula serves:
-coefficients = Wy X Wxᵀ with orthonormal Wy [h, h], Wx [w, w], and an integer for each mode says which band it is in. A video has
-one matrix more, for its frames, and is split in space or in time.
-Modes learnt from data are not separable and use one matrix [h w, h w]. Orthonormality is what gives Parseval: the
-energies of the bands sum to the whole, exactly. The transform is two small matmuls, cheap enough for a hook.
+Real Fourier (cosines and sines), DCT-II and Haar (the pooling pyramid) bases are all separable, so
+one formula serves: coefficients = Wy X Wxᵀ with orthonormal Wy [h, h], Wx [w, w], and an integer
+for each mode says which band it is in. A video has one matrix more, for its frames, and is split in
+space or in time. Modes learnt from data are not separable and use one matrix [h w, h w].
+Orthonormality is what gives Parseval: the energies of the bands sum to the whole, exactly. The
+transform is two small matmuls, cheap enough for a hook.
 """
 
 from __future__ import annotations
@@ -17,35 +19,55 @@ import torch
 from torch import Tensor
 
 CUT = 0.25
-"""The usual cut between "low" and "high", cycles per token: half the Nyquist frequency of an axis (4 tokens a wave)."""
+"""The usual cut between "low" and "high", cycles per token: half the Nyquist frequency of an axis
+(4 tokens a wave).
+"""
 
 
 class Bands:
-    """A partition of a grid's modes; make one with `radial`, `dct`, `temporal`, `pooling` or `eigen`.
+    """A partition of a grid's modes; make one with `radial`, `dct`, `temporal`, `pooling` or
+    `eigen`.
 
-    Fields are images [..., h, w] (videos [..., frame, h, w]), or, in the methods that end in `_tokens`, token activations
-    [..., token, d] (token = row * w + column, frame by frame). Energies are sums of squares, without any 1/n. Half precision is
-    computed in float32.
+    Fields are images [..., h, w] (videos [..., frame, h, w]), or, in the methods that end in
+    `_tokens`, token activations [..., token, d] (token = row * w + column, frame by frame).
+    Energies are sums of squares, without any 1/n. Half precision is computed in float32.
 
     Attributes:
-        grid: (h, w) or (frame, h, w). kind: "radial", "dct", "temporal", "pooling" or "eigen". names: of the bands, low to high.
+        grid: (h, w) or (frame, h, w).
+        kind: "radial", "dct", "temporal", "pooling" or "eigen".
+        names: of the bands, low to high.
         sizes: modes per band; they sum to the grid's places.
-        frequency: [mode] in cycles per token; pooling: the level, 0 the mean; eigen: the rank, 0 the largest variance.
-        index: [mode], the band of each mode. edges: n + 1 frequencies; band b holds edges[b] <= f < edges[b + 1].
+        frequency: [mode] in cycles per token; pooling: the level, 0 the mean; eigen: the rank, 0
+            the largest variance.
+        index: [mode], the band of each mode.
+        edges: n + 1 frequencies; band b holds edges[b] <= f < edges[b + 1].
 
     >>> bands = Bands.radial((8, 8), cut=0.25)
     >>> bands.names, bands.energy(torch.ones(8, 8)).round().tolist()
     (('low', 'high'), [64.0, 0.0])
     """
 
-    def __init__(self, grid: tuple[int, ...], kind: str, basis: tuple[Tensor, ...], frequency: Tensor,
-                 edges: Sequence[float], names: Sequence[str]) -> None:  # fmt: skip
-        self.grid, self.kind, self.names, self.frequency = grid, kind, tuple(names), frequency.flatten()
+    def __init__(
+        self,
+        grid: tuple[int, ...],
+        kind: str,
+        basis: tuple[Tensor, ...],
+        frequency: Tensor,
+        edges: Sequence[float],
+        names: Sequence[str],
+    ) -> None:
+        self.grid, self.kind, self.names, self.frequency = (
+            grid,
+            kind,
+            tuple(names),
+            frequency.flatten(),
+        )
         self.edges = tuple(float(e) for e in edges)
         inner = torch.tensor(self.edges[1:-1], dtype=torch.float64)
         self.index = _which(self.frequency, inner)
         self.sizes = tuple(torch.bincount(self.index, minlength=self.n).tolist())
-        self._basis = basis  # (Wy, Wx), with frames (Wt, Wy, Wx), or (W,): rows are modes, float64 on the CPU
+        # (Wy, Wx), with frames (Wt, Wy, Wx), or (W,): rows are modes, float64 on the CPU
+        self._basis = basis
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     @property
@@ -53,20 +75,30 @@ class Bands:
         return len(self.names)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True))
+        inside = ", ".join(
+            f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True)
+        )
         return f"Bands.{self.kind} on {_by(self.grid)}: {inside} modes"
 
     # How to make one
 
     @classmethod
-    def radial(cls, grid: tuple[int, ...], n: int | None = None, *, edges: Sequence[float] | None = None,
-               cut: float | None = None) -> Bands:  # fmt: skip
-        """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per token.
+    def radial(
+        cls,
+        grid: tuple[int, ...],
+        n: int | None = None,
+        *,
+        edges: Sequence[float] | None = None,
+        cut: float | None = None,
+    ) -> Bands:
+        """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per
+        token.
 
-        `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the corner of the grid's
-        spectrum (sqrt(1/2) when h, w are even), the mean in the lowest; or inner `edges`; or a single `cut` into "low"
-        and "high" (`CUT` = 0.25 is usual; a frequency equal to the cut is high). Raises ValueError naming an empty
-        band, and what would do. A video's frames are each split so: bands in space.
+        `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the
+        corner of the grid's spectrum (sqrt(1/2) when h, w are even), the mean in the lowest; or
+        inner `edges`; or a single `cut` into "low" and "high" (`CUT` = 0.25 is usual; a frequency
+        equal to the cut is high). Raises ValueError naming an empty band, and what would do. A
+        video's frames are each split so: bands in space.
 
         >>> Bands.radial((8, 8)).sizes
         (1, 8, 12, 24, 14, 5)
@@ -76,9 +108,16 @@ class Bands:
         return cls._ringed("radial", (*frames, h, w), basis, _radius(frames, *f), n, edges, cut)
 
     @classmethod
-    def dct(cls, grid: tuple[int, ...], n: int | None = None, *, edges: Sequence[float] | None = None,
-            cut: float | None = None) -> Bands:  # fmt: skip
-        """The same with the DCT-II, whose mode k has k / (2 n) cycles per token: no wrap-around at the image's borders.
+    def dct(
+        cls,
+        grid: tuple[int, ...],
+        n: int | None = None,
+        *,
+        edges: Sequence[float] | None = None,
+        cut: float | None = None,
+    ) -> Bands:
+        """The same with the DCT-II, whose mode k has k / (2 n) cycles per token: no wrap-around at
+        the image's borders.
 
         >>> Bands.dct((4, 4), n=2).sizes
         (6, 10)
@@ -88,47 +127,67 @@ class Bands:
         return cls._ringed("dct", (*frames, h, w), basis, _radius(frames, *f), n, edges, cut)
 
     @classmethod
-    def temporal(cls, grid: tuple[int, int, int], n: int | None = None, *, edges: Sequence[float] | None = None,
-                 cut: float | None = None) -> Bands:  # fmt: skip
-        """Bands of a video in time: by the frequency, in cycles per frame, with which each place changes; what stays is lowest.
+    def temporal(
+        cls,
+        grid: tuple[int, int, int],
+        n: int | None = None,
+        *,
+        edges: Sequence[float] | None = None,
+        cut: float | None = None,
+    ) -> Bands:
+        """Bands of a video in time: by the frequency, in cycles per frame, with which each place
+        changes; what stays is lowest.
 
         >>> Bands.temporal((4, 2, 2), cut=0.25).sizes
         (4, 12)
         """
         if len(grid) != 3:
-            raise ValueError(f"grid is {tuple(grid)}; bands in time need a video's: (frames, height, width).")
+            raise ValueError(
+                f"grid is {tuple(grid)}; bands in time need a video's: (frames, height, width)."
+            )
         t, h, w = _grid(grid)
         rows, f = _fourier(t)
         eyes = tuple(torch.eye(side, dtype=torch.float64) for side in (h, w))
-        return cls._ringed("temporal", (t, h, w), (rows, *eyes), f[:, None, None].expand(t, h, w), n, edges, cut)
+        return cls._ringed(
+            "temporal", (t, h, w), (rows, *eyes), f[:, None, None].expand(t, h, w), n, edges, cut
+        )
 
     @classmethod
     def pooling(cls, grid: tuple[int, ...]) -> Bands:
-        """The pooling pyramid: the mean, then what each finer grid of cell means adds (Haar, if h, w are powers of 2).
+        """The pooling pyramid: the mean, then what each finer grid of cell means adds (Haar, if h,
+        w are powers of 2).
 
-        A side is halved while even, then pooled to 1. Bands are named by the grid they add: "mean", "2x2", "4x4", ...
+        A side is halved while even, then pooled to 1. Bands are named by the grid they add: "mean",
+        "2x2", "4x4", ...
 
         >>> Bands.pooling((8, 8)).names, Bands.pooling((8, 8)).sizes
         (('mean', '2x2', '4x4', '8x8'), (1, 3, 12, 48))
         """
         if len(grid) != 2:
-            raise ValueError(f"grid is {tuple(grid)}; the pooling pyramid is of images, (height, width).")
+            raise ValueError(
+                f"grid is {tuple(grid)}; the pooling pyramid is of images, (height, width)."
+            )
         h, w = _grid(grid)
         chains = _halvings(h), _halvings(w)
         levels = max(map(len, chains))
         (wy, ly), (wx, lx) = (_haar(chain, levels) for chain in chains)
         level = torch.maximum(ly[:, None], lx[None, :])
-        sides = [[1] * (levels - len(c)) + c for c in chains]  # the shorter side stays pooled to 1 for longer
+        # the shorter side stays pooled to 1 for longer
+        sides = [[1] * (levels - len(c)) + c for c in chains]
         names = ["mean"] + [f"{a}x{b}" for a, b in zip(*sides, strict=True)][1:]
         return cls((h, w), "pooling", (wy, wx), level, range(levels + 1), names)
 
     @classmethod
-    def eigen(cls, x: Tensor, grid: tuple[int, ...], n: int = 2, *, sizes: Sequence[int] | None = None) -> Bands:
-        """Eigenmodes of a covariance over the grid, by decreasing variance: a fixed basis learnt from the twins.
+    def eigen(
+        cls, x: Tensor, grid: tuple[int, ...], n: int = 2, *, sizes: Sequence[int] | None = None
+    ) -> Bands:
+        """Eigenmodes of a covariance over the grid, by decreasing variance: a fixed basis learnt
+        from the twins.
 
-        `x` is a covariance [token, token], images [sample, ..., h, w] or activations [sample, ..., token, d] (channels
-        count as samples; differences of twins have mean 0, so no mean is taken off). `n` bands of as equal numbers of
-        modes as can be ("leading", "trailing" for 2), or the number of modes in each, `sizes`.
+        `x` is a covariance [token, token], images [sample, ..., h, w] or activations [sample, ...,
+        token, d] (channels count as samples; differences of twins have mean 0, so no mean is taken
+        off). `n` bands of as equal numbers of modes as can be ("leading", "trailing" for 2), or the
+        number of modes in each, `sizes`.
 
         >>> Bands.eigen(torch.diag(torch.tensor([1.0, 9.0, 4.0, 0.0])), (2, 2)).sizes
         (2, 2)
@@ -143,21 +202,29 @@ class Bands:
             rows = x.transpose(-1, -2).reshape(-1, t)
             covariance = rows.T @ rows
         else:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images "
-                             f"[sample, ..., {', '.join(map(str, sides))}] or activations [sample, ..., {t}, d].")  # fmt: skip
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images "
+                f"[sample, ..., {', '.join(map(str, sides))}] or activations [sample, ..., {t}, d]."
+            )
         if not covariance.isfinite().all() or not covariance.any():
             raise ValueError(
-                "x gives a covariance that is not finite or is all 0; eigenmodes need finite differences that differ."
+                "x gives a covariance that is not finite or is all 0; eigenmodes need finite "
+                "differences that differ."
             )
         if sizes is None:
             if not 1 <= n <= t:
-                raise ValueError(f"n is {n}; a {_by(sides)} grid has {t} modes, so n must be from 1 to {t}.")
+                raise ValueError(
+                    f"n is {n}; a {_by(sides)} grid has {t} modes, so n must be from 1 to {t}."
+                )
             sizes = [t // n + (b < t % n) for b in range(n)]
         if sum(sizes) != t or min(sizes) < 1:
             raise ValueError(
-                f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of a {_by(sides)} grid."
+                f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of "
+                f"a {_by(sides)} grid."
             )
-        modes = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors.flip(1).T.contiguous()
+        modes = (
+            torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors.flip(1).T.contiguous()
+        )
         edges = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
         names = (
             ["leading", "trailing"]
@@ -167,7 +234,8 @@ class Bands:
         return cls(sides, "eigen", (modes,), torch.arange(t, dtype=torch.float64), edges, names)
 
     def split(self, at: int) -> Bands:
-        """The same modes in two bands: "low", the first `at` bands, and "high"; for the gap against the cut.
+        """The same modes in two bands: "low", the first `at` bands, and "high"; for the gap against
+        the cut.
 
         >>> Bands.pooling((8, 8)).split(2).sizes
         (4, 60)
@@ -178,15 +246,27 @@ class Bands:
         return Bands(self.grid, self.kind, self._basis, self.frequency, edges, ("low", "high"))
 
     @classmethod
-    def _ringed(cls, kind: str, grid: tuple[int, ...], basis: tuple[Tensor, ...], frequency: Tensor, n: int | None,
-                edges: Sequence[float] | None, cut: float | None) -> Bands:  # fmt: skip
+    def _ringed(
+        cls,
+        kind: str,
+        grid: tuple[int, ...],
+        basis: tuple[Tensor, ...],
+        frequency: Tensor,
+        n: int | None,
+        edges: Sequence[float] | None,
+        cut: float | None,
+    ) -> Bands:
         if len(basis) < len(grid):  # frames are left as they are
             basis = (torch.eye(grid[0], dtype=torch.float64), *basis)
         top, size = frequency.max().item(), _by(grid)
         if edges is not None and cut is not None:
-            raise ValueError(f"Both edges={list(edges)} and cut={cut} are given; expected one of them.")
+            raise ValueError(
+                f"Both edges={list(edges)} and cut={cut} are given; expected one of them."
+            )
         if n is None:
-            n = next(m for m in range(6, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)]))
+            n = next(
+                m for m in range(6, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)])
+            )
         if edges is None and cut is None:
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"n is {n!r}; expected a number of bands, 1 or more.")
@@ -195,22 +275,39 @@ class Bands:
             inner = [float(e) for e in (edges if edges is not None else [cut])]  # type: ignore[arg-type]
             if not all(math.isfinite(e) for e in inner) or sorted(set(inner)) != inner:
                 raise ValueError(
-                    f"The edges are {inner}; expected finite frequencies in increasing order, in cycles per token."
+                    f"The edges are {inner}; expected finite frequencies in increasing order, in "
+                    "cycles per token."
                 )
         made = [0.0, *inner, top]
         names = (
-            ["low", "high"] if len(inner) == 1 else [f"{a:.3g}-{b:.3g}" for a, b in zip(made, made[1:], strict=False)]
+            ["low", "high"]
+            if len(inner) == 1
+            else [f"{a:.3g}-{b:.3g}" for a, b in zip(made, made[1:], strict=False)]
         )
         counts = torch.bincount(
-            _which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64)), minlength=len(names)
+            _which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64)),
+            minlength=len(names),
         ).tolist()
         if 0 in counts:
-            b, end = counts.index(0), f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}"
+            b, end = (
+                counts.index(0),
+                f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}",
+            )
             if edges is None and cut is None:
-                largest = next(m for m in range(n, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)]))
-                raise ValueError(f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is {largest}.")
-            raise ValueError(f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie above "
-                             f"0 and at or below {top:.4g}, and neighbours must have a mode between them.")  # fmt: skip
+                largest = next(
+                    m
+                    for m in range(n, 0, -1)
+                    if _filled(frequency, [top * k / m for k in range(1, m)])
+                )
+                raise ValueError(
+                    f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is "
+                    f"{largest}."
+                )
+            raise ValueError(
+                f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie "
+                "above "
+                f"0 and at or below {top:.4g}, and neighbours must have a mode between them."
+            )
         return cls(grid, kind, basis, frequency, made, names)
 
     # What it does with fields
@@ -222,7 +319,9 @@ class Bands:
         if len(self._basis) == 1:
             return x.flatten(-len(self.grid)) @ last.T
         x = frames.pop() @ x @ last.T
-        return (torch.einsum("st,...thw->...shw", frames[0], x) if frames else x).flatten(-len(self.grid))
+        return (torch.einsum("st,...thw->...shw", frames[0], x) if frames else x).flatten(
+            -len(self.grid)
+        )
 
     def coefficients_tokens(self, x: Tensor) -> Tensor:
         """Token activations [..., token, d] -> [..., mode, d]."""
@@ -235,10 +334,14 @@ class Bands:
 
     def cross_tokens(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner products per band, [..., band], of activations [..., token, d], summed over d."""
-        return (self.coefficients_tokens(x) * self.coefficients_tokens(y)).sum(-1) @ self._on(_float(x))[0]
+        return (self.coefficients_tokens(x) * self.coefficients_tokens(y)).sum(-1) @ self._on(
+            _float(x)
+        )[0]
 
     def energy(self, x: Tensor) -> Tensor:
-        """Energy per band, [..., band], of images [..., h, w]; the sum over bands is (x**2).sum((-2, -1))."""
+        """Energy per band, [..., band], of images [..., h, w]; the sum over bands is
+        (x**2).sum((-2, -1)).
+        """
         return self.coefficients(x).square() @ self._on(_float(x))[0]
 
     def energy_tokens(self, x: Tensor) -> Tensor:
@@ -246,8 +349,12 @@ class Bands:
         return self.coefficients_tokens(x).square().sum(-1) @ self._on(_float(x))[0]
 
     def project(self, x: Tensor, band: int | str) -> Tensor:
-        """The part of images [..., h, w] in one band, a number or a name; the parts of all bands sum to x."""
-        return self.project_tokens(self._image(x).flatten(-len(self.grid))[..., None], band).view(x.shape)
+        """The part of images [..., h, w] in one band, a number or a name; the parts of all bands
+        sum to x.
+        """
+        return self.project_tokens(self._image(x).flatten(-len(self.grid))[..., None], band).view(
+            x.shape
+        )
 
     def project_tokens(self, x: Tensor, band: int | str) -> Tensor:
         """The part of activations [..., token, d] in one band, in the dtype of x."""
@@ -260,7 +367,8 @@ class Bands:
     def spectrum(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The full spectrum by ring, (frequency [ring], energy [..., ring]), of images [..., h, w].
 
-        A ring holds the modes whose frequency times max(h, w) rounds to the same integer (pooling, eigen: level, rank).
+        A ring holds the modes whose frequency times max(h, w) rounds to the same integer (pooling,
+        eigen: level, rank).
         """
         return self._rings(self.coefficients(x).square())
 
@@ -269,14 +377,18 @@ class Bands:
         return self._rings(self.coefficients_tokens(x).square().sum(-1))
 
     def number(self, band: int | str) -> int:
-        """The number of a band, given its number or name. Raises ValueError with the nearest names."""
+        """The number of a band, given its number or name.
+
+        Raises ValueError with the nearest names.
+        """
         if isinstance(band, str) and band in self.names:
             return self.names.index(band)
         if isinstance(band, int) and 0 <= band < self.n:
             return band
         near = difflib.get_close_matches(str(band), self.names, n=3, cutoff=0.4) or self.names
         raise ValueError(
-            f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: {', '.join(map(repr, near))}."
+            f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: "
+            f"{', '.join(map(repr, near))}."
         )
 
     # Inside
@@ -295,37 +407,51 @@ class Bands:
         return turned.reshape(x.shape)
 
     def _rings(self, energy: Tensor) -> tuple[Tensor, Tensor]:
-        scale = {"radial": max(self.grid[-2:]), "dct": max(self.grid[-2:]), "temporal": self.grid[0]}.get(self.kind, 1)
+        scale = {
+            "radial": max(self.grid[-2:]),
+            "dct": max(self.grid[-2:]),
+            "temporal": self.grid[0],
+        }.get(self.kind, 1)
         rings, ring = (self.frequency * scale).round().unique(return_inverse=True)
         onehot = torch.nn.functional.one_hot(ring).to(energy)
         return rings / scale, energy @ onehot
 
     def _on(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(indicator [mode, band], *basis) on x's device, in the dtype its coefficients are computed in."""
+        """(indicator [mode, band], *basis) on x's device, in the dtype its coefficients are
+        computed in.
+        """
         key = x.device, x.dtype
         if key not in self._cache:
             onehot = torch.nn.functional.one_hot(self.index, self.n)
-            self._cache[key] = tuple(m.to(device=x.device, dtype=x.dtype) for m in (onehot, *self._basis))
+            self._cache[key] = tuple(
+                m.to(device=x.device, dtype=x.dtype) for m in (onehot, *self._basis)
+            )
         return self._cache[key]
 
     def _image(self, x: Tensor) -> Tensor:
         if x.shape[-len(self.grid) :] != self.grid:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected images [..., {', '.join(map(str, self.grid))}] "
-                             "(for token activations use the method that ends in _tokens).")  # fmt: skip
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected images [..., "
+                f"{', '.join(map(str, self.grid))}] "
+                "(for token activations use the method that ends in _tokens)."
+            )
         return x
 
     def _tokens(self, x: Tensor) -> Tensor:
         places = math.prod(self.grid)
         if x.ndim < 2 or x.shape[-2] != places:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected activations [..., {places}, d], tokens of a {_by(self.grid)} grid."
+                f"x has shape {tuple(x.shape)}; expected activations [..., {places}, d], tokens of "
+                f"a {_by(self.grid)} grid."
             )
         return x
 
 
 def _grid(grid: Sequence[int]) -> tuple[int, ...]:
     if len(grid) not in (2, 3) or min(grid) < 1:
-        raise ValueError(f"grid is {grid!r}; expected (height, width) or (frames, height, width), all 1 or more.")
+        raise ValueError(
+            f"grid is {grid!r}; expected (height, width) or (frames, height, width), all 1 or more."
+        )
     return tuple(int(side) for side in grid)
 
 
@@ -343,7 +469,9 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _which(frequency: Tensor, inner: Tensor) -> Tensor:
-    """The band of each frequency; the tolerance puts sqrt(2)/4, however rounded, above an edge at sqrt(2)/4."""
+    """The band of each frequency; the tolerance puts sqrt(2)/4, however rounded, above an edge at
+    sqrt(2)/4.
+    """
     return torch.bucketize(frequency.double() + 1e-9, inner, right=True)
 
 
@@ -354,7 +482,8 @@ def _filled(frequency: Tensor, inner: list[float]) -> bool:
 
 def _fourier(n: int) -> tuple[Tensor, Tensor]:
     """Orthonormal cosines and sines [mode, n] and their frequencies [mode], cycles per token."""
-    k = ((torch.arange(n) + 1) // 2).double()  # 0, 1, 1, 2, 2, ...: cosine at odd places, sine at even ones
+    # 0, 1, 1, 2, 2, ...: cosine at odd places, sine at even ones
+    k = ((torch.arange(n) + 1) // 2).double()
     angle = 2 * torch.pi * k[:, None] * torch.arange(n, dtype=torch.float64) / n
     rows = torch.where((torch.arange(n) % 2 == 1)[:, None], angle.cos(), angle.sin())
     rows[0] = 1
@@ -376,10 +505,15 @@ def _halvings(n: int) -> list[int]:
 
 
 def _haar(sizes: list[int], levels: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows [mode, n], coarse to fine, and the level [mode] at which each enters (0: the mean)."""
+    """Orthonormal rows [mode, n], coarse to fine, and the level [mode] at which each enters (0: the
+    mean).
+    """
     n, rows, level = sizes[-1], [torch.ones(1, sizes[-1], dtype=torch.float64)], [0]
-    for lev, (coarse, fine) in enumerate(zip(sizes, sizes[1:], strict=False), start=levels - len(sizes) + 1):
-        m = fine // coarse  # each coarse cell is m fine ones: the m - 1 ways, orthogonal to their mean, to differ
+    for lev, (coarse, fine) in enumerate(
+        zip(sizes, sizes[1:], strict=False), start=levels - len(sizes) + 1
+    ):
+        # each coarse cell is m fine ones: the m - 1 ways, orthogonal to their mean, to differ
+        m = fine // coarse
         inside = torch.kron(torch.eye(coarse, dtype=torch.float64), _cosine(m)[0][1:])
         rows.append(inside.repeat_interleave(n // fine, dim=1))
         level += [lev] * (fine - coarse)

@@ -1,19 +1,22 @@
-"""Commitment: from the agreement of finished twins to the step at which each band is decided, with an interval.
+"""Commitment: from the agreement of finished twins to the step at which each band is decided, with
+an interval.
 
-Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|² (`Agreement`): the pairs are the
-independent units, so resampling them is resampling these numbers. For Gaussian data the agreement is exactly logistic
-in log SNR, sigmoid(log SNR + log lambda) (design E1), from 0 (nothing decided, given the label) to 1 (everything). So
-commitment is where a logistic of free place and slope passes 1/2. It is fitted with the weights of a binomial, whose
-equations are linear in the agreements: these may stray outside [0, 1], and one Newton iteration serves all resamples at
-once. A pooled band mixes modes that commit at different times, so a second pass weights the releases near the crossing,
-where any smooth curve is logistic.
+Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|² (`Agreement`):
+the pairs are the independent units, so resampling them is resampling these numbers. For Gaussian
+data the agreement is exactly logistic in log SNR, sigmoid(log SNR + log lambda) (design E1), from 0
+(nothing decided, given the label) to 1 (everything). So commitment is where a logistic of free
+place and slope passes 1/2. It is fitted with the weights of a binomial, whose equations are linear
+in the agreements: these may stray outside [0, 1], and one Newton iteration serves all resamples at
+once. A pooled band mixes modes that commit at different times, so a second pass weights the
+releases near the crossing, where any smooth curve is logistic.
 
-The interval is a symmetric bootstrap-t: estimate +- standard error * quantile of the resamples' |t| (Hall 1988, "On
-symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes in a band the agreement is skewed,
-and the equal-tailed bootstrap-t missed too often in one tail (`tests/test_commitment.py` prints the coverage). The
-standard error of each resample comes from its influence function, without refitting. It is made in log SNR and mapped
-to steps; the gap's combines the two bands' (Zou & Donner 2008, "Construction of confidence limits about effect
-measures", Stat. Med. 27), which stays right where a step is worth little log SNR at one band and much at the other.
+The interval is a symmetric bootstrap-t: estimate +- standard error * quantile of the resamples' |t|
+(Hall 1988, "On symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes
+in a band the agreement is skewed, and the equal-tailed bootstrap-t missed too often in one tail
+(`tests/test_commitment.py` prints the coverage). The standard error of each resample comes from its
+influence function, without refitting. It is made in log SNR and mapped to steps; the gap's combines
+the two bands' (Zou & Donner 2008, "Construction of confidence limits about effect measures", Stat.
+Med. 27), which stays right where a step is worth little log SNR at one band and much at the other.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ FEWEST_PAIRS = 8
 
 
 class Agreement(NamedTuple):
-    """Sufficient statistics of twins: <a, b>, |a|², |b|² of the twins less their mean, each [..., pair, band]."""
+    """Sufficient statistics of twins: <a, b>, |a|², |b|² of the twins less their mean, each [...,
+    pair, band].
+    """
 
     xy: Array
     xx: Array
@@ -48,13 +53,17 @@ class Agreement(NamedTuple):
         return cls(*(np.stack([part[i] for part in releases]) for i in range(3)))
 
 
-def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLike | None = None) -> Agreement:
-    """Statistics of finished twins, images [pair, ..., h, w] (channels are summed), for each pair and band.
+def agreement(
+    a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLike | None = None
+) -> Agreement:
+    """Statistics of finished twins, images [pair, ..., h, w] (channels are summed), for each pair
+    and band.
 
-    The mean over the pairs, of each group by itself where `groups` [pair] (labels) is given, is no agreement: a class's
-    mean image is shared by all its samples. Twin A's and twin B's means are taken off apart, each losing the same share
-    (n - 1)/n of <a, b> as of the energies, and n/(n - 1) puts it back: sums over pairs are unbiased. With
-    `bands` None, features of any shape [pair, ...] make one band. Raises ValueError: shapes differ, a group of one.
+    The mean over the pairs, of each group by itself where `groups` [pair] (labels) is given, is no
+    agreement: a class's mean image is shared by all its samples. Twin A's and twin B's means are
+    taken off apart, each losing the same share (n - 1)/n of <a, b> as of the energies, and n/(n -
+    1) puts it back: sums over pairs are unbiased. With `bands` None, features of any shape [pair,
+    ...] make one band. Raises ValueError: shapes differ, a group of one.
 
     >>> import torch; a = torch.randn(16, 1, 8, 8); s = agreement(a, a, Bands.radial((8, 8), cut=0.25))
     >>> curve(s).round(6).tolist()
@@ -62,17 +71,22 @@ def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLik
     """
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
-            f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, [pair, ...]."
+            f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
+            "[pair, ...]."
         )
     labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
     if labels.shape != (len(a),):
-        raise ValueError(f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs.")
+        raise ValueError(
+            f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
+        )
     x, y = a.detach().double(), b.detach().double()
     parts = [np.empty((len(a), bands.n if bands else 1)) for _ in range(3)]
     for label in np.unique(labels):
         here = np.flatnonzero(labels == label)
         if len(here) < 2:
-            raise ValueError(f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more.")
+            raise ValueError(
+                f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
+            )
         u, v = (z[here] - z[here].mean(0) for z in (x, y))
         for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
             inner = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
@@ -82,9 +96,11 @@ def agreement(a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLik
 
 
 def curve(stats: Agreement, squared: bool = False) -> Array:
-    """Agreement sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs, [..., pair, band] -> [..., band]; NaN without energy.
+    """Agreement sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs, [..., pair, band] -> [..., band];
+    NaN without energy.
 
-    `squared` for the one-pass estimator, where a is the x0 predicted at a step and b the finished image (design 5).
+    `squared` for the one-pass estimator, where a is the x0 predicted at a step and b the finished
+    image (design 5).
 
     >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
     [0.5]
@@ -96,22 +112,28 @@ def curve(stats: Agreement, squared: bool = False) -> Array:
 
 
 def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
-    """Bootstrap over pairs as counts [resample, pair]: `counts @ stat` are the resampled sums of a stat [pair, ...].
+    """Bootstrap over pairs as counts [resample, pair]: `counts @ stat` are the resampled sums of a
+    stat [pair, ...].
 
     >>> resample(10, 3).sum(1).tolist()
     [10.0, 10.0, 10.0]
     """
     if pairs < FEWEST_PAIRS:
         raise ValueError(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
-    return np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples).astype(np.float64)
+    return (
+        np.random.default_rng(seed)
+        .multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
+        .astype(np.float64)
+    )
 
 
 def half_crossing(curves: ArrayLike) -> Array:
     """The step at which curves [..., step] reach half of what they end at; with a fraction, [...].
 
-    What has settled does not unsettle, so the crossing is that of the nearest curve that never falls (isotonic regression,
-    Barlow et al. 1972), interpolated linearly: a wavering curve crosses half many times, and which time is noise. NaN where
-    a curve ends at or below 0, is not finite, or is above half from the first step on: it did not cross within the run.
+    What has settled does not unsettle, so the crossing is that of the nearest curve that never
+    falls (isotonic regression, Barlow et al. 1972), interpolated linearly: a wavering curve crosses
+    half many times, and which time is noise. NaN where a curve ends at or below 0, is not finite,
+    or is above half from the first step on: it did not cross within the run.
 
     >>> half_crossing([[0, 0, 1, 2, 2], [0, 0, 3, 1, 2]]).tolist()
     [2.0, 1.5]
@@ -129,7 +151,8 @@ def half_crossing(curves: ArrayLike) -> Array:
         level = level / level[..., -1:] - 0.5
     below = level < 0
     fine &= below[..., 0] & (c[..., -1] > 0)
-    last = np.where(fine, below.sum(-1) - 1, 0)[..., None]  # the last step below half: it never falls again
+    # the last step below half: it never falls again
+    last = np.where(fine, below.sum(-1) - 1, 0)[..., None]
     before = np.take_along_axis(level, last, -1)[..., 0]
     after = np.take_along_axis(level, np.minimum(last + 1, c.shape[-1] - 1), -1)[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -137,16 +160,29 @@ def half_crossing(curves: ArrayLike) -> Array:
     return np.where(fine, step, np.nan)
 
 
-def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
-                   names: Sequence[str] | None = None, squared: bool = False, groups: int = 1,
-                   resamples: int = 1000, level: float = 0.95, seed: int = 0) -> xr.Dataset:  # fmt: skip
-    """The commitment of every band, the gap between the last band and the first, and bootstrap-t intervals of both.
+def fit_commitment(
+    stats: Agreement,
+    releases: ArrayLike,
+    log_snr: ArrayLike,
+    *,
+    names: Sequence[str] | None = None,
+    squared: bool = False,
+    groups: int = 1,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> xr.Dataset:
+    """The commitment of every band, the gap between the last band and the first, and bootstrap-t
+    intervals of both.
 
     Args:
         stats: `Agreement` [release, pair, band]; resampled by pair, the same at every release.
-        releases: [release] the steps at which the twins were released. log_snr: [step] of the whole run, rising.
-        names: of the bands. squared: the agreement is the squared correlation (see `curve`).
-        groups: how many groups' means `agreement` removed; each costs a degree of freedom. level: of the intervals.
+        releases: [release] the steps at which the twins were released.
+        log_snr: [step] of the whole run, rising.
+        names: of the bands.
+        squared: the agreement is the squared correlation (see `curve`).
+        groups: how many groups' means `agreement` removed; each costs a degree of freedom.
+        level: of the intervals.
 
     Returns:
         Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last
@@ -154,7 +190,9 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
         and `reason` [band], why a commitment is NaN or an interval cut off at the first or last release, else "". The
         quantities: "step" (0 the noisiest), "time" (step / steps) and "log_snr". `describe(result)` puts it in words.
 
-    Raises ValueError: fewer than 8 pairs, log_snr that does not rise, releases outside the run, wrong shapes.
+    Raises:
+        ValueError: fewer than 8 pairs, log_snr that does not rise, releases outside the run, wrong
+            shapes.
 
     >>> rng = np.random.default_rng(0); x = np.arange(-4, 5.0); p = 1 / (1 + np.exp(-x))
     >>> one = np.ones((9, 64, 1)); s = Agreement(one * p[:, None, None] * rng.gamma(9, 1 / 9, (9, 64, 1)), one, one)
@@ -172,11 +210,16 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
     order = np.argsort(at)
     stats, x = Agreement(*(part[order] for part in stats)), snr[at[order]]
     if not 1 <= groups <= pairs // 2:
-        raise ValueError(f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups.")
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])  # row 0 is the sample itself
+        raise ValueError(
+            f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups."
+        )
+    # row 0 is the sample itself
+    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
     centre, slope, influence = _fits(stats, x, counts, squared)
     observed = curve(stats, squared)
-    reason = [_why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)]
+    reason = [
+        _why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)
+    ]
     known = np.array([not why for why in reason])
 
     def convert(log_snrs: Array) -> Array:  # [...] -> [..., quantity]
@@ -184,41 +227,76 @@ def fit_commitment(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *,
         return np.stack([step, step / len(snr), log_snrs], -1)
 
     error = np.sqrt(np.einsum("rbp,rp->rb", influence**2, counts))
-    t = np.abs(centre[1:] - centre[0]) / np.maximum(error[1:], 1e-9)  # pairs exactly alike: 0 / 0 is no spread
-    freedom = np.sqrt(pairs / (pairs - groups))  # the residuals of n pairs about their groups' means
+    # pairs exactly alike: 0 / 0 is no spread
+    t = np.abs(centre[1:] - centre[0]) / np.maximum(error[1:], 1e-9)
+    # the residuals of n pairs about their groups' means
+    freedom = np.sqrt(pairs / (pairs - groups))
     width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0] * freedom
-    bound = np.stack([centre[0] - width, centre[0] + width], -1)  # [band, bound], in log SNR; steps follow monotonely
+    # [band, bound], in log SNR; steps follow monotonely
+    bound = np.stack([centre[0] - width, centre[0] + width], -1)
     for b in np.flatnonzero(known).tolist():
-        cut = [e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out]
+        cut = [
+            e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out
+        ]
         if cut:
-            reason[b] = f"The interval of band {labels[b]} is cut off at the {' and '.join(cut)} release."
+            reason[b] = (
+                f"The interval of band {labels[b]} is cut off at the {' and '.join(cut)} release."
+            )
     interval = convert(np.clip(bound, x[0], x[-1])).swapaxes(-1, -2)
     value = convert(centre[0])  # [band, quantity]
     down, up = (np.abs(convert(bound[:, side]) - value) for side in (0, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        shared = np.nan_to_num(np.corrcoef(influence[0, 0], influence[0, -1])[0, 1])  # the same pairs move both bands
+        # the same pairs move both bands
+        shared = np.nan_to_num(np.corrcoef(influence[0, 0], influence[0, -1])[0, 1])
     gap = value[-1] - value[0]
     ends = gap - _combine(down[-1], up[0], shared), gap + _combine(up[-1], down[0], shared)
     gap_interval = np.stack(ends, -1)  # [quantity, bound]
     both = n_bands > 1 and known[[0, -1]].all()
     return xr.Dataset(
-        {"curve": (("release", "band"), observed), "slope": ("band", np.where(known, slope[0], np.nan)),
-         "commitment": (("band", "quantity"), np.where(known[:, None], value, np.nan)),
-         "commitment_interval": (("band", "quantity", "bound"), np.where(known[:, None, None], interval, np.nan)),
-         "gap": ("quantity", np.where(both, gap, np.nan)),
-         "gap_interval": (("quantity", "bound"), np.where(both, gap_interval, np.nan)), "reason": ("band", reason)},
-        coords={"release": at[order], "release_log_snr": ("release", x), "band": labels,
-                "quantity": ["step", "time", "log_snr"], "bound": ["low", "high"]},
-        attrs={"pairs": pairs, "groups": groups, "resamples": resamples, "level": level, "seed": seed},
-    )  # fmt: skip
+        {
+            "curve": (("release", "band"), observed),
+            "slope": ("band", np.where(known, slope[0], np.nan)),
+            "commitment": (("band", "quantity"), np.where(known[:, None], value, np.nan)),
+            "commitment_interval": (
+                ("band", "quantity", "bound"),
+                np.where(known[:, None, None], interval, np.nan),
+            ),
+            "gap": ("quantity", np.where(both, gap, np.nan)),
+            "gap_interval": (("quantity", "bound"), np.where(both, gap_interval, np.nan)),
+            "reason": ("band", reason),
+        },
+        coords={
+            "release": at[order],
+            "release_log_snr": ("release", x),
+            "band": labels,
+            "quantity": ["step", "time", "log_snr"],
+            "bound": ["low", "high"],
+        },
+        attrs={
+            "pairs": pairs,
+            "groups": groups,
+            "resamples": resamples,
+            "level": level,
+            "seed": seed,
+        },
+    )
 
 
-def commitment_draws(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, *, squared: bool = False,
-                     resamples: int = 1000, seed: int = 0) -> Array:  # fmt: skip
-    """Commitment steps of the sample itself and of each resample of its pairs, [1 + resamples, band].
+def commitment_draws(
+    stats: Agreement,
+    releases: ArrayLike,
+    log_snr: ArrayLike,
+    *,
+    squared: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Array:
+    """Commitment steps of the sample itself and of each resample of its pairs, [1 + resamples,
+    band].
 
-    For what is a function of several commitments, such as how far a gap has moved: with the same seed the same pairs are
-    drawn, so draws of two runs of the same pairs can be subtracted. Commitments outside the releases are NaN.
+    For what is a function of several commitments, such as how far a gap has moved: with the same
+    seed the same pairs are drawn, so draws of two runs of the same pairs can be subtracted.
+    Commitments outside the releases are NaN.
     """
     at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
     _check(stats, at, snr)
@@ -231,9 +309,13 @@ def commitment_draws(stats: Agreement, releases: ArrayLike, log_snr: ArrayLike, 
 
 
 def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Array, Array, Array]:
-    """Place and slope [resample, band] of every resample's logistic, and each pair's influence on the place [.., pair]."""
+    """Place and slope [resample, band] of every resample's logistic, and each pair's influence on
+    the place [.., pair].
+    """
     pairs, n_bands = stats.xy.shape[1:]
-    centre, slope, influence = (np.empty((len(counts), n_bands, *rest)) for rest in ((), (), (pairs,)))
+    centre, slope, influence = (
+        np.empty((len(counts), n_bands, *rest)) for rest in ((), (), (pairs,))
+    )
     for b in range(n_bands):
         sums = [counts @ part[..., b].T for part in stats]  # [resample, release]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -242,13 +324,18 @@ def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Arr
             gain = 2 * r if squared else np.ones_like(r)
             target = np.nan_to_num(r**2 if squared else r)
             centre[:, b], slope[:, b], g = _fit_logistic(x, target)
-            weights = [gain * g / root, -gain * g * r / (2 * sums[1]), -gain * g * r / (2 * sums[2])]
+            weights = [
+                gain * g / root,
+                -gain * g * r / (2 * sums[1]),
+                -gain * g * r / (2 * sums[2]),
+            ]
             influence[:, b] = sum(w @ part[..., b] for w, part in zip(weights, stats, strict=True))
     return centre, slope, influence
 
 
 def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Array, Array]:
-    """Logistic fits of r [..., release] in x [release]: crossing of 1/2, slope, d crossing / d r [..., release].
+    """Logistic fits of r [..., release] in x [release]: crossing of 1/2, slope, d crossing / d r
+    [..., release].
 
     Solves sum_j w_j (r_j - p_j)(1, x_j) = 0 by Newton; w is 1, then 4 p (1 - p) of the first fit.
     """
@@ -288,30 +375,43 @@ def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
         return f"Band {name} has no energy left once the mean is removed, so its agreement is undefined."
     if r.min() < 0.5 < r.max() and slope > 0 and x[0] <= centre <= x[-1]:
         return ""
-    return (f"The agreement of band {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at the last and "
-            f"does not rise through 1/2 between them; release {'earlier' if r.mean() > 0.5 else 'later'}.")  # fmt: skip
+    return (
+        f"The agreement of band {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at "
+        "the last and "
+        "does not rise through 1/2 between them; release "
+        f"{'earlier' if r.mean() > 0.5 else 'later'}."
+    )
 
 
 def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
     shapes = {np.shape(part) for part in stats}
     if len(shapes) != 1 or np.ndim(stats.xy) != 3:
-        raise ValueError(f"The statistics have shapes {sorted(shapes)}; expected one shape [release, pair, band].")
+        raise ValueError(
+            f"The statistics have shapes {sorted(shapes)}; expected one shape [release, pair, "
+            "band]."
+        )
     if log_snr.ndim != 1 or len(log_snr) < 2 or not np.isfinite(log_snr).all():
         raise ValueError(
-            f"log_snr has shape {log_snr.shape}; expected finite values [step], one for each step of the run."
+            f"log_snr has shape {log_snr.shape}; expected finite values [step], one for each step "
+            "of the run."
         )
     if (np.diff(log_snr) <= 0).any():
         s = np.flatnonzero(np.diff(log_snr) <= 0)[0]
-        raise ValueError(f"log_snr does not rise from step {s} ({log_snr[s]:.4g}) to {s + 1} ({log_snr[s + 1]:.4g}); "
-                         "expected the steps in the order they are run, the noisiest first.")  # fmt: skip
+        raise ValueError(
+            f"log_snr does not rise from step {s} ({log_snr[s]:.4g}) to {s + 1} "
+            f"({log_snr[s + 1]:.4g}); "
+            "expected the steps in the order they are run, the noisiest first."
+        )
     if releases.shape != stats.xy.shape[:1] or not np.issubdtype(releases.dtype, np.integer):
         raise ValueError(
-            f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for each release."
+            f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for "
+            "each release."
         )
     outside = [int(s) for s in releases if not 0 <= s < len(log_snr)]
     if outside or len(set(releases.tolist())) < max(3, len(releases)):
         raise ValueError(
-            f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to {len(log_snr) - 1}."
+            f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to "
+            f"{len(log_snr) - 1}."
         )
 
 
@@ -325,13 +425,18 @@ def describe(result: xr.Dataset) -> str:
     for band in result.band.values:
         one = result.sel(band=band)
         step, snr = (
-            span(one.commitment.sel(quantity=q), one.commitment_interval.sel(quantity=q)) for q in ("step", "log_snr")
+            span(one.commitment.sel(quantity=q), one.commitment_interval.sel(quantity=q))
+            for q in ("step", "log_snr")
         )
         known = bool(np.isfinite(one.commitment.sel(quantity="step")))
-        words = [f"commits at step {step}, log SNR {snr}."] if known else ["commits at no step seen."]
+        words = (
+            [f"commits at step {step}, log SNR {snr}."] if known else ["commits at no step seen."]
+        )
         lines.append(" ".join([f"Band {band}", *words, str(one.reason.values)]).strip())
     gap = result.gap.sel(quantity="step")
     if np.isfinite(gap):
-        lines.append(f"Gap {span(gap, result.gap_interval.sel(quantity='step'))} steps, "
-                     f"{result.attrs['level']:.0%} interval over {result.attrs['pairs']} pairs.")  # fmt: skip
+        lines.append(
+            f"Gap {span(gap, result.gap_interval.sel(quantity='step'))} steps, "
+            f"{result.attrs['level']:.0%} interval over {result.attrs['pairs']} pairs."
+        )
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""One call of the transformer, as those who watch are told of it, and how it is kept: all that its forward depends on."""
+"""One call of the transformer, as those who watch are told of it, and how it is kept: all that its
+forward depends on.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ class Call:
     """One call of the transformer: all that its forward depends on, and the edits in force.
 
     Attributes:
-        inputs: the transformer's arguments by name. x, t: the latents among them, and the time in the scheduler's units.
+        inputs: the transformer's arguments by name.
+        x, t: the latents among them, and the time in the scheduler's units.
         condition: all arguments but x_t and the time, as `HookedDiT` takes them for y.
-        labels: [batch], classes or prompts by number, where they are known; see `dit_lens.model.conditions`.
+        labels: [batch], classes or prompts by number, where they are known; see
+            `dit_lens.model.conditions`.
         span, stream: the part of the blocks that was run, and the stream that was put in.
-        gates: attention couplings in force, by layer. twin, branch: which item is which, where known.
-        place: the loop's step, where the pipeline tells; calls with one place are branches of one step.
+        gates: attention couplings in force, by layer.
+        twin, branch: which item is which, where known.
+        place: the loop's step, where the pipeline tells; calls with one place are branches of one
+            step.
     """
 
     inputs: dict[str, Any] = field(repr=False)
@@ -68,7 +74,8 @@ class Call:
 
 
 class Copies:
-    """Copies of tensors; one that comes again unchanged, as a prompt's embedding does in every step, is copied once.
+    """Copies of tensors; one that comes again unchanged, as a prompt's embedding does in every
+    step, is copied once.
 
     To know it again the original is held, until it has not come for a few calls.
     """

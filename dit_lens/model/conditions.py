@@ -1,8 +1,9 @@
 """What a model can be asked for, by number: classes, or prompts.
 
-Runs, twins and measurements speak of labels [batch], whole numbers. For a class-conditional model they are its classes. For a model that
-is given text they are the numbers of prompts, which the pipeline's own text encoders encode once each; -1 is the empty prompt, as
-guidance needs it. So everything that groups, pairs or replays by label works for both.
+Runs, twins and measurements speak of labels [batch], whole numbers. For a class-conditional model
+they are its classes. For a model that is given text they are the numbers of prompts, which the
+pipeline's own text encoders encode once each; -1 is the empty prompt, as guidance needs it. So
+everything that groups, pairs or replays by label works for both.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from torch import Tensor
 from ..families.base import Condition, Config, Family
 
 PROMPTS = (
-    "a photograph of a red fox in snow", "a bowl of oranges on a wooden table", "a lighthouse on a cliff at sunset",
-    "a portrait of an old sailor", "a city street at night in the rain", "a field of sunflowers under a blue sky",
-    "a white cat sleeping on a sofa", "a steam train crossing a stone bridge", "a cup of coffee beside an open book",
+    "a photograph of a red fox in snow",
+    "a bowl of oranges on a wooden table",
+    "a lighthouse on a cliff at sunset",
+    "a portrait of an old sailor",
+    "a city street at night in the rain",
+    "a field of sunflowers under a blue sky",
+    "a white cat sleeping on a sofa",
+    "a steam train crossing a stone bridge",
+    "a cup of coffee beside an open book",
     "a sailing boat on a calm lake",
-)  # fmt: skip
-"""What a text-conditioned model is asked for where nobody says: ten scenes, as different as classes are."""
+)
+"""What a text-conditioned model is asked for where nobody says: ten scenes, as different as classes
+are.
+"""
 
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 
@@ -50,7 +59,9 @@ class Conditions:
         return self.cfg.null_class
 
     def add(self, conditions: Mapping[str, Condition | Mapping[str, Tensor]]) -> None:
-        """Give prompts their conditions (batch axis 1) by hand, for a transformer that comes without text encoders; "" is the null one."""
+        """Give prompts their conditions (batch axis 1) by hand, for a transformer that comes
+        without text encoders; "" is the null one.
+        """
         for prompt, condition in conditions.items():
             self._encoded[prompt] = Condition(condition)
             self._batches.clear()
@@ -58,17 +69,31 @@ class Conditions:
                 self.prompts.append(prompt)
 
     def numbers(self, labels: Labels, device: Any = "cpu") -> Tensor:
-        """Classes or prompts, by number or in words, as a tensor [batch]. Raises ValueError for what the model does not have.
+        """Classes or prompts, by number or in words, as a tensor [batch].
+
+        Raises ValueError for what the model does not have.
 
         >>> import dit_lens
         >>> dit_lens.load("digits").conditions.numbers([3, 7])
         tensor([3, 7])
         """
-        if isinstance(labels, str) or not isinstance(labels, (int, Tensor)) and any(isinstance(v, str) for v in labels):
+        if (
+            isinstance(labels, str)
+            or (not isinstance(labels, (int, Tensor))
+            and any(isinstance(v, str) for v in labels))
+        ):
             labels = [self._number(v) for v in ([labels] if isinstance(labels, str) else labels)]
         y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1)
-        if len(y) and y.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool):
-            raise ValueError(f"The labels are {y.dtype}, starting with {y[0].item()}; expected whole numbers.")
+        if len(y) and y.dtype in (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+            torch.bool,
+        ):
+            raise ValueError(
+                f"The labels are {y.dtype}, starting with {y[0].item()}; expected whole numbers."
+            )
         y = y.to(device, torch.long)
         bad = [int(v) for v in y.tolist() if not 0 <= v < self.n and v != self.null]
         if not len(y) or bad:
@@ -80,10 +105,13 @@ class Conditions:
     def _number(self, prompt: Any) -> int:
         if self.cfg.n_classes:
             raise ValueError(
-                f"The model knows {self.cfg.n_classes} classes by number and takes no prompts; got {prompt!r}."
+                f"The model knows {self.cfg.n_classes} classes by number and takes no prompts; got "
+                f"{prompt!r}."
             )
         if not isinstance(prompt, str):
-            raise ValueError(f"{prompt!r} stands among prompts; expected all in words, or all by number.")
+            raise ValueError(
+                f"{prompt!r} stands among prompts; expected all in words, or all by number."
+            )
         if prompt and prompt not in self.prompts:
             self.prompts.append(prompt)
         return self.prompts.index(prompt) if prompt else self.null
@@ -98,18 +126,23 @@ class Conditions:
         return condition
 
     def _stacked(self, labels: tuple[int, ...]) -> Condition:
-        """The same tensors for the same labels in every step of a run: a trace then keeps them once."""
+        """The same tensors for the same labels in every step of a run: a trace then keeps them
+        once.
+        """
         if labels not in self._batches:
             while len(self._batches) >= 4:
                 self._batches.pop(next(iter(self._batches)))
-            self._batches[labels] = self.family.stack([self._one(self.prompts[n] if n >= 0 else "") for n in labels])
+            self._batches[labels] = self.family.stack(
+                [self._one(self.prompts[n] if n >= 0 else "") for n in labels]
+            )
         return self._batches[labels]
 
     def _one(self, prompt: str) -> Condition:
         if prompt not in self._encoded:
             if getattr(self.pipe, "encode_prompt", None) is None:
                 raise ValueError(
-                    f"The prompt {prompt!r} can't be encoded: this transformer was opened without a pipeline. Open the pipeline, or "
+                    f"The prompt {prompt!r} can't be encoded: this transformer was opened without "
+                    "a pipeline. Open the pipeline, or "
                     "give conditions: model.conditions.add({prompt: {...}, '': {...}})."
                 )
             with torch.no_grad():

@@ -1,4 +1,6 @@
-"""A fingerprint of a model's weights: to refuse a recomputation that would no longer give what was traced."""
+"""A fingerprint of a model's weights: to refuse a recomputation that would no longer give what was
+traced.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from torch import nn
 def fingerprint(transformer: nn.Module) -> str:
     """Hex digest over every parameter and buffer: name, shape, dtype and a checksum of all bytes.
 
-    A change through `.data` counts too, which PyTorch's version counters miss. It costs one reading of the weights (from a GPU: one copy).
-    Offloaded weights (on the meta device) count by name only.
+    A change through `.data` counts too, which PyTorch's version counters miss. It costs one reading
+    of the weights (from a GPU: one copy). Offloaded weights (on the meta device) count by name
+    only.
 
     >>> fingerprint(nn.Linear(2, 2)) != fingerprint(nn.Linear(2, 2))
     True

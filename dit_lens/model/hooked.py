@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..families.base import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
-from ..hooks.points import BackwardEditor, Editor, HookFunction, HookPoint, Observer, StopForward, stop
+from ..hooks.points import (
+    BackwardEditor,
+    Editor,
+    HookFunction,
+    HookPoint,
+    Observer,
+    StopForward,
+    stop,
+)
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .partial import StoppedAtLayer
@@ -21,36 +29,50 @@ Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 
 
 class HookedDiT:
-    """A pipeline's transformer, or a bare one, with a hook point at every place of the design's table.
+    """A pipeline's transformer, or a bare one, with a hook point at every place of the design's
+    table.
 
-    The model is opened in place: your pipeline goes on working, through the same weights, and its output stays bit for bit
-    what it was. `remove()` takes everything out again; so does leaving `with HookedDiT(pipe) as model`.
+    The model is opened in place: your pipeline goes on working, through the same weights, and its
+    output stays bit for bit what it was. `remove()` takes everything out again; so does leaving
+    `with HookedDiT(pipe) as model`.
 
-        model = dit_lens.HookedDiT(pipe)                       # or its transformer; docs/families.md lists what can be opened
+        # or its transformer; docs/families.md lists what can be opened
+        model = dit_lens.HookedDiT(pipe)
         out, cache = model.run_with_cache(x, t, y)             # every activation, by name
         out = model.run_with_hooks(x, t, y, fwd_hooks=[("blocks.5.hook_attn_out", lambda a, hook: 0 * a)])
 
-    `x` are latents [batch, *model.cfg.latent_shape], unpacked; `t` is [batch], in the scheduler's units. `y` is the condition: labels
-    [batch] (classes; for models that are given text, prompts in words or by number, see `model.conditions`), `model.cfg.null_class` for
-    none; or a dict of the transformer's own further arguments. Wrapping a model twice gives two views of the same hook points.
+    `x` are latents [batch, *model.cfg.latent_shape], unpacked; `t` is [batch], in the scheduler's
+    units. `y` is the condition: labels [batch] (classes; for models that are given text, prompts in
+    words or by number, see `model.conditions`), `model.cfg.null_class` for none; or a dict of the
+    transformer's own further arguments. Wrapping a model twice gives two views of the same hook
+    points.
 
     Attributes:
         transformer: the wrapped module.
         cfg: its sizes (`n_layers`, `d_model`, `n_heads`, `d_head`, `grid`, `null_class`, ...).
-        names: every hook name, in forward order. sites: the same with the names of the axes.
-        scheduler, vae: the pipeline's; for a bare transformer those that `dit_lens.load` found, or None.
+        names: every hook name, in forward order.
+        sites: the same with the names of the axes.
+        scheduler, vae: the pipeline's; for a bare transformer those that `dit_lens.load` found, or
+            None.
         conditions: what it can be asked for, by number.
 
     Args:
-        size: (height, width) of the latents that are sampled, for video (frames, height, width); by default the model's own.
+        size: (height, width) of the latents that are sampled, for video (frames, height, width); by
+            default the model's own.
 
     Raises:
-        TypeError: if there is no family for the model (a U-Net). RuntimeError: if it is compiled or wrapped by another tool.
-        ValueError: if a feature is switched on that a hooked forward can't honour, or the weights are missing or quantised.
+        TypeError: if there is no family for the model (a U-Net). RuntimeError: if it is compiled or
+            wrapped by another tool.
+        ValueError: if a feature is switched on that a hooked forward can't honour, or the weights
+            are missing or quantised.
     """
 
     def __init__(
-        self, pipe_or_transformer: Any, scheduler: Any = None, vae: Any = None, size: Size | None = None
+        self,
+        pipe_or_transformer: Any,
+        scheduler: Any = None,
+        vae: Any = None,
+        size: Size | None = None,
     ) -> None:
         pipe = pipe_or_transformer
         conditions: Conditions | None = None
@@ -58,7 +80,9 @@ class HookedDiT:
             conditions, size = pipe.conditions, size or pipe.size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
-        self.scheduler: Any = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        self.scheduler: Any = (
+            scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        )
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
         self.instrumentation, _ = Instrumentation.of(self.transformer)
         self.instrumentation.temporary = False
@@ -75,12 +99,20 @@ class HookedDiT:
     # Running.
 
     def __call__(
-        self, x: Tensor, t: Tensor, y: Any, *, start_at_layer: int | None = None, stop_at_layer: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Any,
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
     ) -> Tensor:
-        """The model's output [batch, *latent_shape], unpacked, as its scheduler takes it (eps, v, ...).
+        """The model's output [batch, *latent_shape], unpacked, as its scheduler takes it (eps, v,
+        ...).
 
-        With `start_at_layer=i`, `x` is the residual stream [batch, token, d_model] that enters block i. With `stop_at_layer=j` the
-        stream that would enter block j is returned, as in TransformerLens; negative layers count from the end.
+        With `start_at_layer=i`, `x` is the residual stream [batch, token, d_model] that enters
+        block i. With `stop_at_layer=j` the stream that would enter block j is returned, as in
+        TransformerLens; negative layers count from the end.
         """
         self._require_installed()
         start, stop = self._layer(start_at_layer), self._layer(stop_at_layer)
@@ -89,18 +121,25 @@ class HookedDiT:
             self._check_restart(x, start)
             stream, x = x, self._blank(x)
         condition = self._condition(y, len(x))
-        beside = [name for name, value in condition.items() if "controlnet" in name and value is not None]
+        beside = [
+            name for name, value in condition.items() if "controlnet" in name and value is not None
+        ]
         if beside and start is not None:
             raise ValueError(
-                f"start_at_layer={start} can't be done with {beside[0]}, which diffusers adds between the blocks; expected a whole pass."
+                f"start_at_layer={start} can't be done with {beside[0]}, which diffusers adds "
+                "between the blocks; expected a whole pass."
             )
         inputs = self.family.inputs(self.transformer, x, t, condition)
-        with self.instrumentation.part((start, stop), stream), self.instrumentation.known(condition.labels):
+        with (
+            self.instrumentation.part((start, stop), stream),
+            self.instrumentation.known(condition.labels),
+        ):
             try:
                 answer = self.transformer(**inputs, return_dict=False)
             except StoppedAtLayer as halted:
                 return halted.stream
-        answer = answer if isinstance(answer, Tensor) else answer[0]  # some classes answer with the bare tensor
+        # some classes answer with the bare tensor
+        answer = answer if isinstance(answer, Tensor) else answer[0]
         return self.family.output(self.transformer, answer, inputs)
 
     def _condition(self, y: Any, items: int) -> Condition:
@@ -110,24 +149,32 @@ class HookedDiT:
             return Condition({self.family.labels_name: y})
         if y is None:
             raise ValueError(
-                f"The condition is None; {type(self.transformer).__name__} expects prompts, in words or by number ('' or -1 for none), "
+                f"The condition is None; {type(self.transformer).__name__} expects prompts, in "
+                "words or by number ('' or -1 for none), "
                 "or a dict of its own further arguments."
             )
-        labels = self.conditions.numbers(y)  # on the CPU: offloaded weights have no device to put them on
+        # on the CPU: offloaded weights have no device to put them on
+        labels = self.conditions.numbers(y)
         if len(labels) != items:
-            raise ValueError(f"There are {len(labels)} prompts for a batch of {items}; expected one for each item.")
+            raise ValueError(
+                f"There are {len(labels)} prompts for a batch of {items}; expected one for each "
+                "item."
+            )
         return self.conditions.of(labels)
 
     def _check_restart(self, x: Tensor, start: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.cfg.d_model:
             raise ValueError(
-                f"start_at_layer={start} takes the residual stream [batch, token, {self.cfg.d_model}] in place of "
+                f"start_at_layer={start} takes the residual stream [batch, token, "
+                f"{self.cfg.d_model}] in place of "
                 f"latents, not shape {list(x.shape)}."
             )
         if not self.cfg.restartable and start != self.cfg.n_layers:
             raise ValueError(
-                f"start_at_layer={start} can't be done with {type(self.transformer).__name__}, whose blocks are given more than the "
-                "image's residual stream; expected a whole pass, with an edit at blocks.{i}.hook_resid_pre."
+                f"start_at_layer={start} can't be done with {type(self.transformer).__name__}, "
+                "whose blocks are given more than the "
+                "image's residual stream; expected a whole pass, with an edit at "
+                "blocks.{i}.hook_resid_pre."
             )
 
     def _blank(self, stream: Tensor) -> Tensor:
@@ -139,14 +186,24 @@ class HookedDiT:
             shape[-2:] = side * p, side * p
         elif tokens != self.cfg.tokens:
             raise ValueError(
-                f"The stream has {tokens} tokens; expected {self.cfg.tokens}, of the {'x'.join(map(str, self.cfg.grid))} grid, or a square."
+                f"The stream has {tokens} tokens; expected {self.cfg.tokens}, of the "
+                f"{'x'.join(map(str, self.cfg.grid))} grid, or a square."
             )
         return stream.new_zeros(len(stream), *shape)
 
     def run_with_hooks(
-        self, x: Tensor, t: Tensor, y: Any, *, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **span: int | None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Any,
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        **span: int | None,
     ) -> Tensor:
-        """One forward with temporary hooks. With `bwd_hooks`, call backward inside `with model.hooks(...)` instead.
+        """One forward with temporary hooks.
+
+        With `bwd_hooks`, call backward inside `with model.hooks(...)` instead.
 
         >>> import dit_lens, torch; x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
         >>> dit_lens.load("digits").run_with_hooks(x, t, y, fwd_hooks=[("resid_post", lambda a, hook: None)]).shape
@@ -165,7 +222,10 @@ class HookedDiT:
         device: str | torch.device | None = None,
         **span: int | None,
     ) -> tuple[Tensor, ActivationCache]:
-        """The output, and every activation that `names_filter` chooses. Gradients flow through them where they are on."""
+        """The output, and every activation that `names_filter` chooses.
+
+        Gradients flow through them where they are on.
+        """
         kept: dict[str, Tensor] = {}
 
         def keep(value: Tensor, point: HookPoint) -> None:
@@ -176,14 +236,20 @@ class HookedDiT:
             out = self(x, t, y, **span)
         return out, ActivationCache({name: kept[name] for name in names if name in kept})
 
-    def activations(self, x: Tensor, t: Tensor, y: Any, names_filter: NamesFilter) -> ActivationCache:
+    def activations(
+        self, x: Tensor, t: Tensor, y: Any, names_filter: NamesFilter
+    ) -> ActivationCache:
         """Like `run_with_cache` without the output: the pass ends at the last layer asked for."""
         last = select(names_filter, self.names)[-1]
         handles: list[Handle] = []
         kept: dict[str, Tensor] = {}
         try:
             for name in select(names_filter, self.names):
-                handles.append(self.instrumentation.attach(name, Observer(lambda v, p: kept.__setitem__(p.name, v))))
+                handles.append(
+                    self.instrumentation.attach(
+                        name, Observer(lambda v, p: kept.__setitem__(p.name, v))
+                    )
+                )
             handles.append(self.instrumentation.attach(last, Observer(stop)))
             try:
                 self(x, t, y)
@@ -195,26 +261,35 @@ class HookedDiT:
         return ActivationCache(kept)
 
     def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
-        """A residual stream [batch, token, d_model] read by the last layer with the conditioning of (t, y): the lens.
+        """A residual stream [batch, token, d_model] read by the last layer with the conditioning of
+        (t, y): the lens.
 
-        Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's `resid_post` it is the model's output.
+        Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's
+        `resid_post` it is the model's output.
         """
         self._require_installed()
         if self.family.read_only:
             raise RuntimeError(
-                f"{type(self.transformer).__name__} is opened read-only, and its streams can't be read by its last layer; expected a model "
+                f"{type(self.transformer).__name__} is opened read-only, and its streams can't be "
+                "read by its last layer; expected a model "
                 "with a family of its own."
             )
         now = self.instrumentation.now
         x = None if now is None else self.family.latents(self.transformer, now)
         if x is None or len(x) != len(stream):
             x = self._blank(stream)
-        return self.instrumentation.unembed(stream, self.family.inputs(self.transformer, x, t, self._condition(y, len(x))))
+        return self.instrumentation.unembed(
+            stream, self.family.inputs(self.transformer, x, t, self._condition(y, len(x)))
+        )
 
     # Hooks.
 
-    def add_hook(self, name: NamesFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> list[Handle]:
-        """Attach `fn(activation, hook)` until `reset_hooks()` or until the returned handles are removed."""
+    def add_hook(
+        self, name: NamesFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd"
+    ) -> list[Handle]:
+        """Attach `fn(activation, hook)` until `reset_hooks()` or until the returned handles are
+        removed.
+        """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
         make = Editor if dir == "fwd" else BackwardEditor
@@ -250,7 +325,9 @@ class HookedDiT:
 
     @property
     def absent(self) -> list[str]:
-        """The names of a DiT that this model has not, where it could only be opened read-only (docs/families.md); otherwise none."""
+        """The names of a DiT that this model has not, where it could only be opened read-only
+        (docs/families.md); otherwise none.
+        """
         return self.family.absent(self.transformer)
 
     @property
@@ -296,11 +373,13 @@ class HookedDiT:
         c = self.cfg
         if self.family.read_only:
             return (
-                f"HookedDiT({type(self.transformer).__name__}, read-only: {c.n_layers} layers, {len(self.names)} hook points; "
+                f"HookedDiT({type(self.transformer).__name__}, read-only: {c.n_layers} layers, "
+                f"{len(self.names)} hook points; "
                 f"{len(self.absent)} standard names are absent: model.absent)"
             )
         return (
-            f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, "
+            f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model "
+            f"{c.d_model}, {c.n_heads} heads, "
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
 
@@ -313,21 +392,27 @@ class HookedDiT:
     def _require_eval(self) -> None:
         if self.transformer.training:
             raise RuntimeError(
-                "The model is in train mode, where diffusers drops class labels at random; call model.eval() first."
+                "The model is in train mode, where diffusers drops class labels at random; call "
+                "model.eval() first."
             )
 
     def _require_installed(self) -> None:
         if not self.instrumentation.installed:
-            raise RuntimeError("This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...).")
+            raise RuntimeError(
+                "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
+            )
 
 
 def transformer_of(model: Any) -> Any:
-    """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything else."""
+    """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything
+    else.
+    """
     found = getattr(model, "transformer", None if hasattr(model, "components") else model)
     if found is None and hasattr(model, "unet"):
         found = model.unet
     if not isinstance(found, nn.Module):
         raise TypeError(
-            f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected e.g. a DiTPipeline."
+            f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected "
+            "e.g. a DiTPipeline."
         )
     return found

@@ -1,9 +1,10 @@
 """Instrumentation: a model's hook points, put into it and taken out again without a trace.
 
-One `Instrumentation` belongs to one transformer, however many `HookedDiT`s and traces look at it. It puts the family's `Forward`s into the
-module instances (into accelerate's `_old_forward` where accelerate sits on `forward`, so offloading stays in force), keeps the list
-of who listens, and guards what would otherwise go silently wrong: a second thread running through the first one's hooks, a
-hook that calls its own model, compiled or checkpointed forwards that skip or repeat hooks.
+One `Instrumentation` belongs to one transformer, however many `HookedDiT`s and traces look at it.
+It puts the family's `Forward`s into the module instances (into accelerate's `_old_forward` where
+accelerate sits on `forward`, so offloading stays in force), keeps the list of who listens, and
+guards what would otherwise go silently wrong: a second thread running through the first one's
+hooks, a hook that calls its own model, compiled or checkpointed forwards that skip or repeat hooks.
 """
 
 from __future__ import annotations
@@ -83,21 +84,30 @@ class Instrumentation:
         return bool(self.replaced)
 
     def remove(self) -> None:
-        """Give every module its own forward back. Raises RuntimeError, and removes nothing, if somebody has replaced ours."""
+        """Give every module its own forward back.
+
+        Raises RuntimeError, and removes nothing, if somebody has replaced ours.
+        """
         places = []
         for forward, original in self.replaced:
-            here = [(holder, slot) for holder, slot in _places(forward.module) if holder.get(slot) is forward]
+            here = [
+                (holder, slot)
+                for holder, slot in _places(forward.module)
+                if holder.get(slot) is forward
+            ]
             if not here:
                 theirs = forward.module.__dict__.get("forward")
                 raise RuntimeError(
-                    f"The forward of {type(forward.module).__name__} was replaced by {theirs!r} after dit_lens; "
+                    f"The forward of {type(forward.module).__name__} was replaced by {theirs!r} "
+                    "after dit_lens; "
                     "undo that first, then call remove() again."
                 )
             places.append((forward.module, *here[0], original))
         for module, holder, slot, original in places:
             if holder is module.__dict__ and slot == "forward":
                 del holder[slot]
-            else:  # accelerate or a diffusers hook sits on the module's forward and calls what is here
+            # accelerate or a diffusers hook sits on the module's forward and calls what is here
+            else:
                 holder[slot] = original or type(module).forward.__get__(module)
         self.replaced = []
         for point in self.points.values():
@@ -131,9 +141,13 @@ class Instrumentation:
         self.release()
 
     def claim(self) -> None:
-        """Hooks belong to the thread that set them: another thread's forward would run through them unasked."""
+        """Hooks belong to the thread that set them: another thread's forward would run through them
+        unasked.
+        """
         if not self.installed:
-            raise RuntimeError("This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...).")
+            raise RuntimeError(
+                "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
+            )
         me = get_ident()
         if (self.owner or me) != me or any(thread != me for thread in self.running):
             raise RuntimeError(
@@ -157,15 +171,20 @@ class Instrumentation:
             refuse_cache(self.transformer)
             if self.owner != me:
                 raise RuntimeError(
-                    "This model is being traced or hooked in another thread; run a copy (copy.deepcopy) here."
+                    "This model is being traced or hooked in another thread; run a copy "
+                    "(copy.deepcopy) here."
                 )
             if me in self.running:
                 raise RuntimeError(
-                    "The model was called from inside one of its own hooks; call a copy, or call it afterwards."
+                    "The model was called from inside one of its own hooks; call a copy, or call "
+                    "it afterwards."
                 )
-            if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
+            if torch.is_grad_enabled() and getattr(
+                self.transformer, "gradient_checkpointing", False
+            ):
                 raise RuntimeError(
-                    "Gradient checkpointing runs each block twice, and so would run each hook twice; "
+                    "Gradient checkpointing runs each block twice, and so would run each hook "
+                    "twice; "
                     "call transformer.disable_gradient_checkpointing(), or use torch.no_grad()."
                 )
         self.running.append(me)
@@ -192,7 +211,10 @@ class Instrumentation:
                 watcher.end(call, finished)
 
     def describe(self, inputs: dict[str, Any]) -> Call:
-        x, t = self.family.latents(self.transformer, inputs), self.family.timesteps(self.transformer, inputs)
+        x, t = (
+            self.family.latents(self.transformer, inputs),
+            self.family.timesteps(self.transformer, inputs),
+        )
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         classes = inputs.get(self.family.labels_name)
@@ -202,10 +224,21 @@ class Instrumentation:
         condition = Condition({k: v for k, v in inputs.items() if k not in own})
         condition.labels = labels
         return Call(
-            inputs, x if self.stream is None else self.stream, t, labels, self.span, self.stream, torch.is_grad_enabled(), autocast,
-            gates=dict(self.gates), twin=self.twin, branch=branch, place=place,
-            grid=tuple(self.family.grid(self.transformer, inputs)), condition=condition,
-        )  # fmt: skip
+            inputs,
+            x if self.stream is None else self.stream,
+            t,
+            labels,
+            self.span,
+            self.stream,
+            torch.is_grad_enabled(),
+            autocast,
+            gates=dict(self.gates),
+            twin=self.twin,
+            branch=branch,
+            place=place,
+            grid=tuple(self.family.grid(self.transformer, inputs)),
+            condition=condition,
+        )
 
     def edits_now(self) -> Iterator[tuple[str, Editor]]:
         for name, point in self.points.items():
@@ -215,9 +248,11 @@ class Instrumentation:
 
     @contextmanager
     def part(self, span: Span, stream: Tensor | None = None) -> Iterator[None]:
-        """Run only the blocks start..end-1, from a given stream [batch, token, d_model] and up to `StoppedAtLayer`.
+        """Run only the blocks start..end-1, from a given stream [batch, token, d_model] and up to
+        `StoppedAtLayer`.
 
-        Blocks before the start are not run: for the time being they hand on what they are given, the last of them `stream`.
+        Blocks before the start are not run: for the time being they hand on what they are given,
+        the last of them `stream`.
         """
         start, end = span
         before = self.span, self.stream
@@ -228,9 +263,13 @@ class Instrumentation:
             self.span, self.stream = span, stream
             for i, block in enumerate(blocks):
                 if start is not None and i < start:
-                    block.__dict__["forward"] = SkippedBlock(self, stream if i == start - 1 else None)
-                elif i == end or end == len(blocks) and i == end - 1:
-                    block.__dict__["forward"] = StopBefore(self, block, block.forward if i != end else None)
+                    block.__dict__["forward"] = SkippedBlock(
+                        self, stream if i == start - 1 else None
+                    )
+                elif i == end or (end == len(blocks) and i == end - 1):
+                    block.__dict__["forward"] = StopBefore(
+                        self, block, block.forward if i != end else None
+                    )
             if put is not None:
                 self.points["hook_embed"].add(put)
             yield
@@ -255,10 +294,13 @@ class Instrumentation:
 
     @contextmanager
     def alone(self, listeners: Iterable[tuple[str, Listener]]) -> Iterator[None]:
-        """For a recomputation: these listeners and no others, and no watchers; then everything as it was."""
+        """For a recomputation: these listeners and no others, and no watchers; then everything as
+        it was.
+        """
         if get_ident() in self.running:
             raise RuntimeError(
-                "Activations can't be recomputed inside a hook, while the model runs; read them afterwards."
+                "Activations can't be recomputed inside a hook, while the model runs; read them "
+                "afterwards."
             )
         self.claim()
         kept = {name: point.listeners for name, point in self.points.items()}
@@ -279,7 +321,9 @@ class Instrumentation:
             self.release()
 
     def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """What follows the last block, alone, with the conditioning of these arguments and all hook points silent."""
+        """What follows the last block, alone, with the conditioning of these arguments and all hook
+        points silent.
+        """
         kept = [(point, point.listeners) for point in self.points.values() if point.layer() is None]
         for point, _ in kept:
             point.listeners = []
@@ -312,7 +356,9 @@ class Instrumentation:
 
 
 def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a module's own forward may lie: at the bottom of diffusers' hooks, under accelerate's, or on the instance."""
+    """Where a module's own forward may lie: at the bottom of diffusers' hooks, under accelerate's,
+    or on the instance.
+    """
     registry = module.__dict__.get("_diffusers_hook")
     for ref in registry._fn_refs if registry is not None else ():
         for slot in ("original_forward", "forward"):
@@ -338,6 +384,7 @@ def _refuse_replaced(module: nn.Module) -> None:
         and getattr(found, "__self__", None) is not module
     ):
         raise RuntimeError(
-            f"The forward of {type(module).__name__} was already replaced on the instance by {found!r}; "
+            f"The forward of {type(module).__name__} was already replaced on the instance by "
+            f"{found!r}; "
             "undo that first (or wrap the model before it)."
         )

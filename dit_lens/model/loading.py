@@ -18,12 +18,17 @@ BUNDLED = Path(__file__).parent.parent / "bundled"
 
 
 def load(
-    model: Any, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", size: Size | None = None
+    model: Any,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    size: Size | None = None,
 ) -> HookedDiT:
-    """Open a model: a bundled one by name, a folder, a hub id, or an object that is a pipeline or transformer already.
+    """Open a model: a bundled one by name, a folder, a hub id, or an object that is a pipeline or
+    transformer already.
 
-    A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`), which may have `scheduler/` and
-    `vae/` inside. Weights are safetensors; a pickle is not opened. `size` is (height, width) of the latents, if not the model's own.
+    A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`),
+    which may have `scheduler/` and `vae/` inside. Weights are safetensors; a pickle is not opened.
+    `size` is (height, width) of the latents, if not the model's own.
 
     >>> import dit_lens
     >>> dit_lens.load("digits").cfg.n_layers
@@ -45,13 +50,20 @@ def load(
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
         return HookedDiT(pipe.to(device), size=size)
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
+    )
     raise FileNotFoundError(
-        f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as 'owner/name'; {hint}"
+        f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as "
+        f"'owner/name'; {hint}"
     )
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device, size: Size | None) -> HookedDiT:
+def _load_folder(
+    folder: Path, dtype: torch.dtype, device: str | torch.device, size: Size | None
+) -> HookedDiT:
     import diffusers
 
     if (folder / "model_index.json").exists():
@@ -61,13 +73,17 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device, s
         return HookedDiT(pipe.to(device), size=size)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a transformer)."
+            f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a "
+            "transformer)."
         )
     transformer = _part(folder, "config.json", dtype)
     scheduler = _part(folder / "scheduler", "scheduler_config.json")
     vae = _part(folder / "vae", "config.json", dtype)
     return HookedDiT(
-        transformer.to(device).eval(), scheduler=scheduler, vae=vae.to(device) if vae is not None else None, size=size
+        transformer.to(device).eval(),
+        scheduler=scheduler,
+        vae=vae.to(device) if vae is not None else None,
+        size=size,
     )
 
 
@@ -76,7 +92,9 @@ def _is_hub_id(model: str | Path) -> bool:
 
 
 def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
-    """A pipeline's part from its own folder, by the class that its config names; None where there is no such folder."""
+    """A pipeline's part from its own folder, by the class that its config names; None where there
+    is no such folder.
+    """
     import diffusers
 
     if not (folder / config).exists():
@@ -85,7 +103,9 @@ def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
         name = json.loads((folder / config).read_text())["_class_name"]
         cls = getattr(diffusers, name)
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{str(folder / config)!r} does not name a diffusers class ({error!r}).") from None
+        raise ValueError(
+            f"{str(folder / config)!r} does not name a diffusers class ({error!r})."
+        ) from None
     return _weights(cls, folder, **({} if dtype is None else {"dtype": dtype}))
 
 
@@ -94,14 +114,20 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
         pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
         if pickles:
             raise ValueError(
-                f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as safetensors."
+                f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model "
+                "as safetensors."
             )
-        kwargs |= {"use_safetensors": True, "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
+        kwargs |= {
+            "use_safetensors": True,
+            "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None,
+        }
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
     except Exception as error:  # diffusers and safetensors raise many kinds for damaged files
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"The model in {str(folder)!r} can't be loaded as {cls.__name__}: {first}") from error
+        raise ValueError(
+            f"The model in {str(folder)!r} can't be loaded as {cls.__name__}: {first}"
+        ) from error
 
 
 def _scheduler_mixin() -> type:
@@ -112,7 +138,8 @@ def _scheduler_mixin() -> type:
 
 
 def load_skeleton(model: str | Path) -> tuple[Family, Any]:
-    """A model's family and its modules without weights (on torch's meta device): sizes and names, for any size of model.
+    """A model's family and its modules without weights (on torch's meta device): sizes and names,
+    for any size of model.
 
     Raises like `load`.
     """
@@ -125,14 +152,16 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
         config = json.loads((folder / "config.json").read_text())
     elif folder.is_dir() or not _is_hub_id(model):
         raise FileNotFoundError(
-            f"There is no model at {str(model)!r}; expected a bundled name, a folder with config.json, or a hub id."
+            f"There is no model at {str(model)!r}; expected a bundled name, a folder with "
+            "config.json, or a hub id."
         )
     else:
         config = diffusers.ConfigMixin.load_config(str(model), subfolder="transformer")
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         raise ValueError(
-            f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which diffusers does not have."
+            f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which "
+            "diffusers does not have."
         )
     with torch.device("meta"):
         skeleton = cls.from_config(config)

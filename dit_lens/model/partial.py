@@ -1,7 +1,8 @@
 """A part of the blocks: what stands in the place of the others' forwards while it runs.
 
-Blocks before the start hand on what they are given, the last of them a stream that is put in; the pass ends before the block where it
-should, with an exception that carries the stream. Embedders and the last layer are diffusers' own as ever, so this works for every family.
+Blocks before the start hand on what they are given, the last of them a stream that is put in; the
+pass ends before the block where it should, with an exception that carries the stream. Embedders and
+the last layer are diffusers' own as ever, so this works for every family.
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ class SkippedBlock:
         self.instrumentation, self.stream = instrumentation, stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, returned = self.instrumentation.family.passed(self.instrumentation.now or {}, args, kwargs)
+        x, returned = self.instrumentation.family.passed(
+            self.instrumentation.now or {}, args, kwargs
+        )
         return returned(x if self.stream is None else self.stream)
 
 
 class StopBefore:
-    """In place of a block's forward: ends the pass with the stream that enters it, or that leaves `after` it."""
+    """In place of a block's forward: ends the pass with the stream that enters it, or that leaves
+    `after` it.
+    """
 
     def __init__(self, instrumentation: Instrumentation, block: nn.Module, after: Any) -> None:
         self.instrumentation, self.block, self.after = instrumentation, block, after
@@ -55,5 +60,9 @@ class StopBefore:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.instrumentation.now or {}
         if self.after is None:
-            raise StoppedAtLayer(self.instrumentation.family.entering(self.block, inputs, args, kwargs))
-        raise StoppedAtLayer(self.instrumentation.family.leaving(inputs, self.after(*args, **kwargs)))
+            raise StoppedAtLayer(
+                self.instrumentation.family.entering(self.block, inputs, args, kwargs)
+            )
+        raise StoppedAtLayer(
+            self.instrumentation.family.leaving(inputs, self.after(*args, **kwargs))
+        )

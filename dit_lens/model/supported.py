@@ -6,33 +6,47 @@ from torch import nn
 
 
 def refuse_unfit(transformer: nn.Module) -> None:
-    """Raise RuntimeError or ValueError for a model whose hooks would be ignored, or whose activations could not be trusted."""
-    if hasattr(transformer, "_orig_mod") or any(m._compiled_call_impl is not None for m in transformer.modules()):
+    """Raise RuntimeError or ValueError for a model whose hooks would be ignored, or whose
+    activations could not be trusted.
+    """
+    if hasattr(transformer, "_orig_mod") or any(
+        m._compiled_call_impl is not None for m in transformer.modules()
+    ):
         raise RuntimeError(
-            "The model is compiled: torch.compile ignores hooks added afterwards. Open the original instead "
+            "The model is compiled: torch.compile ignores hooks added afterwards. Open the "
+            "original instead "
             "(compiled._orig_mod, or load it again), and compile nothing while you look inside."
         )
-    quantised = next((n for n, p in transformer.named_parameters() if not p.is_floating_point()), None)
+    quantised = next(
+        (n for n, p in transformer.named_parameters() if not p.is_floating_point()), None
+    )
     if quantised is not None or getattr(transformer, "hf_quantizer", None) is not None:
-        named = f" ({quantised} is {transformer.get_parameter(quantised).dtype})" if quantised else ""
+        named = (
+            f" ({quantised} is {transformer.get_parameter(quantised).dtype})" if quantised else ""
+        )
         raise ValueError(
-            f"{type(transformer).__name__} has quantised weights{named}, whose layers compute in ways dit_lens can't repeat bit for bit; "
+            f"{type(transformer).__name__} has quantised weights{named}, whose layers compute in "
+            "ways dit_lens can't repeat bit for bit; "
             "load it unquantised, in float32, bfloat16 or float16."
         )
     offloaded = any(hasattr(m, "_hf_hook") for m in transformer.modules())
     meta = next((n for n, p in transformer.named_parameters() if p.device.type == "meta"), None)
     if meta is not None and not offloaded:
         raise ValueError(
-            f"{type(transformer).__name__} has no weights: {meta} is on the meta device. Load them first "
+            f"{type(transformer).__name__} has no weights: {meta} is on the meta device. Load them "
+            "first "
             "(from_pretrained, or to_empty and load_state_dict)."
         )
     refuse_cache(transformer)
 
 
 def refuse_cache(transformer: nn.Module) -> None:
-    """Raise RuntimeError where diffusers answers from a cache: also asked before each watched pass, for it can be switched on later."""
+    """Raise RuntimeError where diffusers answers from a cache: also asked before each watched pass,
+    for it can be switched on later.
+    """
     if getattr(transformer, "is_cache_enabled", False):
         raise RuntimeError(
-            "A diffusers cache is on, which answers from earlier steps, so that a step could not be recomputed on its own; "
+            "A diffusers cache is on, which answers from earlier steps, so that a step could not "
+            "be recomputed on its own; "
             "call transformer.disable_cache() first."
         )

@@ -1,11 +1,14 @@
-"""Patching a single forward, with the names, argument order and result shapes of `transformer_lens.patching`.
+"""Patching a single forward, with the names, argument order and result shapes of
+`transformer_lens.patching`.
 
     _, clean_cache = model.run_with_cache(x_clean, t, y)
-    get_act_patch_resid_pre(model, (x_corrupted, t, y), clean_cache, metric)          # [layer, pos], pos the token
+    # [layer, pos], pos the token
+    get_act_patch_resid_pre(model, (x_corrupted, t, y), clean_cache, metric)
 
-In place of `corrupted_tokens` stand the model's inputs (x, t, y), and the metric is given the model's output, [batch, channel, height,
-width], in place of logits. Every patch is exact, and none runs a layer before its own: patches of one layer are stacked along the batch and
-start from the corrupted stream that enters it. For patches over a denoising run see `dit_lens.patching.sweep`.
+In place of `corrupted_tokens` stand the model's inputs (x, t, y), and the metric is given the
+model's output, [batch, channel, height, width], in place of logits. Every patch is exact, and none
+runs a layer before its own: patches of one layer are stacked along the batch and start from the
+corrupted stream that enters it. For patches over a denoising run see `dit_lens.patching.sweep`.
 """
 
 from __future__ import annotations
@@ -37,18 +40,26 @@ def generic_activation_patch(
     *,
     batch: int = 64,
 ) -> Tensor:
-    """The metric after each patch of the clean activation into the corrupted forward, one axis for each of `index_axis_names`.
+    """The metric after each patch of the clean activation into the corrupted forward, one axis for
+    each of `index_axis_names`.
 
     Args:
-        corrupted_inputs: (x [b, c, h, w], t, y). clean_cache: from `run_with_cache` on the same batch, with the site in every layer.
-        activation_name: a site with a batch axis first and those of `index_axis_names` among the others: "resid_pre", "attn.hook_z", ...
+        corrupted_inputs: (x [b, c, h, w], t, y).
+        clean_cache: from `run_with_cache` on the same batch, with the site in every layer.
+        activation_name: a site with a batch axis first and those of `index_axis_names` among the
+            others: "resid_pre", "attn.hook_z", ...
         batch: images that run at once, at least one patch's.
 
-    Raises ValueError for axes that the site does not have, a cache of another batch, KeyError for a cache without the site.
+    Raises:
+        ValueError: for axes that the site does not have, a cache of another batch.
+        KeyError: for a cache without the site.
     """
     x, t, y = corrupted_inputs
     if index_axis_names[:1] != ("layer",) or not set(index_axis_names[1:]) <= set(SIZES):
-        raise ValueError(f"index_axis_names is {index_axis_names}; expected 'layer' first, then 'pos' and/or 'head'.")
+        raise ValueError(
+            f"index_axis_names is {index_axis_names}; expected 'layer' first, then 'pos' and/or "
+            "'head'."
+        )
     names = [model.resolve(activation_name, layer) for layer in range(model.cfg.n_layers)]
     axes = model.sites[names[0]]
     places = []
@@ -58,7 +69,8 @@ def generic_activation_patch(
         ]  # TransformerLens says pos for a token, and for a pattern's query
         if not set(wanted) & set(axes):
             raise ValueError(
-                f"{names[0]!r} has the axes {list(axes)}; index_axis_names={index_axis_names} asks for one that it does not have."
+                f"{names[0]!r} has the axes {list(axes)}; index_axis_names={index_axis_names} asks "
+                "for one that it does not have."
             )
         places.append(next(i for i, axis in enumerate(axes) if axis in wanted))
     items, sizes = len(x), [SIZES[name](model.cfg) for name in index_axis_names[1:]]
@@ -69,13 +81,17 @@ def generic_activation_patch(
         clean = clean_cache[name]
         if len(clean) != items:
             raise ValueError(
-                f"The clean cache has a batch of {len(clean)} and the corrupted inputs one of {items}; expected the same."
+                f"The clean cache has a batch of {len(clean)} and the corrupted inputs one of "
+                f"{items}; expected the same."
             )
         for start in range(0, len(chosen), max(1, batch // items)):
             some = chosen[start : start + max(1, batch // items)]
 
             def put(
-                activation: Tensor, hook: object, some: list[tuple[int, ...]] = some, clean: Tensor = clean
+                activation: Tensor,
+                hook: object,
+                some: list[tuple[int, ...]] = some,
+                clean: Tensor = clean,
             ) -> Tensor:
                 for row, index in enumerate(some):
                     where: list[slice | int] = [slice(None)] * activation.ndim
@@ -91,11 +107,15 @@ def generic_activation_patch(
             with torch.no_grad(), model.hooks([(name, put)]):
                 outputs = model(*stacked, start_at_layer=layer)
             for row, output in enumerate(outputs.split(items)):
-                result[layer, start + row] = float(torch.as_tensor(patching_metric(output)).detach())
+                result[layer, start + row] = float(
+                    torch.as_tensor(patching_metric(output)).detach()
+                )
     return result.view(model.cfg.n_layers, *sizes)
 
 
-def _fixed(activation_name: str, *axes: Axis) -> Callable[[HookedDiT, Inputs, ActivationCache, Metric], Tensor]:
+def _fixed(
+    activation_name: str, *axes: Axis
+) -> Callable[[HookedDiT, Inputs, ActivationCache, Metric], Tensor]:
     return functools.partial(
         generic_activation_patch, activation_name=activation_name, index_axis_names=("layer", *axes)
     )
@@ -128,6 +148,11 @@ def get_act_patch_attn_head_all_pos_every(
     model: HookedDiT, corrupted_inputs: Inputs, clean_cache: ActivationCache, metric: Metric
 ) -> Tensor:
     """Output, query, key, value and pattern of each head: [5, layer, head]."""
-    each = (get_act_patch_attn_head_out_all_pos, get_act_patch_attn_head_q_all_pos, get_act_patch_attn_head_k_all_pos,
-            get_act_patch_attn_head_v_all_pos, get_act_patch_attn_head_pattern_all_pos)  # fmt: skip
+    each = (
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+    )
     return torch.stack([patch(model, corrupted_inputs, clean_cache, metric) for patch in each])

@@ -1,14 +1,19 @@
-"""Attribution: what every patch would do, estimated at once from gradients, with how well the estimate agrees with the exact sweep.
+"""Attribution: what every patch would do, estimated at once from gradients, with how well the
+estimate agrees with the exact sweep.
 
-To first order a patch moves the outcome by <dOutcome/dh, h_source - h_target> (attribution patching, Nanda 2023; Syed et al. 2023, arXiv
-2310.10348). The derivative goes back through the rest of the denoising run: each step is run once more with its graph and pulled back,
-the last step first, so memory is that of one step and time that of one forward and one backward of the run. With `integrate` = n the
-derivative of the model is the mean over n points on the way from the target's x_t to the source's (integrated gradients, Sundararajan et
-al. 2017, arXiv 1703.01365; of the inputs, as in Hanna et al. 2024, arXiv 2403.17806), which sees what a single point does not; that of the
-distance at the end stays the target's, since a single patch hardly moves it. Half-way between two unrelated runs no run ever is, so for
-those the plain gradient is the better estimate: `check` shows it.
+To first order a patch moves the outcome by <dOutcome/dh, h_source - h_target> (attribution
+patching, Nanda 2023; Syed et al. 2023, arXiv 2310.10348). The derivative goes back through the rest
+of the denoising run: each step is run once more with its graph and pulled back, the last step
+first, so memory is that of one step and time that of one forward and one backward of the run. With
+`integrate` = n the derivative of the model is the mean over n points on the way from the target's
+x_t to the source's (integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365; of the
+inputs, as in Hanna et al. 2024, arXiv 2403.17806), which sees what a single point does not; that of
+the distance at the end stays the target's, since a single patch hardly moves it. Half-way between
+two unrelated runs no run ever is, so for those the plain gradient is the better estimate: `check`
+shows it.
 
-The estimates of a window are the sums of its steps. That is an approximation too; `check` measures all of it.
+The estimates of a window are the sums of its steps. That is an approximation too; `check` measures
+all of it.
 """
 
 from __future__ import annotations
@@ -48,17 +53,23 @@ def attribute(
     """The estimated move of every patch of `source` into `target`: one layer, one site, one step.
 
     Args:
-        source, target: runs of one model with the same settings, such as the twins A and B; see `dit_lens.patching.sweep.sweep`.
-        sites: hook points that every layer has. bands: of the latents' pixel grid; by default "low" and "high".
+        source, target: runs of one model with the same settings, such as the twins A and B; see
+            `dit_lens.patching.sweep.sweep`.
+        sites: hook points that every layer has.
+        bands: of the latents' pixel grid; by default "low" and "high".
         integrate: points of the integral; 1 is the gradient at the target alone.
-        check: so many random patches, of `window` steps each, are also run exactly. progress: called with each finished step.
+        check: so many random patches, of `window` steps each, are also run exactly.
+        progress: called with each finished step.
 
-    Returns `estimate` [layer, site, step, band], the move as `sweep` defines it: 0 nothing, 1 the source made of the target. With `check`
-    also `checked_exact`, `checked_estimate` [checked, band] with coordinates layer, site and first (step), and their correlation
-    [band]; attrs["sentence"] says it. Sum over steps for a window's estimate.
+    Returns `estimate` [layer, site, step, band], the move as `sweep` defines it: 0 nothing, 1 the
+    source made of the target. With `check` also `checked_exact`, `checked_estimate` [checked, band]
+    with coordinates layer, site and first (step), and their correlation [band]; attrs["sentence"]
+    says it. Sum over steps for a window's estimate.
 
-    Raises ValueError for runs that do not fit each other, a site that not every layer has, schedulers with a memory (the gradient would
-    have to go back through it), or inside torch.inference_mode.
+    Raises:
+        ValueError: for runs that do not fit each other, a site that not every layer has, schedulers
+            with a memory (the gradient would have to go back through it), or inside
+            torch.inference_mode.
 
         attribute(twins.a, twins.b, check=10).attrs["sentence"]
     """
@@ -67,15 +78,18 @@ def attribute(
     model, settings = target.model, target.settings
     if torch.is_inference_mode_enabled() or target.latents.is_inference():
         raise ValueError(
-            "Gradients are asked of a model in torch.inference_mode(); leave it, or use torch.no_grad() for what comes before."
+            "Gradients are asked of a model in torch.inference_mode(); leave it, or use "
+            "torch.no_grad() for what comes before."
         )
     if integrate < 1 or check < 0 or (check and not 1 <= window <= settings.steps):
         raise ValueError(
-            f"integrate={integrate}, check={check}, window={window}; expected integrate >= 1, check >= 0, window 1 to {settings.steps}."
+            f"integrate={integrate}, check={check}, window={window}; expected integrate >= 1, "
+            f"check >= 0, window 1 to {settings.steps}."
         )
     if getattr(prepared(model, settings).config, "solver_order", 1) > 1:
         raise ValueError(
-            f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here do not; use 'ddim' or 'ddpm'."
+            f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here "
+            "do not; use 'ddim' or 'ddpm'."
         )
     for run in (source, target):
         run._check_alone(0)  # the derivative goes back to the first step
@@ -87,20 +101,29 @@ def attribute(
     )  # refuses what does not fit; and the distance to be moved
     apart = nothing.distance_target.sum("item").values
     found = np.zeros((model.cfg.n_layers, len(sites), settings.steps, bands.n))
-    end = [_distance_gradient(target.latents[-1], source.latents[-1], bands, b) for b in range(bands.n)]
+    end = [
+        _distance_gradient(target.latents[-1], source.latents[-1], bands, b) for b in range(bands.n)
+    ]
     shares = [0.0] if integrate == 1 else [(i + 0.5) / integrate for i in range(integrate)]
-    pulls = [list(end) for _ in shares]  # every point of the integral goes back through a run of its own
+    # every point of the integral goes back through a run of its own
+    pulls = [list(end) for _ in shares]
     for step in reversed(range(settings.steps)):
-        theirs, mine = (_activations(model, run, run.latents[step], step, names)[0] for run in (source, target))
+        theirs, mine = (
+            _activations(model, run, run.latents[step], step, names)[0] for run in (source, target)
+        )
         change = [a - h for a, h in zip(theirs, mine, strict=True)]
         for share, pull in zip(shares, pulls, strict=True):
             x = torch.lerp(target.latents[step], source.latents[step], share).requires_grad_()
             with torch.enable_grad():
                 seen, following = _activations(model, target, x, step, names, graph=True)
             for b in range(bands.n):
-                pull[b], *gradients = torch.autograd.grad(following, [x, *seen], pull[b], retain_graph=b + 1 < bands.n)
+                pull[b], *gradients = torch.autograd.grad(
+                    following, [x, *seen], pull[b], retain_graph=b + 1 < bands.n
+                )
                 moved = torch.stack([(g * d).sum() for g, d in zip(gradients, change, strict=True)])
-                found[:, :, step, b] -= (moved.double().cpu().numpy() / integrate / apart[b]).reshape(len(sites), -1).T
+                found[:, :, step, b] -= (
+                    (moved.double().cpu().numpy() / integrate / apart[b]).reshape(len(sites), -1).T
+                )
         if progress is not None:
             progress(step)
     result = xr.Dataset(
@@ -116,7 +139,9 @@ def attribute(
     return _checked(result, source, target, bands, check, window, seed) if check else result
 
 
-def _checked(result: Any, source: Run, target: Run, bands: Bands, check: int, window: int, seed: int) -> xr.Dataset:
+def _checked(
+    result: Any, source: Run, target: Run, bands: Bands, check: int, window: int, seed: int
+) -> xr.Dataset:
     """The estimates beside exact patches, at random places."""
     rng, steps = np.random.default_rng(seed), target.settings.steps
     places = [
@@ -128,11 +153,24 @@ def _checked(result: Any, source: Run, target: Run, bands: Bands, check: int, wi
         for _ in range(check)
     ]
     exact = sweep(
-        source, target, [Patch(site, layer, range(first, first + window)) for layer, site, first in places], bands
+        source,
+        target,
+        [Patch(site, layer, range(first, first + window)) for layer, site, first in places],
+        bands,
     ).move.values
-    guess = np.stack([result.estimate.sel(layer=layer, site=site).isel(step=slice(first, first + window)).sum("step").values
-                      for layer, site, first in places])  # fmt: skip
-    result["checked_exact"], result["checked_estimate"] = (("checked", "band"), exact), (("checked", "band"), guess)
+    guess = np.stack(
+        [
+            result.estimate.sel(layer=layer, site=site)
+            .isel(step=slice(first, first + window))
+            .sum("step")
+            .values
+            for layer, site, first in places
+        ]
+    )
+    result["checked_exact"], result["checked_estimate"] = (
+        (("checked", "band"), exact),
+        (("checked", "band"), guess),
+    )
     layers, sites, firsts = zip(*places, strict=True)
     result = result.assign_coords(
         checked_layer=("checked", list(layers)),
@@ -141,10 +179,14 @@ def _checked(result: Any, source: Run, target: Run, bands: Bands, check: int, wi
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         agree = [float(np.corrcoef(exact[:, b], guess[:, b])[0, 1]) for b in range(bands.n)]
-        slope = [float((exact[:, b] * guess[:, b]).sum() / (guess[:, b] ** 2).sum()) for b in range(bands.n)]
+        slope = [
+            float((exact[:, b] * guess[:, b]).sum() / (guess[:, b] ** 2).sum())
+            for b in range(bands.n)
+        ]
     result["correlation"] = ("band", agree)
     words = ", ".join(
-        f"{name} r = {r:.2f}, exact/estimate {s:.2f}" for name, r, s in zip(bands.names, agree, slope, strict=True)
+        f"{name} r = {r:.2f}, exact/estimate {s:.2f}"
+        for name, r, s in zip(bands.names, agree, slope, strict=True)
     )
     result.attrs["sentence"] = f"Against {check} exact patches of {window} steps: {words}."
     return result
@@ -153,7 +195,9 @@ def _checked(result: Any, source: Run, target: Run, bands: Bands, check: int, wi
 def _activations(
     model: HookedDiT, run: Run, x: Tensor, step: int, names: list[list[str]], graph: bool = False
 ) -> tuple[list[Tensor], Tensor]:
-    """The sites' activations at one step of the run from x_t, site by site and layer by layer, and the next x_t."""
+    """The sites' activations at one step of the run from x_t, site by site and layer by layer, and
+    the next x_t.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor, point: HookPoint) -> None:
@@ -169,7 +213,9 @@ def _activations(
             output = guided(answer.to(x.dtype), model, run.settings)
             if not learns_variance(scheduler):
                 output = means(model, output)
-            following = advance(scheduler, output, t, x, seeds_at(run.history, step), step, run.settings.eta)
+            following = advance(
+                scheduler, output, t, x, seeds_at(run.history, step), step, run.settings.eta
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -185,6 +231,7 @@ def _in_every_layer(model: HookedDiT, site: str) -> list[str]:
     found = [name for name in select(site, model.names) if layer_of(name) is not None]
     if len(found) != model.cfg.n_layers:
         raise ValueError(
-            f"site={site!r} is {len(found)} hook points; attribution needs one in each of {model.cfg.n_layers} layers, such as 'attn_out'."
+            f"site={site!r} is {len(found)} hook points; attribution needs one in each of "
+            f"{model.cfg.n_layers} layers, such as 'attn_out'."
         )
     return found

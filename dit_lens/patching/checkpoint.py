@@ -1,6 +1,7 @@
 """The file of an interrupted sweep: finished latents by patch, and which sweep they are of.
 
-One safetensors file, always whole: it is written beside and renamed. A file of another sweep is refused.
+One safetensors file, always whole: it is written beside and renamed. A file of another sweep is
+refused.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ def scheduler_words(run: Run) -> str:
 
 
 def sweep_key(source: Run, target: Run, patches: Sequence[Patch]) -> str:
-    """A digest of the two runs and of the patches, in words: of all that finished patches depend on."""
+    """A digest of the two runs and of the patches, in words: of all that finished patches depend
+    on.
+    """
     digest = hashlib.sha256()
     for run in (source, target):
         digest.update(
             repr(
-                (run.weights, run.settings.eta, run.settings.guidance, scheduler_words(run), run.labels.tolist())
+                (
+                    run.weights,
+                    run.settings.eta,
+                    run.settings.guidance,
+                    scheduler_words(run),
+                    run.labels.tolist(),
+                )
             ).encode()
         )
         digest.update(repr([(c.from_step, c.seeds, len(c.edits)) for c in run.history]).encode())
@@ -41,7 +50,9 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Patch]) -> str:
 
 
 class Store:
-    """Finished latents [item, c, h, w] by patch, in a file if there is one, which is always whole: it is written beside and renamed."""
+    """Finished latents [item, c, h, w] by patch, in a file if there is one, which is always whole:
+    it is written beside and renamed.
+    """
 
     def __init__(self, path: str | Path | None, key: str, patches: int) -> None:
         self.path, self.key = None if path is None else Path(path), key
@@ -58,9 +69,14 @@ class Store:
                     f"{self.path} is no file of a sweep ({error}); give another path, or delete it."
                 ) from None
             if not mine:
-                what = f"of another sweep ({meta['patches']} patches)" if "patches" in meta else "no file of a sweep"
+                what = (
+                    f"of another sweep ({meta['patches']} patches)"
+                    if "patches" in meta
+                    else "no file of a sweep"
+                )
                 raise ValueError(
-                    f"{self.path} is {what}: other runs, settings or patches than these {patches}; give another path."
+                    f"{self.path} is {what}: other runs, settings or patches than these {patches}; "
+                    "give another path."
                 )
             self.blocks = int(meta["blocks"])
         self.patches = patches

@@ -1,12 +1,14 @@
 """Lanes: many patched versions of one run, advanced together, each exactly as it would go alone.
 
-A *lane* is a trajectory that differs from the target's stored one, with all the patches that have led to it so far. Patches that have
-done the same up to now share a lane (windows that begin alike, the whole stream of the source in any layer), and it splits where
-they part. Nothing is run for a patch before its window: the target's x_t is stored. In the step in which a lane leaves the target,
-only the layers from the patched one on are run, from the target's own stream before it. Lanes are stacked along the batch whether or
-not their windows are over: a patch edits its own rows only.
+A *lane* is a trajectory that differs from the target's stored one, with all the patches that have
+led to it so far. Patches that have done the same up to now share a lane (windows that begin alike,
+the whole stream of the source in any layer), and it splits where they part. Nothing is run for a
+patch before its window: the target's x_t is stored. In the step in which a lane leaves the target,
+only the layers from the patched one on are run, from the target's own stream before it. Lanes are
+stacked along the batch whether or not their windows are over: a patch edits its own rows only.
 
-Each lane carries a scheduler of its own, a copy of its parent's, so that multistep schedulers remember the right past.
+Each lane carries a scheduler of its own, a copy of its parent's, so that multistep schedulers
+remember the right past.
 """
 
 from __future__ import annotations
@@ -27,12 +29,16 @@ from ..sampling.schedulers import learns_variance
 from .patch import Planned
 
 SOURCE = "the source's output"
-"""What a patch of the whole stream does, in any layer, where source and target have the same labels and no edits."""
+"""What a patch of the whole stream does, in any layer, where source and target have the same labels
+and no edits.
+"""
 
 
 @dataclass
 class Lane:
-    """One trajectory: x_t [item, c, h, w] before the step, its scheduler, and the patches that it stands for (numbers)."""
+    """One trajectory: x_t [item, c, h, w] before the step, its scheduler, and the patches that it
+    stands for (numbers).
+    """
 
     x: Tensor
     scheduler: Any
@@ -41,7 +47,9 @@ class Lane:
 
 @dataclass
 class Job:
-    """One step of one lane to be: where it comes from, and what is done in this step (None: nothing)."""
+    """One step of one lane to be: where it comes from, and what is done in this step (None:
+    nothing).
+    """
 
     parent: Lane
     patches: list[int]
@@ -52,7 +60,10 @@ class Job:
 
 
 class Lanes:
-    """Advances patches of `source` into `target`. `blocks` counts images x blocks run (with guidance an item is two images)."""
+    """Advances patches of `source` into `target`.
+
+    `blocks` counts images x blocks run (with guidance an item is two images).
+    """
 
     def __init__(self, source: Run, target: Run, batch: int) -> None:
         self.source, self.target, self.batch = source, target, batch
@@ -63,10 +74,16 @@ class Lanes:
         self.same_labels = torch.equal(source.labels, target.labels)
 
     @torch.no_grad()
-    def run(self, patches: Sequence[Planned], tick: Callable[[int], object] = lambda step: None) -> Tensor:
-        """The finished latents of each patch, [patch, item, c, h, w]; `tick` is called after each step."""
+    def run(
+        self, patches: Sequence[Planned], tick: Callable[[int], object] = lambda step: None
+    ) -> Tensor:
+        """The finished latents of each patch, [patch, item, c, h, w]; `tick` is called after each
+        step.
+        """
         target = self.target
-        trunk = Lane(target.latents[0], prepared(self.model, self.settings), list(range(len(patches))))
+        trunk = Lane(
+            target.latents[0], prepared(self.model, self.settings), list(range(len(patches)))
+        )
         self.learns = learns_variance(trunk.scheduler)
         lanes: list[Lane] = []
         for step in range(self.settings.steps):
@@ -85,26 +102,39 @@ class Lanes:
     def _jobs(
         self, trunk: Lane, lanes: list[Lane], patches: Sequence[Planned], step: int
     ) -> tuple[list[Job], list[int]]:
-        """What to run in this step, lanes split by what their patches do now, and the patches that stay with the target."""
-        plain = not edits_at(self.source.history, step) and not edits_at(self.target.history, step) and self.same_labels
+        """What to run in this step, lanes split by what their patches do now, and the patches that
+        stay with the target.
+        """
+        plain = (
+            not edits_at(self.source.history, step)
+            and not edits_at(self.target.history, step)
+            and self.same_labels
+        )
         alike = plain and torch.equal(self.source.latents[step], trunk.x)
         jobs, staying = [], []
         for lane in (trunk, *lanes):
             split: dict[str | None, list[int]] = {}
             for p in lane.patches:
-                split.setdefault(self._key(patches[p], step, plain, alike and lane is trunk), []).append(p)
+                split.setdefault(
+                    self._key(patches[p], step, plain, alike and lane is trunk), []
+                ).append(p)
             for key, members in split.items():
                 if lane is trunk and key is None:
                     staying = members
                 else:
-                    jobs.append(Job(lane, members, patches[members[0]] if key else None, key, lane is trunk))
+                    jobs.append(
+                        Job(lane, members, patches[members[0]] if key else None, key, lane is trunk)
+                    )
         return jobs, staying
 
     def _key(self, patch: Planned, step: int, plain: bool, alike: bool) -> str | None:
-        """What the patch does now: None where nothing, as when the source's activations are the target's own (`alike`)."""
-        if step not in patch.steps or alike and patch.patch.kind == "swap":
+        """What the patch does now: None where nothing, as when the source's activations are the
+        target's own (`alike`).
+        """
+        if step not in patch.steps or (alike and patch.patch.kind == "swap"):
             return None
-        whole = patch.whole_stream and self.model.cfg.restartable  # with a second stream the image's is not all
+        # with a second stream the image's is not all
+        whole = patch.whole_stream and self.model.cfg.restartable
         return SOURCE if plain and whole else patch.key
 
     # One step.
@@ -113,7 +143,11 @@ class Lanes:
         """Fill in every job's model output."""
         seen: ActivationCache | None = None
         if any(job.act.from_source for job in jobs if job.act):
-            names = {job.act.name for job in jobs if job.act and job.act.from_source and job.key != SOURCE}
+            names = {
+                job.act.name
+                for job in jobs
+                if job.act and job.act.from_source and job.key != SOURCE
+            }
             seen, output = self._look(self.source, "source", step, names)
             for job in jobs:
                 job.output = output if job.key == SOURCE else None
@@ -126,33 +160,53 @@ class Lanes:
             self._forward(chunk, edits, step, seen)
         if any(job.leaves for job in jobs):
             begun = list(_chunks(sorted((job for job in todo if job.leaves), key=_layer), per))
-            whole = edits or not self.model.cfg.restartable  # more than the stream goes from block to block
-            streams, _ = self._look(self.target, "target", step, set() if whole else {self._stream(c) for c in begun})
+            # more than the stream goes from block to block
+            whole = edits or not self.model.cfg.restartable
+            streams, _ = self._look(
+                self.target, "target", step, set() if whole else {self._stream(c) for c in begun}
+            )
             for chunk in begun:
-                self._forward(chunk, edits, step, seen, None if whole else streams[self._stream(chunk)])
+                self._forward(
+                    chunk, edits, step, seen, None if whole else streams[self._stream(chunk)]
+                )
 
     def _stream(self, chunk: list[Job]) -> str:
-        """The stream from which these lanes, sorted by layer, leave the target: before the earliest of their layers."""
+        """The stream from which these lanes, sorted by layer, leave the target: before the earliest
+        of their layers.
+        """
         return f"blocks.{_layer(chunk[0])}.hook_resid_pre"
 
     def _forward(
-        self, jobs: list[Job], edits: Edits, step: int, seen: ActivationCache | None, stream: Tensor | None = None
+        self,
+        jobs: list[Job],
+        edits: Edits,
+        step: int,
+        seen: ActivationCache | None,
+        stream: Tensor | None = None,
     ) -> None:
-        """One forward for these lanes, stacked: from their x_t, or all from a stream of the target's."""
+        """One forward for these lanes, stacked: from their x_t, or all from a stream of the
+        target's.
+        """
         n, k = self.items, len(jobs)
         x = torch.cat([job.parent.x for job in jobs])
         inputs, t, y = self._inputs(x, self.target.labels.repeat(k), step)
         first = None
         if stream is not None:
             first = _layer(jobs[0])
-            inputs = stream.unflatten(0, (self.branches, 1, n)).expand(-1, k, *[-1] * stream.ndim).flatten(0, 2)
+            inputs = (
+                stream.unflatten(0, (self.branches, 1, n))
+                .expand(-1, k, *[-1] * stream.ndim)
+                .flatten(0, 2)
+            )
         with self.model.hooks([*edits, *self._edits(jobs, seen)]):
             output = self.model(inputs, t, y, start_at_layer=first)
         self.blocks += len(t) * (self.model.cfg.n_layers - (first or 0))
         for job, own in zip(jobs, self._guided(output, x).split(n), strict=True):
             job.output = own
 
-    def _edits(self, jobs: list[Job], seen: ActivationCache | None) -> Iterator[tuple[str, HookFunction]]:
+    def _edits(
+        self, jobs: list[Job], seen: ActivationCache | None
+    ) -> Iterator[tuple[str, HookFunction]]:
         """A hook for each hook point that is patched, which changes each lane's own rows."""
         rows = torch.arange(self.branches * len(jobs) * self.items, device=self.model.device).view(
             self.branches, len(jobs), -1
@@ -160,7 +214,11 @@ class Lanes:
         at: dict[str, list[tuple[Any, Planned]]] = {}
         for i, job in enumerate(jobs):
             if job.act is not None:
-                own: Any = slice(i * self.items, (i + 1) * self.items) if self.branches == 1 else rows[:, i].flatten()
+                own: Any = (
+                    slice(i * self.items, (i + 1) * self.items)
+                    if self.branches == 1
+                    else rows[:, i].flatten()
+                )
                 at.setdefault(job.act.name, []).append((own, job.act))
         entered: dict[int, Tensor] = {}
 
@@ -174,13 +232,17 @@ class Lanes:
                 activation[own] = act.new(activation[own], source, before, self.branches)
             return activation
 
-        for layer in {act.layer for todo in at.values() for _, act in todo if act.patch.kind == "skip"}:
+        for layer in {
+            act.layer for todo in at.values() for _, act in todo if act.patch.kind == "skip"
+        }:
             yield f"blocks.{layer}.hook_resid_pre", keep
         for name in at:
             yield name, edit
 
     def _advanced(self, job: Job, step: int) -> Lane:
-        """The lane after this step; the first child goes on with its parent's scheduler only if it is the only one."""
+        """The lane after this step; the first child goes on with its parent's scheduler only if it
+        is the only one.
+        """
         assert job.output is not None
         alone = not job.leaves and len(job.patches) == len(job.parent.patches)
         scheduler = job.parent.scheduler if alone else copy.deepcopy(job.parent.scheduler)
@@ -192,8 +254,13 @@ class Lanes:
 
     # The model.
 
-    def _look(self, run: Run, word: str, step: int, names: set[str]) -> tuple[ActivationCache, Tensor]:
-        """A run's own forward at a step: what is named, and the output. Raises ValueError if it is not what the run had."""
+    def _look(
+        self, run: Run, word: str, step: int, names: set[str]
+    ) -> tuple[ActivationCache, Tensor]:
+        """A run's own forward at a step: what is named, and the output.
+
+        Raises ValueError if it is not what the run had.
+        """
         x = run.latents[step]
         inputs = self._inputs(x, run.labels, step)
         with self.model.hooks(edits_at(run.history, step)):
@@ -206,13 +273,16 @@ class Lanes:
         off = float((output - run.outputs[step]).norm() / run.outputs[step].norm().clamp_min(1e-12))
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
             raise ValueError(
-                f"Step {step} of the {word} run can't be computed again from its x_t: the model's answer is off by {off:.1%}; "
+                f"Step {step} of the {word} run can't be computed again from its x_t: the model's "
+                f"answer is off by {off:.1%}; "
                 "was it made under hooks that are not in its history?"
             )
         return cache, output
 
     def _inputs(self, x: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Any]:
-        return model_inputs(self.model, x, self.target.timesteps[step], labels, self.settings.guidance)
+        return model_inputs(
+            self.model, x, self.target.timesteps[step], labels, self.settings.guidance
+        )
 
     def _guided(self, output: Tensor, x: Tensor) -> Tensor:
         output = guided(output.to(x.dtype), self.model, self.settings)

@@ -1,14 +1,16 @@
 """Path patching: what a layer does to the outcome directly, or through one later layer alone.
 
-Patching a layer's output moves the outcome in every way at once: through all that read it. A path is one of these ways (Wang et al. 2022,
-arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969). At every step of the window
+Patching a layer's output moves the outcome in every way at once: through all that read it. A path
+is one of these ways (Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv
+2304.05969). At every step of the window
 
 1. the sender puts out what it does in the source, everything between it and the receiver what it does in the target at that x_t; so the
    receiver is told the sender's news by the stream alone, and answers;
 2. with that answer, and nothing else changed, the target's step is taken.
 
-Without a receiver the sender's news reaches only the last layer, which is the direct effect on the output; what is left of the whole
-effect is mediated by later layers. The next x_t differs, and from there on everything runs freely, as in any patch.
+Without a receiver the sender's news reaches only the last layer, which is the direct effect on the
+output; what is left of the whole effect is mediated by later layers. The next x_t differs, and from
+there on everything runs freely, as in any patch.
 """
 
 from __future__ import annotations
@@ -30,14 +32,21 @@ Point = tuple[str, int]
 """What a layer adds to the stream, such as "attn_out" or "mlp_out", and the layer."""
 
 
-def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, steps: range) -> Tensor:
-    """The target's finished latents [item, c, h, w] if the sender's output in `source` reached it by one path only, at these steps.
+def path_patch(
+    source: Run, target: Run, sender: Point, receiver: Point | None, steps: range
+) -> Tensor:
+    """The target's finished latents [item, c, h, w] if the sender's output in `source` reached it
+    by one path only, at these steps.
 
     Args:
-        source, target: runs of one model with the same settings; see `dit_lens.patching.sweep.sweep`, which says what fits.
-        sender: ("attn_out", 5), say. receiver: a later one, or None for the direct effect on the output.
+        source, target: runs of one model with the same settings; see
+            `dit_lens.patching.sweep.sweep`, which says what fits.
+        sender: ("attn_out", 5), say.
+        receiver: a later one, or None for the direct effect on the output.
 
-    Raises ValueError for runs that do not fit each other, points that are none, or a receiver that does not come after the sender.
+    Raises:
+        ValueError: for runs that do not fit each other, points that are none, or a receiver that
+            does not come after the sender.
 
         finished = path_patch(twins.a, twins.b, ("attn_out", 5), ("mlp_out", 9), range(25, 30))
     """
@@ -45,8 +54,10 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
     sweep(source, target, [Patch("attn_out", 0, range(0))])  # refuses what does not fit
     if not model.cfg.restartable:
         raise ValueError(
-            f"The blocks of {type(model.transformer).__name__} hand on more than the image's stream, which would carry the news past "
-            "what is frozen; expected a model of one stream, such as DiT or PixArt. A whole patch works: dit_lens.patching.sweep.sweep."
+            f"The blocks of {type(model.transformer).__name__} hand on more than the image's "
+            "stream, which would carry the news past "
+            "what is frozen; expected a model of one stream, such as DiT or PixArt. A whole patch "
+            "works: dit_lens.patching.sweep.sweep."
         )
     all_points = [_point(name) for name in model.names if ADDED.fullmatch(name)]
     sites = list(dict.fromkeys(site for site, _ in all_points))
@@ -54,12 +65,17 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
         if tuple(point) not in all_points:
             what = " or ".join(map(repr, sites))
             raise ValueError(
-                f"{point!r} is no end of a path; expected ({what}, a layer from 0 to {model.cfg.n_layers - 1})."
+                f"{point!r} is no end of a path; expected ({what}, a layer from 0 to "
+                f"{model.cfg.n_layers - 1})."
             )
-    first, last = all_points.index(sender), len(all_points) if receiver is None else all_points.index(receiver)
+    first, last = (
+        all_points.index(sender),
+        len(all_points) if receiver is None else all_points.index(receiver),
+    )
     if last <= first:
         raise ValueError(
-            f"The receiver {receiver!r} does not come after the sender {sender!r}, so nothing goes from one to the other."
+            f"The receiver {receiver!r} does not come after the sender {sender!r}, so nothing goes "
+            "from one to the other."
         )
     for step in steps:
         check_step(step, target.settings.steps)
@@ -92,7 +108,18 @@ def path_patch(source: Run, target: Run, sender: Point, receiver: Point | None, 
                         answer = _read(target, x, step, [_name(receiver)])
                     edits = [(name, _put(value)) for name, value in answer.items()]
         with model.hooks(edits):
-            _, _, x = next(denoise(model, x, target.labels, target.history, target.settings, scheduler, step, step + 1))
+            _, _, x = next(
+                denoise(
+                    model,
+                    x,
+                    target.labels,
+                    target.history,
+                    target.settings,
+                    scheduler,
+                    step,
+                    step + 1,
+                )
+            )
     return x
 
 

@@ -1,13 +1,15 @@
-"""Activation patching as exact sweeps: which layer, at which steps, carries what one run decides into another?
+"""Activation patching as exact sweeps: which layer, at which steps, carries what one run decides
+into another?
 
     twins = dit_lens.twins(model, pairs=16, release=20)
     result = sweep(twins.a, twins.b, grid(range(28), ["attn_out", "mlp_out"], tiles(20, 50, 10)))
     as_grid(result).move.sel(band="low")                       # [layer, site, window]
 
-For each patch the target's run is run again with the patch in its window and on to its end, exactly as that patch would go alone
-(Meng et al. 2022, arXiv 2202.05262, along the denoising run); `dit_lens.patching.lanes` says what is shared. With the outcome's default the
-*move* is 1 - |P_b(x_patched - x_source)|² / |P_b(x_target - x_source)|² of the finished latents: 0 where the patch does nothing, 1
-where it makes the source of the target, below 0 where it leads away.
+For each patch the target's run is run again with the patch in its window and on to its end, exactly
+as that patch would go alone (Meng et al. 2022, arXiv 2202.05262, along the denoising run);
+`dit_lens.patching.lanes` says what is shared. With the outcome's default the *move* is 1 -
+|P_b(x_patched - x_source)|² / |P_b(x_target - x_source)|² of the finished latents: 0 where the
+patch does nothing, 1 where it makes the source of the target, below 0 where it leads away.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["Kind", "Patch", "as_grid", "grid", "sweep", "tiles"]
 Outcome = Bands | Callable[[Tensor], Any] | None
 IN_FLIGHT = 64
-"""So many patches advance together; when they have finished they are stored. Only their x_t is in memory."""
+"""So many patches advance together; when they have finished they are stored.
+
+Only their x_t is in memory.
+"""
 RESAMPLES = 1000
 
 
@@ -51,14 +56,18 @@ def sweep(
     """Patch `source` into `target`, once for each patch, and compare what becomes of the target.
 
     Args:
-        source, target: two runs of one model with the same settings and number of items, such as the twins A and B; item i goes with
-            item i. Edits in their own history act as they did, before the patch. Any scheduler will do, those with a memory too.
+        source, target: two runs of one model with the same settings and number of items, such as
+            the twins A and B; item i goes with item i. Edits in their own history act as they did,
+            before the patch. Any scheduler will do, those with a memory too.
         patches: what to do; `grid` makes every combination of layers, sites and windows.
-        outcome: None or `Bands` of the latents' pixel grid (default: "low" and "high"): agreement and move, see below. Or a function of
-            finished latents [item, c, h, w] that gives [item, ...].
-        batch: images that run at once, at least one lane's; twice an item with guidance. Results do not depend on it but for rounding.
-        progress: called with the patch-steps done and in all. resume: a file in which finished patches are kept; an interrupted sweep
-            that is given it again goes on from there.
+        outcome: None or `Bands` of the latents' pixel grid (default: "low" and "high"): agreement
+            and move, see below. Or a function of finished latents [item, c, h, w] that gives [item,
+            ...].
+        batch: images that run at once, at least one lane's; twice an item with guidance. Results do
+            not depend on it but for rounding.
+        progress: called with the patch-steps done and in all.
+        resume: a file in which finished patches are kept; an interrupted sweep that is given it
+            again goes on from there.
 
     Returns:
         Dataset over `patch` with the coordinates layer, site, window and kind (`as_grid` makes a grid of them), and
@@ -69,20 +78,30 @@ def sweep(
         - with a function `outcome` [patch, item, ...], `outcome_source` and `outcome_target` [item, ...].
         The attribute `block_evaluations` counts images x blocks run, in this call and those that it resumed.
 
-    Raises ValueError or UnknownName, before anything is run, for runs that do not fit each other, patches that do not fit the runs, and
-    a file of another sweep; RuntimeError if the weights have changed since.
+    Raises:
+        ValueError: or.
+        UnknownName: before anything is run, for runs that do not fit each other, patches that do
+            not fit the runs, and a file of another sweep.
+        RuntimeError: if the weights have changed since.
 
     >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=2, steps=4)
     >>> sweep(pair.a, pair.b, grid([9], "attn_out", [range(2, 3), range(3, 4)])).move.sizes
     Frozen({'patch': 2, 'band': 2})
     """
     _check(source, target, patches, batch)
-    planned = [plan(patch, target.model, target.settings.steps, len(target.labels)) for patch in patches]
+    planned = [
+        plan(patch, target.model, target.settings.steps, len(target.labels)) for patch in patches
+    ]
     tied = max(source.tied_until, target.tied_until)
-    early = [patch for patch, p in zip(patches, planned, strict=True) if len(p.steps) and min(p.steps) < tied]
+    early = [
+        patch
+        for patch, p in zip(patches, planned, strict=True)
+        if len(p.steps) and min(p.steps) < tied
+    ]
     if early:
         raise ValueError(
-            f"{str(early[0])!r} begins while the runs are coupled to their twins, until step {tied}; expected windows from there on."
+            f"{str(early[0])!r} begins while the runs are coupled to their twins, until step "
+            f"{tied}; expected windows from there on."
         )
     bands = None if callable(outcome) else _bands(outcome, target)
     store = Store(resume, sweep_key(source, target, patches), len(patches))
@@ -93,7 +112,8 @@ def sweep(
             continue
 
         def tick(step: int, size: int = len(wave)) -> None:
-            if progress is not None and step < steps - 1:  # the last step counts when its patches are stored
+            # the last step counts when its patches are stored
+            if progress is not None and step < steps - 1:
                 progress(len(store.done) * steps + size * (step + 1), len(patches) * steps)
 
         before = lanes.blocks
@@ -114,21 +134,30 @@ def sweep(
         "window": ("patch", [patch.window for patch in patches]),
         "kind": ("patch", [patch.kind for patch in patches]),
     }
-    attrs = {"block_evaluations": store.blocks, "weights": target.weights, "steps": steps, "items": len(target.labels)}
+    attrs = {
+        "block_evaluations": store.blocks,
+        "weights": target.weights,
+        "steps": steps,
+        "items": len(target.labels),
+    }
     return result.assign_coords(coords).assign_attrs(attrs)
 
 
 def as_grid(result: xr.Dataset) -> xr.Dataset:
-    """A sweep over a full grid as [layer, site, window, ...] in place of [patch, ...], each in the order of the patches.
+    """A sweep over a full grid as [layer, site, window, ...] in place of [patch, ...], each in the
+    order of the patches.
 
-    Raises ValueError where two patches stand at one place, such as two kinds; choose between them first (`result.isel(patch=...)`).
+    Raises:
+        ValueError: where two patches stand at one place, such as two kinds; choose between them
+            first (`result.isel(patch=...)`).
     """
     axes = ("layer", "site", "window")
     places = list(zip(*(result[axis].values.tolist() for axis in axes), strict=True))
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)
         raise ValueError(
-            f"Layer, site and window do not tell the patches apart: {places.count(twice)} of them are at {twice}."
+            f"Layer, site and window do not tell the patches apart: {places.count(twice)} of them "
+            f"are at {twice}."
         )
     order = {axis: list(dict.fromkeys(result[axis].values.tolist())) for axis in axes}
     plain = result.drop_vars(["patch", "kind"])
@@ -143,7 +172,8 @@ def _bands(outcome: Bands | None, target: Run) -> Bands:
     bands = Bands.radial(side, cut=CUT) if outcome is None else outcome
     if bands.grid != side:
         raise ValueError(
-            f"The outcome's bands are of a {bands.grid[0]}x{bands.grid[1]} grid; expected the latents' {side[0]}x{side[1]}."
+            f"The outcome's bands are of a {bands.grid[0]}x{bands.grid[1]} grid; expected the "
+            f"latents' {side[0]}x{side[1]}."
         )
     return bands
 
@@ -158,7 +188,8 @@ def _compared(bands: Bands | None, finished: Tensor, source: Run, target: Run) -
     apart = _energy(b - a, bands)
     labels = target.labels.cpu().numpy()
     groups = labels if np.unique(labels, return_counts=True)[1].min() > 1 else np.zeros_like(labels)
-    found = np.full((len(finished), 2, 3, items, bands.n), np.nan)  # one item has no mean to take off
+    # one item has no mean to take off
+    found = np.full((len(finished), 2, 3, items, bands.n), np.nan)
     if items > 1:
         for i, x in enumerate(finished):
             found[i] = np.stack([np.stack(agreement(x, other, bands, groups)) for other in (a, b)])
@@ -188,12 +219,17 @@ def _compared(bands: Bands | None, finished: Tensor, source: Run, target: Run) -
 
 
 def _energy(x: Tensor, bands: Bands) -> NDArray[np.float64]:
-    energy: NDArray[np.float64] = bands.energy(x.double()).sum(1).cpu().numpy()  # channels are summed: [item, band]
+    # channels are summed: [item, band]
+    energy: NDArray[np.float64] = bands.energy(x.double()).sum(1).cpu().numpy()
     return energy
 
 
-def _described(outcome: Callable[[Tensor], Any], finished: Tensor, source: Run, target: Run) -> xr.Dataset:
-    """The user's function of finished latents [patch, item, c, h, w], and of the source's and the target's own."""
+def _described(
+    outcome: Callable[[Tensor], Any], finished: Tensor, source: Run, target: Run
+) -> xr.Dataset:
+    """The user's function of finished latents [patch, item, c, h, w], and of the source's and the
+    target's own.
+    """
     import xarray as xr
 
     items = len(target.labels)
@@ -204,7 +240,8 @@ def _described(outcome: Callable[[Tensor], Any], finished: Tensor, source: Run, 
     odd = [v.shape for v in values if v.shape[:1] != (items,) or v.shape != values[0].shape]
     if odd:
         raise ValueError(
-            f"The outcome gave shape {list(odd[0])}; expected [{items}, ...], one row an item and always the same shape."
+            f"The outcome gave shape {list(odd[0])}; expected [{items}, ...], one row an item and "
+            "always the same shape."
         )
     dims = ("item", *(f"outcome_{i}" for i in range(values[0].ndim - 1)))
     return xr.Dataset(
@@ -222,30 +259,44 @@ def _described(outcome: Callable[[Tensor], Any], finished: Tensor, source: Run, 
 def _check(source: Run, target: Run, patches: Sequence[Patch], batch: int) -> None:
     if source.weights != target.weights:
         raise ValueError(
-            f"The runs are of different weights, {source.weights[:8]} and {target.weights[:8]}; expected two of one model."
+            f"The runs are of different weights, {source.weights[:8]} and {target.weights[:8]}; "
+            "expected two of one model."
         )
     for name in ("steps", "guidance", "guided_channels"):
         a, b = getattr(source.settings, name), getattr(target.settings, name)
         if a != b:
             raise ValueError(
-                f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: sample both alike."
+                f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: "
+                "sample both alike."
             )
     a, b = scheduler_words(source), scheduler_words(target)
     if a != b:
         raise ValueError(
-            f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at the same noise levels."
+            f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at "
+            "the same noise levels."
         )
     if source.latents.shape != target.latents.shape:
-        raise ValueError(f"The source's latents are {list(source.latents.shape[1:])} and the target's {list(target.latents.shape[1:])}; "
-                         "expected the same, source item i goes into target item i (run.select chooses items).")  # fmt: skip
+        raise ValueError(
+            f"The source's latents are {list(source.latents.shape[1:])} and the target's "
+            f"{list(target.latents.shape[1:])}; "
+            "expected the same, source item i goes into target item i (run.select chooses items)."
+        )
     if not patches:
-        raise ValueError("There are no patches to make; expected one or more, see dit_lens.patching.sweep.grid.")
+        raise ValueError(
+            "There are no patches to make; expected one or more, see dit_lens.patching.sweep.grid."
+        )
     if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch={batch!r} is no number of images to run at once; expected 1 or more.")
+        raise ValueError(
+            f"batch={batch!r} is no number of images to run at once; expected 1 or more."
+        )
     target._check_weights()
 
 
 def _waves(planned: Sequence[Planned]) -> list[list[int]]:
-    """Patches that go together: those that begin at the same step, and there those that do the same, are neighbours."""
-    order = sorted(range(len(planned)), key=lambda p: (min(planned[p].steps, default=10**9), planned[p].key))
+    """Patches that go together: those that begin at the same step, and there those that do the
+    same, are neighbours.
+    """
+    order = sorted(
+        range(len(planned)), key=lambda p: (min(planned[p].steps, default=10**9), planned[p].key)
+    )
     return [order[i : i + IN_FLIGHT] for i in range(0, len(order), IN_FLIGHT)]

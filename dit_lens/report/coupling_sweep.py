@@ -1,4 +1,6 @@
-"""What `dit-lens gap --couple` shows: a row for each strength of the coupling, two sentences, a picture."""
+"""What `dit-lens gap --couple` shows: a row for each strength of the coupling, two sentences, a
+picture.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def write(results: xr.Dataset, folder: Path) -> None:
         console.print(results.attrs[f"sentence_{sense}"], soft_wrap=True)
     results.to_netcdf(folder / "knob.nc", engine="scipy")
     console.print(
-        f"[dim]pictures and figures: {draw(results, folder / 'knob.png')}, {folder / 'knob.nc'}[/dim]", soft_wrap=True
+        f"[dim]pictures and figures: {draw(results, folder / 'knob.png')}, "
+        f"{folder / 'knob.nc'}[/dim]",
+        soft_wrap=True,
     )
 
 
@@ -91,15 +95,30 @@ def draw(results: xr.Dataset, path: Path) -> Path:
             label="each layer" if layer == 0 else None,
         )
     response.plot(
-        g, results.response.mean("layer"), color=LOW, marker="o", markersize=4, linewidth=1.4, label="mean of layers"
+        g,
+        results.response.mean("layer"),
+        color=LOW,
+        marker="o",
+        markersize=4,
+        linewidth=1.4,
+        label="mean of layers",
     )
     response.plot(
-        g, results.linear.mean("layer"), color=INK, linestyle="none", marker="x", markersize=5, label="first order"
+        g,
+        results.linear.mean("layer"),
+        color=INK,
+        linestyle="none",
+        marker="x",
+        markersize=5,
+        label="first order",
     )
-    response.plot(g, results.rho, color=HIGH, linestyle="--", linewidth=1, label=r"$\rho$ = (1 - g)/(1 + g)")
+    response.plot(
+        g, results.rho, color=HIGH, linestyle="--", linewidth=1, label=r"$\rho$ = (1 - g)/(1 + g)"
+    )
     response.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     response.set(
-        ylabel="difference left by attention", title=f"response of attention, step {int(results.attrs['step'])}"
+        ylabel="difference left by attention",
+        title=f"response of attention, step {int(results.attrs['step'])}",
     )
     response.legend(fontsize=7, frameon=False)
     for ax in (steps, size, response):

@@ -1,4 +1,6 @@
-"""What `dit-lens gap` shows: a table with a row a layer, a sentence, two pictures, and the stored figures behind them."""
+"""What `dit-lens gap` shows: a table with a row a layer, a sentence, two pictures, and the stored
+figures behind them.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 CAPTION = (
-    "stream: the step at which the twins' difference in the layer's residual stream has reached half of what it ends at; "
-    "lens: the same of the agreement between the layer's stream read by the last layer and the finished image."
+    "stream: the step at which the twins' difference in the layer's residual stream has reached "
+    "half of what it ends at; "
+    "lens: the same of the agreement between the layer's stream read by the last layer and the "
+    "finished image."
 )
 VIEWS = {
     "divergence": "twins differ in the stream",
@@ -40,7 +44,9 @@ def write(results: xr.Dataset, folder: Path) -> None:
         draw_spectrum(results, folder / "spectrum.png"),
     ]
     console.print(
-        f"[dim]pictures and figures: {', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]", soft_wrap=True
+        "[dim]pictures and figures: "
+        f"{', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]",
+        soft_wrap=True,
     )
 
 
@@ -51,9 +57,13 @@ def read(path: Path) -> xr.Dataset:
     try:
         results = xr.load_dataset(path, engine="scipy")
     except Exception as error:  # scipy raises several kinds for files that are not netCDF
-        raise ValueError(f"{str(path)!r} is not a result of `dit-lens gap` ({error}); expected its gap.nc.") from None
+        raise ValueError(
+            f"{str(path)!r} is not a result of `dit-lens gap` ({error}); expected its gap.nc."
+        ) from None
     if "layer_gap" not in results:
-        raise ValueError(f"{str(path)!r} is netCDF but not a result of `dit-lens gap`: it has no layer_gap.")
+        raise ValueError(
+            f"{str(path)!r} is netCDF but not a result of `dit-lens gap`: it has no layer_gap."
+        )
     return results
 
 
@@ -62,7 +72,11 @@ def table(results: xr.Dataset) -> Any:
     from rich.table import Table
 
     shown = Table(
-        title=results.attrs["title"], title_justify="left", caption=CAPTION, caption_justify="left", padding=(0, 1)
+        title=results.attrs["title"],
+        title_justify="left",
+        caption=CAPTION,
+        caption_justify="left",
+        padding=(0, 1),
     )
     shown.add_column("layer", justify="right")
     for view in ("stream", "lens"):
@@ -83,14 +97,22 @@ def band_table(results: xr.Dataset) -> Any:
     """One row a band: when it commits, by both estimators."""
     from rich.table import Table
 
-    shown = Table(title="commitment of the finished image, in steps", title_justify="left", padding=(0, 1))
+    shown = Table(
+        title="commitment of the finished image, in steps", title_justify="left", padding=(0, 1)
+    )
     for column in ("band", "one pass [95 %]", "clones [95 %]"):
         shown.add_column(column, justify="right", no_wrap=True)
     for kind in ("band", "split"):
         for name in results[kind].values:
             one = results.sel({kind: name})
-            pairs = zip(one[f"{kind}_commitment"].values, one[f"{kind}_commitment_interval"].values, strict=True)
-            shown.add_row(str(name), *(_with_interval(value, ends, sign="") for value, ends in pairs))
+            pairs = zip(
+                one[f"{kind}_commitment"].values,
+                one[f"{kind}_commitment_interval"].values,
+                strict=True,
+            )
+            shown.add_row(
+                str(name), *(_with_interval(value, ends, sign="") for value, ends in pairs)
+            )
     return shown
 
 
@@ -100,17 +122,30 @@ def sentences(results: xr.Dataset) -> list[str]:
     others = {
         "in log SNR": (snr.split_gap, snr.split_gap_interval),
         "in steps on x_t": (step.x_t_gap, step.x_t_gap_interval),
-        "on the image": (step.sel(estimator="one_pass").image_gap, step.sel(estimator="one_pass").image_gap_interval),
+        "on the image": (
+            step.sel(estimator="one_pass").image_gap,
+            step.sel(estimator="one_pass").image_gap_interval,
+        ),
     }
     same = ", ".join(f"{words} {_with_interval(*gap, digits=2)}" for words, gap in others.items())
     cut = results.cut_gap.values[np.isfinite(results.cut_gap.values)]
-    spread = f"; from {cut.min():+.1f} to {cut.max():+.1f} steps, depending on the cut" if len(cut) else ""
-    lines = [results.attrs["headline"], f"The same gap {same}{spread}.", results.attrs["estimators"]]
+    spread = (
+        f"; from {cut.min():+.1f} to {cut.max():+.1f} steps, depending on the cut"
+        if len(cut)
+        else ""
+    )
+    lines = [
+        results.attrs["headline"],
+        f"The same gap {same}{spread}.",
+        results.attrs["estimators"],
+    ]
     return lines + [f"{words}: {results.attrs[f'onset_{view}']}" for view, words in VIEWS.items()]
 
 
 def draw_profile(results: xr.Dataset, path: Path) -> Path:
-    """Low against high over depth by four readings, each under its own name, with its interval and its onset."""
+    """Low against high over depth by four readings, each under its own name, with its interval and
+    its onset.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.0), layout="constrained", sharex=True)
     layers, at = results.layer.values, int(results.attrs["commitment_step"])
@@ -128,8 +163,15 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
         ax.set_ylabel(unit)
         if (onset := int(results.attrs[f"onset_layer_{view}"])) >= 0:
             ax.axvline(onset, color=HIGH, linewidth=0.8, linestyle="--")
-            ax.annotate(f"onset {onset}", (onset, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                        textcoords="offset points", color=HIGH, fontsize=8)  # fmt: skip
+            ax.annotate(
+                f"onset {onset}",
+                (onset, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -10),
+                textcoords="offset points",
+                color=HIGH,
+                fontsize=8,
+            )
         if view in results.view.values:
             ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
         ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
@@ -141,26 +183,46 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
 
 
 def draw_spectrum(results: xr.Dataset, path: Path) -> Path:
-    """The gap against the cut, the commitment of every frequency, and what twins differ by in every layer and frequency."""
+    """The gap against the cut, the commitment of every frequency, and what twins differ by in every
+    layer and frequency.
+    """
     plt = _pyplot()
     kind, at = results.attrs["bands"], int(results.attrs["commitment_step"])
     axis = {"pooling": "level", "eigen": "rank of the mode"}.get(kind, "frequency, cycles/pixel")
     figure, (gap, taus, layers) = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
-    gap.fill_between(results.cut, *results.cut_gap_interval.values.T, color=INK, alpha=0.15, linewidth=0)
+    gap.fill_between(
+        results.cut, *results.cut_gap_interval.values.T, color=INK, alpha=0.15, linewidth=0
+    )
     gap.plot(results.cut, results.cut_gap, color=INK, marker="o", markersize=2.5, linewidth=1)
     gap.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     if kind in ("radial", "dct"):
         gap.axvline(results.attrs["cut"], color=HIGH, linewidth=0.8, linestyle="--")
     gap.set(
-        xlabel="cut, " + axis.removeprefix("frequency, "), ylabel="gap, steps", title="gap against the cut (one pass)"
+        xlabel="cut, " + axis.removeprefix("frequency, "),
+        ylabel="gap, steps",
+        title="gap against the cut (one pass)",
     )
     tau = results.spectrum_commitment
     spread = np.abs(results.spectrum_commitment_interval.values.T - tau.values)
-    taus.errorbar(results.frequency, tau, yerr=spread, fmt="o", color=INK, markersize=3, linewidth=0.8, capsize=1.5)
+    taus.errorbar(
+        results.frequency,
+        tau,
+        yerr=spread,
+        fmt="o",
+        color=INK,
+        markersize=3,
+        linewidth=0.8,
+        capsize=1.5,
+    )
     taus.set(xlabel=axis, ylabel="commitment step", title="commitment of each frequency (one pass)")
     energy = np.log10(np.maximum(results.difference_spectrum.values.T, 1e-12))
-    image = layers.imshow(energy, aspect="auto", origin="lower", cmap="magma",
-                          extent=(-1.5, int(results.layer[-1]) + 0.5, -0.5, len(energy) - 0.5))  # fmt: skip
+    image = layers.imshow(
+        energy,
+        aspect="auto",
+        origin="lower",
+        cmap="magma",
+        extent=(-1.5, int(results.layer[-1]) + 0.5, -0.5, len(energy) - 0.5),
+    )
     ticks = np.linspace(0, len(energy) - 1, min(6, len(energy))).round().astype(int)
     layers.set_yticks(ticks, [f"{results.token_frequency.values[i]:.2f}" for i in ticks])
     layers.set(
@@ -175,15 +237,25 @@ def draw_spectrum(results: xr.Dataset, path: Path) -> Path:
 
 
 def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
-    """When each frequency is decided: agreement of the finished twins by release step, clones beside the one-pass estimate."""
+    """When each frequency is decided: agreement of the finished twins by release step, clones
+    beside the one-pass estimate.
+    """
     plt = _pyplot()
     import matplotlib
 
-    figure, (lines, taus) = plt.subplots(1, 2, figsize=(8.6, 3.3), layout="constrained", width_ratios=(3, 2))
+    figure, (lines, taus) = plt.subplots(
+        1, 2, figsize=(8.6, 3.3), layout="constrained", width_ratios=(3, 2)
+    )
     bands = results.band.values
     colours = matplotlib.colormaps["coolwarm"](np.linspace(0, 1, len(bands)))
     for band, colour in zip(bands, colours, strict=True):
-        lines.plot(results.step, results.agreement_one_pass.sel(band=band), color=colour, linewidth=1.4, label=band)
+        lines.plot(
+            results.step,
+            results.agreement_one_pass.sel(band=band),
+            color=colour,
+            linewidth=1.4,
+            label=band,
+        )
         lines.plot(
             results.release,
             results.agreement_clones.sel(band=band),
@@ -193,18 +265,43 @@ def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
             linestyle="none",
         )
     lines.axhline(0.5, color=INK, linewidth=0.6, linestyle=":")
-    lines.set(xlabel="release step (0 is the noisiest)", ylabel="agreement of the finished twins", ylim=(-0.1, 1.02))
-    lines.legend(title="frequency, cycles/pixel", fontsize=7, title_fontsize=7, frameon=False, loc="upper left")
+    lines.set(
+        xlabel="release step (0 is the noisiest)",
+        ylabel="agreement of the finished twins",
+        ylim=(-0.1, 1.02),
+    )
+    lines.legend(
+        title="frequency, cycles/pixel",
+        fontsize=7,
+        title_fontsize=7,
+        frameon=False,
+        loc="upper left",
+    )
     lines.annotate(
-        "lines: one pass   points: clones", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=7, color=INK
+        "lines: one pass   points: clones",
+        (0.99, 0.02),
+        xycoords="axes fraction",
+        ha="right",
+        fontsize=7,
+        color=INK,
     )
     for method, marker, words in (("one_pass", "o", "one pass"), ("clones", "s", "clones")):
         tau = results.band_commitment.sel(estimator=method)
         ends = results.band_commitment_interval.sel(estimator=method)
         spread = np.abs(ends.values.T - tau.values)
         shift = -0.12 if method == "one_pass" else 0.12
-        taus.errorbar(np.arange(len(bands)) + shift, tau, yerr=spread, fmt=marker, color=INK, markersize=4, linewidth=0.8,
-                      capsize=2, label=words, markerfacecolor=INK if method == "one_pass" else "white")  # fmt: skip
+        taus.errorbar(
+            np.arange(len(bands)) + shift,
+            tau,
+            yerr=spread,
+            fmt=marker,
+            color=INK,
+            markersize=4,
+            linewidth=0.8,
+            capsize=2,
+            label=words,
+            markerfacecolor=INK if method == "one_pass" else "white",
+        )
     taus.set_xticks(range(len(bands)), bands, rotation=30, fontsize=7)
     taus.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
     taus.legend(fontsize=7, frameon=False)
@@ -219,7 +316,9 @@ def _pyplot() -> Any:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
     return plt
 
 

@@ -20,7 +20,10 @@ def model_inputs(
     """The batch that the model sees: as it is, or [cond | null] with guidance."""
     labels = labels.to(x.device)
     if branches(model, guidance) == 2:
-        x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, model.cfg.null_class)])
+        x, labels = (
+            torch.cat([x, x]),
+            torch.cat([labels, torch.full_like(labels, model.cfg.null_class)]),
+        )
     x, t = x.to(model.dtype), t.to(x.device).expand(len(x))
     if model.cfg.n_classes:
         return x, t, labels
@@ -32,7 +35,9 @@ def model_inputs(
 
 
 def branches(model: HookedDiT, guidance: float) -> int:
-    """2 where guidance needs a second, null pass; 1 without guidance, and for models that are told its strength."""
+    """2 where guidance needs a second, null pass; 1 without guidance, and for models that are told
+    its strength.
+    """
     return 1 if guidance == 1 or model.cfg.distilled_guidance else 2
 
 
@@ -42,10 +47,16 @@ def means(model: HookedDiT, output: Tensor) -> Tensor:
 
 
 def guided(output: Tensor, model: HookedDiT, settings: Settings) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided channels, cond on the others."""
+    """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided
+    channels, cond on the others.
+    """
     if branches(model, settings.guidance) == 1:
         return output
     cond, null = output.chunk(2)
-    last = (model.cfg.in_channels if model.cfg.learned_sigma else None) if settings.guided_channels == "all" else 3
+    last = (
+        (model.cfg.in_channels if model.cfg.learned_sigma else None)
+        if settings.guided_channels == "all"
+        else 3
+    )
     mixed = model.family.guided(cond[:, :last], null[:, :last], settings.guidance)
     return mixed if last is None else torch.cat([mixed, cond[:, last:]], 1)

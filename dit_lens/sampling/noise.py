@@ -1,8 +1,9 @@
 """Noise as a pure function of (seed, step, item).
 
-Every item draws from its own generator, made fresh for each step from the item's seed and the step alone. So an item's noise is the same
-bit for bit in any batch, in any order, and in any run that passes through that step: what twins and replays rest on. (torch's CPU
-generator keeps 32 bits of its seed: of n streams two are equal with a chance of about n² / 2³³.)
+Every item draws from its own generator, made fresh for each step from the item's seed and the step
+alone. So an item's noise is the same bit for bit in any batch, in any order, and in any run that
+passes through that step: what twins and replays rest on. (torch's CPU generator keeps 32 bits of
+its seed: of n streams two are equal with a chance of about n² / 2³³.)
 """
 
 from __future__ import annotations
@@ -19,16 +20,26 @@ START = -1
 
 def generators(seeds: Sequence[int], step: int) -> list[torch.Generator]:
     """One CPU generator for each item at this step, in the form that diffusers' schedulers take."""
-    words = (np.random.SeedSequence([step - START, seed]).generate_state(1, np.uint64)[0] for seed in seeds)
+    words = (
+        np.random.SeedSequence([step - START, seed]).generate_state(1, np.uint64)[0]
+        for seed in seeds
+    )
     return [torch.Generator().manual_seed(int(word >> np.uint64(1))) for word in words]
 
 
-def noise(seeds: Sequence[int], step: int, shape: Sequence[int], device: str | torch.device = "cpu",
-          dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
+def noise(
+    seeds: Sequence[int],
+    step: int,
+    shape: Sequence[int],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Standard normal noise [item, *shape], drawn on the CPU in float32, then moved.
 
     >>> bool((noise([7, 8], 3, (2, 2))[1] == noise([8], 3, (2, 2))[0]).all())
     True
     """
-    drawn = [torch.randn(tuple(shape), generator=generator) for generator in generators(seeds, step)]
+    drawn = [
+        torch.randn(tuple(shape), generator=generator) for generator in generators(seeds, step)
+    ]
     return torch.stack(drawn).to(device, dtype)

@@ -1,7 +1,9 @@
-"""Sampling: one loop on diffusers' schedulers that keeps the whole trajectory and can branch off from any step of it.
+"""Sampling: one loop on diffusers' schedulers that keeps the whole trajectory and can branch off
+from any step of it.
 
-The scheduler does the arithmetic and draws its noise from per-item generators (`dit_lens.sampling.noise`), a list of which every diffusers
-scheduler takes. A multistep scheduler's memory is rebuilt for a replay by feeding it the stored model outputs again.
+The scheduler does the arithmetic and draws its noise from per-item generators
+(`dit_lens.sampling.noise`), a list of which every diffusers scheduler takes. A multistep
+scheduler's memory is rebuilt for a replay by feeding it the stored model outputs again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
 from .guidance import guided, means, model_inputs
 from .noise import START, generators, noise
-from .schedulers import ETA, NAMES, default_name, learns_variance, log_snr, make_scheduler, predict_x0
+from .schedulers import (
+    ETA,
+    NAMES,
+    default_name,
+    learns_variance,
+    log_snr,
+    make_scheduler,
+    predict_x0,
+)
 
 Edits = Sequence[tuple[NamesFilter, HookFunction]]
 Seeds = int | Sequence[int]
@@ -43,7 +53,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Change:
-    """From a step on: each item's noise comes from these seeds, and these edits act beside the earlier ones."""
+    """From a step on: each item's noise comes from these seeds, and these edits act beside the
+    earlier ones.
+    """
 
     from_step: int
     seeds: tuple[int, ...]
@@ -55,11 +67,16 @@ class Run:
     """A denoising trajectory; step 0 is the noisiest.
 
     Attributes:
-        latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width], float32.
-        x0: the clean latents predicted at each step, [steps, batch, ...]. outputs: what the model answered (guided), [steps, batch, ...].
-        timesteps: [steps]. labels: [batch].
-        history: where its noise comes from and what was edited, from step 0 and from each replay's step on.
-        tied_until: before this step each item was coupled to its twin through attention, which a recomputation can't repeat.
+        latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width],
+            float32.
+        x0: the clean latents predicted at each step, [steps, batch, ...].
+        outputs: what the model answered (guided), [steps, batch, ...].
+        timesteps: [steps].
+        labels: [batch].
+        history: where its noise comes from and what was edited, from step 0 and from each replay's
+            step on.
+        tied_until: before this step each item was coupled to its twin through attention, which a
+            recomputation can't repeat.
     """
 
     model: HookedDiT = field(repr=False)
@@ -76,18 +93,23 @@ class Run:
     @property
     def log_snr(self) -> Tensor:
         """log SNR at each step, [steps], rising."""
-        return log_snr(make_scheduler(self.settings.scheduler, self.model.scheduler), self.timesteps)
+        return log_snr(
+            make_scheduler(self.settings.scheduler, self.model.scheduler), self.timesteps
+        )
 
     @property
     def images(self) -> Tensor:
         """The finished latents decoded, [batch, channel, height, width] in [0, 1]."""
         return decode(self.model, self.latents[-1])
 
-    def activations(self, name: str, layer: int | None = None, *, step: int | None = None) -> Tensor:
-        """One activation, recomputed from the stored x_t, edits included: [batch, ...], or [step, batch, ...] if no step is given.
+    def activations(
+        self, name: str, layer: int | None = None, *, step: int | None = None
+    ) -> Tensor:
+        """One activation, recomputed from the stored x_t, edits included: [batch, ...], or [step,
+        batch, ...] if no step is given.
 
-        With guidance the batch is [cond | null]. Raises ValueError for a step outside the run or while it was coupled, RuntimeError if
-        the weights changed.
+        With guidance the batch is [cond | null]. Raises ValueError for a step outside the run or
+        while it was coupled, RuntimeError if the weights changed.
 
         >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
         >>> run.activations("resid_post", 5, step=2).shape
@@ -100,7 +122,9 @@ class Run:
         key: Any = name if layer is None else (name, layer)
         found = []
         for s in range(self.settings.steps) if step is None else [step]:
-            inputs = model_inputs(self.model, self.latents[s], self.timesteps[s], self.labels, self.settings.guidance)
+            inputs = model_inputs(
+                self.model, self.latents[s], self.timesteps[s], self.labels, self.settings.guidance
+            )
             with torch.no_grad(), self.model.hooks(edits_at(self.history, s)):
                 found.append(self.model.activations(*inputs, [key])[key])
         return torch.stack(found) if step is None else found[0]
@@ -108,39 +132,54 @@ class Run:
     def _check_weights(self) -> None:
         if fingerprint(self.model.transformer) != self.weights:
             raise RuntimeError(
-                "The model's weights have changed since this run, so it can't be recomputed; sample again."
+                "The model's weights have changed since this run, so it can't be recomputed; "
+                "sample again."
             )
 
     def _check_alone(self, step: int) -> None:
         if step < self.tied_until:
             raise ValueError(
-                f"Until step {self.tied_until} this run was coupled to its twin, and step {step} alone would be another; "
-                f"expected a step from {self.tied_until} on, or new twins: dit_lens.twins(..., probes=[...])."
+                f"Until step {self.tied_until} this run was coupled to its twin, and step {step} "
+                "alone would be another; "
+                f"expected a step from {self.tied_until} on, or new twins: dit_lens.twins(..., "
+                "probes=[...])."
             )
 
     def select(self, items: slice | Sequence[int] | Tensor) -> Run:
         """The same run for some of its items only."""
         chosen = torch.arange(len(self.labels))[items]
         parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
-        history = tuple(replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history)
+        history = tuple(
+            replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history
+        )
         return replace(self, labels=self.labels[chosen], history=history, **parts)
 
     def replay(
-        self, from_step: int = 0, edits: Edits = (), *, seeds: Seeds | None = None, latents: Tensor | None = None,
+        self,
+        from_step: int = 0,
+        edits: Edits = (),
+        *,
+        seeds: Seeds | None = None,
+        latents: Tensor | None = None,
         released: bool = False,
-    ) -> Run:  # fmt: skip
-        """The same run from `from_step` on, with interventions, or other noise, or other latents at that step.
+    ) -> Run:
+        """The same run from `from_step` on, with interventions, or other noise, or other latents at
+        that step.
 
-        Without any it is bit for bit this run, its own edits included. Other `seeds` make clones: they share the past and not the
-        future. Twins coupled through attention can be replayed from their release on, or, with `released`, from any step, alone.
-        Raises ValueError for a step outside the run, latents of another shape, or seeds that do not fit.
+        Without any it is bit for bit this run, its own edits included. Other `seeds` make clones:
+        they share the past and not the future. Twins coupled through attention can be replayed from
+        their release on, or, with `released`, from any step, alone. Raises ValueError for a step
+        outside the run, latents of another shape, or seeds that do not fit.
         """
         check_step(from_step, self.settings.steps)
         if not released:
             self._check_alone(from_step)
         start = self.latents[from_step] if latents is None else latents
         if start.shape != self.latents[0].shape:
-            raise ValueError(f"The latents have shape {list(start.shape)}; expected {list(self.latents[0].shape)}.")
+            raise ValueError(
+                f"The latents have shape {list(start.shape)}; expected "
+                f"{list(self.latents[0].shape)}."
+            )
         self._check_weights()
         history = self.history
         if seeds is not None:
@@ -164,7 +203,9 @@ class Run:
                 step,
                 self.settings.eta,
             )
-        later = denoise(self.model, start, self.labels, history, self.settings, scheduler, from_step)
+        later = denoise(
+            self.model, start, self.labels, history, self.settings, scheduler, from_step
+        )
         x0, outputs, following = (torch.stack(part) for part in zip(*later, strict=True))
         return replace(
             self,
@@ -198,25 +239,38 @@ def sample(
         run.images, run.x0[10], run.activations("resid_post", 5, step=12)
 
     Args:
-        model: a `HookedDiT`, or what it wraps, which is then opened and stays so for the run's sake (`run.model.remove()`).
-        labels: classes, one an item, or prompts, in words or by number (`model.conditions`); the null class is allowed, as is "".
-        seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its seed and the step only.
-        guidance: classifier-free guidance; 1 is none, and runs no null half. A distilled model is given it as an input.
-        scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler; by default DDIM, or Euler on a flow.
+        model: a `HookedDiT`, or what it wraps, which is then opened and stays so for the run's sake
+            (`run.model.remove()`).
+        labels: classes, one an item, or prompts, in words or by number (`model.conditions`); the
+            null class is allowed, as is "".
+        seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its
+            seed and the step only.
+        guidance: classifier-free guidance; 1 is none, and runs no null half. A distilled model is
+            given it as an input.
+        scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler; by
+            default DDIM, or Euler on a flow.
         eta: how stochastic DDIM, or Euler on a flow, is, 0 to 1.
         guided_channels: "all" (diffusers' DiTPipeline) or "first3" (the original DiT's samples).
         latents: the start, in place of noise from the seeds.
         progress: called with the number of each finished step.
 
-    Raises ValueError for what is out of range, in one sentence.
+    Raises:
+        ValueError: for what is out of range, in one sentence.
     """
     model = model if isinstance(model, HookedDiT) else HookedDiT(model)
     model._require_eval()
-    settings = Settings(steps, float(guidance), guided_channels, scheduler or default_name(model.scheduler), float(eta))
+    settings = Settings(
+        steps,
+        float(guidance),
+        guided_channels,
+        scheduler or default_name(model.scheduler),
+        float(eta),
+    )
     check_settings(settings)
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
         raise ValueError(
-            "guided_channels='first3' is the original DiT's; a video model guides all channels: expected 'all'."
+            "guided_channels='first3' is the original DiT's; a video model guides all channels: "
+            "expected 'all'."
         )
     y = model.conditions.numbers(labels, model.device)
     own_seeds = item_seeds(seeds, len(y))
@@ -226,7 +280,8 @@ def sample(
         latents = noise(own_seeds, START, shape, model.device)
     elif latents.shape != (len(y), *shape):
         raise ValueError(
-            f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for {len(y)} labels."
+            f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for "
+            f"{len(y)} labels."
         )
     seen, history, weights = [], (Change(0, tuple(own_seeds)),), fingerprint(model.transformer)
     for step, kept in enumerate(denoise(model, latents, y, history, settings, plan)):
@@ -235,7 +290,15 @@ def sample(
             progress(step)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
     return Run(
-        model, y, history, settings, plan.timesteps.cpu(), torch.cat([latents[None], later]), x0, outputs, weights
+        model,
+        y,
+        history,
+        settings,
+        plan.timesteps.cpu(),
+        torch.cat([latents[None], later]),
+        x0,
+        outputs,
+        weights,
     )
 
 
@@ -249,7 +312,9 @@ def denoise(
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The loop: from x_t at step `first` to before step `last`, yielding (predicted x0, model output, next x_t) at every step."""
+    """The loop: from x_t at step `first` to before step `last`, yielding (predicted x0, model
+    output, next x_t) at every step.
+    """
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
             t = scheduler.timesteps[step]
@@ -274,11 +339,18 @@ def edits_at(history: tuple[Change, ...], step: int) -> Edits:
 
 
 def advance(
-    scheduler: Any, output: Tensor, t: Tensor, x: Tensor, seeds: Sequence[int], step: int, eta: float
+    scheduler: Any,
+    output: Tensor,
+    t: Tensor,
+    x: Tensor,
+    seeds: Sequence[int],
+    step: int,
+    eta: float,
 ) -> Tensor:
     """One step of the scheduler with each item's own noise."""
     options: dict[str, Any] = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:  # UniPC draws no noise and takes none
+    # UniPC draws no noise and takes none
+    if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generators(seeds, step)
     if type(scheduler).__name__ in ETA:
         options["eta"] = eta
@@ -287,28 +359,42 @@ def advance(
 
 
 def prepared(model: HookedDiT, settings: Settings) -> Any:
-    """A fresh scheduler with its timesteps set. Raises ValueError if it does not fit the model, the steps or eta."""
+    """A fresh scheduler with its timesteps set.
+
+    Raises ValueError if it does not fit the model, the steps or eta.
+    """
     if model.scheduler is None:
         raise ValueError(
-            "The model has no scheduler, so its noise schedule is unknown; give one: HookedDiT(transformer, scheduler=...)."
+            "The model has no scheduler, so its noise schedule is unknown; give one: "
+            "HookedDiT(transformer, scheduler=...)."
         )
-    scheduler = make_scheduler(settings.scheduler, model.scheduler, learned_sigma=model.cfg.learned_sigma)
+    scheduler = make_scheduler(
+        settings.scheduler, model.scheduler, learned_sigma=model.cfg.learned_sigma
+    )
     name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
     if settings.eta and name not in ETA:
-        raise ValueError(f"eta={settings.eta} is DDIM's and Euler's on a flow; {name} has none, so expected eta=0.")
+        raise ValueError(
+            f"eta={settings.eta} is DDIM's and Euler's on a flow; {name} has none, so expected "
+            "eta=0."
+        )
     if settings.steps > most:
-        raise ValueError(f"steps={settings.steps} is more than the {most} timesteps the model was trained on.")
+        raise ValueError(
+            f"steps={settings.steps} is more than the {most} timesteps the model was trained on."
+        )
     model.family.set_timesteps(scheduler, settings.steps, model.cfg.tokens)
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise ValueError(
-            f"{name} scales its latents by sigma, which is not supported; expected a variance-preserving or flow-matching "
+            f"{name} scales its latents by sigma, which is not supported; expected a "
+            "variance-preserving or flow-matching "
             f"scheduler, such as {', '.join(map(repr, NAMES))}."
         )
     return scheduler
 
 
 def decode(model: HookedDiT, latents: Tensor) -> Tensor:
-    """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in [-1, 1]."""
+    """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in
+    [-1, 1].
+    """
     if model.vae is not None:
         with torch.no_grad():
             latents = model.family.decode(model.vae, latents)
@@ -327,29 +413,50 @@ def is_stochastic(model: HookedDiT, settings: Settings) -> bool:
 
 
 def check_settings(settings: Settings) -> None:
-    if not isinstance(settings.steps, int) or isinstance(settings.steps, bool) or settings.steps < 1:
-        raise ValueError(f"steps={settings.steps!r} is no number of denoising steps; expected 1 or more.")
+    if (
+        not isinstance(settings.steps, int)
+        or isinstance(settings.steps, bool)
+        or settings.steps < 1
+    ):
+        raise ValueError(
+            f"steps={settings.steps!r} is no number of denoising steps; expected 1 or more."
+        )
     if not math.isfinite(settings.guidance):
-        raise ValueError(f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or more.")
+        raise ValueError(
+            f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or "
+            "more."
+        )
     if not 0 <= settings.eta <= 1:
         raise ValueError(
-            f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic as DDPM)."
+            f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic "
+            "as DDPM)."
         )
     if settings.guided_channels not in ("all", "first3"):
-        near = difflib.get_close_matches(str(settings.guided_channels), ["all", "first3"], n=1, cutoff=0)[0]
-        raise ValueError(f"guided_channels={settings.guided_channels!r} is no convention; did you mean {near!r}?")
+        near = difflib.get_close_matches(
+            str(settings.guided_channels), ["all", "first3"], n=1, cutoff=0
+        )[0]
+        raise ValueError(
+            f"guided_channels={settings.guided_channels!r} is no convention; did you mean {near!r}?"
+        )
 
 
 def check_step(step: int, steps: int) -> None:
     if not 0 <= step < steps:
-        raise ValueError(f"Step {step} is outside the run; it has {steps} steps, 0 (the noisiest) to {steps - 1}.")
+        raise ValueError(
+            f"Step {step} is outside the run; it has {steps} steps, 0 (the noisiest) to "
+            f"{steps - 1}."
+        )
 
 
 def item_seeds(seeds: Seeds, items: int) -> list[int]:
-    """One seed an item: seed, seed + 1, ... of an int; ValueError for another number of them than of items."""
+    """One seed an item: seed, seed + 1, ...
+
+    of an int; ValueError for another number of them than of items.
+    """
     own = [seeds + i for i in range(items)] if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(own) != items or min(own) < 0:
         raise ValueError(
-            f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none negative."
+            f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none "
+            "negative."
         )
     return own

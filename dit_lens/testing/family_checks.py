@@ -1,4 +1,6 @@
-"""The contract of a family, on its small models: every check raises AssertionError with what is wrong."""
+"""The contract of a family, on its small models: every check raises AssertionError with what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class Case:
 
 
 def same_output(case: Case) -> None:
-    """the output is bit for bit the unopened model's: idle, with everything observed, and after remove()"""
+    """the output is bit for bit the unopened model's: idle, with everything observed, and after
+    remove()
+    """
     want = case.ask(case.plain)
     assert want.isfinite().all(), "the small model's output is not finite"
     assert torch.equal(want, case.ask()), "opened, with nobody listening, the output is another"
@@ -76,10 +80,14 @@ def same_output(case: Case) -> None:
         assert torch.equal(want, case.ask()), "with hooks that return None the output is another"
         with torch.enable_grad():
             graded = flat(case.model.transformer(**case.inputs, return_dict=False)[0])
-        assert torch.equal(want, graded), "with hooks that return None, and gradients on, the output is another"
+        assert torch.equal(want, graded), (
+            "with hooks that return None, and gradients on, the output is another"
+        )
     with torch.no_grad():
         output = case.model(case.x, case.t, case.condition)
-    direct = case.family.output(case.plain, case.plain(**case.inputs, return_dict=False)[0], case.inputs)
+    direct = case.family.output(
+        case.plain, case.plain(**case.inputs, return_dict=False)[0], case.inputs
+    )
     assert torch.equal(output, direct), "model(x, t, y) gives another output than the transformer"
     assert output.shape[0] == 2 and output.shape[-2:] == case.x.shape[-2:], (
         f"model(x, t, y) has shape {list(output.shape)}"
@@ -102,7 +110,13 @@ def names_in_order(case: Case) -> None:
 def shapes_as_named(case: Case) -> None:
     """every activation has the axes that its name promises"""
     cfg = case.cfg
-    sizes = {"batch": 2, "token": cfg.tokens, "query": cfg.tokens, "d_model": cfg.d_model, "d_head": cfg.d_head}
+    sizes = {
+        "batch": 2,
+        "token": cfg.tokens,
+        "query": cfg.tokens,
+        "d_model": cfg.d_model,
+        "d_head": cfg.d_head,
+    }
     for name, value in case.seen().items():
         axes = case.model.sites[name]
         assert value.ndim == len(axes), (
@@ -119,7 +133,9 @@ def shapes_as_named(case: Case) -> None:
 
 
 def additions(names: list[str]) -> Iterator[tuple[str, list[str], str]]:
-    """Each (stream before, what is added, stream after) within the blocks: contributions lie between two names of the stream."""
+    """Each (stream before, what is added, stream after) within the blocks: contributions lie
+    between two names of the stream.
+    """
     for prefix in ("", "text."):
         before = ""
         added: list[str] = []
@@ -145,7 +161,9 @@ def adds_up(case: Case) -> None:
             total = total + seen[name]
         assert torch.equal(total, seen[after]), f"{before} + {' + '.join(added)} is not {after}"
         found += 1
-    assert found >= case.cfg.n_layers, f"only {found} additions are named in {case.cfg.n_layers} layers"
+    assert found >= case.cfg.n_layers, (
+        f"only {found} additions are named in {case.cfg.n_layers} layers"
+    )
 
 
 def edits_reach_the_stream(case: Case) -> None:
@@ -153,7 +171,9 @@ def edits_reach_the_stream(case: Case) -> None:
     plain, seen = case.ask(), case.seen()
     last = max(layer_of(n) or 0 for n in case.model.names)
     for before, added, after in additions(case.model.names):
-        shift = torch.randn(seen[before].shape[-1], generator=torch.Generator().manual_seed(1)).to(seen[before].dtype)
+        shift = torch.randn(seen[before].shape[-1], generator=torch.Generator().manual_seed(1)).to(
+            seen[before].dtype
+        )
         edits: Any = [(before, lambda a, hook, shift=shift: a + shift)]
         names = [before, *added, after]
         with case.model.hooks(edits):
@@ -161,17 +181,22 @@ def edits_reach_the_stream(case: Case) -> None:
         total = cache[before]
         for name in added:
             total = total + cache[name]
-        assert torch.equal(cache[before], seen[before] + shift), f"hooks after an edit at {before} see the old value"
+        assert torch.equal(cache[before], seen[before] + shift), (
+            f"hooks after an edit at {before} see the old value"
+        )
         assert torch.equal(total, cache[after]), f"an edit at {before} does not reach {after}"
     idle = []
     for name in case.model.names:
-        keeps = "text" in site_of(name) and layer_of(name) == last  # a text stream may end with the last block
+        # a text stream may end with the last block
+        keeps = "text" in site_of(name) and layer_of(name) == last
         if torch.equal(case.edited(name, _scrambled), plain) and not keeps:
             idle.append(name)
     assert not idle, f"an edit at {idle[0]} does not reach the output"
     for name in case.model.names:
         with case.model.hooks([(name, lambda a, hook: None)]):
-            assert torch.equal(case.ask(), plain), f"a hook at {name} that returns None changes the output"
+            assert torch.equal(case.ask(), plain), (
+                f"a hook at {name} that returns None changes the output"
+            )
 
 
 def _scrambled(a: Tensor) -> Tensor:
@@ -180,15 +205,21 @@ def _scrambled(a: Tensor) -> Tensor:
 
 
 def attention_is_what_it_says(case: Case) -> None:
-    """patterns are softmax of scores and sum to 1, and the heads' results sum to the attention's output"""
+    """patterns are softmax of scores and sum to 1, and the heads' results sum to the attention's
+    output
+    """
     seen = case.seen()
     for name, pattern in seen.items():
         if not name.endswith("hook_pattern"):
             continue
         prefix = name.removesuffix("hook_pattern")
-        assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5), f"the rows of {name} do not sum to 1"
+        assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5), (
+            f"the rows of {name} do not sum to 1"
+        )
         scores = seen[f"{prefix}hook_attn_scores"]
-        assert torch.allclose(scores.softmax(-1), pattern, atol=1e-5), f"{name} is not the softmax of its scores"
+        assert torch.allclose(scores.softmax(-1), pattern, atol=1e-5), (
+            f"{name} is not the softmax of its scores"
+        )
         same = case.edited(name, lambda a: a.clone())
         assert torch.allclose(same, case.ask(), atol=1e-4), (
             f"with the pattern itself put in at {name} the output is another"
@@ -216,14 +247,18 @@ def reading_is_recording(case: Case) -> None:
         with trace(case.model, names="resid_post") as t:
             case.ask()
         again = load_trace(t.save(f"{folder}/trace.safetensors"), case.model)
-        assert torch.equal(again["resid_post", 0], t["resid_post", 0]), "a trace, saved and loaded, reads another value"
+        assert torch.equal(again["resid_post", 0], t["resid_post", 0]), (
+            "a trace, saved and loaded, reads another value"
+        )
         assert torch.equal(again["resid_pre", 0], t["resid_pre", 0]), (
             "a trace, saved and loaded, recomputes another value"
         )
 
 
 def twins_couple(case: Case) -> None:
-    """twins coupled with g = 0 are bit for bit the plain model, with g > 0 they are not, and equal twins stay as they are"""
+    """twins coupled with g = 0 are bit for bit the plain model, with g > 0 they are not, and equal
+    twins stay as they are
+    """
     plain = case.ask()
     with coupled(case.model, 0.0):
         assert torch.equal(case.ask(), plain), "coupled with g = 0 the output is another"
@@ -231,15 +266,22 @@ def twins_couple(case: Case) -> None:
         assert not torch.equal(case.ask(), plain), "coupled with g = 0.5 nothing changes"
         with trace(case.model) as t:
             changed = case.ask()
-    assert torch.allclose(t["hook_sample"][0], changed, atol=1e-6), "a coupled pass is not recomputed with its coupling"
+    assert torch.allclose(t["hook_sample"][0], changed, atol=1e-6), (
+        "a coupled pass is not recomputed with its coupling"
+    )
     alike = Case(case.family, case.variant)
     one = alike.family.stack([_item(alike.condition)] * 2)
     alike.inputs = case.family.inputs(
-        alike.plain, alike.x[:1].repeat(2, *[1] * (alike.x.ndim - 1)), torch.tensor([500.0, 500.0]), one
+        alike.plain,
+        alike.x[:1].repeat(2, *[1] * (alike.x.ndim - 1)),
+        torch.tensor([500.0, 500.0]),
+        one,
     )
     want = alike.ask()
     with coupled(alike.model, 0.7):
-        assert torch.allclose(alike.ask(), want, atol=1e-4), "equal twins are changed by their coupling"
+        assert torch.allclose(alike.ask(), want, atol=1e-4), (
+            "equal twins are changed by their coupling"
+        )
 
 
 def _item(condition: Condition) -> Condition:
@@ -252,9 +294,13 @@ def _item(condition: Condition) -> Condition:
 
 
 def lens_reads_the_last_stream(case: Case) -> None:
-    """the last layer's stream through model.unembed is the model's output, also in the middle of a pass"""
+    """the last layer's stream through model.unembed is the model's output, also in the middle of a
+    pass
+    """
     with torch.no_grad():
-        output, cache = case.model.run_with_cache(case.x, case.t, case.condition, names_filter="resid_post")
+        output, cache = case.model.run_with_cache(
+            case.x, case.t, case.condition, names_filter="resid_post"
+        )
         got = case.model.unembed(cache["resid_post", -1], case.t, case.condition)
     assert torch.equal(got, output), "the last stream, read by the last layer, is not the output"
     inside: list[Tensor] = []
@@ -262,39 +308,58 @@ def lens_reads_the_last_stream(case: Case) -> None:
     def look(value: Tensor, point: HookPoint) -> None:
         inside.append(case.model.unembed(value, case.t, case.condition))
 
-    handle = case.model.instrumentation.attach(f"blocks.{case.cfg.n_layers - 1}.hook_resid_post", Observer(look))
+    handle = case.model.instrumentation.attach(
+        f"blocks.{case.cfg.n_layers - 1}.hook_resid_post", Observer(look)
+    )
     with torch.no_grad():
         again = case.model(case.x, case.t, case.condition)
     handle.remove()
-    assert torch.equal(inside[0], output) and torch.equal(again, output), "unembed in the middle of a pass disturbs it"
+    assert torch.equal(inside[0], output) and torch.equal(again, output), (
+        "unembed in the middle of a pass disturbs it"
+    )
 
 
 def parts_of_a_pass(case: Case) -> None:
-    """a pass can stop before any layer, and start at any where the stream is all that a block is given"""
+    """a pass can stop before any layer, and start at any where the stream is all that a block is
+    given
+    """
     with torch.no_grad():
-        output, cache = case.model.run_with_cache(case.x, case.t, case.condition, names_filter="resid_pre")
+        output, cache = case.model.run_with_cache(
+            case.x, case.t, case.condition, names_filter="resid_pre"
+        )
         for layer in range(case.cfg.n_layers):
             stream = case.model(case.x, case.t, case.condition, stop_at_layer=layer)
-            assert torch.equal(stream, cache["resid_pre", layer]), f"stop_at_layer={layer} is not resid_pre of {layer}"
+            assert torch.equal(stream, cache["resid_pre", layer]), (
+                f"stop_at_layer={layer} is not resid_pre of {layer}"
+            )
             if case.cfg.restartable:
                 rest = case.model(stream, case.t, case.condition, start_at_layer=layer)
-                assert torch.equal(rest, output), f"from the stream before layer {layer} on, the output is another"
+                assert torch.equal(rest, output), (
+                    f"from the stream before layer {layer} on, the output is another"
+                )
 
 
 def copies_are_independent(case: Case) -> None:
     """a deep copy and a pickle of the opened model work, with hook points of their own"""
     want = case.ask()
-    for copied in (copy.deepcopy(case.model.transformer), pickle.loads(pickle.dumps(case.model.transformer))):
+    for copied in (
+        copy.deepcopy(case.model.transformer),
+        pickle.loads(pickle.dumps(case.model.transformer)),
+    ):
         assert torch.equal(case.ask(copied), want), "a copy's output is another"
         theirs = HookedDiT(copied)
-        assert theirs.instrumentation is not case.model.instrumentation, "a copy shares the original's hook points"
+        assert theirs.instrumentation is not case.model.instrumentation, (
+            "a copy shares the original's hook points"
+        )
         with theirs.hooks([("resid_post", lambda a, hook: a * 0)]):
             assert torch.equal(case.ask(), want), "a hook on a copy acts on the original"
             assert not torch.equal(case.ask(copied), want), "a hook on a copy does not act on it"
 
 
 def speaks_its_language(case: Case) -> None:
-    """latents, timesteps and condition, taken from the transformer's arguments, give the same arguments again"""
+    """latents, timesteps and condition, taken from the transformer's arguments, give the same
+    arguments again
+    """
     inputs, family, model = case.inputs, case.family, case.plain
     x, t = family.latents(model, inputs), family.timesteps(model, inputs)
     assert torch.allclose(t.float().cpu(), case.t, rtol=1e-4), (
@@ -302,7 +367,9 @@ def speaks_its_language(case: Case) -> None:
     )
     rest = Condition({k: v for k, v in inputs.items() if k not in (family.x_name, family.t_name)})
     again = family.inputs(model, x, t, rest)
-    assert again.keys() == inputs.keys(), f"arguments come and go: {sorted(again.keys() ^ inputs.keys())}"
+    assert again.keys() == inputs.keys(), (
+        f"arguments come and go: {sorted(again.keys() ^ inputs.keys())}"
+    )
     for name in (family.x_name, family.t_name):
         assert torch.equal(flat(again[name]), flat(inputs[name])), f"{name} comes back as another"
     assert tuple(x.shape[1:]) == case.cfg.latent_shape, (
@@ -325,17 +392,33 @@ def reaches_backward(case: Case) -> None:
     """gradients flow to every stream point, and a backward hook sees them"""
     seen: list[str] = []
     names = [
-        n for n in case.model.names if n.endswith(("hook_resid_pre", "hook_pattern", "hook_z")) and "text" not in n
+        n
+        for n in case.model.names
+        if n.endswith(("hook_resid_pre", "hook_pattern", "hook_z")) and "text" not in n
     ]
-    with case.model.hooks(bwd_hooks=[(names, lambda g, hook: seen.append(hook.name))]), torch.enable_grad():
+    with (
+        case.model.hooks(bwd_hooks=[(names, lambda g, hook: seen.append(hook.name))]),
+        torch.enable_grad(),
+    ):
         flat(case.model.transformer(**case.inputs, return_dict=False)[0]).sum().backward()
-    assert sorted(seen) == sorted(names), f"no gradient arrives at {sorted(set(names) - set(seen))[:1]}"
+    assert sorted(seen) == sorted(names), (
+        f"no gradient arrives at {sorted(set(names) - set(seen))[:1]}"
+    )
 
 
 CHECKS: tuple[Callable[[Case], None], ...] = (
-    same_output, names_in_order, shapes_as_named, adds_up, edits_reach_the_stream, attention_is_what_it_says,
-    reading_is_recording, twins_couple, lens_reads_the_last_stream, parts_of_a_pass,
-    copies_are_independent, speaks_its_language,
+    same_output,
+    names_in_order,
+    shapes_as_named,
+    adds_up,
+    edits_reach_the_stream,
+    attention_is_what_it_says,
+    reading_is_recording,
+    twins_couple,
+    lens_reads_the_last_stream,
+    parts_of_a_pass,
+    copies_are_independent,
+    speaks_its_language,
     sources_are_noted,
     reaches_backward,
-)  # fmt: skip
+)

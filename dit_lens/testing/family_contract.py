@@ -1,7 +1,9 @@
-"""The contract of a family, held against its own small random models: `dit-lens check-family`, and `check(family)` in a test.
+"""The contract of a family, held against its own small random models: `dit-lens check-family`, and
+`check(family)` in a test.
 
-The checks (`dit_lens.testing.family_checks`, `dit_lens.testing.pipeline_checks`) are functions that raise `AssertionError` with what is wrong; the
-docstring is what the table says. They use only what users use, so a family from elsewhere is held to exactly what ours are.
+The checks (`dit_lens.testing.family_checks`, `dit_lens.testing.pipeline_checks`) are functions that
+raise `AssertionError` with what is wrong; the docstring is what the table says. They use only what
+users use, so a family from elsewhere is held to exactly what ours are.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from .pipeline_checks import PIPELINE_CHECKS, InPipeline
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Tiny models are fastest on one thread: several wait for each other, and beside another process for very long."""
+    """Tiny models are fastest on one thread: several wait for each other, and beside another
+    process for very long.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -43,9 +47,11 @@ class Row:
 
 
 def examine(family: str | Family, where: str | None = None) -> list[Row]:
-    """Run every check on each of the family's small models and, if it has one, its small pipeline; or only there (`where="small(0)"`).
+    """Run every check on each of the family's small models and, if it has one, its small pipeline;
+    or only there (`where="small(0)"`).
 
-    Raises ValueError for a class without a family.
+    Raises:
+        ValueError: for a class without a family.
     """
     found = _family(family) if isinstance(family, str) else family
     tasks: list[tuple[Any, str, Callable[[], Any]]] = [
@@ -68,7 +74,8 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
                 rows.append(Row(check.__name__, where, False, str(error)))
             except (
                 Exception
-            ) as error:  # a family under construction may raise anything; the others are still worth knowing
+                # a family under construction may raise anything; the others are still worth knowing
+            ) as error:
                 rows.append(Row(check.__name__, where, False, f"{type(error).__name__}: {error}"))
     return rows
 
@@ -92,15 +99,24 @@ def table(name: str, rows: list[Row]) -> Any:
         mine = [row for row in rows if row.check == check]
         wrong = next((row for row in mine if not row.ok), None)
         words = (
-            (BY_NAME[check].__doc__ or "").strip() if wrong is None else f"[red]{wrong.where}: {wrong.message}[/red]"
+            (BY_NAME[check].__doc__ or "").strip()
+            if wrong is None
+            else f"[red]{wrong.where}: {wrong.message}[/red]"
         )
-        shown.add_row(check.replace("_", " "), f"{sum(row.ok for row in mine)} of {len(mine)}", words)
+        shown.add_row(
+            check.replace("_", " "), f"{sum(row.ok for row in mine)} of {len(mine)}", words
+        )
     return shown
 
 
 COLUMNS = {
     "output bit for bit": ("same_output",),
-    "names, additions, edits": ("names_in_order", "shapes_as_named", "adds_up", "edits_reach_the_stream"),
+    "names, additions, edits": (
+        "names_in_order",
+        "shapes_as_named",
+        "adds_up",
+        "edits_reach_the_stream",
+    ),
     "patterns": ("attention_is_what_it_says",),
     "lazy reading": ("reading_is_recording",),
     "coupled twins": ("twins_couple",),
@@ -121,12 +137,21 @@ def markdown(rows: dict[str, list[Row]]) -> str:
         cells = [f"`{name}`"]
         for column, checks in COLUMNS.items():
             mine = [row for row in some if row.check in checks]
-            has = column != "patterns" or any(n.endswith("attn.hook_pattern") for n in case.model.names if ".attn" in n)
-            cells.append("yes" if mine and all(row.ok for row in mine) and has else "no" if has else "none: linear")
+            has = column != "patterns" or any(
+                n.endswith("attn.hook_pattern") for n in case.model.names if ".attn" in n
+            )
+            cells.append(
+                "yes"
+                if mine and all(row.ok for row in mine) and has
+                else "no"
+                if has
+                else "none: linear"
+            )
         cells.append("yes" if case.cfg.restartable else "no")
         distilled = any(Case(case.family, v).cfg.distilled_guidance for v in VARIANTS)
         cells.append(
-            ("two calls" if case.family.branches is None else "one batch") + (", or distilled" if distilled else "")
+            ("two calls" if case.family.branches is None else "one batch")
+            + (", or distilled" if distilled else "")
         )
         cells.append(str(sum(n.startswith("blocks.0.") for n in case.model.names)))
         lines.append("| " + " | ".join(cells) + " |")
@@ -137,7 +162,11 @@ def _family(name: str) -> Family:
     found = family_named(name)
     if found is None:
         near = difflib.get_close_matches(name, modules(), n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(modules()))}."
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"expected one of {', '.join(sorted(modules()))}."
+        )
         raise ValueError(f"There is no family for {name!r}; {hint}")
     return found
 

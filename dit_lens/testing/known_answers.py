@@ -1,6 +1,8 @@
-"""The known answers that a probe's variables are held against, and the table's line; `dit_lens.testing.probe_checks` says what is what.
+"""The known answers that a probe's variables are held against, and the table's line;
+`dit_lens.testing.probe_checks` says what is what.
 
-Expectations come from closed forms, from what was planted, or from activations recorded without the probe: never from the probe's code.
+Expectations come from closed forms, from what was planted, or from activations recorded without the
+probe: never from the probe's code.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ ITEMS, STEPS, SIDE, LAYERS = 256, 20, 4, 6
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: numbers, or words where nothing is measured; `error` is in `tolerance`'s unit.
+    """One line of the table: numbers, or words where nothing is measured; `error` is in
+    `tolerance`'s unit.
 
     >>> Check("gap", expected=2.0, measured=2.5, error=0.5, tolerance=0.1, ok=False).ok
     False
@@ -54,7 +57,10 @@ class Check:
 
 
 class Bench:
-    """One probe class and how it is run: `twin` if it asked for twins. Each method below `run` is one known answer."""
+    """One probe class and how it is run: `twin` if it asked for twins.
+
+    Each method below `run` is one known answer.
+    """
 
     def __init__(self, probe_class: type[Probe]) -> None:
         self.probe_class, self.twin = probe_class, False
@@ -70,24 +76,48 @@ class Bench:
         return ""
 
     def build(self, grid: tuple[int, ...], cut: float | None = 0.1) -> Any:
-        """The probe with bands in which low is the mean alone (or, without a cut, the default ones)."""
+        """The probe with bands in which low is the mean alone (or, without a cut, the default
+        ones).
+        """
         return (
             self.probe_class(**{"bands": Bands.radial(grid, cut=cut)})
             if "bands" in arguments(self.probe_class)
             else self.probe_class()
         )
 
-    def run(self, model: HookedDiT, probe: Probe | None, items: int = 16, steps: int = 12, *, twin: bool | None = None,
-            apart: bool = True, order: int = 1, seed: int = 0, names: Any = None) -> tuple[Run, Any]:  # fmt: skip
-        """A run under a trace, and that trace. `apart`: twins that start apart, else clones; `order` -1: items in reverse."""
+    def run(
+        self,
+        model: HookedDiT,
+        probe: Probe | None,
+        items: int = 16,
+        steps: int = 12,
+        *,
+        twin: bool | None = None,
+        apart: bool = True,
+        order: int = 1,
+        seed: int = 0,
+        names: Any = None,
+    ) -> tuple[Run, Any]:
+        """A run under a trace, and that trace.
+
+        `apart`: twins that start apart, else clones; `order` -1: items in reverse.
+        """
         with trace(model, names=names, probes=[] if probe is None else [probe]) as t:
             if self.twin if twin is None else twin:
-                how: dict[str, Any] = {"tie": "attention", "eps": 0.3} if apart else {"tie": "noise"}
-                return twins(model, items // 2, [0] * (items // 2), steps=steps, seed=seed, **how).run, t
-            return sample(model, [0] * items, [1000 * seed + i for i in range(items)][::order], steps, eta=1.0), t
+                how: dict[str, Any] = (
+                    {"tie": "attention", "eps": 0.3} if apart else {"tie": "noise"}
+                )
+                return twins(
+                    model, items // 2, [0] * (items // 2), steps=steps, seed=seed, **how
+                ).run, t
+            return sample(
+                model, [0] * items, [1000 * seed + i for i in range(items)][::order], steps, eta=1.0
+            ), t
 
     def energy(self) -> Iterator[Check]:
-        """Band energies against |h|² and against numpy's own FFT of activations recorded without the probe."""
+        """Band energies against |h|² and against numpy's own FFT of activations recorded without
+        the probe.
+        """
         model = model_of(random_weights(0, n_layers=3))
         grid, probe = model.cfg.grid, self.build(model.cfg.grid, cut=None)
         self.run(model, probe, steps=4)
@@ -98,29 +128,50 @@ class Bench:
         sites = {n if place == "name" else layer_of(n): n for n in chosen}
         if len(sites) < len(chosen):
             raise ValueError(
-                "energy has one value a layer and `names` several hook points a layer; give it the axis name"
+                "energy has one value a layer and `names` several hook points a layer; give it the "
+                "axis name"
             )
         bands = getattr(probe, "bands", None)
         fy, fx = np.fft.fftfreq(grid[0])[:, None], np.fft.fftfreq(grid[1])
-        edges = np.array(bands.edges[1:-1]) if isinstance(bands, Bands) and bands.kind == "radial" else None
+        edges = (
+            np.array(bands.edges[1:-1])
+            if isinstance(bands, Bands) and bands.kind == "radial"
+            else None
+        )
         whole, rings = [], []
         for key in energy[place].values.tolist():
             h = seen[sites[key]].double().numpy()[energy["step"].values]
             field = h.reshape(*h.shape[:2], *grid, -1)
-            power = (np.abs(np.fft.fft2(field, axes=(2, 3), norm="ortho")) ** 2).sum(-1)  # [step, batch, row, column]
+            # [step, batch, row, column]
+            power = (np.abs(np.fft.fft2(field, axes=(2, 3), norm="ortho")) ** 2).sum(-1)
             whole.append((field**2).sum((2, 3, 4)))
             if edges is not None:  # a frequency equal to an edge is above it
                 ring = np.searchsorted(edges, np.hypot(fy, fx) + 1e-9, side="right")
-                rings.append(np.stack([power[..., ring == b].sum(-1) for b in range(len(edges) + 1)], -1))
+                rings.append(
+                    np.stack([power[..., ring == b].sum(-1) for b in range(len(edges) + 1)], -1)
+                )
         found = energy.transpose(place, "step", "batch", "band").values.astype(np.float64)
-        note = "no rings: the probe has no attribute `bands` that is radial" if edges is None else ""
+        note = (
+            "no rings: the probe has no attribute `bands` that is radial" if edges is None else ""
+        )
         yield _relative("energy: bands sum to |h|²", np.stack(whole), found.sum(-1), 1e-4, note)
         if edges is not None:
-            yield _relative(f"energy: {len(edges) + 1} rings by numpy.fft", np.stack(rings), found, 1e-3)
+            yield _relative(
+                f"energy: {len(edges) + 1} rings by numpy.fft", np.stack(rings), found, 1e-3
+            )
 
     def difference(self) -> Iterator[Check]:
-        """E4: from one layer to the next the difference energy grows by (1 + a)² where it is planted and by 1 elsewhere."""
-        for at, a, band in ((1, .3, 0), (3, -.3, 1), (5, .3, 1), (1, -.3, 1), (3, .3, 0), (5, -.3, 0)):  # fmt: skip
+        """E4: from one layer to the next the difference energy grows by (1 + a)² where it is
+        planted and by 1 elsewhere.
+        """
+        for at, a, band in (
+            (1, 0.3, 0),
+            (3, -0.3, 1),
+            (5, 0.3, 1),
+            (1, -0.3, 1),
+            (3, 0.3, 0),
+            (5, -0.3, 0),
+        ):
             name = ("low", "high")[band]
             model = model_of(planted((at,), a, LAYERS, name, sample_size=SIDE))
             probe = self.build(model.cfg.grid)
@@ -134,11 +185,16 @@ class Bench:
             with np.errstate(invalid="ignore", divide="ignore"):
                 growth = found[1:] / found[:-1]
             yield _relative(
-                f"difference: {name} x {1 + a:g} in layer {at}/{LAYERS}", gain[1:] / gain[:-1], growth, 1e-3
+                f"difference: {name} x {1 + a:g} in layer {at}/{LAYERS}",
+                gain[1:] / gain[:-1],
+                growth,
+                1e-3,
             )
 
     def gaussian(self, names: list[str]) -> Iterator[Check]:
-        """E1, as the sampler is run: the squared agreement at a step is that of twins released there; half of it is commitment."""
+        """E1, as the sampler is run: the squared agreement at a step is that of twins released
+        there; half of it is commitment.
+        """
         covered: dict[str, list[bool]] = {}
         for kind, spectrum in SPECTRA.items():
             truth = gaussian(*spectrum, layers=(1,), n_layers=2, sample_size=SIDE)
@@ -148,18 +204,36 @@ class Bench:
             result = _result(probe, run)
             abars = truth.scheduler.alphas_cumprod.double().numpy()[run.timesteps.numpy()]
             # [step, band]
-            exact = np.stack([ddim_agreement(spectrum, abars, s) for s in range(STEPS)]).clip(0, 1 - 1e-9)
+            exact = np.stack([ddim_agreement(spectrum, abars, s) for s in range(STEPS)]).clip(
+                0, 1 - 1e-9
+            )
             n = (ITEMS - 1) * 3 * np.array([1, SIDE**2 - 1])  # independent modes in each band
             error = (1 - exact) / np.sqrt(n)  # of a correlation; its square is skewed near 0
             if "agreement" in names:
-                last = result["agreement"].isel(layer=int(result["layer"].values.argmax())).transpose("step", "band")
+                last = (
+                    result["agreement"]
+                    .isel(layer=int(result["layer"].values.argmax()))
+                    .transpose("step", "band")
+                )
                 at = result["step"].values
                 allowed = 3 * error[at] + 1e-3
-                yield _worst(f"agreement: {kind} spectrum", exact[at] ** 0.5, last.values, allowed, "3 standard errors")
-            for quantity, axis in (("step", np.arange(STEPS)), ("log_snr", run.log_snr.double().numpy())):
+                yield _worst(
+                    f"agreement: {kind} spectrum",
+                    exact[at] ** 0.5,
+                    last.values,
+                    allowed,
+                    "3 standard errors",
+                )
+            for quantity, axis in (
+                ("step", np.arange(STEPS)),
+                ("log_snr", run.log_snr.double().numpy()),
+            ):
                 where = np.array([np.interp(0, np.log(r / (1 - r)), axis) for r in exact.T])
                 slope = np.array(
-                    [np.interp(x, axis, np.gradient(r, axis)) for x, r in zip(where, exact.T, strict=True)]
+                    [
+                        np.interp(x, axis, np.gradient(r, axis))
+                        for x, r in zip(where, exact.T, strict=True)
+                    ]
                 )
                 width = 3 * np.sqrt(0.5 / n) / slope + 0.25 * np.interp(
                     where, axis, np.gradient(axis)
@@ -171,19 +245,34 @@ class Bench:
                     found = _quantity(result, name, quantity) if name in names else None
                     if found is not None:
                         note = "3 standard errors and 1/4 step"
-                        yield _worst(f"{name} in {quantity}: {kind} spectrum", wanted, found.values, allowed, note)
+                        yield _worst(
+                            f"{name} in {quantity}: {kind} spectrum",
+                            wanted,
+                            found.values,
+                            allowed,
+                            note,
+                        )
                 interval = _quantity(result, "gap_interval", quantity) if "gap" in names else None
                 if interval is not None:
                     low, high = interval.values
-                    covered.setdefault(quantity, []).append(bool(low <= where[1] - where[0] <= high))
-        for quantity, hits in covered.items():  # one miss in three may happen to a right 95 % interval, two hardly
+                    covered.setdefault(quantity, []).append(
+                        bool(low <= where[1] - where[0] <= high)
+                    )
+        # one miss in three may happen to a right 95 % interval, two hardly
+        for quantity, hits in covered.items():
             yield Check(
-                f"gap_interval in {quantity}", "covers", f"{sum(hits)} of {len(hits)}", ok=sum(hits) >= len(hits) - 1
+                f"gap_interval in {quantity}",
+                "covers",
+                f"{sum(hits)} of {len(hits)}",
+                ok=sum(hits) >= len(hits) - 1,
             )
 
     def onset(self) -> Iterator[Check]:
         """The planted layer at three depths, and none where there is none."""
-        models = {f"planted in layer {at} of 8": (planted((at,), 0.3, 8, sample_size=SIDE), at) for at in (2, 4, 6)}
+        models = {
+            f"planted in layer {at} of 8": (planted((at,), 0.3, 8, sample_size=SIDE), at)
+            for at in (2, 4, 6)
+        }
         models["nothing planted"] = planted((4,), 0.0, 8, sample_size=SIDE), -1
         models["random weights"] = random_weights(0, n_layers=8, sample_size=SIDE), -1
         for name, (truth, at) in models.items():
@@ -192,7 +281,15 @@ class Bench:
             run, _ = self.run(model, probe, 32, 6)
             raw = _result(probe, run)["onset_layer"].item()
             found = -1.0 if raw is None or raw != raw else float(raw)
-            yield Check(f"onset_layer: {name}", float(at), found, abs(found - at), 0, found == at, "-1 is none")
+            yield Check(
+                f"onset_layer: {name}",
+                float(at),
+                found,
+                abs(found - at),
+                0,
+                found == at,
+                "-1 is none",
+            )
 
     def expected(self) -> Iterator[Check]:
         """What the probe's author says it should be."""
@@ -208,11 +305,14 @@ class Bench:
             for name, value in wanted.data_vars.items():
                 if name not in result:
                     raise ValueError(
-                        f"expected(truth) speaks of {name!r}, which result() does not give: {list(result)}"
+                        f"expected(truth) speaks of {name!r}, which result() does not give: "
+                        f"{list(result)}"
                     )
                 exact, found = (v.values for v in _aligned(value, result[name]))
                 tolerance = float(value.attrs.get("tolerance", wanted.attrs.get("tolerance", 1e-3)))
-                yield _relative(f"{name}: {kind}", exact, found, tolerance, "as expected(truth) says")
+                yield _relative(
+                    f"{name}: {kind}", exact, found, tolerance, "as expected(truth) says"
+                )
 
 
 def arguments(probe_class: type[Probe]) -> dict[str, inspect.Parameter]:
@@ -228,16 +328,22 @@ def _result(probe: Any, run: Run) -> Any:
     return probe.result(target=run.latents[-1]) if takes else probe.result()
 
 
-def _relative(name: str, expected: ArrayLike, found: ArrayLike, tolerance: float, note: str = "") -> Check:
+def _relative(
+    name: str, expected: ArrayLike, found: ArrayLike, tolerance: float, note: str = ""
+) -> Check:
     """The worst place by relative error. Shapes that differ are an error."""
     e, f = np.asarray(expected, float), np.asarray(found, float)
     size = np.maximum(np.abs(e), 1e-12)
     row = _worst(name, e, f, tolerance * size, note)
     error = abs(float(row.expected) - float(row.measured)) / max(abs(float(row.expected)), 1e-12)
-    return Check(name, row.expected, row.measured, error, tolerance, row.ok, f"relative; {row.note}")
+    return Check(
+        name, row.expected, row.measured, error, tolerance, row.ok, f"relative; {row.note}"
+    )
 
 
-def _worst(name: str, expected: ArrayLike, found: ArrayLike, tolerance: ArrayLike, note: str = "") -> Check:
+def _worst(
+    name: str, expected: ArrayLike, found: ArrayLike, tolerance: ArrayLike, note: str = ""
+) -> Check:
     """The place whose error is the largest beside what is allowed there."""
     e, f = np.asarray(expected, float), np.asarray(found, float)
     if e.shape != f.shape:
@@ -247,11 +353,22 @@ def _worst(name: str, expected: ArrayLike, found: ArrayLike, tolerance: ArrayLik
     at = np.unravel_index(share.argmax(), e.shape)
     many = f"worst of {e.size}" if e.size > 1 else ""
     text = "; ".join(part for part in (many, note) if part)
-    return Check(name, float(e[at]), float(f[at]), float(error[at]), float(allowed[at]), bool(share[at] <= 1), text)
+    return Check(
+        name,
+        float(e[at]),
+        float(f[at]),
+        float(error[at]),
+        float(allowed[at]),
+        bool(share[at] <= 1),
+        text,
+    )
 
 
 def _quantity(result: Any, name: str, quantity: str) -> Any:
-    """A variable in steps or in log SNR; None if it does not have that. Without the axis it is in steps."""
+    """A variable in steps or in log SNR; None if it does not have that.
+
+    Without the axis it is in steps.
+    """
     if name not in result:
         return None
     if "quantity" not in result[name].dims:

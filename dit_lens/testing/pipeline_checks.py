@@ -1,4 +1,6 @@
-"""The contract of a family, on its small pipeline, saved and loaded: the pipeline itself, guidance, our own sampler, the gap."""
+"""The contract of a family, on its small pipeline, saved and loaded: the pipeline itself, guidance,
+our own sampler, the gap.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from ..tracing.trace import trace
 
 
 class InPipeline:
-    """The family's small pipeline, saved to a folder and loaded from there, with what it makes unopened."""
+    """The family's small pipeline, saved to a folder and loaded from there, with what it makes
+    unopened.
+    """
 
     def __init__(self, family: Family) -> None:
         from diffusers import DiffusionPipeline
@@ -38,7 +42,9 @@ class InPipeline:
     def run(self, guided: bool) -> Tensor:
         gen = [torch.Generator().manual_seed(i) for i in range(2)]
         with quiet():
-            images = self.pipe(**self.family.small_call(guided), generator=gen, output_type="pt", return_dict=False)[0]
+            images = self.pipe(
+                **self.family.small_call(guided), generator=gen, output_type="pt", return_dict=False
+            )[0]
         return flat(images)
 
 
@@ -62,7 +68,9 @@ def quiet() -> Iterator[None]:
 
 
 def pipeline_is_left_alone(case: InPipeline) -> None:
-    """its pipeline, saved and loaded, makes the same images traced and untraced, with guidance and without"""
+    """its pipeline, saved and loaded, makes the same images traced and untraced, with guidance and
+    without
+    """
     for guided in (False, True):
         want = case.run(guided)
         with trace(case.pipe, names="resid_post") as eager:
@@ -70,8 +78,12 @@ def pipeline_is_left_alone(case: InPipeline) -> None:
         with trace(case.pipe) as lazy:
             case.run(guided)
         assert len(eager.steps) == 2, f"2 denoising steps are counted as {len(eager.steps)}"
-        assert torch.equal(lazy["resid_post", 0], eager["resid_post", 0]), "in the pipeline, reading is not recording"
-        left = [name for name, m in case.pipe.transformer.named_modules() if "forward" in m.__dict__]
+        assert torch.equal(lazy["resid_post", 0], eager["resid_post", 0]), (
+            "in the pipeline, reading is not recording"
+        )
+        left = [
+            name for name, m in case.pipe.transformer.named_modules() if "forward" in m.__dict__
+        ]
         assert not left, f"after the trace a forward is left on {left[0]!r}"
 
 
@@ -80,11 +92,17 @@ def branches_are_right(case: InPipeline) -> None:
     with trace(case.pipe) as plain:
         case.run(False)
     asked = [_asked(plain.calls[0], i) for i in range(2)]
-    assert plain.calls[0].branch == ("cond", "cond"), f"without guidance the branches are {plain.calls[0].branch}"
+    assert plain.calls[0].branch == ("cond", "cond"), (
+        f"without guidance the branches are {plain.calls[0].branch}"
+    )
     with trace(case.pipe) as t:
         case.run(True)
     for calls in t.calls_at:
-        words = [(word, _asked(t.calls[c], i)) for c in calls for i, word in enumerate(t.calls[c].branch or ())]
+        words = [
+            (word, _asked(t.calls[c], i))
+            for c in calls
+            for i, word in enumerate(t.calls[c].branch or ())
+        ]
         distilled = case.model.cfg.distilled_guidance and len(words) == 2
         assert [w for w, _ in words].count("cond") == 2 and (distilled or len(words) == 4), (
             f"the branches are {[w for w, _ in words]}"
@@ -92,7 +110,8 @@ def branches_are_right(case: InPipeline) -> None:
         found = [_same(value, asked[i % 2]) for i, (_, value) in enumerate(words)]
         told = [word == "cond" for word, _ in words]
         assert found == told, (
-            f"the branches are said to be {[w for w, _ in words]}; conditions are the prompt's own at {found}"
+            f"the branches are said to be {[w for w, _ in words]}; conditions are the prompt's own "
+            f"at {found}"
         )
     if not distilled:
         cond = t.get("resid_post", branch="cond")["blocks.0.hook_resid_post"]
@@ -103,7 +122,9 @@ def branches_are_right(case: InPipeline) -> None:
 
 def _asked(call: Any, i: int) -> Tensor:
     """What the i-th item of a call was asked for with."""
-    name = next(n for n in ("class_labels", "encoder_hidden_states", "cap_feats") if n in call.inputs)
+    name = next(
+        n for n in ("class_labels", "encoder_hidden_states", "cap_feats") if n in call.inputs
+    )
     value: Tensor = call.inputs[name][i]
     return value
 
@@ -114,7 +135,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def sampler_agrees(case: InPipeline) -> None:
-    """dit_lens.sample goes through the same latents as the pipeline, from the same start, prompts encoded alike"""
+    """dit_lens.sample goes through the same latents as the pipeline, from the same start, prompts
+    encoded alike
+    """
     with trace(case.pipe) as t:
         case.run(False)
     call = case.family.small_call(False)
@@ -124,13 +147,20 @@ def sampler_agrees(case: InPipeline) -> None:
     guidance = float(t.calls[0].inputs["guidance"][0]) if model.cfg.distilled_guidance else 1.0
     try:
         run = sample(
-            model, asked, steps=2, guidance=guidance, scheduler=case.pipe.scheduler, latents=t.latents[0][:n].float()
+            model,
+            asked,
+            steps=2,
+            guidance=guidance,
+            scheduler=case.pipe.scheduler,
+            latents=t.latents[0][:n].float(),
         )
     finally:
         model.remove()
     for step in range(2):
         off = float((run.latents[step] - t.latents[step][:n]).abs().max())
-        assert off < 1e-3, f"after {step} steps the latents are off by {off:.2g} from the pipeline's"
+        assert off < 1e-3, (
+            f"after {step} steps the latents are off by {off:.2g} from the pipeline's"
+        )
 
 
 def _size_of(model: HookedDiT, x: Tensor) -> tuple[int, ...]:
@@ -157,5 +187,8 @@ def gap_is_measured(case: InPipeline) -> None:
 
 
 PIPELINE_CHECKS: tuple[Callable[[InPipeline], None], ...] = (
-    pipeline_is_left_alone, branches_are_right, sampler_agrees, gap_is_measured,
-)  # fmt: skip
+    pipeline_is_left_alone,
+    branches_are_right,
+    sampler_agrees,
+    gap_is_measured,
+)

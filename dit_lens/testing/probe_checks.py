@@ -1,20 +1,26 @@
 """Is a probe right? Anyone's probe against models whose answer is known: `dit-lens check PROBE`.
 
-Two kinds of checks. The *contract* holds for every probe: it runs in a trace (of `dit_lens.sample`, or of `dit_lens.twins` if it raises
-an error that speaks of twins), gives a Dataset of finite numbers, leaves the model and its output alone, and depends on its run only.
-*Known answers* go by the names of the variables that it returns (`known_answers.KNOWN`), with bands from low to high:
+Two kinds of checks. The *contract* holds for every probe: it runs in a trace (of `dit_lens.sample`,
+or of `dit_lens.twins` if it raises an error that speaks of twins), gives a Dataset of finite
+numbers, leaves the model and its output alone, and depends on its run only. *Known answers* go by
+the names of the variables that it returns (`known_answers.KNOWN`), with bands from low to high:
 
 - `energy` [name or layer, step, batch, band]: band energies |P_b h|² of the hook points in `names`;
-- `difference` [layer, step, pair, band], maybe with a `reading` of which one is "raw": |P_b(h_A - h_B)|² of the twins' residual streams;
+- `difference` [layer, step, pair, band], maybe with a `reading` of which one is "raw": |P_b(h_A -
+  h_B)|² of the twins' residual streams;
 - `agreement` [layer, step, band]: correlation of x0, read off a layer, with the finished latents;
-- `commitment` [band] and `gap` [], each maybe with a `quantity` ("step", "log_snr"; without it steps), where the squared agreement is 1/2
-  and last band minus first, and `gap_interval` [..., bound];
-- `onset_layer` []: the first layer that treats the low band's differences unlike the layers before it; -1 or NaN if there is none.
+- `commitment` [band] and `gap` [], each maybe with a `quantity` ("step", "log_snr"; without it
+  steps), where the squared agreement is 1/2 and last band minus first, and `gap_interval` [...,
+  bound];
+- `onset_layer` []: the first layer that treats the low band's differences unlike the layers before
+  it; -1 or NaN if there is none.
 
-Any other NaN fails. All with a band axis but `energy`, and `gap`, need a constructor with the argument `bands` (a `dit_lens.Bands`),
-so that the first band can be what is planted: the mean alone. If `result` has an argument `target`, it gets the finished latents. A
-probe of another quantity can say what it should be: `expected(truth)` gives a Dataset for a `groundtruth.GroundTruth`, compared name by
-name (relative error; allowed is 1e-3, or the Dataset's or variable's attribute "tolerance").
+Any other NaN fails. All with a band axis but `energy`, and `gap`, need a constructor with the
+argument `bands` (a `dit_lens.Bands`), so that the first band can be what is planted: the mean
+alone. If `result` has an argument `target`, it gets the finished latents. A probe of another
+quantity can say what it should be: `expected(truth)` gives a Dataset for a
+`groundtruth.GroundTruth`, compared name by name (relative error; allowed is 1e-3, or the Dataset's
+or variable's attribute "tolerance").
 """
 
 from __future__ import annotations
@@ -41,7 +47,9 @@ if TYPE_CHECKING:
 
 
 def find_probe(where: str) -> type[Probe]:
-    """The class at an installed name, `path/to/file.py:ClassName` or `package.module:ClassName`. ValueError if there is none.
+    """The class at an installed name, `path/to/file.py:ClassName` or `package.module:ClassName`.
+
+    ValueError if there is none.
 
     >>> find_probe("dit_lens.probes:LayerLens").__name__
     'LayerLens'
@@ -54,23 +62,35 @@ def find_probe(where: str) -> type[Probe]:
     try:
         module = _imported(source)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{source!r} can't be imported: {type(error).__name__}: {error}.") from error
+        raise ValueError(
+            f"{source!r} can't be imported: {type(error).__name__}: {error}."
+        ) from error
     probes = [k for k, v in vars(module).items() if _is_probe(v) and v is not Probe]
     near = difflib.get_close_matches(name, probes, n=3, cutoff=0.3) or probes
-    has = f"its probes: {', '.join(map(repr, near))}" if near else "it has no subclass of dit_lens.Probe"
+    has = (
+        f"its probes: {', '.join(map(repr, near))}"
+        if near
+        else "it has no subclass of dit_lens.Probe"
+    )
     if not name:
         raise ValueError(f"{where!r} names no class; expected path/to/file.py:ClassName; {has}.")
     if not hasattr(module, name):
         raise ValueError(f"{source!r} has no class {name!r}; {has}.")
     found: Any = getattr(module, name)
     if not _is_probe(found):
-        raise ValueError(f"{name!r} in {source!r} is {found!r}, which is not a subclass of dit_lens.Probe; {has}.")
+        raise ValueError(
+            f"{name!r} in {source!r} is {found!r}, which is not a subclass of dit_lens.Probe; "
+            f"{has}."
+        )
     probe: type[Probe] = found
     return probe
 
 
 def _imported(source: str) -> ModuleType:
-    """A module by file or name. As if it was run from there: it may import its neighbours, now or later."""
+    """A module by file or name.
+
+    As if it was run from there: it may import its neighbours, now or later.
+    """
     if not source.endswith(".py"):
         sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(source)
@@ -78,7 +98,8 @@ def _imported(source: str) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"_checked_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    # dataclasses look their module up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -89,23 +110,35 @@ def check(probe_class: type[Probe]) -> list[Check]:
         rows = dit_lens.testing.probe_checks.check(SpectralSplit)
         all(row.ok for row in rows)
 
-    Raises ValueError for what is no probe class and for a constructor that needs arguments; whatever the probe raises is a failed check.
+    Raises:
+        ValueError: for what is no probe class and for a constructor that needs arguments; whatever
+            the probe raises is a failed check.
     """
     if not _is_probe(probe_class):
         raise ValueError(
-            f"{probe_class!r} is not a subclass of dit_lens.Probe; pass the class, as in check(LayerLens)."
+            f"{probe_class!r} is not a subclass of dit_lens.Probe; pass the class, as in "
+            "check(LayerLens)."
         )
-    needed = [p.name for p in arguments(probe_class).values() if p.default is p.empty and p.kind in (0, 1, 3)]
+    needed = [
+        p.name
+        for p in arguments(probe_class).values()
+        if p.default is p.empty and p.kind in (0, 1, 3)
+    ]
     if needed:
         raise ValueError(
-            f"{probe_class.__name__} can't be built without arguments: its constructor needs {', '.join(map(repr, needed))}; "
+            f"{probe_class.__name__} can't be built without arguments: its constructor needs "
+            f"{', '.join(map(repr, needed))}; "
             f"give each a default, as in {needed[0]}=None."
         )
     bench = Bench(probe_class)
     rows = list(_guard("contract", lambda: contract(bench)))
     if bench.result is None:
         return rows
-    names = [str(k) for k, v in bench.result.data_vars.items() if str(k) in KNOWN and not bench.obstacle(str(k))]
+    names = [
+        str(k)
+        for k, v in bench.result.data_vars.items()
+        if str(k) in KNOWN and not bench.obstacle(str(k))
+    ]
     if "energy" in names:
         rows += _guard("energy", bench.energy)
     if "difference" in names:
@@ -132,20 +165,37 @@ def table(checks: list[Check], title: str = "") -> Table:
     from rich.text import Text
 
     shown = Table(
-        Column("check", no_wrap=True), "expected", "measured", "error", "allowed", "", "note", title=escape(title)
+        Column("check", no_wrap=True),
+        "expected",
+        "measured",
+        "error",
+        "allowed",
+        "",
+        "note",
+        title=escape(title),
     )
     for row in checks:
         cells = [
-            "" if isinstance(v, float) and math.isnan(v) and i > 1 else v if isinstance(v, str) else f"{v:.4g}"
+            ""
+            if isinstance(v, float) and math.isnan(v) and i > 1
+            else v
+            if isinstance(v, str)
+            else f"{v:.4g}"
             for i, v in enumerate((row.expected, row.measured, row.error, row.tolerance))
         ]
-        verdict = Text("FAIL", "bold red") if not row.ok else Text("" if row.expected == "-" else "ok", "green")
+        verdict = (
+            Text("FAIL", "bold red")
+            if not row.ok
+            else Text("" if row.expected == "-" else "ok", "green")
+        )
         shown.add_row(Text(row.name), *map(Text, cells), verdict, Text(row.note))
     return shown
 
 
 def contract(bench: Bench) -> Iterator[Check]:
-    """What holds for every probe, on a small Gaussian model; finds out whether it needs twins, and leaves `bench.result`."""
+    """What holds for every probe, on a small Gaussian model; finds out whether it needs twins, and
+    leaves `bench.result`.
+    """
     truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3, sample_size=SIDE)
     plain_model, model = model_of(truth), model_of(truth)
     before, probe = _hooks(model), bench.probe_class()
@@ -158,18 +208,48 @@ def contract(bench: Bench) -> Iterator[Check]:
         run, _ = bench.run(model, probe)
     yield Check("runs", "to the end", "a run of twins" if bench.twin else "a sampling run")
     left = _hooks(model) - before
-    yield Check("leaves no hooks", 0.0, float(left), left, 0, left == 0, "" if left == 0 else "of probe or trace")
+    yield Check(
+        "leaves no hooks",
+        0.0,
+        float(left),
+        left,
+        0,
+        left == 0,
+        "" if left == 0 else "of probe or trace",
+    )
     result: Any = probe.result()
     plain, _ = bench.run(plain_model, None)
-    off = max(float((a - b).abs().max()) for a, b in ((run.outputs, plain.outputs), (run.latents, plain.latents)))
-    note = "" if off == 0 else "the model answers otherwise under the probe: observe may not change the activation"
-    yield Check("output unchanged", "same bits", "other bits" if off else "same bits", off, 0, off == 0, note)
+    off = max(
+        float((a - b).abs().max())
+        for a, b in ((run.outputs, plain.outputs), (run.latents, plain.latents))
+    )
+    note = (
+        ""
+        if off == 0
+        else "the model answers otherwise under the probe: observe may not change the activation"
+    )
+    yield Check(
+        "output unchanged",
+        "same bits",
+        "other bits" if off else "same bits",
+        off,
+        0,
+        off == 0,
+        note,
+    )
     problem = _problem(result)
     kind = type(result).__name__
-    yield Check("gives numbers", "finite Dataset", kind if problem else "finite Dataset", ok=not problem, note=problem)
+    yield Check(
+        "gives numbers",
+        "finite Dataset",
+        kind if problem else "finite Dataset",
+        ok=not problem,
+        note=problem,
+    )
     if not getattr(result, "data_vars", None):
         return
-    result = bench.result = result.copy(deep=True)  # it may be a view of what the probe goes on changing
+    # it may be a view of what the probe goes on changing
+    result = bench.result = result.copy(deep=True)
 
     def again(what: str, probe: Probe, note: str, allowed: float = 1e-6, order: int = 1) -> Check:
         bench.run(model, probe, order=order)
@@ -179,12 +259,27 @@ def contract(bench: Bench) -> Iterator[Check]:
             mine, other = result[items], other.isel(batch=slice(None, None, -1))[items]
         apart = _apart(mine, other)
         ok = apart <= allowed
-        return Check(what, "same result", "same result" if ok else "another", apart, allowed, ok, "" if ok else note)
+        return Check(
+            what,
+            "same result",
+            "same result" if ok else "another",
+            apart,
+            allowed,
+            ok,
+            "" if ok else note,
+        )
 
-    yield again("same run, same result", bench.probe_class(), "two probes that saw the same run differ")
+    yield again(
+        "same run, same result", bench.probe_class(), "two probes that saw the same run differ"
+    )
     bench.run(model, probe, steps=13, seed=1)
-    yield again("starts afresh", probe, "used again, the probe gives another result: start must forget the last run")
-    if "batch" in result.dims and not bench.twin:  # elsewhere in the batch, kernels may round in another way
+    yield again(
+        "starts afresh",
+        probe,
+        "used again, the probe gives another result: start must forget the last run",
+    )
+    # elsewhere in the batch, kernels may round in another way
+    if "batch" in result.dims and not bench.twin:
         note = "with the items in reverse order the result is not the reversed one"
         yield again("order of items", bench.probe_class(), note, allowed=1e-3, order=-1)
 
@@ -203,7 +298,10 @@ def _is_probe(found: Any) -> bool:
 
 
 def _problem(result: Any) -> str:
-    """Why this is no Dataset of finite numbers, or nothing. `onset_layer` may be NaN, which says that there is none."""
+    """Why this is no Dataset of finite numbers, or nothing.
+
+    `onset_layer` may be NaN, which says that there is none.
+    """
     import xarray as xr
 
     if not isinstance(result, xr.Dataset):
@@ -212,14 +310,18 @@ def _problem(result: Any) -> str:
     if not sum(v.size for v in values.values()):
         return "result() gave an empty Dataset"
     for name, v in values.items():
-        bad = 0 if v.dtype.kind not in "fc" or name == "onset_layer" else int((~np.isfinite(v)).sum())
+        bad = (
+            0 if v.dtype.kind not in "fc" or name == "onset_layer" else int((~np.isfinite(v)).sum())
+        )
         if bad:
             return f"{bad} of {v.size} values of {name!r} are NaN or infinite"
     return ""
 
 
 def _apart(a: Any, b: Any) -> float:
-    """The largest difference of two Datasets' variables, relative to the variable's largest value; inf where nothing compares."""
+    """The largest difference of two Datasets' variables, relative to the variable's largest value;
+    inf where nothing compares.
+    """
     if set(a.data_vars) != set(b.data_vars) or any(a[k].shape != b[k].shape for k in a.data_vars):
         return math.inf
     worst = 0.0
@@ -240,4 +342,6 @@ def _apart(a: Any, b: Any) -> float:
 def _hooks(model: HookedDiT) -> int:
     """What hangs on the model: dit_lens's listeners and torch's own hooks."""
     modules = model.transformer.modules()
-    return model.instrumentation.listening + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+    return model.instrumentation.listening + sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules
+    )

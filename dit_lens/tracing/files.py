@@ -1,7 +1,8 @@
 """Traces on disk and as xarray.
 
-The file is one safetensors file: the inputs of every call, the recorded activations, and JSON metadata (model class, sizes,
-fingerprint of the weights, scheduler). Together with the model it can recompute every name, like the trace it came from.
+The file is one safetensors file: the inputs of every call, the recorded activations, and JSON
+metadata (model class, sizes, fingerprint of the weights, scheduler). Together with the model it can
+recompute every name, like the trace it came from.
 """
 
 from __future__ import annotations
@@ -74,31 +75,41 @@ def save(trace: Trace, path: str | Path) -> Path:
 
 
 def load_trace(path: str | Path, model: Any = None) -> Trace:
-    """Read a trace back. With `model` (the one it came from) everything can be recomputed; without, what was recorded can be read.
+    """Read a trace back.
 
-    Raises FileNotFoundError; ValueError for a file that is no trace, or a model of other sizes. Weights that differ are an error
-    when something has to be recomputed.
+    With `model` (the one it came from) everything can be recomputed; without, what was recorded can
+    be read.
+
+    Raises FileNotFoundError; ValueError for a file that is no trace, or a model of other sizes.
+    Weights that differ are an error when something has to be recomputed.
     """
     from ..model.hooked import HookedDiT
     from .trace import Trace
 
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"There is no trace at {str(path)!r}; expected a file written by Trace.save.")
+        raise FileNotFoundError(
+            f"There is no trace at {str(path)!r}; expected a file written by Trace.save."
+        )
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("dit_lens", "{}"))
-            # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on unaligned memory
+            # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on
+            # unaligned memory
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by Trace.save."
+            f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by "
+            "Trace.save."
         ) from None
     if meta.get("format") != FORMAT:
         raise ValueError(
-            f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found {meta.get('format')!r}."
+            f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found "
+            f"{meta.get('format')!r}."
         )
-    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["cfg"].items()}
+    sizes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in meta["cfg"].items()
+    }
     cfg = Config(**sizes)
     sites = {n: tuple(a) for n, a in meta["sites"].items()}
     if model is None:
@@ -118,7 +129,8 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
             trace.records[name][int(step)] = value
     trace.calls = [_unpacked(how, tensors) for how in meta["calls"]]
     trace.calls_at = meta["calls_at"]
-    if trace.recorded_names:  # of these the recorded steps are what reading gives, as in the original
+    # of these the recorded steps are what reading gives, as in the original
+    if trace.recorded_names:
         recorded = trace.records[trace.recorded_names[0]]
         kept = [s for s, calls in enumerate(trace.calls_at) if recorded.keys() & set(calls)]
         trace.recorded_steps, trace.wanted_steps = kept, set(kept).__contains__
@@ -126,12 +138,16 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
 
 
 def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> xr.Dataset:
-    """One variable a site, [layer, step, batch, ...], with coordinates layer, step, timestep, log_snr, label, branch, twin."""
+    """One variable a site, [layer, step, batch, ...], with coordinates layer, step, timestep,
+    log_snr, label, branch, twin.
+    """
     import xarray as xr
 
     chosen = trace.recorded_names if names is None else select(names, trace.names)
     if not chosen:
-        raise ValueError("No names were recorded; say which to recompute: t.to_xarray('resid_post').")
+        raise ValueError(
+            "No names were recorded; say which to recompute: t.to_xarray('resid_post')."
+        )
     read = trace.read(chosen, steps)
     at = sorted(next(iter(read.values())))
     by_site: dict[str, list[str]] = {}
@@ -160,21 +176,31 @@ def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> x
     if len(known) == len(calls):
         coords["label"] = ("batch", torch.cat(known).tolist())
     family = getattr(trace.model, "family", None)
-    if trace.model.scheduler is not None and not (family and family.read_only):  # whose time may be in other units
+    # whose time may be in other units
+    if trace.model.scheduler is not None and not (family and family.read_only):
         from ..sampling.schedulers import log_snr
 
-        coords["log_snr"] = ("step", log_snr(trace.model.scheduler, torch.tensor(timesteps)).tolist())
+        coords["log_snr"] = (
+            "step",
+            log_snr(trace.model.scheduler, torch.tensor(timesteps)).tolist(),
+        )
     return xr.Dataset(variables, coords=coords)
 
 
 def _scheduler(saved: dict[str, Any] | None) -> Any:
     import diffusers
 
-    return None if saved is None else getattr(diffusers, saved["class"]).from_config(saved["config"])
+    return (
+        None if saved is None else getattr(diffusers, saved["class"]).from_config(saved["config"])
+    )
 
 
-def _packed(call: Call, key: str, tensors: dict[str, torch.Tensor], written: dict[int, str]) -> dict[str, Any]:
-    """A call as JSON with its tensors put beside under names; a tensor that several calls share is written once."""
+def _packed(
+    call: Call, key: str, tensors: dict[str, torch.Tensor], written: dict[int, str]
+) -> dict[str, Any]:
+    """A call as JSON with its tensors put beside under names; a tensor that several calls share is
+    written once.
+    """
 
     def pack(value: Any, at: str) -> Any:
         if isinstance(value, torch.Tensor):
@@ -210,4 +236,16 @@ def _unpacked(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Call:
     return Call(**parts, grad=how["grad"], autocast=autocast)
 
 
-PACKED = ("inputs", "x", "t", "labels", "span", "stream", "twin", "branch", "place", "grid", "condition")
+PACKED = (
+    "inputs",
+    "x",
+    "t",
+    "labels",
+    "span",
+    "stream",
+    "twin",
+    "branch",
+    "place",
+    "grid",
+    "condition",
+)

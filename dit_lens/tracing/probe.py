@@ -25,8 +25,10 @@ class Site:
     """Where and when an activation was seen.
 
     Attributes:
-        name: the full hook name. layer: its block, or None before and after the blocks.
-        step: 0 is the first, noisiest step of the trace. grid: height and width of the token grid, for video frames before them.
+        name: the full hook name.
+        layer: its block, or None before and after the blocks.
+        step: 0 is the first, noisiest step of the trace.
+        grid: height and width of the token grid, for video frames before them.
     """
 
     name: str
@@ -46,12 +48,15 @@ class Site:
 
     @property
     def labels(self) -> Tensor | None:
-        """The class, or the number of the prompt, of each batch item; None where the model was called with a condition of its own."""
+        """The class, or the number of the prompt, of each batch item; None where the model was
+        called with a condition of its own.
+        """
         return self.call.labels
 
     @property
     def branch(self) -> tuple[str, ...]:
-        """For each batch item "cond" or "uncond" (of guidance), as the running pipeline or the labels tell; "" if nothing does.
+        """For each batch item "cond" or "uncond" (of guidance), as the running pipeline or the
+        labels tell; "" if nothing does.
 
         "skip" are items of the extra pass of skip-layer guidance.
         """
@@ -91,7 +96,8 @@ class Site:
 
 
 class Probe:
-    """Subclass this: say which hook points in `names`, reduce each activation in `observe`, give the answer in `result`.
+    """Subclass this: say which hook points in `names`, reduce each activation in `observe`, give
+    the answer in `result`.
 
         class Norms(dit_lens.Probe):
             names = "resid_post"
@@ -102,9 +108,10 @@ class Probe:
         with dit_lens.trace(model, probes=[Norms()]) as t: ...
         t.probes[0].result()
 
-    `observe(activation, site)` gets the live tensor, detached, in the middle of the forward pass: read it, reduce it, do not keep or
-    change it. It is called for each name at every step, with the whole batch ([cond | uncond], [A | B]); `site` tells
-    which item is which. One probe watches one run; `start(model)` is called first and must forget the last.
+    `observe(activation, site)` gets the live tensor, detached, in the middle of the forward pass:
+    read it, reduce it, do not keep or change it. It is called for each name at every step, with the
+    whole batch ([cond | uncond], [A | B]); `site` tells which item is which. One probe watches one
+    run; `start(model)` is called first and must forget the last.
     """
 
     names: NamesFilter = None
@@ -114,7 +121,9 @@ class Probe:
 
     def observe(self, activation: Tensor, site: Site) -> None:
         """Called inside the forward pass with [batch, ...] at each of `names`."""
-        raise NotImplementedError(f"{type(self).__name__} must define observe(self, activation, site).")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define observe(self, activation, site)."
+        )
 
     def result(self) -> xr.Dataset:
         """What was measured, with named dimensions."""
@@ -122,7 +131,9 @@ class Probe:
 
 
 def registered_probes() -> dict[str, Any]:
-    """Every installed probe by name, from the entry-point group `dit_lens.probes`: built in and strangers' alike."""
+    """Every installed probe by name, from the entry-point group `dit_lens.probes`: built in and
+    strangers' alike.
+    """
     from importlib.metadata import entry_points
 
     return {e.name: e for e in sorted(entry_points(group="dit_lens.probes"), key=lambda e: e.name)}
@@ -138,5 +149,7 @@ def load_probe(name: str) -> type[Probe]:
         raise ValueError(f"No probe is called {name!r}; installed: {', '.join(map(repr, near))}.")
     probe: type[Probe] = probes[name].load()
     if not (isinstance(probe, type) and issubclass(probe, Probe)):
-        raise ValueError(f"The entry point {name!r} is {probe!r}, which is not a subclass of dit_lens.Probe.")
+        raise ValueError(
+            f"The entry point {name!r} is {probe!r}, which is not a subclass of dit_lens.Probe."
+        )
     return probe

@@ -1,11 +1,13 @@
 """The trace: a denoising run under observation.
 
-A DiT's forward depends on nothing but its inputs, so a trace keeps those, a few KB a step, together with the edits that were
-in force. Any activation at any step is recomputed when it is read, by one forward that stops at the layer asked for, and is bit
-for bit what recording would have given. Recording (`names=`) is for when many reads follow. What would make a recomputation
-wrong - weights that changed since - is an error.
+A DiT's forward depends on nothing but its inputs, so a trace keeps those, a few KB a step, together
+with the edits that were in force. Any activation at any step is recomputed when it is read, by one
+forward that stops at the layer asked for, and is bit for bit what recording would have given.
+Recording (`names=`) is for when many reads follow. What would make a recomputation wrong - weights
+that changed since - is an error.
 
-Each call of the transformer is one step, counted from 0; with guidance a step's batch is [cond | uncond], as the pipeline made it.
+Each call of the transformer is one step, counted from 0; with guidance a step's batch is [cond |
+uncond], as the pipeline made it.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ from .recompute import read
 class Trace:
     """What `dit_lens.trace` gives; open it with `with`, read it during the run or after.
 
-    `t[name]` and `t["resid_post", 5]` are [step, batch, ...]; `t.stack("resid_post")` is [layer, step, batch, ...].
+    `t[name]` and `t["resid_post", 5]` are [step, batch, ...]; `t.stack("resid_post")` is [layer,
+    step, batch, ...].
 
     Attributes:
-        steps: the steps seen so far. timesteps: their diffusion timesteps.
-        names: every hook name. probes: the probes that watch.
+        steps: the steps seen so far.
+        timesteps: their diffusion timesteps.
+        names: every hook name.
+        probes: the probes that watch.
     """
 
     def __init__(
@@ -54,28 +59,36 @@ class Trace:
         self.recorded_names = [] if names is None else select(names, model.names)
         self.recorded_steps, self.wanted_steps = steps, step_test(steps)
         self.calls: list[Call] = []
-        self.calls_at: list[list[int]] = []  # each step's calls: one, or one for each branch of guidance
-        self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}  # by call
+        # each step's calls: one, or one for each branch of guidance
+        self.calls_at: list[list[int]] = []
+        # by call
+        self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}
         self._copies = Copies()
         self.weights: tuple[str, str] | None = None  # fingerprints on entering and on leaving
         self._open, self._current = False, 0
         self._handles: list[Handle] = []
         self._waiting: list[tuple[str, Editor]] = []
         self._edit_steps: list[tuple[str, Steps]] = []
-        self.lost_edits: list[str] = []  # of a loaded trace: where functions acted that a file can't hold
+        # of a loaded trace: where functions acted that a file can't hold
+        self.lost_edits: list[str] = []
         for probe in self.probes:
             if not isinstance(probe, Probe):
-                raise TypeError(f"{probe!r} is not a dit_lens.Probe; pass instances, as in probes=[SpectralSplit()].")
+                raise TypeError(
+                    f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
+                    "probes=[SpectralSplit()]."
+                )
 
     # Opening and closing.
 
     def __enter__(self) -> Trace:
         if self._open or self.calls:
             raise RuntimeError(
-                "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) again."
+                "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) "
+                "again."
             )
         self.model._require_eval()
-        if not self.model.instrumentation.installed:  # a pipeline or bare transformer is opened for the length of the block only
+        # a pipeline or bare transformer is opened for the length of the block only
+        if not self.model.instrumentation.installed:
             self.model.instrumentation, made = Instrumentation.of(self.model.transformer)
             self.model.instrumentation.temporary |= made
         self._before = fingerprint(self.model.transformer)
@@ -104,13 +117,19 @@ class Trace:
         self._copies = Copies()  # lets go of the caller's tensors
         self.weights = (self._before, fingerprint(self.model.transformer))
         instrumentation = self.model.instrumentation
-        if instrumentation.temporary and not instrumentation.watchers and not instrumentation.listening:  # the last of the traces that share it
+        # the last of the traces that share it
+        if (
+            instrumentation.temporary
+            and not instrumentation.watchers
+            and not instrumentation.listening
+        ):
             instrumentation.remove()
 
         for name, steps in self._edit_steps:
             if self.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
-                    f"The edit at {name!r} for steps={steps!r} never acted: the run had {len(self.calls_at)} steps.",
+                    f"The edit at {name!r} for steps={steps!r} never acted: the run had "
+                    f"{len(self.calls_at)} steps.",
                     stacklevel=2,
                 )
 
@@ -142,7 +161,9 @@ class Trace:
     def _keep(self, value: Tensor) -> Tensor:
         value = value.detach()
         return (
-            value if self.device is None and self.dtype is None else value.to(self.device or value.device, self.dtype)
+            value
+            if self.device is None and self.dtype is None
+            else value.to(self.device or value.device, self.dtype)
         )
 
     def site(self, name: str) -> Site:
@@ -151,18 +172,25 @@ class Trace:
 
     # Interventions.
 
-    def edit(self, name: NamesFilter, fn: HookFunction, steps: Steps = None, **region: Any) -> Trace:
-        """Apply `fn(activation, hook)` at every hook point that `name` chooses, at these steps, inside this region.
+    def edit(
+        self, name: NamesFilter, fn: HookFunction, steps: Steps = None, **region: Any
+    ) -> Trace:
+        """Apply `fn(activation, hook)` at every hook point that `name` chooses, at these steps,
+        inside this region.
 
-        `hook.step` is the step. Region: `items`, `heads`, `tokens`, `band=(bands, b)`; see `dit_lens.hooks.regions.Region`.
-        Chains: `t.edit(...).ablate(...)`. Raises UnknownName, or ValueError for an axis that the hook point does not have.
+        `hook.step` is the step. Region: `items`, `heads`, `tokens`, `band=(bands, b)`; see
+        `dit_lens.hooks.regions.Region`. Chains: `t.edit(...).ablate(...)`. Raises UnknownName, or
+        ValueError for an axis that the hook point does not have.
         """
         chosen, part, active = select(name, self.names), Region(**region), step_test(steps)
         for each in chosen:
             part.check(each, self.model.sites[each])
         self._edit_steps.append((chosen[0], steps))
         for each in chosen:
-            editor = Editor(within(fn, part, self.model.sites[each]), lambda: (active(self._current), self._current))
+            editor = Editor(
+                within(fn, part, self.model.sites[each]),
+                lambda: (active(self._current), self._current),
+            )
             if self._open:
                 self._attach(each, editor)
             else:
@@ -170,23 +198,33 @@ class Trace:
         return self
 
     def patch(
-        self, name: NamesFilter, source: Trace | Tensor | Callable[..., Tensor], steps: Steps = None, **region: Any
+        self,
+        name: NamesFilter,
+        source: Trace | Tensor | Callable[..., Tensor],
+        steps: Steps = None,
+        **region: Any,
     ) -> Trace:
-        """Put other activations in place: of another trace at the same step, a tensor, or what a callable returns.
+        """Put other activations in place: of another trace at the same step, a tensor, or what a
+        callable returns.
 
-        A tensor has the activation's shape, or one more axis in front, for the steps. Raises ValueError for traces of other models
-        or shapes.
+        A tensor has the activation's shape, or one more axis in front, for the steps. Raises
+        ValueError for traces of other models or shapes.
         """
         if isinstance(source, Trace):
             mine, theirs = self.model.cfg, source.model.cfg
             if mine != theirs:
-                raise ValueError(f"The source trace is of another model: {theirs}; expected {mine}.")
-            return self.edit(name, patch_from_steps(source.read(select(name, self.names))), steps, **region)
+                raise ValueError(
+                    f"The source trace is of another model: {theirs}; expected {mine}."
+                )
+            return self.edit(
+                name, patch_from_steps(source.read(select(name, self.names))), steps, **region
+            )
         if isinstance(source, Tensor):
             return self.edit(name, patch_from_tensor(source), steps, **region)
         if not callable(source):
             raise TypeError(
-                f"Can't patch from {source!r}; expected a trace, a tensor or a function fn(activation, hook)."
+                f"Can't patch from {source!r}; expected a trace, a tensor or a function "
+                "fn(activation, hook)."
             )
         return self.edit(name, source, steps, **region)
 
@@ -206,10 +244,14 @@ class Trace:
         name = resolve(key, self.names)
         return _stacked(name, self.read([name])[name])
 
-    def get(self, names: NamesFilter, steps: Steps = None, branch: str | None = None) -> dict[str, Tensor]:
-        """Several names at once, [step, batch, ...] each; what was not recorded shares one pass for each step.
+    def get(
+        self, names: NamesFilter, steps: Steps = None, branch: str | None = None
+    ) -> dict[str, Tensor]:
+        """Several names at once, [step, batch, ...] each; what was not recorded shares one pass for
+        each step.
 
-        `branch`: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the extra pass of skip-layer guidance.
+        `branch`: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the extra
+        pass of skip-layer guidance.
         """
         read = self.read(select(names, self.names), steps, branch)
         return {name: _stacked(name, at) for name, at in read.items()}
@@ -223,14 +265,17 @@ class Trace:
     def read(
         self, names: Sequence[str], steps: Steps = None, branch: str | None = None
     ) -> dict[str, dict[int, Tensor]]:
-        """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed otherwise."""
+        """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed
+        otherwise.
+        """
         return read(self, names, steps, branch)
 
     def _check_weights(self) -> None:
         now = fingerprint(self.model.transformer)
         if now != self._before or (self.weights is not None and self.weights[1] != self._before):
             raise RuntimeError(
-                "The model's weights have changed since this trace began, so what was not recorded can't be recomputed; "
+                "The model's weights have changed since this trace began, so what was not recorded "
+                "can't be recomputed; "
                 "trace again, with names= for what you will read."
             )
 
@@ -241,7 +286,11 @@ class Trace:
     @property
     def timesteps(self) -> Tensor:
         """The diffusion timestep of each step, [step]."""
-        return torch.stack([self.calls[c[0]].t[0] for c in self.calls_at]) if self.calls else torch.zeros(0)
+        return (
+            torch.stack([self.calls[c[0]].t[0] for c in self.calls_at])
+            if self.calls
+            else torch.zeros(0)
+        )
 
     @property
     def latents(self) -> Tensor:
@@ -251,7 +300,10 @@ class Trace:
     # Elsewhere.
 
     def to_xarray(self, names: NamesFilter = None, steps: Steps = None) -> Any:
-        """An `xarray.Dataset` with named axes and coordinates; by default what was recorded. See `dit_lens.tracing.files`."""
+        """An `xarray.Dataset` with named axes and coordinates; by default what was recorded.
+
+        See `dit_lens.tracing.files`.
+        """
         from .files import to_xarray
 
         return to_xarray(self, names, steps)
@@ -285,7 +337,8 @@ def trace(
         t["resid_post", 5]                                     # [step, batch, token, d_model]
 
     Args:
-        model_or_pipe: a `HookedDiT`, a pipeline or a transformer; the last two are opened for the length of the block only.
+        model_or_pipe: a `HookedDiT`, a pipeline or a transformer; the last two are opened for the
+            length of the block only.
         names: what to record as it happens; None records nothing and recomputes what is read.
         steps: which steps to record: an int, a slice, a range or a collection; None is all.
         device, dtype: where and how to keep records, for example "cpu" and torch.float16.
@@ -322,7 +375,8 @@ def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
     shapes = {tuple(v.shape) for v in at.values()}
     if len(shapes) > 1:
         raise ValueError(
-            f"{name!r} has different shapes at different steps ({', '.join(map(str, sorted(shapes)))}); "
+            f"{name!r} has different shapes at different steps "
+            f"({', '.join(map(str, sorted(shapes)))}); "
             "read one step at a time: t.get(name, steps=3)."
         )
     return torch.stack([at[s] for s in sorted(at)])

@@ -1,13 +1,16 @@
 """Coupling two twins through attention: the gate of arXiv 2603.20987, built from hooks.
 
-In a batch [A | B] (with guidance [A | B | A null | B null]) every item attends to itself and, with strength g, to its twin:
+In a batch [A | B] (with guidance [A | B | A null | B null]) every item attends to itself and, with
+strength g, to its twin:
 
-- `mix`, the paper's: Out_A = (softmax(Q_A K_A') V_A + g softmax(Q_A K_B') V_B) / (1 + g), and the same with A and B exchanged;
+- `mix`, the paper's: Out_A = (softmax(Q_A K_A') V_A + g softmax(Q_A K_B') V_B) / (1 + g), and the
+  same with A and B exchanged;
 - `joint`: one softmax over both sets of keys, with log g added to the logits of the twin's.
 
-To first order in D = X_A - X_B both damp what the two disagree on by rho = (1 - g)/(1 + g) and leave what they share alone. The gate
-acts inside the attention of every family (`dit_lens.families.parts.attention.Attend`), on the whole sequence where text is attended to as well;
-`hook_z` is what comes out of it. At g = 0 nothing is attached.
+To first order in D = X_A - X_B both damp what the two disagree on by rho = (1 - g)/(1 + g) and
+leave what they share alone. The gate acts inside the attention of every family
+(`dit_lens.families.parts.attention.Attend`), on the whole sequence where text is attended to as
+well; `hook_z` is what comes out of it. At g = 0 nothing is attached.
 """
 
 from __future__ import annotations
@@ -29,13 +32,18 @@ Gate = Literal["mix", "joint"]
 
 @contextmanager
 def coupled(
-    model: HookedDiT, g: float, gate: Gate = "mix", layers: Sequence[int] | None = None, branches: int = 1
+    model: HookedDiT,
+    g: float,
+    gate: Gate = "mix",
+    layers: Sequence[int] | None = None,
+    branches: int = 1,
 ) -> Iterator[None]:
     """Couple the twins of every batch [A | B] in these layers (None: all) inside the `with` block.
 
     With guidance the batch is [A | B | A null | B null]: `branches=2`.
 
-    Raises ValueError for g below 0 or not finite, an unknown gate, or a layer that does not exist.
+    Raises:
+        ValueError: for g below 0 or not finite, an unknown gate, or a layer that does not exist.
 
     >>> import dit_lens, torch; model = dit_lens.load("digits")
     >>> with coupled(model, g=0.5): out = model(torch.randn(2, 1, 16, 16), torch.tensor([500, 500]), torch.tensor([3, 3]))
@@ -45,10 +53,13 @@ def coupled(
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:
             raise ValueError(
-                f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted from 0."
+                f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted "
+                "from 0."
             )
 
-    def gate_of(own: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
+    def gate_of(
+        own: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel
+    ) -> Tensor:
         return gated(own, q, k, v, g, gate, branches, mask, kernel)
 
     before = model.instrumentation.gates
@@ -61,7 +72,9 @@ def coupled(
 
 def check_gate(g: float, gate: str) -> None:
     if not (math.isfinite(g) and g >= 0):
-        raise ValueError(f"The coupling g={g} is not a strength; expected a finite number of at least 0.")
+        raise ValueError(
+            f"The coupling g={g} is not a strength; expected a finite number of at least 0."
+        )
     if gate not in ("mix", "joint"):
         raise ValueError(f"{gate!r} is no gate; expected 'mix' or 'joint'.")
 
@@ -73,11 +86,22 @@ def partners(batch: int, branches: int = 1) -> Tensor:
     return torch.arange(batch).view(branches, 2, -1).flip(1).reshape(-1)
 
 
-def gated(own: Tensor, q: Tensor, k: Tensor, v: Tensor, g: float, gate: Gate, branches: int = 1,
-          mask: Tensor | None = None, kernel: Kernel = sdpa) -> Tensor:  # fmt: skip
-    """Gated attention of each item with its twin; all [batch, head, token, d_head], `own` the plain attention output.
+def gated(
+    own: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: float,
+    gate: Gate,
+    branches: int = 1,
+    mask: Tensor | None = None,
+    kernel: Kernel = sdpa,
+) -> Tensor:
+    """Gated attention of each item with its twin; all [batch, head, token, d_head], `own` the plain
+    attention output.
 
-    `mask` and `kernel` are the model's own. Raises ValueError for the joint gate where attention has no softmax to share.
+    `mask` and `kernel` are the model's own. Raises ValueError for the joint gate where attention
+    has no softmax to share.
     """
     twin = partners(len(q), branches).to(q.device)
     theirs = mask[twin] if mask is not None and len(mask) == len(q) else mask
@@ -85,7 +109,8 @@ def gated(own: Tensor, q: Tensor, k: Tensor, v: Tensor, g: float, gate: Gate, br
         return (own + g * kernel(q, k[twin], v[twin], theirs)) / (1 + g)
     if getattr(kernel, "linear", False):
         raise ValueError(
-            "The joint gate shares one softmax between twins, and this model's attention is linear; expected gate='mix'."
+            "The joint gate shares one softmax between twins, and this model's attention is "
+            "linear; expected gate='mix'."
         )
     bias = [_as_bias(m, q, k) for m in (mask, theirs)]
     logits = torch.cat([bias[0], bias[1] + math.log(g)], -1)
@@ -101,12 +126,15 @@ def _as_bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     return zeros.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else zeros + mask
 
 
-def linear_response(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, g: float) -> Tensor:
-    """The attention output's difference between twins to first order in their differences; [..., token, d_head].
+def linear_response(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, g: float
+) -> Tensor:
+    """The attention output's difference between twins to first order in their differences; [...,
+    token, d_head].
 
-    rho P dv + Cov_P[dq k', v] + rho Cov_P[q dk', v], with rho = (1 - g)/(1 + g), q, k, v of the mean replica, P its pattern,
-    logits scaled by 1/sqrt(d_head), and Cov_P[L, v] = (P * (L - rowmean_P L)) v. Both gates share it;
-    the error is of second order in the differences.
+    rho P dv + Cov_P[dq k', v] + rho Cov_P[q dk', v], with rho = (1 - g)/(1 + g), q, k, v of the
+    mean replica, P its pattern, logits scaled by 1/sqrt(d_head), and Cov_P[L, v] = (P * (L -
+    rowmean_P L)) v. Both gates share it; the error is of second order in the differences.
     """
     scale = q.shape[-1] ** -0.5
     pattern = (q @ k.transpose(-1, -2) * scale).softmax(-1)
@@ -115,4 +143,8 @@ def linear_response(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv:
     def cov(logits: Tensor) -> Tensor:
         return (pattern * (logits - (pattern * logits).sum(-1, keepdim=True))) @ v
 
-    return rho * pattern @ dv + cov(dq @ k.transpose(-1, -2) * scale) + rho * cov(q @ dk.transpose(-1, -2) * scale)
+    return (
+        rho * pattern @ dv
+        + cov(dq @ k.transpose(-1, -2) * scale)
+        + rho * cov(q @ dk.transpose(-1, -2) * scale)
+    )

@@ -1,9 +1,12 @@
-"""Twins: two trajectories tied together and then released, the instrument for *when* a model decides.
+"""Twins: two trajectories tied together and then released, the instrument for *when* a model
+decides.
 
-- `tie="noise"` (the clones of Biroli et al. 2024, arXiv 2402.18491): one trajectory until `release`, then each twin draws noise of its
-  own. They need a stochastic sampler: what they agree on at the end was decided by x_t at the release.
-- `tie="attention"` (arXiv 2603.20987): the twins start at z+- = sqrt(1 - eps²) z +- eps xi, attend to each other with strength g (see
-  `dit_lens.twinning.coupling`) until `release`, and run alone from there.
+- `tie="noise"` (the clones of Biroli et al. 2024, arXiv 2402.18491): one trajectory until
+  `release`, then each twin draws noise of its own. They need a stochastic sampler: what they agree
+  on at the end was decided by x_t at the release.
+- `tie="attention"` (arXiv 2603.20987): the twins start at z+- = sqrt(1 - eps²) z +- eps xi, attend
+  to each other with strength g (see `dit_lens.twinning.coupling`) until `release`, and run alone
+  from there.
 
 The batch is [A | B]; with guidance [A | B | A null | B null].
 """
@@ -36,8 +39,11 @@ class Twins:
     """Pairs of finished trajectories.
 
     Attributes:
-        run: both twins of all pairs as one `Run`, batch [A | B]. pairs: how many.
-        release: the first step that the twins run untied. tie: "noise" or "attention". g: strength of the coupling.
+        run: both twins of all pairs as one `Run`, batch [A | B].
+        pairs: how many.
+        release: the first step that the twins run untied.
+        tie: "noise" or "attention".
+        g: strength of the coupling.
     """
 
     run: Run
@@ -82,12 +88,16 @@ def twins(
         result.a.images, result.b.images
 
     Args:
-        pairs: number of pairs, run as one batch. labels: one a pair; by default the classes, or prompts, in turn.
-        tie: "noise" or "attention"; see the module. g, gate, layers: the coupling, of the attention tie only.
+        pairs: number of pairs, run as one batch.
+        labels: one a pair; by default the classes, or prompts, in turn.
+        tie: "noise" or "attention"; see the module.
+        g, gate, layers: the coupling, of the attention tie only.
         eps: how far apart the attention tie starts its twins, 0 to 1.
         release: the first step without the tie, 0 to steps; `steps` never releases.
-        eta: stochasticity of DDIM, or of Euler on a flow; by default 1 with the noise tie, 0 with the attention tie.
-        seed: decides all noise. Raises ValueError, one sentence, for what is out of range and for twins that can't part.
+        eta: stochasticity of DDIM, or of Euler on a flow; by default 1 with the noise tie, 0 with
+            the attention tie.
+        seed: decides all noise. Raises ValueError, one sentence, for what is out of range and for
+            twins that can't part.
     """
     model = model if isinstance(model, HookedDiT) else HookedDiT(model)
     model._require_eval()
@@ -133,13 +143,25 @@ def twins(
             go(0, release)
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    run = Run(model, both, history, settings, plan.timesteps.cpu(), torch.cat([x[None], later]), x0, outputs, weights,
-              tied_until=release if g else 0)  # fmt: skip
+    run = Run(
+        model,
+        both,
+        history,
+        settings,
+        plan.timesteps.cpu(),
+        torch.cat([x[None], later]),
+        x0,
+        outputs,
+        weights,
+        tied_until=release if g else 0,
+    )
     return Twins(run, pairs, release, tie, g)
 
 
 def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
-    """The classes (or prompts) in turn, as many as leave two pairs or more to each, so that a class's mean image can be taken off."""
+    """The classes (or prompts) in turn, as many as leave two pairs or more to each, so that a
+    class's mean image can be taken off.
+    """
     return [i % max(1, min(model.conditions.n, pairs // 2)) for i in range(pairs)]
 
 
@@ -158,22 +180,33 @@ def _named(model: HookedDiT, names: tuple[str, ...]) -> Iterator[None]:
         model.instrumentation.twin = None
 
 
-def _check(model: HookedDiT, settings: Settings, pairs: int, tie: str, g: float, eps: float, release: int) -> None:
+def _check(
+    model: HookedDiT, settings: Settings, pairs: int, tie: str, g: float, eps: float, release: int
+) -> None:
     if not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"pairs={pairs!r} is no number of pairs; expected 1 or more.")
     if not 0 <= release <= settings.steps:
-        raise ValueError(f"release={release} is outside the run; expected a step from 0 to {settings.steps} (never).")
+        raise ValueError(
+            f"release={release} is outside the run; expected a step from 0 to {settings.steps} "
+            "(never)."
+        )
     if not 0 <= eps <= 1:
-        raise ValueError(f"eps={eps} is out of range; expected 0 (equal starts) to 1 (opposite ones).")
+        raise ValueError(
+            f"eps={eps} is out of range; expected 0 (equal starts) to 1 (opposite ones)."
+        )
     if tie == "noise" and g:
-        raise ValueError(f"g={g} is a coupling through attention; use tie='attention', or g=0 with tie='noise'.")
+        raise ValueError(
+            f"g={g} is a coupling through attention; use tie='attention', or g=0 with tie='noise'."
+        )
     draws = is_stochastic(model, settings)
     if not (draws and release < settings.steps) and (tie == "noise" or eps == 0):
         if release == settings.steps and draws:
             raise ValueError(
-                f"The twins can't part: they are never released (release={release} of {settings.steps} steps)."
+                f"The twins can't part: they are never released (release={release} of "
+                f"{settings.steps} steps)."
             )
         raise ValueError(
-            f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} draws no noise and they start equal; "
+            f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} "
+            "draws no noise and they start equal; "
             "use eta=1, scheduler='ddpm', or tie='attention' with eps > 0."
         )

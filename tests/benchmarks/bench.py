@@ -1,13 +1,16 @@
-"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 20]`. Prints, stores nothing.
+"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 20]`.
 
-Each row is one way to watch a forward. In every repeat all rows run once, in an order drawn anew, so that drift of the
-machine falls on all alike; times are process time on one thread, which other programs disturb least. Differences and
-ratios are to the bare forward of the same repeat; figures are medians over repeats, with the quartiles beside them.
-Setting up (attaching hooks, opening a trace) happens once a denoising run and is not in the rows; what it costs is the
-line below each table. Hook points, plain hooks and nnsight each have modules of their own around the same weights.
+Prints, stores nothing.
 
-A ratio below 1 is no slip of the clock: a hooked block calls SDPA directly, where diffusers' attention, among other
-things, inspects its processor's signature at every call.
+Each row is one way to watch a forward. In every repeat all rows run once, in an order drawn anew,
+so that drift of the machine falls on all alike; times are process time on one thread, which other
+programs disturb least. Differences and ratios are to the bare forward of the same repeat; figures
+are medians over repeats, with the quartiles beside them. Setting up (attaching hooks, opening a
+trace) happens once a denoising run and is not in the rows; what it costs is the line below each
+table. Hook points, plain hooks and nnsight each have modules of their own around the same weights.
+
+A ratio below 1 is no slip of the clock: a hooked block calls SDPA directly, where diffusers'
+attention, among other things, inspects its processor's signature at every call.
 """
 
 import argparse
@@ -35,7 +38,9 @@ Forward = Callable[[], object]
 Row = Callable[[], AbstractContextManager[Forward]]
 
 
-def make_model(layers: int, heads: int, d_head: int, channels: int, size: int, classes: int) -> DiTTransformer2DModel:
+def make_model(
+    layers: int, heads: int, d_head: int, channels: int, size: int, classes: int
+) -> DiTTransformer2DModel:
     """A DiT with random weights; time does not depend on them."""
     torch.manual_seed(0)
     return DiTTransformer2DModel(
@@ -57,7 +62,8 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
     t, y = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.long)
     inputs = {"timestep": t, "class_labels": y}
-    shared = {id(p): p for p in model.parameters()}  # the same weights: no copy is luckier in the cache
+    # the same weights: no copy is luckier in the cache
+    shared = {id(p): p for p in model.parameters()}
     hooked = dit_lens.HookedDiT(copy.deepcopy(model, dict(shared)))
     plain = copy.deepcopy(model, dict(shared))
     watched = nnsight.NNsight(copy.deepcopy(model, dict(shared)))
@@ -77,7 +83,9 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     def plain_hooks(keep: Callable[[Tensor], Tensor]) -> Iterator[Forward]:
         kept: dict[int, Tensor] = {}
         handles = [
-            block.register_forward_hook(lambda module, args, output, i=i: kept.__setitem__(i, keep(output)))
+            block.register_forward_hook(
+                lambda module, args, output, i=i: kept.__setitem__(i, keep(output))
+            )
             for i, block in enumerate(plain.transformer_blocks)
         ]
         yield lambda: plain(x, **inputs)
@@ -86,7 +94,9 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
 
     @contextmanager
     def trace(names: str | None = None, probe: bool = False) -> Iterator[Forward]:
-        with dit_lens.trace(hooked, names=names, probes=[SpectralSplit(STREAMS, bands)] if probe else []):
+        with dit_lens.trace(
+            hooked, names=names, probes=[SpectralSplit(STREAMS, bands)] if probe else []
+        ):
             yield lambda: hooked.transformer(x, **inputs)
 
     @contextmanager
@@ -129,7 +139,9 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
         f"band energies, {n}: plain hooks": lambda: plain_hooks(bands.energy_tokens),
         f"band energies, {n}: SpectralSplit": lambda: trace(probe=True),
         f"everything, {len(hooked.names)}: run_with_cache": lambda: cache(None),
-        f"everything, {len(hooked.names)}: to_transformer_lens": lambda: with_transformer_lens(None),
+        f"everything, {len(hooked.names)}: to_transformer_lens": lambda: with_transformer_lens(
+            None
+        ),
     }
 
 
@@ -141,7 +153,9 @@ def seconds(forward: Forward, inner: int) -> float:
     return (time.process_time() - began) / inner
 
 
-def measure(ways: dict[str, Row], repeats: int, inner: int, title: str) -> tuple[dict[str, list[float]], list[float]]:
+def measure(
+    ways: dict[str, Row], repeats: int, inner: int, title: str
+) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds a forward by row and repeat, and seconds to open and close a trace."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     opening: list[float] = []
@@ -174,11 +188,15 @@ def show(title: str, times: dict[str, list[float]], opening: list[float], consol
         beside = ("", "1") if own is base else (spread(added, "+.2f"), spread(ratio, ".3f"))
         table.add_row(name, spread([1e3 * t for t in own], ".2f"), *beside)
     console.print(table)
-    console.print(f"opening and closing a trace, once a run: {spread([1e3 * t for t in opening], '.2f')} ms\n")
+    console.print(
+        f"opening and closing a trace, once a run: {spread([1e3 * t for t in opening], '.2f')} ms\n"
+    )
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("--repeats", type=int, default=20)
     args = ap.parse_args()
     torch.set_num_threads(1)

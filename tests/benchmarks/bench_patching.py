@@ -1,14 +1,18 @@
-"""What an exact sweep of patches costs: `python tests/benchmarks/bench_patching.py [--scale 4] [--pairs 2]`. Prints, stores nothing.
+"""What an exact sweep of patches costs: `python tests/benchmarks/bench_patching.py [--scale 4]
+[--pairs 2]`. Prints, stores nothing.
 
-Twins of the bundled `digits`, A patched into B over layers x (attn_out, mlp_out) x windows that cover the steps after the release:
+Twins of the bundled `digits`, A patched into B over layers x (attn_out, mlp_out) x windows that
+cover the steps after the release:
 
 - `dit_lens.patching.sweep.sweep`;
-- a plain loop: A's branch outputs recorded once with PyTorch module hooks, then for each patch a full run of diffusers' own DiT with a
-  hook that puts A's output in;
-- the same loop in nnsight, on a few patches; what it would take for all is extrapolated, and said to be.
+- a plain loop: A's branch outputs recorded once with PyTorch module hooks, then for each patch a
+  full run of diffusers' own DiT with a hook that puts A's output in;
+- the same loop in nnsight, on a few patches; what it would take for all is extrapolated, and said
+  to be.
 
-`--scale k` takes every k-th layer. Windows are the rounds: in each, in an order drawn anew, every way does that window's patches, so
-that drift of the machine falls on all alike. Times are process time on one thread. The finished latents of all ways are compared.
+`--scale k` takes every k-th layer. Windows are the rounds: in each, in an order drawn anew, every
+way does that window's patches, so that drift of the machine falls on all alike. Times are process
+time on one thread. The finished latents of all ways are compared.
 """
 
 import argparse
@@ -42,7 +46,9 @@ def module_of(transformer: DiTTransformer2DModel, site: str, layer: int) -> torc
 
 
 def denoised(run: Run, forward: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
-    """The run from its start to its end with forward(step, x, t) as the model, as anyone would write it."""
+    """The run from its start to its end with forward(step, x, t) as the model, as anyone would
+    write it.
+    """
     scheduler = prepared(run.model, run.settings)
     x = run.latents[0]
     for step in range(run.settings.steps):
@@ -60,7 +66,9 @@ def record(transformer: DiTTransformer2DModel, run: Run, layers: range) -> Recor
     for site in SITES:
         for layer in layers:
 
-            def keep(module: object, args: object, output: Tensor, site: str = site, layer: int = layer) -> None:
+            def keep(
+                module: object, args: object, output: Tensor, site: str = site, layer: int = layer
+            ) -> None:
                 kept[site, layer, now] = output
 
             handles.append(module_of(transformer, site, layer).register_forward_hook(keep))
@@ -72,11 +80,17 @@ def record(transformer: DiTTransformer2DModel, run: Run, layers: range) -> Recor
     return kept
 
 
-def with_hooks(transformer: DiTTransformer2DModel, target: Run, kept: Recorded, patch: Patch) -> Tensor:
+def with_hooks(
+    transformer: DiTTransformer2DModel, target: Run, kept: Recorded, patch: Patch
+) -> Tensor:
     now = 0
 
     def put(module: object, args: object, output: Tensor) -> Tensor | None:
-        return kept[patch.site, patch.layer, now] if patch.steps is None or now in patch.steps else None
+        return (
+            kept[patch.site, patch.layer, now]
+            if patch.steps is None or now in patch.steps
+            else None
+        )
 
     def forward(step: int, x: Tensor, t: Tensor) -> Tensor:
         nonlocal now
@@ -109,11 +123,15 @@ def with_nnsight(watched: nnsight.NNsight, target: Run, kept: Recorded, patch: P
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("--scale", type=int, default=1, help="take every so many layers")
     ap.add_argument("--pairs", type=int, default=2)
     ap.add_argument("--steps", type=int, default=50)
-    ap.add_argument("--release", type=int, default=20, help="the windows cover the steps from here on")
+    ap.add_argument(
+        "--release", type=int, default=20, help="the windows cover the steps from here on"
+    )
     ap.add_argument("--windows", type=int, default=10)
     ap.add_argument("--batch", type=int, default=16)
     ap.add_argument("--nnsight", type=int, default=3, help="so many patches with nnsight")
@@ -122,7 +140,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     console = Console(width=132)
     model = dit_lens.load("digits")
-    plain, other = (DiTTransformer2DModel.from_config(model.transformer.config).eval() for _ in range(2))
+    plain, other = (
+        DiTTransformer2DModel.from_config(model.transformer.config).eval() for _ in range(2)
+    )
     for each in (plain, other):
         each.load_state_dict(model.transformer.state_dict())
     watched = nnsight.NNsight(other)
@@ -131,7 +151,12 @@ def main() -> None:
     layers = range(0, model.cfg.n_layers, args.scale)
     windows = tiles(args.release, args.steps, args.windows)
     names = ("sweep", "plain hooks", "nnsight")
-    spent, made, blocks, worst = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), dict.fromkeys(names, 0), 0.0
+    spent, made, blocks, worst = (
+        dict.fromkeys(names, 0.0),
+        dict.fromkeys(names, 0),
+        dict.fromkeys(names, 0),
+        0.0,
+    )
     began = time.process_time()
     kept = record(plain, source, layers)
     spent["plain hooks"] += time.process_time() - began
@@ -145,10 +170,14 @@ def main() -> None:
         return int(result.attrs["block_evaluations"]), torch.as_tensor(result.outcome.values)
 
     def looping(patches: list[Patch]) -> tuple[int, Tensor]:
-        return full_run * len(patches), torch.stack([with_hooks(plain, target, kept, p) for p in patches])
+        return full_run * len(patches), torch.stack(
+            [with_hooks(plain, target, kept, p) for p in patches]
+        )
 
     def sampling(patches: list[Patch]) -> tuple[int, Tensor]:
-        return full_run * len(patches), torch.stack([with_nnsight(watched, target, kept, p) for p in patches])
+        return full_run * len(patches), torch.stack(
+            [with_nnsight(watched, target, kept, p) for p in patches]
+        )
 
     for i, window in enumerate(track(windows, "windows")):
         patches = grid(layers, SITES, [window])
@@ -167,11 +196,19 @@ def main() -> None:
         if "nnsight" in finished:
             worst = max(worst, float((finished["nnsight"][0] - finished["sweep"][one]).abs().max()))
     console.print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, one thread; {len(layers)} layers x {len(SITES)} sites x "
-        f"{args.windows} windows over steps {args.release}-{args.steps - 1} of {args.steps}, {args.pairs} pairs, batch {args.batch}"
+        f"torch {torch.__version__}, Python {platform.python_version()}, one thread; {len(layers)} "
+        f"layers x {len(SITES)} sites x "
+        f"{args.windows} windows over steps {args.release}-{args.steps - 1} of {args.steps}, "
+        f"{args.pairs} pairs, batch {args.batch}"
     )
     table = Table(
-        "", "patches", "process time, s", "ms a patch", "of plain hooks", "blocks evaluated", "of plain hooks"
+        "",
+        "patches",
+        "process time, s",
+        "ms a patch",
+        "of plain hooks",
+        "blocks evaluated",
+        "of plain hooks",
     )
     per = {name: (spent[name] / n, blocks[name] / n) for name, n in made.items() if n}
     for name, costs in per.items():
@@ -188,7 +225,8 @@ def main() -> None:
     console.print(table)
     if made["nnsight"]:
         console.print(
-            f"nnsight ran {made['nnsight']} patches; all {made['sweep']} take {per['nnsight'][0] * made['sweep']:.0f} s, extrapolated."
+            f"nnsight ran {made['nnsight']} patches; all {made['sweep']} take "
+            f"{per['nnsight'][0] * made['sweep']:.0f} s, extrapolated."
         )
     console.print(f"The finished latents of all ways differ by {worst:.1e} at most.")
 

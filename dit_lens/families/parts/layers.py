@@ -1,4 +1,6 @@
-"""Parts that many families share beside attention: the halves of an MLP, first and last normalisations, and what all refuse."""
+"""Parts that many families share beside attention: the halves of an MLP, first and last
+normalisations, and what all refuse.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ class SimpleNeuronsForward(Forward):
 
 
 def neurons(module: Any, points: Points, prefix: str = "mlp.") -> Forward:
-    """The forward for the first half of a diffusers FeedForward, by its kind. Raises ValueError for one without such halves."""
+    """The forward for the first half of a diffusers FeedForward, by its kind.
+
+    Raises ValueError for one without such halves.
+    """
     for kinds, forward in (
         ((GEGLU, SwiGLU), GatedNeuronsForward),
         ((GELU,), NeuronsForward),
@@ -60,21 +65,27 @@ def neurons(module: Any, points: Points, prefix: str = "mlp.") -> Forward:
         if isinstance(module, kinds) and not isinstance(module, ApproximateGELU):
             return forward(module, points, prefix)
     raise ValueError(
-        f"The MLP's activation is {type(module).__name__}, which has no neurons before and after it that could be hooked; "
+        f"The MLP's activation is {type(module).__name__}, which has no neurons before and after "
+        "it that could be hooked; "
         "expected GELU, GEGLU, SwiGLU or LinearActivation."
     )
 
 
 class AdaNormForward(Forward):
-    """diffusers' AdaLayerNormZero: the six modulations that the conditioning vector gives, and the first normalisation.
+    """diffusers' AdaLayerNormZero: the six modulations that the conditioning vector gives, and the
+    first normalisation.
 
-    Where the norm embeds time and class for itself, as in DiT, it also is where the conditioning vector appears.
+    Where the norm embeds time and class for itself, as in DiT, it also is where the conditioning
+    vector appears.
     """
 
     def __init__(self, module: Any, points: Points, prefix: str = "") -> None:
         super().__init__(module)
         self.cond = points["hook_cond"] if module.emb is not None else None
-        self.normalized, self.attn_in = points[f"{prefix}ln1.hook_normalized"], points[f"{prefix}attn.hook_in"]
+        self.normalized, self.attn_in = (
+            points[f"{prefix}ln1.hook_normalized"],
+            points[f"{prefix}attn.hook_in"],
+        )
         self.modulations = [points[name] for name in adaln_sites(prefix)]
 
     def __call__(
@@ -89,12 +100,20 @@ class AdaNormForward(Forward):
         if self.cond is not None:
             emb = self.cond(norm.emb(timestep, class_labels, hidden_dtype=hidden_dtype))
         chunks = norm.linear(norm.silu(emb)).chunk(6, dim=1)
-        shift, scale, gate, *mlp = [hook(m) for hook, m in zip(self.modulations, chunks, strict=True)]
-        return self.attn_in(self.normalized(norm.norm(x)) * (1 + scale[:, None]) + shift[:, None]), gate, *mlp
+        shift, scale, gate, *mlp = [
+            hook(m) for hook, m in zip(self.modulations, chunks, strict=True)
+        ]
+        return (
+            self.attn_in(self.normalized(norm.norm(x)) * (1 + scale[:, None]) + shift[:, None]),
+            gate,
+            *mlp,
+        )
 
 
 class FinalNormForward(Forward):
-    """diffusers' AdaLayerNormContinuous before the last projection: shift, scale, and the normalised stream."""
+    """diffusers' AdaLayerNormContinuous before the last projection: shift, scale, and the
+    normalised stream.
+    """
 
     def __init__(self, module: Any, points: Points) -> None:
         super().__init__(module)
@@ -109,23 +128,29 @@ class FinalNormForward(Forward):
 
 
 def refuse_chunks(blocks: Any) -> None:
-    """Raise ValueError where chunked feed-forward is on, which would run each MLP hook once a chunk."""
+    """Raise ValueError where chunked feed-forward is on, which would run each MLP hook once a
+    chunk.
+    """
     for i, block in enumerate(blocks):
         if getattr(block, "_chunk_size", None) is not None:
             raise ValueError(
-                f"Block {i} has chunked feed-forward switched on (chunk size {block._chunk_size}), which would run each "
+                f"Block {i} has chunked feed-forward switched on (chunk size {block._chunk_size}), "
+                "which would run each "
                 "MLP hook once a chunk; switch it off with block.set_chunk_feed_forward(None)."
             )
 
 
 def refuse_processors(blocks: Any, **expected: type) -> None:
-    """Raise ValueError where an attention (`attn=Processor`) has another processor than the one whose arithmetic is repeated here."""
+    """Raise ValueError where an attention (`attn=Processor`) has another processor than the one
+    whose arithmetic is repeated here.
+    """
     for i, block in enumerate(blocks):
         for name, wanted in expected.items():
             attn = getattr(block, name, None)
             if attn is not None and type(attn.processor) is not wanted:
                 raise ValueError(
-                    f"Block {i} has the attention processor {type(attn.processor).__name__}; dit_lens computes attention as "
+                    f"Block {i} has the attention processor {type(attn.processor).__name__}; "
+                    "dit_lens computes attention as "
                     f"{wanted.__name__} does: block.{name}.set_processor({wanted.__name__}())."
                 )
 
@@ -134,16 +159,19 @@ def check_processor(attn: Any, wanted: type) -> None:
     """Raise RuntimeError if the processor was changed after the model was opened."""
     if type(attn.processor) is not wanted:
         raise RuntimeError(
-            f"The attention processor was changed to {type(attn.processor).__name__}; a hooked DiT computes "
+            f"The attention processor was changed to {type(attn.processor).__name__}; a hooked DiT "
+            "computes "
             f"attention itself, as {wanted.__name__} does. Put that back, or call model.remove()."
         )
 
 
 class LastTable:
-    """A conditioning vector on its way to the last layer's table of shift and scale, in place of the tensor where somebody listens.
+    """A conditioning vector on its way to the last layer's table of shift and scale, in place of
+    the tensor where somebody listens.
 
-    diffusers adds the two in the midst of the transformer's own forward, where no module is called. PyTorch asks the summand
-    (`__torch_function__`), and so the sums, [..., 2, d_model], pass through their hook points there.
+    diffusers adds the two in the midst of the transformer's own forward, where no module is called.
+    PyTorch asks the summand (`__torch_function__`), and so the sums, [..., 2, d_model], pass
+    through their hook points there.
     """
 
     def __init__(self, vector: Tensor, points: tuple[HookPoint, HookPoint]) -> None:

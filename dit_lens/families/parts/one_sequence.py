@@ -1,8 +1,11 @@
-"""The block that Lumina-Image 2.0 and Z-Image share: caption and image in one sequence, through the same weights.
+"""The block that Lumina-Image 2.0 and Z-Image share: caption and image in one sequence, through the
+same weights.
 
-A block has two branches, each with a norm before and one after it (`ln1_post.`, `ln2_post.`), scales before, gates through tanh after
-them (`hook_gate_*` is what comes out of the tanh), no shifts. The modulations are the same vectors for caption and image. Every other hook
-point is there for the image's part of the sequence and, with the prefix `text.`, for the text's; which is where, the family says.
+A block has two branches, each with a norm before and one after it (`ln1_post.`, `ln2_post.`),
+scales before, gates through tanh after them (`hook_gate_*` is what comes out of the tanh), no
+shifts. The modulations are the same vectors for caption and image. Every other hook point is there
+for the image's part of the sequence and, with the prefix `text.`, for the text's; which is where,
+the family says.
 """
 
 from __future__ import annotations
@@ -33,11 +36,17 @@ def block_sites(key_heads: str) -> dict[str, Axes]:
         if n != "attn.hook_in"
     }
     sites = both({"hook_resid_pre": RESID}) | {"hook_cond": D_COND} | adaln_sites(parts=("scale",))
-    sites |= both({"ln1.hook_normalized": RESID, "attn.hook_in": RESID}) | adaln_sites(parts=("gate",))
+    sites |= both({"ln1.hook_normalized": RESID, "attn.hook_in": RESID}) | adaln_sites(
+        parts=("gate",)
+    )
     sites |= both(qkv | scores_sites("attn.") | out_sites())
-    sites |= both({"ln1_post.hook_normalized": RESID, "hook_attn_out": RESID, "hook_resid_mid": RESID})
+    sites |= both(
+        {"ln1_post.hook_normalized": RESID, "hook_attn_out": RESID, "hook_resid_mid": RESID}
+    )
     sites |= both({"ln2.hook_normalized": RESID} | mlp_sites(gated=True))
-    return sites | both({"ln2_post.hook_normalized": RESID, "hook_mlp_out": RESID, "hook_resid_post": RESID})
+    return sites | both(
+        {"ln2_post.hook_normalized": RESID, "hook_mlp_out": RESID, "hook_resid_post": RESID}
+    )
 
 
 def model_sites(n_layers: int, sample: Axes, key_heads: str = "head") -> dict[str, Axes]:
@@ -45,25 +54,40 @@ def model_sites(n_layers: int, sample: Axes, key_heads: str = "head") -> dict[st
     sites = both({"hook_embed": RESID})
     for i in range(n_layers):
         sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(key_heads).items()}
-    return sites | {n: a for n, a in FINAL_SITES.items() if n != "final.hook_shift"} | {"hook_sample": sample}
+    return (
+        sites
+        | {n: a for n, a in FINAL_SITES.items() if n != "final.hook_shift"}
+        | {"hook_sample": sample}
+    )
 
 
 def block_points(points: Points, layer: int) -> Points:
     """One block's hook points; the first one is also given those of what enters it."""
     prefix = f"blocks.{layer}."
-    mine = {name.removeprefix(prefix): point for name, point in points.items() if name.startswith(prefix)}
-    return mine if layer else mine | {name: points[name] for name in ("hook_embed", "text.hook_embed")}
+    mine = {
+        name.removeprefix(prefix): point
+        for name, point in points.items()
+        if name.startswith(prefix)
+    }
+    return (
+        mine if layer else mine | {name: points[name] for name in ("hook_embed", "text.hook_embed")}
+    )
 
 
 class JointForward(Forward):
-    """A part of the model that works on the joint sequence. Where the image lies in it, its family knows."""
+    """A part of the model that works on the joint sequence.
+
+    Where the image lies in it, its family knows.
+    """
 
     def __init__(self, module: Any, points: Points, instrumentation: Any) -> None:
         super().__init__(module)
         self.points, self.instrumentation = points, instrumentation
 
     def joint(self, x: Tensor) -> Joint:
-        """Where image and text lie in x; anywhere when gradient checkpointing runs a block once more, outside of a pass."""
+        """Where image and text lie in x; anywhere when gradient checkpointing runs a block once
+        more, outside of a pass.
+        """
         w = self.instrumentation
         found: Joint = ANYWHERE if w.now is None else w.family.joint(w.now, x, w.transformer)
         return found
@@ -76,17 +100,41 @@ class SandwichForward(JointForward):
     """What the blocks share: two branches, each with a norm before and after it."""
 
     def added(
-        self, x: Tensor, out: Tensor, gate: Tensor, norm: Any, joint: Joint, names: tuple[str, str, str]
+        self,
+        x: Tensor,
+        out: Tensor,
+        gate: Tensor,
+        norm: Any,
+        joint: Joint,
+        names: tuple[str, str, str],
     ) -> Tensor:
-        """The stream after a branch has put out `out`: names of the norm, of what is added, of the stream."""
+        """The stream after a branch has put out `out`: names of the norm, of what is added, of the
+        stream.
+        """
         out = self.hook(names[0], norm(out), joint)
         return self.hook(names[2], x + self.hook(names[1], gate * out, joint), joint)
 
-    def after_attention(self, x: Tensor, out: Tensor, gate: Tensor, norm: Any, joint: Joint) -> Tensor:
-        return self.added(x, out, gate, norm, joint, ("ln1_post.hook_normalized", "hook_attn_out", "hook_resid_mid"))
+    def after_attention(
+        self, x: Tensor, out: Tensor, gate: Tensor, norm: Any, joint: Joint
+    ) -> Tensor:
+        return self.added(
+            x,
+            out,
+            gate,
+            norm,
+            joint,
+            ("ln1_post.hook_normalized", "hook_attn_out", "hook_resid_mid"),
+        )
 
     def after_mlp(self, x: Tensor, out: Tensor, gate: Tensor, norm: Any, joint: Joint) -> Tensor:
-        return self.added(x, out, gate, norm, joint, ("ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"))
+        return self.added(
+            x,
+            out,
+            gate,
+            norm,
+            joint,
+            ("ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
+        )
 
     def entering(self, x: Tensor, joint: Joint) -> Tensor:
         x = self.hook("hook_embed", x, joint) if "hook_embed" in self.points else x
@@ -114,18 +162,23 @@ class SandwichAttentionForward(JointForward):
         q, k, v = (proj(hidden_states) for proj in (attn.to_q, attn.to_k, attn.to_v))
         heads, dtype = (-1, q.shape[-1] // attn.heads), q.dtype
         q, k, v = (
-            self.hook(f"attn.hook_{n}", x.unflatten(-1, heads), joint) for n, x in zip("qkv", (q, k, v), strict=True)
+            self.hook(f"attn.hook_{n}", x.unflatten(-1, heads), joint)
+            for n, x in zip("qkv", (q, k, v), strict=True)
         )
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(x, image_rotary_emb, use_real=False) for x in (q, k))
-        q, k = (self.hook(f"attn.hook_rot_{n}", x.to(dtype), joint) for n, x in (("q", q), ("k", k)))
+        q, k = (
+            self.hook(f"attn.hook_rot_{n}", x.to(dtype), joint) for n, x in (("q", q), ("k", k))
+        )
         if (shared := q.shape[2] // k.shape[2]) > 1:
             k, v = (x.unsqueeze(3).repeat(1, 1, 1, shared, 1).flatten(2, 3) for x in (k, v))
         mask = None if attention_mask is None else attention_mask.bool().view(len(q), 1, 1, -1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self.out(self.attend(q, k, v, mask, self.kernel(attn), joint=joint).transpose(1, 2), joint)
+        return self.out(
+            self.attend(q, k, v, mask, self.kernel(attn), joint=joint).transpose(1, 2), joint
+        )
 
     def kernel(self, attn: Any) -> Kernel:
         raise NotImplementedError
@@ -138,7 +191,9 @@ class SandwichAttentionForward(JointForward):
         points = [self.points[f"{p}attn.hook_result"] for p in ("", "text.")]
         if any(point.listeners for point in points):
             result = self.hook("attn.hook_result", per_head(z, linear), joint)
-            if any(point.listeners and point.changed or point.wants(BackwardEditor) for point in points):
+            if any(
+                (point.listeners and point.changed) or point.wants(BackwardEditor) for point in points
+            ):
                 out = result.sum(2) if linear.bias is None else result.sum(2) + linear.bias
         return self.hook("attn.hook_out", dropout(out), joint)
 
@@ -149,8 +204,13 @@ class SandwichMLPForward(JointForward):
     def __call__(self, x: Tensor) -> Tensor:
         joint, (gate, act, linear, down) = self.joint(x), self.parts()
         x = self.hook("mlp.hook_in", x, joint)
-        pre, straight = self.hook("mlp.hook_pre", gate(x), joint), self.hook("mlp.hook_pre_linear", linear(x), joint)
-        return self.hook("mlp.hook_out", down(self.hook("mlp.hook_post", act(pre) * straight, joint)), joint)
+        pre, straight = (
+            self.hook("mlp.hook_pre", gate(x), joint),
+            self.hook("mlp.hook_pre_linear", linear(x), joint),
+        )
+        return self.hook(
+            "mlp.hook_out", down(self.hook("mlp.hook_post", act(pre) * straight, joint)), joint
+        )
 
     def parts(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         """The projection that is activated, the activation, the other projection, and the one back."""
@@ -158,7 +218,9 @@ class SandwichMLPForward(JointForward):
 
 
 class LastForward(JointForward):
-    """The last norm and projection; hook points for the image's part, since the text's output is thrown away."""
+    """The last norm and projection; hook points for the image's part, since the text's output is
+    thrown away.
+    """
 
     def projected(self, x: Tensor, scale: Tensor, norm: Any, linear: Any) -> Tensor:
         joint, scale = self.joint(x), self.points["final.hook_scale"](scale)
@@ -167,7 +229,10 @@ class LastForward(JointForward):
 
 
 def backwards(t: Tensor) -> Tensor:
-    """The scheduler's timestep of a time that runs from 0, noise, to 1. In float64, so that it leads back to the very same time."""
+    """The scheduler's timestep of a time that runs from 0, noise, to 1.
+
+    In float64, so that it leads back to the very same time.
+    """
     exact = t if t.device.type == "mps" else t.double()
     return 1000 - 1000 * exact
 
@@ -176,13 +241,17 @@ class JointFamily(Family):
     """A family whose blocks work on one joint sequence of image and text."""
 
     def joint(self, inputs: dict[str, Any], x: Tensor, transformer: Any = None) -> Joint:
-        """Where image and text lie in the joint sequence x [batch, token, d], for these arguments of the transformer."""
+        """Where image and text lie in the joint sequence x [batch, token, d], for these arguments
+        of the transformer.
+        """
         raise NotImplementedError
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return list(transformer.layers)
 
-    def passed(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def passed(
+        self, inputs: dict[str, Any], args: Any, kwargs: Any
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         x, joint = args[0], self.joint(inputs, args[0])
         image = joint.take(x, joint.image)
 

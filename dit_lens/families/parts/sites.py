@@ -8,15 +8,23 @@ Sites = dict[str, Axes]
 
 
 def qkv_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> dict[str, Axes]:
-    """What enters an attention, and its queries, keys, values. `rotary`: q and k are normalised or rotated before they meet."""
+    """What enters an attention, and its queries, keys, values.
+
+    `rotary`: q and k are normalised or rotated before they meet.
+    """
     heads = (stream[0], stream[1], "head", "d_head")
-    sites: dict[str, Axes] = {f"{prefix}hook_in": stream} | {f"{prefix}hook_{name}": heads for name in "qkv"}
+    sites: dict[str, Axes] = {f"{prefix}hook_in": stream} | {
+        f"{prefix}hook_{name}": heads for name in "qkv"
+    }
     return sites | {f"{prefix}hook_rot_{name}": heads for name in "qk" if rotary}
 
 
 def scores_sites(*prefixes: str) -> dict[str, Axes]:
     """Scores of each stream's queries, then their patterns."""
-    axes = {p: ("batch", "head", "text_query" if p.startswith("text.") else "query", "key") for p in prefixes}
+    axes = {
+        p: ("batch", "head", "text_query" if p.startswith("text.") else "query", "key")
+        for p in prefixes
+    }
     return {f"{p}hook_{what}": axes[p] for what in ("attn_scores", "pattern") for p in prefixes}
 
 
@@ -30,19 +38,27 @@ def out_sites(prefix: str = "attn.", stream: Axes = RESID) -> dict[str, Axes]:
     }
 
 
-def attention_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> dict[str, Axes]:
+def attention_sites(
+    prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True
+) -> dict[str, Axes]:
     """The names within one attention, in forward order."""
     return qkv_sites(prefix, stream, rotary) | scores_sites(prefix) | out_sites(prefix, stream)
 
 
-def adaln_sites(prefix: str = "", parts: tuple[str, ...] = ("shift", "scale", "gate"),
-                branches: tuple[str, ...] = ("attn", "mlp")) -> dict[str, Axes]:  # fmt: skip
+def adaln_sites(
+    prefix: str = "",
+    parts: tuple[str, ...] = ("shift", "scale", "gate"),
+    branches: tuple[str, ...] = ("attn", "mlp"),
+) -> dict[str, Axes]:
     """The modulations of adaLN: one vector an item each."""
     return {f"{prefix}adaln.hook_{part}_{branch}": COND for branch in branches for part in parts}
 
 
 def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -> dict[str, Axes]:
-    """The names within one MLP. `gated`: the neurons are a product, `post = act(pre) * pre_linear`, as in TransformerLens."""
+    """The names within one MLP.
+
+    `gated`: the neurons are a product, `post = act(pre) * pre_linear`, as in TransformerLens.
+    """
     neurons = (stream[0], stream[1], "d_mlp")
     sites = {f"{prefix}hook_in": stream, f"{prefix}hook_pre": neurons}
     sites |= {f"{prefix}hook_pre_linear": neurons} if gated else {}
@@ -61,7 +77,9 @@ FINAL_SITES: dict[str, Axes] = {
 def texts(sites: Sites) -> Sites:
     """The text's names for these of the image."""
     own = {"token": "text_token", "query": "text_query"}
-    return {f"text.{site}": tuple(own.get(axis, axis) for axis in axes) for site, axes in sites.items()}
+    return {
+        f"text.{site}": tuple(own.get(axis, axis) for axis in axes) for site, axes in sites.items()
+    }
 
 
 def both(sites: Sites) -> Sites:
