@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ActivationCache": "hooks.cache",
     "Bands": "measures.bands",
+    "DitLensError": "errors",
     "HookedDiT": "model.hooked",
     "Probe": "tracing.probe",
     "Run": "sampling.run",
@@ -36,7 +37,7 @@ _HOME = {
     "trace": "tracing.trace",
     "twins": "twinning.twins",
 }
-_NAMESPACES = ("experiments", "families", "groundtruth", "patching", "probes", "testing")
+_NAMESPACES = ("errors", "experiments", "families", "groundtruth", "patching", "probes", "testing")
 __all__ = [*_HOME, *_NAMESPACES, "__version__"]
 
 

@@ -141,7 +141,7 @@ class BlockForward(Forward):
 class ScaleFamily(Family):
     model_class = "ScaleTransformer2DModel"
     differs = "modulated by a scale alone, without gates"
-    branches = ("cond", "uncond")
+    batch_order = ("cond", "uncond")
 
     def blocks(self, transformer):
         return list(transformer.blocks)

@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Run, Site, trace
+from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.measures.commitment import agreement
 from dit_lens.sampling.guidance import means
 from dit_lens.sampling.schedulers import predict_x0
@@ -46,7 +47,7 @@ class LayerLens(Probe):
 
     def start(self, model: HookedDiT) -> None:
         if model.scheduler is None:
-            raise ValueError(
+            raise InvalidValue(
                 "LayerLens needs the model's scheduler to turn outputs into x0: "
                 "HookedDiT(transformer, scheduler=...)."
             )
@@ -91,14 +92,14 @@ class LayerLens(Probe):
             ValueError: for a target of another shape.
         """
         if not self.x0:
-            raise RuntimeError(
+            raise InvalidState(
                 "LayerLens has seen nothing: run the model inside `with dit_lens.trace(model, "
                 "probes=[...])`."
             )
         layers, steps = sorted({k[0] for k in self.x0}), sorted({k[1] for k in self.x0})
         if target is not None and target.shape != self.x0[layers[0], steps[0]].shape:
             seen = list(self.x0[layers[0], steps[0]].shape)
-            raise ValueError(
+            raise InvalidValue(
                 f"LayerLens's target has shape {list(target.shape)}; the run's latents have {seen}."
             )
         groups = (

@@ -7,6 +7,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Site
+from dit_lens.errors import InvalidState, InvalidValue
 
 
 class SpectralSplit(Probe):
@@ -39,7 +40,7 @@ class SpectralSplit(Probe):
     def observe(self, activation: Tensor, site: Site) -> None:
         if self.sites[site.name][1] != "token":
             axes = ", ".join(self.sites[site.name])
-            raise ValueError(
+            raise InvalidValue(
                 f"{site.name!r} has no token axis to take a spectrum over; its axes are {axes}."
             )
         self.energy.setdefault(site.name, {})[site.step] = self.bands.energy_tokens(
@@ -50,7 +51,7 @@ class SpectralSplit(Probe):
     def result(self) -> xr.Dataset:
         """`energy` [name, step, batch, band], with coordinates name, step, timestep and band."""
         if not self.energy:
-            raise RuntimeError(
+            raise InvalidState(
                 "SpectralSplit has seen nothing: run the model inside `with dit_lens.trace(model, "
                 "probes=[...])`."
             )

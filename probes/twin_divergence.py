@@ -9,6 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Site, twins
+from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.hooks.names import NamesFilter
 
 MASSIVE = 100.0
@@ -59,7 +60,7 @@ class TwinDivergence(Probe):
 
     def observe(self, activation: Tensor, site: Site) -> None:
         if site.call.twin is None:
-            raise ValueError(
+            raise InvalidValue(
                 "TwinDivergence compares twins, and this batch has none; run it with "
                 "dit_lens.twins(model, probes=[...])."
             )
@@ -95,7 +96,7 @@ class TwinDivergence(Probe):
         [reading, layer, step, band].
         """
         if not self.difference:
-            raise RuntimeError(
+            raise InvalidState(
                 "TwinDivergence has seen nothing: use its run(model, ...), or "
                 "dit_lens.twins(model, probes=[...])."
             )

@@ -10,6 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
+from dit_lens.errors import InvalidState
 from dit_lens.patching.sweep import Kind, as_grid, grid, sweep, tiles
 
 
@@ -33,7 +34,7 @@ class TwinPatching(Probe):
         self._result: xr.Dataset | None = None
 
     def start(self, model: HookedDiT) -> None:
-        raise RuntimeError(
+        raise InvalidState(
             "TwinPatching runs twins of its own and can't watch another run; use its run(model, "
             "...)."
         )
@@ -82,5 +83,5 @@ class TwinPatching(Probe):
     def result(self) -> xr.Dataset:
         """What the latest `run` gave."""
         if self._result is None:
-            raise RuntimeError("TwinPatching has seen nothing: use its run(model, ...).")
+            raise InvalidState("TwinPatching has seen nothing: use its run(model, ...).")
         return self._result

@@ -46,8 +46,8 @@ def test_attention_without_queries_and_keys_responds_by_rho():
     """
     model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
     gs = [0.0, 0.5, 1.0, 3.0]
-    for gate in ("mix", "joint"):
-        found = couplings(model, gs, gate=gate, pairs=8, steps=8, cut=0.1)
+    for form in ("mix", "joint"):
+        found = couplings(model, gs, form=form, pairs=8, steps=8, cut=0.1)
         rho = np.array([(1 - g) / (1 + g) for g in gs])
         assert np.allclose(found.rho, rho)
         assert np.allclose(found.response, rho[:, None], atol=1e-5) and np.allclose(
@@ -114,7 +114,7 @@ def test_bad_input():
             "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start "
             "equal",
         ),
-        (dict(gate="max"), "'max' is no gate; expected 'mix' or 'joint'."),
+        (dict(form="max"), "unknown coupling form 'max'; expected 'mix' or 'joint'."),
     ]:
         with pytest.raises(ValueError) as error:
             couplings(model, **{"pairs": 8, "steps": 4} | kwargs)

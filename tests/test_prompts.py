@@ -396,8 +396,8 @@ def test_what_does_not_fit_is_refused(sd3, flux):
             model.unembed(stream[:, :15], t, y)
 
 
-@pytest.mark.parametrize("gate", ["mix", "joint"])
-def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
+@pytest.mark.parametrize("form", ["mix", "joint"])
+def test_the_gate_by_hand_on_a_joint_sequence(sd3, form):
     """Each stream's queries see all keys of its own item, image and text, and with strength g all
     of its twin's.
     """
@@ -407,7 +407,7 @@ def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
     with dit_lens.HookedDiT(sd3) as model:
         x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 500.0]), ["a fox", "a fox"]
         names = [f"blocks.0.{p}attn.hook_{n}" for p in ("", "text.") for n in "qkvz"]
-        with coupled(model, g, gate):
+        with coupled(model, g, form):
             _, seen = model.run_with_cache(x, t, y, names_filter=names)
         q, k, v, z = (
             torch.cat(
@@ -417,7 +417,7 @@ def test_the_gate_by_hand_on_a_joint_sequence(sd3, gate):
         )
     for own, twin in ((0, 1), (1, 0)):
         logits = [q[own] @ k[i].transpose(-1, -2) * q.shape[-1] ** -0.5 for i in (own, twin)]
-        if gate == "mix":
+        if form == "mix":
             by_hand = (logits[0].softmax(-1) @ v[own] + g * logits[1].softmax(-1) @ v[twin]) / (
                 1 + g
             )

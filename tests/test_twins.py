@@ -10,7 +10,7 @@ from dit_lens import HookedDiT
 from dit_lens.groundtruth import ddim_agreement, gaussian, planted, planted_gain
 from dit_lens.probes import TwinDivergence
 from dit_lens.sampling.noise import START, noise
-from dit_lens.twinning.coupling import coupled, gated, linear_response, partners
+from dit_lens.twinning.coupling import coupled, coupled_attention, linear_response, partners
 from dit_lens.twinning.twins import twin_seeds
 
 
@@ -33,10 +33,10 @@ def test_noise_tie(model):
     )
 
 
-@pytest.mark.parametrize("gate", ["mix", "joint"])
+@pytest.mark.parametrize("form", ["mix", "joint"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_attention_tie(model, gate, guidance):
-    settings = dict(pairs=2, tie="attention", gate=gate, steps=4, guidance=guidance, eps=0.3)
+def test_attention_tie(model, form, guidance):
+    settings = dict(pairs=2, tie="attention", form=form, steps=4, guidance=guidance, eps=0.3)
     free = dit_lens.twins(model, g=0.0, release=4, **settings)
     z = free.run.latents[0]
     assert torch.equal(
@@ -64,17 +64,17 @@ def test_gates_by_hand():
     g, logits = 0.6, torch.einsum("bhqd,chkd->bchqk", q, k) / 2
     own = torch.stack([logits[i, i].softmax(-1) @ v[i] for i in (0, 1)])
     cross = torch.stack([logits[i, 1 - i].softmax(-1) @ v[1 - i] for i in (0, 1)])
-    assert torch.allclose(gated(own, q, k, v, g, "mix"), (own + g * cross) / (1 + g))
+    assert torch.allclose(coupled_attention(own, q, k, v, g, "mix"), (own + g * cross) / (1 + g))
     for i in (0, 1):
         weights = torch.cat([logits[i, i].exp(), g * logits[i, 1 - i].exp()], -1)
         both = weights / weights.sum(-1, keepdim=True) @ torch.cat([v[i], v[1 - i]], -2)
-        assert torch.allclose(gated(own, q, k, v, g, "joint")[i], both)
+        assert torch.allclose(coupled_attention(own, q, k, v, g, "joint")[i], both)
     assert partners(8, 2).tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
 
 
-@pytest.mark.parametrize("gate", ["mix", "joint"])
+@pytest.mark.parametrize("form", ["mix", "joint"])
 @pytest.mark.parametrize("g", [0.0, 0.5, 1.0, 3.0])
-def test_the_linear_formula_errs_by_the_square(gate, g):
+def test_the_linear_formula_errs_by_the_square(form, g):
     gen = torch.Generator().manual_seed(1)
     mean = [torch.randn(1, 1, 6, 4, generator=gen, dtype=torch.float64) for _ in range(3)]
     direction = [torch.randn(1, 1, 6, 4, generator=gen, dtype=torch.float64) for _ in range(3)]
@@ -85,15 +85,15 @@ def test_the_linear_formula_errs_by_the_square(gate, g):
             for m, d in zip(mean, direction, strict=True)
         )
         own = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
-        out = gated(own, q, k, v, g, gate) if g else own
+        out = coupled_attention(own, q, k, v, g, form) if g else own
         want = linear_response(*mean, *(size * d for d in direction), g)
         errors.append(float((out[:1] - out[1:] - want).abs().max()))
     assert errors[1] < errors[0] / 80  # by at least the square: a factor of 100
 
 
 @pytest.mark.parametrize("where", [(0, 1, 2), (12, 13), (23, 24, 25, 26, 27)])
-@pytest.mark.parametrize("gate", ["mix", "joint"])
-def test_planted_products_under_the_gate(where, gate):
+@pytest.mark.parametrize("form", ["mix", "joint"])
+def test_planted_products_under_the_gate(where, form):
     """E4: the gain on the difference's mean mode, through every layer of a real DiT, at g = 0, 1/2,
     1.
     """
@@ -105,7 +105,7 @@ def test_planted_products_under_the_gate(where, gate):
     d = torch.randn(1, channels, 1, 1, generator=gen, dtype=torch.float64).expand_as(x) * 0.01
     t, y = torch.tensor([500] * 2), torch.tensor([0] * 2)
     for g in (0.0, 0.5, 1.0):
-        with torch.no_grad(), coupled(model, g, gate):
+        with torch.no_grad(), coupled(model, g, form):
             _, cache = model.run_with_cache(
                 torch.cat([x + d, x - d]), t, y, names_filter="resid_p*"
             )
@@ -194,7 +194,10 @@ def test_bad_input(model):
             "The coupling g=-1 is not a strength; expected a finite number of at least 0",
         ),
         (dict(tie="attention", g=float("inf")), "g=inf is not a strength"),
-        (dict(tie="attention", g=1, gate="sum"), "'sum' is no gate; expected 'mix' or 'joint'"),
+        (
+            dict(tie="attention", g=1, form="sum"),
+            "unknown coupling form 'sum'; expected 'mix' or 'joint'",
+        ),
         (dict(tie="attention", g=1, layers=[3]), "There is no layer 3 to couple; the model has 3"),
         (dict(g=0.5), "use tie='attention'"),
         (dict(tie="rope"), "tie='rope' is unknown"),

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidState, InvalidType, InvalidValue
 from ..hooks.points import HookPoint, Listener, _checked
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Handle
@@ -123,7 +124,7 @@ class HookPoints(nn.Module):
                 if self.pipe is None
                 else ""
             )
-            raise TypeError(f"{error}; expected the arguments {signature}{hint}.") from None
+            raise InvalidType(f"{error}; expected the arguments {signature}{hint}.") from None
         return dict(bound.arguments)
 
     def parameters(self, recurse: bool = True) -> Any:
@@ -151,7 +152,7 @@ class Tap(Listener):
         if not edited:
             return copy if copy.requires_grad else x  # gradients are asked for at what was served
         if self.taps.dit.instrumentation.watchers:
-            raise RuntimeError(
+            raise InvalidState(
                 f"nnsight edited {point.name!r} inside a dit_lens.trace, which could not replay "
                 "that when it recomputes; "
                 "edit with t.edit(...), or run the two one after the other."
@@ -288,7 +289,7 @@ def _nnsight_classes() -> tuple[Any, Any]:
 
         def widen(self, full: Any, group: Any, edited: Any) -> Any:
             if self.batching and group and isinstance(full, BaseOutput):
-                raise ValueError(
+                raise InvalidValue(
                     "A pipeline's output can't be replaced for one of several invokes; edit "
                     "hook_sample."
                 )
@@ -390,7 +391,7 @@ def _join(key: str, values: list[Any], rows: list[int]) -> Any:
         torch.equal(value, values[0]) if tensors else value == values[0] for value in values
     ):
         shown = ", ".join(str(list(value.shape) if tensors else value) for value in values)
-        raise ValueError(
+        raise InvalidValue(
             f"The invokes differ in {key} ({shown}), and one batch has one; trace them apart."
         )
     return values[0]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidState, InvalidType, InvalidValue
 from ..hooks.names import select
 from ..hooks.points import Editor, Listener
 from ..model.hooked import HookedDiT
@@ -115,7 +116,7 @@ class Through(Editor):
         if not self.theirs.fwd_hooks and not self.theirs.bwd_hooks:
             return None
         if self.theirs.bwd_hooks and not activation.requires_grad:
-            raise RuntimeError(
+            raise InvalidState(
                 f"A backward hook waits at {hook.name!r}, but no gradient flows there: "
                 "gradients are off, or neither the weights before it nor the input require them."
             )
@@ -130,7 +131,7 @@ class Through(Editor):
         touched = new is not activation or (version is not None and activation._version != version)
         differs = before is not None and not torch.equal(before, new)
         if differs and self.instrumentation.watchers:
-            raise RuntimeError(
+            raise InvalidState(
                 f"A TransformerLens hook changed {hook.name!r} inside a trace, which could not "
                 "repeat that edit when it "
                 f"recomputes: make it with trace.edit({hook.name!r}, fn)."
@@ -253,7 +254,7 @@ def _bridge() -> Any:
                 return x
             if not isinstance(x, Tensor) or not isinstance(t, Tensor):
                 kinds = ", ".join(type(each).__name__ for each in (x, t, y))
-                raise TypeError(
+                raise InvalidType(
                     "to_tokens takes a DiT's inputs: latents x, timesteps t and condition y, not "
                     f"({kinds})."
                 )
@@ -263,7 +264,7 @@ def _bridge() -> Any:
             self, *args: Any, return_cache_object: bool = True, **kwargs: Any
         ) -> tuple[Any, Any]:
             if kwargs.get("incl_bwd") and kwargs.get("metric") is None:
-                raise ValueError(
+                raise InvalidValue(
                     "incl_bwd=True needs a number to take the gradient of, and a DiT's output is "
                     "an image; "
                     "pass metric=fn, with fn(output) a scalar."
@@ -306,7 +307,7 @@ def _bridge() -> Any:
             """The listeners at all points with hooks; nested, those that are not there yet."""
             wanted = {n: p for n, p in self.hook_dict.items() if p.fwd_hooks or p.bwd_hooks}
             if wanted and self.transformer.training:
-                raise RuntimeError(
+                raise InvalidState(
                     "The model is in train mode, where diffusers drops class labels at random; "
                     "call model.eval() first."
                 )

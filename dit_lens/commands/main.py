@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MissingFile
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -416,7 +418,7 @@ def report_command(args: argparse.Namespace) -> None:
 
     path = args.results / "gap.nc" if args.results.is_dir() else args.results
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"There are no results at {str(path)!r}; expected the gap.nc that `dit-lens gap` wrote."
         )
     gap_report.write(gap_report.read(path), path.parent)

@@ -29,12 +29,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..families.parts.attention import Kernel
 from ..measures.bands import CUT, Bands
 from ..measures.commitment import Agreement, agreement, half_crossing, resample
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
-from ..twinning.coupling import Gate, check_gate, gated, linear_response
+from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention, linear_response
 from ..twinning.twins import Twins, paired_labels, twins
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def couplings(
     model: HookedDiT,
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0),
     *,
-    gate: Gate = "mix",
+    form: CouplingForm = "mix",
     layers: Sequence[int] | None = None,
     eps: float = 0.1,
     pairs: int = 32,
@@ -78,7 +79,7 @@ def couplings(
     """
     import xarray as xr
 
-    gs = checked_strengths(strengths, gate)
+    gs = checked_strengths(strengths, form)
     counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     labels = paired_labels(model, pairs)
@@ -91,7 +92,7 @@ def couplings(
             labels,
             tie="attention",
             g=g,
-            gate=gate,
+            form=form,
             layers=layers,
             eps=eps,
             steps=steps,
@@ -106,7 +107,7 @@ def couplings(
         # the same twins, coupled by every g in turn; at the step by which the weakest have parted
         if not responses:
             at = int(np.nan_to_num(np.nanmean(tau[0]) if np.isfinite(tau[0]).any() else steps / 2))
-            responses = _responses(pair, gs, gate, at)
+            responses = _responses(pair, gs, form, at)
         if progress is not None:
             progress(g)
     measured, linear = (np.stack([r[i] for r in responses]) for i in (0, 1))
@@ -133,7 +134,7 @@ def couplings(
             "layer": np.arange(model.cfg.n_layers),
         },
         attrs={
-            "gate": gate,
+            "form": form,
             "eps": eps,
             "pairs": pairs,
             "steps": steps,
@@ -147,13 +148,13 @@ def couplings(
     return result
 
 
-def checked_strengths(strengths: Sequence[float], gate: str = "mix") -> list[float]:
+def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[float]:
     """The strengths as numbers; ValueError unless there are two or more, rising, each a strength."""
     gs = [float(g) for g in strengths]
     for g in gs:
-        check_gate(g, gate)
+        check_coupling(g, form)
     if len(gs) < 2 or sorted(set(gs)) != gs:
-        raise ValueError(
+        raise InvalidValue(
             f"strengths is {gs}; expected two or more in increasing order, the weakest first, such "
             "as 0, 0.5, 1."
         )
@@ -212,7 +213,7 @@ def difference(pair: Twins, bands: Bands, counts: Array) -> Array:
 
 
 def _responses(
-    pair: Twins, gs: Sequence[float], gate: Gate, step: int
+    pair: Twins, gs: Sequence[float], form: CouplingForm, step: int
 ) -> list[tuple[Array, Array]]:
     """For every g the measured and the first-order response of each layer's attention, ([layer],
     [layer]).
@@ -234,7 +235,11 @@ def _responses(
             (qa, qb), (ka, kb), (va, vb) = (part.chunk(2) for part in (q, k, v))
             means = ((qa + qb) / 2, (ka + kb) / 2, (va + vb) / 2)
             for i, g in enumerate(gs):
-                a, b = gated(z, q, k, v, g, gate, 1, mask, kernel).chunk(2) if g else (za, zb)
+                a, b = (
+                    coupled_attention(z, q, k, v, g, form, 1, mask, kernel).chunk(2)
+                    if g
+                    else (za, zb)
+                )
                 measured[i, layer] = float(((a - b) * plain).sum() / plain.square().sum())
                 if not getattr(kernel, "linear", False) and mask is None:
                     d = linear_response(*means, qa - qb, ka - kb, va - vb, g)
@@ -243,9 +248,9 @@ def _responses(
 
         return look
 
-    before = model.instrumentation.gates
+    before = model.instrumentation.couplings
     try:
-        model.instrumentation.gates = {layer: listener(layer) for layer in range(n)}
+        model.instrumentation.couplings = {layer: listener(layer) for layer in range(n)}
         with torch.no_grad():
             model(
                 *model_inputs(
@@ -253,7 +258,7 @@ def _responses(
                 )
             )
     finally:
-        model.instrumentation.gates = before
+        model.instrumentation.couplings = before
     return list(zip(measured, linear, strict=True))
 
 

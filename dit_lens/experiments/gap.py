@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..measures.bands import CUT, Bands
 from ..measures.commitment import FEWEST_PAIRS, Agreement, fit_commitment, resample
 from ..measures.onset import Onset
@@ -71,12 +72,12 @@ def measure(
     import xarray as xr
 
     if pairs < 2 * FEWEST_PAIRS:
-        raise ValueError(
+        raise InvalidValue(
             f"There are {pairs} pairs; intervals over pairs with class means removed need "
             f"{2 * FEWEST_PAIRS} or more."
         )
     if steps < 4:
-        raise ValueError(
+        raise InvalidValue(
             f"steps={steps} is too short a run to see anything settle in; expected 4 or more."
         )
     # upward, by name: this file belongs to a command
@@ -251,7 +252,7 @@ def partition(
         assert sample is not None
         fine = Bands.eigen(sample, grid, n=6)
         return fine, fine, fine.split(1)
-    raise ValueError(
+    raise InvalidValue(
         f"bands={kind!r} is no partition of modes; expected 'radial', 'dct', 'pooling' or 'eigen'."
     )
 

@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..measures.bands import CUT, Bands
 from ..measures.commitment import FEWEST_PAIRS, commitment_draws, half_crossing, resample
 from ..model.hooked import HookedDiT
 from ..sampling.run import Run
-from ..twinning.coupling import Gate
+from ..twinning.coupling import CouplingForm
 from ..twinning.twins import Twins, paired_labels, twins
 from .coupling_sweep import difference
 from .release import latents, one_pass
@@ -64,11 +65,11 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
     n = run.model.cfg.n_layers
     for layer in layers:
         if not 0 <= layer < n:
-            raise ValueError(
+            raise InvalidValue(
                 f"There is no layer {layer} to knock out; the model has {n}, counted from 0."
             )
     if part not in PARTS:
-        raise ValueError(f"part={part!r} is none of a layer; expected 'layer', 'attn' or 'mlp'.")
+        raise InvalidValue(f"part={part!r} is none of a layer; expected 'layer', 'attn' or 'mlp'.")
     names = [f"blocks.{layer}.hook_{of}_out" for layer in layers for of in PARTS[part]]
     if not direct:
         return run.replay(0, [(name, _nothing) for name in names])
@@ -117,7 +118,7 @@ def knock_outs(
     """
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     if pairs < 2 * FEWEST_PAIRS:
-        raise ValueError(
+        raise InvalidValue(
             f"There are {pairs} pairs; intervals over pairs with class means removed need "
             f"{2 * FEWEST_PAIRS} or more."
         )
@@ -138,7 +139,7 @@ def knock_outs(
 
     before = taus(whole)
     if not np.isfinite(before[0]).all():
-        raise ValueError(
+        raise InvalidValue(
             "The model's low or high band does not commit within the run, so it has no gap to find "
             "causes of."
         )
@@ -178,7 +179,7 @@ def coupled_alone(
     layers: Sequence[int] | None = None,
     g: float = 1.0,
     *,
-    gate: Gate = "mix",
+    form: CouplingForm = "mix",
     eps: float = 0.1,
     pairs: int = 24,
     steps: int = 25,
@@ -213,7 +214,7 @@ def coupled_alone(
             labels,
             tie="attention",
             g=strength,
-            gate=gate,
+            form=form,
             layers=only,
             eps=eps,
             steps=steps,
@@ -224,7 +225,7 @@ def coupled_alone(
 
     before = taus(0.0, None)
     if not np.isfinite(before[0]).all():
-        raise ValueError(
+        raise InvalidValue(
             "The uncoupled twins do not part within the run in both bands, so there is no gap to "
             "find causes of."
         )
@@ -239,7 +240,7 @@ def coupled_alone(
         chosen,
         "coupled",
         g=g,
-        gate=gate,
+        form=form,
         eps=eps,
         pairs=pairs,
         steps=steps,

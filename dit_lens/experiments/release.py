@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..measures.bands import CUT, Bands
 from ..measures.commitment import Agreement, agreement, curve, fit_commitment
 from ..model.hooked import HookedDiT
@@ -108,12 +109,12 @@ def features(
                 if isinstance(found, Tensor)
                 else f"a {type(found).__name__}"
             )
-            raise ValueError(
+            raise InvalidValue(
                 f"The feature function gave {got} for {len(x)} images; expected a tensor "
                 f"[{len(x)}, feature]."
             )
         if not found.isfinite().all():
-            raise ValueError(
+            raise InvalidValue(
                 f"The feature function gave values that are not finite for {len(x)} images."
             )
         return found.flatten(1)
@@ -165,7 +166,7 @@ class Curves:
 
     def _stats(self, reading: str) -> Agreement:
         if reading not in self.stats:
-            raise ValueError(
+            raise InvalidValue(
                 f"There is no reading {reading!r} here; these curves have {list(self.stats)}."
             )
         return self.stats[reading]
@@ -187,7 +188,7 @@ def one_pass(
         one_pass(pair, [latents(Bands.radial((16, 16)))]).agreement("latents")       # [step, band]
     """
     if twins.release:
-        raise ValueError(
+        raise InvalidValue(
             f"These twins were tied up to step {twins.release}; one pass needs independent runs, "
             "release=0."
         )
@@ -228,14 +229,14 @@ def release_sweep(
     """
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
-        raise ValueError(
+        raise InvalidValue(
             f"These twins were released at step {twins.release}; a sweep needs them coupled "
             f"throughout, release={steps}."
         )
     wanted = [releases] if isinstance(releases, int) else list(releases)
     if isinstance(releases, int):
         if not 3 <= releases <= steps:
-            raise ValueError(
+            raise InvalidValue(
                 f"releases={releases}; a curve needs from 3 releases to {steps}, the run's steps."
             )
     elif (
@@ -243,7 +244,7 @@ def release_sweep(
         or len(wanted) < 3
         or not all(0 <= r < steps for r in wanted)
     ):
-        raise ValueError(
+        raise InvalidValue(
             f"releases is {wanted}; expected 3 or more different steps from 0 to {steps - 1}."
         )
     a, b = twins.a, twins.b
@@ -335,12 +336,12 @@ def difference(
     import xarray as xr
 
     if one.weights != other.weights:
-        raise ValueError(
+        raise InvalidValue(
             f"The curves come from different models (weights {one.weights} and {other.weights}); "
             "compare curves of one."
         )
     if not np.array_equal(one.log_snr, other.log_snr):
-        raise ValueError(
+        raise InvalidValue(
             f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; "
             "expected the same steps."
         )

@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 
 from torch import nn
 
+from ..errors import InvalidType, InvalidValue
 from .base import Family
 
 _OURS = {
@@ -40,7 +41,7 @@ def register(family: Family) -> Family:
         ValueError: if another family has that class already.
     """
     if family.model_class in _FAMILIES:
-        raise ValueError(
+        raise InvalidValue(
             f"There is a family for {family.model_class!r} already: "
             f"{_FAMILIES[family.model_class]!r}."
         )
@@ -59,7 +60,7 @@ def modules() -> dict[str, str]:
     found = {name: f"{__name__}.{module}" for name, module in _OURS.items()}
     for entry in entry_points(group="dit_lens.families"):
         if entry.name in found:
-            raise ValueError(
+            raise InvalidValue(
                 f"There is a family for {entry.name!r} already, {found[entry.name]!r}; the package "
                 "that registers "
                 f"{entry.value!r} for it must be removed."
@@ -90,7 +91,7 @@ def family_of(transformer: nn.Module) -> Family:
     if (unknown := read_only(transformer)) is not None:
         return unknown
     known = ", ".join(sorted({*modules(), *_FAMILIES}))
-    raise TypeError(
+    raise InvalidType(
         f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it "
         f"knows {known}."
     )

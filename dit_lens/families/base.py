@@ -161,7 +161,7 @@ class Family:
         differs: one line: where its block differs from the DiT block, for the docs.
         x_name, t_name, labels_name: the arguments that hold x_t, the time and, in a
             class-conditional model, the class labels.
-        branches: how its pipelines guide: the branches in which a doubled batch is stacked,
+        batch_order: how its pipelines guide: the branches in which a doubled batch is stacked,
             ("uncond", "cond") or ("cond", "uncond"), or None where each branch is a call of its
             own, the conditional one first.
         read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read
@@ -173,7 +173,7 @@ class Family:
     model_class: str
     differs: str
     x_name, t_name, labels_name = "hidden_states", "timestep", "class_labels"
-    branches: tuple[str, str] | None = ("uncond", "cond")
+    batch_order: tuple[str, str] | None = ("uncond", "cond")
     read_only = False
     written_for: dict[str, str] = {}
 

@@ -27,6 +27,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..hooks.points import HookPoint
 from . import register
 from .base import (
@@ -334,17 +335,17 @@ class CogVideoXFamily(Family):
         units = c.patch_size_t or 1, c.patch_size, c.patch_size
         if any(size % unit for size, unit in zip((x.shape[1], *x.shape[3:]), units, strict=True)):
             wanted = "[batch, frame, channel, height, width] with frames, height and width in multiples of"
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents have shape {list(x.shape)}; expected {wanted} "
                 f"{', '.join(map(str, units))}."
             )
         if c.use_rotary_positional_embeddings and inputs.get("image_rotary_emb") is None:
-            raise ValueError(
+            raise InvalidValue(
                 "image_rotary_emb is missing, the positions of the tokens; expected the pipeline's "
                 "two tables."
             )
         if hasattr(transformer.patch_embed, "pos_embedding") and text != c.max_text_seq_length:
-            raise ValueError(
+            raise InvalidValue(
                 f"The text has {text} tokens; expected {c.max_text_seq_length}, padding included."
             )
 

@@ -16,6 +16,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..hooks.points import HookPoint
 from . import register
 from .base import (
@@ -72,7 +73,7 @@ class ShiftScaleForward(Forward):
 
 
 class BlockForward(Forward):
-    """One block: two gated branches added to the stream.
+    """One block: two gated sublayers, added to the stream.
 
     The first one is also given `hook_embed`.
     """
@@ -100,7 +101,7 @@ class BlockForward(Forward):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         if cross_attention_kwargs:
-            raise ValueError(
+            raise InvalidValue(
                 f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
                 "DiT, which has no "
                 "cross-attention; pass None."
@@ -147,7 +148,7 @@ class DiTFamily(Family):
     differs = (
         "the block that the others are compared with; every block embeds time and class for itself"
     )
-    branches = ("cond", "uncond")
+    batch_order = ("cond", "uncond")
     written_for = {
         "AdaLayerNormZero.forward": "0451374e",
         "Attention.forward": "f4dadb54",
@@ -184,7 +185,7 @@ class DiTFamily(Family):
         refuse_processors(transformer.transformer_blocks, attn1=AttnProcessor2_0)
         for i, block in enumerate(transformer.transformer_blocks):
             if not isinstance(block.ff.net[0], GELU):
-                raise ValueError(
+                raise InvalidValue(
                     f"Block {i} has the activation {type(block.ff.net[0]).__name__} "
                     f"(activation_fn={transformer.config.activation_fn!r}); expected 'gelu' or "
                     "'gelu-approximate'."
@@ -195,18 +196,18 @@ class DiTFamily(Family):
         x, t, y = (inputs.get(name) for name in ("hidden_states", "timestep", "class_labels"))
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != c.in_channels:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents have {got}; expected [batch, {c.in_channels}, {c.sample_size}, "
                 f"{c.sample_size}]."
             )
         if x.shape[2] != x.shape[3]:
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents are {x.shape[2]}x{x.shape[3]}; diffusers' DiT silently scrambles "
                 "images that are not "
                 f"square, so expected {c.sample_size}x{c.sample_size}."
             )
         if x.shape[2] % p:
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents are {x.shape[2]} wide; expected a multiple of the patch size {p}."
             )
         for name, value in (("timesteps", t), ("class labels", y)):
@@ -216,7 +217,7 @@ class DiTFamily(Family):
                 or value.shape[0] not in (1, x.shape[0])
             ):
                 got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(
+                raise InvalidValue(
                     f"The {name} are {got}; expected a tensor of shape [{x.shape[0]}], one for "
                     "each item."
                 )
@@ -227,13 +228,13 @@ class DiTFamily(Family):
             and not (0 <= int(y.min()) and int(y.max()) <= c.num_embeds_ada_norm)
         ):
             bad = int(y.min()) if y.min() < 0 else int(y.max())
-            raise ValueError(
+            raise InvalidValue(
                 f"Class label {bad} is out of range; expected 0 to {c.num_embeds_ada_norm - 1}, "
                 f"or {c.num_embeds_ada_norm} for no class."
             )
         weight = transformer.proj_out_2.weight
         if x.device != weight.device and weight.device.type != "meta":
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents are on {x.device}, the model is on {weight.device}; use "
                 f"x.to({str(weight.device)!r})."
             )

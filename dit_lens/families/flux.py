@@ -21,6 +21,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from . import register
 from .base import COND, RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
 from .parts.attention import Joint
@@ -201,7 +202,7 @@ class FluxFamily(PackedFamily):
 
     def check_model(self, transformer: Any) -> None:
         if getattr(transformer, "encoder_hid_proj", None) is not None:
-            raise ValueError(
+            raise InvalidValue(
                 "An IP-Adapter is loaded, whose attention dit_lens does not repeat; call "
                 "pipe.unload_ip_adapter() first."
             )
@@ -212,7 +213,7 @@ class FluxFamily(PackedFamily):
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         wanted, given = transformer.config.guidance_embeds, inputs.get("guidance") is not None
         if wanted != given:
-            raise ValueError(
+            raise InvalidValue(
                 f"The model takes {'the strength of guidance' if wanted else 'no strength of guidance'} as an input, and "
                 f"guidance is {'given' if given else 'missing'}; expected "
                 f"guidance={'a tensor [batch], 3.5 say' if wanted else None}."

@@ -27,6 +27,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from . import register
 from .base import (
     SAMPLE,
@@ -161,7 +162,7 @@ class Lumina2Family(JointFamily):
 
     model_class = "Lumina2Transformer2DModel"
     differs = "caption and image in one sequence, through the same weights; a norm before and after each branch; gates through tanh"
-    branches = None
+    batch_order = None
     written_for = {
         "Attention.forward": "f4dadb54",
         "Lumina2AttnProcessor2_0.__call__": "8114ed7f",
@@ -205,18 +206,18 @@ class Lumina2Family(JointFamily):
             or x.shape[3] % p
         ):
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents have {got}; expected [batch, {c.in_channels}, height, width], height "
                 f"and width multiples of {p}."
             )
         if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(x):
             got = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise ValueError(
+            raise InvalidValue(
                 f"encoder_attention_mask has {got}; expected [{len(x)}, token], 1 where the "
                 "caption is and 0 after it."
             )
         if mask.device.type != "meta" and bool((mask[:, 1:].int() > mask[:, :-1].int()).any()):
-            raise ValueError(
+            raise InvalidValue(
                 "encoder_attention_mask has captions that do not start at the first token, and the "
                 "model would read the padding in their "
                 "place; expected padding on the right: pipe.tokenizer.padding_side = 'right'."

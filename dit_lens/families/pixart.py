@@ -22,6 +22,7 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..hooks.points import HookPoint
 from . import register
 from .base import (
@@ -96,7 +97,7 @@ class BlockForward(Forward):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         if cross_attention_kwargs:
-            raise ValueError(
+            raise InvalidValue(
                 f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
                 "PixArt, whose attention takes no "
                 "further arguments; pass None."
@@ -219,7 +220,7 @@ class PixArtFamily(Family):
             transformer.transformer_blocks, attn1=AttnProcessor2_0, attn2=AttnProcessor2_0
         )
         if any(block.attn2 is None for block in transformer.transformer_blocks):
-            raise ValueError(
+            raise InvalidValue(
                 "The blocks have no cross-attention (cross_attention_dim=None); expected a PixArt "
                 "that is given text."
             )

@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from . import register
 from .base import RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
 from .parts.layers import FinalNormForward, neurons, refuse_processors
@@ -130,7 +131,7 @@ class QwenImageFamily(PackedFamily):
     def check_model(self, transformer: Any) -> None:
         for option in ("zero_cond_t", "use_layer3d_rope"):
             if transformer.config.get(option):
-                raise ValueError(
+                raise InvalidValue(
                     f"The model has {option}=True, as the newer editing and layering versions of "
                     "Qwen-Image do: its images differ in their "
                     "modulation or make up x_t together; expected a transformer without it, such "
@@ -141,7 +142,7 @@ class QwenImageFamily(PackedFamily):
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         shapes = inputs.get("img_shapes") or []
         if other := [shape for shape in shapes if shape != shapes[0]]:
-            raise ValueError(
+            raise InvalidValue(
                 f"The batch has images of shapes {shapes[0]} and {other[0]}, and diffusers places "
                 "all as if they were like the first; "
                 "expected images of one shape."

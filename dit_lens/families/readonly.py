@@ -25,6 +25,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from ..errors import InvalidState, InvalidType
 from ..hooks.points import BackwardEditor, HookPoint
 from .base import Axes, Condition, Config, Family, Forward, Points, Size, TransformerForward
 from .boundaries import argument_of, given, main_blocks, parts
@@ -107,7 +108,7 @@ class Pass:
 
 
 def refuse(point: HookPoint, why: str) -> NoReturn:
-    raise RuntimeError(f"{point.name!r} can't be read: {why}.")
+    raise InvalidState(f"{point.name!r} can't be read: {why}.")
 
 
 def look(point: HookPoint, x: Any) -> None:
@@ -120,7 +121,7 @@ def look(point: HookPoint, x: Any) -> None:
         )
     new = point(x)
     if point.changed and not torch.equal(new, x):
-        raise RuntimeError(
+        raise InvalidState(
             f"The hook at {point.name!r} returned another value, and this model is opened "
             "read-only; expected None. Only a model with a "
             "family of its own can be edited (docs/families.md)."
@@ -140,8 +141,8 @@ class ReadTransformer(TransformerForward):
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         form = {"return_dict": inputs.pop("return_dict")} if "return_dict" in inputs else {}
         with self.instrumentation.forward(inputs):
-            if self.instrumentation.gates:
-                raise RuntimeError(
+            if self.instrumentation.couplings:
+                raise InvalidState(
                     f"{type(self.module).__name__} is opened read-only, and its attention can't "
                     "couple twins; expected a model with a "
                     "family of its own."
@@ -216,7 +217,7 @@ class ReadOnlyFamily(Family):
     """How dit_lens opens a diffusers transformer that has no family of its own; made for one class."""
 
     differs = "unknown: opened read-only, with the names that lie on its modules' boundaries"
-    branches = None
+    batch_order = None
     read_only = True
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -297,7 +298,7 @@ class ReadOnlyFamily(Family):
     def latents(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         for name, value in inputs.items():
             if not _plain(value) or (name == self.x_name and not isinstance(value, Tensor)):
-                raise TypeError(
+                raise InvalidType(
                     f"{name} is or holds what {self.model_class} can't be given again for a "
                     f"recomputation ({type(value).__name__}); "
                     "expected latents in one tensor, and further tensors, numbers and words only."
@@ -343,7 +344,7 @@ class ReadOnlyFamily(Family):
         self._refuse("can't be sampled here", "its pipeline's own call inside dit_lens.trace(pipe)")
 
     def _refuse(self, why: str, instead: str) -> NoReturn:
-        raise RuntimeError(
+        raise InvalidState(
             f"{self.model_class} is opened read-only, and {why}; expected {instead}."
         )
 

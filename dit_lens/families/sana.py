@@ -37,6 +37,7 @@ from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..hooks.points import HookPoint
 from . import register
 from .base import (
@@ -343,14 +344,14 @@ class SanaFamily(Family):
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         c, x, p = transformer.config, inputs["hidden_states"], transformer.config.patch_size
         if x.shape[2] % p or x.shape[3] % p:  # diffusers would cut off the rest
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents are {x.shape[2]}x{x.shape[3]}; expected multiples of the patch size "
                 f"{p}."
             )
         guidance = inputs.get("guidance")
         if (guidance is not None) != c.guidance_embeds:
             wanted = "its strength as a tensor [batch]" if c.guidance_embeds else "None"
-            raise ValueError(
+            raise InvalidValue(
                 f"guidance is {guidance!r}, and guidance_embeds={c.guidance_embeds}; expected "
                 f"{wanted}."
             )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import InvalidState
 from ..hooks.points import Observer
 from .base import Condition, Family, Forward
 
@@ -72,7 +73,7 @@ def check_sources(
     if _tested[key]:
         import diffusers
 
-        raise RuntimeError(
+        raise InvalidState(
             f"{changed[0]} of diffusers {diffusers.__version__} is not what dit_lens repeats for "
             f"{family.model_class}: {_tested[key]}. "
             "Install the diffusers that this dit_lens was tested with, or a newer dit_lens."

@@ -24,6 +24,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..hooks.points import HookPoint
 from . import register
 from .base import (
@@ -194,7 +195,7 @@ class WanFamily(Family):
 
     model_class = "WanTransformer3DModel"
     differs = "video; cross-attention to the text between self-attention and MLP; modulations from one shared vector and a table a block"
-    branches = None
+    batch_order = None
     written_for = {
         "GELU.forward": "4a4013c4",
         "WanAttention.forward": "895ea6af",
@@ -232,7 +233,7 @@ class WanFamily(Family):
     def check_model(self, transformer: Any) -> None:
         c = transformer.config
         if c.added_kv_proj_dim or c.image_dim or c.in_channels != (c.out_channels or c.in_channels):
-            raise ValueError(
+            raise InvalidValue(
                 f"This Wan continues an image ({c.in_channels} channels in, {c.out_channels} out, "
                 f"image_dim={c.image_dim}): it is given "
                 "more than x_t; dit_lens opens text-to-video Wan, and Wan 2.2 TI2V."
@@ -240,7 +241,7 @@ class WanFamily(Family):
         for i, block in enumerate(transformer.blocks):
             for name in ("attn1", "attn2"):
                 if getattr(getattr(block, name), "fused_projections", False):
-                    raise ValueError(
+                    raise InvalidValue(
                         f"The projections of {name} in block {i} are fused; call "
                         "transformer.unfuse_qkv_projections() first."
                     )
@@ -250,17 +251,17 @@ class WanFamily(Family):
         x, c, p = inputs.get("hidden_states"), transformer.config, transformer.config.patch_size
         if not isinstance(x, Tensor) or x.ndim != 5 or x.shape[1] != c.in_channels:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents have {got}; expected [batch, {c.in_channels}, frames, height, width]."
             )
         if any(n % each for n, each in zip(x.shape[2:], p, strict=True)):
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents are {'x'.join(map(str, x.shape[2:]))}, and Wan would drop what does "
                 "not fill a patch; expected "
                 f"multiples of {'x'.join(map(str, p))}."
             )
         if inputs.get("encoder_hidden_states_image") is not None:
-            raise ValueError(
+            raise InvalidValue(
                 "This Wan has no image embedder; expected encoder_hidden_states_image=None."
             )
 

@@ -27,6 +27,7 @@ from diffusers.models.transformers.transformer_z_image import (
 )
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from . import register
 from .base import Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
 from .parts.attention import Joint, Kernel, dispatched
@@ -85,7 +86,7 @@ class ZBlockForward(SandwichForward):
         return self.after_mlp(x, block.feed_forward(h), gate_mlp, block.ffn_norm2, joint)
 
     def modulations(self, part: str, attn: Tensor, mlp: Tensor) -> Iterator[Tensor]:
-        """Those of both branches, hooked, [batch, 1, d_model]."""
+        """Those of both sublayers, hooked, [batch, 1, d_model]."""
         for branch, m in (("attn", attn), ("mlp", mlp)):
             yield self.points[f"adaln.hook_{part}_{branch}"](m).unsqueeze(1)
 
@@ -137,7 +138,7 @@ class ZImageFamily(JointFamily):
     model_class = "ZImageTransformer2DModel"
     differs = "image and caption in one sequence, through the same weights; a norm before and after each branch; gates through tanh"
     x_name, t_name = "x", "t"
-    branches = ("cond", "uncond")
+    batch_order = ("cond", "uncond")
     written_for = {
         "Attention.forward": "f4dadb54",
         "FeedForward.forward": "8da1c726",
@@ -174,7 +175,7 @@ class ZImageFamily(JointFamily):
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         x, captions, p = inputs.get("x"), inputs.get("cap_feats"), inputs.get("patch_size", PATCH)
         if isinstance(x, (list, tuple)) and x and isinstance(x[0], (list, tuple)):
-            raise ValueError(
+            raise InvalidValue(
                 "x is a list of lists, Z-Image's omni mode, where some images are conditions and "
                 "each has modulations of its own; "
                 "dit_lens opens its plain mode: expected a list of tensors, one image an item."
@@ -184,7 +185,7 @@ class ZImageFamily(JointFamily):
             or not x
             or not all(isinstance(item, Tensor) for item in x)
         ):
-            raise ValueError(
+            raise InvalidValue(
                 f"x is a {type(x).__name__}; expected a list of tensors [channel, 1, height, "
                 "width], one an item."
             )
@@ -197,7 +198,7 @@ class ZImageFamily(JointFamily):
             or height % p
             or width % p
         ):
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents in x have the shapes {', '.join(str(list(s)) for s in shapes)}; "
                 "expected one shape, "
                 f"[{transformer.in_channels}, 1, height, width], height and width multiples of {p}."
@@ -208,7 +209,7 @@ class ZImageFamily(JointFamily):
                 if isinstance(captions, (list, tuple))
                 else f"a {type(captions).__name__}"
             )
-            raise ValueError(
+            raise InvalidValue(
                 f"cap_feats has {got}; expected a list of {len(x)} captions [token, d], one an "
                 "item of x."
             )

@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 Array = NDArray[np.float64]
 
 
 def _spectrum(lam: ArrayLike) -> Array:
     values = np.asarray(lam, dtype=np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(
+        raise InvalidValue(
             f"lam is {lam!r}; every variance of the data must be finite and above 0, for instance "
             "4.0."
         )
@@ -30,7 +32,7 @@ def _spectrum(lam: ArrayLike) -> Array:
 def _alphas(abar: ArrayLike) -> Array:
     values = np.asarray(abar, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(
+        raise InvalidValue(
             f"abar is {abar!r}; a cumulative alpha lies in [0, 1], as in scheduler.alphas_cumprod."
         )
     return values
@@ -71,7 +73,7 @@ def commitment_timestep(lam: float, abars: ArrayLike) -> float:
     alpha = _alphas(abars)
     snr, wanted = np.log(alpha) - np.log1p(-alpha), float(commitment_log_snr(lam))
     if not snr.min() <= wanted <= snr.max():
-        raise ValueError(
+        raise InvalidValue(
             f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, which must lie in the schedule's "
             f"{snr.min():.2f} to {snr.max():.2f}."
         )
@@ -91,7 +93,7 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
     """
     spectrum, alpha = np.atleast_1d(_spectrum(lam)), _alphas(abars)
     if not 0 <= release <= len(alpha):
-        raise ValueError(
+        raise InvalidValue(
             f"release is {release}; it must be a step from 0 to {len(alpha)} (never released)."
         )
     shared = total = np.ones_like(spectrum)  # the variances of a start from pure noise
@@ -127,7 +129,7 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
     0.7752
     """
     if not (np.isfinite(m) and np.isfinite(sigma) and sigma >= 0):
-        raise ValueError(
+        raise InvalidValue(
             f"m is {m!r} and sigma {sigma!r}; both must be finite, and sigma at least 0."
         )
     width = np.sqrt(1 - _alphas(abar) + sigma**2 * abar)
@@ -152,7 +154,7 @@ def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> A
     [3.71293, 1.61051, 1.0]
     """
     if not (np.isfinite(g) and g >= 0):
-        raise ValueError(f"g is {g!r}; a coupling strength must be finite and at least 0.")
+        raise InvalidValue(f"g is {g!r}; a coupling strength must be finite and at least 0.")
     count = layers if isinstance(layers, int) else len(layers)
     return (1 + (1 - g) / (1 + g) * np.asarray(a, dtype=np.float64)) ** count
 

@@ -28,6 +28,8 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 DiT = Any  # a DiTTransformer2DModel: diffusers' types do not show a model's attributes
 TIMESTEPS = 1000
 # the constant C: LayerNorm's error is about |signal|^2 / 4 C^2, float32 does not mind
@@ -50,7 +52,7 @@ def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) ->
     0.
     """
     if patch_size < 1 or sample_size % patch_size or sample_size < 2 * patch_size:
-        raise ValueError(
+        raise InvalidValue(
             f"sample_size is {sample_size} and patch_size {patch_size}; 2 or more whole patches "
             "must fit."
         )
@@ -75,7 +77,7 @@ def finish(transformer: DiT, dtype: torch.dtype) -> DiT:
     constants.
     """
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
+        raise InvalidValue(
             f"dtype is {dtype}; ground-truth models are exact only in torch.float32 or "
             "torch.float64."
         )
@@ -99,7 +101,7 @@ def directions(transformer: DiT, sets: int) -> Tensor:
         size = torch.nn.functional.pad(size, (0, len(channels) - len(size)))
         room = int((size < 1e-6).sum())
         if sets * count > room:
-            raise ValueError(
+            raise InvalidValue(
                 f"in_channels * patch_size^2 is {count}; at most {room // sets} values a patch fit "
                 "beside the "
                 f"positions of a {len(positions)}-token model of width {WIDTH}."

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from .closed_forms import gaussian_eps, token_mean
 from .construction import TIMESTEPS, DiT
 
@@ -25,7 +26,7 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
     [1.0, 1.3]
     """
     if band not in ("low", "high"):
-        raise ValueError(f"band is {band!r}; it must be 'low' or 'high'.")
+        raise InvalidValue(f"band is {band!r}; it must be 'low' or 'high'.")
     config, sizes, first = transformer.config, [], next(transformer.parameters())
     shape = (2, config["in_channels"], config["sample_size"], config["sample_size"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(

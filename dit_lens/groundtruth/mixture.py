@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import fold, gelu, unfold
 
+from ..errors import InvalidValue
 from . import construction as build
 from .closed_forms import commitment_timestep
 from .models import GroundTruth, plain_scheduler
@@ -79,7 +80,7 @@ def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
     ([4.0], [[0.0, 0.0, 0.0, 0.0]])
     """
     if patch_size < 1 or patch_size % 2 or any(size % patch_size for size in x.shape[2:]):
-        raise ValueError(
+        raise InvalidValue(
             f"patch_size is {patch_size}; patches must be even and fill latents of "
             f"{list(x.shape[2:])}."
         )
@@ -102,11 +103,11 @@ def sides(latents: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
     config = truth.transformer.config
     wanted = (config["in_channels"], config["sample_size"], config["sample_size"])
     if truth.answer.get("kind") != "two_scale":
-        raise ValueError(
+        raise InvalidValue(
             f"truth is of kind {truth.answer.get('kind')!r}; only a 'two_scale' model has sides."
         )
     if latents.ndim != 4 or tuple(latents.shape[1:]) != wanted:
-        raise ValueError(
+        raise InvalidValue(
             f"latents has shape {list(latents.shape)}; it must be [b, "
             f"{', '.join(map(str, wanted))}]."
         )
@@ -142,21 +143,21 @@ def two_scale(
     2.833
     """
     if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(
+        raise InvalidValue(
             f"sigma is {sigma!r}; the width of a side must be finite and above 0, for instance "
             "0.25."
         )
     for name, size in (("m_low", m_low), ("m_high", m_high)):
         if not (math.isfinite(size) and size > sigma):
-            raise ValueError(
+            raise InvalidValue(
                 f"{name} is {size!r}; it must be finite and above sigma, {sigma:g}, or no side is "
                 "decided."
             )
     for name, layer in (("low_layer", low_layer), ("high_layer", high_layer)):
         if layer not in range(n_layers):
-            raise ValueError(f"{name} is {layer!r}; it must be a layer from 0 to {n_layers - 1}.")
+            raise InvalidValue(f"{name} is {layer!r}; it must be a layer from 0 to {n_layers - 1}.")
     if patch_size % 2:
-        raise ValueError(
+        raise InvalidValue(
             f"patch_size is {patch_size!r}; it must be even, for a checkerboard has as many +1 as "
             "-1."
         )

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from ..errors import InvalidValue
 from . import construction as build
 from .closed_forms import commitment_log_snr, commitment_timestep, planted_gain
 from .measured import denoiser_error, gain_error
@@ -93,7 +94,7 @@ def gaussian(
         [1 / len(layers)] * len(layers) if shares is None else [float(share) for share in shares]
     )
     if len(split) != len(layers) or not math.isclose(sum(split), 1.0, abs_tol=1e-9):
-        raise ValueError(
+        raise InvalidValue(
             f"shares is {shares!r}; it must hold {len(layers)} numbers, one a layer, that sum to 1."
         )
     scheduler = plain_scheduler()
@@ -170,17 +171,17 @@ def planted(
     _check_layers(layers, n_layers, "layers")
     bands = list(BANDS) if band == "both" else [band]
     if not set(bands) <= set(BANDS):
-        raise ValueError(f"band is {band!r}; it must be 'low', 'high' or 'both'.")
+        raise InvalidValue(f"band is {band!r}; it must be 'low', 'high' or 'both'.")
     if not (math.isfinite(a) and a > -1):
-        raise ValueError(
+        raise InvalidValue(
             f"a is {a!r}; the gain 1 + a must be finite and above 0, for instance a=0.3."
         )
     if switch is not None and set(switch) != set(bands):
-        raise ValueError(
+        raise InvalidValue(
             f"switch is {dict(switch)!r}; it must give a timestep for exactly the bands {bands}."
         )
     if not noise >= 0:
-        raise ValueError(f"noise is {noise!r}; it is a fraction of the signal, at least 0.")
+        raise InvalidValue(f"noise is {noise!r}; it is a fraction of the signal, at least 0.")
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
@@ -266,7 +267,7 @@ def _check_layers(
     free = set(range(n_layers)) - set(taken)
     if not layers or len(set(layers)) != len(layers) or not set(layers) <= free:
         also = f" that are not among {list(taken)}" if taken else ""
-        raise ValueError(
+        raise InvalidValue(
             f"{what} is {list(layers)}; it must hold different layers from 0 to "
             f"{n_layers - 1}{also}."
         )

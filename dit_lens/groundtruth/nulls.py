@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InvalidValue
 from . import construction as build
 from .models import GroundTruth, plain_scheduler
 
@@ -51,7 +52,7 @@ def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
     """
     blocks = list(transformer.transformer_blocks)
     if len(blocks) < 2:
-        raise ValueError(f"transformer has {len(blocks)} block; shuffling needs at least 2.")
+        raise InvalidValue(f"transformer has {len(blocks)} block; shuffling needs at least 2.")
     draw, order = torch.Generator().manual_seed(seed), torch.arange(len(blocks))
     while (order == torch.arange(len(blocks))).all():
         order = torch.randperm(len(blocks), generator=draw)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from .points import Editor, HookFunction, HookPoint
 from .regions import Region
 
@@ -24,7 +25,7 @@ def step_test(steps: Steps) -> Callable[[int], bool]:
         return lambda s: True
     if isinstance(steps, slice):
         if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
-            raise ValueError(
+            raise InvalidValue(
                 f"{steps} counts steps from the end, which is not known while a run is under way; "
                 "count from 0."
             )
@@ -32,7 +33,7 @@ def step_test(steps: Steps) -> Callable[[int], bool]:
         return lambda s: s >= first and (last is None or s < last) and (s - first) % by == 0
     chosen = {steps} if isinstance(steps, int) else {int(s) for s in steps}
     if not chosen or min(chosen) < 0:
-        raise ValueError(
+        raise InvalidValue(
             f"steps={steps!r} names no step; expected numbers from 0 (the noisiest), a slice or a "
             "range."
         )
@@ -55,7 +56,7 @@ def patch_from_steps(taken: Mapping[str, Mapping[int, Tensor]]) -> HookFunction:
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         at_step = taken[hook.name]
         if hook.step is None or hook.step not in at_step:
-            raise ValueError(f"The source trace has no step {hook.step}; it has {len(at_step)}.")
+            raise InvalidValue(f"The source trace has no step {hook.step}; it has {len(at_step)}.")
         return _fitting(at_step[hook.step], activation, hook)
 
     return fn
@@ -70,7 +71,7 @@ def patch_from_tensor(source: Tensor) -> HookFunction:
         if source.ndim != activation.ndim + 1:
             return _fitting(source, activation, hook)
         if hook.step is None or hook.step >= len(source):
-            raise ValueError(
+            raise InvalidValue(
                 f"The patch for {hook.name!r} has {len(source)} steps; there is none for step "
                 f"{hook.step}."
             )
@@ -87,7 +88,7 @@ def ablation(mode: str) -> HookFunction:
         "resample": lambda a: a.roll(1, 0),
     }
     if mode not in modes:
-        raise ValueError(
+        raise InvalidValue(
             f"{mode!r} is no way to ablate; expected one of {', '.join(map(repr, modes))}."
         )
     return lambda activation, hook: modes[mode](activation)
@@ -95,7 +96,7 @@ def ablation(mode: str) -> HookFunction:
 
 def _fitting(patch: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
     if patch.shape != activation.shape:
-        raise ValueError(
+        raise InvalidValue(
             f"The patch for {hook.name!r} has shape {list(patch.shape)}; the activation has "
             f"{list(activation.shape)}."
         )

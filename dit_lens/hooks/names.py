@@ -19,6 +19,8 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from ..errors import DitLensError
+
 ASIDE = ("text.", "cross_attn.", "attn2.")
 """Streams and attentions beside the main one, which a shorthand means only by name:
 `"cross_attn.pattern"`.
@@ -28,7 +30,7 @@ Key = str | tuple[str, int] | tuple[str, int, str]
 NamesFilter = None | str | tuple[str, int] | Sequence[str] | Callable[[str], bool]
 
 
-class UnknownName(KeyError):
+class UnknownName(DitLensError, KeyError):
     """A hook name, shorthand or pattern that this model does not have."""
 
     def __str__(self) -> str:  # KeyError shows its message in quotes

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidState, InvalidType, InvalidValue
 from .names import layer_of
 
 HookFunction = Callable[..., Any]
@@ -125,7 +126,7 @@ class Editor(Listener):
         new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
         if new is None:
             if before is not None and copy._version != before:
-                raise RuntimeError(
+                raise InvalidState(
                     f"The hook at {point.name!r} changed its activation in place and returned "
                     "None; return it."
                 )
@@ -160,7 +161,7 @@ class BackwardEditor(Listener):
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         if not x.requires_grad:
-            raise RuntimeError(
+            raise InvalidState(
                 f"A backward hook waits at {point.name!r}, but no gradient flows there: "
                 "gradients are off, or neither the weights before it nor the input require them."
             )
@@ -198,17 +199,17 @@ class _SameLayout(torch.autograd.Function):
 
 def _checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
     if not isinstance(new, Tensor):
-        raise TypeError(
+        raise InvalidType(
             f"The hook at {point.name!r} returned a {type(new).__name__}; expected a tensor or "
             "None."
         )
     if new.shape != old.shape:
-        raise ValueError(
+        raise InvalidValue(
             f"The hook at {point.name!r} returned shape {list(new.shape)}; expected "
             f"{list(old.shape)}, that of the activation."
         )
     if new.dtype != old.dtype or new.device != old.device:
-        raise ValueError(
+        raise InvalidValue(
             f"The hook at {point.name!r} returned {new.dtype} on {new.device}; expected "
             f"{old.dtype} on {old.device}: "
             "use .to(activation)."
@@ -219,7 +220,7 @@ def _checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
 def _takes_hook_by_keyword(fn: HookFunction) -> bool:
     """TransformerLens passes `hook=`; a lambda with other argument names still works, by position."""
     if not callable(fn):
-        raise TypeError(f"A hook must be a function fn(activation, hook), not {fn!r}.")
+        raise InvalidType(f"A hook must be a function fn(activation, hook), not {fn!r}.")
     try:
         return "hook" in inspect.signature(fn).parameters
     except (TypeError, ValueError):  # builtins and some C functions have no signature

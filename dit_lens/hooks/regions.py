@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 if TYPE_CHECKING:
     from ..measures.bands import Bands
 
@@ -46,13 +48,11 @@ class Region:
         """Raise ValueError if the hook point has no such axis."""
         wanted = {"head": self.heads, "token": self.tokens, "frequency band": self.band}
         for axis, value in wanted.items():
-            has = (
-                axis in axes
-                or (axis != "head"
-                and ("token" in axes or (axis == "token" and "query" in axes)))
+            has = axis in axes or (
+                axis != "head" and ("token" in axes or (axis == "token" and "query" in axes))
             )
             if value is not None and not has:
-                raise ValueError(f"{name!r} has no {axis} axis; its axes are {', '.join(axes)}.")
+                raise InvalidValue(f"{name!r} has no {axis} axis; its axes are {', '.join(axes)}.")
 
     def merge(self, old: Tensor, new: Tensor, axes: tuple[str, ...]) -> Tensor:
         """`new` inside the region, `old` outside; both of the hook point's shape."""
@@ -84,11 +84,11 @@ def _mask(x: Tensor, dim: int, index: Any, axis: str) -> Tensor:
         else index
     )
     if isinstance(where, Tensor) and where.dtype == torch.bool and len(where) != size:
-        raise ValueError(f"The {axis} mask has {len(where)} entries; expected {size}.")
+        raise InvalidValue(f"The {axis} mask has {len(where)} entries; expected {size}.")
     try:
         mask[where] = True
     except IndexError:
-        raise ValueError(
+        raise InvalidValue(
             f"{axis} index {index!r} is out of range; expected 0 to {size - 1}."
         ) from None
     return mask.view([-1 if d == dim else 1 for d in range(x.ndim)])

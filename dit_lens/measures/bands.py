@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 CUT = 0.25
 """The usual cut between "low" and "high", cycles per token: half the Nyquist frequency of an axis
 (4 tokens a wave).
@@ -142,7 +144,7 @@ class Bands:
         (4, 12)
         """
         if len(grid) != 3:
-            raise ValueError(
+            raise InvalidValue(
                 f"grid is {tuple(grid)}; bands in time need a video's: (frames, height, width)."
             )
         t, h, w = _grid(grid)
@@ -164,7 +166,7 @@ class Bands:
         (('mean', '2x2', '4x4', '8x8'), (1, 3, 12, 48))
         """
         if len(grid) != 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"grid is {tuple(grid)}; the pooling pyramid is of images, (height, width)."
             )
         h, w = _grid(grid)
@@ -202,23 +204,23 @@ class Bands:
             rows = x.transpose(-1, -2).reshape(-1, t)
             covariance = rows.T @ rows
         else:
-            raise ValueError(
+            raise InvalidValue(
                 f"x has shape {tuple(x.shape)}; expected a covariance [{t}, {t}], images "
                 f"[sample, ..., {', '.join(map(str, sides))}] or activations [sample, ..., {t}, d]."
             )
         if not covariance.isfinite().all() or not covariance.any():
-            raise ValueError(
+            raise InvalidValue(
                 "x gives a covariance that is not finite or is all 0; eigenmodes need finite "
                 "differences that differ."
             )
         if sizes is None:
             if not 1 <= n <= t:
-                raise ValueError(
+                raise InvalidValue(
                     f"n is {n}; a {_by(sides)} grid has {t} modes, so n must be from 1 to {t}."
                 )
             sizes = [t // n + (b < t % n) for b in range(n)]
         if sum(sizes) != t or min(sizes) < 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of "
                 f"a {_by(sides)} grid."
             )
@@ -241,7 +243,7 @@ class Bands:
         (4, 60)
         """
         if not 0 < at < self.n:
-            raise ValueError(f"at is {at}; {self.n} bands can be split at 1 to {self.n - 1}.")
+            raise InvalidValue(f"at is {at}; {self.n} bands can be split at 1 to {self.n - 1}.")
         edges = self.edges[0], self.edges[at], self.edges[-1]
         return Bands(self.grid, self.kind, self._basis, self.frequency, edges, ("low", "high"))
 
@@ -260,7 +262,7 @@ class Bands:
             basis = (torch.eye(grid[0], dtype=torch.float64), *basis)
         top, size = frequency.max().item(), _by(grid)
         if edges is not None and cut is not None:
-            raise ValueError(
+            raise InvalidValue(
                 f"Both edges={list(edges)} and cut={cut} are given; expected one of them."
             )
         if n is None:
@@ -269,12 +271,12 @@ class Bands:
             )
         if edges is None and cut is None:
             if not isinstance(n, int) or n < 1:
-                raise ValueError(f"n is {n!r}; expected a number of bands, 1 or more.")
+                raise InvalidValue(f"n is {n!r}; expected a number of bands, 1 or more.")
             inner = [top * b / n for b in range(1, n)]
         else:
             inner = [float(e) for e in (edges if edges is not None else [cut])]  # type: ignore[arg-type]
             if not all(math.isfinite(e) for e in inner) or sorted(set(inner)) != inner:
-                raise ValueError(
+                raise InvalidValue(
                     f"The edges are {inner}; expected finite frequencies in increasing order, in "
                     "cycles per token."
                 )
@@ -299,11 +301,11 @@ class Bands:
                     for m in range(n, 0, -1)
                     if _filled(frequency, [top * k / m for k in range(1, m)])
                 )
-                raise ValueError(
+                raise InvalidValue(
                     f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is "
                     f"{largest}."
                 )
-            raise ValueError(
+            raise InvalidValue(
                 f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie "
                 "above "
                 f"0 and at or below {top:.4g}, and neighbours must have a mode between them."
@@ -386,7 +388,7 @@ class Bands:
         if isinstance(band, int) and 0 <= band < self.n:
             return band
         near = difflib.get_close_matches(str(band), self.names, n=3, cutoff=0.4) or self.names
-        raise ValueError(
+        raise InvalidValue(
             f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: "
             f"{', '.join(map(repr, near))}."
         )
@@ -430,7 +432,7 @@ class Bands:
 
     def _image(self, x: Tensor) -> Tensor:
         if x.shape[-len(self.grid) :] != self.grid:
-            raise ValueError(
+            raise InvalidValue(
                 f"x has shape {tuple(x.shape)}; expected images [..., "
                 f"{', '.join(map(str, self.grid))}] "
                 "(for token activations use the method that ends in _tokens)."
@@ -440,7 +442,7 @@ class Bands:
     def _tokens(self, x: Tensor) -> Tensor:
         places = math.prod(self.grid)
         if x.ndim < 2 or x.shape[-2] != places:
-            raise ValueError(
+            raise InvalidValue(
                 f"x has shape {tuple(x.shape)}; expected activations [..., {places}, d], tokens of "
                 f"a {_by(self.grid)} grid."
             )
@@ -449,7 +451,7 @@ class Bands:
 
 def _grid(grid: Sequence[int]) -> tuple[int, ...]:
     if len(grid) not in (2, 3) or min(grid) < 1:
-        raise ValueError(
+        raise InvalidValue(
             f"grid is {grid!r}; expected (height, width) or (frames, height, width), all 1 or more."
         )
     return tuple(int(side) for side in grid)

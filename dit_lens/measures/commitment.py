@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..errors import InvalidValue
 from .bands import Bands
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ def agreement(
     [1.0, 1.0]
     """
     if a.shape != b.shape or a.ndim < 2:
-        raise ValueError(
+        raise InvalidValue(
             f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
             "[pair, ...]."
         )
     labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
     if labels.shape != (len(a),):
-        raise ValueError(
+        raise InvalidValue(
             f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
         )
     x, y = a.detach().double(), b.detach().double()
@@ -84,7 +85,7 @@ def agreement(
     for label in np.unique(labels):
         here = np.flatnonzero(labels == label)
         if len(here) < 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
             )
         u, v = (z[here] - z[here].mean(0) for z in (x, y))
@@ -119,7 +120,7 @@ def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
     [10.0, 10.0, 10.0]
     """
     if pairs < FEWEST_PAIRS:
-        raise ValueError(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
+        raise InvalidValue(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
     return (
         np.random.default_rng(seed)
         .multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
@@ -206,11 +207,11 @@ def fit_commitment(
     pairs, n_bands = stats.xy.shape[1:]
     labels = [str(b) for b in range(n_bands)] if names is None else list(names)
     if len(labels) != n_bands:
-        raise ValueError(f"names are {labels}; expected one for each of the {n_bands} bands.")
+        raise InvalidValue(f"names are {labels}; expected one for each of the {n_bands} bands.")
     order = np.argsort(at)
     stats, x = Agreement(*(part[order] for part in stats)), snr[at[order]]
     if not 1 <= groups <= pairs // 2:
-        raise ValueError(
+        raise InvalidValue(
             f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups."
         )
     # row 0 is the sample itself
@@ -386,30 +387,30 @@ def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
 def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
     shapes = {np.shape(part) for part in stats}
     if len(shapes) != 1 or np.ndim(stats.xy) != 3:
-        raise ValueError(
+        raise InvalidValue(
             f"The statistics have shapes {sorted(shapes)}; expected one shape [release, pair, "
             "band]."
         )
     if log_snr.ndim != 1 or len(log_snr) < 2 or not np.isfinite(log_snr).all():
-        raise ValueError(
+        raise InvalidValue(
             f"log_snr has shape {log_snr.shape}; expected finite values [step], one for each step "
             "of the run."
         )
     if (np.diff(log_snr) <= 0).any():
         s = np.flatnonzero(np.diff(log_snr) <= 0)[0]
-        raise ValueError(
+        raise InvalidValue(
             f"log_snr does not rise from step {s} ({log_snr[s]:.4g}) to {s + 1} "
             f"({log_snr[s + 1]:.4g}); "
             "expected the steps in the order they are run, the noisiest first."
         )
     if releases.shape != stats.xy.shape[:1] or not np.issubdtype(releases.dtype, np.integer):
-        raise ValueError(
+        raise InvalidValue(
             f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for "
             "each release."
         )
     outside = [int(s) for s in releases if not 0 <= s < len(log_snr)]
     if outside or len(set(releases.tolist())) < max(3, len(releases)):
-        raise ValueError(
+        raise InvalidValue(
             f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to "
             f"{len(log_snr) - 1}."
         )

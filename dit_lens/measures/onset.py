@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..errors import InvalidValue
 from .commitment import FEWEST_PAIRS
 
 Array = NDArray[np.float64]
@@ -203,23 +204,23 @@ def _share(profiles: Array, layer: int, last: int) -> Array:
 def _check(profile: Array, boot: Array, pairs: int, last: int, first: int) -> Array:
     """The resamples that are finite throughout."""
     if pairs < FEWEST_PAIRS:
-        raise ValueError(f"There are {pairs} pairs; an onset needs {FEWEST_PAIRS} or more.")
+        raise InvalidValue(f"There are {pairs} pairs; an onset needs {FEWEST_PAIRS} or more.")
     if profile.ndim != 1 or len(profile) < 3:
-        raise ValueError(
+        raise InvalidValue(
             f"profile has shape {profile.shape}; expected [layer], with 3 layers or more."
         )
     if boot.ndim != 2 or boot.shape[1] != len(profile) or len(boot) < 200:
-        raise ValueError(
+        raise InvalidValue(
             f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples "
             "or more."
         )
     if last < 1:
-        raise ValueError(f"last is {last}; expected a number of layers, 1 or more.")
+        raise InvalidValue(f"last is {last}; expected a number of layers, 1 or more.")
     finite = np.isfinite(np.vstack([profile, boot]))
     if not finite[0].all() or finite[1:].all(1).mean() < 0.9:
         bad = (np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)) + first).tolist()
         where = f"in layers {bad}" if bad else "in more than a tenth of the resamples"
-        raise ValueError(
+        raise InvalidValue(
             f"The profile is not finite {where}; its bands did not cross within the run there."
         )
     return boot[finite[1:].all(1)]

@@ -15,7 +15,7 @@ from ..families.base import Condition
 from ..hooks.points import Editor
 
 Span = tuple[int | None, int | None]
-Gate = Callable[..., Tensor]
+Coupling = Callable[..., Tensor]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Call:
         labels: [batch], classes or prompts by number, where they are known; see
             `dit_lens.model.conditions`.
         span, stream: the part of the blocks that was run, and the stream that was put in.
-        gates: attention couplings in force, by layer.
+        couplings: attention couplings in force, by layer.
         twin, branch: which item is which, where known.
         place: the loop's step, where the pipeline tells; calls with one place are branches of one
             step.
@@ -44,7 +44,7 @@ class Call:
     grad: bool = False
     autocast: torch.dtype | None = None
     edits: list[tuple[str, Editor]] = field(default_factory=list)
-    gates: dict[int, Gate] = field(default_factory=dict)
+    couplings: dict[int, Coupling] = field(default_factory=dict)
     twin: tuple[str, ...] | None = None
     branch: tuple[str, ...] | None = None
     place: Hashable = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..families.base import Condition, Config, Family
 
 PROMPTS = (
@@ -77,10 +78,8 @@ class Conditions:
         >>> dit_lens.load("digits").conditions.numbers([3, 7])
         tensor([3, 7])
         """
-        if (
-            isinstance(labels, str)
-            or (not isinstance(labels, (int, Tensor))
-            and any(isinstance(v, str) for v in labels))
+        if isinstance(labels, str) or (
+            not isinstance(labels, (int, Tensor)) and any(isinstance(v, str) for v in labels)
         ):
             labels = [self._number(v) for v in ([labels] if isinstance(labels, str) else labels)]
         y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1)
@@ -91,7 +90,7 @@ class Conditions:
             torch.float64,
             torch.bool,
         ):
-            raise ValueError(
+            raise InvalidValue(
                 f"The labels are {y.dtype}, starting with {y[0].item()}; expected whole numbers."
             )
         y = y.to(device, torch.long)
@@ -99,17 +98,17 @@ class Conditions:
         if not len(y) or bad:
             got = f"Label {bad[0]} is out of range" if bad else "There are no labels"
             what = "class" if self.cfg.n_classes else "prompt"
-            raise ValueError(f"{got}; expected 0 to {self.n - 1}, or {self.null} for no {what}.")
+            raise InvalidValue(f"{got}; expected 0 to {self.n - 1}, or {self.null} for no {what}.")
         return y
 
     def _number(self, prompt: Any) -> int:
         if self.cfg.n_classes:
-            raise ValueError(
+            raise InvalidValue(
                 f"The model knows {self.cfg.n_classes} classes by number and takes no prompts; got "
                 f"{prompt!r}."
             )
         if not isinstance(prompt, str):
-            raise ValueError(
+            raise InvalidValue(
                 f"{prompt!r} stands among prompts; expected all in words, or all by number."
             )
         if prompt and prompt not in self.prompts:
@@ -140,7 +139,7 @@ class Conditions:
     def _one(self, prompt: str) -> Condition:
         if prompt not in self._encoded:
             if getattr(self.pipe, "encode_prompt", None) is None:
-                raise ValueError(
+                raise InvalidValue(
                     f"The prompt {prompt!r} can't be encoded: this transformer was opened without "
                     "a pipeline. Open the pipeline, or "
                     "give conditions: model.conditions.add({prompt: {...}, '': {...}})."

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.base import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
@@ -125,7 +126,7 @@ class HookedDiT:
             name for name, value in condition.items() if "controlnet" in name and value is not None
         ]
         if beside and start is not None:
-            raise ValueError(
+            raise InvalidValue(
                 f"start_at_layer={start} can't be done with {beside[0]}, which diffusers adds "
                 "between the blocks; expected a whole pass."
             )
@@ -148,7 +149,7 @@ class HookedDiT:
         if self.cfg.n_classes:
             return Condition({self.family.labels_name: y})
         if y is None:
-            raise ValueError(
+            raise InvalidValue(
                 f"The condition is None; {type(self.transformer).__name__} expects prompts, in "
                 "words or by number ('' or -1 for none), "
                 "or a dict of its own further arguments."
@@ -156,7 +157,7 @@ class HookedDiT:
         # on the CPU: offloaded weights have no device to put them on
         labels = self.conditions.numbers(y)
         if len(labels) != items:
-            raise ValueError(
+            raise InvalidValue(
                 f"There are {len(labels)} prompts for a batch of {items}; expected one for each "
                 "item."
             )
@@ -164,13 +165,13 @@ class HookedDiT:
 
     def _check_restart(self, x: Tensor, start: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.cfg.d_model:
-            raise ValueError(
+            raise InvalidValue(
                 f"start_at_layer={start} takes the residual stream [batch, token, "
                 f"{self.cfg.d_model}] in place of "
                 f"latents, not shape {list(x.shape)}."
             )
         if not self.cfg.restartable and start != self.cfg.n_layers:
-            raise ValueError(
+            raise InvalidValue(
                 f"start_at_layer={start} can't be done with {type(self.transformer).__name__}, "
                 "whose blocks are given more than the "
                 "image's residual stream; expected a whole pass, with an edit at "
@@ -185,7 +186,7 @@ class HookedDiT:
             p = self.cfg.pixels[0] // self.cfg.grid[0]
             shape[-2:] = side * p, side * p
         elif tokens != self.cfg.tokens:
-            raise ValueError(
+            raise InvalidValue(
                 f"The stream has {tokens} tokens; expected {self.cfg.tokens}, of the "
                 f"{'x'.join(map(str, self.cfg.grid))} grid, or a square."
             )
@@ -269,7 +270,7 @@ class HookedDiT:
         """
         self._require_installed()
         if self.family.read_only:
-            raise RuntimeError(
+            raise InvalidState(
                 f"{type(self.transformer).__name__} is opened read-only, and its streams can't be "
                 "read by its last layer; expected a model "
                 "with a family of its own."
@@ -291,7 +292,7 @@ class HookedDiT:
         removed.
         """
         if dir not in ("fwd", "bwd"):
-            raise ValueError(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
+            raise InvalidValue(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
         make = Editor if dir == "fwd" else BackwardEditor
         handles = [self.instrumentation.attach(n, make(fn)) for n in select(name, self.names)]
         self.handles += handles
@@ -386,19 +387,19 @@ class HookedDiT:
     def _layer(self, layer: int | None) -> int | None:
         n = self.cfg.n_layers
         if layer is not None and not -n <= layer <= n:
-            raise ValueError(f"There is no layer {layer}; the model has {n}, 0 to {n - 1}.")
+            raise InvalidValue(f"There is no layer {layer}; the model has {n}, 0 to {n - 1}.")
         return layer + n if layer is not None and layer < 0 else layer
 
     def _require_eval(self) -> None:
         if self.transformer.training:
-            raise RuntimeError(
+            raise InvalidState(
                 "The model is in train mode, where diffusers drops class labels at random; call "
                 "model.eval() first."
             )
 
     def _require_installed(self) -> None:
         if not self.instrumentation.installed:
-            raise RuntimeError(
+            raise InvalidState(
                 "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
             )
 
@@ -411,7 +412,7 @@ def transformer_of(model: Any) -> Any:
     if found is None and hasattr(model, "unet"):
         found = model.unet
     if not isinstance(found, nn.Module):
-        raise TypeError(
+        raise InvalidType(
             f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected "
             "e.g. a DiTPipeline."
         )

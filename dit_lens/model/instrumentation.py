@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidState
 from ..families import family_of
 from ..families.base import Condition, Forward
 from ..families.upstream import check_sources
 from ..hooks.points import Editor, HookPoint, Listener
-from .call import Call, Gate, Span, Watcher
+from .call import Call, Coupling, Span, Watcher
 from .partial import InjectStream, SkippedBlock, StopBefore, StoppedAtLayer
-from .pipeline_frame import Branches
+from .pipeline_frame import PipelineFrame
 from .supported import refuse_cache, refuse_unfit
 
 
@@ -53,8 +54,8 @@ class Instrumentation:
         self.stream: Tensor | None = None
         self.now: dict[str, Any] | None = None  # the arguments of the call under way
         self.labels: Tensor | None = None
-        self.gates: dict[int, Gate] = {}
-        self.branches = Branches()
+        self.couplings: dict[int, Coupling] = {}
+        self.pipeline = PipelineFrame()
         self.twin: tuple[str, ...] | None = None
         self.owner: int | None = None
         self.running: list[int] = []
@@ -97,7 +98,7 @@ class Instrumentation:
             ]
             if not here:
                 theirs = forward.module.__dict__.get("forward")
-                raise RuntimeError(
+                raise InvalidState(
                     f"The forward of {type(forward.module).__name__} was replaced by {theirs!r} "
                     "after dit_lens; "
                     "undo that first, then call remove() again."
@@ -137,7 +138,7 @@ class Instrumentation:
     def unwatch(self, watcher: Watcher) -> None:
         self.watchers = [w for w in self.watchers if w is not watcher]
         if not self.watchers:
-            self.branches.forget()
+            self.pipeline.forget()
         self.release()
 
     def claim(self) -> None:
@@ -145,12 +146,12 @@ class Instrumentation:
         unasked.
         """
         if not self.installed:
-            raise RuntimeError(
+            raise InvalidState(
                 "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
             )
         me = get_ident()
         if (self.owner or me) != me or any(thread != me for thread in self.running):
-            raise RuntimeError(
+            raise InvalidState(
                 "This model is in use by another thread; hooks belong to one thread at a time. "
                 "Trace a copy (copy.deepcopy), or wait for the other to finish."
             )
@@ -170,19 +171,19 @@ class Instrumentation:
         if active:
             refuse_cache(self.transformer)
             if self.owner != me:
-                raise RuntimeError(
+                raise InvalidState(
                     "This model is being traced or hooked in another thread; run a copy "
                     "(copy.deepcopy) here."
                 )
             if me in self.running:
-                raise RuntimeError(
+                raise InvalidState(
                     "The model was called from inside one of its own hooks; call a copy, or call "
                     "it afterwards."
                 )
             if torch.is_grad_enabled() and getattr(
                 self.transformer, "gradient_checkpointing", False
             ):
-                raise RuntimeError(
+                raise InvalidState(
                     "Gradient checkpointing runs each block twice, and so would run each hook "
                     "twice; "
                     "call transformer.disable_gradient_checkpointing(), or use torch.no_grad()."
@@ -219,7 +220,7 @@ class Instrumentation:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         classes = inputs.get(self.family.labels_name)
         labels = classes if isinstance(classes, Tensor) else self.labels
-        branch, place = self.branches.now(self.transformer, self.family.branches, inputs, len(x))
+        branch, place = self.pipeline.now(self.transformer, self.family.batch_order, inputs, len(x))
         own = (self.family.x_name, self.family.t_name)
         condition = Condition({k: v for k, v in inputs.items() if k not in own})
         condition.labels = labels
@@ -232,7 +233,7 @@ class Instrumentation:
             self.stream,
             torch.is_grad_enabled(),
             autocast,
-            gates=dict(self.gates),
+            couplings=dict(self.couplings),
             twin=self.twin,
             branch=branch,
             place=place,
@@ -298,17 +299,17 @@ class Instrumentation:
         it was.
         """
         if get_ident() in self.running:
-            raise RuntimeError(
+            raise InvalidState(
                 "Activations can't be recomputed inside a hook, while the model runs; read them "
                 "afterwards."
             )
         self.claim()
         kept = {name: point.listeners for name, point in self.points.items()}
-        state = self.watchers, self.listening, self.span, self.gates
+        state = self.watchers, self.listening, self.span, self.couplings
         steps = {name: point.step for name, point in self.points.items()}
         for point in self.points.values():
             point.listeners = []
-        self.watchers, self.listening, self.span, self.gates = [], 0, (None, None), {}
+        self.watchers, self.listening, self.span, self.couplings = [], 0, (None, None), {}
         try:
             for name, listener in listeners:
                 self.points[name].add(listener)
@@ -317,7 +318,7 @@ class Instrumentation:
         finally:
             for name, point in self.points.items():
                 point.listeners, point.step = kept[name], steps[name]
-            self.watchers, self.listening, self.span, self.gates = state
+            self.watchers, self.listening, self.span, self.couplings = state
             self.release()
 
     def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -350,8 +351,8 @@ class Instrumentation:
             "stream": None,
             "now": None,
             "labels": None,
-            "gates": {},
-            "branches": Branches(),
+            "couplings": {},
+            "pipeline": PipelineFrame(),
         }
 
 
@@ -383,7 +384,7 @@ def _refuse_replaced(module: nn.Module) -> None:
         and slot == "forward"
         and getattr(found, "__self__", None) is not module
     ):
-        raise RuntimeError(
+        raise InvalidState(
             f"The forward of {type(module).__name__} was already replaced on the instance by "
             f"{found!r}; "
             "undo that first (or wrap the model before it)."

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InvalidValue, MissingFile
 from ..families import family_of
 from ..families.base import Family, Size
 from .hooked import HookedDiT
@@ -55,7 +56,7 @@ def load(
         if near
         else f"bundled models: {', '.join(map(repr, bundled)) or 'none'}."
     )
-    raise FileNotFoundError(
+    raise MissingFile(
         f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as "
         f"'owner/name'; {hint}"
     )
@@ -72,7 +73,7 @@ def _load_folder(
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device), size=size)
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a "
             "transformer)."
         )
@@ -103,7 +104,7 @@ def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
         name = json.loads((folder / config).read_text())["_class_name"]
         cls = getattr(diffusers, name)
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(folder / config)!r} does not name a diffusers class ({error!r})."
         ) from None
     return _weights(cls, folder, **({} if dtype is None else {"dtype": dtype}))
@@ -113,7 +114,7 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
     if not issubclass(cls, _scheduler_mixin()):
         pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
         if pickles:
-            raise ValueError(
+            raise InvalidValue(
                 f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model "
                 "as safetensors."
             )
@@ -125,7 +126,7 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
         return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
     except Exception as error:  # diffusers and safetensors raise many kinds for damaged files
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
+        raise InvalidValue(
             f"The model in {str(folder)!r} can't be loaded as {cls.__name__}: {first}"
         ) from error
 
@@ -151,7 +152,7 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     if (folder / "config.json").exists():
         config = json.loads((folder / "config.json").read_text())
     elif folder.is_dir() or not _is_hub_id(model):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"There is no model at {str(model)!r}; expected a bundled name, a folder with "
             "config.json, or a hub id."
         )
@@ -159,7 +160,7 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
         config = diffusers.ConfigMixin.load_config(str(model), subfolder="transformer")
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which "
             "diffusers does not have."
         )

@@ -26,7 +26,7 @@ do not know.
 """
 
 
-class Branches:
+class PipelineFrame:
     """Follows the pipelines that run through one transformer; of one such run it remembers the step
     and its calls.
     """
@@ -49,7 +49,7 @@ class Branches:
 
         "skip" is the extra pass of skip-layer guidance, which is conditional with some layers left
         out. "" is an item of a batch that is neither the latents' nor twice that. `order` is the
-        family's `branches`.
+        family's `batch_order`.
         """
         frame = _pipeline(transformer)
         if frame is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..errors import InvalidState, InvalidValue
+
 
 def refuse_unfit(transformer: nn.Module) -> None:
     """Raise RuntimeError or ValueError for a model whose hooks would be ignored, or whose
@@ -12,7 +14,7 @@ def refuse_unfit(transformer: nn.Module) -> None:
     if hasattr(transformer, "_orig_mod") or any(
         m._compiled_call_impl is not None for m in transformer.modules()
     ):
-        raise RuntimeError(
+        raise InvalidState(
             "The model is compiled: torch.compile ignores hooks added afterwards. Open the "
             "original instead "
             "(compiled._orig_mod, or load it again), and compile nothing while you look inside."
@@ -24,7 +26,7 @@ def refuse_unfit(transformer: nn.Module) -> None:
         named = (
             f" ({quantised} is {transformer.get_parameter(quantised).dtype})" if quantised else ""
         )
-        raise ValueError(
+        raise InvalidValue(
             f"{type(transformer).__name__} has quantised weights{named}, whose layers compute in "
             "ways dit_lens can't repeat bit for bit; "
             "load it unquantised, in float32, bfloat16 or float16."
@@ -32,7 +34,7 @@ def refuse_unfit(transformer: nn.Module) -> None:
     offloaded = any(hasattr(m, "_hf_hook") for m in transformer.modules())
     meta = next((n for n, p in transformer.named_parameters() if p.device.type == "meta"), None)
     if meta is not None and not offloaded:
-        raise ValueError(
+        raise InvalidValue(
             f"{type(transformer).__name__} has no weights: {meta} is on the meta device. Load them "
             "first "
             "(from_pretrained, or to_empty and load_state_dict)."
@@ -45,7 +47,7 @@ def refuse_cache(transformer: nn.Module) -> None:
     for it can be switched on later.
     """
     if getattr(transformer, "is_cache_enabled", False):
-        raise RuntimeError(
+        raise InvalidState(
             "A diffusers cache is on, which answers from earlier steps, so that a step could not "
             "be recomputed on its own; "
             "call transformer.disable_cache() first."

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..hooks.cache import ActivationCache
 from ..model.hooked import HookedDiT
 
@@ -56,7 +57,7 @@ def generic_activation_patch(
     """
     x, t, y = corrupted_inputs
     if index_axis_names[:1] != ("layer",) or not set(index_axis_names[1:]) <= set(SIZES):
-        raise ValueError(
+        raise InvalidValue(
             f"index_axis_names is {index_axis_names}; expected 'layer' first, then 'pos' and/or "
             "'head'."
         )
@@ -68,7 +69,7 @@ def generic_activation_patch(
             index_axis
         ]  # TransformerLens says pos for a token, and for a pattern's query
         if not set(wanted) & set(axes):
-            raise ValueError(
+            raise InvalidValue(
                 f"{names[0]!r} has the axes {list(axes)}; index_axis_names={index_axis_names} asks "
                 "for one that it does not have."
             )
@@ -80,7 +81,7 @@ def generic_activation_patch(
     for layer, name in enumerate(names):
         clean = clean_cache[name]
         if len(clean) != items:
-            raise ValueError(
+            raise InvalidValue(
                 f"The clean cache has a batch of {len(clean)} and the corrupted inputs one of "
                 f"{items}; expected the same."
             )

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..hooks.names import layer_of, select
 from ..hooks.points import HookPoint, Observer
 from ..measures.bands import CUT, Bands
@@ -77,17 +78,17 @@ def attribute(
 
     model, settings = target.model, target.settings
     if torch.is_inference_mode_enabled() or target.latents.is_inference():
-        raise ValueError(
+        raise InvalidValue(
             "Gradients are asked of a model in torch.inference_mode(); leave it, or use "
             "torch.no_grad() for what comes before."
         )
     if integrate < 1 or check < 0 or (check and not 1 <= window <= settings.steps):
-        raise ValueError(
+        raise InvalidValue(
             f"integrate={integrate}, check={check}, window={window}; expected integrate >= 1, "
             f"check >= 0, window 1 to {settings.steps}."
         )
     if getattr(prepared(model, settings).config, "solver_order", 1) > 1:
-        raise ValueError(
+        raise InvalidValue(
             f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here "
             "do not; use 'ddim' or 'ddpm'."
         )
@@ -230,7 +231,7 @@ def _distance_gradient(x: Tensor, source: Tensor, bands: Bands, band: int) -> Te
 def _in_every_layer(model: HookedDiT, site: str) -> list[str]:
     found = [name for name in select(site, model.names) if layer_of(name) is not None]
     if len(found) != model.cfg.n_layers:
-        raise ValueError(
+        raise InvalidValue(
             f"site={site!r} is {len(found)} hook points; attribution needs one in each of "
             f"{model.cfg.n_layers} layers, such as 'attn_out'."
         )

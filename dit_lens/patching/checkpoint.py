@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..sampling.run import Run, prepared
 from .patch import Patch
 
@@ -65,7 +66,7 @@ class Store:
                     mine = meta.get("sweep") == key
                     self.done = {int(p): file.get_tensor(p) for p in file.keys()} if mine else {}
             except SafetensorError as error:
-                raise ValueError(
+                raise InvalidValue(
                     f"{self.path} is no file of a sweep ({error}); give another path, or delete it."
                 ) from None
             if not mine:
@@ -74,7 +75,7 @@ class Store:
                     if "patches" in meta
                     else "no file of a sweep"
                 )
-                raise ValueError(
+                raise InvalidValue(
                     f"{self.path} is {what}: other runs, settings or patches than these {patches}; "
                     "give another path."
                 )

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..hooks.cache import ActivationCache
 from ..hooks.points import HookFunction, HookPoint
-from ..sampling.guidance import branches, guided, means, model_inputs
+from ..sampling.guidance import guided, means, model_inputs, n_passes
 from ..sampling.run import Edits, Run, advance, edits_at, prepared
 from ..sampling.schedulers import learns_variance
 from .patch import Planned
@@ -68,7 +69,7 @@ class Lanes:
     def __init__(self, source: Run, target: Run, batch: int) -> None:
         self.source, self.target, self.batch = source, target, batch
         self.model, self.settings = target.model, target.settings
-        self.branches = branches(self.model, self.settings.guidance)
+        self.passes = n_passes(self.model, self.settings.guidance)
         self.items = len(target.labels)
         self.blocks = 0
         self.same_labels = torch.equal(source.labels, target.labels)
@@ -153,7 +154,7 @@ class Lanes:
                 job.output = output if job.key == SOURCE else None
         todo = [job for job in jobs if job.output is None]
         edits = edits_at(self.target.history, step)
-        per = max(1, self.batch // (self.items * self.branches))
+        per = max(1, self.batch // (self.items * self.passes))
         if edits:
             per = 1  # the target's own edits see the target's own batch, from the first layer on
         for chunk in _chunks([job for job in todo if not job.leaves], per):
@@ -194,7 +195,7 @@ class Lanes:
         if stream is not None:
             first = _layer(jobs[0])
             inputs = (
-                stream.unflatten(0, (self.branches, 1, n))
+                stream.unflatten(0, (self.passes, 1, n))
                 .expand(-1, k, *[-1] * stream.ndim)
                 .flatten(0, 2)
             )
@@ -208,15 +209,15 @@ class Lanes:
         self, jobs: list[Job], seen: ActivationCache | None
     ) -> Iterator[tuple[str, HookFunction]]:
         """A hook for each hook point that is patched, which changes each lane's own rows."""
-        rows = torch.arange(self.branches * len(jobs) * self.items, device=self.model.device).view(
-            self.branches, len(jobs), -1
+        rows = torch.arange(self.passes * len(jobs) * self.items, device=self.model.device).view(
+            self.passes, len(jobs), -1
         )
         at: dict[str, list[tuple[Any, Planned]]] = {}
         for i, job in enumerate(jobs):
             if job.act is not None:
                 own: Any = (
                     slice(i * self.items, (i + 1) * self.items)
-                    if self.branches == 1
+                    if self.passes == 1
                     else rows[:, i].flatten()
                 )
                 at.setdefault(job.act.name, []).append((own, job.act))
@@ -229,7 +230,7 @@ class Lanes:
             for own, act in at[hook.name]:
                 source = seen[act.name] if seen is not None and act.from_source else None
                 before = entered[act.layer][own] if act.patch.kind == "skip" else None
-                activation[own] = act.new(activation[own], source, before, self.branches)
+                activation[own] = act.new(activation[own], source, before, self.passes)
             return activation
 
         for layer in {
@@ -272,7 +273,7 @@ class Lanes:
         output = self._guided(output, x)
         off = float((output - run.outputs[step]).norm() / run.outputs[step].norm().clamp_min(1e-12))
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
-            raise ValueError(
+            raise InvalidValue(
                 f"Step {step} of the {word} run can't be computed again from its x_t: the model's "
                 f"answer is off by {off:.1%}; "
                 "was it made under hooks that are not in its history?"

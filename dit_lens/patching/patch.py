@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..errors import InvalidType, InvalidValue
 from ..families.base import Config
 from ..hooks.edits import ablation
 from ..hooks.names import layer_of, select
@@ -72,24 +73,24 @@ class Patch:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             near = difflib.get_close_matches(str(self.kind), KINDS, n=1, cutoff=0)[0]
-            raise ValueError(
+            raise InvalidValue(
                 f"{self.kind!r} is no kind of patch; expected one of {', '.join(map(repr, KINDS))} "
                 f"(nearest: {near!r})."
             )
         if self.steps is not None and not isinstance(self.steps, range):
-            raise TypeError(
+            raise InvalidType(
                 f"steps={self.steps!r} is no window; expected a range, such as range(20, 25), or "
                 "None for every step."
             )
         if (self.bands is None) != (self.band is None):
-            raise ValueError(
+            raise InvalidValue(
                 f"band={self.band!r} with bands={self.bands!r}; expected both or neither: "
                 "bands=Bands.radial(...), band='low'."
             )
         if self.direction is not None:
             norm = float(self.direction.detach().norm())
             if self.direction.ndim != 1 or not 0 < norm < float("inf"):
-                raise ValueError(
+                raise InvalidValue(
                     f"The direction has shape {list(self.direction.shape)} and length {norm:.3g}; "
                     "expected a vector [d] of finite length above 0."
                 )
@@ -160,7 +161,7 @@ def tiles(first: int, stop: int, n: int) -> list[range]:
     [range(20, 23), range(23, 26), range(26, 30)]
     """
     if not 1 <= n <= stop - first:
-        raise ValueError(
+        raise InvalidValue(
             f"n={n} windows over {stop - first} steps ({first} to {stop - 1}); expected 1 to "
             f"{max(1, stop - first)}."
         )
@@ -200,7 +201,7 @@ class Planned:
         )
 
     def new(
-        self, old: Tensor, source: Tensor | None, entered: Tensor | None, branches: int
+        self, old: Tensor, source: Tensor | None, entered: Tensor | None, passes: int
     ) -> Tensor:
         """The activation to go on with, from the target's own and the source's (or the stream that
         entered the layer), all [batch, ...].
@@ -213,7 +214,7 @@ class Planned:
         else:
             assert source is not None
             # [cond | null]: a null item is not another item of the cond half
-            halves = source.chunk(branches)
+            halves = source.chunk(passes)
             coming = torch.cat([self._of_items(half) for half in halves])
         if self.patch.direction is not None:
             unit = torch.nn.functional.normalize(self.patch.direction.detach().to(old), dim=0)
@@ -250,7 +251,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
     """
     cfg = model.cfg
     if not isinstance(patch.layer, int) or not -cfg.n_layers <= patch.layer < cfg.n_layers:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(patch)!r}: there is no layer {patch.layer}; the model has {cfg.n_layers}, 0 to "
             f"{cfg.n_layers - 1}."
         )
@@ -258,7 +259,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
     site = "resid_post" if patch.kind == "skip" else patch.site
     found = select(site, model.names)
     if any(layer_of(n) is None for n in found):
-        raise ValueError(
+        raise InvalidValue(
             f"{str(patch)!r}: the hook point {found[0]!r} is in no layer; expected one that is, "
             "such as 'resid_post'."
         )
@@ -266,12 +267,12 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
     window = range(steps) if patch.steps is None else patch.steps
     outside = [s for s in window if not 0 <= s < steps]
     if outside:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(patch)!r}: step {outside[0]} is outside the run; it has {steps} steps, 0 (the "
             f"noisiest) to {steps - 1}."
         )
     if patch.kind == "resample" and items < 2:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(patch)!r}: resampling takes another item's activation, and the source has "
             f"{items}; expected 2 or more."
         )
@@ -279,7 +280,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
         assert patch.band is not None
         number = patch.bands.number(patch.band)
         if patch.bands.grid != cfg.grid:
-            raise ValueError(
+            raise InvalidValue(
                 f"{str(patch)!r}: the bands are of a {_by(patch.bands.grid)} grid; expected the "
                 f"tokens' {_by(cfg.grid)}."
             )
@@ -289,7 +290,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
                 for name, size in zip(patch.bands.names, patch.bands.sizes, strict=True)
                 if size
             ]
-            raise ValueError(
+            raise InvalidValue(
                 f"{str(patch)!r}: band {patch.band!r} holds no mode; the bands with modes are "
                 f"{full}."
             )
@@ -310,7 +311,7 @@ def _try(patch: Patch, name: str, inside: Region, axes: tuple[str, ...], cfg: Co
             and not isinstance(index, (int, slice))
             and not torch.as_tensor(index).numel()
         ):
-            raise ValueError(
+            raise InvalidValue(
                 f"{str(patch)!r}: {word}={index!r} chooses nothing; expected at least one, or None "
                 "for all."
             )
@@ -318,9 +319,9 @@ def _try(patch: Patch, name: str, inside: Region, axes: tuple[str, ...], cfg: Co
         inside.check(name, axes)
         inside.merge(torch.zeros(shape), torch.zeros(shape), axes)
     except ValueError as error:
-        raise ValueError(f"{str(patch)!r}: {error}") from None
+        raise InvalidValue(f"{str(patch)!r}: {error}") from None
     if patch.direction is not None and len(patch.direction) != shape[-1]:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(patch)!r}: the direction has {len(patch.direction)} entries; {name!r} has "
             f"{shape[-1]} ({axes[-1]})."
         )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
@@ -53,7 +54,7 @@ def path_patch(
     model = target.model
     sweep(source, target, [Patch("attn_out", 0, range(0))])  # refuses what does not fit
     if not model.cfg.restartable:
-        raise ValueError(
+        raise InvalidValue(
             f"The blocks of {type(model.transformer).__name__} hand on more than the image's "
             "stream, which would carry the news past "
             "what is frozen; expected a model of one stream, such as DiT or PixArt. A whole patch "
@@ -64,7 +65,7 @@ def path_patch(
     for point in (sender, *([receiver] if receiver is not None else [])):
         if tuple(point) not in all_points:
             what = " or ".join(map(repr, sites))
-            raise ValueError(
+            raise InvalidValue(
                 f"{point!r} is no end of a path; expected ({what}, a layer from 0 to "
                 f"{model.cfg.n_layers - 1})."
             )
@@ -73,7 +74,7 @@ def path_patch(
         len(all_points) if receiver is None else all_points.index(receiver),
     )
     if last <= first:
-        raise ValueError(
+        raise InvalidValue(
             f"The receiver {receiver!r} does not come after the sender {sender!r}, so nothing goes "
             "from one to the other."
         )

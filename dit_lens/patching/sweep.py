@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..measures.bands import CUT, Bands
 from ..measures.commitment import FEWEST_PAIRS, Agreement, agreement, curve, resample
 from ..sampling.run import Run
@@ -99,7 +100,7 @@ def sweep(
         if len(p.steps) and min(p.steps) < tied
     ]
     if early:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(early[0])!r} begins while the runs are coupled to their twins, until step "
             f"{tied}; expected windows from there on."
         )
@@ -155,7 +156,7 @@ def as_grid(result: xr.Dataset) -> xr.Dataset:
     places = list(zip(*(result[axis].values.tolist() for axis in axes), strict=True))
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)
-        raise ValueError(
+        raise InvalidValue(
             f"Layer, site and window do not tell the patches apart: {places.count(twice)} of them "
             f"are at {twice}."
         )
@@ -171,7 +172,7 @@ def _bands(outcome: Bands | None, target: Run) -> Bands:
     side = (target.latents.shape[-2], target.latents.shape[-1])
     bands = Bands.radial(side, cut=CUT) if outcome is None else outcome
     if bands.grid != side:
-        raise ValueError(
+        raise InvalidValue(
             f"The outcome's bands are of a {bands.grid[0]}x{bands.grid[1]} grid; expected the "
             f"latents' {side[0]}x{side[1]}."
         )
@@ -239,7 +240,7 @@ def _described(
     ]
     odd = [v.shape for v in values if v.shape[:1] != (items,) or v.shape != values[0].shape]
     if odd:
-        raise ValueError(
+        raise InvalidValue(
             f"The outcome gave shape {list(odd[0])}; expected [{items}, ...], one row an item and "
             "always the same shape."
         )
@@ -258,35 +259,35 @@ def _described(
 
 def _check(source: Run, target: Run, patches: Sequence[Patch], batch: int) -> None:
     if source.weights != target.weights:
-        raise ValueError(
+        raise InvalidValue(
             f"The runs are of different weights, {source.weights[:8]} and {target.weights[:8]}; "
             "expected two of one model."
         )
     for name in ("steps", "guidance", "guided_channels"):
         a, b = getattr(source.settings, name), getattr(target.settings, name)
         if a != b:
-            raise ValueError(
+            raise InvalidValue(
                 f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: "
                 "sample both alike."
             )
     a, b = scheduler_words(source), scheduler_words(target)
     if a != b:
-        raise ValueError(
+        raise InvalidValue(
             f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at "
             "the same noise levels."
         )
     if source.latents.shape != target.latents.shape:
-        raise ValueError(
+        raise InvalidValue(
             f"The source's latents are {list(source.latents.shape[1:])} and the target's "
             f"{list(target.latents.shape[1:])}; "
             "expected the same, source item i goes into target item i (run.select chooses items)."
         )
     if not patches:
-        raise ValueError(
+        raise InvalidValue(
             "There are no patches to make; expected one or more, see dit_lens.patching.sweep.grid."
         )
     if not isinstance(batch, int) or batch < 1:
-        raise ValueError(
+        raise InvalidValue(
             f"batch={batch!r} is no number of images to run at once; expected 1 or more."
         )
     target._check_weights()

@@ -24,7 +24,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=110, highlight=False)
     table = Table(
-        title=f"Twins coupled throughout ({results.attrs['gate']} gate, eps {results.attrs['eps']:g})",
+        title=f"Twins coupled throughout ({results.attrs['form']} form, eps {results.attrs['eps']:g})",
         title_justify="left",
     )
     for column in (

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import InvalidValue
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -57,11 +59,11 @@ def read(path: Path) -> xr.Dataset:
     try:
         results = xr.load_dataset(path, engine="scipy")
     except Exception as error:  # scipy raises several kinds for files that are not netCDF
-        raise ValueError(
+        raise InvalidValue(
             f"{str(path)!r} is not a result of `dit-lens gap` ({error}); expected its gap.nc."
         ) from None
     if "layer_gap" not in results:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(path)!r} is netCDF but not a result of `dit-lens gap`: it has no layer_gap."
         )
     return results

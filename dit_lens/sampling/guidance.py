@@ -19,7 +19,7 @@ def model_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | Condition]:
     """The batch that the model sees: as it is, or [cond | null] with guidance."""
     labels = labels.to(x.device)
-    if branches(model, guidance) == 2:
+    if n_passes(model, guidance) == 2:
         x, labels = (
             torch.cat([x, x]),
             torch.cat([labels, torch.full_like(labels, model.cfg.null_class)]),
@@ -34,7 +34,7 @@ def model_inputs(
     return x, t, condition
 
 
-def branches(model: HookedDiT, guidance: float) -> int:
+def n_passes(model: HookedDiT, guidance: float) -> int:
     """2 where guidance needs a second, null pass; 1 without guidance, and for models that are told
     its strength.
     """
@@ -50,7 +50,7 @@ def guided(output: Tensor, model: HookedDiT, settings: Settings) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided
     channels, cond on the others.
     """
-    if branches(model, settings.guidance) == 1:
+    if n_passes(model, settings.guidance) == 1:
         return output
     cond, null = output.chunk(2)
     last = (

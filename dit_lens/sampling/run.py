@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import InvalidState, InvalidValue
 from ..hooks.names import NamesFilter
 from ..hooks.points import HookFunction
 from ..model.conditions import Labels
@@ -131,14 +132,14 @@ class Run:
 
     def _check_weights(self) -> None:
         if fingerprint(self.model.transformer) != self.weights:
-            raise RuntimeError(
+            raise InvalidState(
                 "The model's weights have changed since this run, so it can't be recomputed; "
                 "sample again."
             )
 
     def _check_alone(self, step: int) -> None:
         if step < self.tied_until:
-            raise ValueError(
+            raise InvalidValue(
                 f"Until step {self.tied_until} this run was coupled to its twin, and step {step} "
                 "alone would be another; "
                 f"expected a step from {self.tied_until} on, or new twins: dit_lens.twins(..., "
@@ -176,7 +177,7 @@ class Run:
             self._check_alone(from_step)
         start = self.latents[from_step] if latents is None else latents
         if start.shape != self.latents[0].shape:
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents have shape {list(start.shape)}; expected "
                 f"{list(self.latents[0].shape)}."
             )
@@ -268,7 +269,7 @@ def sample(
     )
     check_settings(settings)
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
-        raise ValueError(
+        raise InvalidValue(
             "guided_channels='first3' is the original DiT's; a video model guides all channels: "
             "expected 'all'."
         )
@@ -279,7 +280,7 @@ def sample(
     if latents is None:
         latents = noise(own_seeds, START, shape, model.device)
     elif latents.shape != (len(y), *shape):
-        raise ValueError(
+        raise InvalidValue(
             f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for "
             f"{len(y)} labels."
         )
@@ -364,7 +365,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     Raises ValueError if it does not fit the model, the steps or eta.
     """
     if model.scheduler is None:
-        raise ValueError(
+        raise InvalidValue(
             "The model has no scheduler, so its noise schedule is unknown; give one: "
             "HookedDiT(transformer, scheduler=...)."
         )
@@ -373,17 +374,17 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     )
     name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
     if settings.eta and name not in ETA:
-        raise ValueError(
+        raise InvalidValue(
             f"eta={settings.eta} is DDIM's and Euler's on a flow; {name} has none, so expected "
             "eta=0."
         )
     if settings.steps > most:
-        raise ValueError(
+        raise InvalidValue(
             f"steps={settings.steps} is more than the {most} timesteps the model was trained on."
         )
     model.family.set_timesteps(scheduler, settings.steps, model.cfg.tokens)
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} scales its latents by sigma, which is not supported; expected a "
             "variance-preserving or flow-matching "
             f"scheduler, such as {', '.join(map(repr, NAMES))}."
@@ -418,16 +419,16 @@ def check_settings(settings: Settings) -> None:
         or isinstance(settings.steps, bool)
         or settings.steps < 1
     ):
-        raise ValueError(
+        raise InvalidValue(
             f"steps={settings.steps!r} is no number of denoising steps; expected 1 or more."
         )
     if not math.isfinite(settings.guidance):
-        raise ValueError(
+        raise InvalidValue(
             f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or "
             "more."
         )
     if not 0 <= settings.eta <= 1:
-        raise ValueError(
+        raise InvalidValue(
             f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic "
             "as DDPM)."
         )
@@ -435,14 +436,14 @@ def check_settings(settings: Settings) -> None:
         near = difflib.get_close_matches(
             str(settings.guided_channels), ["all", "first3"], n=1, cutoff=0
         )[0]
-        raise ValueError(
+        raise InvalidValue(
             f"guided_channels={settings.guided_channels!r} is no convention; did you mean {near!r}?"
         )
 
 
 def check_step(step: int, steps: int) -> None:
     if not 0 <= step < steps:
-        raise ValueError(
+        raise InvalidValue(
             f"Step {step} is outside the run; it has {steps} steps, 0 (the noisiest) to "
             f"{steps - 1}."
         )
@@ -455,7 +456,7 @@ def item_seeds(seeds: Seeds, items: int) -> list[int]:
     """
     own = [seeds + i for i in range(items)] if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(own) != items or min(own) < 0:
-        raise ValueError(
+        raise InvalidValue(
             f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none "
             "negative."
         )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 NAMES = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -53,11 +55,11 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
             if near
             else f"expected one of {', '.join(map(repr, NAMES))}."
         )
-        raise ValueError(f"There is no scheduler {name!r}; {hint}")
+        raise InvalidValue(f"There is no scheduler {name!r}; {hint}")
     cls, options = NAMES[name]
     if base is not None and (name == "euler-flow") != is_flow(base):
         kind = "flow matching" if is_flow(base) else "variance preserving"
-        raise ValueError(
+        raise InvalidValue(
             f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is "
             f"{kind}."
         )
@@ -77,7 +79,7 @@ def _with_schedule(made: Any, base: Any) -> Any:
     if torch.allclose(made.alphas_cumprod, base.alphas_cumprod.to(made.alphas_cumprod)):
         return made
     if type(made).__name__ not in CLIPPING:
-        raise ValueError(
+        raise InvalidValue(
             f"{type(base).__name__} has noise levels that {type(made).__name__} can't be given; "
             "expected 'ddim' or 'ddpm'."
         )
@@ -206,7 +208,7 @@ def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
     elif kind == "sample":
         x0 = output
     else:
-        raise ValueError(
+        raise InvalidValue(
             f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', "
             "'sample' or flow matching."
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InvalidValue
 from ..families import family_named, modules
 from ..families.base import Family
 from .family_checks import CHECKS, VARIANTS, Case
@@ -150,7 +151,7 @@ def markdown(rows: dict[str, list[Row]]) -> str:
         cells.append("yes" if case.cfg.restartable else "no")
         distilled = any(Case(case.family, v).cfg.distilled_guidance for v in VARIANTS)
         cells.append(
-            ("two calls" if case.family.branches is None else "one batch")
+            ("two calls" if case.family.batch_order is None else "one batch")
             + (", or distilled" if distilled else "")
         )
         cells.append(str(sum(n.startswith("blocks.0.") for n in case.model.names)))
@@ -167,7 +168,7 @@ def _family(name: str) -> Family:
             if near
             else f"expected one of {', '.join(sorted(modules()))}."
         )
-        raise ValueError(f"There is no family for {name!r}; {hint}")
+        raise InvalidValue(f"There is no family for {name!r}; {hint}")
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..errors import InvalidValue
 from ..groundtruth import GroundTruth, ddim_agreement, gaussian, planted, random_weights
 from ..hooks.names import layer_of, select
 from ..measures.bands import Bands
@@ -127,7 +128,7 @@ class Bench:
         place = "name" if "name" in energy.dims else "layer"
         sites = {n if place == "name" else layer_of(n): n for n in chosen}
         if len(sites) < len(chosen):
-            raise ValueError(
+            raise InvalidValue(
                 "energy has one value a layer and `names` several hook points a layer; give it the "
                 "axis name"
             )
@@ -304,7 +305,7 @@ class Bench:
             result, wanted = _result(probe, run), probe.expected(truth)
             for name, value in wanted.data_vars.items():
                 if name not in result:
-                    raise ValueError(
+                    raise InvalidValue(
                         f"expected(truth) speaks of {name!r}, which result() does not give: "
                         f"{list(result)}"
                     )
@@ -347,7 +348,7 @@ def _worst(
     """The place whose error is the largest beside what is allowed there."""
     e, f = np.asarray(expected, float), np.asarray(found, float)
     if e.shape != f.shape:
-        raise ValueError(f"{name} has shape {list(f.shape)}; expected {list(e.shape)}")
+        raise InvalidValue(f"{name} has shape {list(f.shape)}; expected {list(e.shape)}")
     error, allowed = np.abs(f - e), np.broadcast_to(np.asarray(tolerance, float), e.shape)
     share = np.where(np.isfinite(error), error / allowed, math.inf)
     at = np.unravel_index(share.argmax(), e.shape)

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import InvalidValue
 from ..groundtruth import gaussian
 from ..model.hooked import HookedDiT
 from ..tracing.probe import Probe, load_probe
@@ -58,11 +59,11 @@ def find_probe(where: str) -> type[Probe]:
         return load_probe(where)
     source, _, name = where.rpartition(":") if ":" in where else (where, "", "")
     if source.endswith(".py") and not Path(source).is_file():
-        raise ValueError(f"There is no file {source!r}; expected path/to/file.py:ClassName.")
+        raise InvalidValue(f"There is no file {source!r}; expected path/to/file.py:ClassName.")
     try:
         module = _imported(source)
     except (Exception, SystemExit) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{source!r} can't be imported: {type(error).__name__}: {error}."
         ) from error
     probes = [k for k, v in vars(module).items() if _is_probe(v) and v is not Probe]
@@ -73,12 +74,12 @@ def find_probe(where: str) -> type[Probe]:
         else "it has no subclass of dit_lens.Probe"
     )
     if not name:
-        raise ValueError(f"{where!r} names no class; expected path/to/file.py:ClassName; {has}.")
+        raise InvalidValue(f"{where!r} names no class; expected path/to/file.py:ClassName; {has}.")
     if not hasattr(module, name):
-        raise ValueError(f"{source!r} has no class {name!r}; {has}.")
+        raise InvalidValue(f"{source!r} has no class {name!r}; {has}.")
     found: Any = getattr(module, name)
     if not _is_probe(found):
-        raise ValueError(
+        raise InvalidValue(
             f"{name!r} in {source!r} is {found!r}, which is not a subclass of dit_lens.Probe; "
             f"{has}."
         )
@@ -115,7 +116,7 @@ def check(probe_class: type[Probe]) -> list[Check]:
             the probe raises is a failed check.
     """
     if not _is_probe(probe_class):
-        raise ValueError(
+        raise InvalidValue(
             f"{probe_class!r} is not a subclass of dit_lens.Probe; pass the class, as in "
             "check(LayerLens)."
         )
@@ -125,7 +126,7 @@ def check(probe_class: type[Probe]) -> list[Check]:
         if p.default is p.empty and p.kind in (0, 1, 3)
     ]
     if needed:
-        raise ValueError(
+        raise InvalidValue(
             f"{probe_class.__name__} can't be built without arguments: its constructor needs "
             f"{', '.join(map(repr, needed))}; "
             f"give each a default, as in {needed[0]}=None."

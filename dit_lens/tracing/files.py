@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..errors import InvalidState, InvalidValue, MissingFile
 from ..families.base import Axes, Condition, Config
 from ..hooks.names import NamesFilter, layer_of, select, site_of
 from ..model.call import Call
@@ -45,7 +46,7 @@ def save(trace: Trace, path: str | Path) -> Path:
     """Write the trace; see `Trace.save`."""
     path = Path(path)
     if trace._open:
-        raise RuntimeError("The trace is still open; save it after the `with` block.")
+        raise InvalidState("The trace is still open; save it after the `with` block.")
     tensors: dict[str, torch.Tensor] = {}
     written: dict[int, str] = {}
     described = [_packed(call, f"call/{c}", tensors, written) for c, call in enumerate(trace.calls)]
@@ -88,7 +89,7 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
 
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"There is no trace at {str(path)!r}; expected a file written by Trace.save."
         )
     try:
@@ -98,12 +99,12 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
             # unaligned memory
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by "
             "Trace.save."
         ) from None
     if meta.get("format") != FORMAT:
-        raise ValueError(
+        raise InvalidValue(
             f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found "
             f"{meta.get('format')!r}."
         )
@@ -117,7 +118,9 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     else:
         owner = model if isinstance(model, HookedDiT) else HookedDiT(model)
         if owner.cfg != cfg:
-            raise ValueError(f"{str(path)!r} was traced on another model, {cfg}; got {owner.cfg}.")
+            raise InvalidValue(
+                f"{str(path)!r} was traced on another model, {cfg}; got {owner.cfg}."
+            )
     trace = Trace(owner)
     trace.recorded_names, trace.lost_edits = meta["recorded_names"], meta["edits"]
     trace.weights = tuple(meta["weights"])
@@ -145,7 +148,7 @@ def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> x
 
     chosen = trace.recorded_names if names is None else select(names, trace.names)
     if not chosen:
-        raise ValueError(
+        raise InvalidValue(
             "No names were recorded; say which to recompute: t.to_xarray('resid_post')."
         )
     read = trace.read(chosen, steps)

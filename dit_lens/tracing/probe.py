@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..hooks.names import NamesFilter, layer_of
 from ..model.call import Call
 
@@ -146,10 +147,10 @@ def load_probe(name: str) -> type[Probe]:
     probes = registered_probes()
     if name not in probes:
         near = difflib.get_close_matches(name, probes, n=3, cutoff=0.3) or sorted(probes)
-        raise ValueError(f"No probe is called {name!r}; installed: {', '.join(map(repr, near))}.")
+        raise InvalidValue(f"No probe is called {name!r}; installed: {', '.join(map(repr, near))}.")
     probe: type[Probe] = probes[name].load()
     if not (isinstance(probe, type) and issubclass(probe, Probe)):
-        raise ValueError(
+        raise InvalidValue(
             f"The entry point {name!r} is {probe!r}, which is not a subclass of dit_lens.Probe."
         )
     return probe

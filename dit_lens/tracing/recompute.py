@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidState, InvalidValue
 from ..hooks.edits import Steps, step_test
 from ..hooks.points import HookPoint, Observer, StopForward, stop
 from ..model.call import Call
@@ -32,7 +33,7 @@ def read(
     otherwise.
     """
     if not trace.calls:
-        raise RuntimeError(
+        raise InvalidState(
             "Nothing was traced: no forward of the model finished inside the `with` block."
         )
     test = step_test(steps)
@@ -40,7 +41,7 @@ def read(
     wanted = [s for s in range(len(trace.calls_at)) if default(s)]
     if not wanted:
         asked = trace.recorded_steps if steps is None else steps
-        raise ValueError(
+        raise InvalidValue(
             f"No step matches {asked!r}; the trace has {len(trace.calls_at)} steps, 0 to "
             f"{len(trace.calls_at) - 1}."
         )
@@ -66,7 +67,7 @@ def rows_of(trace: Trace, step: int, branch: str | None) -> dict[int, list[int] 
         if items:
             chosen[c] = None if len(items) == len(words) else items
     if not chosen:
-        raise ValueError(
+        raise InvalidValue(
             f"Step {step} has no items of the branch {branch!r}; expected 'cond' or 'uncond', "
             "where guidance ran."
         )
@@ -77,13 +78,13 @@ def joined(name: str, found: dict[int, Tensor], rows: dict[int, list[int] | None
     """One step's activation: its calls' items, one behind the other."""
     absent = [c for c in rows if c not in found]
     if absent:
-        raise RuntimeError(
+        raise InvalidState(
             f"{name!r} did not run in call {absent[0]} of the transformer: its block was skipped "
             "there."
         )
     parts = [found[c] if items is None else found[c][items] for c, items in rows.items()]
     if len({part.shape[1:] for part in parts}) > 1:
-        raise ValueError(
+        raise InvalidValue(
             f"{name!r} has different shapes in the branches of guidance "
             f"({', '.join(str(list(p.shape)) for p in parts)}); "
             "read one: t.get(name, branch='cond')."
@@ -96,13 +97,13 @@ def recompute(trace: Trace, names: list[str], calls: Sequence[int]) -> dict[str,
     up to the last name asked for.
     """
     if trace.lost_edits:
-        raise RuntimeError(
+        raise InvalidState(
             f"{names[0]!r} was not recorded, and this trace was edited at {trace.lost_edits[0]!r} "
             "by a function that the "
             "file can't hold; trace again with names= for what you will read."
         )
     if not isinstance(trace.model, HookedDiT):
-        raise RuntimeError(
+        raise InvalidState(
             f"{names[0]!r} was not recorded; to recompute it, load the trace with its model: "
             "load_trace(path, model)."
         )
@@ -132,7 +133,7 @@ def recompute(trace: Trace, names: list[str], calls: Sequence[int]) -> dict[str,
                 model.instrumentation.part(call.span, call.stream),
                 conditions_of(call),
             ):
-                model.instrumentation.gates = call.gates
+                model.instrumentation.couplings = call.couplings
                 try:
                     model.transformer(**call.inputs, return_dict=False)
                 except StopForward:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import InvalidState, InvalidType, InvalidValue
 from ..hooks.edits import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Observer
@@ -73,7 +74,7 @@ class Trace:
         self.lost_edits: list[str] = []
         for probe in self.probes:
             if not isinstance(probe, Probe):
-                raise TypeError(
+                raise InvalidType(
                     f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
                     "probes=[SpectralSplit()]."
                 )
@@ -82,7 +83,7 @@ class Trace:
 
     def __enter__(self) -> Trace:
         if self._open or self.calls:
-            raise RuntimeError(
+            raise InvalidState(
                 "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) "
                 "again."
             )
@@ -213,7 +214,7 @@ class Trace:
         if isinstance(source, Trace):
             mine, theirs = self.model.cfg, source.model.cfg
             if mine != theirs:
-                raise ValueError(
+                raise InvalidValue(
                     f"The source trace is of another model: {theirs}; expected {mine}."
                 )
             return self.edit(
@@ -222,7 +223,7 @@ class Trace:
         if isinstance(source, Tensor):
             return self.edit(name, patch_from_tensor(source), steps, **region)
         if not callable(source):
-            raise TypeError(
+            raise InvalidType(
                 f"Can't patch from {source!r}; expected a trace, a tensor or a function "
                 "fn(activation, hook)."
             )
@@ -273,7 +274,7 @@ class Trace:
     def _check_weights(self) -> None:
         now = fingerprint(self.model.transformer)
         if now != self._before or (self.weights is not None and self.weights[1] != self._before):
-            raise RuntimeError(
+            raise InvalidState(
                 "The model's weights have changed since this trace began, so what was not recorded "
                 "can't be recomputed; "
                 "trace again, with names= for what you will read."
@@ -374,7 +375,7 @@ def _observation(probe: Probe, trace: Trace) -> Callable[[Tensor, HookPoint], No
 def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
     shapes = {tuple(v.shape) for v in at.values()}
     if len(shapes) > 1:
-        raise ValueError(
+        raise InvalidValue(
             f"{name!r} has different shapes at different steps "
             f"({', '.join(map(str, sorted(shapes)))}); "
             "read one step at a time: t.get(name, steps=3)."

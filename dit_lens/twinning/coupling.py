@@ -8,7 +8,7 @@ strength g, to its twin:
 - `joint`: one softmax over both sets of keys, with log g added to the logits of the twin's.
 
 To first order in D = X_A - X_B both damp what the two disagree on by rho = (1 - g)/(1 + g) and
-leave what they share alone. The gate acts inside the attention of every family
+leave what they share alone. The form acts inside the attention of every family
 (`dit_lens.families.parts.attention.Attend`), on the whole sequence where text is attended to as
 well; `hook_z` is what comes out of it. At g = 0 nothing is attached.
 """
@@ -24,93 +24,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..families.parts.attention import Kernel, sdpa
 from ..model.hooked import HookedDiT
 
-Gate = Literal["mix", "joint"]
+CouplingForm = Literal["mix", "joint"]
 
 
 @contextmanager
 def coupled(
     model: HookedDiT,
     g: float,
-    gate: Gate = "mix",
+    form: CouplingForm = "mix",
     layers: Sequence[int] | None = None,
-    branches: int = 1,
+    passes: int = 1,
 ) -> Iterator[None]:
     """Couple the twins of every batch [A | B] in these layers (None: all) inside the `with` block.
 
-    With guidance the batch is [A | B | A null | B null]: `branches=2`.
+    With guidance the batch is [A | B | A null | B null]: `passes=2`.
 
     Raises:
-        ValueError: for g below 0 or not finite, an unknown gate, or a layer that does not exist.
+        ValueError: for g below 0 or not finite, an unknown form, or a layer that does not exist.
 
     >>> import dit_lens, torch; model = dit_lens.load("digits")
     >>> with coupled(model, g=0.5): out = model(torch.randn(2, 1, 16, 16), torch.tensor([500, 500]), torch.tensor([3, 3]))
     """
-    check_gate(g, gate)
+    check_coupling(g, form)
     chosen = range(model.cfg.n_layers) if layers is None else layers
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:
-            raise ValueError(
+            raise InvalidValue(
                 f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted "
                 "from 0."
             )
 
-    def gate_of(
+    def coupling_of(
         own: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel
     ) -> Tensor:
-        return gated(own, q, k, v, g, gate, branches, mask, kernel)
+        return coupled_attention(own, q, k, v, g, form, passes, mask, kernel)
 
-    before = model.instrumentation.gates
+    before = model.instrumentation.couplings
     try:
-        model.instrumentation.gates = before | {layer: gate_of for layer in chosen if g}
+        model.instrumentation.couplings = before | {layer: coupling_of for layer in chosen if g}
         yield
     finally:
-        model.instrumentation.gates = before
+        model.instrumentation.couplings = before
 
 
-def check_gate(g: float, gate: str) -> None:
+def check_coupling(g: float, form: str) -> None:
     if not (math.isfinite(g) and g >= 0):
-        raise ValueError(
+        raise InvalidValue(
             f"The coupling g={g} is not a strength; expected a finite number of at least 0."
         )
-    if gate not in ("mix", "joint"):
-        raise ValueError(f"{gate!r} is no gate; expected 'mix' or 'joint'.")
+    if form not in ("mix", "joint"):
+        raise InvalidValue(f"unknown coupling form {form!r}; expected 'mix' or 'joint'.")
 
 
-def partners(batch: int, branches: int = 1) -> Tensor:
-    """The position of each item's twin, [batch], in `branches` stacked copies of [A | B]."""
-    if batch % (2 * branches):
-        raise ValueError(f"A batch of {batch} is not made of pairs [A | B] in {branches} branches.")
-    return torch.arange(batch).view(branches, 2, -1).flip(1).reshape(-1)
+def partners(batch: int, passes: int = 1) -> Tensor:
+    """The position of each item's twin, [batch], in `passes` stacked copies of [A | B]."""
+    if batch % (2 * passes):
+        raise InvalidValue(f"A batch of {batch} is not made of pairs [A | B] in {passes} passes.")
+    return torch.arange(batch).view(passes, 2, -1).flip(1).reshape(-1)
 
 
-def gated(
+def coupled_attention(
     own: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: float,
-    gate: Gate,
-    branches: int = 1,
+    form: CouplingForm,
+    passes: int = 1,
     mask: Tensor | None = None,
     kernel: Kernel = sdpa,
 ) -> Tensor:
     """Gated attention of each item with its twin; all [batch, head, token, d_head], `own` the plain
     attention output.
 
-    `mask` and `kernel` are the model's own. Raises ValueError for the joint gate where attention
+    `mask` and `kernel` are the model's own. Raises ValueError for the joint form where attention
     has no softmax to share.
     """
-    twin = partners(len(q), branches).to(q.device)
+    twin = partners(len(q), passes).to(q.device)
     theirs = mask[twin] if mask is not None and len(mask) == len(q) else mask
-    if gate == "mix":
+    if form == "mix":
         return (own + g * kernel(q, k[twin], v[twin], theirs)) / (1 + g)
     if getattr(kernel, "linear", False):
-        raise ValueError(
-            "The joint gate shares one softmax between twins, and this model's attention is "
-            "linear; expected gate='mix'."
+        raise InvalidValue(
+            "The joint form shares one softmax between twins, and this model's attention is "
+            "linear; expected form='mix'."
         )
     bias = [_as_bias(m, q, k) for m in (mask, theirs)]
     logits = torch.cat([bias[0], bias[1] + math.log(g)], -1)
@@ -134,7 +135,7 @@ def linear_response(
 
     rho P dv + Cov_P[dq k', v] + rho Cov_P[q dk', v], with rho = (1 - g)/(1 + g), q, k, v of the
     mean replica, P its pattern, logits scaled by 1/sqrt(d_head), and Cov_P[L, v] = (P * (L -
-    rowmean_P L)) v. Both gates share it; the error is of second order in the differences.
+    rowmean_P L)) v. Both forms share it; the error is of second order in the differences.
     """
     scale = q.shape[-1] ** -0.5
     pattern = (q @ k.transpose(-1, -2) * scale).softmax(-1)

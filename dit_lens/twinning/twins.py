@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..model.conditions import Labels
 from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
-from ..sampling.guidance import branches
+from ..sampling.guidance import n_passes
 from ..sampling.noise import START, noise
 from ..sampling.run import Change, Run, Settings, check_settings, denoise, is_stochastic, prepared
 from ..sampling.schedulers import ETA, default_name
 from ..tracing.probe import Probe
 from ..tracing.trace import trace
-from .coupling import Gate, check_gate, coupled
+from .coupling import CouplingForm, check_coupling, coupled
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def twins(
     *,
     tie: Literal["noise", "attention"] = "noise",
     g: float = 0.0,
-    gate: Gate = "mix",
+    form: CouplingForm = "mix",
     layers: Sequence[int] | None = None,
     eps: float = 0.1,
     release: int = 0,
@@ -91,7 +92,7 @@ def twins(
         pairs: number of pairs, run as one batch.
         labels: one a pair; by default the classes, or prompts, in turn.
         tie: "noise" or "attention"; see the module.
-        g, gate, layers: the coupling, of the attention tie only.
+        g, form, layers: the coupling, of the attention tie only.
         eps: how far apart the attention tie starts its twins, 0 to 1.
         release: the first step without the tie, 0 to steps; `steps` never releases.
         eta: stochasticity of DDIM, or of Euler on a flow; by default 1 with the noise tie, 0 with
@@ -102,20 +103,20 @@ def twins(
     model = model if isinstance(model, HookedDiT) else HookedDiT(model)
     model._require_eval()
     if tie not in ("noise", "attention"):
-        raise ValueError(f"tie={tie!r} is unknown; expected 'noise' or 'attention'.")
+        raise InvalidValue(f"tie={tie!r} is unknown; expected 'noise' or 'attention'.")
     scheduler = scheduler or default_name(model.scheduler)
     if eta is None:  # DDIM and Euler on a flow are the samplers that have to be told to draw noise
         asked = scheduler in ("ddim", "euler-flow") or type(scheduler).__name__ in ETA
         eta = 1.0 if tie == "noise" and asked else 0.0
     settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
     check_settings(settings)
-    check_gate(g, gate)
+    check_coupling(g, form)
     _check(model, settings, pairs, tie, g, eps, release)
     y = model.conditions.numbers(
         [i % model.conditions.n for i in range(pairs)] if labels is None else labels, model.device
     )
     if len(y) != pairs:
-        raise ValueError(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
+        raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
     own, other = twin_seeds(seed, pairs)
     plan = prepared(model, settings)
     shape = model.cfg.latent_shape
@@ -126,7 +127,7 @@ def twins(
         x = torch.cat([(1 - eps**2) ** 0.5 * z + sign * eps * xi for sign in (1, -1)])
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     weights = fingerprint(model.transformer)
-    halves = branches(model, settings.guidance)
+    halves = n_passes(model, settings.guidance)
 
     history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
 
@@ -139,7 +140,7 @@ def twins(
 
     watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
     with watch, _named(model, (("A",) * pairs + ("B",) * pairs) * halves):
-        with coupled(model, g if tie == "attention" else 0.0, gate, layers, halves):
+        with coupled(model, g if tie == "attention" else 0.0, form, layers, halves):
             go(0, release)
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
@@ -184,28 +185,28 @@ def _check(
     model: HookedDiT, settings: Settings, pairs: int, tie: str, g: float, eps: float, release: int
 ) -> None:
     if not isinstance(pairs, int) or pairs < 1:
-        raise ValueError(f"pairs={pairs!r} is no number of pairs; expected 1 or more.")
+        raise InvalidValue(f"pairs={pairs!r} is no number of pairs; expected 1 or more.")
     if not 0 <= release <= settings.steps:
-        raise ValueError(
+        raise InvalidValue(
             f"release={release} is outside the run; expected a step from 0 to {settings.steps} "
             "(never)."
         )
     if not 0 <= eps <= 1:
-        raise ValueError(
+        raise InvalidValue(
             f"eps={eps} is out of range; expected 0 (equal starts) to 1 (opposite ones)."
         )
     if tie == "noise" and g:
-        raise ValueError(
+        raise InvalidValue(
             f"g={g} is a coupling through attention; use tie='attention', or g=0 with tie='noise'."
         )
     draws = is_stochastic(model, settings)
     if not (draws and release < settings.steps) and (tie == "noise" or eps == 0):
         if release == settings.steps and draws:
-            raise ValueError(
+            raise InvalidValue(
                 f"The twins can't part: they are never released (release={release} of "
                 f"{settings.steps} steps)."
             )
-        raise ValueError(
+        raise InvalidValue(
             f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} "
             "draws no noise and they start equal; "
             "use eta=1, scheduler='ddpm', or tie='attention' with eps > 0."

@@ -90,8 +90,8 @@ class Attend:
             else None
         )
         z = kernel(q, k, v, mask) if z is None else z
-        gate = self.instrumentation.gates.get(self.layer)
-        return z if gate is None else gate(z, q, k, v, mask, kernel)
+        coupling = self.instrumentation.couplings.get(self.layer)
+        return z if coupling is None else coupling(z, q, k, v, mask, kernel)
 
     def explicit(
         self,
@@ -207,11 +207,8 @@ class Joint:
             self.put(joined, self.image, new_image, dim)
         if new_text is not text:
             self.put(joined, self.text, new_text, dim)
-        if (
-            (image_point.changed
-            and image_point.listeners)
-            or (text_point.changed
-            and text_point.listeners)
+        if (image_point.changed and image_point.listeners) or (
+            text_point.changed and text_point.listeners
         ):
             return joined
         return laid_out(joined, x)

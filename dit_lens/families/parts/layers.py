@@ -10,6 +10,7 @@ import torch
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
 from torch import Tensor
 
+from ...errors import InvalidState, InvalidValue
 from ...hooks.points import HookPoint
 from ..base import Forward, Points
 from .sites import adaln_sites
@@ -64,7 +65,7 @@ def neurons(module: Any, points: Points, prefix: str = "mlp.") -> Forward:
     ):
         if isinstance(module, kinds) and not isinstance(module, ApproximateGELU):
             return forward(module, points, prefix)
-    raise ValueError(
+    raise InvalidValue(
         f"The MLP's activation is {type(module).__name__}, which has no neurons before and after "
         "it that could be hooked; "
         "expected GELU, GEGLU, SwiGLU or LinearActivation."
@@ -133,7 +134,7 @@ def refuse_chunks(blocks: Any) -> None:
     """
     for i, block in enumerate(blocks):
         if getattr(block, "_chunk_size", None) is not None:
-            raise ValueError(
+            raise InvalidValue(
                 f"Block {i} has chunked feed-forward switched on (chunk size {block._chunk_size}), "
                 "which would run each "
                 "MLP hook once a chunk; switch it off with block.set_chunk_feed_forward(None)."
@@ -148,7 +149,7 @@ def refuse_processors(blocks: Any, **expected: type) -> None:
         for name, wanted in expected.items():
             attn = getattr(block, name, None)
             if attn is not None and type(attn.processor) is not wanted:
-                raise ValueError(
+                raise InvalidValue(
                     f"Block {i} has the attention processor {type(attn.processor).__name__}; "
                     "dit_lens computes attention as "
                     f"{wanted.__name__} does: block.{name}.set_processor({wanted.__name__}())."
@@ -158,7 +159,7 @@ def refuse_processors(blocks: Any, **expected: type) -> None:
 def check_processor(attn: Any, wanted: type) -> None:
     """Raise RuntimeError if the processor was changed after the model was opened."""
     if type(attn.processor) is not wanted:
-        raise RuntimeError(
+        raise InvalidState(
             f"The attention processor was changed to {type(attn.processor).__name__}; a hooked DiT "
             "computes "
             f"attention itself, as {wanted.__name__} does. Put that back, or call model.remove()."

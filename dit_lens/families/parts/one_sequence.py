@@ -192,7 +192,8 @@ class SandwichAttentionForward(JointForward):
         if any(point.listeners for point in points):
             result = self.hook("attn.hook_result", per_head(z, linear), joint)
             if any(
-                (point.listeners and point.changed) or point.wants(BackwardEditor) for point in points
+                (point.listeners and point.changed) or point.wants(BackwardEditor)
+                for point in points
             ):
                 out = result.sum(2) if linear.bias is None else result.sum(2) + linear.bias
         return self.hook("attn.hook_out", dropout(out), joint)

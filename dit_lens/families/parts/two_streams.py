@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import InvalidState, InvalidValue
 from ...hooks.points import HookPoint
 from ..base import COND, RESID, Axes, Condition, Config, Family, Forward, Points, Size, shift_of
 from .attention import Attend, HeadsOut, Joint, dispatched
@@ -153,7 +154,7 @@ class AttentionForward(Forward):
 def refuse_fused(attentions: Sequence[Any]) -> None:
     """Raise RuntimeError where queries, keys and values come from one fused projection."""
     if any(getattr(attn, "fused_projections", False) for attn in attentions):
-        raise RuntimeError(
+        raise InvalidState(
             "The attention's projections are fused, and their parts have no modules of their own "
             "to hook; "
             "call transformer.unfuse_qkv_projections() first."
@@ -178,7 +179,7 @@ class PackedFamily(Family):
     The family says what the grid is.
     """
 
-    branches = None
+    batch_order = None
     final = FINAL_SITES | {"hook_sample": FINAL_SITES["final.hook_out"]}
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:
@@ -187,7 +188,7 @@ class PackedFamily(Family):
         # the pipelines' own; our small models have another
         height, width = size or c.get("sample_size") or (128, 128)
         if height % 2 or width % 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"Latents of {height}x{width} can't be packed into 2x2 patches; expected even "
                 "height and width."
             )
@@ -215,7 +216,7 @@ class PackedFamily(Family):
     ) -> dict[str, Any]:
         wanted = transformer.config.in_channels // 4
         if x.shape[1] != wanted:
-            raise ValueError(
+            raise InvalidValue(
                 f"The latents have {x.shape[1]} channels; this transformer takes {wanted}. Where "
                 "some of them are an image to fill or to "
                 "follow, dit_lens traces the pipeline and does not sample by itself."
