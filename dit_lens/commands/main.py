@@ -16,7 +16,6 @@ from ..errors import MissingFile
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ..families.base import Config
     from ..model.hooked import HookedDiT
 
 COMMANDS_HELP = "Open up Diffusion Transformers: hook points, twins, and which layer creates the synchronization gap."
@@ -173,24 +172,6 @@ def _size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _sizes(cfg: Config) -> dict[str, Any]:
-    return {
-        "token": cfg.tokens,
-        "query": cfg.tokens,
-        "key": cfg.tokens,
-        "head": cfg.n_heads,
-        "d_head": cfg.d_head,
-        "d_mlp": cfg.d_mlp,
-        "patch": cfg.out_channels
-        * (cfg.pixels[0] * cfg.pixels[1])
-        // (cfg.grid[-2] * cfg.grid[-1]),
-        "channel": cfg.out_channels,
-        "frame": next((n for n in cfg.latent_shape[:-2] if n != cfg.in_channels), cfg.in_channels),
-        "height": cfg.pixels[0],
-        "width": cfg.pixels[1],
-    }
-
-
 def hooks_command(args: argparse.Namespace) -> None:
     """Names and shapes from the configuration alone: no weights are read, no forward is run."""
     from rich.console import Console
@@ -204,7 +185,7 @@ def hooks_command(args: argparse.Namespace) -> None:
     cfg, sites = family.config(skeleton), family.sites(skeleton)
     sizes: dict[str, Any] = {"batch": "b", "d_model": cfg.d_model or "d_model"}
     if not family.read_only:
-        sizes |= _sizes(cfg)
+        sizes |= cfg.axis_sizes()
     if any("text" in axis for axes in sites.values() for axis in axes):
         sizes["key"] = "key"  # also the text's tokens, as many as the prompt has
     chosen = select(args.filter, list(sites))

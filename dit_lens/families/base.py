@@ -74,6 +74,37 @@ class Config:
         """How many image tokens there are."""
         return math.prod(self.grid)
 
+    def axis_sizes(self, batch: int | None = None, text: int | None = None) -> dict[str, int]:
+        """How long each axis of a hook point is, by the axis names of `model.sites`.
+
+        Args:
+            batch: items; without it the axis "batch" is left out.
+            text: text tokens; without it the axes of the text are left out.
+        """
+        sizes = {
+            "token": self.tokens,
+            "query": self.tokens,
+            "key": self.tokens,
+            "head": self.n_heads,
+            "d_head": self.d_head,
+            "d_model": self.d_model,
+            "d_mlp": self.d_mlp,
+            "patch": self.out_channels
+            * (self.pixels[0] * self.pixels[1])
+            // (self.grid[-2] * self.grid[-1]),
+            "channel": self.out_channels,
+            "frame": next(
+                (n for n in self.latent_shape[:-2] if n != self.in_channels), self.in_channels
+            ),
+            "height": self.pixels[0],
+            "width": self.pixels[1],
+        }
+        if batch is not None:
+            sizes["batch"] = batch
+        if text is not None:
+            sizes |= {"text_token": text, "text_query": text, "text_key": text}
+        return sizes
+
     @property
     def null_class(self) -> int:
         """The label that stands for 'no condition' in classifier-free guidance: one after the last

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from ..errors import DitLensError
 
@@ -46,6 +47,52 @@ def layer_of(name: str) -> int | None:
 def site_of(name: str) -> str:
     """A name without its block: `site_of("blocks.5.attn.hook_q") == "attn.hook_q"`."""
     return name if layer_of(name) is None else name.split(".", 2)[2]
+
+
+class Addition(NamedTuple):
+    """One place in a layer where something is added to a stream.
+
+    Attributes:
+        layer: the block.
+        before: the stream's hook name ahead of the addition.
+        added: the hook names whose values are added there.
+        after: the stream's hook name behind it; `before + sum(added) == after` bit for bit.
+    """
+
+    layer: int
+    before: str
+    added: tuple[str, ...]
+    after: str
+
+
+def additions(names: Iterable[str], stream: str = "") -> list[Addition]:
+    """All that the layers add to one stream, in forward order: the one rule of what a layer adds.
+
+    What a layer adds are its hook points `hook_..._out` between two of `hook_resid_...`: attention
+    and MLP, in some families cross-attention, a second attention, or both fused in one.
+
+    Args:
+        names: hook names in forward order, such as `model.names`.
+        stream: "" for the image's, "text." for the text's.
+
+    >>> [a.added for a in additions(["blocks.0.hook_resid_pre", "blocks.0.hook_attn_out",
+    ...     "blocks.0.hook_resid_mid"])]
+    [('blocks.0.hook_attn_out',)]
+    """
+    found: list[Addition] = []
+    before, added = "", []
+    for name in names:
+        layer, site = layer_of(name), site_of(name)
+        if layer is None or not site.startswith(f"{stream}hook_"):
+            continue
+        own = site.removeprefix(f"{stream}hook_")
+        if own.startswith("resid_"):
+            if added:
+                found.append(Addition(layer, before, tuple(added), name))
+            before, added = name, []
+        elif own.endswith("_out"):
+            added.append(name)
+    return found
 
 
 def resolve(key: Key, names: Sequence[str]) -> str:

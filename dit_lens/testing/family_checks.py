@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..families.base import Condition, Family
 from ..families.upstream import flat, methods, small_inputs
-from ..hooks.names import layer_of, site_of
+from ..hooks.names import Addition, additions, layer_of
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
 from ..tracing.trace import load_trace, trace
@@ -63,6 +63,10 @@ class Case:
     def seen(self) -> dict[str, Tensor]:
         """Every activation of one pass, by name, in the order in which they came."""
         return self.look(self.model.names)[1]
+
+    def additions(self) -> list[Addition]:
+        """What the layers add to the image's stream and to the text's."""
+        return [found for stream in ("", "text.") for found in additions(self.model.names, stream)]
 
     def edited(self, name: str, fn: Callable[[Tensor], Tensor]) -> Tensor:
         with self.model.hooks([(name, lambda a, hook: fn(a))]):
@@ -132,30 +136,10 @@ def shapes_as_named(case: Case) -> None:
     assert not absent, f"there is no {absent[0]}"
 
 
-def additions(names: list[str]) -> Iterator[tuple[str, list[str], str]]:
-    """Each (stream before, what is added, stream after) within the blocks: contributions lie
-    between two names of the stream.
-    """
-    for prefix in ("", "text."):
-        before = ""
-        added: list[str] = []
-        for name in names:
-            site = site_of(name)
-            if layer_of(name) is None or not site.startswith(prefix):
-                continue
-            own = site[len(prefix) :]
-            if own.startswith("hook_resid_"):
-                if added:
-                    yield before, added, name
-                before, added = name, []
-            elif own.startswith("hook_") and own.endswith("_out"):
-                added.append(name)
-
-
 def adds_up(case: Case) -> None:
     """resid_pre + attn_out == resid_mid, resid_mid + mlp_out == resid_post, and so on, bit for bit"""
     seen, found = case.seen(), 0
-    for before, added, after in additions(case.model.names):
+    for _, before, added, after in case.additions():
         total = seen[before]
         for name in added:
             total = total + seen[name]
@@ -170,7 +154,7 @@ def edits_reach_the_stream(case: Case) -> None:
     """an edit of the stream changes the stream itself, and every edit reaches the output"""
     plain, seen = case.ask(), case.seen()
     last = max(layer_of(n) or 0 for n in case.model.names)
-    for before, added, after in additions(case.model.names):
+    for _, before, added, after in case.additions():
         shift = torch.randn(seen[before].shape[-1], generator=torch.Generator().manual_seed(1)).to(
             seen[before].dtype
         )
