@@ -80,7 +80,8 @@ def additions(names: Iterable[str], stream: str = "") -> list[Addition]:
     [('blocks.0.hook_attn_out',)]
     """
     found: list[Addition] = []
-    before, added = "", []
+    before: str = ""
+    added: list[str] = []
     for name in names:
         layer, site = layer_of(name), site_of(name)
         if layer is None or not site.startswith(f"{stream}hook_"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..families.base import Condition, Family
 from ..families.upstream import flat, methods, small_inputs
-from ..hooks.names import Addition, additions, layer_of
+from ..hooks.names import Addition, additions, layer_of, site_of
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
 from ..tracing.trace import load_trace, trace
