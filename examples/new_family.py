@@ -15,21 +15,23 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 import dit_lens
-from dit_lens.families import register
-from dit_lens.families.base import (
+from dit_lens.families import (
+    COND,
     RESID,
     SAMPLE,
+    Attend,
+    BlockForward,
     Condition,
     Config,
     Family,
-    Forward,
-    Tap,
-    TransformerForward,
+    HeadsOut,
+    adaln_sites,
+    alive,
+    attention_sites,
+    mlp_sites,
+    register,
 )
-from dit_lens.families.parts.attention import Attend, HeadsOut
-from dit_lens.families.parts.sites import adaln_sites, attention_sites, mlp_sites
-from dit_lens.families.small import alive
-from dit_lens.testing import family_contract as contract
+from dit_lens.testing import family_contract
 
 D, HEADS, PATCH = 16, 2, 2
 
@@ -78,70 +80,53 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin):
 # Its family: the names of a block in the order in which they come, and the block's forward with
 # hook points in it.
 
-SITES = {
-    "hook_resid_pre": RESID,
-    "hook_cond": ("batch", "d_model"),
-    **adaln_sites(parts=("scale",)),
-}
-SITES |= {
-    "ln1.hook_normalized": RESID,
-    **attention_sites(rotary=False),
-    "hook_attn_out": RESID,
-    "hook_resid_mid": RESID,
-}
-SITES |= {
-    "ln2.hook_normalized": RESID,
-    **mlp_sites(),
-    "hook_mlp_out": RESID,
-    "hook_resid_post": RESID,
-}
+SITES = {"hook_resid_pre": RESID, "hook_cond": COND}
+SITES |= adaln_sites(parts=("scale",))
+SITES |= {"ln1.hook_normalized": RESID} | attention_sites(rotary=False)
+SITES |= {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+SITES |= {"ln2.hook_normalized": RESID} | mlp_sites()
+SITES |= {"hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
-class BlockForward(Forward):
-    def __init__(self, module, points, instrumentation, layer):
-        super().__init__(module)
-        self.points, self.embed = (
-            {site: points[f"blocks.{layer}.{site}"] for site in SITES},
-            None if layer else points["hook_embed"],
-        )
-        self.attend, self.heads_out = (
-            Attend(self.points, instrumentation, layer),
-            HeadsOut(self.points),
-        )
+class ScaleBlockForward(BlockForward):
+    def __init__(self, module, points, current_pass, layer):
+        super().__init__(module, points)
+        self.attend, self.heads_out = Attend(points, current_pass, layer), HeadsOut(points)
 
     def __call__(self, x, cond):
         block, hook = self.module, self.points
-        x = hook["hook_resid_pre"](x if self.embed is None else self.embed(x))
+        x = self.enter(x)
         scale_attn, scale_mlp = block.modulation(hook["hook_cond"](cond)).chunk(2, dim=1)
-        scale_attn, scale_mlp = (
-            hook["adaln.hook_scale_attn"](scale_attn),
-            hook["adaln.hook_scale_mlp"](scale_mlp),
-        )
-        h = hook["attn.hook_in"](
-            hook["ln1.hook_normalized"](block.norm(x)) * (1 + scale_attn[:, None])
-        )
-        parts = zip("qkv", block.qkv(h).chunk(3, dim=2), strict=True)
+        scale_attn = hook["adaln.hook_scale_attn"](scale_attn)
+        scale_mlp = hook["adaln.hook_scale_mlp"](scale_mlp)
+
+        # attention
+        h = hook["ln1.hook_normalized"](block.norm(x)) * (1 + scale_attn[:, None])
+        parts = block.qkv(hook["attn.hook_in"](h)).chunk(3, dim=2)
         q, k, v = (
             hook[f"attn.hook_{name}"](part.unflatten(2, (HEADS, -1))).transpose(1, 2)
-            for name, part in parts
+            for name, part in zip("qkv", parts, strict=True)
         )
-        x = hook["hook_resid_mid"](
-            x
-            + hook["hook_attn_out"](self.heads_out(self.attend(q, k, v).transpose(1, 2), block.out))
-        )
-        h = hook["mlp.hook_in"](
-            hook["ln2.hook_normalized"](block.norm(x)) * (1 + scale_mlp[:, None])
-        )
-        neurons = hook["mlp.hook_post"](nn.functional.gelu(hook["mlp.hook_pre"](block.up(h))))
-        return hook["hook_resid_post"](
-            x + hook["hook_mlp_out"](hook["mlp.hook_out"](block.down(neurons)))
-        )
+        out = self.heads_out(self.attend(q, k, v).transpose(1, 2), block.out)
+        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](out))
+
+        # MLP
+        h = hook["ln2.hook_normalized"](block.norm(x)) * (1 + scale_mlp[:, None])
+        neurons = hook["mlp.hook_pre"](block.up(hook["mlp.hook_in"](h)))
+        neurons = hook["mlp.hook_post"](nn.functional.gelu(neurons))
+        out = hook["mlp.hook_out"](block.down(neurons))
+        return hook["hook_resid_post"](x + hook["hook_mlp_out"](out))
 
 
 class ScaleFamily(Family):
     model_class = "ScaleTransformer2DModel"
     differs = "modulated by a scale alone, without gates"
     batch_order = ("cond", "uncond")
+    last_sites = {
+        "final.hook_in": RESID,
+        "final.hook_out": ("batch", "token", "patch"),
+        "hook_sample": SAMPLE,
+    }
 
     def blocks(self, transformer):
         return list(transformer.blocks)
@@ -162,40 +147,24 @@ class ScaleFamily(Family):
             n_classes=c.n_classes,
         )
 
-    def sites(self, transformer):
-        blocks = {
-            f"blocks.{i}.{site}": axes
-            for i in range(len(transformer.blocks))
-            for site, axes in SITES.items()
-        }
-        final = {
-            "final.hook_in": RESID,
-            "final.hook_out": ("batch", "token", "patch"),
-            "hook_sample": SAMPLE,
-        }
-        return {"hook_embed": RESID} | blocks | final
+    def block_sites(self, block):
+        return SITES
 
-    def forwards(self, transformer, points, instrumentation):
-        blocks = [
-            BlockForward(block, points, instrumentation, i)
-            for i, block in enumerate(transformer.blocks)
-        ]
-        last = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
-        return [TransformerForward(transformer, points, instrumentation), *blocks, last]
+    def block_forwards(self, block, points, current_pass, layer):
+        return [ScaleBlockForward(block, points, current_pass, layer)]
 
     def grid(self, transformer, inputs):
         return tuple(side // PATCH for side in inputs["hidden_states"].shape[2:])
 
     def small(self, variant):
-        return alive(ScaleTransformer2DModel(layers=variant + 1)), Condition(
-            class_labels=torch.tensor([3, 7])
-        )
+        model = alive(ScaleTransformer2DModel(layers=variant + 1))
+        return model, Condition(class_labels=torch.tensor([3, 7]))
 
 
 if __name__ == "__main__":
     register(ScaleFamily())
     # every check on three small models; raises with what fails
-    contract.check("ScaleTransformer2DModel")
+    family_contract.check("ScaleTransformer2DModel")
     model = dit_lens.HookedDiT(ScaleTransformer2DModel(layers=4).eval())
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([3, 7])
     _, cache = model.run_with_cache(x, t, y)

@@ -15,8 +15,7 @@ from diffusers.hooks import (
 from peft import LoraConfig
 
 import dit_lens
-from dit_lens.families import family_named
-from dit_lens.families.upstream import small_inputs
+from dit_lens.families import family_named, small_inputs
 
 CPU = torch.device("cpu")
 

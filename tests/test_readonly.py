@@ -12,10 +12,9 @@ from torch import randn
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.families import family_of
+from dit_lens.families import alive, family_of, small_text, small_vae
 from dit_lens.families.boundaries import parts
 from dit_lens.families.readonly import ReadOnlyFamily
-from dit_lens.families.small import alive, small_text, small_vae
 
 T, UNIT = torch.tensor([700.0, 31.0]), torch.tensor([0.7, 0.1])
 HEADS = dict(num_attention_heads=2, attention_head_dim=8)
@@ -475,6 +474,29 @@ def test_text_and_image_of_one_length_are_not_told_apart():
         pytest.raises(RuntimeError, match="2 tensors of shape.*differ in length"),
     ):
         answer(transformer, inputs)
+
+
+def test_diffusers_says_which_of_two_values_of_one_shape_is_the_images():
+    """Where it has registered it for the block's class: CogView 4 with as long a text as image."""
+    transformer, inputs = made(cogview4)
+    inputs["encoder_hidden_states"] = randn(2, 16, 12)
+    seen = {}
+
+    def keep(module, args, kwargs, out):
+        seen["image"], seen["text"] = out[0].clone(), out[1].clone()
+
+    handle = transformer.transformer_blocks[0].register_forward_hook(keep, with_kwargs=True)
+    want = answer(transformer, inputs)[0]
+    handle.remove()
+    assert seen["image"].shape == seen["text"].shape and not torch.equal(*seen.values())
+    model = HookedDiT(transformer)
+    with dit_lens.trace(model, names="resid_post") as t:
+        assert torch.equal(answer(transformer, inputs)[0], want)
+    assert torch.equal(t["resid_post", 0][0], seen["image"])
+    rest = {k: v for k, v in inputs.items() if k not in ("hidden_states", "timestep")}
+    with torch.no_grad():
+        last = model(inputs["hidden_states"], T, rest, stop_at_layer=2)
+    assert torch.equal(last, t["resid_post", 1][0])
 
 
 def test_frames_in_the_batch_and_lists_that_take_turns():

@@ -1,97 +1,132 @@
 """Families of Diffusion Transformers: the only place that knows how a block computes.
 
-A family teaches dit_lens one model class. `families/dit.py` is the first and the pattern; what a
-family provides is `Family` in `families/base.py`. The registry is keyed by the diffusers class
-name, so that a family's module is imported only when such a model is met. A family can come from
-any package, by the entry-point group `dit_lens.families`: `YourTransformer2DModel =
-"your_package.your_module"`, a module that calls `register`. docs/families.md is the guide.
+Belongs here: one module a family, which teaches dit_lens one model class, the kit that they share
+(`parts`), and the registry. Does not: anything that runs, records or compares models.
+
+Everything that a family's author needs is imported from here; docs/families.md is the guide,
+examples/new_family.py a whole family.
 """
 
-from __future__ import annotations
+from ..hooks.passes import Pass
+from ..hooks.points import HookPoint
+from .base import (
+    BlockForward,
+    Condition,
+    Config,
+    Family,
+    Forward,
+    Points,
+    Size,
+    Tap,
+    TransformerForward,
+    image_config,
+    shift_of,
+)
+from .parts.attention import Attend, HeadsOut, Kernel, dispatched, per_head, sdpa
+from .parts.joint import (
+    AnyPoints,
+    Joint,
+    JointPoint,
+    Layout,
+    Point,
+    image_first,
+    joint_points,
+    text_first,
+)
+from .parts.layers import (
+    AdaNormForward,
+    ContinuousNormForward,
+    LastTable,
+    LastTableForward,
+    check_processor,
+    final_norm,
+    gated,
+    neurons,
+    refuse_chunks,
+    refuse_processors,
+)
+from .parts.sites import (
+    COND,
+    FINAL_SITES,
+    RESID,
+    SAMPLE,
+    TEXT,
+    Axes,
+    Sites,
+    adaln_sites,
+    attention_sites,
+    both,
+    cross_sites,
+    mlp_sites,
+    out_sites,
+    qkv_sites,
+    scores_sites,
+    texts,
+)
+from .registry import family_named, family_of, modules, register
+from .small import alive, flat, small_inputs, small_text, small_vae
 
-import importlib
-from functools import cache
-from importlib.metadata import entry_points
-
-from torch import nn
-
-from ..errors import InvalidType, InvalidValue
-from .base import Family
-
-_OURS = {
-    "CogVideoXTransformer3DModel": "cogvideox",
-    "DiTTransformer2DModel": "dit",
-    "FluxTransformer2DModel": "flux",
-    "HunyuanDiT2DModel": "hunyuan",
-    "Lumina2Transformer2DModel": "lumina2",
-    "PixArtTransformer2DModel": "pixart",
-    "QwenImageTransformer2DModel": "qwenimage",
-    "SD3Transformer2DModel": "sd3",
-    "SanaTransformer2DModel": "sana",
-    "WanTransformer3DModel": "wan",
-    "ZImageTransformer2DModel": "zimage",
-}
-_FAMILIES: dict[str, Family] = {}
-
-
-def register(family: Family) -> Family:
-    """Make a family known. Its `model_class` is the class name of the transformers it handles.
-
-    Raises:
-        ValueError: if another family has that class already.
-    """
-    if family.model_class in _FAMILIES:
-        raise InvalidValue(
-            f"There is a family for {family.model_class!r} already: "
-            f"{_FAMILIES[family.model_class]!r}."
-        )
-    _FAMILIES[family.model_class] = family
-    return family
-
-
-@cache
-def modules() -> dict[str, str]:
-    """The module of each family that can be had, by model class: ours, and those of installed
-    packages.
-
-    Raises:
-        ValueError: if two of them are for one class.
-    """
-    found = {name: f"{__name__}.{module}" for name, module in _OURS.items()}
-    for entry in entry_points(group="dit_lens.families"):
-        if entry.name in found:
-            raise InvalidValue(
-                f"There is a family for {entry.name!r} already, {found[entry.name]!r}; the package "
-                "that registers "
-                f"{entry.value!r} for it must be removed."
-            )
-        found[entry.name] = entry.value
-    return found
-
-
-def family_named(model_class: str) -> Family | None:
-    """The family for a class name, or None."""
-    if model_class not in _FAMILIES and model_class in modules():
-        importlib.import_module(modules()[model_class])
-    return _FAMILIES.get(model_class)
-
-
-def family_of(transformer: nn.Module) -> Family:
-    """The family that handles this module, by the names of its class and base classes; for other
-    diffusers transformers a read-only one.
-
-    Raises:
-        TypeError: if there is none (a U-Net, say).
-    """
-    for cls in type(transformer).__mro__:
-        if family := family_named(cls.__name__):
-            return family
-    from .readonly import read_only
-
-    if (unknown := read_only(transformer)) is not None:
-        return unknown
-    known = ", ".join(sorted({*modules(), *_FAMILIES}))
-    raise InvalidType(
-        f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it "
-        f"knows {known}."
-    )
+__all__ = [
+    "COND",
+    "FINAL_SITES",
+    "RESID",
+    "SAMPLE",
+    "TEXT",
+    "AdaNormForward",
+    "AnyPoints",
+    "Attend",
+    "Axes",
+    "BlockForward",
+    "Condition",
+    "Config",
+    "ContinuousNormForward",
+    "Family",
+    "Forward",
+    "HeadsOut",
+    "HookPoint",
+    "Joint",
+    "JointPoint",
+    "Kernel",
+    "LastTable",
+    "LastTableForward",
+    "Layout",
+    "Pass",
+    "Point",
+    "Points",
+    "Sites",
+    "Size",
+    "Tap",
+    "TransformerForward",
+    "adaln_sites",
+    "alive",
+    "attention_sites",
+    "both",
+    "check_processor",
+    "cross_sites",
+    "dispatched",
+    "family_named",
+    "family_of",
+    "final_norm",
+    "flat",
+    "gated",
+    "image_config",
+    "image_first",
+    "joint_points",
+    "mlp_sites",
+    "modules",
+    "neurons",
+    "out_sites",
+    "per_head",
+    "qkv_sites",
+    "refuse_chunks",
+    "refuse_processors",
+    "register",
+    "scores_sites",
+    "sdpa",
+    "shift_of",
+    "small_inputs",
+    "small_text",
+    "small_vae",
+    "text_first",
+    "texts",
+]

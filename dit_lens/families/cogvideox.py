@@ -22,30 +22,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from ..hooks.points import HookPoint
-from . import register
-from .base import (
-    RESID,
-    Axes,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    TransformerForward,
-)
-from .parts.attention import Attend, HeadsOut, Joint
-from .parts.layers import check_processor, neurons, refuse_processors
+from ..hooks.passes import Pass
+from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, image_config
+from .parts.attention import Attend, HeadsOut
+from .parts.joint import AnyPoints, joint_points, text_first
+from .parts.layers import check_processor, gated, neurons, refuse_processors
 from .parts.sites import (
     FINAL_SITES,
+    RESID,
+    Sites,
     adaln_sites,
     both,
     mlp_sites,
@@ -54,34 +44,24 @@ from .parts.sites import (
     scores_sites,
     texts,
 )
+from .registry import register
 from .small import alive, small_text
 
 VIDEO = ("batch", "frame", "channel", "height", "width")
-Streams = dict[str, Axes]
 Angles = tuple[Tensor, Tensor]
 
 
-def norm_sites(branch: str, norm: str) -> Streams:
-    """What one expert adaLN makes: the modulations of both streams, then each stream normalised,
-    and modulated.
+def norm_sites(sublayer: str, norm: str) -> Sites:
+    """The names of what one expert adaLN makes: the modulations of both streams, then each stream
+    normalised, and modulated.
+
+    Args:
+        sublayer: what it modulates, attn or mlp.
+        norm: its prefix.
     """
-    vectors: Streams = adaln_sites(branches=(branch,))
-    entered: Streams = {f"{norm}.hook_normalized": RESID, f"{branch}.hook_in": RESID}
+    vectors = adaln_sites(sublayers=(sublayer,))
+    entered = {f"{norm}.hook_normalized": RESID, f"{sublayer}.hook_in": RESID}
     return vectors | texts(vectors) | entered | texts(entered)
-
-
-def block_sites(block: Any) -> Streams:
-    """The names of one block."""
-    mid: Streams = {"hook_attn_out": RESID, "hook_resid_mid": RESID}
-    post: Streams = {"hook_mlp_out": RESID, "hook_resid_post": RESID}
-    gated = isinstance(block.ff.net[0], (GEGLU, SwiGLU))
-    sites = (
-        both({"hook_resid_pre": RESID})
-        | {"hook_cond": ("batch", "d_cond")}
-        | norm_sites("attn", "ln1")
-    )
-    sites |= both(qkv_sites() | scores_sites("attn.") | out_sites()) | mid | texts(mid)
-    return sites | norm_sites("mlp", "ln2") | both(mlp_sites(gated=gated)) | post | texts(post)
 
 
 def angles(c: Any, grid: Size, device: Any) -> Angles:
@@ -101,52 +81,19 @@ def angles(c: Any, grid: Size, device: Any) -> Angles:
     )
 
 
-class JointPoint:
-    """The hook points of both streams as one, for a joint tensor: a `HookPoint` to whoever calls
-    it.
-    """
-
-    def __init__(self, points: Points, name: str, instrumentation: Any) -> None:
-        self.video, self.text, self.instrumentation = (
-            points[name],
-            points[f"text.{name}"],
-            instrumentation,
-        )
-        self.dim = 2 if name.endswith(("scores", "pattern")) else 1  # where the tokens are
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.listeners:
-            return x
-        length = self.instrumentation.now["encoder_hidden_states"].shape[1]
-        return Joint(slice(length, None), slice(length)).hook(self.video, self.text, x, self.dim)
-
-    @property
-    def listeners(self) -> list[Any]:
-        return self.video.listeners + self.text.listeners
-
-    @property
-    def changed(self) -> bool:
-        return any(point.listeners and point.changed for point in (self.video, self.text))
-
-    def wants(self, kind: type) -> bool:
-        return self.video.wants(kind) or self.text.wants(kind)
-
-
-class BlockForward(Forward):
+class CogVideoXBlockForward(BlockForward):
     """One block: joint attention and a joint MLP, each modulated and gated for each stream by
     itself.
+
+    Args:
+        module: the block.
+        points: its hook points.
+        joint: the same, on the joint sequence.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        points: Points,
-        instrumentation: Any,
-        embeds: tuple[HookPoint, HookPoint] | None,
-    ) -> None:
-        super().__init__(module)
-        self.points, self.embeds = points, embeds
-        self.mlp_out = JointPoint(points, "mlp.hook_out", instrumentation)
+    def __init__(self, module: Any, points: Points, joint: AnyPoints) -> None:
+        super().__init__(module, points)
+        self.mlp_out = joint["mlp.hook_out"]
 
     def __call__(
         self,
@@ -157,14 +104,10 @@ class BlockForward(Forward):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         block, hook, n = self.module, self.points, encoder_hidden_states.shape[1]
-        x, text = hidden_states, encoder_hidden_states
-        if self.embeds is not None:
-            x, text = self.embeds[0](x), self.embeds[1](text)
-        x, text, temb = (
-            hook["hook_resid_pre"](x),
-            hook["text.hook_resid_pre"](text),
-            hook["hook_cond"](temb),
-        )
+        x, text = self.enter_both(hidden_states, encoder_hidden_states)
+        temb = hook["hook_cond"](temb)
+
+        # attention
         h, text_h, gate, text_gate = block.norm1(x, text, temb)
         out, text_out = block.attn1(
             hidden_states=h,
@@ -174,12 +117,13 @@ class BlockForward(Forward):
         )
         x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate * out))
         text = hook["text.hook_resid_mid"](text + hook["text.hook_attn_out"](text_gate * text_out))
+
+        # MLP
         h, text_h, gate, text_gate = block.norm2(x, text, temb)
         out = self.mlp_out(block.ff(torch.cat([text_h, h], dim=1)))
         x = hook["hook_resid_post"](x + hook["hook_mlp_out"](gate * out[:, n:]))
-        return x, hook["text.hook_resid_post"](
-            text + hook["text.hook_mlp_out"](text_gate * out[:, :n])
-        )
+        added = hook["text.hook_mlp_out"](text_gate * out[:, :n])
+        return x, hook["text.hook_resid_post"](text + added)
 
 
 class ExpertNormForward(Forward):
@@ -187,13 +131,10 @@ class ExpertNormForward(Forward):
     vectors; and their gates.
     """
 
-    def __init__(self, module: Any, points: Points, branch: str, norm: str) -> None:
+    def __init__(self, module: Any, points: Points, sublayer: str, norm: str) -> None:
         super().__init__(module)
-        names = list(norm_sites(branch, norm))
-        self.modulations, self.entered = (
-            [points[n] for n in names[:6]],
-            [points[n] for n in names[6:]],
-        )
+        hooks = [points[name] for name in norm_sites(sublayer, norm)]
+        self.modulations, self.entered = hooks[:6], hooks[6:]
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor
@@ -211,21 +152,19 @@ class ExpertNormForward(Forward):
 
 
 class AttentionForward(Forward):
-    """Attention of text and video, which are one sequence."""
+    """Attention of text and video, which are one sequence.
 
-    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int) -> None:
+    Args:
+        module: the attention.
+        points: the block's hook points, on the joint sequence.
+        current_pass: the pass that it will run in.
+        layer: the block's number.
+    """
+
+    def __init__(self, module: Any, points: AnyPoints, current_pass: Pass, layer: int) -> None:
         super().__init__(module)
-        inner = [*qkv_sites(), *scores_sites("attn."), *out_sites()]
-        joint: Any = {
-            name: JointPoint(points, name, instrumentation)
-            for name in inner
-            if name != "attn.hook_in"
-        }
-        self.points, self.attend, self.heads_out = (
-            joint,
-            Attend(joint, instrumentation, layer),
-            HeadsOut(joint),
-        )
+        self.points, self.heads_out = points, HeadsOut(points)
+        self.attend = Attend(points, current_pass, layer)
 
     def __call__(
         self,
@@ -281,7 +220,10 @@ class CogVideoXFamily(Family):
     """How dit_lens opens a `CogVideoXTransformer3DModel`."""
 
     model_class = "CogVideoXTransformer3DModel"
-    differs = "video; text and video share all weights but the modulations, and are one sequence in attention and MLP"
+    differs = (
+        "video; text and video share all weights but the modulations, and are one sequence in "
+        "attention and MLP"
+    )
     written_for = {
         "AdaLayerNorm.forward": "802d5b6c",
         "Attention.forward": "f4dadb54",
@@ -292,51 +234,77 @@ class CogVideoXFamily(Family):
         "GELU.forward": "4a4013c4",
     }
 
+    first_sites = both({"hook_embed": RESID})
+    last_sites = {**FINAL_SITES, "hook_sample": VIDEO}
+    known_options = frozenset(
+        "num_attention_heads attention_head_dim in_channels out_channels flip_sin_to_cos "
+        "freq_shift time_embed_dim ofs_embed_dim text_embed_dim num_layers dropout "
+        "attention_bias sample_width sample_height sample_frames patch_size patch_size_t "
+        "temporal_compression_ratio max_text_seq_length activation_fn timestep_activation_fn "
+        "norm_elementwise_affine norm_eps spatial_interpolation_scale "
+        "temporal_interpolation_scale use_rotary_positional_embeddings "
+        "use_learned_positional_embeddings patch_bias".split()
+    )
+
     def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c, p, p_t = (
-            transformer.config,
-            transformer.config.patch_size,
-            transformer.config.patch_size_t or 1,
-        )
+        c, p, p_t = transformer.config, transformer.config.patch_size, self._span(transformer)
         frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
         # 1.5 pads frames to whole tokens
         own = (-(-frames // p_t) * p_t, c.sample_height, c.sample_width)
         frames, height, width = own if size is None else (*own[: 3 - len(size)], *size)
-        d_model = c.num_attention_heads * c.attention_head_dim
-        return Config(
-            n_layers=c.num_layers,
-            d_model=d_model,
-            n_heads=c.num_attention_heads,
-            d_head=c.attention_head_dim,
-            d_mlp=4 * d_model,
-            patch_size=p,
-            in_channels=c.in_channels,
-            out_channels=c.out_channels,
+        return image_config(
+            transformer,
+            (height, width),
             latent_shape=(frames, c.in_channels, height, width),
             grid=(frames // p_t, height // p, width // p),
             restartable=False,
+            joint=True,
+            own_axes={"d_cond": c.time_embed_dim},
         )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = both({"hook_embed": RESID})
-        for i, block in enumerate(transformer.transformer_blocks):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(block).items()}
-        return sites | FINAL_SITES | {"hook_sample": VIDEO}
+    def _span(self, transformer: Any) -> int:
+        """How many latent frames a token spans."""
+        return transformer.config.patch_size_t or 1
+
+    def block_sites(self, block: Any) -> Sites:
+        mid = {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+        post = {"hook_mlp_out": RESID, "hook_resid_post": RESID}
+        sites = both({"hook_resid_pre": RESID}) | {"hook_cond": ("batch", "d_cond")}
+        sites |= norm_sites("attn", "ln1")
+        inside = qkv_sites() | scores_sites("attn.") | out_sites()
+        sites |= both(inside) | mid | texts(mid) | norm_sites("mlp", "ln2")
+        return sites | both(mlp_sites(gated=gated(block.ff))) | post | texts(post)
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        joint = joint_points(points, current_pass, text_first)
+        return [
+            CogVideoXBlockForward(block, points, joint),
+            ExpertNormForward(block.norm1, points, "attn", "ln1"),
+            AttentionForward(block.attn1, joint, current_pass, layer),
+            ExpertNormForward(block.norm2, points, "mlp", "ln2"),
+            neurons(block.ff.net[0], joint),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        norm = LastNormForward(transformer.norm_out, points)
+        return [norm, *super().outer_forwards(transformer, points, current_pass)]
 
     def check_model(self, transformer: Any) -> None:
         refuse_processors(transformer.transformer_blocks, attn1=CogVideoXAttnProcessor2_0)
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
-        c, x, text = (
-            transformer.config,
-            inputs["hidden_states"],
-            inputs["encoder_hidden_states"].shape[1],
-        )
-        units = c.patch_size_t or 1, c.patch_size, c.patch_size
+        c, x = transformer.config, inputs["hidden_states"]
+        text = inputs["encoder_hidden_states"].shape[1]
+        units = self._span(transformer), c.patch_size, c.patch_size
         if any(size % unit for size, unit in zip((x.shape[1], *x.shape[3:]), units, strict=True)):
-            wanted = "[batch, frame, channel, height, width] with frames, height and width in multiples of"
             raise InvalidValue(
-                f"The latents have shape {list(x.shape)}; expected {wanted} "
+                f"The latents have shape {list(x.shape)}; expected [batch, frame, channel, height, "
+                "width] with frames, height and width in multiples of "
                 f"{', '.join(map(str, units))}."
             )
         if c.use_rotary_positional_embeddings and inputs.get("image_rotary_emb") is None:
@@ -348,27 +316,6 @@ class CogVideoXFamily(Family):
             raise InvalidValue(
                 f"The text has {text} tokens; expected {c.max_text_seq_length}, padding included."
             )
-
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.transformer_blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            joint: Any = {
-                n: JointPoint(mine, n, instrumentation) for n in mine if n.startswith("mlp.")
-            }
-            embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
-            forwards += [
-                BlockForward(block, mine, instrumentation, embeds),
-                ExpertNormForward(block.norm1, mine, "attn", "ln1"),
-                AttentionForward(block.attn1, mine, instrumentation, i),
-                ExpertNormForward(block.norm2, mine, "mlp", "ln2"),
-                neurons(block.ff.net[0], joint),
-            ]
-        return [
-            *forwards,
-            LastNormForward(transformer.norm_out, points),
-            Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
-        ]
 
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
@@ -385,15 +332,15 @@ class CogVideoXFamily(Family):
 
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         c, (frames, _, height, width) = transformer.config, inputs["hidden_states"].shape[1:]
-        return frames // (c.patch_size_t or 1), height // c.patch_size, width // c.patch_size
+        return frames // self._span(transformer), height // c.patch_size, width // c.patch_size
 
-    def passed(
+    def skip_block(
         self, inputs: dict[str, Any], args: Any, kwargs: Any
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         x, text = args[:2] if args else (kwargs["hidden_states"], kwargs["encoder_hidden_states"])
         return x, lambda stream: (stream, text)
 
-    def leaving(self, inputs: dict[str, Any], returned: Any) -> Tensor:
+    def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         return returned[0]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:

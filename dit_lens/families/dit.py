@@ -17,13 +17,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from ..hooks.points import HookPoint
-from . import register
+from ..hooks.passes import Pass
 from .base import (
-    COND,
-    RESID,
-    SAMPLE,
-    Axes,
+    BlockForward,
     Condition,
     Config,
     Family,
@@ -31,14 +27,15 @@ from .base import (
     Points,
     Size,
     Tap,
-    TransformerForward,
+    image_config,
 )
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
-from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
+from .parts.sites import COND, RESID, Sites, adaln_sites, attention_sites, mlp_sites
+from .registry import register
 from .small import alive, small_vae
 
-BLOCK_SITES: dict[str, Axes] = {
+BLOCK_SITES: Sites = {
     "hook_resid_pre": RESID,
     "hook_cond": COND,
     **adaln_sites(),
@@ -72,23 +69,8 @@ class ShiftScaleForward(Forward):
         )
 
 
-class BlockForward(Forward):
-    """One block: two gated sublayers, added to the stream.
-
-    The first one is also given `hook_embed`.
-    """
-
-    def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
-        super().__init__(module)
-        self.embed = embed
-        self.resid_pre, self.resid_mid = points["hook_resid_pre"], points["hook_resid_mid"]
-        self.resid_post = points["hook_resid_post"]
-        self.attn_out, self.mlp_out = points["hook_attn_out"], points["hook_mlp_out"]
-        self.normalized, self.mlp_in, self.mlp_raw = (
-            points["ln2.hook_normalized"],
-            points["mlp.hook_in"],
-            points["mlp.hook_out"],
-        )
+class DiTBlockForward(BlockForward):
+    """One block: two gated sublayers, added to the stream."""
 
     def __call__(
         self,
@@ -103,28 +85,32 @@ class BlockForward(Forward):
         if cross_attention_kwargs:
             raise InvalidValue(
                 f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
-                "DiT, which has no "
-                "cross-attention; pass None."
+                "DiT, which has no cross-attention; pass None."
             )
-        block = self.module
-        x = self.resid_pre(hidden_states if self.embed is None else self.embed(hidden_states))
+        block, hook = self.module, self.points
+        x = self.enter(hidden_states)
+
+        # attention; its norm also makes all modulations
         h, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.norm1(
             x, timestep, class_labels, hidden_dtype=x.dtype
         )
-        x = self.resid_mid(self.attn_out(gate_attn.unsqueeze(1) * block.attn1(h)) + x)
-        h = self.mlp_in(
-            self.normalized(block.norm3(x)) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        )
-        return self.resid_post(self.mlp_out(gate_mlp.unsqueeze(1) * self.mlp_raw(block.ff(h))) + x)
+        added = hook["hook_attn_out"](gate_attn.unsqueeze(1) * block.attn1(h))
+        x = hook["hook_resid_mid"](added + x)
+
+        # MLP
+        h = hook["ln2.hook_normalized"](block.norm3(x))
+        h = hook["mlp.hook_in"](h * (1 + scale_mlp[:, None]) + shift_mlp[:, None])
+        out = hook["mlp.hook_out"](block.ff(h))
+        return hook["hook_resid_post"](hook["hook_mlp_out"](gate_mlp.unsqueeze(1) * out) + x)
 
 
 class AttentionForward(Forward):
     """Multi-head self-attention."""
 
-    def __init__(self, module: Any, points: Points, instrumentation: Any, layer: int) -> None:
+    def __init__(self, module: Any, points: Points, current_pass: Pass, layer: int) -> None:
         super().__init__(module)
         self.q, self.k, self.v = (points[f"attn.hook_{name}"] for name in "qkv")
-        self.attend, self.heads_out = Attend(points, instrumentation, layer), HeadsOut(points)
+        self.attend, self.heads_out = Attend(points, current_pass, layer), HeadsOut(points)
 
     def __call__(
         self,
@@ -157,28 +143,37 @@ class DiTFamily(Family):
         "GELU.forward": "4a4013c4",
     }
 
-    def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c = transformer.config
-        height, width = size or (c.sample_size, c.sample_size)
-        return Config(
-            n_layers=c.num_layers,
-            d_model=c.num_attention_heads * c.attention_head_dim,
-            n_heads=c.num_attention_heads,
-            d_head=c.attention_head_dim,
-            d_mlp=4 * c.num_attention_heads * c.attention_head_dim,
-            patch_size=c.patch_size,
-            in_channels=c.in_channels,
-            out_channels=transformer.out_channels,
-            latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size),
-            n_classes=c.num_embeds_ada_norm,
-        )
+    known_options = frozenset(
+        "num_attention_heads attention_head_dim in_channels out_channels num_layers dropout "
+        "norm_num_groups attention_bias sample_size patch_size activation_fn "
+        "num_embeds_ada_norm upcast_attention norm_elementwise_affine norm_eps".split()
+    )
+    last_projection = "proj_out_2"
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = {"hook_embed": RESID}
-        for i in range(len(transformer.transformer_blocks)):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in BLOCK_SITES.items()}
-        return sites | FINAL_SITES | {"hook_sample": SAMPLE}
+    def config(self, transformer: Any, size: Size | None = None) -> Config:
+        return image_config(transformer, size, n_classes=transformer.config.num_embeds_ada_norm)
+
+    def block_sites(self, block: Any) -> Sites:
+        return BLOCK_SITES
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        return [
+            DiTBlockForward(block, points),
+            AdaNormForward(block.norm1, points),
+            AttentionForward(block.attn1, points, current_pass, layer),
+            neurons(block.ff.net[0], points),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        return [
+            ShiftScaleForward(transformer.proj_out_1, points),
+            Tap(transformer.norm_out, after=points["ln_final.hook_normalized"]),
+            *super().outer_forwards(transformer, points, current_pass),
+        ]
 
     def check_model(self, transformer: Any) -> None:
         refuse_chunks(transformer.transformer_blocks)
@@ -190,6 +185,7 @@ class DiTFamily(Family):
                     f"(activation_fn={transformer.config.activation_fn!r}); expected 'gelu' or "
                     "'gelu-approximate'."
                 )
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         c, p = transformer.config, transformer.config.patch_size
@@ -203,8 +199,7 @@ class DiTFamily(Family):
         if x.shape[2] != x.shape[3]:
             raise InvalidValue(
                 f"The latents are {x.shape[2]}x{x.shape[3]}; diffusers' DiT silently scrambles "
-                "images that are not "
-                f"square, so expected {c.sample_size}x{c.sample_size}."
+                f"images that are not square, so expected {c.sample_size}x{c.sample_size}."
             )
         if x.shape[2] % p:
             raise InvalidValue(
@@ -238,23 +233,6 @@ class DiTFamily(Family):
                 f"The latents are on {x.device}, the model is on {weight.device}; use "
                 f"x.to({str(weight.device)!r})."
             )
-
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.transformer_blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in BLOCK_SITES}
-            forwards += [
-                BlockForward(block, mine, None if i else points["hook_embed"]),
-                AdaNormForward(block.norm1, mine),
-                AttentionForward(block.attn1, mine, instrumentation, i),
-                neurons(block.ff.net[0], mine),
-            ]
-        return [
-            *forwards,
-            ShiftScaleForward(transformer.proj_out_1, points),
-            Tap(transformer.norm_out, after=points["ln_final.hook_normalized"]),
-            Tap(transformer.proj_out_2, points["final.hook_in"], points["final.hook_out"]),
-        ]
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         from diffusers import DiTTransformer2DModel

@@ -18,39 +18,53 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+)
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from . import register
-from .base import COND, RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
-from .parts.attention import Joint
-from .parts.layers import AdaNormForward, FinalNormForward, neurons, refuse_processors
-from .parts.sites import adaln_sites, both, mlp_sites, out_sites, qkv_sites, scores_sites
+from ..hooks.passes import Pass
+from .base import Condition, Forward, Points, Size
+from .parts.joint import AnyPoints, joint_points, text_first
+from .parts.layers import AdaNormForward, final_norm, neurons, refuse_processors
+from .parts.sites import (
+    COND,
+    RESID,
+    Sites,
+    adaln_sites,
+    both,
+    mlp_sites,
+    out_sites,
+    qkv_sites,
+    scores_sites,
+)
 from .parts.two_streams import (
     Angles,
     AttentionForward,
-    BlockForward,
+    DoubleAttentionForward,
     PackedFamily,
+    TwoStreamsForward,
     clipped,
     double_sites,
     refuse_fused,
 )
+from .registry import register
 from .small import alive, small_text, small_vae
 
 
-def single_sites() -> dict[str, Axes]:
+def single_sites() -> Sites:
     """The names of a block in which attention and MLP work side by side on the joint sequence."""
     mlp = {s: axes for s, axes in mlp_sites().items() if s != "mlp.hook_out"}
     attend = qkv_sites() | scores_sites("attn.") | {"attn.hook_z": out_sites()["attn.hook_z"]}
-    sites = (
-        both({"hook_resid_pre": RESID}) | {"hook_cond": COND} | adaln_sites(branches=("attn_mlp",))
-    )
+    sites = both({"hook_resid_pre": RESID}) | {"hook_cond": COND}
+    sites |= adaln_sites(sublayers=("attn_mlp",))
     added = {"hook_attn_mlp_out": RESID, "hook_resid_post": RESID}
     return sites | both({"ln1.hook_normalized": RESID} | mlp | attend | added)
 
 
-class DoubleForward(BlockForward):
+class DoubleForward(TwoStreamsForward):
     """A double block: attention of both streams, then an MLP for each."""
 
     def __call__(
@@ -76,10 +90,19 @@ class DoubleForward(BlockForward):
         return self.points["text.hook_resid_post"](clipped(text)), x
 
 
-class SingleForward(BlockForward):
+class SingleForward(TwoStreamsForward):
     """A single block: attention and MLP side by side, on the text's tokens and the image's after
     them.
+
+    Args:
+        module: the block.
+        points: its hook points.
+        joint: the same, on the joint sequence.
     """
+
+    def __init__(self, module: Any, points: Points, joint: AnyPoints) -> None:
+        super().__init__(module, points)
+        self.joint = joint
 
     def __call__(
         self,
@@ -91,45 +114,53 @@ class SingleForward(BlockForward):
     ) -> tuple[Tensor, Tensor]:
         block, hook, further = self.module, self.points, joint_attention_kwargs or {}
         x, text, temb = self.entered(hidden_states, encoder_hidden_states, temb)
-        n = text.shape[1]
-        joint, stream = Joint(slice(n, None), slice(0, n)), torch.cat([text, x], dim=1)
+        n, stream, joint = text.shape[1], torch.cat([text, x], dim=1), self.joint
+        h, gate = block.norm(stream, emb=temb)
 
-        def hooked(name: str, value: Tensor) -> Tensor:
-            return joint.hook(hook[name], hook[f"text.{name}"], value)
+        # the MLP's neurons and what the heads read, side by side
+        pre = joint["mlp.hook_pre"](block.proj_mlp(joint["mlp.hook_in"](h)))
+        post = joint["mlp.hook_post"](block.act_mlp(pre))
+        z = block.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, **further)
 
-        h, gate = block.norm(stream, emb=temb, joint=joint)
-        pre = hooked("mlp.hook_pre", block.proj_mlp(hooked("mlp.hook_in", h)))
-        post = hooked("mlp.hook_post", block.act_mlp(pre))
-        z = block.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, joint=joint, **further)
+        # one output projection for both
         out = gate.unsqueeze(1) * block.proj_out(torch.cat([z, post], dim=2))
-        stream = clipped(stream + hooked("hook_attn_mlp_out", out))
+        stream = clipped(stream + joint["hook_attn_mlp_out"](out))
         x = hook["hook_resid_post"](stream[:, n:])
         return hook["text.hook_resid_post"](stream[:, :n]), x
 
 
 class SingleNormForward(Forward):
-    """A single block's normalisation, with the three modulations that attention and MLP share."""
+    """A single block's normalisation, with the three modulations that attention and MLP share.
 
-    def __init__(self, module: Any, points: Points) -> None:
+    Args:
+        module: the norm.
+        points: the block's hook points, on the joint sequence.
+    """
+
+    def __init__(self, module: Any, points: AnyPoints) -> None:
         super().__init__(module)
-        self.modulations = [points[name] for name in adaln_sites(branches=("attn_mlp",))]
-        self.normalized = points["ln1.hook_normalized"], points["text.ln1.hook_normalized"]
+        self.modulations = [points[name] for name in adaln_sites(sublayers=("attn_mlp",))]
+        self.normalized = points["ln1.hook_normalized"]
 
-    def __call__(self, x: Tensor, emb: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.module
         chunks = norm.linear(norm.silu(emb)).chunk(3, dim=1)
         shift, scale, gate = [hook(m) for hook, m in zip(self.modulations, chunks, strict=True)]
-        return joint.hook(*self.normalized, norm.norm(x)) * (1 + scale[:, None]) + shift[
-            :, None
-        ], gate
+        h = self.normalized(norm.norm(x))
+        return h * (1 + scale[:, None]) + shift[:, None], gate
 
 
 def rotated(x: Tensor, angles: Angles | None) -> Tensor:
-    """Queries or keys [batch, token, head, d_head] of the joint sequence, each turned by its place."""
+    """Queries or keys of the joint sequence, each turned by its place.
+
+    Args:
+        x: [batch, token, head, d_head].
+        angles: cosines and sines of the places.
+    """
     return x if angles is None else apply_rotary_emb(x, angles, sequence_dim=1)
 
 
-class FluxAttentionForward(AttentionForward):
+class FluxAttentionForward(DoubleAttentionForward):
     """The attention of a double block, where each stream has projections of its own."""
 
     processor = FluxAttnProcessor
@@ -158,26 +189,27 @@ class SingleAttentionForward(AttentionForward):
     def __call__(
         self,
         hidden_states: Tensor,
-        joint: Joint,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Angles | None = None,
     ) -> Tensor:
-        attn = self.module
+        attn, hook, heads = self.module, self.joint, (self.module.heads, -1)
         self.check()
-        h, shape = self.hooked(joint, "hook_in", hidden_states), (attn.heads, -1)
-        q, k, v = (
-            self.hooked(joint, f"hook_{n}", p(h).unflatten(-1, shape))
-            for n, p in zip("qkv", (attn.to_q, attn.to_k, attn.to_v), strict=True)
-        )
+        h = hook["attn.hook_in"](hidden_states)
+        q = hook["attn.hook_q"](attn.to_q(h).unflatten(-1, heads))
+        k = hook["attn.hook_k"](attn.to_k(h).unflatten(-1, heads))
+        v = hook["attn.hook_v"](attn.to_v(h).unflatten(-1, heads))
         q, k = rotated(attn.norm_q(q), image_rotary_emb), rotated(attn.norm_k(k), image_rotary_emb)
-        return self.hooked(joint, "hook_z", self.read(q, k, v, attention_mask, joint)).flatten(2)
+        return hook["attn.hook_z"](self.read(q, k, v, attention_mask)).flatten(2)
 
 
 class FluxFamily(PackedFamily):
     """How dit_lens opens a `FluxTransformer2DModel`."""
 
     model_class = "FluxTransformer2DModel"
-    differs = "two streams that attend jointly, then one joint sequence with attention and MLP side by side"
+    differs = (
+        "two streams that attend jointly, then one joint sequence with attention and MLP side by "
+        "side"
+    )
     written_for = {
         "AdaLayerNormContinuous.forward": "cbc6feb8",
         "AdaLayerNormZero.forward": "0451374e",
@@ -189,16 +221,17 @@ class FluxFamily(PackedFamily):
         "GELU.forward": "4a4013c4",
     }
 
+    known_options = frozenset(
+        "patch_size in_channels out_channels num_layers num_single_layers attention_head_dim "
+        "num_attention_heads joint_attention_dim pooled_projection_dim guidance_embeds "
+        "axes_dims_rope".split()
+    )
+
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = both({"hook_embed": RESID})
-        n_double = len(transformer.transformer_blocks)
-        for i in range(len(self.blocks(transformer))):
-            own = double_sites() if i < n_double else single_sites()
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in own.items()}
-        return sites | self.final
+    def block_sites(self, block: Any) -> Sites:
+        return single_sites() if isinstance(block, FluxSingleTransformerBlock) else double_sites()
 
     def check_model(self, transformer: Any) -> None:
         if getattr(transformer, "encoder_hid_proj", None) is not None:
@@ -209,47 +242,42 @@ class FluxFamily(PackedFamily):
         blocks = self.blocks(transformer)
         refuse_processors(blocks, attn=FluxAttnProcessor)
         refuse_fused([block.attn for block in blocks])
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         wanted, given = transformer.config.guidance_embeds, inputs.get("guidance") is not None
         if wanted != given:
             raise InvalidValue(
-                f"The model takes {'the strength of guidance' if wanted else 'no strength of guidance'} as an input, and "
+                f"The model takes {'the' if wanted else 'no'} strength of guidance as an input, "
+                "and "
                 f"guidance is {'given' if given else 'missing'}; expected "
                 f"guidance={'a tensor [batch], 3.5 say' if wanted else None}."
             )
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        n_double = len(transformer.transformer_blocks)
-        block: Any
-        for i, block in enumerate(self.blocks(transformer)):
-            embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
-            mine = {
-                site: points[f"blocks.{i}.{site}"]
-                for site in (double_sites() if i < n_double else single_sites())
-            }
-            if i < n_double:
-                forwards += [
-                    DoubleForward(block, mine, embeds),
-                    FluxAttentionForward(block.attn, mine, instrumentation, i),
-                ]
-                forwards += [
-                    AdaNormForward(block.norm1, mine),
-                    AdaNormForward(block.norm1_context, mine, "text."),
-                ]
-                forwards += [
-                    neurons(block.ff.net[0], mine),
-                    neurons(block.ff_context.net[0], mine, "text.mlp."),
-                ]
-            else:
-                forwards += [
-                    SingleForward(block, mine, embeds),
-                    SingleAttentionForward(block.attn, mine, instrumentation, i),
-                ]
-                forwards.append(SingleNormForward(block.norm, mine))
-        tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
-        return [*forwards, FinalNormForward(transformer.norm_out, points), tail]
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        if isinstance(block, FluxSingleTransformerBlock):
+            joint = joint_points(points, current_pass, text_first)
+            return [
+                SingleForward(block, points, joint),
+                SingleNormForward(block.norm, joint),
+                SingleAttentionForward(block.attn, points, current_pass, layer),
+            ]
+        return [
+            DoubleForward(block, points),
+            AdaNormForward(block.norm1, points),
+            AdaNormForward(block.norm1_context, points, "text."),
+            FluxAttentionForward(block.attn, points, current_pass, layer),
+            neurons(block.ff.net[0], points),
+            neurons(block.ff_context.net[0], points, "text.mlp."),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        norm = final_norm(transformer.norm_out, points)
+        return [norm, *super().outer_forwards(transformer, points, current_pass)]
 
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition

@@ -19,65 +19,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
-from ..hooks.points import HookPoint
-from . import register
+from ..hooks.passes import Pass
 from .base import (
-    COND,
-    RESID,
-    SAMPLE,
-    Axes,
+    BlockForward,
     Condition,
     Config,
     Family,
     Forward,
     Points,
     Size,
-    Tap,
     TransformerForward,
+    image_config,
 )
 from .parts.attention import Attend, HeadsOut
-from .parts.layers import FinalNormForward, check_processor, neurons, refuse_processors
-from .parts.sites import FINAL_SITES, attention_sites, mlp_sites, out_sites
+from .parts.layers import check_processor, final_norm, gated, neurons, refuse_processors
+from .parts.sites import COND, RESID, Sites, attention_sites, cross_sites, mlp_sites
+from .registry import register
 from .small import alive, small_text
 
-HEADS, TEXT_HEADS = ("batch", "token", "head", "d_head"), ("batch", "text_token", "head", "d_head")
-TEXT_SCORES = ("batch", "head", "query", "text_key")
-CROSS_SITES: dict[str, Axes] = {
-    "ln_cross.hook_normalized": RESID,
-    "cross_attn.hook_in": RESID,
-    "cross_attn.hook_q": HEADS,
-    "cross_attn.hook_k": TEXT_HEADS,
-    "cross_attn.hook_v": TEXT_HEADS,
-    "cross_attn.hook_rot_q": HEADS,
-    "cross_attn.hook_rot_k": TEXT_HEADS,
-    "cross_attn.hook_attn_scores": TEXT_SCORES,
-    "cross_attn.hook_pattern": TEXT_SCORES,
-    **out_sites("cross_attn."),
-    "hook_cross_attn_out": RESID,
-    "hook_resid_mid_cross": RESID,
-}
 PIXELS = 8  # the side of a latent in the image, by which sizes are told
-
-
-def block_sites(block: Any) -> dict[str, Axes]:
-    """The names of one block: those of the second half receive a skipped stream."""
-    sites: dict[str, Axes] = {} if block.skip_linear is None else {"hook_skip_in": RESID}
-    sites |= {
-        "hook_resid_pre": RESID,
-        "hook_cond": COND,
-        "adaln.hook_shift_attn": COND,
-        "ln1.hook_normalized": RESID,
-    }
-    sites |= attention_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID} | CROSS_SITES
-    sites |= {"ln2.hook_normalized": RESID} | mlp_sites(
-        gated=isinstance(block.ff.net[0], (GEGLU, SwiGLU))
-    )
-    return sites | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
 class HunyuanForward(TransformerForward):
@@ -92,15 +56,8 @@ class HunyuanForward(TransformerForward):
         return super().own(*args, controlnet_block_samples=samples, **kwargs)
 
 
-class BlockForward(Forward):
-    """One block: attention, cross-attention and MLP added to the stream.
-
-    The first one is also given `hook_embed`.
-    """
-
-    def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
-        super().__init__(module)
-        self.points, self.embed = points, embed
+class HunyuanBlockForward(BlockForward):
+    """One block: attention, cross-attention and MLP added to the stream."""
 
     def __call__(
         self,
@@ -111,19 +68,27 @@ class BlockForward(Forward):
         skip: Any = None,
     ) -> Tensor:
         block, hook = self.module, self.points
-        x = hidden_states if self.embed is None else self.embed(hidden_states)
+
+        # the stream, in the second half together with a skipped one
+        embed = hook.get("hook_embed")
+        x = hidden_states if embed is None else embed(hidden_states)
         if block.skip_linear is not None:
             x = merged(block, x, hook["hook_skip_in"](skip))
         x = hook["hook_resid_pre"](x)
+
+        # attention
         h = block.norm1(x, hook["hook_cond"](temb))
-        x = hook["hook_resid_mid"](
-            x + hook["hook_attn_out"](block.attn1(h, image_rotary_emb=image_rotary_emb))
-        )
+        out = block.attn1(h, image_rotary_emb=image_rotary_emb)
+        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](out))
+
+        # cross-attention
         h = hook["cross_attn.hook_in"](hook["ln_cross.hook_normalized"](block.norm2(x)))
         out = block.attn2(
             h, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=image_rotary_emb
         )
         x = hook["hook_resid_mid_cross"](x + hook["hook_cross_attn_out"](out))
+
+        # MLP
         h = hook["mlp.hook_in"](hook["ln2.hook_normalized"](block.norm3(x)))
         return hook["hook_resid_post"](x + hook["hook_mlp_out"](hook["mlp.hook_out"](block.ff(h))))
 
@@ -154,15 +119,13 @@ class AttentionForward(Forward):
     """
 
     def __init__(
-        self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str
+        self, module: Any, points: Points, current_pass: Pass, layer: int | None, prefix: str
     ) -> None:
         super().__init__(module)
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
         self.rotated = [points[f"{prefix}hook_rot_{name}"] for name in "qk"]
-        self.attend, self.heads_out = (
-            Attend(points, instrumentation, layer, (prefix,)),
-            HeadsOut(points, prefix),
-        )
+        self.attend = Attend(points, current_pass, layer, prefix)
+        self.heads_out = HeadsOut(points, prefix)
 
     def __call__(
         self,
@@ -193,7 +156,10 @@ class HunyuanFamily(Family):
     """How dit_lens opens a `HunyuanDiT2DModel`."""
 
     model_class = "HunyuanDiT2DModel"
-    differs = "a cross-attention to the text between attention and MLP; shifts only, no gates; skips from the first to the second half"
+    differs = (
+        "a cross-attention to the text between attention and MLP; shifts only, no gates; skips "
+        "from the first to the second half"
+    )
     written_for = {
         "AdaLayerNormContinuous.forward": "cbc6feb8",
         "AdaLayerNormShift.forward": "51debb64",
@@ -207,55 +173,63 @@ class HunyuanFamily(Family):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return list(transformer.blocks)
 
+    known_options = frozenset(
+        "num_attention_heads attention_head_dim in_channels patch_size activation_fn "
+        "sample_size hidden_size num_layers mlp_ratio learn_sigma cross_attention_dim "
+        "cross_attention_dim_t5 pooled_projection_dim text_len text_len_t5 "
+        "use_style_cond_and_image_meta_size".split()
+    )
+
     def config(self, transformer: Any, size: Size | None = None) -> Config:
         c = transformer.config
-        height, width = size or (c.sample_size, c.sample_size)
-        d_model = c.num_attention_heads * c.attention_head_dim
-        return Config(
-            n_layers=c.num_layers,
-            d_model=d_model,
-            n_heads=c.num_attention_heads,
-            d_head=c.attention_head_dim,
-            d_mlp=int(d_model * c.mlp_ratio),
-            patch_size=c.patch_size,
-            in_channels=c.in_channels,
-            out_channels=transformer.out_channels,
-            latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size),
-            restartable=False,
-        )
+        d_mlp = int(c.num_attention_heads * c.attention_head_dim * c.mlp_ratio)
+        return image_config(transformer, size, d_mlp=d_mlp, restartable=False)
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = {"hook_embed": RESID}
-        for i, block in enumerate(transformer.blocks):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(block).items()}
-        return sites | FINAL_SITES | {"hook_sample": SAMPLE}
+    def block_sites(self, block: Any) -> Sites:
+        """The names of one block: those of the second half receive a skipped stream.
+
+        Args:
+            block: the block.
+        """
+        sites: Sites = {} if block.skip_linear is None else {"hook_skip_in": RESID}
+        sites |= {"hook_resid_pre": RESID, "hook_cond": COND, "adaln.hook_shift_attn": COND}
+        sites |= {"ln1.hook_normalized": RESID} | attention_sites()
+        sites |= {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+        sites |= {"ln_cross.hook_normalized": RESID} | cross_sites()
+        sites |= {"hook_cross_attn_out": RESID, "hook_resid_mid_cross": RESID}
+        sites |= {"ln2.hook_normalized": RESID} | mlp_sites(gated=gated(block.ff))
+        return sites | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        return [
+            HunyuanBlockForward(block, points),
+            ShiftNormForward(block.norm1, points),
+            AttentionForward(block.attn1, points, current_pass, layer, "attn."),
+            AttentionForward(block.attn2, points, current_pass, None, "cross_attn."),
+            neurons(block.ff.net[0], points),
+        ]
+
+    def whole_forward(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> TransformerForward:
+        return HunyuanForward(transformer, points, current_pass)
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        norm = final_norm(transformer.norm_out, points)
+        return [norm, *super().outer_forwards(transformer, points, current_pass)]
 
     def check_model(self, transformer: Any) -> None:
         refuse_processors(
             transformer.blocks, attn1=HunyuanAttnProcessor2_0, attn2=HunyuanAttnProcessor2_0
         )
+        super().check_model(transformer)
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [HunyuanForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            forwards += [
-                BlockForward(block, mine, None if i else points["hook_embed"]),
-                ShiftNormForward(block.norm1, mine),
-                AttentionForward(block.attn1, mine, instrumentation, i, "attn."),
-                AttentionForward(block.attn2, mine, instrumentation, None, "cross_attn."),
-                neurons(block.ff.net[0], mine),
-            ]
-        return [
-            *forwards,
-            FinalNormForward(transformer.norm_out, points),
-            Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
-        ]
-
-    def entering(self, block: Any, inputs: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
-        """From a block's arguments: its `hook_resid_pre`."""
-        x, _ = self.passed(inputs, args, kwargs)
+    def stream_in(self, block: Any, inputs: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
+        x, _ = self.skip_block(inputs, args, kwargs)
         return x if block.skip_linear is None else merged(block, x, kwargs["skip"])
 
     def inputs(

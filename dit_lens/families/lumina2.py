@@ -6,17 +6,17 @@ hook points take the two apart. The plain names are the image's, the grid's toke
 prefix `text.` is all the rest: the caption, followed by the padding that makes the items equally
 long, which the model computes and nothing attends to. Keys are in the model's own order. The
 modulations are the same vectors for both parts; gates go through tanh (`hook_gate_*` is what comes
-out of it), and there is no shift. What a branch puts out is normalised once more before it is added
-(`ln1_post.`, `ln2_post.`), and several heads share a key and a value (the axis `kv_head`).
+out of it), and there is no shift. What a sublayer puts out is normalised once more before it is
+added (`ln1_post.`, `ln2_post.`), and several heads share a key and a value (the axis `kv_head`).
 
 The refiners before the blocks, of the image alone and of the caption alone, stay diffusers' own.
-The block is in `sandwich.py`.
+The block is in `parts/one_sequence.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -28,65 +28,26 @@ from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcess
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from . import register
-from .base import (
-    SAMPLE,
-    Axes,
-    Condition,
-    Config,
-    Forward,
-    Points,
-    Size,
-    TransformerForward,
-    shift_of,
-)
-from .parts.attention import Joint, Kernel
+from ..hooks.passes import Pass
+from .base import Condition, Config, Forward, Points, Size, image_config, shift_of
+from .parts.attention import Kernel
+from .parts.joint import AnyPoints, Joint
 from .parts.layers import refuse_processors
 from .parts.one_sequence import (
-    JointFamily,
-    JointForward,
     LastForward,
+    OneSequenceFamily,
     SandwichAttentionForward,
     SandwichForward,
     SandwichMLPForward,
     backwards,
-    block_points,
-    model_sites,
+    sandwich_sites,
 )
+from .parts.sites import Sites
+from .registry import register
 from .small import alive, small_text, small_vae
 
 
-class CaptionFirst(Joint):
-    """`[caption | image | padding]`: the image's positions, and as the text's all others.
-
-    Worked out when somebody listens.
-    """
-
-    text_valid = None
-
-    def __init__(self, mask: Tensor, length: int, tokens: int | None = None) -> None:
-        self.mask, self.length, self.given = mask, length, tokens
-
-    @cached_property
-    def captions(self) -> Tensor:
-        return self.mask.sum(1, keepdim=True)
-
-    @cached_property
-    def tokens(self) -> int:
-        """How many there are of the image; where it isn't known, this makes a GPU wait."""
-        return self.length - int(self.captions.max()) if self.given is None else self.given
-
-    @cached_property
-    def image(self) -> Tensor:  # type: ignore[override]
-        return self.captions + torch.arange(self.tokens, device=self.mask.device)
-
-    @cached_property
-    def text(self) -> Tensor:  # type: ignore[override]
-        place = torch.arange(self.length - self.tokens, device=self.mask.device)
-        return place + self.tokens * (place >= self.captions)
-
-
-class BlockForward(SandwichForward):
+class Lumina2BlockForward(SandwichForward):
     """One block."""
 
     def __call__(
@@ -96,39 +57,50 @@ class BlockForward(SandwichForward):
         image_rotary_emb: Tensor,
         temb: Tensor,
     ) -> Tensor:
-        block, joint = self.module, self.joint(hidden_states)
-        x = self.entering(hidden_states, joint)
+        block, hook = self.module, self.points
+        x = self.enter(hidden_states)
+
+        # the norm also makes all modulations
         h, gate_attn, scale_mlp, gate_mlp = block.norm1(x, temb)
         gate_attn, gate_mlp = (
-            self.points[f"adaln.hook_gate_{branch}"](gate.unsqueeze(1).tanh().squeeze(1)).unsqueeze(
-                1
-            )
-            for branch, gate in (("attn", gate_attn), ("mlp", gate_mlp))
+            hook[f"adaln.hook_gate_{sub}"](gate.unsqueeze(1).tanh().squeeze(1)).unsqueeze(1)
+            for sub, gate in (("attn", gate_attn), ("mlp", gate_mlp))
         )
+
+        # attention
         out = block.attn(
             h,
             encoder_hidden_states=h,
             attention_mask=attention_mask,
             image_rotary_emb=image_rotary_emb,
         )
-        x = self.after_attention(x, out, gate_attn, block.norm2, joint)
-        h = self.hook("ln2.hook_normalized", block.ffn_norm1(x), joint) * (
-            1 + scale_mlp.unsqueeze(1)
-        )
-        return self.after_mlp(x, block.feed_forward(h), gate_mlp, block.ffn_norm2, joint)
+        x = self.after_attention(x, out, gate_attn, block.norm2)
+
+        # MLP
+        h = hook["ln2.hook_normalized"](block.ffn_norm1(x)) * (1 + scale_mlp.unsqueeze(1))
+        return self.after_mlp(x, block.feed_forward(h), gate_mlp, block.ffn_norm2)
 
 
-class NormForward(JointForward):
-    """LuminaRMSNormZero: the modulations, and the first normalisation."""
+class NormForward(Forward):
+    """LuminaRMSNormZero: the modulations, and the first normalisation.
+
+    Args:
+        module: the norm.
+        points: the block's hook points, on the joint sequence.
+    """
+
+    def __init__(self, module: Any, points: AnyPoints) -> None:
+        super().__init__(module)
+        self.points = points
 
     def __call__(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        norm, joint = self.module, self.joint(x)
-        chunks = norm.linear(norm.silu(self.points["hook_cond"](emb))).chunk(4, dim=1)
+        norm, hook = self.module, self.points
+        chunks = norm.linear(norm.silu(hook["hook_cond"](emb))).chunk(4, dim=1)
         scale_attn, scale_mlp = (
-            self.points[f"adaln.hook_scale_{b}"](chunks[i]) for i, b in ((0, "attn"), (2, "mlp"))
+            hook[f"adaln.hook_scale_{sub}"](chunks[i]) for i, sub in ((0, "attn"), (2, "mlp"))
         )
-        h = self.hook("ln1.hook_normalized", norm.norm(x), joint) * (1 + scale_attn[:, None])
-        return self.hook("attn.hook_in", h, joint), chunks[1], scale_mlp, chunks[3]
+        h = hook["ln1.hook_normalized"](norm.norm(x)) * (1 + scale_attn[:, None])
+        return hook["attn.hook_in"](h), chunks[1], scale_mlp, chunks[3]
 
 
 class AttentionForward(SandwichAttentionForward):
@@ -157,11 +129,14 @@ class FinalForward(LastForward):
         return self.projected(x, scale, norm.norm, norm.linear_2)
 
 
-class Lumina2Family(JointFamily):
+class Lumina2Family(OneSequenceFamily):
     """How dit_lens opens a `Lumina2Transformer2DModel`."""
 
     model_class = "Lumina2Transformer2DModel"
-    differs = "caption and image in one sequence, through the same weights; a norm before and after each branch; gates through tanh"
+    differs = (
+        "caption and image in one sequence, through the same weights; a norm before and after "
+        "each sublayer; gates through tanh"
+    )
     batch_order = None
     written_for = {
         "Attention.forward": "f4dadb54",
@@ -172,28 +147,47 @@ class Lumina2Family(JointFamily):
         "LuminaRMSNormZero.forward": "f64e8253",
     }
 
+    known_options = frozenset(
+        "sample_size patch_size in_channels out_channels hidden_size num_layers "
+        "num_refiner_layers num_attention_heads num_kv_heads multiple_of ffn_dim_multiplier "
+        "norm_eps scaling_factor axes_dim_rope axes_lens cap_feat_dim".split()
+    )
+
     def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c = transformer.config
-        height, width = size or (c.sample_size, c.sample_size)
-        return Config(
-            n_layers=c.num_layers,
+        c, block = transformer.config, transformer.layers[0]
+        return image_config(
+            transformer,
+            size,
             d_model=c.hidden_size,
-            n_heads=c.num_attention_heads,
             d_head=c.hidden_size // c.num_attention_heads,
-            d_mlp=transformer.layers[0].feed_forward.linear_1.out_features,
-            patch_size=c.patch_size,
-            in_channels=c.in_channels,
-            out_channels=transformer.out_channels,
-            latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size),
+            d_mlp=block.feed_forward.linear_1.out_features,
             restartable=False,
+            joint=True,
+            own_axes={"kv_head": c.num_kv_heads, "d_cond": block.norm1.linear.in_features},
         )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        return model_sites(len(transformer.layers), SAMPLE, "kv_head")
+    def block_sites(self, block: Any) -> Sites:
+        return sandwich_sites("kv_head")
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        joint = self.joined(points, current_pass)
+        return [
+            Lumina2BlockForward(block, joint),
+            NormForward(block.norm1, joint),
+            AttentionForward(block.attn, joint, current_pass, layer),
+            MLPForward(block.feed_forward, joint),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        return [FinalForward(transformer.norm_out, self.joined(points, current_pass))]
 
     def check_model(self, transformer: Any) -> None:
         refuse_processors(transformer.layers, attn=Lumina2AttnProcessor2_0)
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         c, p = transformer.config, transformer.config.patch_size
@@ -219,25 +213,27 @@ class Lumina2Family(JointFamily):
         if mask.device.type != "meta" and bool((mask[:, 1:].int() > mask[:, :-1].int()).any()):
             raise InvalidValue(
                 "encoder_attention_mask has captions that do not start at the first token, and the "
-                "model would read the padding in their "
-                "place; expected padding on the right: pipe.tokenizer.padding_side = 'right'."
+                "model would read the padding in their place; expected padding on the right: "
+                "pipe.tokenizer.padding_side = 'right'."
             )
 
-    def joint(self, inputs: dict[str, Any], x: Tensor, transformer: Any = None) -> Joint:
-        tokens = None if transformer is None else prod(self.grid(transformer, inputs))
-        return CaptionFirst(inputs["encoder_attention_mask"], x.shape[1], tokens)
+    def joint(self, inputs: dict[str, Any], length: int, transformer: Any = None) -> Joint:
+        """`[caption | image | padding]`: the image comes right after each item's own caption, and
+        all that is left is the text's.
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.layers):
-            mine = block_points(points, i)
-            forwards += [
-                BlockForward(block, mine, instrumentation),
-                NormForward(block.norm1, mine, instrumentation),
-                AttentionForward(block.attn, mine, instrumentation, i),
-                MLPForward(block.feed_forward, mine, instrumentation),
-            ]
-        return [*forwards, FinalForward(transformer.norm_out, points, instrumentation)]
+        Args:
+            inputs: the transformer's arguments.
+            length: how many tokens the sequence has.
+            transformer: the transformer; without it this makes a GPU wait.
+        """
+        captions = inputs["encoder_attention_mask"].sum(1, keepdim=True)
+        if transformer is None:
+            tokens = length - int(captions.max())
+        else:
+            tokens = prod(self.grid(transformer, inputs))
+        image = captions + torch.arange(tokens, device=captions.device)
+        place = torch.arange(length - tokens, device=captions.device)
+        return Joint(image, place + tokens * (place >= captions))
 
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition

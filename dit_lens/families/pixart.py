@@ -18,72 +18,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from ..hooks.points import HookPoint
-from . import register
-from .base import (
+from ..hooks.passes import Pass
+from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, Tap, image_config
+from .parts.attention import Attend, HeadsOut
+from .parts.layers import (
+    LastTableForward,
+    check_processor,
+    gated,
+    neurons,
+    refuse_chunks,
+    refuse_processors,
+)
+from .parts.sites import (
     COND,
     RESID,
-    SAMPLE,
-    Axes,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    TransformerForward,
+    Sites,
+    adaln_sites,
+    attention_sites,
+    cross_sites,
+    mlp_sites,
 )
-from .parts.attention import Attend, HeadsOut
-from .parts.layers import LastTable, check_processor, neurons, refuse_chunks, refuse_processors
-from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites, out_sites
+from .registry import register
 from .small import alive, small_text, small_vae
 
-TEXT_HEADS, TEXT_SCORES = (
-    ("batch", "text_token", "head", "d_head"),
-    ("batch", "head", "query", "text_key"),
-)
-CROSS_SITES: dict[str, Axes] = {
-    "cross_attn.hook_in": RESID,
-    "cross_attn.hook_q": ("batch", "token", "head", "d_head"),
-    "cross_attn.hook_k": TEXT_HEADS,
-    "cross_attn.hook_v": TEXT_HEADS,
-    "cross_attn.hook_attn_scores": TEXT_SCORES,
-    "cross_attn.hook_pattern": TEXT_SCORES,
-    **out_sites("cross_attn."),
-}
 PIXELS = 8  # what the models' autoencoder makes of a latent, by which sizes are told
 
 
-def block_sites(block: Any) -> dict[str, Axes]:
-    """The names of one block."""
-    sites: dict[str, Axes] = (
-        {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
-    )
-    sites |= attention_sites(rotary=False) | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
-    sites |= CROSS_SITES | {
-        "hook_cross_attn_out": RESID,
-        "hook_resid_mid_cross": RESID,
-        "ln2.hook_normalized": RESID,
-    }
-    gated = isinstance(block.ff.net[0], (GEGLU, SwiGLU))
-    return sites | mlp_sites(gated=gated) | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
-
-
-class BlockForward(Forward):
-    """One block: attention, cross-attention and MLP added to the stream.
-
-    The first one is also given `hook_embed`.
-    """
-
-    def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
-        super().__init__(module)
-        self.points, self.embed = points, embed
+class PixArtBlockForward(BlockForward):
+    """One block: attention, cross-attention and MLP added to the stream."""
 
     def __call__(
         self,
@@ -99,34 +65,36 @@ class BlockForward(Forward):
         if cross_attention_kwargs:
             raise InvalidValue(
                 f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
-                "PixArt, whose attention takes no "
-                "further arguments; pass None."
+                "PixArt, whose attention takes no further arguments; pass None."
             )
         block, hook = self.module, self.points
-        x = hook["hook_resid_pre"](
-            hidden_states if self.embed is None else self.embed(hidden_states)
-        )
+        x = self.enter(hidden_states)
+
+        # the model's one modulation and the block's own table
         sums = (block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
             hook[name](m.squeeze(1)).unsqueeze(1)
             for name, m in zip(adaln_sites(), sums, strict=True)
         )
-        h = hook["attn.hook_in"](
-            hook["ln1.hook_normalized"](block.norm1(x)) * (1 + scale_attn) + shift_attn
-        )
+
+        # attention
+        h = hook["ln1.hook_normalized"](block.norm1(x))
+        h = hook["attn.hook_in"](h * (1 + scale_attn) + shift_attn)
         out = block.attn1(h, attention_mask=attention_mask)
         x = hook["hook_resid_mid"](hook["hook_attn_out"](gate_attn * out) + x)
+
+        # cross-attention
         h = hook["cross_attn.hook_in"](x)
         out = block.attn2(
             h, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
         x = hook["hook_resid_mid_cross"](hook["hook_cross_attn_out"](out) + x)
-        h = hook["mlp.hook_in"](
-            hook["ln2.hook_normalized"](block.norm2(x)) * (1 + scale_mlp) + shift_mlp
-        )
-        return hook["hook_resid_post"](
-            hook["hook_mlp_out"](gate_mlp * hook["mlp.hook_out"](block.ff(h))) + x
-        )
+
+        # MLP
+        h = hook["ln2.hook_normalized"](block.norm2(x))
+        h = hook["mlp.hook_in"](h * (1 + scale_mlp) + shift_mlp)
+        out = hook["mlp.hook_out"](block.ff(h))
+        return hook["hook_resid_post"](hook["hook_mlp_out"](gate_mlp * out) + x)
 
 
 class AttentionForward(Forward):
@@ -135,14 +103,12 @@ class AttentionForward(Forward):
     """
 
     def __init__(
-        self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str
+        self, module: Any, points: Points, current_pass: Pass, layer: int | None, prefix: str
     ) -> None:
         super().__init__(module)
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
-        self.attend, self.heads_out = (
-            Attend(points, instrumentation, layer, (prefix,)),
-            HeadsOut(points, prefix),
-        )
+        self.attend = Attend(points, current_pass, layer, prefix)
+        self.heads_out = HeadsOut(points, prefix)
 
     def __call__(
         self,
@@ -164,25 +130,14 @@ class AttentionForward(Forward):
         return self.heads_out(self.attend(q, k, v, mask).transpose(1, 2), *attn.to_out)
 
 
-class ConditioningForward(Forward):
-    """adaLN-single: the blocks' common modulation, and the conditioning vector for the last layer."""
-
-    repeats = False
-
-    def __init__(self, module: Any, points: Points) -> None:
-        super().__init__(module)
-        self.last = points["final.hook_shift"], points["final.hook_scale"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        modulation, vector = self.own(*args, **kwargs)
-        return modulation, LastTable.where_heard(vector, self.last)
-
-
 class PixArtFamily(Family):
     """How dit_lens opens a `PixArtTransformer2DModel`."""
 
     model_class = "PixArtTransformer2DModel"
-    differs = "a cross-attention to the text between attention and MLP; one modulation for all blocks, to which each adds a table"
+    differs = (
+        "a cross-attention to the text between attention and MLP; one modulation for all "
+        "blocks, to which each adds a table"
+    )
     written_for = {
         "Attention.forward": "f4dadb54",
         "AttnProcessor2_0.__call__": "dc692b9a",
@@ -191,28 +146,44 @@ class PixArtFamily(Family):
         "GELU.forward": "4a4013c4",
     }
 
-    def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c = transformer.config
-        height, width = size or (c.sample_size, c.sample_size)
-        d_model = c.num_attention_heads * c.attention_head_dim
-        return Config(
-            n_layers=c.num_layers,
-            d_model=d_model,
-            n_heads=c.num_attention_heads,
-            d_head=c.attention_head_dim,
-            d_mlp=4 * d_model,
-            patch_size=c.patch_size,
-            in_channels=c.in_channels,
-            out_channels=transformer.out_channels,
-            latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size),
-        )
+    first_sites = {"hook_cond": COND, "hook_embed": RESID}
+    known_options = frozenset(
+        "num_attention_heads attention_head_dim in_channels out_channels num_layers dropout "
+        "norm_num_groups cross_attention_dim attention_bias sample_size patch_size "
+        "activation_fn num_embeds_ada_norm upcast_attention norm_elementwise_affine norm_eps "
+        "interpolation_scale use_additional_conditions caption_channels".split()
+    )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = {"hook_cond": COND, "hook_embed": RESID}
-        for i, block in enumerate(transformer.transformer_blocks):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(block).items()}
-        return sites | FINAL_SITES | {"hook_sample": SAMPLE}
+    def config(self, transformer: Any, size: Size | None = None) -> Config:
+        return image_config(transformer, size)
+
+    def block_sites(self, block: Any) -> Sites:
+        sites = {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
+        sites |= attention_sites(rotary=False) | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+        sites |= cross_sites(rotary=False)
+        sites |= {"hook_cross_attn_out": RESID, "hook_resid_mid_cross": RESID}
+        sites |= {"ln2.hook_normalized": RESID} | mlp_sites(gated=gated(block.ff))
+        return sites | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        return [
+            PixArtBlockForward(block, points),
+            AttentionForward(block.attn1, points, current_pass, layer, "attn."),
+            AttentionForward(block.attn2, points, current_pass, None, "cross_attn."),
+            neurons(block.ff.net[0], points),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        return [
+            LastTableForward(transformer.adaln_single, points, 1),
+            Tap(transformer.adaln_single.emb, after=points["hook_cond"]),
+            Tap(transformer.norm_out, after=points["ln_final.hook_normalized"]),
+            *super().outer_forwards(transformer, points, current_pass),
+        ]
 
     def check_model(self, transformer: Any) -> None:
         refuse_chunks(transformer.transformer_blocks)
@@ -224,26 +195,7 @@ class PixArtFamily(Family):
                 "The blocks have no cross-attention (cross_attention_dim=None); expected a PixArt "
                 "that is given text."
             )
-
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        forwards += [
-            ConditioningForward(transformer.adaln_single, points),
-            Tap(transformer.adaln_single.emb, after=points["hook_cond"]),
-        ]
-        for i, block in enumerate(transformer.transformer_blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            forwards += [
-                BlockForward(block, mine, None if i else points["hook_embed"]),
-                AttentionForward(block.attn1, mine, instrumentation, i, "attn."),
-                AttentionForward(block.attn2, mine, instrumentation, None, "cross_attn."),
-                neurons(block.ff.net[0], mine),
-            ]
-        return [
-            *forwards,
-            Tap(transformer.norm_out, after=points["ln_final.hook_normalized"]),
-            Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
-        ]
+        super().check_model(transformer)
 
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition

@@ -22,24 +22,25 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from . import register
-from .base import RESID, Axes, Condition, Forward, Points, Size, Tap, TransformerForward
-from .parts.layers import FinalNormForward, neurons, refuse_processors
-from .parts.sites import adaln_sites, both
+from ..hooks.passes import Pass
+from .base import Condition, Forward, Points, Size
+from .parts.layers import final_norm, neurons, refuse_processors
+from .parts.sites import Sites, adaln_sites
 from .parts.two_streams import (
     Angles,
-    AttentionForward,
-    BlockForward,
+    DoubleAttentionForward,
     PackedFamily,
+    TwoStreamsForward,
     clipped,
     double_sites,
     pack,
     unpack,
 )
+from .registry import register
 from .small import alive, small_text
 
 
-class QwenBlockForward(BlockForward):
+class QwenBlockForward(TwoStreamsForward):
     """A block of Qwen-Image: it modulates and normalises both streams itself."""
 
     def __call__(
@@ -71,17 +72,22 @@ class QwenBlockForward(BlockForward):
     def first_half(
         self, stream: str, x: Tensor, modulation: Tensor, norm: Any
     ) -> tuple[Tensor, ...]:
-        """What enters the attention, and the four modulations that are still to come."""
-        hook, chunks = (
-            self.points,
-            zip(adaln_sites(stream), modulation.chunk(6, dim=-1), strict=True),
-        )
+        """What enters the attention, and the four modulations that are still to come.
+
+        Args:
+            stream: the stream's prefix.
+            x: the stream.
+            modulation: all six modulations, one behind the other.
+            norm: the norm before the attention.
+        """
+        hook = self.points
+        chunks = zip(adaln_sites(stream), modulation.chunk(6, dim=-1), strict=True)
         shift, scale, *rest = [hook[name](m) for name, m in chunks]
         h = hook[f"{stream}ln1.hook_normalized"](norm(x)) * (1 + scale[:, None]) + shift[:, None]
         return hook[f"{stream}attn.hook_in"](h), *rest
 
 
-class QwenAttentionForward(AttentionForward):
+class QwenAttentionForward(DoubleAttentionForward):
     """Joint attention in which text tokens that are only padding serve as no keys."""
 
     processor = QwenDoubleStreamAttnProcessor2_0
@@ -113,7 +119,10 @@ class QwenImageFamily(PackedFamily):
     """How dit_lens opens a `QwenImageTransformer2DModel`."""
 
     model_class = "QwenImageTransformer2DModel"
-    differs = "two streams, image and text, with weights of their own, that attend jointly; prompts of any length, padded and masked"
+    differs = (
+        "two streams, image and text, with weights of their own, that attend jointly; prompts "
+        "of any length, padded and masked"
+    )
     written_for = {
         "AdaLayerNormContinuous.forward": "cbc6feb8",
         "Attention.forward": "f4dadb54",
@@ -122,47 +131,48 @@ class QwenImageFamily(PackedFamily):
         "QwenImageTransformerBlock.forward": "1e729f99",
     }
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = both({"hook_embed": RESID})
-        for i in range(len(transformer.transformer_blocks)):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in double_sites().items()}
-        return sites | self.final
+    known_options = frozenset(
+        "patch_size in_channels out_channels num_layers attention_head_dim "
+        "num_attention_heads joint_attention_dim guidance_embeds axes_dims_rope".split()
+    )
+
+    def block_sites(self, block: Any) -> Sites:
+        return double_sites()
 
     def check_model(self, transformer: Any) -> None:
         for option in ("zero_cond_t", "use_layer3d_rope"):
             if transformer.config.get(option):
                 raise InvalidValue(
                     f"The model has {option}=True, as the newer editing and layering versions of "
-                    "Qwen-Image do: its images differ in their "
-                    "modulation or make up x_t together; expected a transformer without it, such "
-                    "as that of Qwen/Qwen-Image."
+                    "Qwen-Image do: its images differ in their modulation or make up x_t together; "
+                    "expected a transformer without it, such as that of Qwen/Qwen-Image."
                 )
         refuse_processors(transformer.transformer_blocks, attn=QwenDoubleStreamAttnProcessor2_0)
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         shapes = inputs.get("img_shapes") or []
         if other := [shape for shape in shapes if shape != shapes[0]]:
             raise InvalidValue(
                 f"The batch has images of shapes {shapes[0]} and {other[0]}, and diffusers places "
-                "all as if they were like the first; "
-                "expected images of one shape."
+                "all as if they were like the first; expected images of one shape."
             )
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.transformer_blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in double_sites()}
-            embeds = None if i else (points["hook_embed"], points["text.hook_embed"])
-            forwards += [
-                QwenBlockForward(block, mine, embeds),
-                QwenAttentionForward(block.attn, mine, instrumentation, i),
-            ]
-            forwards += [
-                neurons(block.img_mlp.net[0], mine),
-                neurons(block.txt_mlp.net[0], mine, "text.mlp."),
-            ]
-        tail = Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
-        return [*forwards, FinalNormForward(transformer.norm_out, points), tail]
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        return [
+            QwenBlockForward(block, points),
+            QwenAttentionForward(block.attn, points, current_pass, layer),
+            neurons(block.img_mlp.net[0], points),
+            neurons(block.txt_mlp.net[0], points, "text.mlp."),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        norm = final_norm(transformer.norm_out, points)
+        return [norm, *super().outer_forwards(transformer, points, current_pass)]
 
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition

@@ -19,32 +19,34 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType
+from ..hooks.passes import Pass
 from ..hooks.points import BackwardEditor, HookPoint
-from .base import Axes, Condition, Config, Family, Forward, Points, Size, TransformerForward
-from .boundaries import argument_of, given, main_blocks, parts
+from .base import Condition, Config, Family, Forward, Points, Size, TransformerForward
+from .boundaries import argument_of, given, main_blocks, parts, registered_output
+from .parts.sites import FINAL_SITES, Axes, Sites
 
-SEQUENCE = ("batch", "sequence", "d_model")
+SEQUENCE: Axes = ("batch", "sequence", "d_model")
 TIMES = ("timestep", "timesteps")
 OTHER_MODELS = re.compile("UNet|ControlNet|Autoencoder|VAE|Prior")
 
 
-AGAIN: WeakSet[nn.Module] = WeakSet()
-"""Modules seen to run more than once in a pass, and transformers whose blocks do: their names would
-stand for several things.
-"""
+BLOCKS = "blocks"
+"""Among what is seen to run more than once in a pass: the blocks themselves."""
 
 
-class Pass:
-    """Where a pass is in which someone listens: what tells whether a value is what its name says.
+class Progress:
+    """How far a pass is in which someone listens: what tells whether a value is what its name says.
 
     Attributes:
+        again: what was seen to run more than once in a pass, so that its names would stand for
+            several things: `BLOCKS`, or full names of parts. It outlives the pass, as a
+            recomputation, which stops at what it reads, does not see it.
         items: the batch of the latents; None where nobody listens.
         layer: the block under way.
         shape: of the stream that entered it.
@@ -52,19 +54,30 @@ class Pass:
         ordered: whether the blocks so far ran in the order of their numbers.
     """
 
-    def __init__(self, transformer: nn.Module) -> None:
-        self.transformer = transformer
+    def __init__(self) -> None:
+        self.again: set[str] = set()
         self.begin(None)
 
     def begin(self, latents: Any) -> None:
+        """A pass begins, or ends.
+
+        Args:
+            latents: x_t, or None where nobody listens.
+        """
         self.items = len(latents) if isinstance(latents, Tensor) else None
         self.layer, self.ordered, self.shape, self.called = -1, True, torch.Size(), set[str]()
 
     def enter(self, layer: int, stream: Any) -> None:
+        """A block begins.
+
+        Args:
+            layer: its number.
+            stream: what it is given.
+        """
         if self.items is None:
             return
         if layer <= self.layer:
-            AGAIN.add(self.transformer)
+            self.again.add(BLOCKS)
         self.ordered = self.ordered and layer == self.layer + 1
         self.layer, self.called = layer, set[str]()
         self.shape = stream.shape if isinstance(stream, Tensor) else torch.Size()
@@ -72,10 +85,14 @@ class Pass:
     def show(self, point: HookPoint, x: Any) -> None:
         """Let those who listen see the stream, or a value of its shape, or what of a tuple has it:
         where it is certain that it is that.
+
+        Args:
+            point: the hook point.
+            x: the value, or several.
         """
         if not point.listeners:
             return
-        if not self.ordered or self.transformer in AGAIN:
+        if not self.ordered or BLOCKS in self.again:
             refuse(
                 point,
                 "the blocks do not run once each, one list after the other, so that their numbers "
@@ -93,8 +110,8 @@ class Pass:
                 refuse(
                     point,
                     f"there are {len(fits)} tensors of shape {list(self.shape)}, and which is the "
-                    "image's can't be told; "
-                    "use a prompt or a size that makes text and image differ in length",
+                    "image's can't be told; use a prompt or a size that makes text and image "
+                    "differ in length",
                 )
             x = fits[0] if fits else x
         if not isinstance(x, Tensor) or x.shape != self.shape:
@@ -108,11 +125,25 @@ class Pass:
 
 
 def refuse(point: HookPoint, why: str) -> NoReturn:
+    """Raise InvalidState: the point can't be read.
+
+    Args:
+        point: the hook point.
+        why: the reason.
+    """
     raise InvalidState(f"{point.name!r} can't be read: {why}.")
 
 
 def look(point: HookPoint, x: Any) -> None:
-    """Let those who listen see a value. Raises RuntimeError if one of them wants to change it."""
+    """Let those who listen see a value.
+
+    Args:
+        point: the hook point.
+        x: the value.
+
+    Raises:
+        InvalidState: if one of them wants to change it.
+    """
     if not isinstance(x, Tensor):
         refuse(point, f"it is a {type(x).__name__}, and no tensor")
     if point.wants(BackwardEditor):
@@ -123,35 +154,39 @@ def look(point: HookPoint, x: Any) -> None:
     if point.changed and not torch.equal(new, x):
         raise InvalidState(
             f"The hook at {point.name!r} returned another value, and this model is opened "
-            "read-only; expected None. Only a model with a "
-            "family of its own can be edited (docs/families.md)."
+            "read-only; expected None. Only a model with a family of its own can be edited "
+            "(docs/families.md)."
         )
 
 
 class ReadTransformer(TransformerForward):
-    """The whole model, which returns what its class returns, in whatever form."""
+    """The whole model, which returns what its class returns, in whatever form.
+
+    Args:
+        module: the transformer.
+        points: all hook points.
+        current_pass: the pass, which is told of every call.
+        progress: how far it is.
+        x_name: the argument that holds x_t.
+    """
 
     def __init__(
-        self, module: Any, points: Points, instrumentation: Any, progress: Pass, x_name: str
+        self, module: Any, points: Points, current_pass: Pass, progress: Progress, x_name: str
     ) -> None:
-        super().__init__(module, points, instrumentation)
+        super().__init__(module, points, current_pass)
         self.progress, self.x_name = progress, x_name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         form = {"return_dict": inputs.pop("return_dict")} if "return_dict" in inputs else {}
-        with self.instrumentation.forward(inputs):
-            if self.instrumentation.couplings:
+        with self.current_pass.forward(inputs):
+            if self.current_pass.couplings:
                 raise InvalidState(
                     f"{type(self.module).__name__} is opened read-only, and its attention can't "
-                    "couple twins; expected a model with a "
-                    "family of its own."
+                    "couple twins; expected a model with a family of its own."
                 )
-            self.progress.begin(
-                inputs.get(self.x_name)
-                if self.instrumentation.listening or self.instrumentation.watchers
-                else None
-            )
+            heard = self.current_pass.listening or self.current_pass.watchers
+            self.progress.begin(inputs.get(self.x_name) if heard else None)
             try:
                 returned = self.own(**inputs, **form)
             finally:
@@ -162,18 +197,22 @@ class ReadTransformer(TransformerForward):
 
 
 class ReadBlock(Forward):
-    """A block, with hook points on what enters and what leaves it."""
+    """A block, with hook points on what enters and what leaves it.
+
+    Args:
+        module: the block.
+        points: its hook points.
+        progress: how far the pass is.
+        layer: the block's number.
+    """
 
     repeats = False
 
-    def __init__(
-        self, module: Any, points: Points, progress: Pass, layer: int, embed: HookPoint | None
-    ) -> None:
+    def __init__(self, module: Any, points: Points, progress: Progress, layer: int) -> None:
         super().__init__(module)
         self.progress, self.layer, self.argument = progress, layer, argument_of(module)
-        self.before = (
-            [points["hook_resid_pre"]] if embed is None else [embed, points["hook_resid_pre"]]
-        )
+        entering = ("hook_embed", "hook_resid_pre")
+        self.before = [points[name] for name in entering if name in points]
         self.after = points["hook_resid_post"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,43 +221,63 @@ class ReadBlock(Forward):
         for point in self.before:
             self.progress.show(point, x)
         returned = self.own(*args, **kwargs)
-        self.progress.show(self.after, returned)
+        if self.after.listeners:
+            self.progress.show(self.after, registered_output(self.module, returned))
         return returned
 
 
 class ReadPart(Forward):
-    """An attention or an MLP, with hook points on what enters and what leaves it."""
+    """An attention or an MLP, with hook points on what enters and what leaves it.
+
+    Args:
+        module: the attention or MLP.
+        points: its block's hook points.
+        progress: how far the pass is.
+        prefix: the prefix of its names.
+    """
 
     repeats = False
 
-    def __init__(self, module: Any, points: Points, progress: Pass, prefix: str) -> None:
+    def __init__(self, module: Any, points: Points, progress: Progress, prefix: str) -> None:
         super().__init__(module)
-        self.progress, self.prefix, self.argument = progress, prefix, argument_of(module)
+        self.progress, self.argument = progress, argument_of(module)
         self.before, self.after = points[f"{prefix}hook_in"], points[f"{prefix}hook_out"]
+        self.name = self.before.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.progress.items is None:
+        progress = self.progress
+        if progress.items is None:
             return self.own(*args, **kwargs)
-        if self.prefix in self.progress.called:
-            AGAIN.add(self.module)
-        if self.module in AGAIN and (self.before.listeners or self.after.listeners):
+        if self.name in progress.called:
+            progress.again.add(self.name)
+        if self.name in progress.again and (self.before.listeners or self.after.listeners):
             refuse(
                 self.before,
                 "its block calls this module more than once, each time for something else",
             )
-        self.progress.called.add(self.prefix)
-        self.progress.show(self.before, given(self.argument, args, kwargs))
+        progress.called.add(self.name)
+        progress.show(self.before, given(self.argument, args, kwargs))
         returned = self.own(*args, **kwargs)
-        self.progress.show(self.after, returned)
+        progress.show(self.after, returned)
         return returned
 
 
 class ReadOnlyFamily(Family):
-    """How dit_lens opens a diffusers transformer that has no family of its own; made for one class."""
+    """How dit_lens opens a diffusers transformer that has no family of its own; one a transformer.
+
+    Args:
+        transformer: the transformer.
+
+    Attributes:
+        arguments: names and positions of the arguments in which its blocks are given the stream.
+        progress: how far the transformer's current pass is.
+    """
 
     differs = "unknown: opened read-only, with the names that lie on its modules' boundaries"
     batch_order = None
     read_only = True
+    last_sites = {"hook_sample": ("batch", "output")}
+    first_sites = {"hook_embed": SEQUENCE}
 
     def __init__(self, transformer: nn.Module) -> None:
         names = list(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -226,6 +285,7 @@ class ReadOnlyFamily(Family):
         self.x_name = "hidden_states" if "hidden_states" in names else names[0]
         self.t_name = next(name for name in TIMES if name in names)
         self.arguments = sorted({argument_of(block) for block in main_blocks(transformer)})
+        self.progress = Progress()
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return main_blocks(transformer)
@@ -254,19 +314,18 @@ class ReadOnlyFamily(Family):
             restartable=False,
         )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        names = ["hook_embed"]
-        for i, block in enumerate(main_blocks(transformer)):
-            inside = [f"{prefix}hook_{end}" for prefix, _ in parts(block) for end in ("in", "out")]
-            names += [
-                f"blocks.{i}.{site}" for site in ("hook_resid_pre", *inside, "hook_resid_post")
-            ]
-        return dict.fromkeys(names, SEQUENCE) | {"hook_sample": ("batch", "output")}
+    def block_sites(self, block: Any) -> Sites:
+        inside = [f"{prefix}hook_{end}" for prefix, _ in parts(block) for end in ("in", "out")]
+        return dict.fromkeys(("hook_resid_pre", *inside, "hook_resid_post"), SEQUENCE)
 
     def absent(self, transformer: Any) -> list[str]:
-        """The standard names that this model does not have; `blocks.*` where no block has it."""
+        """The standard names that this model does not have; `blocks.*` where no block has it.
+
+        Args:
+            transformer: the transformer.
+        """
+        # a family's module, which registers itself when it is imported
         from .dit import BLOCK_SITES
-        from .parts.sites import FINAL_SITES
 
         sites, blocks, missing = self.sites(transformer), range(len(main_blocks(transformer))), []
         for site in BLOCK_SITES:
@@ -274,34 +333,32 @@ class ReadOnlyFamily(Family):
             missing += without if len(without) < len(blocks) else [f"blocks.*.{site}"]
         return missing + list(FINAL_SITES)
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        progress = Pass(transformer)
-        forwards: list[Forward] = [
-            ReadTransformer(transformer, points, instrumentation, progress, self.x_name)
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        forwards = [ReadBlock(block, points, self.progress, layer)]
+        return forwards + [
+            ReadPart(getattr(block, name), points, self.progress, prefix)
+            for prefix, name in parts(block)
         ]
-        for i, block in enumerate(main_blocks(transformer)):
-            start = f"blocks.{i}."
-            mine = {
-                name.removeprefix(start): point
-                for name, point in points.items()
-                if name.startswith(start)
-            }
-            forwards.append(
-                ReadBlock(block, mine, progress, i, None if i else points["hook_embed"])
-            )
-            forwards += [
-                ReadPart(getattr(block, name), mine, progress, prefix)
-                for prefix, name in parts(block)
-            ]
-        return forwards
+
+    def whole_forward(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> TransformerForward:
+        return ReadTransformer(transformer, points, current_pass, self.progress, self.x_name)
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        return []
 
     def latents(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         for name, value in inputs.items():
             if not _plain(value) or (name == self.x_name and not isinstance(value, Tensor)):
                 raise InvalidType(
                     f"{name} is or holds what {self.model_class} can't be given again for a "
-                    f"recomputation ({type(value).__name__}); "
-                    "expected latents in one tensor, and further tensors, numbers and words only."
+                    f"recomputation ({type(value).__name__}); expected latents in one tensor, and "
+                    "further tensors, numbers and words only."
                 )
         x: Tensor = inputs[self.x_name]
         return x
@@ -314,22 +371,23 @@ class ReadOnlyFamily(Family):
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         return ()
 
-    def passed(
+    def skip_block(
         self, inputs: dict[str, Any], args: Any, kwargs: Any
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         own = next((each for each in self.arguments if each[0] in kwargs), self.arguments[0])
-        return given(own, args, kwargs), self._passes_nothing
+        return given(own, args, kwargs), self._skips_nothing
 
-    def leaving(self, inputs: dict[str, Any], returned: Any) -> Tensor:
-        if not isinstance(returned, Tensor):
+    def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
+        stream = registered_output(block, returned)
+        if not isinstance(stream, Tensor):
             self._refuse(
                 "its last block returns more than the stream", "the hook_resid_post of that block"
             )
-        return returned
+        return stream
 
     # What it can't do.
 
-    def _passes_nothing(self, stream: Tensor) -> Any:
+    def _skips_nothing(self, stream: Tensor) -> Any:
         self._refuse("no block of it can be left out", "a whole pass, or one that stops at a layer")
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
@@ -361,6 +419,9 @@ def _plain(value: Any) -> bool:
 def read_only(transformer: nn.Module) -> ReadOnlyFamily | None:
     """A read-only family for a diffusers transformer; None for what is none: a U-Net, a VAE, a
     ControlNet, no blocks, no time.
+
+    Args:
+        transformer: any module.
     """
     if not isinstance(transformer, ModelMixin) or OTHER_MODELS.search(type(transformer).__name__):
         return None

@@ -38,56 +38,26 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
+from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
-from . import register
-from .base import (
+from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, image_config
+from .parts.attention import Attend, HeadsOut, Kernel, sdpa
+from .parts.layers import check_processor, refuse_processors
+from .parts.sites import (
     COND,
     RESID,
-    SAMPLE,
-    Axes,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    TransformerForward,
+    Sites,
+    adaln_sites,
+    cross_sites,
+    mlp_sites,
+    out_sites,
+    qkv_sites,
 )
-from .parts.attention import Attend, HeadsOut, sdpa
-from .parts.layers import check_processor, refuse_processors
-from .parts.sites import FINAL_SITES, adaln_sites, mlp_sites, out_sites, qkv_sites, scores_sites
+from .registry import register
 from .small import alive, small_text
 
-CROSS = {"head": "cross_head", "d_head": "d_cross_head", "key": "text_key"}
+CROSS = {"head": "cross_head", "d_head": "d_cross_head"}
 GUIDANCE = 4.5  # the Sprint pipeline's default strength
-
-
-def block_sites(block: Any) -> dict[str, Axes]:
-    """The names of one block."""
-    normed = block.attn1.norm_q is not None
-    sites: dict[str, Axes] = (
-        {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
-    )
-    sites |= (
-        qkv_sites(rotary=normed) | out_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
-    )
-    cross = (
-        qkv_sites("cross_attn.", rotary=normed)
-        | scores_sites("cross_attn.")
-        | out_sites("cross_attn.")
-    )
-    for name, axes in cross.items():
-        of_text = name.endswith(("hook_k", "hook_v", "hook_rot_k"))
-        sites[name] = tuple(
-            "text_token" if of_text and a == "token" else CROSS.get(a, a) for a in axes
-        )
-    sites |= {
-        "hook_cross_attn_out": RESID,
-        "hook_resid_mid_cross": RESID,
-        "ln2.hook_normalized": RESID,
-    }
-    return sites | mlp_sites(gated=True) | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
 class LinearKernel:
@@ -144,14 +114,17 @@ class TimeForward(Forward):
         return embed.linear(embed.silu(cond)), cond
 
 
-class BlockForward(Forward):
+class SanaBlockForward(BlockForward):
     """One block: self-attention, cross-attention and MLP, the first and the last modulated and
     gated.
+
+    Args:
+        module: the block.
+        points: its hook points.
     """
 
-    def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
-        super().__init__(module)
-        self.points, self.embed = points, embed
+    def __init__(self, module: Any, points: Points) -> None:
+        super().__init__(module, points)
         self.modulations = [points[name] for name in adaln_sites()]
 
     def __call__(
@@ -165,19 +138,21 @@ class BlockForward(Forward):
         width: int,
     ) -> Tensor:
         block, hook = self.module, self.points
-        x = hook["hook_resid_pre"](
-            hidden_states if self.embed is None else self.embed(hidden_states)
-        )
-        six = modulations(
-            self.modulations, block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
-        )
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = six
+        x = self.enter(hidden_states)
+        sums = block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulations(self.modulations, sums)
+
+        # self-attention
         h = hook["ln1.hook_normalized"](block.norm1(x)) * (1 + scale) + shift
         x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate * block.attn1(h.to(x.dtype))))
+
+        # cross-attention
         out = block.attn2(
             x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
         x = hook["hook_resid_mid_cross"](hook["hook_cross_attn_out"](out) + x)
+
+        # MLP, on the tokens as an image
         h = hook["ln2.hook_normalized"](block.norm2(x)) * (1 + scale_mlp) + shift_mlp
         image = hook["mlp.hook_in"](h).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         out = hook["mlp.hook_out"](block.ff(image).flatten(2, 3).permute(0, 2, 1))
@@ -185,25 +160,23 @@ class BlockForward(Forward):
 
 
 class CrossAttentionForward(Forward):
-    """Attention of the image to the text, with softmax and a mask."""
+    """Attention of the image to the text, with softmax and a mask.
 
-    prefix, processor, kernel, clips = (
-        "cross_attn.",
-        SanaAttnProcessor2_0,
-        staticmethod(sdpa),
-        False,
-    )
+    Args:
+        module: the attention.
+        points: the block's hook points.
+        current_pass: the pass that it will run in.
+        layer: the block's number; None, as twins are never coupled here.
+    """
 
-    def __init__(
-        self, module: Any, points: Points, instrumentation: Any, layer: int | None
-    ) -> None:
+    prefix, processor, clips = "cross_attn.", SanaAttnProcessor2_0, False
+    kernel: Kernel = staticmethod(sdpa)
+
+    def __init__(self, module: Any, points: Points, current_pass: Pass, layer: int | None) -> None:
         super().__init__(module)
-        scored = (self.prefix,) if f"{self.prefix}hook_pattern" in points else ()
-        self.attend, self.heads_out = (
-            Attend(points, instrumentation, layer, scored),
-            HeadsOut(points, self.prefix),
-        )
         self.points = points
+        self.attend = Attend(points, current_pass, layer, self.prefix)
+        self.heads_out = HeadsOut(points, self.prefix)
 
     def __call__(
         self,
@@ -223,7 +196,8 @@ class CrossAttentionForward(Forward):
         return self.heads_out(z, attn.to_out[0], partial(self.finish, dtype=x.dtype))
 
     def qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values [batch, token, head, d_head]; a norm is over all heads at once."""
+        """Queries, keys and values [batch, token, head, d_head]; a norm is over all heads at "
+        "once."""
         attn, hook, heads = self.module, self.points, (self.module.heads, -1)
         parts = zip("qkv", (attn.to_q(x), attn.to_k(source), attn.to_v(source)), strict=True)
         q, k, v = (
@@ -246,7 +220,8 @@ class CrossAttentionForward(Forward):
 class LinearAttentionForward(CrossAttentionForward):
     """Attention of the image to itself, which is linear and has no scores."""
 
-    prefix, processor, kernel, clips = "attn.", SanaLinearAttnProcessor2_0, LinearKernel(), True
+    prefix, processor, clips = "attn.", SanaLinearAttnProcessor2_0, True
+    kernel = LinearKernel()
 
 
 def as_tokens(point: HookPoint, image: Tensor) -> Tensor:
@@ -298,7 +273,10 @@ class SanaFamily(Family):
     """How dit_lens opens a `SanaTransformer2DModel`."""
 
     model_class = "SanaTransformer2DModel"
-    differs = "linear self-attention, without scores or pattern; cross-attention to the text; convolutions in the MLP"
+    differs = (
+        "linear self-attention, without scores or pattern; cross-attention to the text; "
+        "convolutions in the MLP"
+    )
     written_for = {
         "AdaLayerNormSingle.forward": "28f2c5e0",
         "Attention.forward": "f4dadb54",
@@ -310,29 +288,61 @@ class SanaFamily(Family):
         "SanaTransformerBlock.forward": "f6a3b8d9",
     }
 
+    first_sites = {"hook_cond": COND, "hook_embed": RESID}
+    known_options = frozenset(
+        "in_channels out_channels num_attention_heads attention_head_dim num_layers "
+        "num_cross_attention_heads cross_attention_head_dim cross_attention_dim "
+        "caption_channels mlp_ratio dropout attention_bias sample_size patch_size "
+        "norm_elementwise_affine norm_eps interpolation_scale guidance_embeds "
+        "guidance_embeds_scale qk_norm timestep_scale".split()
+    )
+
     def config(self, transformer: Any, size: Size | None = None) -> Config:
         c = transformer.config
-        height, width = size or (c.sample_size, c.sample_size)
-        d_model = c.num_attention_heads * c.attention_head_dim
-        return Config(
-            n_layers=c.num_layers,
-            d_model=d_model,
-            n_heads=c.num_attention_heads,
-            d_head=c.attention_head_dim,
-            d_mlp=int(c.mlp_ratio * d_model),
-            patch_size=c.patch_size,
-            in_channels=c.in_channels,
-            out_channels=c.out_channels or c.in_channels,
-            latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size),
+        cross = transformer.transformer_blocks[0].attn2
+        return image_config(
+            transformer,
+            size,
+            d_mlp=int(c.mlp_ratio * c.num_attention_heads * c.attention_head_dim),
             distilled_guidance=c.guidance_embeds,
+            out_channels=c.out_channels or c.in_channels,
+            own_axes={
+                "cross_head": cross.heads,
+                "d_cross_head": cross.to_q.out_features // cross.heads,
+            },
         )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = {"hook_cond": COND, "hook_embed": RESID}
-        for i, block in enumerate(transformer.transformer_blocks):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(block).items()}
-        return sites | FINAL_SITES | {"hook_sample": SAMPLE}
+    def block_sites(self, block: Any) -> Sites:
+        normed = block.attn1.norm_q is not None
+        sites = {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
+        sites |= qkv_sites(rotary=normed) | out_sites()
+        sites |= {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+        sites |= {
+            name: tuple(CROSS.get(axis, axis) for axis in axes)
+            for name, axes in cross_sites(rotary=normed).items()
+        }
+        sites |= {"hook_cross_attn_out": RESID, "hook_resid_mid_cross": RESID}
+        sites |= {"ln2.hook_normalized": RESID} | mlp_sites(gated=True)
+        return sites | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        return [
+            SanaBlockForward(block, points),
+            LinearAttentionForward(block.attn1, points, current_pass, layer),
+            CrossAttentionForward(block.attn2, points, current_pass, None),
+            MixForward(block.ff, points),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        return [
+            TimeForward(transformer.time_embed, points),
+            LastNormForward(transformer.norm_out, points),
+            *super().outer_forwards(transformer, points, current_pass),
+        ]
 
     def check_model(self, transformer: Any) -> None:
         refuse_processors(
@@ -340,6 +350,7 @@ class SanaFamily(Family):
             attn1=SanaLinearAttnProcessor2_0,
             attn2=SanaAttnProcessor2_0,
         )
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         c, x, p = transformer.config, inputs["hidden_states"], transformer.config.patch_size
@@ -356,31 +367,16 @@ class SanaFamily(Family):
                 f"{wanted}."
             )
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [
-            TransformerForward(transformer, points, instrumentation),
-            TimeForward(transformer.time_embed, points),
-        ]
-        for i, block in enumerate(transformer.transformer_blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            forwards.append(BlockForward(block, mine, None if i else points["hook_embed"]))
-            forwards.append(LinearAttentionForward(block.attn1, mine, instrumentation, i))
-            forwards.append(CrossAttentionForward(block.attn2, mine, instrumentation, None))
-            forwards.append(MixForward(block.ff, mine))
-        return [
-            *forwards,
-            LastNormForward(transformer.norm_out, points),
-            Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
-        ]
-
     def timestep_scale(self, transformer: Any) -> float:
         """What the scheduler's timesteps are multiplied by; Sprint's time runs from 0 to 1,
         whatever its config says.
+
+        Args:
+            transformer: the transformer.
         """
         return 0.001 if transformer.config.guidance_embeds else transformer.config.timestep_scale
 
     def strength(self, transformer: Any, guidance: Any) -> Any:
-        """The transformer's `guidance` for a strength of guidance."""
         return guidance * transformer.config.guidance_embeds_scale
 
     def inputs(

@@ -19,102 +19,41 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from ..hooks.points import HookPoint
-from . import register
-from .base import (
-    COND,
-    RESID,
-    SAMPLE,
-    TEXT,
-    Axes,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    TransformerForward,
-)
+from ..hooks.passes import Pass
+from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, image_config
 from .parts.attention import Attend, HeadsOut
+from .parts.joint import image_first, joint_points
 from .parts.layers import (
     AdaNormForward,
-    FinalNormForward,
+    ContinuousNormForward,
     check_processor,
+    final_norm,
     neurons,
     refuse_chunks,
     refuse_processors,
 )
 from .parts.sites import (
-    FINAL_SITES,
+    COND,
+    RESID,
+    TEXT,
+    Sites,
     adaln_sites,
     attention_sites,
+    both,
     mlp_sites,
     out_sites,
     qkv_sites,
     scores_sites,
+    texts,
 )
+from .registry import register
 from .small import alive, small_text, small_vae
 
 
-def block_sites(block: Any) -> dict[str, Axes]:
-    """The names of one block: the text's end early in the last one, and some have a second
-    attention.
-    """
-    rotary, ends, dual = (
-        block.attn.norm_q is not None,
-        block.context_pre_only,
-        block.use_dual_attention,
-    )
-    sites: dict[str, Axes] = {
-        "hook_resid_pre": RESID,
-        "text.hook_resid_pre": TEXT,
-        "hook_cond": COND,
-    }
-    sites |= adaln_sites() | {"ln1.hook_normalized": RESID, "attn.hook_in": RESID}
-    sites |= adaln_sites(branches=("attn2",)) | {"attn2.hook_in": RESID} if dual else {}
-    sites |= adaln_sites("text.", ("shift", "scale"), ("attn",)) if ends else adaln_sites("text.")
-    sites |= {"text.ln1.hook_normalized": TEXT, "text.attn.hook_in": TEXT}
-    sites |= qkv_sites(rotary=rotary) | qkv_sites("text.attn.", TEXT, rotary)
-    sites |= scores_sites("attn.") if ends else scores_sites("attn.", "text.attn.")
-    sites |= (
-        out_sites()
-        | ({} if ends else out_sites("text.attn.", TEXT))
-        | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
-    )
-    if dual:
-        sites |= attention_sites("attn2.", rotary=rotary) | {
-            "hook_attn2_out": RESID,
-            "hook_resid_mid_attn2": RESID,
-        }
-    sites |= (
-        {"ln2.hook_normalized": RESID}
-        | mlp_sites()
-        | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
-    )
-    if not ends:
-        sites |= {
-            "text.hook_attn_out": TEXT,
-            "text.hook_resid_mid": TEXT,
-            "text.ln2.hook_normalized": TEXT,
-        }
-        sites |= mlp_sites("text.mlp.", TEXT) | {
-            "text.hook_mlp_out": TEXT,
-            "text.hook_resid_post": TEXT,
-        }
-    return sites
-
-
-class BlockForward(Forward):
+class SD3BlockForward(BlockForward):
     """One block: the joint attention, perhaps a second one of the image alone, and an MLP for each
     stream.
     """
-
-    def __init__(
-        self, module: Any, points: Points, embeds: tuple[HookPoint, HookPoint] | None
-    ) -> None:
-        super().__init__(module)
-        self.points, self.embeds = points, embeds
 
     def __call__(
         self,
@@ -124,48 +63,42 @@ class BlockForward(Forward):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         block, hook, further = self.module, self.points, joint_attention_kwargs or {}
-        x, text = hidden_states, encoder_hidden_states
-        if self.embeds is not None:
-            x, text = self.embeds[0](x), self.embeds[1](text)
-        x, text, temb = (
-            hook["hook_resid_pre"](x),
-            hook["text.hook_resid_pre"](text),
-            hook["hook_cond"](temb),
-        )
-        h, gate_attn, shift_mlp, scale_mlp, gate_mlp, *second = block.norm1(x, emb=temb)
+        x, text = self.enter_both(hidden_states, encoder_hidden_states)
+        temb = hook["hook_cond"](temb)
+
+        # the joint attention, whose norms make all modulations
+        h, gate, shift_mlp, scale_mlp, gate_mlp, *second = block.norm1(x, emb=temb)
         if block.context_pre_only:
-            text_h = block.norm1_context(text, temb)
+            text_h, text_modulation = block.norm1_context(text, temb), []
         else:
-            text_h, text_gate_attn, text_shift_mlp, text_scale_mlp, text_gate_mlp = (
-                block.norm1_context(text, emb=temb)
-            )
+            text_h, *text_modulation = block.norm1_context(text, emb=temb)
         out, text_out = block.attn(hidden_states=h, encoder_hidden_states=text_h, **further)
-        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate_attn.unsqueeze(1) * out))
+        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate.unsqueeze(1) * out))
+
+        # the second attention, of the image alone
         if second:
-            out = block.attn2(hidden_states=second[0], **further)
-            x = hook["hook_resid_mid_attn2"](
-                x + hook["hook_attn2_out"](second[1].unsqueeze(1) * out)
-            )
-        h = (
-            hook["ln2.hook_normalized"](block.norm2(x)) * (1 + scale_mlp[:, None])
-            + shift_mlp[:, None]
-        )
-        out = hook["mlp.hook_out"](block.ff(hook["mlp.hook_in"](h)))
+            h, gate = second
+            out = block.attn2(hidden_states=h, **further)
+            added = hook["hook_attn2_out"](gate.unsqueeze(1) * out)
+            x = hook["hook_resid_mid_attn2"](x + added)
+
+        # the image's MLP
+        h = hook["ln2.hook_normalized"](block.norm2(x))
+        h = hook["mlp.hook_in"](h * (1 + scale_mlp[:, None]) + shift_mlp[:, None])
+        out = hook["mlp.hook_out"](block.ff(h))
         x = hook["hook_resid_post"](x + hook["hook_mlp_out"](gate_mlp.unsqueeze(1) * out))
         if block.context_pre_only:
             return None, x
-        text = hook["text.hook_resid_mid"](
-            text + hook["text.hook_attn_out"](text_gate_attn.unsqueeze(1) * text_out)
-        )
-        h = (
-            hook["text.ln2.hook_normalized"](block.norm2_context(text))
-            * (1 + text_scale_mlp[:, None])
-            + text_shift_mlp[:, None]
-        )
-        out = hook["text.mlp.hook_out"](block.ff_context(hook["text.mlp.hook_in"](h)))
-        return hook["text.hook_resid_post"](
-            text + hook["text.hook_mlp_out"](text_gate_mlp.unsqueeze(1) * out)
-        ), x
+
+        # the text's attention output and MLP
+        gate, shift_mlp, scale_mlp, gate_mlp = text_modulation
+        added = hook["text.hook_attn_out"](gate.unsqueeze(1) * text_out)
+        text = hook["text.hook_resid_mid"](text + added)
+        h = hook["text.ln2.hook_normalized"](block.norm2_context(text))
+        h = hook["text.mlp.hook_in"](h * (1 + scale_mlp[:, None]) + shift_mlp[:, None])
+        out = hook["text.mlp.hook_out"](block.ff_context(h))
+        added = hook["text.hook_mlp_out"](gate_mlp.unsqueeze(1) * out)
+        return hook["text.hook_resid_post"](text + added), x
 
 
 class DualNormForward(Forward):
@@ -175,7 +108,9 @@ class DualNormForward(Forward):
 
     def __init__(self, module: Any, points: Points) -> None:
         super().__init__(module)
-        self.modulations = [points[name] for name in adaln_sites(branches=("attn", "mlp", "attn2"))]
+        self.modulations = [
+            points[name] for name in adaln_sites(sublayers=("attn", "mlp", "attn2"))
+        ]
         self.normalized, self.attn_in = points["ln1.hook_normalized"], points["attn.hook_in"]
         self.attn2_in = points["attn2.hook_in"]
 
@@ -198,42 +133,47 @@ class DualNormForward(Forward):
         )
 
 
-class LastTextNormForward(Forward):
-    """The last block's normalisation of the text, which is only shifted and scaled."""
+class LastTextNormForward(ContinuousNormForward):
+    """The last block's normalisation of the text, which is only shifted and scaled.
+
+    Args:
+        module: the norm.
+        points: the block's hook points.
+    """
 
     def __init__(self, module: Any, points: Points) -> None:
-        super().__init__(module)
-        self.shift, self.scale = (
-            points["text.adaln.hook_shift_attn"],
-            points["text.adaln.hook_scale_attn"],
-        )
-        self.normalized, self.attn_in = (
-            points["text.ln1.hook_normalized"],
-            points["text.attn.hook_in"],
-        )
+        names = ("adaln.hook_shift_attn", "adaln.hook_scale_attn", "ln1.hook_normalized")
+        super().__init__(module, *(points[f"text.{name}"] for name in names))
+        self.attn_in = points["text.attn.hook_in"]
 
     def __call__(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        norm = self.module
-        scale, shift = norm.linear(norm.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
-        shift, scale = self.shift(shift), self.scale(scale)
-        return self.attn_in(
-            self.normalized(norm.norm(x)) * (1 + scale)[:, None, :] + shift[:, None, :]
-        )
+        return self.attn_in(super().__call__(x, conditioning_embedding))
 
 
 class AttentionForward(Forward):
-    """Attention of the image with the text, or (`attn2`) of the image alone."""
+    """Attention of the image with the text, or (`attn2`) of the image alone.
+
+    Args:
+        module: the attention.
+        points: the block's hook points.
+        current_pass: the pass that it will run in.
+        layer: the block's number.
+        prefix: the attention's prefix.
+    """
 
     def __init__(
-        self, module: Any, points: Points, instrumentation: Any, layer: int, prefix: str = "attn."
+        self, module: Any, points: Points, current_pass: Pass, layer: int, prefix: str = "attn."
     ) -> None:
         super().__init__(module)
         self.points, self.prefix = points, prefix
-        self.text_goes_on = prefix == "attn." and "text.attn.hook_z" in points
-        prefixes = (prefix, f"text.{prefix}") if self.text_goes_on else (prefix,)
-        self.attend = Attend(points, instrumentation, layer, prefixes)
+        joint = prefix == "attn."
+        # in the last block the text has queries, but no names for what becomes of them
+        scores = list(scores_sites(prefix)) if joint else []
+        joined = joint_points(points, current_pass, image_first, scores)
+        self.attend = Attend(joined, current_pass, layer, prefix)
         self.heads_out = HeadsOut(points, prefix)
-        self.text_out = HeadsOut(points, f"text.{prefix}") if self.text_goes_on else None
+        text_goes_on = joint and "text.attn.hook_z" in points
+        self.text_out = HeadsOut(points, "text.attn.") if text_goes_on else None
 
     def __call__(
         self,
@@ -241,28 +181,24 @@ class AttentionForward(Forward):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Any:
-        attn, lengths = self.module, None
+        attn = self.module
         check_processor(attn, JointAttnProcessor2_0)
-        q, k, v = self.qkv(
-            self.prefix,
-            hidden_states,
-            (attn.to_q, attn.to_k, attn.to_v),
-            (attn.norm_q, attn.norm_k),
-        )
-        if encoder_hidden_states is not None:
-            projections, norms = (
-                (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-                (attn.norm_added_q, attn.norm_added_k),
-            )
-            text = self.qkv(f"text.{self.prefix}", encoder_hidden_states, projections, norms)
-            lengths = (q.shape[2], text[0].shape[2])
-            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), text, strict=True))
-        z = self.attend(q, k, v, lengths=lengths).transpose(1, 2)
-        if lengths is None:
-            return self.heads_out(z, *attn.to_out)
-        z, text_z = (
-            z.flatten(2).unflatten(2, z.shape[2:]).split(lengths, dim=1)
-        )  # in diffusers' layout: half precision tells
+        projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+        image = self.qkv(self.prefix, hidden_states, projections, norms)
+        if encoder_hidden_states is None:
+            q, k, v = image
+            return self.heads_out(self.attend(q, k, v).transpose(1, 2), *attn.to_out)
+
+        # the image's tokens first, then the text's
+        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        norms = (attn.norm_added_q, attn.norm_added_k)
+        text = self.qkv(f"text.{self.prefix}", encoder_hidden_states, projections, norms)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
+        z = self.attend(q, k, v).transpose(1, 2)
+
+        # apart again, in diffusers' memory layout: in half precision another one gives other bits
+        lengths = (hidden_states.shape[1], encoder_hidden_states.shape[1])
+        z, text_z = z.flatten(2).unflatten(2, z.shape[2:]).split(lengths, dim=1)
         out = self.heads_out(z, *attn.to_out)
         return out, text_z if self.text_out is None else self.text_out(text_z, attn.to_add_out)
 
@@ -271,6 +207,12 @@ class AttentionForward(Forward):
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values [batch, head, token, d_head] of one stream, as they enter the
         scores.
+
+        Args:
+            prefix: the attention's prefix.
+            h: what it is given of the stream [batch, token, d_model].
+            projections: of queries, keys and values.
+            norms: of queries and keys, or None.
         """
         shape = (*h.shape[:2], self.module.heads, -1)
         q, k, v = (
@@ -289,7 +231,10 @@ class SD3Family(Family):
     """How dit_lens opens an `SD3Transformer2DModel`."""
 
     model_class = "SD3Transformer2DModel"
-    differs = "two streams, image and text, with weights of their own, that attend jointly; in 3.5 a second attention in some blocks"
+    differs = (
+        "two streams, image and text, with weights of their own, that attend jointly; in 3.5 a "
+        "second attention in some blocks"
+    )
     written_for = {
         "AdaLayerNormContinuous.forward": "cbc6feb8",
         "AdaLayerNormZero.forward": "0451374e",
@@ -300,70 +245,93 @@ class SD3Family(Family):
         "SD35AdaLayerNormZeroX.forward": "cbb7f0eb",
     }
 
-    def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c = transformer.config
-        height, width = size or (c.sample_size, c.sample_size)
-        d_model = c.num_attention_heads * c.attention_head_dim
-        return Config(
-            n_layers=c.num_layers,
-            d_model=d_model,
-            n_heads=c.num_attention_heads,
-            d_head=c.attention_head_dim,
-            d_mlp=4 * d_model,
-            patch_size=c.patch_size,
-            in_channels=c.in_channels,
-            out_channels=transformer.out_channels,
-            latent_shape=(c.in_channels, height, width),
-            grid=(height // c.patch_size, width // c.patch_size),
-            restartable=False,
-        )
+    first_sites = both({"hook_embed": RESID})
+    known_options = frozenset(
+        "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads "
+        "joint_attention_dim caption_projection_dim pooled_projection_dim out_channels "
+        "pos_embed_max_size dual_attention_layers qk_norm".split()
+    )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = {"hook_embed": RESID, "text.hook_embed": TEXT}
-        for i, block in enumerate(transformer.transformer_blocks):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(block).items()}
-        return sites | FINAL_SITES | {"hook_sample": SAMPLE}
+    def config(self, transformer: Any, size: Size | None = None) -> Config:
+        return image_config(transformer, size, restartable=False, joint=True)
+
+    def block_sites(self, block: Any) -> Sites:
+        """The names of one block: the text's end early in the last one, and some have a second
+        attention.
+
+        Args:
+            block: the block.
+        """
+        rotary, ends = block.attn.norm_q is not None, block.context_pre_only
+
+        # what enters the attentions
+        sites = both({"hook_resid_pre": RESID}) | {"hook_cond": COND} | adaln_sites()
+        sites |= {"ln1.hook_normalized": RESID, "attn.hook_in": RESID}
+        if block.use_dual_attention:
+            sites |= adaln_sites(sublayers=("attn2",)) | {"attn2.hook_in": RESID}
+        if ends:
+            sites |= adaln_sites("text.", ("shift", "scale"), ("attn",))
+        else:
+            sites |= adaln_sites("text.")
+        sites |= {"text.ln1.hook_normalized": TEXT, "text.attn.hook_in": TEXT}
+
+        # the attentions
+        sites |= qkv_sites(rotary=rotary) | qkv_sites("text.attn.", TEXT, rotary)
+        sites |= scores_sites("attn.") if ends else scores_sites("attn.", "text.attn.")
+        sites |= out_sites() | ({} if ends else out_sites("text.attn.", TEXT))
+        sites |= {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+        if block.use_dual_attention:
+            own = attention_sites("attn2.", rotary=rotary)
+            keys = {"key": "image_key"}  # the text is not among them
+            sites |= {name: tuple(keys.get(a, a) for a in axes) for name, axes in own.items()}
+            sites |= {"hook_attn2_out": RESID, "hook_resid_mid_attn2": RESID}
+
+        # the MLPs
+        later = {"ln2.hook_normalized": RESID} | mlp_sites()
+        later |= {"hook_mlp_out": RESID, "hook_resid_post": RESID}
+        own_text = texts({"hook_attn_out": RESID, "hook_resid_mid": RESID} | later)
+        return sites | later | ({} if ends else own_text)
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        norm = DualNormForward if block.use_dual_attention else AdaNormForward
+        forwards: list[Forward] = [
+            SD3BlockForward(block, points),
+            norm(block.norm1, points),
+            AttentionForward(block.attn, points, current_pass, layer),
+            neurons(block.ff.net[0], points),
+        ]
+        if block.use_dual_attention:
+            forwards.append(AttentionForward(block.attn2, points, current_pass, layer, "attn2."))
+        if block.context_pre_only:
+            return [*forwards, LastTextNormForward(block.norm1_context, points)]
+        return [
+            *forwards,
+            AdaNormForward(block.norm1_context, points, "text."),
+            neurons(block.ff_context.net[0], points, "text.mlp."),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        norm = final_norm(transformer.norm_out, points)
+        return [norm, *super().outer_forwards(transformer, points, current_pass)]
 
     def check_model(self, transformer: Any) -> None:
         refuse_chunks(transformer.transformer_blocks)
         refuse_processors(
             transformer.transformer_blocks, attn=JointAttnProcessor2_0, attn2=JointAttnProcessor2_0
         )
+        super().check_model(transformer)
 
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [TransformerForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.transformer_blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            forwards.append(
-                BlockForward(
-                    block, mine, None if i else (points["hook_embed"], points["text.hook_embed"])
-                )
-            )
-            forwards.append(
-                (DualNormForward if block.use_dual_attention else AdaNormForward)(block.norm1, mine)
-            )
-            forwards.append(AttentionForward(block.attn, mine, instrumentation, i))
-            forwards.append(neurons(block.ff.net[0], mine))
-            if block.use_dual_attention:
-                forwards.append(AttentionForward(block.attn2, mine, instrumentation, i, "attn2."))
-            if block.context_pre_only:
-                forwards.append(LastTextNormForward(block.norm1_context, mine))
-            else:
-                forwards.append(AdaNormForward(block.norm1_context, mine, "text."))
-                forwards.append(neurons(block.ff_context.net[0], mine, "text.mlp."))
-        return [
-            *forwards,
-            FinalNormForward(transformer.norm_out, points),
-            Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
-        ]
-
-    def passed(
+    def skip_block(
         self, inputs: dict[str, Any], args: Any, kwargs: Any
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         text = kwargs["encoder_hidden_states"]
         return kwargs["hidden_states"], lambda stream: (text, stream)
 
-    def leaving(self, inputs: dict[str, Any], returned: Any) -> Tensor:
+    def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         stream: Tensor = returned[1]
         return stream
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .base import Condition, Family, Size
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -15,6 +17,10 @@ M = TypeVar("M", bound=nn.Module)
 def alive(model: M, seed: int = 0) -> M:
     """The model in eval mode with random weights, large enough everywhere that every path shows in
     the output.
+
+    Args:
+        model: any module; changed in place.
+        seed: of the weights.
     """
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -27,8 +33,45 @@ def alive(model: M, seed: int = 0) -> M:
     return model.eval()
 
 
+def flat(answer: Any) -> Tensor:
+    """What a transformer answers as one tensor (some answer with a list).
+
+    Args:
+        answer: a tensor, or tensors of one shape.
+    """
+    return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer
+
+
+def small_inputs(
+    family: Family,
+    transformer: Any,
+    condition: Condition,
+    seed: int = 0,
+    size: Size | None = None,
+) -> dict[str, Any]:
+    """Arguments for two items of a small model: noise, two times, the given condition.
+
+    Args:
+        family: the model's family.
+        transformer: the model.
+        condition: for two items.
+        seed: of the noise.
+        size: of the latents, instead of the model's own.
+    """
+    cfg = family.config(transformer, size)
+    gen = torch.Generator().manual_seed(seed)
+    dtype = next(transformer.parameters()).dtype
+    x = torch.randn(2, *cfg.latent_shape, generator=gen).to(dtype)
+    return family.inputs(transformer, x, torch.tensor([700.0, 31.0]), condition)
+
+
 def small_vae(channels: int = 4, **config: object) -> nn.Module:
-    """A tiny AutoencoderKL that doubles height and width; seeded."""
+    """A tiny AutoencoderKL that doubles height and width; seeded.
+
+    Args:
+        channels: of the latents.
+        config: further options of the class.
+    """
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng():
@@ -47,8 +90,11 @@ def small_vae(channels: int = 4, **config: object) -> nn.Module:
 
 
 def small_text(kind: str, dim: int) -> tuple[nn.Module, object]:
-    """A tiny random text encoder and a tokenizer of single characters: clip, clip_plain, t5, umt5,
-    bert, gemma2, qwen2_vl or qwen3.
+    """A tiny random text encoder and a tokenizer of single characters.
+
+    Args:
+        kind: clip, clip_plain, t5, umt5, bert, gemma2, qwen2_vl or qwen3.
+        dim: the width of its hidden states.
     """
     with torch.random.fork_rng():
         torch.manual_seed(dim)

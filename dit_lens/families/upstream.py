@@ -17,19 +17,23 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 from ..errors import InvalidState
 from ..hooks.points import Observer
-from .base import Condition, Family, Forward
-
-_tested: dict[str, str] = {}
+from .base import Family, Forward
+from .small import flat, small_inputs
 
 
 @cache
 def digest(function: Any) -> str:
-    """Eight hex digits of a function's source without blank lines and comment lines."""
+    """Eight hex digits of a function's source without blank lines and comment lines.
+
+    Args:
+        function: a function or method.
+    """
     lines = (
         line.rstrip()
         for line in textwrap.dedent(inspect.getsource(inspect.unwrap(function))).splitlines()
@@ -41,11 +45,14 @@ def digest(function: Any) -> str:
 def methods(forwards: Sequence[Forward]) -> dict[str, str]:
     """The digests that a family has to note: of the forward of each class it replaces, and of their
     attention processors.
+
+    Args:
+        forwards: a family's forwards.
     """
     found = {}
-    for forward in forwards[1:]:
+    for forward in forwards:
         cls = type(forward.module)
-        if cls.__module__.startswith("diffusers") and getattr(forward, "repeats", True):
+        if cls.__module__.startswith("diffusers") and forward.repeats:
             found[f"{cls.__name__}.forward"] = digest(cls.forward)
             processor = getattr(forward.module, "processor", None)
             if processor is not None:
@@ -56,10 +63,16 @@ def methods(forwards: Sequence[Forward]) -> dict[str, str]:
 def check_sources(
     family: Family, forwards: Sequence[Forward], opened: Callable[[nn.Module], Any]
 ) -> None:
-    """Raise RuntimeError if a method that the family's forwards repeat has changed, and with it
-    what the model computes.
+    """Refuse a model of which a method that the family repeats has changed, and with it what the
+    model computes.
 
-    `opened` puts the forwards into a model, whatever they repeat.
+    Args:
+        family: the model's family.
+        forwards: its forwards for the model.
+        opened: puts the family's forwards into a model, whatever they repeat.
+
+    Raises:
+        InvalidState: if the family's small models, opened, do not answer as unopened.
     """
     now = methods(forwards)
     changed = [
@@ -67,16 +80,14 @@ def check_sources(
     ]
     if not changed:
         return
-    key = f"{family.model_class} {now}"
-    if key not in _tested:
-        _tested[key] = _difference(family, opened)
-    if _tested[key]:
-        import diffusers
-
+    key = str(now)
+    if key not in family.verdicts:
+        family.verdicts[key] = _difference(family, opened)
+    if family.verdicts[key]:
         raise InvalidState(
             f"{changed[0]} of diffusers {diffusers.__version__} is not what dit_lens repeats for "
-            f"{family.model_class}: {_tested[key]}. "
-            "Install the diffusers that this dit_lens was tested with, or a newer dit_lens."
+            f"{family.model_class}: {family.verdicts[key]}. Install the diffusers that this "
+            "dit_lens was tested with, or a newer dit_lens."
         )
 
 
@@ -95,26 +106,11 @@ def _difference(family: Family, opened: Callable[[nn.Module], Any]) -> str:
             with torch.no_grad():
                 want, got = (flat(m(**inputs, return_dict=False)[0]) for m in (plain, other))
                 for name in instrumentation.points:
-                    instrumentation.attach(name, Observer(lambda value, point: None))
+                    instrumentation.attach(name, Observer(lambda _, point: None))
                 seen = flat(other(**inputs, return_dict=False)[0])
         except Exception as error:  # whatever a changed block may raise
-            return f"its small model {variant} fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            first = str(error).partition("\n")[0]
+            return f"its small model {variant} fails ({type(error).__name__}: {first})"
         if not (torch.equal(want, got) and torch.equal(want, seen)):
             return f"on its small model {variant} the opened model's answer is another"
     return ""
-
-
-def flat(answer: Any) -> torch.Tensor:
-    """What a transformer answers as one tensor (some answer with a list)."""
-    return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer
-
-
-def small_inputs(
-    family: Family, transformer: Any, condition: Condition, seed: int = 0, size: Any = None
-) -> dict[str, Any]:
-    """Arguments for two items of a small model: noise, two times, the given condition."""
-    cfg = family.config(transformer, size)
-    gen = torch.Generator().manual_seed(seed)
-    dtype = next(transformer.parameters()).dtype
-    x = torch.randn(2, *cfg.latent_shape, generator=gen).to(dtype)
-    return family.inputs(transformer, x, torch.tensor([700.0, 31.0]), condition)

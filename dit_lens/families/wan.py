@@ -25,51 +25,27 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
+from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
-from . import register
-from .base import (
-    COND,
-    RESID,
-    Axes,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    TransformerForward,
-)
+from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, Tap
 from .parts.attention import Attend, HeadsOut, dispatched
-from .parts.layers import LastTable, check_processor, neurons, refuse_processors
-from .parts.sites import FINAL_SITES, adaln_sites, attention_sites, mlp_sites
+from .parts.layers import LastTableForward, check_processor, neurons, refuse_processors
+from .parts.sites import (
+    COND,
+    FINAL_SITES,
+    RESID,
+    Sites,
+    adaln_sites,
+    attention_sites,
+    cross_sites,
+    mlp_sites,
+)
+from .registry import register
 from .small import alive, small_text
 
-TEXT_HEADS, TEXT_SCORES = (
-    ("batch", "text_token", "head", "d_head"),
-    ("batch", "head", "query", "text_key"),
-)
 VIDEO = ("batch", "channel", "frame", "height", "width")
 DEFAULT_SIZE = (21, 60, 104)
 """The pipeline's 81 frames of 480 x 832 pixels, as latents."""
-
-
-def block_sites(block: Any) -> dict[str, Axes]:
-    """The names of one block; in some models the stream is normalised before it asks the text."""
-    sites: dict[str, Axes] = (
-        {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
-    )
-    sites |= attention_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
-    sites |= {} if isinstance(block.norm2, nn.Identity) else {"ln_cross.hook_normalized": RESID}
-    sites |= attention_sites("cross_attn.")
-    sites |= {f"cross_attn.hook_{name}": TEXT_HEADS for name in ("k", "v", "rot_k")}
-    sites |= {f"cross_attn.hook_{name}": TEXT_SCORES for name in ("attn_scores", "pattern")}
-    sites |= {
-        "hook_cross_attn_out": RESID,
-        "hook_resid_mid_cross": RESID,
-        "ln2.hook_normalized": RESID,
-    }
-    return sites | mlp_sites() | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
 
 
 def hooked(points: Sequence[HookPoint], sums: Tensor) -> list[Tensor]:
@@ -89,45 +65,50 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * c - odd * s, even * s + odd * c], -1).flatten(-2).type_as(x)
 
 
-class BlockForward(Forward):
+class WanBlockForward(BlockForward):
     """One block: self-attention, cross-attention and MLP, the first and the last modulated and
     gated.
+
+    Args:
+        module: the block.
+        points: its hook points.
     """
 
-    def __init__(self, module: Any, points: Points, embed: HookPoint | None) -> None:
-        super().__init__(module)
-        self.points, self.embed = points, embed
+    def __init__(self, module: Any, points: Points) -> None:
+        super().__init__(module, points)
         self.modulations = [points[name] for name in adaln_sites()]
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
     ) -> Tensor:
         block, hook = self.module, self.points
-        x = hook["hook_resid_pre"](
-            hidden_states if self.embed is None else self.embed(hidden_states)
-        )
+        x = self.enter(hidden_states)
+
+        # six modulations of each item, or of each token
         each_token = temb.ndim == 4
         table = block.scale_shift_table.unsqueeze(0) if each_token else block.scale_shift_table
         six = hooked(self.modulations, table + temb.float())
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
             six if each_token else [m.unsqueeze(1) for m in six]
         )
+
+        # self-attention
         h = (hook["ln1.hook_normalized"](block.norm1(x.float())) * (1 + scale) + shift).type_as(x)
         out = hook["hook_attn_out"](block.attn1(h, None, None, rotary_emb) * gate)
         x = hook["hook_resid_mid"]((x.float() + out).type_as(x))
+
+        # cross-attention
         h = block.norm2(x.float())
         h = hook["ln_cross.hook_normalized"](h) if "ln_cross.hook_normalized" in hook else h
-        out = hook["hook_cross_attn_out"](
-            block.attn2(h.type_as(x), encoder_hidden_states, None, None)
-        )
-        x = hook["hook_resid_mid_cross"](x + out)
-        h = (
-            hook["ln2.hook_normalized"](block.norm3(x.float())) * (1 + scale_mlp) + shift_mlp
-        ).type_as(x)
+        out = block.attn2(h.type_as(x), encoder_hidden_states, None, None)
+        x = hook["hook_resid_mid_cross"](x + hook["hook_cross_attn_out"](out))
+
+        # MLP
+        h = hook["ln2.hook_normalized"](block.norm3(x.float()))
+        h = (h * (1 + scale_mlp) + shift_mlp).type_as(x)
         out = hook["mlp.hook_out"](block.ffn(hook["mlp.hook_in"](h)))
-        return hook["hook_resid_post"](
-            (x.float() + hook["hook_mlp_out"](out.float() * gate_mlp)).type_as(x)
-        )
+        added = hook["hook_mlp_out"](out.float() * gate_mlp)
+        return hook["hook_resid_post"]((x.float() + added).type_as(x))
 
 
 class AttentionForward(Forward):
@@ -136,16 +117,14 @@ class AttentionForward(Forward):
     """
 
     def __init__(
-        self, module: Any, points: Points, instrumentation: Any, layer: int | None, prefix: str
+        self, module: Any, points: Points, current_pass: Pass, layer: int | None, prefix: str
     ) -> None:
         super().__init__(module)
         self.attn_in = points[f"{prefix}hook_in"]
         self.qkv = [points[f"{prefix}hook_{name}"] for name in "qkv"]
         self.rot_q, self.rot_k = points[f"{prefix}hook_rot_q"], points[f"{prefix}hook_rot_k"]
-        self.attend, self.heads_out = (
-            Attend(points, instrumentation, layer, (prefix,)),
-            HeadsOut(points, prefix),
-        )
+        self.attend = Attend(points, current_pass, layer, prefix)
+        self.heads_out = HeadsOut(points, prefix)
 
     def __call__(
         self,
@@ -174,27 +153,14 @@ class AttentionForward(Forward):
         return self.heads_out(z.transpose(1, 2).type_as(q), *attn.to_out)
 
 
-class ConditioningForward(Forward):
-    """What time and text are made into: for the last layer the time's vector, for the blocks six of
-    them.
-    """
-
-    repeats = False
-
-    def __init__(self, module: Any, points: Points) -> None:
-        super().__init__(module)
-        self.last = points["final.hook_shift"], points["final.hook_scale"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        vector, *rest = self.own(*args, **kwargs)
-        return LastTable.where_heard(vector, self.last), *rest
-
-
 class WanFamily(Family):
     """How dit_lens opens a `WanTransformer3DModel`."""
 
     model_class = "WanTransformer3DModel"
-    differs = "video; cross-attention to the text between self-attention and MLP; modulations from one shared vector and a table a block"
+    differs = (
+        "video; cross-attention to the text between self-attention and MLP; modulations from "
+        "one shared vector and a table a block"
+    )
     batch_order = None
     written_for = {
         "GELU.forward": "4a4013c4",
@@ -205,6 +171,14 @@ class WanFamily(Family):
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return list(transformer.blocks)
+
+    first_sites = {"hook_cond": COND, "hook_embed": RESID}
+    last_sites = {**FINAL_SITES, "hook_sample": VIDEO}
+    known_options = frozenset(
+        "patch_size num_attention_heads attention_head_dim in_channels out_channels text_dim "
+        "freq_dim ffn_dim num_layers cross_attn_norm eps image_dim added_kv_proj_dim "
+        "rope_max_seq_len".split()
+    )
 
     def config(self, transformer: Any, size: Size | None = None) -> Config:
         c = transformer.config
@@ -224,19 +198,48 @@ class WanFamily(Family):
             grid=tuple(n // each for n, each in zip(shape, p, strict=True)),
         )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        sites: dict[str, Axes] = {"hook_cond": COND, "hook_embed": RESID}
-        for i, block in enumerate(transformer.blocks):
-            sites |= {f"blocks.{i}.{site}": axes for site, axes in block_sites(block).items()}
-        return sites | FINAL_SITES | {"hook_sample": VIDEO}
+    def block_sites(self, block: Any) -> Sites:
+        """The names of one block; in some models the stream is normalised before it asks the text.
+
+        Args:
+            block: the block.
+        """
+        sites = {"hook_resid_pre": RESID} | adaln_sites() | {"ln1.hook_normalized": RESID}
+        sites |= attention_sites() | {"hook_attn_out": RESID, "hook_resid_mid": RESID}
+        sites |= {} if isinstance(block.norm2, nn.Identity) else {"ln_cross.hook_normalized": RESID}
+        sites |= cross_sites()
+        sites |= {"hook_cross_attn_out": RESID, "hook_resid_mid_cross": RESID}
+        sites |= {"ln2.hook_normalized": RESID} | mlp_sites()
+        return sites | {"hook_mlp_out": RESID, "hook_resid_post": RESID}
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        return [
+            WanBlockForward(block, points),
+            AttentionForward(block.attn1, points, current_pass, layer, "attn."),
+            AttentionForward(block.attn2, points, current_pass, None, "cross_attn."),
+            neurons(block.ffn.net[0], points),
+        ]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        embedder = transformer.condition_embedder
+        return [
+            LastTableForward(embedder, points, 0),
+            Tap(embedder.time_embedder, after=points["hook_cond"]),
+            Tap(transformer.norm_out, after=points["ln_final.hook_normalized"]),
+            *super().outer_forwards(transformer, points, current_pass),
+        ]
 
     def check_model(self, transformer: Any) -> None:
         c = transformer.config
         if c.added_kv_proj_dim or c.image_dim or c.in_channels != (c.out_channels or c.in_channels):
             raise InvalidValue(
                 f"This Wan continues an image ({c.in_channels} channels in, {c.out_channels} out, "
-                f"image_dim={c.image_dim}): it is given "
-                "more than x_t; dit_lens opens text-to-video Wan, and Wan 2.2 TI2V."
+                f"image_dim={c.image_dim}): it is given more than x_t; dit_lens opens "
+                "text-to-video Wan, and Wan 2.2 TI2V."
             )
         for i, block in enumerate(transformer.blocks):
             for name in ("attn1", "attn2"):
@@ -246,6 +249,7 @@ class WanFamily(Family):
                         "transformer.unfuse_qkv_projections() first."
                     )
         refuse_processors(transformer.blocks, attn1=WanAttnProcessor, attn2=WanAttnProcessor)
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         x, c, p = inputs.get("hidden_states"), transformer.config, transformer.config.patch_size
@@ -257,34 +261,12 @@ class WanFamily(Family):
         if any(n % each for n, each in zip(x.shape[2:], p, strict=True)):
             raise InvalidValue(
                 f"The latents are {'x'.join(map(str, x.shape[2:]))}, and Wan would drop what does "
-                "not fill a patch; expected "
-                f"multiples of {'x'.join(map(str, p))}."
+                f"not fill a patch; expected multiples of {'x'.join(map(str, p))}."
             )
         if inputs.get("encoder_hidden_states_image") is not None:
             raise InvalidValue(
                 "This Wan has no image embedder; expected encoder_hidden_states_image=None."
             )
-
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        embedder = transformer.condition_embedder
-        forwards: list[Forward] = [
-            TransformerForward(transformer, points, instrumentation),
-            ConditioningForward(embedder, points),
-        ]
-        forwards.append(Tap(embedder.time_embedder, after=points["hook_cond"]))
-        for i, block in enumerate(transformer.blocks):
-            mine = {site: points[f"blocks.{i}.{site}"] for site in block_sites(block)}
-            forwards += [
-                BlockForward(block, mine, None if i else points["hook_embed"]),
-                AttentionForward(block.attn1, mine, instrumentation, i, "attn."),
-                AttentionForward(block.attn2, mine, instrumentation, None, "cross_attn."),
-                neurons(block.ffn.net[0], mine),
-            ]
-        return [
-            *forwards,
-            Tap(transformer.norm_out, after=points["ln_final.hook_normalized"]),
-            Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"]),
-        ]
 
     def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         t: Tensor = inputs["timestep"]

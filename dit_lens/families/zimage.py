@@ -1,13 +1,13 @@
 """Z-Image (Z-Image Team 2025, arXiv 2511.22699) as diffusers' `ZImageTransformer2DModel`.
 
 Image and caption are one sequence, `[image | padding | caption | padding]`, that goes through the
-same weights; the block is Lumina-Image 2.0's (`sandwich.py`: a norm before and after each branch,
-gates through tanh, no shift). Both are filled to a multiple of 32 tokens with learned tokens that
-take part in everything, and a batch's shorter captions with zeros that nothing attends to. The
-plain names hold exactly the grid's tokens. The prefix `text.` is all that comes after the image's
-own filling: the caption, its filling (which has been through the caption's refiner with it), zeros.
-The image's filling (none at 1024x1024) has no name, but is among the keys, which are in the model's
-own order. The refiners before the blocks stay diffusers' own.
+same weights; the block is Lumina-Image 2.0's (`parts/one_sequence.py`: a norm before and after each
+sublayer, gates through tanh, no shift). Both are filled to a multiple of 32 tokens with learned
+tokens that take part in everything, and a batch's shorter captions with zeros that nothing attends
+to. The plain names hold exactly the grid's tokens. The prefix `text.` is all that comes after the
+image's own filling: the caption, its filling (which has been through the caption's refiner with
+it), zeros. The image's filling (none at 1024x1024) has no name, but is among the keys, which are in
+the model's own order. The refiners before the blocks stay diffusers' own.
 
 The transformer takes lists, one tensor [channel, frame, height, width] an item; latents here are
 [batch, channel, height, width], and `hook_sample` is the list that it returns, stacked: it has the
@@ -28,26 +28,37 @@ from diffusers.models.transformers.transformer_z_image import (
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from . import register
-from .base import Axes, Condition, Config, Forward, Points, Size, TransformerForward, shift_of
-from .parts.attention import Joint, Kernel, dispatched
+from ..hooks.passes import Pass
+from .base import Condition, Config, Forward, Points, Size, TransformerForward, shift_of
+from .parts.attention import Kernel, dispatched
+from .parts.joint import Joint
 from .parts.layers import refuse_processors
 from .parts.one_sequence import (
-    JointFamily,
     LastForward,
+    OneSequenceFamily,
     SandwichAttentionForward,
     SandwichForward,
     SandwichMLPForward,
     backwards,
-    block_points,
-    model_sites,
+    sandwich_sites,
 )
+from .parts.sites import Sites
+from .registry import register
 from .small import alive, small_text, small_vae
 
 PATCH = 2
 """The patch size that the transformer takes where its caller does not say."""
 DEFAULT_SIZE = 128
 """The pipeline's: 1024 pixels."""
+
+
+def filled(tokens: int) -> int:
+    """How many tokens a part of the sequence has after it was filled up.
+
+    Args:
+        tokens: how many it had.
+    """
+    return tokens + -tokens % SEQ_MULTI_OF
 
 
 class ListForward(TransformerForward):
@@ -73,22 +84,32 @@ class ZBlockForward(SandwichForward):
         adaln_noisy: None = None,
         adaln_clean: None = None,
     ) -> Tensor:
-        block, joint = self.module, self.joint(x)
-        x = self.entering(x, joint)
-        chunks = block.adaLN_modulation(self.points["hook_cond"](adaln_input)).chunk(4, dim=1)
+        block, hook = self.module, self.points
+        x = self.enter(x)
+        chunks = block.adaLN_modulation(hook["hook_cond"](adaln_input)).chunk(4, dim=1)
+
+        # attention
         scale_attn, scale_mlp = self.modulations("scale", chunks[0], chunks[2])
-        h = self.hook("ln1.hook_normalized", block.attention_norm1(x), joint) * (1.0 + scale_attn)
-        h = self.hook("attn.hook_in", h, joint)
+        h = hook["ln1.hook_normalized"](block.attention_norm1(x)) * (1.0 + scale_attn)
+        h = hook["attn.hook_in"](h)
         gate_attn, gate_mlp = self.modulations("gate", chunks[1].tanh(), chunks[3].tanh())
         out = block.attention(h, attention_mask=attn_mask, freqs_cis=freqs_cis)
-        x = self.after_attention(x, out, gate_attn, block.attention_norm2, joint)
-        h = self.hook("ln2.hook_normalized", block.ffn_norm1(x), joint) * (1.0 + scale_mlp)
-        return self.after_mlp(x, block.feed_forward(h), gate_mlp, block.ffn_norm2, joint)
+        x = self.after_attention(x, out, gate_attn, block.attention_norm2)
+
+        # MLP
+        h = hook["ln2.hook_normalized"](block.ffn_norm1(x)) * (1.0 + scale_mlp)
+        return self.after_mlp(x, block.feed_forward(h), gate_mlp, block.ffn_norm2)
 
     def modulations(self, part: str, attn: Tensor, mlp: Tensor) -> Iterator[Tensor]:
-        """Those of both sublayers, hooked, [batch, 1, d_model]."""
-        for branch, m in (("attn", attn), ("mlp", mlp)):
-            yield self.points[f"adaln.hook_{part}_{branch}"](m).unsqueeze(1)
+        """Those of both sublayers, hooked, [batch, 1, d_model].
+
+        Args:
+            part: scale or gate.
+            attn: the attention's [batch, d_model].
+            mlp: the MLP's [batch, d_model].
+        """
+        for sub, m in (("attn", attn), ("mlp", mlp)):
+            yield self.points[f"adaln.hook_{part}_{sub}"](m).unsqueeze(1)
 
 
 class ZAttentionForward(SandwichAttentionForward):
@@ -132,11 +153,14 @@ class ZFinalForward(LastForward):
         return self.projected(x, layer.adaLN_modulation(c), layer.norm_final, layer.linear)
 
 
-class ZImageFamily(JointFamily):
+class ZImageFamily(OneSequenceFamily):
     """How dit_lens opens a `ZImageTransformer2DModel`."""
 
     model_class = "ZImageTransformer2DModel"
-    differs = "image and caption in one sequence, through the same weights; a norm before and after each branch; gates through tanh"
+    differs = (
+        "image and caption in one sequence, through the same weights; a norm before and after "
+        "each sublayer; gates through tanh"
+    )
     x_name, t_name = "x", "t"
     batch_order = ("cond", "uncond")
     written_for = {
@@ -147,38 +171,74 @@ class ZImageFamily(JointFamily):
         "ZSingleStreamAttnProcessor.__call__": "66a67907",
     }
 
+    last_sites = {
+        **OneSequenceFamily.last_sites,
+        "hook_sample": ("batch", "channel", "frame", "height", "width"),
+    }
+    known_options = frozenset(
+        "all_patch_size all_f_patch_size in_channels dim n_layers n_refiner_layers n_heads "
+        "n_kv_heads norm_eps qk_norm cap_feat_dim siglip_feat_dim rope_theta t_scale "
+        "axes_dims axes_lens".split()
+    )
+
     def config(self, transformer: Any, size: Size | None = None) -> Config:
-        c = transformer.config
+        c, block = transformer.config, transformer.layers[0]
         height, width = size or (min(DEFAULT_SIZE, PATCH * room) for room in c.axes_lens[1:])
+        grid = (height // PATCH, width // PATCH)
         return Config(
             n_layers=c.n_layers,
             d_model=c.dim,
             n_heads=c.n_heads,
             d_head=c.dim // c.n_heads,
-            d_mlp=transformer.layers[0].feed_forward.w1.out_features,
+            d_mlp=block.feed_forward.w1.out_features,
             patch_size=PATCH,
             in_channels=c.in_channels,
             out_channels=transformer.out_channels,
             latent_shape=(c.in_channels, height, width),
-            grid=(height // PATCH, width // PATCH),
+            grid=grid,
             restartable=False,
+            joint=True,
+            own_axes={
+                "d_cond": block.adaLN_modulation[0].in_features,
+                "key": filled(grid[0] * grid[1]),
+            },
         )
 
-    def sites(self, transformer: Any) -> dict[str, Axes]:
-        return model_sites(
-            len(transformer.layers), ("batch", "channel", "frame", "height", "width")
-        )
+    def block_sites(self, block: Any) -> Sites:
+        return sandwich_sites()
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        joint = self.joined(points, current_pass)
+        return [
+            ZBlockForward(block, joint),
+            ZAttentionForward(block.attention, joint, current_pass, layer),
+            ZMLPForward(block.feed_forward, joint),
+        ]
+
+    def whole_forward(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> TransformerForward:
+        return ListForward(transformer, points, current_pass)
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        joint = self.joined(points, current_pass)
+        return [ZFinalForward(layer, joint) for layer in transformer.all_final_layer.values()]
 
     def check_model(self, transformer: Any) -> None:
         refuse_processors(transformer.layers, attention=ZSingleStreamAttnProcessor)
+        super().check_model(transformer)
 
     def check_input(self, transformer: Any, inputs: dict[str, Any]) -> None:
         x, captions, p = inputs.get("x"), inputs.get("cap_feats"), inputs.get("patch_size", PATCH)
         if isinstance(x, (list, tuple)) and x and isinstance(x[0], (list, tuple)):
             raise InvalidValue(
                 "x is a list of lists, Z-Image's omni mode, where some images are conditions and "
-                "each has modulations of its own; "
-                "dit_lens opens its plain mode: expected a list of tensors, one image an item."
+                "each has modulations of its own; dit_lens opens its plain mode: expected a list "
+                "of tensors, one image an item."
             )
         if (
             not isinstance(x, (list, tuple))
@@ -200,8 +260,8 @@ class ZImageFamily(JointFamily):
         ):
             raise InvalidValue(
                 f"The latents in x have the shapes {', '.join(str(list(s)) for s in shapes)}; "
-                "expected one shape, "
-                f"[{transformer.in_channels}, 1, height, width], height and width multiples of {p}."
+                f"expected one shape, [{transformer.in_channels}, 1, height, width], height and "
+                f"width multiples of {p}."
             )
         if not isinstance(captions, (list, tuple)) or len(captions) != len(x):
             got = (
@@ -214,27 +274,10 @@ class ZImageFamily(JointFamily):
                 "item of x."
             )
 
-    def joint(self, inputs: dict[str, Any], x: Tensor, transformer: Any = None) -> Joint:
+    def joint(self, inputs: dict[str, Any], length: int, transformer: Any = None) -> Joint:
         height, width = self.grid(transformer, inputs)
         image = height * width
-        return Joint(slice(0, image), slice(image + -image % SEQ_MULTI_OF, None))
-
-    def forwards(self, transformer: Any, points: Points, instrumentation: Any) -> Sequence[Forward]:
-        forwards: list[Forward] = [ListForward(transformer, points, instrumentation)]
-        for i, block in enumerate(transformer.layers):
-            mine = block_points(points, i)
-            forwards += [
-                ZBlockForward(block, mine, instrumentation),
-                ZAttentionForward(block.attention, mine, instrumentation, i),
-                ZMLPForward(block.feed_forward, mine, instrumentation),
-            ]
-        return [
-            *forwards,
-            *(
-                ZFinalForward(layer, points, instrumentation)
-                for layer in transformer.all_final_layer.values()
-            ),
-        ]
+        return Joint(slice(image), slice(filled(image), None))
 
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition

@@ -72,6 +72,13 @@ class HookPoint:
     def wants(self, kind: type) -> bool:
         return any(isinstance(listener, kind) for listener in self.listeners)
 
+    @property
+    def edited(self) -> bool:
+        """Whether what the point returned must be computed with: a value that an editor replaced in
+        the latest call, or one through which a gradient is awaited.
+        """
+        return bool(self.listeners) and (self.changed or self.wants(BackwardEditor))
+
     def __repr__(self) -> str:
         return f"HookPoint({self.name!r}, {len(self.listeners)} listening)"
 

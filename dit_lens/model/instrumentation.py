@@ -75,7 +75,7 @@ class Instrumentation:
     def of(cls, transformer: nn.Module) -> tuple[Instrumentation, bool]:
         """The transformer's instrumentation, and whether it was made just now."""
         for holder, slot in _places(transformer):
-            found = getattr(holder.get(slot), "instrumentation", None)
+            found = getattr(holder.get(slot), "current_pass", None)
             if isinstance(found, Instrumentation):
                 return found, False
         return cls(transformer), True

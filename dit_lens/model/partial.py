@@ -43,7 +43,7 @@ class SkippedBlock:
         self.instrumentation, self.stream = instrumentation, stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, returned = self.instrumentation.family.passed(
+        x, returned = self.instrumentation.family.skip_block(
             self.instrumentation.now or {}, args, kwargs
         )
         return returned(x if self.stream is None else self.stream)
@@ -61,8 +61,8 @@ class StopBefore:
         inputs = self.instrumentation.now or {}
         if self.after is None:
             raise StoppedAtLayer(
-                self.instrumentation.family.entering(self.block, inputs, args, kwargs)
+                self.instrumentation.family.stream_in(self.block, inputs, args, kwargs)
             )
         raise StoppedAtLayer(
-            self.instrumentation.family.leaving(inputs, self.after(*args, **kwargs))
+            self.instrumentation.family.stream_out(self.block, inputs, self.after(*args, **kwargs))
         )

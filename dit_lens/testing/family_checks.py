@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.base import Condition, Family
-from ..families.upstream import flat, methods, small_inputs
+from ..families import Condition, Family, flat, small_inputs
+from ..families.upstream import methods
 from ..hooks.names import Addition, additions, layer_of, site_of
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
@@ -23,6 +23,7 @@ from ..tracing.trace import load_trace, trace
 from ..twinning.coupling import coupled
 
 VARIANTS = (0, 1, 2)
+TEXT_AXES = ("text_token", "text_query", "text_key")
 
 
 @dataclass
@@ -112,22 +113,24 @@ def names_in_order(case: Case) -> None:
 
 
 def shapes_as_named(case: Case) -> None:
-    """every activation has the axes that its name promises"""
-    cfg = case.cfg
-    sizes = {
-        "batch": 2,
-        "token": cfg.tokens,
-        "query": cfg.tokens,
-        "d_model": cfg.d_model,
-        "d_head": cfg.d_head,
-    }
-    for name, value in case.seen().items():
-        axes = case.model.sites[name]
-        assert value.ndim == len(axes), (
-            f"{name} has shape {list(value.shape)} and is said to have the axes {', '.join(axes)}"
+    """every activation has the axes that its name promises, as long as the model's sizes say"""
+    cfg, seen, sites = case.cfg, case.seen(), case.model.sites
+    for name, value in seen.items():
+        assert value.ndim == len(sites[name]), (
+            f"{name} has shape {list(value.shape)} and is said to have the axes "
+            f"{', '.join(sites[name])}"
         )
-        for axis, size in zip(axes, value.shape, strict=True):
-            assert axis not in sizes or size == sizes[axis], (
+    of_text = (
+        v.shape[sites[n].index(axis)]
+        for n, v in seen.items()
+        for axis in TEXT_AXES
+        if axis in sites[n]
+    )
+    sizes = cfg.axis_sizes(batch=2, text=next(of_text, None))
+    for name, value in seen.items():
+        for axis, size in zip(sites[name], value.shape, strict=True):
+            assert axis in sizes, f"{name} has the axis {axis}, and cfg.axis_sizes lacks it"
+            assert size == sizes[axis], (
                 f"{name} has shape {list(value.shape)}; {axis} should be {sizes[axis]}"
             )
     required = {"hook_embed", "hook_sample", "final.hook_out"}
@@ -137,7 +140,8 @@ def shapes_as_named(case: Case) -> None:
 
 
 def adds_up(case: Case) -> None:
-    """resid_pre + attn_out == resid_mid, resid_mid + mlp_out == resid_post, and so on, bit for bit"""
+    """resid_pre + attn_out == resid_mid, resid_mid + mlp_out == resid_post, and so on, bit for "
+    "bit"""
     seen, found = case.seen(), 0
     for _, before, added, after in case.additions():
         total = seen[before]
@@ -148,6 +152,25 @@ def adds_up(case: Case) -> None:
     assert found >= case.cfg.n_layers, (
         f"only {found} additions are named in {case.cfg.n_layers} layers"
     )
+
+
+def layers_add_what_is_named(case: Case) -> None:
+    """what a layer adds is all named: with it zeroed, every stream leaves the layer as it came"""
+    for stream in ("", "text."):
+        layers: dict[int, list[Addition]] = {}
+        for found in additions(case.model.names, stream):
+            layers.setdefault(found.layer, []).append(found)
+        for layer, chain in layers.items():
+            before, after = (f"blocks.{layer}.{stream}hook_resid_{end}" for end in ("pre", "post"))
+            assert (chain[0].before, chain[-1].after) == (before, after), (
+                f"the additions of layer {layer} lead from {chain[0].before} to {chain[-1].after}"
+            )
+            added = [name for each in chain for name in each.added]
+            with case.model.hooks([(added, lambda a, hook: torch.zeros_like(a))]):
+                _, seen = case.look([before, after])
+            assert torch.equal(seen[before], seen[after]), (
+                f"with {' and '.join(added)} zeroed, {after} is not {before}"
+            )
 
 
 def edits_reach_the_stream(case: Case) -> None:
@@ -395,6 +418,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     names_in_order,
     shapes_as_named,
     adds_up,
+    layers_add_what_is_named,
     edits_reach_the_stream,
     attention_is_what_it_says,
     reading_is_recording,

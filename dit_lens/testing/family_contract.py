@@ -91,7 +91,8 @@ def check(family: str | Family) -> None:
 
 
 def table(name: str, rows: list[Row]) -> Any:
-    """A family's outcome as a rich table: one line a check, with what the first failing model says."""
+    """A family's outcome as a rich table: one line a check, with what the first failing model "
+    "says."""
     from rich.table import Table
 
     failed = sum(not row.ok for row in rows)
@@ -116,6 +117,7 @@ COLUMNS = {
         "names_in_order",
         "shapes_as_named",
         "adds_up",
+        "layers_add_what_is_named",
         "edits_reach_the_stream",
     ),
     "patterns": ("attention_is_what_it_says",),
@@ -130,7 +132,8 @@ COLUMNS = {
 
 
 def markdown(rows: dict[str, list[Row]]) -> str:
-    """The README's table: families and what works, by the checks and by what the small models have."""
+    """The README's table: families and what works, by the checks and by what the small models "
+    "have."""
     head = ["family", *COLUMNS, "start at a layer", "guidance", "hook points a block"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
     for name, some in rows.items():

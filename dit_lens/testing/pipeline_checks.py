@@ -14,8 +14,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..experiments.gap import measure
-from ..families.base import Family
-from ..families.upstream import flat
+from ..families import Family, flat
 from ..model.hooked import HookedDiT
 from ..model.loading import load
 from ..sampling.run import sample
@@ -50,7 +49,8 @@ class InPipeline:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and hints that diffusers and transformers print while they load and encode."""
+    """Without the bars and hints that diffusers and transformers print while they load and "
+    "encode."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 

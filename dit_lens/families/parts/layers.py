@@ -13,13 +13,14 @@ from torch import Tensor
 from ...errors import InvalidState, InvalidValue
 from ...hooks.points import HookPoint
 from ..base import Forward, Points
+from .joint import AnyPoints
 from .sites import adaln_sites
 
 
 class NeuronsForward(Forward):
     """The first half of diffusers' FeedForward (`ff.net[0]`): `pre`, the nonlinearity, `post`."""
 
-    def __init__(self, module: Any, points: Points, prefix: str = "mlp.") -> None:
+    def __init__(self, module: Any, points: AnyPoints, prefix: str = "mlp.") -> None:
         super().__init__(module)
         self.pre, self.post = points[f"{prefix}hook_pre"], points[f"{prefix}hook_post"]
 
@@ -30,7 +31,7 @@ class NeuronsForward(Forward):
 class GatedNeuronsForward(Forward):
     """The same for GEGLU and SwiGLU: `post = pre_linear * act(pre)`."""
 
-    def __init__(self, module: Any, points: Points, prefix: str = "mlp.") -> None:
+    def __init__(self, module: Any, points: AnyPoints, prefix: str = "mlp.") -> None:
         super().__init__(module)
         self.pre, self.post = points[f"{prefix}hook_pre"], points[f"{prefix}hook_post"]
         self.linear = points[f"{prefix}hook_pre_linear"]
@@ -45,7 +46,7 @@ class GatedNeuronsForward(Forward):
 class SimpleNeuronsForward(Forward):
     """The same for diffusers' LinearActivation: `post = act(pre)`."""
 
-    def __init__(self, module: Any, points: Points, prefix: str = "mlp.") -> None:
+    def __init__(self, module: Any, points: AnyPoints, prefix: str = "mlp.") -> None:
         super().__init__(module)
         self.pre, self.post = points[f"{prefix}hook_pre"], points[f"{prefix}hook_post"]
 
@@ -53,10 +54,16 @@ class SimpleNeuronsForward(Forward):
         return self.post(self.module.activation(self.pre(self.module.proj(hidden_states))))
 
 
-def neurons(module: Any, points: Points, prefix: str = "mlp.") -> Forward:
+def neurons(module: Any, points: AnyPoints, prefix: str = "mlp.") -> Forward:
     """The forward for the first half of a diffusers FeedForward, by its kind.
 
-    Raises ValueError for one without such halves.
+    Args:
+        module: the half, `ff.net[0]`.
+        points: the block's hook points.
+        prefix: the MLP's prefix.
+
+    Raises:
+        InvalidValue: for one without such halves.
     """
     for kinds, forward in (
         ((GEGLU, SwiGLU), GatedNeuronsForward),
@@ -67,9 +74,17 @@ def neurons(module: Any, points: Points, prefix: str = "mlp.") -> Forward:
             return forward(module, points, prefix)
     raise InvalidValue(
         f"The MLP's activation is {type(module).__name__}, which has no neurons before and after "
-        "it that could be hooked; "
-        "expected GELU, GEGLU, SwiGLU or LinearActivation."
+        "it that could be hooked; expected GELU, GEGLU, SwiGLU or LinearActivation."
     )
+
+
+def gated(feed_forward: Any) -> bool:
+    """Whether the neurons of a diffusers FeedForward are a product of two projections.
+
+    Args:
+        feed_forward: the MLP.
+    """
+    return isinstance(feed_forward.net[0], (GEGLU, SwiGLU))
 
 
 class AdaNormForward(Forward):
@@ -111,15 +126,21 @@ class AdaNormForward(Forward):
         )
 
 
-class FinalNormForward(Forward):
-    """diffusers' AdaLayerNormContinuous before the last projection: shift, scale, and the
-    normalised stream.
+class ContinuousNormForward(Forward):
+    """diffusers' AdaLayerNormContinuous: shift, scale, and the normalised stream.
+
+    Args:
+        module: the norm.
+        shift: the hook point of the shift.
+        scale: the hook point of the scale.
+        normalized: the hook point of the normalised stream.
     """
 
-    def __init__(self, module: Any, points: Points) -> None:
+    def __init__(
+        self, module: Any, shift: HookPoint, scale: HookPoint, normalized: HookPoint
+    ) -> None:
         super().__init__(module)
-        self.shift, self.scale = points["final.hook_shift"], points["final.hook_scale"]
-        self.normalized = points["ln_final.hook_normalized"]
+        self.shift, self.scale, self.normalized = shift, scale, normalized
 
     def __call__(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         norm = self.module
@@ -128,22 +149,45 @@ class FinalNormForward(Forward):
         return self.normalized(norm.norm(x)) * (1 + scale)[:, None, :] + shift[:, None, :]
 
 
+def final_norm(module: Any, points: Points) -> Forward:
+    """The forward of an AdaLayerNormContinuous before the last projection.
+
+    Args:
+        module: the norm.
+        points: all hook points, by full name.
+    """
+    names = ("final.hook_shift", "final.hook_scale", "ln_final.hook_normalized")
+    return ContinuousNormForward(module, *(points[name] for name in names))
+
+
 def refuse_chunks(blocks: Any) -> None:
-    """Raise ValueError where chunked feed-forward is on, which would run each MLP hook once a
-    chunk.
+    """Refuse chunked feed-forward, which would run each MLP hook once a chunk.
+
+    Args:
+        blocks: the blocks.
+
+    Raises:
+        InvalidValue: for the first block that has it.
     """
     for i, block in enumerate(blocks):
-        if getattr(block, "_chunk_size", None) is not None:
+        chunk = getattr(block, "_chunk_size", None)
+        if chunk is not None:
             raise InvalidValue(
-                f"Block {i} has chunked feed-forward switched on (chunk size {block._chunk_size}), "
-                "which would run each "
-                "MLP hook once a chunk; switch it off with block.set_chunk_feed_forward(None)."
+                f"Block {i} has chunked feed-forward switched on (chunk size {chunk}), which would "
+                "run each MLP hook once a chunk; switch it off with "
+                "block.set_chunk_feed_forward(None)."
             )
 
 
 def refuse_processors(blocks: Any, **expected: type) -> None:
-    """Raise ValueError where an attention (`attn=Processor`) has another processor than the one
-    whose arithmetic is repeated here.
+    """Refuse attention processors other than those whose arithmetic is repeated here.
+
+    Args:
+        blocks: the blocks.
+        expected: the processor's class by the attention's name in the block.
+
+    Raises:
+        InvalidValue: for the first attention that has another one.
     """
     for i, block in enumerate(blocks):
         for name, wanted in expected.items():
@@ -151,28 +195,40 @@ def refuse_processors(blocks: Any, **expected: type) -> None:
             if attn is not None and type(attn.processor) is not wanted:
                 raise InvalidValue(
                     f"Block {i} has the attention processor {type(attn.processor).__name__}; "
-                    "dit_lens computes attention as "
-                    f"{wanted.__name__} does: block.{name}.set_processor({wanted.__name__}())."
+                    f"dit_lens computes attention as {wanted.__name__} does: "
+                    f"block.{name}.set_processor({wanted.__name__}())."
                 )
 
 
 def check_processor(attn: Any, wanted: type) -> None:
-    """Raise RuntimeError if the processor was changed after the model was opened."""
+    """Refuse a processor that was changed after the model was opened.
+
+    Args:
+        attn: the attention.
+        wanted: the class that its processor had.
+
+    Raises:
+        InvalidState: if it has another now.
+    """
     if type(attn.processor) is not wanted:
         raise InvalidState(
             f"The attention processor was changed to {type(attn.processor).__name__}; a hooked DiT "
-            "computes "
-            f"attention itself, as {wanted.__name__} does. Put that back, or call model.remove()."
+            f"computes attention itself, as {wanted.__name__} does. Put that back, or call "
+            "model.remove()."
         )
 
 
 class LastTable:
-    """A conditioning vector on its way to the last layer's table of shift and scale, in place of
-    the tensor where somebody listens.
+    """The conditioning vector on its way to the last layer's table of shift and scale, with hook
+    points on their sum.
 
-    diffusers adds the two in the midst of the transformer's own forward, where no module is called.
-    PyTorch asks the summand (`__torch_function__`), and so the sums, [..., 2, d_model], pass
-    through their hook points there.
+    diffusers adds vector and table in the midst of the transformer's own forward, where no module
+    is called. PyTorch lets a summand that is no tensor do the adding (`__torch_function__`), and so
+    the sums, [..., 2, d_model], pass through their hook points there.
+
+    Args:
+        vector: the conditioning vector.
+        points: the hook points of shift and scale.
     """
 
     def __init__(self, vector: Tensor, points: tuple[HookPoint, HookPoint]) -> None:
@@ -181,7 +237,12 @@ class LastTable:
 
     @staticmethod
     def where_heard(vector: Tensor, points: tuple[HookPoint, HookPoint]) -> Any:
-        """This in place of the vector, if somebody listens; otherwise the vector."""
+        """A `LastTable` if somebody listens; otherwise the vector itself.
+
+        Args:
+            vector: the conditioning vector.
+            points: the hook points of shift and scale.
+        """
         return LastTable(vector, points) if any(point.listeners for point in points) else vector
 
     def __getitem__(self, index: Any) -> LastTable:
@@ -198,3 +259,25 @@ class LastTable:
         table, own = args
         sums = add(table, own.vector).unbind(-2)
         return torch.stack([point(x) for point, x in zip(own.points, sums, strict=True)], dim=-2)
+
+
+class LastTableForward(Forward):
+    """A module whose first or second output is the conditioning vector that diffusers adds to the
+    last layer's table.
+
+    Args:
+        module: the module.
+        points: all hook points, by full name.
+        index: which of its outputs it is.
+    """
+
+    repeats = False
+
+    def __init__(self, module: Any, points: Points, index: int) -> None:
+        super().__init__(module)
+        self.last, self.index = (points["final.hook_shift"], points["final.hook_scale"]), index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        outputs = list(self.own(*args, **kwargs))
+        outputs[self.index] = LastTable.where_heard(outputs[self.index], self.last)
+        return tuple(outputs)

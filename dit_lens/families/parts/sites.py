@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from ..base import COND, RESID, Axes
-
+Axes = tuple[str, ...]
 Sites = dict[str, Axes]
 
+RESID: Axes = ("batch", "token", "d_model")
+TEXT: Axes = ("batch", "text_token", "d_model")
+COND: Axes = ("batch", "d_model")
+SAMPLE: Axes = ("batch", "channel", "height", "width")
+TEXT_HEADS: Axes = ("batch", "text_token", "head", "d_head")
+TEXT_SCORES: Axes = ("batch", "head", "query", "text_key")
 
-def qkv_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> dict[str, Axes]:
-    """What enters an attention, and its queries, keys, values.
 
-    `rotary`: q and k are normalised or rotated before they meet.
+def qkv_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> Sites:
+    """The names of what enters an attention, and of its queries, keys and values.
+
+    Args:
+        prefix: the attention's prefix.
+        stream: the axes of the stream that enters it.
+        rotary: whether queries and keys are normalised or rotated before they meet.
     """
     heads = (stream[0], stream[1], "head", "d_head")
-    sites: dict[str, Axes] = {f"{prefix}hook_in": stream} | {
-        f"{prefix}hook_{name}": heads for name in "qkv"
-    }
+    sites: Sites = {f"{prefix}hook_in": stream} | {f"{prefix}hook_{name}": heads for name in "qkv"}
     return sites | {f"{prefix}hook_rot_{name}": heads for name in "qk" if rotary}
 
 
-def scores_sites(*prefixes: str) -> dict[str, Axes]:
-    """Scores of each stream's queries, then their patterns."""
+def scores_sites(*prefixes: str) -> Sites:
+    """The names of the scores of each stream's queries, then of their patterns.
+
+    Args:
+        prefixes: the prefix of each stream's attention, such as "attn." and "text.attn.".
+    """
     axes = {
         p: ("batch", "head", "text_query" if p.startswith("text.") else "query", "key")
         for p in prefixes
@@ -28,8 +39,13 @@ def scores_sites(*prefixes: str) -> dict[str, Axes]:
     return {f"{p}hook_{what}": axes[p] for what in ("attn_scores", "pattern") for p in prefixes}
 
 
-def out_sites(prefix: str = "attn.", stream: Axes = RESID) -> dict[str, Axes]:
-    """What each head reads, what each head puts out, and the attention's output before any gate."""
+def out_sites(prefix: str = "attn.", stream: Axes = RESID) -> Sites:
+    """The names of what each head reads and puts out, and of the attention's output before a gate.
+
+    Args:
+        prefix: the attention's prefix.
+        stream: the axes of the stream that it is added to.
+    """
     heads = (stream[0], stream[1], "head")
     return {
         f"{prefix}hook_z": (*heads, "d_head"),
@@ -38,26 +54,53 @@ def out_sites(prefix: str = "attn.", stream: Axes = RESID) -> dict[str, Axes]:
     }
 
 
-def attention_sites(
-    prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True
-) -> dict[str, Axes]:
-    """The names within one attention, in forward order."""
+def attention_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> Sites:
+    """The names within one self-attention, in forward order.
+
+    Args:
+        prefix: the attention's prefix.
+        stream: the axes of the stream that enters it.
+        rotary: whether queries and keys are normalised or rotated before they meet.
+    """
     return qkv_sites(prefix, stream, rotary) | scores_sites(prefix) | out_sites(prefix, stream)
+
+
+def cross_sites(prefix: str = "cross_attn.", rotary: bool = True) -> Sites:
+    """The names within one attention of the image to a text that the blocks do not change.
+
+    Args:
+        prefix: the attention's prefix.
+        rotary: whether queries and keys are normalised or rotated before they meet.
+    """
+    sites = attention_sites(prefix, rotary=rotary)
+    keys = ("hook_k", "hook_v", "hook_rot_k")
+    sites |= {name: TEXT_HEADS for name in sites if name.removeprefix(prefix) in keys}
+    return sites | {f"{prefix}hook_{name}": TEXT_SCORES for name in ("attn_scores", "pattern")}
 
 
 def adaln_sites(
     prefix: str = "",
     parts: tuple[str, ...] = ("shift", "scale", "gate"),
-    branches: tuple[str, ...] = ("attn", "mlp"),
-) -> dict[str, Axes]:
-    """The modulations of adaLN: one vector an item each."""
-    return {f"{prefix}adaln.hook_{part}_{branch}": COND for branch in branches for part in parts}
+    sublayers: tuple[str, ...] = ("attn", "mlp"),
+) -> Sites:
+    """The names of adaLN's modulations, one vector an item each.
+
+    Args:
+        prefix: the stream's prefix.
+        parts: which modulations there are.
+        sublayers: what they modulate.
+    """
+    return {f"{prefix}adaln.hook_{part}_{sub}": COND for sub in sublayers for part in parts}
 
 
-def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -> dict[str, Axes]:
+def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -> Sites:
     """The names within one MLP.
 
-    `gated`: the neurons are a product, `post = act(pre) * pre_linear`, as in TransformerLens.
+    Args:
+        prefix: the MLP's prefix.
+        stream: the axes of the stream that enters it.
+        gated: whether the neurons are a product, `post = act(pre) * pre_linear`, as in
+            TransformerLens.
     """
     neurons = (stream[0], stream[1], "d_mlp")
     sites = {f"{prefix}hook_in": stream, f"{prefix}hook_pre": neurons}
@@ -65,17 +108,22 @@ def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -
     return sites | {f"{prefix}hook_post": neurons, f"{prefix}hook_out": stream}
 
 
-FINAL_SITES: dict[str, Axes] = {
+FINAL_SITES: Sites = {
     "final.hook_shift": COND,
     "final.hook_scale": COND,
     "ln_final.hook_normalized": RESID,
     "final.hook_in": RESID,
     "final.hook_out": ("batch", "token", "patch"),
 }
+"""The names of the last layer."""
 
 
 def texts(sites: Sites) -> Sites:
-    """The text's names for these of the image."""
+    """The text's names for these of the image.
+
+    Args:
+        sites: the image's names.
+    """
     own = {"token": "text_token", "query": "text_query"}
     return {
         f"text.{site}": tuple(own.get(axis, axis) for axis in axes) for site, axes in sites.items()
@@ -83,6 +131,10 @@ def texts(sites: Sites) -> Sites:
 
 
 def both(sites: Sites) -> Sites:
-    """The image's names, each followed by the text's."""
+    """The image's names, each followed by the text's.
+
+    Args:
+        sites: the image's names.
+    """
     pairs = zip(sites.items(), texts(sites).items(), strict=True)
     return {name: axes for pair in pairs for name, axes in pair}
