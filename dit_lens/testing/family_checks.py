@@ -81,7 +81,7 @@ def same_output(case: Case) -> None:
     want = case.ask(case.plain)
     assert want.isfinite().all(), "the small model's output is not finite"
     assert torch.equal(want, case.ask()), "opened, with nobody listening, the output is another"
-    with case.model.hooks([(None, lambda a, hook: None)]):
+    with case.model.hooks([(None, lambda _, hook: None)]):
         assert torch.equal(want, case.ask()), "with hooks that return None the output is another"
         with torch.enable_grad():
             graded = flat(case.model.transformer(**case.inputs, return_dict=False)[0])
@@ -200,7 +200,7 @@ def edits_reach_the_stream(case: Case) -> None:
             idle.append(name)
     assert not idle, f"an edit at {idle[0]} does not reach the output"
     for name in case.model.names:
-        with case.model.hooks([(name, lambda a, hook: None)]):
+        with case.model.hooks([(name, lambda _, hook: None)]):
             assert torch.equal(case.ask(), plain), (
                 f"a hook at {name} that returns None changes the output"
             )
@@ -245,7 +245,7 @@ def reading_is_recording(case: Case) -> None:
     with trace(case.model, names=None) as lazy:
         lazy.edit("blocks.0.hook_resid_post", lambda a, hook: a * 1.5)
         case.ask()
-    with trace(case.model, names=lambda n: True) as eager:
+    with trace(case.model, names=lambda _: True) as eager:
         eager.edit("blocks.0.hook_resid_post", lambda a, hook: a * 1.5)
         case.ask()
     for name in case.model.names:
@@ -404,7 +404,7 @@ def reaches_backward(case: Case) -> None:
         if n.endswith(("hook_resid_pre", "hook_pattern", "hook_z")) and "text" not in n
     ]
     with (
-        case.model.hooks(bwd_hooks=[(names, lambda g, hook: seen.append(hook.name))]),
+        case.model.hooks(bwd_hooks=[(names, lambda _, hook: seen.append(hook.name))]),
         torch.enable_grad(),
     ):
         flat(case.model.transformer(**case.inputs, return_dict=False)[0]).sum().backward()

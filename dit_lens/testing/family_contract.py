@@ -3,7 +3,7 @@
 
 The checks (`dit_lens.testing.family_checks`, `dit_lens.testing.pipeline_checks`) are functions that
 raise `AssertionError` with what is wrong; the docstring is what the table says. They use only what
-users use, so a family from elsewhere is held to exactly what ours are.
+users use, so a family from another package is held to exactly what ours are.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import Any
 import torch
 
 from ..errors import InvalidValue
-from ..families import family_named, modules
-from ..families.base import Family
+from ..families import Family, family_named, modules
 from .family_checks import CHECKS, VARIANTS, Case
 from .pipeline_checks import PIPELINE_CHECKS, InPipeline
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Tiny models are fastest on one thread: several wait for each other, and beside another
-    process for very long.
+    """Run on one thread, where tiny models are fastest: several threads wait for each other, and
+    for very long when another process runs.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -48,11 +47,17 @@ class Row:
 
 
 def examine(family: str | Family, where: str | None = None) -> list[Row]:
-    """Run every check on each of the family's small models and, if it has one, its small pipeline;
-    or only there (`where="small(0)"`).
+    """Run every check on each of the family's small models and, if it has one, its small pipeline.
+
+    Args:
+        family: a family, or the name of its model class.
+        where: only there: "small(0)", "small(1)", "small(2)" or "pipeline".
+
+    Returns:
+        A row for each check and model.
 
     Raises:
-        ValueError: for a class without a family.
+        InvalidValue: for a class without a family.
     """
     found = _family(family) if isinstance(family, str) else family
     tasks: list[tuple[Any, str, Callable[[], Any]]] = [
@@ -73,16 +78,20 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
                 rows.append(Row(check.__name__, where, True))
             except AssertionError as error:
                 rows.append(Row(check.__name__, where, False, str(error)))
-            except (
-                Exception
-                # a family under construction may raise anything; the others are still worth knowing
-            ) as error:
+            # a family under construction may raise anything; the other checks are still worth knowing
+            except Exception as error:
                 rows.append(Row(check.__name__, where, False, f"{type(error).__name__}: {error}"))
     return rows
 
 
 def check(family: str | Family) -> None:
-    """For tests: raise AssertionError with every check that fails.
+    """For tests: hold a family against the contract.
+
+    Args:
+        family: a family, or the name of its model class.
+
+    Raises:
+        AssertionError: with every check that fails.
 
     >>> check("DiTTransformer2DModel")
     """
@@ -100,13 +109,13 @@ def table(name: str, rows: list[Row]) -> Any:
     for check in dict.fromkeys(row.check for row in rows):
         mine = [row for row in rows if row.check == check]
         wrong = next((row for row in mine if not row.ok), None)
-        words = (
+        text = (
             (BY_NAME[check].__doc__ or "").strip()
             if wrong is None
             else f"[red]{wrong.where}: {wrong.message}[/red]"
         )
         shown.add_row(
-            check.replace("_", " "), f"{sum(row.ok for row in mine)} of {len(mine)}", words
+            check.replace("_", " "), f"{sum(row.ok for row in mine)} of {len(mine)}", text
         )
     return shown
 
