@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, final
@@ -199,6 +199,18 @@ class Condition(dict[str, Any]):
     """
 
     labels: Tensor | None = None
+
+    @classmethod
+    def numbered(cls, values: Mapping[str, Any], labels: Tensor | None) -> Condition:
+        """A condition that knows the numbers of its prompts or classes.
+
+        Args:
+            values: the transformer's arguments by name.
+            labels: the numbers [batch], if they are known.
+        """
+        made = cls(values)
+        made.labels = labels
+        return made
 
 
 class Forward:

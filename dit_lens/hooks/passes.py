@@ -1,20 +1,52 @@
-"""The state of a pass: what a forward with hook points may ask about the call it runs in.
+"""The state of one pass: what a forward is run under, besides its inputs and the edits in force,
+and what the forwards of a family may ask about it.
 
-Families compute and do not know who installs their forwards. All that they use of the pass under
-way is written down here, as a protocol.
+The state belongs to whoever runs the pass, and not to the model: a `contextvars` value, so that
+another thread or asyncio task that runs the same model sees its own, and a recomputation can put it
+back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+Coupling = Callable[..., Tensor]
+"""What replaces a layer's attention output: fn(own, q, k, v, mask, kernel) -> output."""
+
+Span = tuple[int | None, int | None]
+"""Which blocks run: from the first to before the second; None is the model's own end."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass is run under; what a recomputation restores.
+
+    Attributes:
+        span: the part of the blocks that is run.
+        stream: the residual stream [batch, token, d_model] that is put in at the start of the span.
+        couplings: what acts inside the attention of each layer.
+        labels: the numbers [batch] of the conditions that the model is called with, if known.
+        twin: which twin each item is.
+    """
+
+    span: Span = (None, None)
+    stream: Tensor | None = field(default=None, repr=False)
+    couplings: Mapping[int, Coupling] = field(default_factory=dict)
+    labels: Tensor | None = None
+    twin: tuple[str, ...] | None = None
+
 
 class Pass(Protocol):
-    """One transformer's current pass, as its forwards see it."""
+    """One transformer's current pass, as its forwards see it.
+
+    Families compute and do not know who installs their forwards. All that they use of the pass
+    under way is written down here.
+    """
 
     @property
     def transformer(self) -> Any:
@@ -25,8 +57,8 @@ class Pass(Protocol):
         """The transformer's arguments in the call under way, by name; None outside of a call."""
 
     @property
-    def couplings(self) -> Mapping[int, Callable[..., Tensor]]:
-        """The attention couplings of twins in force, by layer."""
+    def couplings(self) -> Mapping[int, Coupling]:
+        """What acts inside the attention of each layer."""
 
     @property
     def listening(self) -> int:
@@ -34,7 +66,11 @@ class Pass(Protocol):
 
     @property
     def watchers(self) -> Sequence[Any]:
-        """Those who are told of every call, such as traces."""
+        """Those who are shown every call, such as traces."""
 
     def forward(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Surround one forward of the transformer with these arguments."""
+        """Surround one forward of the transformer.
+
+        Args:
+            inputs: its arguments by name.
+        """

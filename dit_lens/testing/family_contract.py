@@ -1,5 +1,5 @@
 """The contract of a family, held against its own small random models: `dit-lens check-family`, and
-`check(family)` in a test.
+`check_family(family)` in a test.
 
 The checks (`dit_lens.testing.family_checks`, `dit_lens.testing.pipeline_checks`) are functions that
 raise `AssertionError` with what is wrong; the docstring is what the table says. They use only what
@@ -78,13 +78,13 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
                 rows.append(Row(check.__name__, where, True))
             except AssertionError as error:
                 rows.append(Row(check.__name__, where, False, str(error)))
-            # a family under construction may raise anything; the other checks are still worth knowing
+            # a family under construction may raise anything; the others are still worth knowing
             except Exception as error:
                 rows.append(Row(check.__name__, where, False, f"{type(error).__name__}: {error}"))
     return rows
 
 
-def check(family: str | Family) -> None:
+def check_family(family: str | Family) -> None:
     """For tests: hold a family against the contract.
 
     Args:
@@ -93,7 +93,7 @@ def check(family: str | Family) -> None:
     Raises:
         AssertionError: with every check that fails.
 
-    >>> check("DiTTransformer2DModel")
+    >>> check_family("DiTTransformer2DModel")
     """
     failed = [f"{row.where}: {row.check}: {row.message}" for row in examine(family) if not row.ok]
     assert not failed, "\n".join(failed)
