@@ -249,7 +249,7 @@ class TransformerForward(Forward):
     Args:
         module: the transformer.
         points: all hook points.
-        current_pass: the pass, which is told of every call.
+        current_pass: the pass, to which every call is shown.
     """
 
     repeats = False
@@ -500,8 +500,7 @@ class Family:
         raise NotImplementedError
 
     def small_pipeline(self) -> Any:
-        """A pipeline of tiny random parts around `small(0)`'s model; None if the family has "
-        "none."""
+        """A pipeline of tiny random parts around `small(0)`'s model, or None."""
         return None
 
     def small_call(self, guided: bool) -> dict[str, Any]:

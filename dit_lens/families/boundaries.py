@@ -1,8 +1,9 @@
-"""What can be told of a diffusers transformer that nobody has described: which of its modules are
-blocks, attention, MLP.
+"""What can be said of a diffusers transformer that nobody has described: which of its modules are
+blocks, attention, MLP, and where a block's stream is.
 
-By the names under which diffusers registers them, and by the source of the block, which shows how
-often and when it calls each. What is not clear is left out.
+By what diffusers has registered of a block's class; else by the names under which it registers
+modules, and by the source of the block, which shows how often and when it calls each. What is not
+clear is left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""CogVideoX 1.0 and 1.5 (Yang et al.
-
-2024, arXiv 2408.06072) as diffusers' `CogVideoXTransformer3DModel`.
+"""CogVideoX 1.0 and 1.5 (Yang et al. 2024, arXiv 2408.06072) as diffusers'
+`CogVideoXTransformer3DModel`.
 
 Video: latents are [batch, frame, channel, height, width], the tokens' grid (frame, height, width);
 in 1.5 a token spans two latent frames. Video and text are two streams that share all weights but
@@ -65,8 +64,12 @@ def norm_sites(sublayer: str, norm: str) -> Sites:
 
 
 def angles(c: Any, grid: Size, device: Any) -> Angles:
-    """Cosines and sines of the video's positions [token, d_head], as the pipeline prepares them for
-    a model with the config `c`.
+    """Cosines and sines of the video's positions [token, d_head], as the pipeline prepares them.
+
+    Args:
+        c: the transformer's configuration.
+        grid: (frame, height, width) of the tokens.
+        device: where the tables go.
     """
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 

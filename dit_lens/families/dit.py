@@ -2,8 +2,8 @@
 
 Each `Forward` below computes what diffusers' own does, operation for operation, with hook points in
 between; the tests hold the two equal bit for bit. Attention runs through PyTorch's fused kernel
-whether or not somebody reads the scores and pattern: those are computed beside it, and only a hook
-that changes them switches to the explicit softmax.
+whether or not somebody reads the scores and pattern: those are computed in addition, and only a
+hook that changes them switches to the explicit softmax.
 """
 
 from __future__ import annotations

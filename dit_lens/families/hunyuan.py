@@ -41,7 +41,7 @@ from .parts.sites import COND, RESID, Sites, attention_sites, cross_sites, mlp_s
 from .registry import register
 from .small import alive, small_text
 
-PIXELS = 8  # the side of a latent in the image, by which sizes are told
+PIXELS = 8  # the side of a latent in the image, in which sizes are given
 
 
 class HunyuanForward(TransformerForward):
@@ -94,7 +94,13 @@ class HunyuanBlockForward(BlockForward):
 
 
 def merged(block: Any, x: Tensor, skip: Tensor) -> Tensor:
-    """The stream of a block that receives a skipped one."""
+    """The stream of a block that receives a skipped one.
+
+    Args:
+        block: the block.
+        x: its stream.
+        skip: the skipped one.
+    """
     stream: Tensor = block.skip_linear(block.skip_norm(torch.cat([x, skip], dim=-1)))
     return stream
 
@@ -236,16 +242,16 @@ class HunyuanFamily(Family):
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
     ) -> dict[str, Any]:
         height, width = x.shape[-2:]
-        told: dict[str, Any] = {
+        sizes: dict[str, Any] = {
             "style": torch.zeros(len(x), dtype=torch.long, device=x.device),
             "image_meta_size": x.new_tensor(
                 [1024, 1024, PIXELS * height, PIXELS * width, 0, 0]
             ).repeat(len(x), 1),
         }
         if "image_rotary_emb" not in condition:
-            told["image_rotary_emb"] = rotary(transformer, x)
+            sizes["image_rotary_emb"] = rotary(transformer, x)
         # the time's type is the embedder's
-        return told | super().inputs(transformer, x, t.to(x.dtype), condition)
+        return sizes | super().inputs(transformer, x, t.to(x.dtype), condition)
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         def encoded(index: int, length: int) -> tuple[Tensor, Tensor]:
@@ -338,8 +344,12 @@ class HunyuanFamily(Family):
 
 
 def rotary(transformer: Any, x: Tensor) -> Any:
-    """Cosines and sines [token, d_head] for these latents: the pipeline's, which lays every grid
-    into one square, by its longer side.
+    """Cosines and sines [token, d_head] as the pipeline prepares them, which lays every grid into
+    one square, by its longer side.
+
+    Args:
+        transformer: the transformer.
+        x: latents [batch, channel, height, width].
     """
     p = transformer.config.patch_size
     grid, square = [side // p for side in x.shape[-2:]], 512 // PIXELS // p

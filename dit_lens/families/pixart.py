@@ -1,6 +1,5 @@
-"""PixArt-alpha and PixArt-sigma (Chen et al.
-
-2023, arXiv 2310.00426; 2024, arXiv 2403.04692) as diffusers' `PixArtTransformer2DModel`.
+"""PixArt-alpha and PixArt-sigma (Chen et al. 2023, arXiv 2310.00426; 2024, arXiv 2403.04692) as
+diffusers' `PixArtTransformer2DModel`.
 
 One stream, the image's. Between attention and MLP each block reads the text by a cross-attention
 (`cross_attn.`), which has neither norm nor gate: its input is the stream itself. The text is
@@ -45,7 +44,7 @@ from .parts.sites import (
 from .registry import register
 from .small import alive, small_text, small_vae
 
-PIXELS = 8  # what the models' autoencoder makes of a latent, by which sizes are told
+PIXELS = 8  # the side of a latent in the image, in which sizes are given
 
 
 class PixArtBlockForward(BlockForward):

@@ -165,7 +165,7 @@ class ReadTransformer(TransformerForward):
     Args:
         module: the transformer.
         points: all hook points.
-        current_pass: the pass, which is told of every call.
+        current_pass: the pass, to which every call is shown.
         progress: how far it is.
         x_name: the argument that holds x_t.
     """

@@ -1,6 +1,5 @@
-"""SANA and SANA-Sprint (Xie et al. 2024, arXiv 2410.10629; Chen et al.
-
-2025, arXiv 2503.09641) as diffusers' `SanaTransformer2DModel`.
+"""SANA and SANA-Sprint (Xie et al. 2024, arXiv 2410.10629; Chen et al. 2025, arXiv 2503.09641) as
+diffusers' `SanaTransformer2DModel`.
 
 A block attends to itself, then to the text, which the blocks leave as it is, then comes the MLP.
 One vector of the time, and in Sprint of guidance, serves the whole model (`hook_cond`, before the
@@ -75,8 +74,12 @@ class LinearKernel:
 
 
 def modulations(points: Sequence[HookPoint], vectors: Tensor) -> list[Tensor]:
-    """Vectors [batch, n, d_model], one a hook point, each [batch, 1, d_model] to be broadcast over
-    the stream.
+    """Modulations after their hook points, each [batch, 1, d_model] to be broadcast over the
+    stream.
+
+    Args:
+        points: their hook points.
+        vectors: all of them [batch, n, d_model].
     """
     return [
         p(v.squeeze(1)).unsqueeze(1)
@@ -196,8 +199,12 @@ class CrossAttentionForward(Forward):
         return self.heads_out(z, attn.to_out[0], partial(self.finish, dtype=x.dtype))
 
     def qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values [batch, token, head, d_head]; a norm is over all heads at "
-        "once."""
+        """Queries, keys and values [batch, token, head, d_head]; a norm is over all heads at once.
+
+        Args:
+            x: what asks [batch, token, d_model].
+            source: what is asked.
+        """
         attn, hook, heads = self.module, self.points, (self.module.heads, -1)
         parts = zip("qkv", (attn.to_q(x), attn.to_k(source), attn.to_v(source)), strict=True)
         q, k, v = (
@@ -212,7 +219,12 @@ class CrossAttentionForward(Forward):
         return q, k, v
 
     def finish(self, out: Tensor, dtype: torch.dtype) -> Tensor:
-        """What follows the output projection; `dtype` is that of what entered."""
+        """What follows the output projection.
+
+        Args:
+            out: what the projection put out.
+            dtype: of what entered the attention.
+        """
         out = self.module.to_out[1](out)
         return out.clip(-65504, 65504) if self.clips and dtype == torch.float16 else out
 
@@ -225,8 +237,11 @@ class LinearAttentionForward(CrossAttentionForward):
 
 
 def as_tokens(point: HookPoint, image: Tensor) -> Tensor:
-    """An image [batch, channel, height, width] through a hook point that is given it as [batch,
-    token, channel].
+    """An image after a hook point that is given it as tokens.
+
+    Args:
+        point: the hook point, called with [batch, token, channel].
+        image: [batch, channel, height, width].
     """
     if not point.listeners:
         return image

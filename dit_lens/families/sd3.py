@@ -1,6 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al.
-
-2024, arXiv 2403.03206) as diffusers' `SD3Transformer2DModel`.
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) as diffusers'
+`SD3Transformer2DModel`.
 
 Image and text are two streams with weights of their own that attend together: queries, keys and
 values of the image come first in the joint sequence, the text's after them. The text's hook points

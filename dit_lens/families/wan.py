@@ -49,16 +49,22 @@ DEFAULT_SIZE = (21, 60, 104)
 
 
 def hooked(points: Sequence[HookPoint], sums: Tensor) -> list[Tensor]:
-    """Modulations [batch, n, d_model], or [batch, token, n, d_model], each after its hook point,
-    apart.
+    """Modulations one by one, each after its hook point.
+
+    Args:
+        points: their hook points.
+        sums: all of them [batch, n, d_model], or [batch, token, n, d_model].
     """
     return [point(part) for point, part in zip(points, sums.unbind(-2), strict=True)]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: neighbouring channels turned as pairs; x [batch, token, head, d_head].
+    """Queries or keys with neighbouring channels turned as pairs; the tables hold each angle twice.
 
-    The tables hold every angle twice.
+    Args:
+        x: [batch, token, head, d_head].
+        cos: cosines of the positions.
+        sin: sines of the positions.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     c, s = cos[..., 0::2], sin[..., 1::2]

@@ -140,8 +140,7 @@ def shapes_as_named(case: Case) -> None:
 
 
 def adds_up(case: Case) -> None:
-    """resid_pre + attn_out == resid_mid, resid_mid + mlp_out == resid_post, and so on, bit for "
-    "bit"""
+    """resid_pre + attn_out == resid_mid, resid_mid + mlp_out == resid_post, ..., bit for bit"""
     seen, found = case.seen(), 0
     for _, before, added, after in case.additions():
         total = seen[before]

@@ -100,8 +100,7 @@ def check_family(family: str | Family) -> None:
 
 
 def table(name: str, rows: list[Row]) -> Any:
-    """A family's outcome as a rich table: one line a check, with what the first failing model "
-    "says."""
+    """A family's outcome as a rich table: one line a check, with the first failing model's message."""
     from rich.table import Table
 
     failed = sum(not row.ok for row in rows)
@@ -141,8 +140,7 @@ COLUMNS = {
 
 
 def markdown(rows: dict[str, list[Row]]) -> str:
-    """The README's table: families and what works, by the checks and by what the small models "
-    "have."""
+    """The README's table: what works in each family, by the checks and the small models."""
     head = ["family", *COLUMNS, "start at a layer", "guidance", "hook points a block"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
     for name, some in rows.items():

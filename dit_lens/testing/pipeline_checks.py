@@ -49,8 +49,7 @@ class InPipeline:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and hints that diffusers and transformers print while they load and "
-    "encode."""
+    """Keep diffusers and transformers from printing bars and hints."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 

@@ -1,7 +1,7 @@
 """Attention with hook points in it.
 
 Attention runs through the model's own fused kernel whether or not somebody reads the scores and
-pattern: those are computed beside it, and only a hook that changes them switches to the explicit
+pattern: those are computed in addition, and only a hook that changes them switches to the explicit
 softmax.
 """
 

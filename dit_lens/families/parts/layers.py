@@ -1,4 +1,4 @@
-"""Parts that many families share beside attention: the halves of an MLP, first and last
+"""Parts that many families share besides attention: the halves of an MLP, first and last
 normalisations, and what all refuse.
 """
 

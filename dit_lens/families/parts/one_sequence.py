@@ -190,8 +190,7 @@ class SandwichMLPForward(Forward):
         return hook["mlp.hook_out"](down(hook["mlp.hook_post"](act(pre) * straight)))
 
     def parts(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """The projection that is activated, the activation, the other projection, and the one "
-        "back."""
+        """The activated projection, the activation, the other projection, the one back."""
         raise NotImplementedError
 
 
