@@ -20,9 +20,10 @@ from diffusers.models.attention import BasicTransformerBlock
 
 import dit_lens
 from dit_lens import families
-from dit_lens.families import family_named, flat, small_inputs
+from dit_lens.families import HookPoint, Joint, JointPoint, family_named, flat, small_inputs
 from dit_lens.families.registry import OURS
 from dit_lens.families.upstream import digest
+from dit_lens.hooks.points import BackwardEditor, Editor, Observer
 from dit_lens.testing import family_contract as contract
 
 NAMES = sorted(OURS)
@@ -256,6 +257,71 @@ def test_an_author_needs_nothing_but_the_door():
     assert imported == {"dit_lens", "dit_lens.families", "dit_lens.testing"}
     for name in families.__all__:
         assert hasattr(families, name)
+
+
+# Joint sequences.
+
+
+class FakePass:
+    """A pass in which the transformer was given nothing."""
+
+    transformer, couplings, listening, watchers = None, {}, 1, ()
+
+    def __init__(self):
+        self.now = {}
+
+
+def scattered(inputs, length, transformer):
+    """In the first item [text image image text], in the second [image image text text]."""
+    assert (inputs, length, transformer) == ({}, 4, None)
+    return Joint(torch.tensor([[1, 2], [0, 1]]), torch.tensor([[0, 3], [2, 3]]))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_joint_point_takes_streams_apart_and_puts_them_back(dim):
+    image, text = HookPoint("hook_z"), HookPoint("text.hook_z")
+    current_pass = FakePass()
+    point = JointPoint(image, text, current_pass, scattered, dim)
+    x = torch.arange(8.0).view(2, 4, 1) if dim == 1 else torch.arange(8.0).view(2, 1, 4)
+    assert point(x) is x and not point.listeners and not point.edited
+
+    # observers are given their own stream's tokens, and the joint tensor itself goes on
+    seen = {}
+    image.add(Observer(lambda value, hook: seen.update({hook.name: value.flatten(1)})))
+    text.add(Observer(lambda value, hook: seen.update({hook.name: value.flatten(1)})))
+    assert point(x) is x and point.listeners and not point.changed and not point.edited
+    assert seen["hook_z"].tolist() == [[1, 2], [4, 5]]
+    assert seen["text.hook_z"].tolist() == [[0, 3], [6, 7]]
+
+    # what an editor returns goes back to where it was taken from; x stays as it was
+    text.add(Editor(lambda value, hook: value + 100))
+    assert point(x).flatten(1).tolist() == [[100, 1, 2, 103], [4, 5, 106, 107]]
+    assert x.flatten().tolist() == list(range(8)) and point.changed and point.edited
+
+    # without a call under way there is nothing to go by, and nobody is shown anything
+    current_pass.now = None
+    assert point(x) is x
+
+
+def test_a_joint_point_of_the_image_alone_leaves_the_rest():
+    image = HookPoint("hook_z")
+    point = JointPoint(image, None, FakePass(), lambda *_: Joint(slice(2), slice(2, None)))
+    x = torch.arange(4.0).view(1, 4, 1)
+    image.add(Editor(lambda value, hook: value * 0 - 1))
+    assert point(x).flatten().tolist() == [-1, -1, 2, 3]
+    image.listeners.clear()
+    assert point(x) is x and not point.changed
+
+
+def test_gradients_pass_through_a_joint_point():
+    image, grads = HookPoint("hook_z"), []
+    point = JointPoint(image, None, FakePass(), lambda *_: Joint(slice(2), slice(2, None)))
+    image.add(BackwardEditor(lambda grad, hook: grads.append(grad.flatten().tolist())))
+    x = torch.ones(1, 4, 1, requires_grad=True)
+    out = point(x)
+    assert point.edited and not point.changed and torch.equal(out, x)
+    (out * torch.arange(4.0).view(1, 4, 1)).sum().backward()
+    assert grads == [[0, 1]] and x.grad.flatten().tolist() == [0, 1, 2, 3]
 
 
 # From outside.

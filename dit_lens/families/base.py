@@ -473,9 +473,11 @@ class Family:
             if init is not None
             for name, parameter in inspect.signature(init).parameters.items()
         }
-        for name in defaults.keys() - self.known_options:
-            value, default = transformer.config.get(name), defaults[name]
-            if name in transformer.config and _plain(value) != _plain(default):
+        for name, default in defaults.items():
+            if name in self.known_options or name not in transformer.config:
+                continue
+            value = transformer.config[name]
+            if _plain(value) != _plain(default):
                 raise InvalidValue(
                     f"The model has {name}={value!r}, an option of {type(transformer).__name__} "
                     f"that dit_lens does not know; expected {name}={default!r}, its default, or a "

@@ -31,23 +31,9 @@ from .base import (
 )
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
-from .parts.sites import COND, RESID, Sites, adaln_sites, attention_sites, mlp_sites
+from .parts.sites import BLOCK_SITES, Sites
 from .registry import register
 from .small import alive, small_vae
-
-BLOCK_SITES: Sites = {
-    "hook_resid_pre": RESID,
-    "hook_cond": COND,
-    **adaln_sites(),
-    "ln1.hook_normalized": RESID,
-    **attention_sites(rotary=False),
-    "hook_attn_out": RESID,
-    "hook_resid_mid": RESID,
-    "ln2.hook_normalized": RESID,
-    **mlp_sites(),
-    "hook_mlp_out": RESID,
-    "hook_resid_post": RESID,
-}
 
 
 class ShiftScaleForward(Forward):

@@ -29,7 +29,7 @@ from ..hooks.passes import Pass
 from ..hooks.points import BackwardEditor, HookPoint
 from .base import Condition, Config, Family, Forward, Points, Size, TransformerForward
 from .boundaries import argument_of, given, main_blocks, parts, registered_output
-from .parts.sites import FINAL_SITES, Axes, Sites
+from .parts.sites import BLOCK_SITES, FINAL_SITES, Axes, Sites
 
 SEQUENCE: Axes = ("batch", "sequence", "d_model")
 TIMES = ("timestep", "timesteps")
@@ -324,9 +324,6 @@ class ReadOnlyFamily(Family):
         Args:
             transformer: the transformer.
         """
-        # a family's module, which registers itself when it is imported
-        from .dit import BLOCK_SITES
-
         sites, blocks, missing = self.sites(transformer), range(len(main_blocks(transformer))), []
         for site in BLOCK_SITES:
             without = [name for i in blocks if (name := f"blocks.{i}.{site}") not in sites]

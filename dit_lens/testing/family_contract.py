@@ -63,11 +63,8 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
     tasks: list[tuple[Any, str, Callable[[], Any]]] = [
         (check, f"small({v})", partial(Case, found, v)) for v in VARIANTS for check in CHECKS
     ]
-    tasks += [
-        (check, "pipeline", partial(InPipeline, found))
-        for check in PIPELINE_CHECKS
-        if found.small_pipeline() is not None
-    ]
+    if where in (None, "pipeline") and found.small_pipeline() is not None:
+        tasks += [(check, "pipeline", partial(InPipeline, found)) for check in PIPELINE_CHECKS]
     tasks = [task for task in tasks if where in (None, task[1])]
     rows = []
     for check, where, case in tasks:
@@ -85,13 +82,14 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
 
 
 def check_family(family: str | Family) -> None:
-    """For tests: hold a family against the contract.
+    """Hold a family against the contract, as a test of the family's package does.
 
     Args:
-        family: a family, or the name of its model class.
+        family: a model class with a registered family, or the family.
 
     Raises:
         AssertionError: with every check that fails.
+        ValueError: for a class without a family.
 
     >>> check_family("DiTTransformer2DModel")
     """
@@ -100,8 +98,14 @@ def check_family(family: str | Family) -> None:
 
 
 def table(name: str, rows: list[Row]) -> Any:
-    """A family's outcome as a rich table: one line a check, with the first failing model's message."""
+    """A family's outcome as a rich table, one line a check, with what the first failing model says.
+
+    Args:
+        name: the family's model class.
+        rows: the outcome, from `examine`.
+    """
     from rich.table import Table
+    from rich.text import Text
 
     failed = sum(not row.ok for row in rows)
     shown = Table("check", "models", "", title=f"{name}: {len(rows)} checks, {failed} failed")
@@ -111,7 +115,7 @@ def table(name: str, rows: list[Row]) -> Any:
         text = (
             (BY_NAME[check].__doc__ or "").strip()
             if wrong is None
-            else f"[red]{wrong.where}: {wrong.message}[/red]"
+            else Text(f"{wrong.where}: {wrong.message}", "red")
         )
         shown.add_row(
             check.replace("_", " "), f"{sum(row.ok for row in mine)} of {len(mine)}", text
@@ -140,7 +144,11 @@ COLUMNS = {
 
 
 def markdown(rows: dict[str, list[Row]]) -> str:
-    """The README's table: what works in each family, by the checks and the small models."""
+    """The README's table: what works in each family, by the checks and the small models.
+
+    Args:
+        rows: the outcomes, from `examine`, by model class.
+    """
     head = ["family", *COLUMNS, "start at a layer", "guidance", "hook points a block"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
     for name, some in rows.items():

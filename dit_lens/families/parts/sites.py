@@ -108,6 +108,21 @@ def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -
     return sites | {f"{prefix}hook_post": neurons, f"{prefix}hook_out": stream}
 
 
+BLOCK_SITES: Sites = {
+    "hook_resid_pre": RESID,
+    "hook_cond": COND,
+    **adaln_sites(),
+    "ln1.hook_normalized": RESID,
+    **attention_sites(rotary=False),
+    "hook_attn_out": RESID,
+    "hook_resid_mid": RESID,
+    "ln2.hook_normalized": RESID,
+    **mlp_sites(),
+    "hook_mlp_out": RESID,
+    "hook_resid_post": RESID,
+}
+"""The names of DiT's block, which are the standard ones."""
+
 FINAL_SITES: Sites = {
     "final.hook_shift": COND,
     "final.hook_scale": COND,
