@@ -20,10 +20,10 @@ from diffusers.models.attention import BasicTransformerBlock
 
 import dit_lens
 from dit_lens import families
-from dit_lens.families import HookPoint, Joint, JointPoint, family_named, flat, small_inputs
+from dit_lens.families import Joint, JointPoint, family_named, flat, small_inputs
 from dit_lens.families.registry import OURS
 from dit_lens.families.upstream import digest
-from dit_lens.hooks.points import BackwardEditor, Editor, Observer
+from dit_lens.hooks.points import BackwardEditor, Editor, HookPoint, Observer
 from dit_lens.testing import family_contract as contract
 
 NAMES = sorted(OURS)

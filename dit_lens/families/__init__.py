@@ -8,7 +8,6 @@ examples/new_family.py a whole family.
 """
 
 from ..hooks.passes import Pass
-from ..hooks.points import HookPoint
 from .base import (
     BlockForward,
     Condition,
@@ -22,7 +21,7 @@ from .base import (
     image_config,
     shift_of,
 )
-from .parts.attention import Attend, HeadsOut, Kernel, dispatched, per_head, sdpa
+from .parts.attention import Attend, HeadsOut, Kernel, dispatched, sdpa
 from .parts.joint import (
     AnyPoints,
     Joint,
@@ -36,7 +35,6 @@ from .parts.joint import (
 from .parts.layers import (
     AdaNormForward,
     ContinuousNormForward,
-    LastTable,
     LastTableForward,
     check_processor,
     final_norm,
@@ -83,11 +81,9 @@ __all__ = [
     "Family",
     "Forward",
     "HeadsOut",
-    "HookPoint",
     "Joint",
     "JointPoint",
     "Kernel",
-    "LastTable",
     "LastTableForward",
     "Layout",
     "Pass",
@@ -116,7 +112,6 @@ __all__ = [
     "modules",
     "neurons",
     "out_sites",
-    "per_head",
     "qkv_sites",
     "refuse_chunks",
     "refuse_processors",

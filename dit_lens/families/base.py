@@ -78,6 +78,10 @@ class Config:
             the keys of the image's attention.
         own_axes: lengths of the axes that only this model has or has otherwise, by name. Of "key"
             it is the length without the text.
+
+    >>> Config(n_layers=2, d_model=16, n_heads=2, d_head=8, d_mlp=64, patch_size=2, in_channels=4,
+    ...     out_channels=4, latent_shape=(4, 8, 8), grid=(4, 4)).tokens
+    16
     """
 
     n_layers: int
@@ -170,6 +174,8 @@ def image_config(transformer: Any, size: Size | None = None, **own: Any) -> Conf
         transformer: a diffusers transformer.
         size: (height, width) of the latents, instead of the model's own `sample_size`.
         own: further fields of `Config`, and those that this model has otherwise.
+
+        return image_config(transformer, size, restartable=False)
     """
     c = transformer.config
     height, width = size or (c.sample_size, c.sample_size)
@@ -196,9 +202,19 @@ class Condition(dict[str, Any]):
     Attributes:
         labels: the numbers [batch] of the prompts that it was made from, if it was; see
             `dit_lens.model.conditions`.
+
+    Args:
+        values: a dict of arguments, if any.
+        named: arguments by name.
+
+    >>> Condition(class_labels=torch.tensor([3, 7]))["class_labels"]
+    tensor([3, 7])
     """
 
     labels: Tensor | None = None
+
+    def __init__(self, *values: Mapping[str, Any], **named: Any) -> None:
+        super().__init__(*values, **named)
 
     @classmethod
     def numbered(cls, values: Mapping[str, Any], labels: Tensor | None) -> Condition:
@@ -224,6 +240,14 @@ class Forward:
     Attributes:
         repeats: whether it computes what the module's class computes, operation for operation, so
             that a change of the class matters; False where it calls the class's own forward.
+
+        class ReLUForward(Forward):
+            def __init__(self, module, point):
+                super().__init__(module)
+                self.point = point
+
+            def __call__(self, x):
+                return self.point(x.relu())
     """
 
     repeats = True
@@ -250,6 +274,8 @@ class TransformerForward(Forward):
         module: the transformer.
         points: all hook points.
         current_pass: the pass, to which every call is shown.
+
+        TransformerForward(transformer, points, current_pass)
     """
 
     repeats = False
@@ -281,6 +307,12 @@ class BlockForward(Forward):
     Args:
         module: the block.
         points: its hook points by site; the first block's also have `hook_embed`.
+
+        class MyBlockForward(BlockForward):
+            def __call__(self, hidden_states):
+                x = self.enter(hidden_states)
+                out = self.points["hook_mlp_out"](self.module.ff(x))
+                return self.points["hook_resid_post"](x + out)
     """
 
     def __init__(self, module: Any, points: Points) -> None:
@@ -321,6 +353,8 @@ class Tap(Forward):
         module: the module.
         before: the hook point on its first argument.
         after: the hook point on what it returns.
+
+        Tap(transformer.proj_out, points["final.hook_in"], points["final.hook_out"])
     """
 
     repeats = False
@@ -361,6 +395,21 @@ class Family:
             through the last layer.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
             see `dit_lens.families.upstream`.
+
+        class MyFamily(Family):
+            model_class = "MyTransformer2DModel"
+            differs = "no gates"
+
+            def config(self, transformer, size=None):
+                return image_config(transformer, size)
+
+            def block_sites(self, block):
+                return SITES
+
+            def block_forwards(self, block, points, current_pass, layer):
+                return [MyBlockForward(block, points)]
+
+        register(MyFamily())
     """
 
     model_class: str
@@ -728,6 +777,10 @@ def shift_of(scheduler: Any, tokens: int) -> float:
     Args:
         scheduler: a diffusers scheduler, whose configuration holds both sizes.
         tokens: how many tokens an image has.
+
+    >>> from diffusers import FlowMatchEulerDiscreteScheduler
+    >>> round(shift_of(FlowMatchEulerDiscreteScheduler(), tokens=4096), 2)
+    1.15
     """
     c = scheduler.config
     few, many = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)

@@ -49,6 +49,8 @@ def register(family: Family) -> Family:
 
     Raises:
         InvalidValue: if another family has that class already.
+
+        register(MyFamily())
     """
     if family.model_class in _families:
         raise InvalidValue(
@@ -66,6 +68,9 @@ def modules() -> dict[str, str]:
 
     Raises:
         InvalidValue: if two of them are for one class.
+
+    >>> modules()["DiTTransformer2DModel"]
+    'dit_lens.families.dit'
     """
     found = {name: f"{__package__}.{module}" for name, module in OURS.items()}
     for entry in entry_points(group="dit_lens.families"):
@@ -83,6 +88,9 @@ def family_named(model_class: str) -> Family | None:
 
     Args:
         model_class: the name of a transformer's class.
+
+    >>> family_named("DiTTransformer2DModel").batch_order
+    ('cond', 'uncond')
     """
     if model_class not in _families and model_class in modules():
         importlib.import_module(modules()[model_class])
@@ -98,6 +106,9 @@ def family_of(transformer: nn.Module) -> Family:
 
     Raises:
         InvalidType: if there is none (a U-Net, say).
+
+    >>> family_of(family_named("PixArtTransformer2DModel").small(0)[0]).model_class
+    'PixArtTransformer2DModel'
     """
     for cls in type(transformer).__mro__:
         if family := family_named(cls.__name__):

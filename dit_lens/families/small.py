@@ -21,6 +21,9 @@ def alive(model: M, seed: int = 0) -> M:
     Args:
         model: any module; changed in place.
         seed: of the weights.
+
+    >>> bool((alive(nn.Linear(2, 2)).weight != 0).all())
+    True
     """
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -38,6 +41,9 @@ def flat(answer: Any) -> Tensor:
 
     Args:
         answer: a tensor, or tensors of one shape.
+
+    >>> flat([torch.zeros(2), torch.ones(2)]).shape
+    torch.Size([2, 2])
     """
     return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer
 
@@ -57,6 +63,8 @@ def small_inputs(
         condition: for two items.
         seed: of the noise.
         size: of the latents, instead of the model's own.
+
+        inputs = small_inputs(family, *family.small(0))
     """
     cfg = family.config(transformer, size)
     gen = torch.Generator().manual_seed(seed)
@@ -71,6 +79,9 @@ def small_vae(channels: int = 4, **config: object) -> nn.Module:
     Args:
         channels: of the latents.
         config: further options of the class.
+
+    >>> small_vae().decode(torch.zeros(1, 4, 8, 8)).sample.shape
+    torch.Size([1, 3, 16, 16])
     """
     from diffusers import AutoencoderKL
 
@@ -95,6 +106,8 @@ def small_text(kind: str, dim: int) -> tuple[nn.Module, object]:
     Args:
         kind: clip, clip_plain, t5, umt5, bert, gemma2, qwen2_vl or qwen3.
         dim: the width of its hidden states.
+
+        text_encoder, tokenizer = small_text("t5", 32)
     """
     with torch.random.fork_rng():
         torch.manual_seed(dim)

@@ -45,7 +45,9 @@ class Pass(Protocol):
     """One transformer's current pass, as its forwards see it.
 
     Families compute and do not know who installs their forwards. All that they use of the pass
-    under way is written down here.
+    under way is written down here. `Instrumentation` keeps to it.
+
+        coupling = current_pass.couplings.get(layer)
     """
 
     @property

@@ -29,6 +29,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         k: keys [batch, head, key, d_head].
         v: values [batch, head, key, d_head].
         mask: boolean (True: attend) or added to the scores.
+
+    >>> q = torch.ones(1, 2, 4, 8)
+    >>> sdpa(q, q, q).shape
+    torch.Size([1, 2, 4, 8])
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -38,6 +42,8 @@ def dispatched(processor: Any) -> Kernel:
 
     Args:
         processor: the attention's processor.
+
+        z = self.attend(q, k, v, mask, dispatched(attn.processor))
     """
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -66,6 +72,9 @@ class Attend:
         current_pass: the pass, which says how twins are coupled.
         layer: the block's number; None where twins are never coupled.
         prefix: the attention's prefix.
+
+        self.attend = Attend(points, current_pass, layer)
+        z = self.attend(q, k, v).transpose(1, 2)
     """
 
     def __init__(
@@ -120,6 +129,9 @@ class HeadsOut:
     Args:
         points: the block's hook points.
         prefix: the attention's prefix.
+
+        self.heads_out = HeadsOut(points)
+        out = self.heads_out(z, *attn.to_out)
     """
 
     def __init__(self, points: AnyPoints, prefix: str = "attn.") -> None:

@@ -25,6 +25,10 @@ class Joint:
     Args:
         image: positions [batch, n], or a slice where all items are alike.
         text: the same for the text.
+
+    >>> joint = Joint(image=slice(2, None), text=slice(2))
+    >>> joint.take(torch.arange(4).view(1, 4), joint.image)
+    tensor([[2, 3]])
     """
 
     def __init__(self, image: Where, text: Where) -> None:
@@ -64,22 +68,33 @@ image and text lie in it. A function of a module or a bound method, so that it c
 """
 
 
-def text_first(inputs: dict[str, Any], _length: int, _transformer: Any = None) -> Joint:
+def text_first(inputs: dict[str, Any], length: int, transformer: Any = None) -> Joint:
     """`[text | image]`.
 
     Args:
         inputs: the transformer's arguments, `encoder_hidden_states` among them.
+        length: how many tokens the joint sequence has.
+        transformer: the transformer.
+
+    >>> joint = text_first({"encoder_hidden_states": torch.zeros(1, 7, 32)}, 23)
+    >>> joint.text, joint.image
+    (slice(None, 7, None), slice(7, None, None))
     """
     text = inputs["encoder_hidden_states"].shape[1]
     return Joint(slice(text, None), slice(text))
 
 
-def image_first(inputs: dict[str, Any], length: int, _transformer: Any = None) -> Joint:
+def image_first(inputs: dict[str, Any], length: int, transformer: Any = None) -> Joint:
     """`[image | text]`.
 
     Args:
         inputs: the transformer's arguments, `encoder_hidden_states` among them.
         length: how many tokens the joint sequence has.
+        transformer: the transformer.
+
+    >>> joint = image_first({"encoder_hidden_states": torch.zeros(1, 7, 32)}, 23)
+    >>> joint.image, joint.text
+    (slice(None, 16, None), slice(16, None, None))
     """
     image = length - inputs["encoder_hidden_states"].shape[1]
     return Joint(slice(image), slice(image, None))
@@ -97,6 +112,9 @@ class JointPoint:
         current_pass: the pass, whose arguments the layout depends on.
         layout: where image and text lie.
         dim: the axis of the tokens.
+
+        point = JointPoint(points["hook_z"], points["text.hook_z"], current_pass, text_first)
+        z = point(z)
     """
 
     def __init__(
@@ -158,6 +176,9 @@ def joint_points(
         current_pass: the pass that they will be called in.
         layout: where image and text lie.
         names: the image's names on joint tensors; by default those that the text has too.
+
+        hook = joint_points(points, current_pass, text_first)
+        z = hook["attn.hook_z"](z)
     """
     names = [n for n in points if f"text.{n}" in points] if names is None else names
     joined = {

@@ -64,6 +64,8 @@ def neurons(module: Any, points: AnyPoints, prefix: str = "mlp.") -> Forward:
 
     Raises:
         InvalidValue: for one without such halves.
+
+        forwards.append(neurons(block.ff.net[0], points))
     """
     for kinds, forward in (
         ((GEGLU, SwiGLU), GatedNeuronsForward),
@@ -83,6 +85,8 @@ def gated(feed_forward: Any) -> bool:
 
     Args:
         feed_forward: the MLP.
+
+        sites |= mlp_sites(gated=gated(block.ff))
     """
     return isinstance(feed_forward.net[0], (GEGLU, SwiGLU))
 
@@ -93,6 +97,13 @@ class AdaNormForward(Forward):
 
     Where the norm embeds time and class for itself, as in DiT, it also is where the conditioning
     vector appears.
+
+    Args:
+        module: the norm.
+        points: the block's hook points.
+        prefix: the stream's prefix.
+
+        AdaNormForward(block.norm1, points)
     """
 
     def __init__(self, module: Any, points: Points, prefix: str = "") -> None:
@@ -134,6 +145,8 @@ class ContinuousNormForward(Forward):
         shift: the hook point of the shift.
         scale: the hook point of the scale.
         normalized: the hook point of the normalised stream.
+
+        ContinuousNormForward(block.norm, points["shift"], points["scale"], points["normalized"])
     """
 
     def __init__(
@@ -155,6 +168,8 @@ def final_norm(module: Any, points: Points) -> Forward:
     Args:
         module: the norm.
         points: all hook points, by full name.
+
+        forwards.append(final_norm(transformer.norm_out, points))
     """
     names = ("final.hook_shift", "final.hook_scale", "ln_final.hook_normalized")
     return ContinuousNormForward(module, *(points[name] for name in names))
@@ -168,6 +183,8 @@ def refuse_chunks(blocks: Any) -> None:
 
     Raises:
         InvalidValue: for the first block that has it.
+
+        refuse_chunks(transformer.transformer_blocks)
     """
     for i, block in enumerate(blocks):
         chunk = getattr(block, "_chunk_size", None)
@@ -188,6 +205,8 @@ def refuse_processors(blocks: Any, **expected: type) -> None:
 
     Raises:
         InvalidValue: for the first attention that has another one.
+
+        refuse_processors(transformer.transformer_blocks, attn1=AttnProcessor2_0)
     """
     for i, block in enumerate(blocks):
         for name, wanted in expected.items():
@@ -209,6 +228,8 @@ def check_processor(attn: Any, wanted: type) -> None:
 
     Raises:
         InvalidState: if it has another now.
+
+        check_processor(self.module, AttnProcessor2_0)
     """
     if type(attn.processor) is not wanted:
         raise InvalidState(
@@ -269,6 +290,8 @@ class LastTableForward(Forward):
         module: the module.
         points: all hook points, by full name.
         index: which of its outputs it is.
+
+        LastTableForward(transformer.adaln_single, points, 1)
     """
 
     repeats = False

@@ -20,6 +20,9 @@ def qkv_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) 
         prefix: the attention's prefix.
         stream: the axes of the stream that enters it.
         rotary: whether queries and keys are normalised or rotated before they meet.
+
+    >>> list(qkv_sites(rotary=False))
+    ['attn.hook_in', 'attn.hook_q', 'attn.hook_k', 'attn.hook_v']
     """
     heads = (stream[0], stream[1], "head", "d_head")
     sites: Sites = {f"{prefix}hook_in": stream} | {f"{prefix}hook_{name}": heads for name in "qkv"}
@@ -31,6 +34,9 @@ def scores_sites(*prefixes: str) -> Sites:
 
     Args:
         prefixes: the prefix of each stream's attention, such as "attn." and "text.attn.".
+
+    >>> scores_sites("attn.")["attn.hook_pattern"]
+    ('batch', 'head', 'query', 'key')
     """
     axes = {
         p: ("batch", "head", "text_query" if p.startswith("text.") else "query", "key")
@@ -45,6 +51,9 @@ def out_sites(prefix: str = "attn.", stream: Axes = RESID) -> Sites:
     Args:
         prefix: the attention's prefix.
         stream: the axes of the stream that it is added to.
+
+    >>> list(out_sites())
+    ['attn.hook_z', 'attn.hook_result', 'attn.hook_out']
     """
     heads = (stream[0], stream[1], "head")
     return {
@@ -61,6 +70,9 @@ def attention_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = 
         prefix: the attention's prefix.
         stream: the axes of the stream that enters it.
         rotary: whether queries and keys are normalised or rotated before they meet.
+
+    >>> list(attention_sites(rotary=False))[-4:]
+    ['attn.hook_pattern', 'attn.hook_z', 'attn.hook_result', 'attn.hook_out']
     """
     return qkv_sites(prefix, stream, rotary) | scores_sites(prefix) | out_sites(prefix, stream)
 
@@ -71,6 +83,9 @@ def cross_sites(prefix: str = "cross_attn.", rotary: bool = True) -> Sites:
     Args:
         prefix: the attention's prefix.
         rotary: whether queries and keys are normalised or rotated before they meet.
+
+    >>> cross_sites()["cross_attn.hook_pattern"]
+    ('batch', 'head', 'query', 'text_key')
     """
     sites = attention_sites(prefix, rotary=rotary)
     keys = ("hook_k", "hook_v", "hook_rot_k")
@@ -89,6 +104,9 @@ def adaln_sites(
         prefix: the stream's prefix.
         parts: which modulations there are.
         sublayers: what they modulate.
+
+    >>> list(adaln_sites(parts=("scale",)))
+    ['adaln.hook_scale_attn', 'adaln.hook_scale_mlp']
     """
     return {f"{prefix}adaln.hook_{part}_{sub}": COND for sub in sublayers for part in parts}
 
@@ -101,6 +119,9 @@ def mlp_sites(prefix: str = "mlp.", stream: Axes = RESID, gated: bool = False) -
         stream: the axes of the stream that enters it.
         gated: whether the neurons are a product, `post = act(pre) * pre_linear`, as in
             TransformerLens.
+
+    >>> list(mlp_sites())
+    ['mlp.hook_in', 'mlp.hook_pre', 'mlp.hook_post', 'mlp.hook_out']
     """
     neurons = (stream[0], stream[1], "d_mlp")
     sites = {f"{prefix}hook_in": stream, f"{prefix}hook_pre": neurons}
@@ -138,6 +159,9 @@ def texts(sites: Sites) -> Sites:
 
     Args:
         sites: the image's names.
+
+    >>> texts({"hook_attn_out": RESID})
+    {'text.hook_attn_out': ('batch', 'text_token', 'd_model')}
     """
     own = {"token": "text_token", "query": "text_query"}
     return {
@@ -150,6 +174,9 @@ def both(sites: Sites) -> Sites:
 
     Args:
         sites: the image's names.
+
+    >>> list(both({"hook_resid_pre": RESID}))
+    ['hook_resid_pre', 'text.hook_resid_pre']
     """
     pairs = zip(sites.items(), texts(sites).items(), strict=True)
     return {name: axes for pair in pairs for name, axes in pair}
