@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import test_causes
 import test_commitment
+import test_knock_outs
 import test_layer_profile
 import test_mixture
 import test_onset
@@ -177,7 +177,7 @@ def causes(scale: float) -> Iterator[Row]:
     """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the
     difference and cause nothing.
     """
-    found = list(test_causes.random_causes(max(4, round(200 * scale))))
+    found = list(test_knock_outs.random_causes(max(4, round(200 * scale))))
     n, right = len(found), sum(named == truth for truth, _, named in found)
     blamed, decoys = (
         sum(len(named & decoys) for _, decoys, named in found),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_lens import HookedDiT
-from dit_lens.experiments import gap
+from dit_lens.experiments import measure_gap
 from dit_lens.groundtruth import ddim_agreement, gaussian
 
 
@@ -22,7 +22,7 @@ def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
     truth = gaussian(lam_low=low, lam_high=high, layers=(layer,), n_layers=8)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     # below 0.1 there is the mean alone
-    result = gap.measure(model, pairs=24, steps=16, cut=0.1, resamples=200)
+    result = measure_gap(model, pairs=24, steps=16, cut=0.1, resamples=200)
     assert result.attrs["onset_layer_divergence"] == layer
     assert result.attrs["onset_verdict_lens"] == "none"
 
@@ -45,7 +45,7 @@ def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
 def test_without_a_gap_none_is_claimed():
     """The same data variance in both bands: no gap, and nothing in any layer through the lens."""
     truth = gaussian(lam_low=1.0, lam_high=1.0, layers=(3,), n_layers=8)
-    result = gap.measure(
+    result = measure_gap(
         HookedDiT(truth.transformer, scheduler=truth.scheduler),
         pairs=24,
         steps=16,
@@ -73,7 +73,7 @@ def test_bad_input():
         (dict(cut=0.9), "Band 1 \\(high\\) with inner edges"),
     ]:
         with pytest.raises(ValueError, match=text):
-            gap.measure(model, **{"pairs": 16, "steps": 8} | kwargs)
+            measure_gap(model, **{"pairs": 16, "steps": 8} | kwargs)
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("dct", 0.05), ("pooling", 0.1), ("eigen", 0.25)])
@@ -83,7 +83,7 @@ def test_other_bands_find_the_same_gap(kind, cut):
     """
     truth = gaussian(lam_low=16.0, lam_high=0.0625, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    result = gap.measure(model, pairs=16, steps=12, cut=cut, bands=kind, resamples=200)
+    result = measure_gap(model, pairs=16, steps=12, cut=cut, bands=kind, resamples=200)
     low, _ = result.split_gap_interval.sel(estimator="one_pass", quantity="log_snr").values
     assert low > 0 and result.attrs["bands"] == kind
     assert (
@@ -98,7 +98,7 @@ def test_every_reading_of_the_finished_twins():
     """
     truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    result = gap.measure(
+    result = measure_gap(
         model, pairs=32, steps=16, cut=0.1, feature=lambda x: x.mean((2, 3)), resamples=200
     )
     one = result.sel(quantity="step")
@@ -128,7 +128,7 @@ def test_every_reading_of_the_finished_twins():
 def test_a_gap_that_cannot_be_told_says_how_many_pairs_would():
     truth = gaussian(1.3, 1.0, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    result = gap.measure(model, pairs=16, steps=12, cut=0.1, resamples=200)
+    result = measure_gap(model, pairs=16, steps=12, cut=0.1, resamples=200)
     value, (low, high) = (
         result[name].sel(estimator="one_pass", quantity="step").values
         for name in ("split_gap", "split_gap_interval")
@@ -147,6 +147,6 @@ def test_images_are_parted_at_the_same_cut():
     """
     truth = gaussian(0.04, 0.0025, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    result = gap.measure(model, pairs=16, steps=16, cut=0.1, resamples=100)
+    result = measure_gap(model, pairs=16, steps=16, cut=0.1, resamples=100)
     assert np.isfinite(result.split_gap).all()
     np.testing.assert_allclose(result.image_gap, result.split_gap, rtol=1e-3, atol=1e-3)

@@ -307,8 +307,7 @@ class Bands:
                 )
             raise InvalidValue(
                 f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie "
-                "above "
-                f"0 and at or below {top:.4g}, and neighbours must have a mode between them."
+                f"above 0 and at or below {top:.4g}, and neighbours must have a mode between them."
             )
         return cls(grid, kind, basis, frequency, made, names)
 
@@ -331,7 +330,9 @@ class Bands:
         return self._turn(x, inverse=False)
 
     def cross(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inner products per band, [..., band], of images [..., h, w]; `cross(x, x)` is the energy."""
+        """Inner products per band, [..., band], of images [..., h, w]; `cross(x, x)` is the
+        energy.
+        """
         return (self.coefficients(x) * self.coefficients(y)) @ self._on(_float(x))[0]
 
     def cross_tokens(self, x: Tensor, y: Tensor) -> Tensor:
@@ -392,6 +393,14 @@ class Bands:
             f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: "
             f"{', '.join(map(repr, near))}."
         )
+
+    def middles(self) -> list[float]:
+        """The mean frequency (pooling: level, eigen: rank) of each band's modes, to draw it at.
+
+        >>> Bands.radial((4, 4), cut=0.3).middles()
+        [0.12071067811865475, 0.4755282581475768]
+        """
+        return [float(self.frequency[self.index == b].double().mean()) for b in range(self.n)]
 
     # Inside
 

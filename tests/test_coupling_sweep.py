@@ -1,4 +1,4 @@
-"""The knob: exact answers where there are some, sentences for every outcome, and what it refuses."""
+"""The coupling sweep: exact answers where there are some, sentences for every outcome, and what it refuses."""
 
 import numpy as np
 import pytest
