@@ -1,4 +1,5 @@
-"""Commitment against Gaussian twins drawn directly (E1): unbiased curves, and intervals that cover.
+"""Commitment against Gaussian twins drawn directly (E1 in docs/checks.md): unbiased curves, and
+intervals that cover.
 
 python tests/test_commitment.py 300 0      # the coverage table: repeats, seed
 """

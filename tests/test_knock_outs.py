@@ -1,5 +1,5 @@
-"""Knock-outs on models whose causing layers are known (E6), decoys among them; `python
-tests/checks.py` does it at length.
+"""Knock-outs on models whose causing layers are known (E6 in docs/checks.md), decoys among them,
+and in every family; `python tests/checks.py` does it at length.
 """
 
 import itertools
@@ -51,13 +51,14 @@ def random_causes(models: int) -> Iterator[tuple[set[int], set[int], set[int]]]:
         yield random_cause(seed)
 
 
+@pytest.mark.slow
 def test_causes_are_named_and_decoys_are_not():
     for causes, _, named in random_causes(3):
         assert named == causes
 
 
 def test_a_layer_that_shows_the_difference_and_causes_nothing():
-    """E4: the planted layer makes the twins differ in the stream, and the output never reads it."""
+    """The planted layer makes the twins differ in the stream, and the output never reads it."""
     truth = planted([1], 0.5, 3, "low", sample_size=4)
     found = knock_outs(
         HookedDiT(truth.transformer, scheduler=truth.scheduler),
@@ -174,12 +175,22 @@ def test_the_direct_effect_of_the_last_layer_is_its_whole_effect(name):
 
 
 def test_direct_and_mediated_effects():
-    """The last layer's whole effect is direct; of two causes in a row the earlier one's news goes
-    through the later one too.
+    """The last layer's whole effect is direct; of two causes in a row the earlier one also acts
+    through the later one.
     """
     truth = gaussian(4.0, 0.25, (1, 3), 4, decoys=[0], sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    found = knock_outs(model, direct=True, pairs=16, steps=12, cut=0.1, resamples=200)
+    told = []
+    found = knock_outs(
+        model,
+        direct=True,
+        pairs=16,
+        steps=12,
+        cut=0.1,
+        resamples=200,
+        progress=lambda *done: told.append(done),
+    )
+    assert told == [(done, 4) for done in range(1, 5)]
     assert np.allclose(found.direct_effect + found.mediated_effect, found.effect)
     assert (
         np.abs(found.mediated_effect.sel(layer=[0, 2, 3])).max()
@@ -197,7 +208,17 @@ def test_coupling_one_layer_alone():
     """
     truth = gaussian(4.0, 0.25, (2,), 4, decoys=[0], sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    found = couple_alone(model, eps=0.3, pairs=16, steps=20, cut=0.1, resamples=200)
+    told = []
+    found = couple_alone(
+        model,
+        eps=0.3,
+        pairs=16,
+        steps=20,
+        cut=0.1,
+        resamples=200,
+        progress=lambda *done: told.append(done),
+    )
+    assert told == [(done, 4) for done in range(1, 5)]
     assert (
         found.attrs["causes"] == [2]
         and abs(float(found.gap.sel(layer=2))) < 1e-3

@@ -1,5 +1,5 @@
-"""Release sweeps and the one-pass estimator, against E1 on an exact denoiser, and what they say of
-wrong input.
+"""Release sweeps and the one-pass estimator on an exact denoiser (E1 in docs/checks.md), and what
+they say of wrong input.
 """
 
 from dataclasses import replace
@@ -78,6 +78,13 @@ def test_a_wrong_denoiser_is_seen_by_the_difference():
         "they differ in low, high: the denoiser is measurably not the exact one"
         in commitment_difference(late, clones, "latents").attrs["sentence"]
     )
+
+
+def test_one_pass_tells_its_progress(exact):
+    _, pair, _ = exact
+    told = []
+    one_pass(pair, [latents(SPLIT)], progress=lambda *done: told.append(done))
+    assert told == [(done, STEPS) for done in range(1, STEPS + 1)]
 
 
 def test_releases_are_spent_where_the_curve_rises(exact):

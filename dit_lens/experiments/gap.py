@@ -114,7 +114,7 @@ def measure_gap(
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> found = measure_gap(model, pairs=16, steps=6, resamples=50, name="digits")
-    >>> found.layer_gap.sizes["layer"], found.headline.startswith("On digits")
+    >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
     (29, True)
     """
     if pairs < 2 * FEWEST_PAIRS:

@@ -179,9 +179,9 @@ def knock_outs(
             bands don't commit to begin with.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = knock_outs(model, [0], pairs=16, steps=8, resamples=100)
-    >>> found.sentence[:38]
-    'No layer of 1, knocked out by itself, '
+    >>> found = knock_outs(model, [0], pairs=16, steps=6, resamples=100)
+    >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
+    ({'layer': 1, 'bound': 2}, True)
     """
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     if pairs < 2 * FEWEST_PAIRS:
@@ -277,7 +277,7 @@ def couple_alone(
             twins that don't part to begin with.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = couple_alone(model, [0], pairs=8, steps=8, resamples=100)
+    >>> found = couple_alone(model, [0], pairs=8, steps=6, resamples=100)
     >>> dict(found.gap.sizes), found.attrs["g"]
     ({'layer': 1}, 1.0)
     """

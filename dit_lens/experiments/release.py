@@ -164,7 +164,7 @@ def one_pass(
         InvalidValue: for twins that were tied, whose runs are not independent.
 
     >>> import dit_lens
-    >>> pair = dit_lens.twins(dit_lens.load("digits"), pairs=8, steps=6)
+    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=6)
     >>> low_high = dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))
     >>> one_pass(pair, [low_high]).agreement("latents").shape  # [step, band]
     (6, 2)
@@ -213,7 +213,7 @@ def release_sweep(
 
     >>> import dit_lens
     >>> tied = dit_lens.twins(
-    ...     dit_lens.load("digits"), 8, tie="attention", g=0.5, eta=1.0, steps=6, release=6
+    ...     dit_lens.load("digits"), 8, [3] * 8, tie="attention", g=0.5, eta=1, steps=6, release=6
     ... )
     >>> low_high = dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))
     >>> release_sweep(tied, [low_high], [1, 3, 5]).agreement("latents").shape  # [release, band]
@@ -320,7 +320,7 @@ def commitment_difference(
         InvalidValue: for curves of different models, or of runs with other steps.
 
     >>> import dit_lens
-    >>> pair = dit_lens.twins(dit_lens.load("digits"), pairs=8, steps=6)
+    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=6)
     >>> low_high = [dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))]
     >>> curves = one_pass(pair, low_high), release_sweep(pair, low_high, 4)
     >>> commitment_difference(*curves, "latents", resamples=100).commitment.sizes["band"]

@@ -397,8 +397,8 @@ class Bands:
     def middles(self) -> list[float]:
         """The mean frequency (pooling: level, eigen: rank) of each band's modes, to draw it at.
 
-        >>> Bands.radial((4, 4), cut=0.3).middles()
-        [0.12071067811865475, 0.4755282581475768]
+        >>> Bands.temporal((4, 2, 2), cut=0.5).middles()
+        [0.16666666666666666, 0.5]
         """
         return [float(self.frequency[self.index == b].double().mean()) for b in range(self.n)]
 
