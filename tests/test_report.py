@@ -103,6 +103,15 @@ def test_stored_results_are_shown_again(results, tmp_path, capsys):
         assert read(tmp_path / file)[0] == file
 
 
+def test_brackets_are_printed_as_they_stand(results, tmp_path, capsys):
+    """Some would be markup to rich, which drops it without a word."""
+    gap = results[0].assign_attrs(onset_lens="boot has shape (9, 5); expected [resample, 5]")
+    gap.attrs["title"] = "[bold] folder: 2 layers"
+    gap_report.write(gap, tmp_path)
+    shown = capsys.readouterr().out
+    assert "expected [resample, 5]" in shown and "[bold] folder: 2 layers" in shown
+
+
 def test_what_cannot_be_shown(tmp_path):
     with pytest.raises(MissingFile, match="There are no results at .*; expected the folder that"):
         show(tmp_path)

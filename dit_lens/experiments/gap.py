@@ -37,7 +37,7 @@ from .layer_profile import CHANNELS, profiles
 from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
 
-Kind = Literal["radial", "dct", "pooling", "eigen"]
+BandKind = Literal["radial", "dct", "pooling", "eigen"]
 RELEASES = 8
 MOST_RINGS = 24
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
@@ -49,7 +49,7 @@ def measure_gap(
     steps: int = 50,
     seed: int = 0,
     cut: float = CUT,
-    bands: Kind = "radial",
+    bands: BandKind = "radial",
     feature: Callable[[Tensor], Tensor] | None = None,
     name: str = "model",
     resamples: int = 400,
@@ -140,7 +140,7 @@ def measure_gap(
             paired_labels(model, pairs),
             steps=steps,
             seed=seed + 1,
-            progress=lambda *_: count(2 * pairs),
+            progress=lambda done, total: count(2 * pairs),
         )
     modes = _Modes.of(model, bands, cut, pilot)
 
@@ -154,7 +154,7 @@ def measure_gap(
         steps=steps,
         seed=seed,
         probes=[divergence, lens],
-        progress=lambda *_: count(2 * pairs),
+        progress=lambda done, total: count(2 * pairs),
     )
     curves = {
         "one_pass": one_pass(pair, outcomes),
@@ -164,7 +164,7 @@ def measure_gap(
             outcomes[1:],
             releases,
             seed=seed,
-            progress=lambda *_: count(pairs * steps // 2),
+            progress=lambda done, total: count(pairs * steps // 2),
         ),
     }
 
@@ -232,9 +232,11 @@ def headline(results: xr.Dataset) -> str:
         needed = int(np.ceil(pairs * (width / max(abs(found.value), 1e-9)) ** 2))
         enough = f"; about {needed} would show one of this size" if needed < 100 * pairs else ""
         verdict = f"With {pairs} pairs no gap can be told from zero{enough}"
+    n = results.sizes["band"]
+    n = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, n)
     others = {
         "clones": gap("split", "clones"),
-        "lowest to highest of six bands": gap("band", "one_pass"),
+        f"lowest to highest of {n} bands": gap("band", "one_pass"),
     }
     compared = "".join(
         f"; {what} {other:+.1f}" for what, other in others.items() if np.isfinite(other.value)
@@ -272,7 +274,7 @@ class _Modes(NamedTuple):
     token_split: Bands
 
     @classmethod
-    def of(cls, model: HookedDiT, kind: Kind, cut: float, pilot: Twins | None) -> _Modes:
+    def of(cls, model: HookedDiT, kind: BandKind, cut: float, pilot: Twins | None) -> _Modes:
         """By the kind of bands; eigenmodes are learnt from what the pilot's twins differ by."""
         finished = pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
         stream = _stream_difference(pilot) if pilot else None
@@ -293,7 +295,7 @@ def _stream_difference(pilot: Twins) -> Tensor:
 
 
 def partition(
-    kind: Kind, grid: tuple[int, ...], cut: float, sample: Tensor | None = None
+    kind: BandKind, grid: tuple[int, ...], cut: float, sample: Tensor | None = None
 ) -> tuple[Bands, Bands, Bands]:
     """The modes of a grid as finely as they can be told apart, in a few bands, and in "low" and
     "high".

@@ -7,12 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import xarray as xr
-from rich.console import Console
 from rich.table import Table
 
 from ..experiments.coupling_sweep import SENSES
 from ..measures.estimate import Estimate, number
-from .style import HIGH, INK, LOW, error_bars, picture
+from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
@@ -23,7 +22,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
         folder: for the files; it is made if need be.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=110, highlight=False)
+    console = plain_console(110)
     form, eps = results.attrs["form"], results.attrs["eps"]
     title = f"Twins coupled throughout ({form} form, eps {eps:g})"
     table = Table(title=title, title_justify="left")
@@ -53,7 +52,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
     stored = folder / "coupling_sweep.nc"
     results.to_netcdf(stored, engine="scipy")
     drawn = draw(results, stored.with_suffix(".png"))
-    console.print(f"[dim]pictures and figures: {drawn}, {stored}[/dim]", soft_wrap=True)
+    files(console, [drawn, stored])
 
 
 def draw(results: xr.Dataset, path: Path) -> Path:
@@ -118,7 +117,7 @@ def draw(results: xr.Dataset, path: Path) -> Path:
             ylabel="difference left by attention",
             title=f"response of attention, step {int(results.attrs['step'])}",
         )
-        response.legend(fontsize=7, frameon=False)
+        legend(response)
         for ax in axes:
             ax.set_xlabel("coupling g")
     return path

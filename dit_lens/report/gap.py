@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from rich.console import Console
 from rich.table import Table
 
 from ..measures.estimate import Estimate, number
-from .style import HIGH, INK, LOW, error_bars, picture, whole_numbers
+from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console, whole_numbers
 
 CAPTION = (
     "stream: the step at which the twins' difference in the layer's residual stream has reached "
@@ -36,7 +35,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
         folder: for the files; it is made if need be.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=110, highlight=False)
+    console = plain_console(110)
     console.print(table(results))
     console.print(band_table(results))
     for line in sentences(results):
@@ -47,11 +46,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
         draw_frequencies(results, folder / "frequencies.png"),
         draw_spectrum(results, folder / "spectrum.png"),
     ]
-    console.print(
-        "[dim]pictures and figures: "
-        f"{', '.join(str(p) for p in (*pictures, folder / 'gap.nc'))}[/dim]",
-        soft_wrap=True,
-    )
+    files(console, [*pictures, folder / "gap.nc"])
 
 
 def table(results: xr.Dataset) -> Table:
@@ -281,13 +276,7 @@ def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
             ylabel="agreement of the finished twins",
             ylim=(-0.1, 1.02),
         )
-        lines.legend(
-            title="frequency, cycles/pixel",
-            fontsize=7,
-            title_fontsize=7,
-            frameon=False,
-            loc="upper left",
-        )
+        legend(lines, title="frequency, cycles/pixel", title_fontsize=7, loc="upper left")
         lines.annotate(
             "lines: one pass   points: clones",
             (0.99, 0.02),
@@ -317,6 +306,6 @@ def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
             )
         taus.set_xticks(range(len(bands)), bands, rotation=30, fontsize=7)
         taus.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
-        taus.legend(fontsize=7, frameon=False)
+        legend(taus)
         whole_numbers(lines.xaxis, taus.yaxis)
     return path

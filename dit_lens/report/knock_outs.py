@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from rich.console import Console
 from rich.table import Table
 
 from ..measures.estimate import Estimate, number
 from .gap import VIEWS
-from .style import HIGH, INK, LOW, error_bars, picture, whole_numbers
+from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console, whole_numbers
 
 
 def write(
@@ -29,7 +28,7 @@ def write(
         onsets: the layer profiles' onset by view, -1 for none, to compare the causes with.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=120, highlight=False)
+    console = plain_console(120)
     table = Table(
         title="Knocked out one by one (gap, steps) and patched from twin A into twin B "
         "(share of the way to A)",
@@ -62,12 +61,8 @@ def write(
         console.print(line, soft_wrap=True)
     knocked.to_netcdf(folder / "knock_outs.nc", engine="scipy")
     patched.to_netcdf(folder / "patches.nc", engine="scipy")
-    files = [
-        draw(knocked, patched, folder / "causes.png"),
-        folder / "knock_outs.nc",
-        folder / "patches.nc",
-    ]
-    console.print(f"[dim]pictures and figures: {', '.join(map(str, files))}[/dim]", soft_wrap=True)
+    drawn = draw(knocked, patched, folder / "causes.png")
+    files(console, [drawn, folder / "knock_outs.nc", folder / "patches.nc"])
 
 
 def carries(patched: xr.Dataset) -> xr.DataArray:
@@ -192,7 +187,7 @@ def draw(knocked: xr.Dataset, patched: xr.Dataset, path: Path) -> Path:
             ylabel="change of the gap, steps",
             title=f"the gap is {gap:+.2f} steps",
         )
-        effects.legend(fontsize=7, frameon=False)
+        legend(effects)
 
         # patches
         move = patched.move.sum("site")

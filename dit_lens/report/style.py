@@ -1,14 +1,15 @@
-"""What all pictures share: colours, and a figure that leaves the caller's matplotlib alone."""
+"""What all reports share: colours, a figure that leaves the caller's matplotlib alone, a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from rich.console import Console
 
 LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
 STYLE = {
@@ -53,3 +54,20 @@ def whole_numbers(*axes: Any) -> None:
 def error_bars(value: ArrayLike, interval: ArrayLike) -> Any:
     """matplotlib's `yerr` [2, n] for values [n] with intervals [n, bound]."""
     return np.abs(np.asarray(interval).T - np.asarray(value))
+
+
+def legend(ax: Any, **options: Any) -> None:
+    """A small legend, readable where it lies over what is drawn."""
+    options = {"fontsize": 7, "edgecolor": "none", "framealpha": 0.8} | options
+    ax.legend(**options)
+
+
+def plain_console(width: int) -> Console:
+    """A terminal that prints brackets as they stand; rich would take some for markup."""
+    return Console(width=width, highlight=False, markup=False)
+
+
+def files(console: Console, paths: Sequence[Path]) -> None:
+    """Say which files were written."""
+    written = ", ".join(map(str, paths))
+    console.print(f"pictures and figures: {written}", style="dim", soft_wrap=True)
