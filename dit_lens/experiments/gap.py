@@ -140,7 +140,7 @@ def measure_gap(
             paired_labels(model, pairs),
             steps=steps,
             seed=seed + 1,
-            progress=lambda done, total: count(2 * pairs),
+            progress=lambda *_: count(2 * pairs),
         )
     modes = _Modes.of(model, bands, cut, pilot)
 
@@ -154,7 +154,7 @@ def measure_gap(
         steps=steps,
         seed=seed,
         probes=[divergence, lens],
-        progress=lambda done, total: count(2 * pairs),
+        progress=lambda *_: count(2 * pairs),
     )
     curves = {
         "one_pass": one_pass(pair, outcomes),
@@ -164,7 +164,7 @@ def measure_gap(
             outcomes[1:],
             releases,
             seed=seed,
-            progress=lambda done, total: count(pairs * steps // 2),
+            progress=lambda *_: count(pairs * steps // 2),
         ),
     }
 
@@ -233,10 +233,10 @@ def headline(results: xr.Dataset) -> str:
         enough = f"; about {needed} would show one of this size" if needed < 100 * pairs else ""
         verdict = f"With {pairs} pairs no gap can be told from zero{enough}"
     n = results.sizes["band"]
-    n = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, n)
+    number = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, str(n))
     others = {
         "clones": gap("split", "clones"),
-        f"lowest to highest of {n} bands": gap("band", "one_pass"),
+        f"lowest to highest of {number} bands": gap("band", "one_pass"),
     }
     compared = "".join(
         f"; {what} {other:+.1f}" for what, other in others.items() if np.isfinite(other.value)

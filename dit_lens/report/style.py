@@ -1,4 +1,4 @@
-"""What all reports share: colours, a figure that leaves the caller's matplotlib alone, a terminal."""
+"""What all reports share: colours, figures that leave the caller's matplotlib alone, a console."""
 
 from __future__ import annotations
 
