@@ -103,7 +103,7 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     ):
         measure_gap(dit_lens.load(folder), pairs=8)
     (tmp_path / "gap.nc").write_text("no")
-    with pytest.raises(ValueError, match="is not a result of dit-lens"):
+    with pytest.raises(ValueError, match="is not a result of `dit-lens gap`"):
         read(tmp_path / "gap.nc")
 
 

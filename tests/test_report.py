@@ -118,11 +118,15 @@ def test_what_cannot_be_shown(tmp_path):
     with pytest.raises(MissingFile, match="There are no results at "):
         show(tmp_path / "gap.nc")
     (tmp_path / "gap.nc").write_text("no")
-    with pytest.raises(InvalidValue, match=r"gap.nc' is not a result of dit-lens \(.*\); expected"):
+    with pytest.raises(
+        InvalidValue, match=r"gap.nc' is not a result of `dit-lens gap` or `patch` \(.*\); exp"
+    ):
         show(tmp_path)
     other = tmp_path / "other.nc"
     xr.Dataset({"energy": ("step", [1.0])}).to_netcdf(other, engine="scipy")
-    with pytest.raises(InvalidValue, match="is netCDF but not a result of dit-lens: it has none"):
+    with pytest.raises(
+        InvalidValue, match="is netCDF but not a result of `dit-lens gap` or `patch`: "
+    ):
         show(other)
     xr.Dataset({"effect": ("layer", [1.0])}).to_netcdf(tmp_path / "knock_outs.nc", engine="scipy")
     with pytest.raises(MissingFile, match="There is no file '.*patches.nc'"):

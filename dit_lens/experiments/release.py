@@ -50,6 +50,13 @@ class Curves:
         bands: for each outcome's name its band names.
         groups: how many labels' means were taken off.
         weights: the fingerprint of the model they come from.
+
+    >>> import dit_lens
+    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
+    >>> low_high = dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))
+    >>> curves = one_pass(pair, [low_high])
+    >>> curves.estimator, curves.releases, curves.bands
+    ('one_pass', (0, 1, 2, 3), {'latents': ('low', 'high')})
     """
 
     estimator: str

@@ -65,15 +65,15 @@ def read(path: Path) -> tuple[str, xr.Dataset]:
     except Exception as error:  # scipy raises several kinds for files that are not netCDF
         reason = str(error).partition("\n")[0]
         raise InvalidValue(
-            f"{str(path)!r} is not a result of dit-lens ({reason}); expected one of "
-            f"{', '.join(FILES)}."
+            f"{str(path)!r} is not a result of `dit-lens gap` or `patch` ({reason}); expected "
+            f"one of {', '.join(FILES)}."
         ) from None
     for kind, variable in FILES.items():
         if variable in results:
             return kind, results
     raise InvalidValue(
-        f"{str(path)!r} is netCDF but not a result of dit-lens: it has none of the variables "
-        f"{', '.join(FILES.values())}."
+        f"{str(path)!r} is netCDF but not a result of `dit-lens gap` or `patch`: it has none of "
+        f"the variables {', '.join(FILES.values())}."
     )
 
 
