@@ -81,7 +81,7 @@ class Bands:
         inside = ", ".join(
             f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True)
         )
-        return f"Bands.{self.kind} on {_by(self.grid)}: {inside} modes"
+        return f"Bands.{self.kind} on {_sides(self.grid)}: {inside} modes"
 
     # How to make one
 
@@ -253,13 +253,13 @@ class Bands:
         if sizes is None:
             if not 1 <= n <= t:
                 raise InvalidValue(
-                    f"n is {n}; a {_by(sides)} grid has {t} modes, so n must be from 1 to {t}."
+                    f"n is {n}; a {_sides(sides)} grid has {t} modes, so n must be from 1 to {t}."
                 )
             sizes = [t // n + (b < t % n) for b in range(n)]
         if sum(sizes) != t or min(sizes) < 1:
             raise InvalidValue(
                 f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of "
-                f"a {_by(sides)} grid."
+                f"a {_sides(sides)} grid."
             )
         modes = (
             torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors.flip(1).T.contiguous()
@@ -302,19 +302,21 @@ class Bands:
     ) -> Bands:
         if len(basis) < len(grid):  # frames are left as they are
             basis = (torch.eye(grid[0], dtype=torch.float64), *basis)
-        top, size = frequency.max().item(), _by(grid)
+        top, size = frequency.max().item(), _sides(grid)
         if edges is not None and cut is not None:
             raise InvalidValue(
                 f"Both edges={list(edges)} and cut={cut} are given; expected one of them."
             )
+        if cut is not None:
+            edges = [cut]
         if n is None:
             n = _most_bands(frequency, 6)
-        if edges is None and cut is None:
+        if edges is None:
             if not isinstance(n, int) or n < 1:
                 raise InvalidValue(f"n is {n!r}; expected a number of bands, 1 or more.")
             inner = [top * b / n for b in range(1, n)]
         else:
-            inner = [float(e) for e in (edges if edges is not None else [cut])]  # type: ignore[arg-type]
+            inner = [float(e) for e in edges]
             if not all(math.isfinite(e) for e in inner) or sorted(set(inner)) != inner:
                 raise InvalidValue(
                     f"The edges are {inner}; expected finite frequencies in increasing order, in "
@@ -333,7 +335,7 @@ class Bands:
         if 0 in counts:
             b = counts.index(0)
             end = f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}"
-            if edges is None and cut is None:
+            if edges is None:
                 raise InvalidValue(
                     f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is "
                     f"{_most_bands(frequency, n)}."
@@ -604,7 +606,7 @@ class Bands:
         if x.ndim < 2 or x.shape[-2] != places:
             raise InvalidValue(
                 f"x has shape {tuple(x.shape)}; expected activations [..., {places}, d], tokens of "
-                f"a {_by(self.grid)} grid."
+                f"a {_sides(self.grid)} grid."
             )
         return x
 
@@ -617,7 +619,7 @@ def _grid(grid: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(side) for side in grid)
 
 
-def _by(sides: Sequence[int]) -> str:
+def _sides(sides: Sequence[int]) -> str:
     return "x".join(map(str, sides))
 
 
