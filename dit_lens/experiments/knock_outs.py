@@ -91,7 +91,7 @@ def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
 
 
 def _kind(name: str) -> str:
-    """ "attn" or "mlp", or "attn mlp" if both are added in one."""
+    """What an addition is of: "attn", "mlp", or "attn mlp" if it holds both."""
     words = site_of(name).rpartition("hook_")[2].split("_")
     return " ".join(kind for kind in ("attn", "mlp") if any(w.startswith(kind) for w in words))
 
