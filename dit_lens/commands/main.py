@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingFile
-
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -147,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report", help="print the table and draw the pictures of stored results again"
     )
     report.add_argument(
-        "results", type=Path, help="the gap.nc that `dit-lens gap` wrote, or its folder"
+        "results",
+        type=Path,
+        help="the folder that `dit-lens gap` or `patch` wrote, or a file in it",
     )
     report.set_defaults(run=report_command)
 
@@ -217,10 +217,10 @@ def hooks_command(args: argparse.Namespace) -> None:
 
 def gap_command(args: argparse.Namespace) -> None:
     """The whole measurement; see `dit_lens.experiments.gap`."""
-    from ..experiments import coupling_sweep as knob
-    from ..experiments import gap
+    from ..experiments import couplings, measure_gap
+    from ..experiments.coupling_sweep import checked_strengths
     from ..model.loading import load
-    from ..report import coupling_sweep as knob_report
+    from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
 
     model = load(args.model, size=args.size and tuple(args.size))
@@ -229,35 +229,36 @@ def gap_command(args: argparse.Namespace) -> None:
         args.steps or (25 if args.quick else 50),
     )
     if args.couple:
-        knob.checked_strengths(args.couple)  # before minutes are spent
-    results = gap.measure(
-        model,
-        pairs=pairs,
-        steps=steps,
-        seed=args.seed,
-        cut=args.cut,
-        bands=args.bands,
-        name=str(args.model),
-        progress=True,
-    )
+        checked_strengths(args.couple)  # before minutes are spent
+    with _bar() as bar:
+        first = bar.add_task("twins", total=None)
+        results = measure_gap(
+            model,
+            pairs=pairs,
+            steps=steps,
+            seed=args.seed,
+            cut=args.cut,
+            bands=args.bands,
+            name=str(args.model),
+            progress=lambda done, total: bar.update(first, completed=done, total=total),
+        )
     out = args.out or Path(f"gap-{Path(str(args.model)).name}")
     gap_report.write(results, out)
     if args.couple:
         with _bar() as bar:
             task = bar.add_task("couplings", total=len(args.couple))
-            swept = knob.couplings(
+            swept = couplings(
                 model,
                 args.couple,
                 pairs=pairs,
                 steps=steps,
                 seed=args.seed,
                 cut=args.cut,
-                progress=lambda g: bar.advance(task),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        knob_report.write(swept, out)
+        coupling_report.write(swept, out)
     if args.causes:
-        onsets = {view: int(results.attrs[f"onset_layer_{view}"]) for view in gap_report.VIEWS}
-        _causes(model, min(pairs, 24), min(steps, 25), args, out, onsets)
+        _causes(model, min(pairs, 24), min(steps, 25), args, out, gap_report.onsets(results))
 
 
 def patch_command(args: argparse.Namespace) -> None:
@@ -298,7 +299,7 @@ def _causes(
             steps=steps,
             seed=args.seed,
             cut=args.cut,
-            progress=lambda layer: bar.advance(first),
+            progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
         second = bar.add_task("patches", total=None)
         patched = (
@@ -395,11 +396,6 @@ def check_family_command(args: argparse.Namespace) -> int:
 
 def report_command(args: argparse.Namespace) -> None:
     """Stored results, shown again."""
-    from ..report import gap as gap_report
+    from ..report.stored import show
 
-    path = args.results / "gap.nc" if args.results.is_dir() else args.results
-    if not path.exists():
-        raise MissingFile(
-            f"There are no results at {str(path)!r}; expected the gap.nc that `dit-lens gap` wrote."
-        )
-    gap_report.write(gap_report.read(path), path.parent)
+    show(args.results)
