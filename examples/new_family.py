@@ -195,7 +195,7 @@ class ScaleFamily(Family):
 if __name__ == "__main__":
     register(ScaleFamily())
     # every check on three small models; raises with what fails
-    contract.check("ScaleTransformer2DModel")
+    contract.check_family("ScaleTransformer2DModel")
     model = dit_lens.HookedDiT(ScaleTransformer2DModel(layers=4).eval())
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([3, 7])
     _, cache = model.run_with_cache(x, t, y)

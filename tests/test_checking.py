@@ -6,12 +6,13 @@ import torch
 import xarray as xr
 
 from dit_lens import Bands, Probe
-from dit_lens.commands.main import main
+from dit_lens.commands import main
 from dit_lens.measures.commitment import Agreement, agreement, fit_commitment
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
 from dit_lens.sampling.schedulers import log_snr, predict_x0
+from dit_lens.testing import check_probe as check
 from dit_lens.testing import known_answers
-from dit_lens.testing.probe_checks import check, find_probe, table
+from dit_lens.testing.probe_checks import find_probe, table
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_wrong_differences_and_agreements_are_caught(quick):
 
 
 class OnePass(Probe):
-    """Commitment from x0 at each step against the finished latents: the estimator of design 5 as a
+    """Commitment from x0 at each step against the finished latents: the one-pass estimator as a
     stranger would write it.
     """
 
@@ -397,7 +398,11 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
 
 
 def test_a_failure_is_exit_code_1_and_shown(tmp_path, capsys):
-    text = "from dit_lens.probes import LayerLens\nclass Bad(LayerLens):\n    def result(self): return [1, 2]\n"
+    text = (
+        "from dit_lens.probes import LayerLens\n"
+        "class Bad(LayerLens):\n"
+        "    def result(self): return [1, 2]\n"
+    )
     (tmp_path / "bad.py").write_text(text)
     assert main(["check", f"{tmp_path}/bad.py:Bad"]) == 1
     shown = capsys.readouterr().out

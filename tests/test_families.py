@@ -107,7 +107,7 @@ def test_the_checker_finds_what_is_wrong(monkeypatch):
     ):
         contract.examine("DiTTransformer2D")
     with pytest.raises(AssertionError, match="sources_are_noted: written_for should hold"):
-        contract.check("DiTTransformer2DModel")
+        contract.check_family("DiTTransformer2DModel")
 
 
 ORIGINAL = BasicTransformerBlock.forward

@@ -1,5 +1,5 @@
 """The contract of a family, held against its own small random models: `dit-lens check-family`, and
-`check(family)` in a test.
+`check_family(family)` in a test.
 
 The checks (`dit_lens.testing.family_checks`, `dit_lens.testing.pipeline_checks`) are functions that
 raise `AssertionError` with what is wrong; the docstring is what the table says. They use only what
@@ -81,10 +81,17 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
     return rows
 
 
-def check(family: str | Family) -> None:
-    """For tests: raise AssertionError with every check that fails.
+def check_family(family: str | Family) -> None:
+    """Hold a family against the contract, as a test of the family's package does.
 
-    >>> check("DiTTransformer2DModel")
+    Args:
+        family: a model class with a registered family, or the family.
+
+    Raises:
+        AssertionError: with every check that fails.
+        ValueError: for a class without a family.
+
+    >>> check_family("DiTTransformer2DModel")
     """
     failed = [f"{row.where}: {row.check}: {row.message}" for row in examine(family) if not row.ok]
     assert not failed, "\n".join(failed)
