@@ -49,6 +49,7 @@ def random_causes(models: int) -> Iterator[tuple[set[int], set[int], set[int]]]:
         yield random_cause(seed)
 
 
+@pytest.mark.slow
 def test_causes_are_named_and_decoys_are_not():
     for causes, _, named in random_causes(3):
         assert named == causes

@@ -188,6 +188,7 @@ class Backwards(LayerLens):
         return r.assign(agreement=(r.agreement.dims, r.agreement.values[..., ::-1]))
 
 
+@pytest.mark.slow
 def test_wrong_differences_and_agreements_are_caught(quick):
     for probe in (LateTwins, SwappedTwins):
         rows = failed(probe)

@@ -209,6 +209,7 @@ def test_every_subcommand_explains_itself_without_loading_torch():
     assert "dit_lens.commands.gap" in shown.stderr and "torch" not in shown.stderr
 
 
+@pytest.mark.slow
 def test_gap_end_to_end(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["gap", str(folder), "--pairs", "16", "--steps", "8", "--out", str(out)]) == 0
@@ -306,6 +307,7 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
         dit_lens.load(folder)
 
 
+@pytest.mark.slow
 def test_patch_end_to_end(tmp_path, capsys):
     """On a saved model with a known cause: its layer is named, and `gap --causes --couple` finds
     the same after the rest.

@@ -36,6 +36,7 @@ def test_docstring_examples_run(name):
     assert result.failed == 0
 
 
+@pytest.mark.slow
 def test_the_readme_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     exec(code, {})
@@ -62,6 +63,7 @@ def test_every_family_has_its_line():
         assert f"| `{name}` | {families.family_named(name).differs} |" in page
 
 
+@pytest.mark.slow
 def test_the_example_family_keeps_the_contract():
     script, env = ROOT / "examples" / "new_family.py", os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(

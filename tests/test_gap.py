@@ -10,6 +10,7 @@ from dit_lens.experiments import gap
 from dit_lens.groundtruth import ddim_agreement, gaussian
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 4, 7])
 @pytest.mark.parametrize("low, high", [(4.0, 0.25), (0.25, 4.0)])
 def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
@@ -42,6 +43,7 @@ def test_the_layer_that_makes_the_gap_is_named(layer, low, high):
     )
 
 
+@pytest.mark.slow
 def test_without_a_gap_none_is_claimed():
     """The same data variance in both bands: no gap, and nothing in any layer through the lens."""
     truth = gaussian(lam_low=1.0, lam_high=1.0, layers=(3,), n_layers=8)

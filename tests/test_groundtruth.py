@@ -245,6 +245,7 @@ def test_each_band_switches_on_at_its_own_timestep() -> None:
         assert gains == pytest.approx([1.5, 1.25, 1.0], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_random_plants_differ_and_repeat() -> None:
     before = torch.get_rng_state()
     plants = [gt.random_planted(seed) for seed in range(8)]

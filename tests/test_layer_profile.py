@@ -74,6 +74,7 @@ def null_models(
         )
 
 
+@pytest.mark.slow
 def test_planted_layers_are_named_by_the_growth_of_the_difference():
     found = list(planted_models(6))
     assert [one.onsets["growth"] for one in found] == [one.planted for one in found]
@@ -88,6 +89,7 @@ def test_a_single_planted_layer_is_named_even_if_it_is_the_first():
         assert named(model, 1, 0.1, 16, 4)["growth"] == layer
 
 
+@pytest.mark.slow
 def test_random_layers_are_not_blamed():
     found = list(null_models(3))
     assert all(one.onsets["growth"] is None and one.onsets["lens"] is None for one in found), found

@@ -314,6 +314,7 @@ def test_it_saves_loads_and_traces(truth: gt.GroundTruth, tmp_path: Path) -> Non
     model.remove()
 
 
+@pytest.mark.slow
 def test_clones_of_gaussians_agree_as_e1_says() -> None:
     rows = list(clones_of_gaussians(100, range(2), (8, 14, 19)))
     assert len(rows) == 36 and max(abs(row.z) for row in rows) < 3, rows
@@ -333,6 +334,7 @@ def test_deterministic_runs_keep_the_ratio_of_e2() -> None:
             assert abs(many.measured / many.expected - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_clones_of_mixtures_end_on_the_same_side_as_e3_says() -> None:
     rows = list(clones_of_mixtures(300, range(1), 100, (-1.0, 1.0)))
     # 100 steps are off by up to 0.008 (simulated in one dimension), below the standard error

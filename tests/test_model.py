@@ -325,6 +325,7 @@ def test_saving_is_unchanged(pipe, tmp_path):
     assert torch.equal(again(x, t, y), raw(pipe.transformer, x, t, y)) and again.vae is not None
 
 
+@pytest.mark.slow
 def test_honoured_or_refused(inputs):
     def fresh():
         return make_dit()
@@ -375,6 +376,7 @@ def test_gradient_checkpointing(dit, inputs):
         assert len(model.run_with_cache(*inputs)[1]) == len(model.names)
 
 
+@pytest.mark.slow
 def test_hooks_added_after_compiling_a_hooked_model_are_seen(dit, inputs):
     model = HookedDiT(dit)
     want = model(*inputs)
