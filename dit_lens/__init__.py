@@ -25,7 +25,7 @@ _HOME = {
     "HookedDiT": "model.hooked",
     "Probe": "tracing.probe",
     "Run": "sampling.run",
-    "Site": "tracing.probe",
+    "Site": "tracing.site",
     "Trace": "tracing.trace",
     "Twins": "twinning.twins",
     "UnknownName": "hooks.names",

@@ -14,8 +14,6 @@ from torch import Tensor
 from dit_lens import Bands, HookedDiT, Probe, Run, Site, trace
 from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.measures.commitment import agreement
-from dit_lens.sampling.guidance import means
-from dit_lens.sampling.schedulers import predict_x0
 
 
 class LayerLens(Probe):
@@ -60,14 +58,10 @@ class LayerLens(Probe):
     def observe(self, activation: Tensor, site: Site) -> None:
         layer = -1 if site.layer is None else site.layer
         with torch.no_grad():
-            output = means(
-                self.model, self.model.unembed(activation, site.call.t, site.call.condition)
-            )
-        self.x0[layer, site.step] = predict_x0(
-            self.model.scheduler, site.call.x, output, site.call.t
-        )
+            output = self.model.unembed(activation, site.t, site.condition)
+        self.x0[layer, site.step] = self.model.predict_x0(output, site.x, site.t)
         self.labels = site.labels
-        self.timesteps[site.step] = site.call.t[0]
+        self.timesteps[site.step] = site.t[0]
 
     def run(self, model: HookedDiT, run: Run, by_label: bool = True) -> xr.Dataset:
         """Read a finished run: one forward for each step on its stored x_t, against its finished

@@ -59,7 +59,7 @@ class TwinDivergence(Probe):
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
-        if site.call.twin is None:
+        if site.call.context.twin is None:
             raise InvalidValue(
                 "TwinDivergence compares twins, and this batch has none; run it with "
                 "dit_lens.twins(model, probes=[...])."

@@ -2,6 +2,7 @@
 here.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,12 @@ from conftest import make_dit
 from diffusers import DDIMScheduler
 
 import dit_lens
-from dit_lens import Bands, HookedDiT, UnknownName, patching
+from dit_lens import Bands, HookedDiT, UnknownName
 from dit_lens.patching.patch import moved
 from dit_lens.patching.sweep import Patch, as_grid, grid, sweep, tiles
 from dit_lens.probes.twin_patching import TwinPatching
 from dit_lens.sampling.guidance import model_inputs
-from dit_lens.sampling.run import edits_at
+from dit_lens.sampling.settings import edits_at
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -277,7 +278,7 @@ def test_the_result(model, pair):
 
 
 def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(patching, "IN_FLIGHT", 2)
+    monkeypatch.setattr(sys.modules["dit_lens.patching.sweep"], "IN_FLIGHT", 2)
     patches, file = (
         grid(range(3), ["attn_out", "mlp_out"], [range(2, 4)]),
         tmp_path / "deep" / "sweep.safetensors",

@@ -132,7 +132,7 @@ def test_distilled_guidance_is_an_input():
     pipe.set_progress_bar_config(disable=True)
     with dit_lens.trace(pipe) as t:
         call(pipe, guidance_scale=2.5)
-    assert [c.branch for c in t.calls] == [("cond",)] * 3 and t.calls[0].inputs[
+    assert [c.branch for c in t.record.calls] == [("cond",)] * 3 and t.record.calls[0].inputs[
         "guidance"
     ].tolist() == [2.5]
     with dit_lens.HookedDiT(pipe, size=(8, 8)) as model:
@@ -163,8 +163,8 @@ def test_a_trace_lets_go_of_what_it_copied(sd3):
         for i in range(6):
             model(x, torch.tensor([500.0, 400.0 - i]), torch.tensor([1, -1]))
             x = torch.randn(2, 4, 8, 8)
-        assert gone() is None and len(t.calls) == 6
-    assert len(t._copies.held) == 0 and "0.1 MB kept" in repr(t), repr(t)
+        assert gone() is None and len(t.record.calls) == 6
+    assert len(t._recorder.copies.held) == 0 and "0.1 MB kept" in repr(t), repr(t)
 
 
 def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
@@ -172,8 +172,12 @@ def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
         images = call(flux, true_cfg_scale=3.0, negative_prompt="a dog")
     with dit_lens.trace(flux) as t:
         assert torch.equal(call(flux, true_cfg_scale=3.0, negative_prompt="a dog"), images)
-    assert len(t.steps) == 3 and len(t.calls) == 6 and t.calls_at == [[0, 1], [2, 3], [4, 5]]
-    assert [c.branch for c in t.calls] == [("cond",), ("uncond",)] * 3
+    assert (
+        len(t.steps) == 3
+        and len(t.record.calls) == 6
+        and t.record.calls_at == [[0, 1], [2, 3], [4, 5]]
+    )
+    assert [c.branch for c in t.record.calls] == [("cond",), ("uncond",)] * 3
     assert t["resid_post", 1].shape[:2] == (3, 2) and torch.equal(
         t["resid_post", 1], eager["resid_post", 1]
     )
@@ -192,28 +196,31 @@ def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
     assert np.allclose(data.timestep, flux.scheduler.timesteps, atol=1e-3)
     with dit_lens.HookedDiT(flux) as model:
         again = dit_lens.load_trace(t.save(tmp_path / "t.safetensors"), model)
-        assert again.calls_at == t.calls_at and torch.equal(
+        assert again.record.calls_at == t.record.calls_at and torch.equal(
             again["attn.hook_q", 2], t["attn.hook_q", 2]
         )
-        assert [c.branch for c in again.calls] == [c.branch for c in t.calls]
+        assert [c.branch for c in again.record.calls] == [c.branch for c in t.record.calls]
     size = (tmp_path / "t.safetensors").stat().st_size
-    held = t.calls[0].inputs["encoder_hidden_states"]
+    held = t.record.calls[0].inputs["encoder_hidden_states"]
     assert size < 3 * held.numel() * 4 + 60_000, (
         "a prompt's embedding is one tensor in all steps, and is written once"
     )
-    assert t.calls[2].inputs["encoder_hidden_states"] is held
+    assert t.record.calls[2].inputs["encoder_hidden_states"] is held
 
 
 def test_runs_of_one_step_are_told_apart(flux):
     with dit_lens.trace(flux) as t:
         for _ in range(2):
             call(flux, num_inference_steps=1)
-    assert t.calls_at == [[0], [1]] and [c.branch for c in t.calls] == [("cond",), ("cond",)]
+    assert t.record.calls_at == [[0], [1]] and [c.branch for c in t.record.calls] == [
+        ("cond",),
+        ("cond",),
+    ]
     with dit_lens.trace(flux) as t:
         call(flux, num_inference_steps=1, true_cfg_scale=2.0, negative_prompt="")
     with dit_lens.trace(flux) as u:
         call(flux, num_inference_steps=1)
-    assert t.calls_at == [[0, 1]] and u.calls[0].branch == ("cond",)
+    assert t.record.calls_at == [[0, 1]] and u.record.calls[0].branch == ("cond",)
 
 
 def test_an_edit_acts_on_a_step_of_two_calls_once_a_call(flux):
@@ -263,7 +270,7 @@ def test_skip_layer_guidance_is_a_branch_of_its_own(sd3):
             skip_layer_guidance_start=0.0,
             skip_layer_guidance_stop=0.6,
         )
-    assert len(t.steps) == 4 and [c.branch for c in t.calls] == [
+    assert len(t.steps) == 4 and [c.branch for c in t.record.calls] == [
         ("uncond", "cond"),
         ("uncond", "cond"),
         ("skip",),
@@ -303,7 +310,7 @@ def test_branches_with_several_images_a_prompt(sd3):
             num_inference_steps=1,
             guidance_scale=4.0,
         )
-    assert t.calls[0].branch == ("uncond",) * 4 + ("cond",) * 4
+    assert t.record.calls[0].branch == ("uncond",) * 4 + ("cond",) * 4
 
 
 @pytest.mark.parametrize(

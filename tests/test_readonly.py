@@ -609,6 +609,8 @@ def test_a_pipeline_is_traced():
             "resid_post", 3
         ].shape == (2, items, 280, 16)
         assert torch.equal(lazy["resid_post", 3], eager["resid_post", 3])
-        assert [call.branch for call in lazy.calls] == [("cond",) if items == 1 else ("", "")] * 2
+        assert [call.branch for call in lazy.record.calls] == [
+            ("cond",) if items == 1 else ("", "")
+        ] * 2
         # the time is in the transformer's own units
         assert "log_snr" not in lazy.to_xarray("hook_embed").coords

@@ -14,8 +14,9 @@ from diffusers import (
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.model.noise_schedule import log_snr, predict_x0
 from dit_lens.sampling.noise import START, generators, noise
-from dit_lens.sampling.schedulers import log_snr, make_scheduler, predict_x0
+from dit_lens.sampling.schedulers import make_scheduler
 
 ALL = ["ddim", "ddpm", "dpm++", "sde-dpm++"]
 

@@ -193,7 +193,7 @@ def test_failures_leave_everything_as_it_was(pipe):
         t.edit("blocks.1.hook_resid_pre", broken)
         run(pipe)
     assert forwards(pipe.transformer) == [] and torch.equal(run(pipe), untouched)
-    assert len(t.calls) == 0
+    assert len(t.record.calls) == 0
     with pytest.raises(RuntimeError, match="Nothing was traced"):
         t["hook_embed"]
     with pytest.raises(KeyboardInterrupt), dit_lens.trace(pipe) as t:

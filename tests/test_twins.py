@@ -207,7 +207,7 @@ def test_bad_input(model):
     ]:
         with pytest.raises(ValueError, match=text):
             dit_lens.twins(model, **{"pairs": 2, "steps": 5} | kwargs)
-    assert model.instrumentation.listening == 0 and model.instrumentation.twin is None
+    assert model.instrumentation.listening == 0 and model.instrumentation.context.twin is None
 
 
 def test_a_coupled_run_is_not_recomputed_alone():

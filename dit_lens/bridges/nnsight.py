@@ -174,9 +174,9 @@ class Taps:
         self.forward_hook: Any = None
 
     def start(self) -> None:
-        self.dit._require_eval()
+        self.dit.require_eval()
         # refused here, before nnsight has begun, and not by `attach` in the midst of its beginning
-        self.dit.instrumentation.claim()
+        self.dit.instrumentation.claim_thread()
         self.forward_hook = self.dit.transformer.register_forward_hook(self.step)
 
     def stop(self) -> None:
@@ -185,7 +185,7 @@ class Taps:
         self.forward_hook = None
         self.keep(())
         self.served.clear()
-        self.dit.instrumentation.release()
+        self.dit.instrumentation.release_thread()
 
     def listen(self, places: Collection[str]) -> None:
         """Listen where somebody waits.

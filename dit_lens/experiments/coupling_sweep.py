@@ -248,17 +248,10 @@ def _responses(
 
         return look
 
-    before = model.instrumentation.couplings
-    try:
-        model.instrumentation.couplings = {layer: listener(layer) for layer in range(n)}
-        with torch.no_grad():
-            model(
-                *model_inputs(
-                    model, run.latents[step], run.timesteps[step], run.labels, run.settings.guidance
-                )
-            )
-    finally:
-        model.instrumentation.couplings = before
+    listening = {layer: listener(layer) for layer in range(n)}
+    with torch.no_grad(), model.instrumentation.under(couplings=listening):
+        t, guidance = run.timesteps[step], run.settings.guidance
+        model(*model_inputs(model, run.latents[step], t, run.labels, guidance))
     return list(zip(measured, linear, strict=True))
 
 

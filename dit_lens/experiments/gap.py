@@ -87,7 +87,12 @@ def measure(
     with _Progress(progress, pairs * 2 * steps * (2 if bands == "eigen" else 1)) as bar:
         pilot = (
             twins(
-                model, pairs, labels, steps=steps, seed=seed + 1, progress=lambda s: bar(2 * pairs)
+                model,
+                pairs,
+                labels,
+                steps=steps,
+                seed=seed + 1,
+                progress=lambda done, total: bar(2 * pairs),
             )
             if bands == "eigen"
             else None
@@ -114,7 +119,7 @@ def measure(
             steps=steps,
             seed=seed,
             probes=[divergence, lens],
-            progress=lambda s: bar(2 * pairs),
+            progress=lambda done, total: bar(2 * pairs),
         )
         curves = {"one_pass": one_pass(pair, readings)}
         bar.more(RELEASES * pairs * steps // 2)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,13 @@ class Condition(dict[str, Any]):
     """
 
     labels: Tensor | None = None
+
+    @classmethod
+    def numbered(cls, values: Mapping[str, Any], labels: Tensor | None) -> Condition:
+        """A condition that knows the numbers [batch] of its prompts or classes."""
+        made = cls(values)
+        made.labels = labels
+        return made
 
 
 class Forward:

@@ -122,10 +122,10 @@ class Editor(Listener):
             if not active:
                 return x
         copy = x.clone()
-        before = None if copy.is_inference() else copy._version
+        before = version(copy)
         new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
         if new is None:
-            if before is not None and copy._version != before:
+            if version(copy) != before:
                 raise InvalidState(
                     f"The hook at {point.name!r} changed its activation in place and returned "
                     "None; return it."
@@ -173,6 +173,11 @@ class BackwardEditor(Listener):
         x = x.view_as(x)  # a tensor of its own: the stream may be one tensor under two names
         x.register_hook(on_grad)
         return x
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was changed in place, as PyTorch counts it; 0 in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def laid_out(copy: Tensor, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""One call of the transformer, as those who watch are told of it, and how it is kept: all that its
-forward depends on.
+"""One call of the transformer, as watchers see it, and how it is kept: all that its forward
+depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from ..families.base import Condition
-from ..hooks.points import Editor
-
-Span = tuple[int | None, int | None]
-Coupling = Callable[..., Tensor]
+from ..hooks.passes import PassContext
+from ..hooks.points import Editor, version
 
 
 @dataclass
@@ -24,35 +22,49 @@ class Call:
 
     Attributes:
         inputs: the transformer's arguments by name.
-        x, t: the latents among them, and the time in the scheduler's units.
+        x: the latents among them, [batch, *latent_shape], or the stream that was put in.
+        t: the time among them, [batch] or [1], in the scheduler's units.
         condition: all arguments but x_t and the time, as `HookedDiT` takes them for y.
-        labels: [batch], classes or prompts by number, where they are known; see
-            `dit_lens.model.conditions`.
-        span, stream: the part of the blocks that was run, and the stream that was put in.
-        couplings: attention couplings in force, by layer.
-        twin, branch: which item is which, where known.
+        labels: [batch], classes or prompts by number, where they are known.
+        context: what the pass was run under.
+        grad: whether gradients were on.
+        autocast: the dtype of autocast, where it was on.
+        edits: the edits in force, by hook name, as they act in this call.
+        branch: which branch of guidance each item is, where the pipeline tells.
         place: the loop's step, where the pipeline tells; calls with one place are branches of one
             step.
+        grid: the token grid.
+        memo: what probes look up, cached per call: each lookup would synchronise the GPU.
     """
 
     inputs: dict[str, Any] = field(repr=False)
     x: Tensor = field(repr=False)
     t: Tensor
+    condition: Condition = field(repr=False)
     labels: Tensor | None = None
-    span: Span = (None, None)
-    stream: Tensor | None = field(default=None, repr=False)
+    context: PassContext = field(default_factory=PassContext)
     grad: bool = False
     autocast: torch.dtype | None = None
     edits: list[tuple[str, Editor]] = field(default_factory=list)
-    couplings: dict[int, Coupling] = field(default_factory=dict)
-    twin: tuple[str, ...] | None = None
     branch: tuple[str, ...] | None = None
     place: Hashable = None
     grid: tuple[int, ...] = ()
-    condition: Condition = field(default_factory=Condition, repr=False)
-    memo: dict[Any, Any] = field(
-        default_factory=dict, repr=False
-    )  # what sites look up, once a call: each costs a GPU a wait
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def branch_words(self, null_class: int) -> tuple[str, ...]:
+        """For each batch item "cond" or "uncond" (of guidance), "skip" (of the extra pass of
+        skip-layer guidance), or "" where neither the pipeline nor the labels tell.
+
+        Args:
+            null_class: the label that stands for no condition.
+        """
+        if self.branch is not None:
+            return self.branch
+        items = len(self.x)
+        if self.labels is None:
+            return ("",) * items
+        labels = self.labels.expand(items).tolist()
+        return tuple("uncond" if y == null_class else "cond" for y in labels)
 
     def kept(self, copies: Copies) -> Call:
         """A copy that outlives the call, whatever the caller does to its tensors."""
@@ -61,16 +73,18 @@ class Call:
             if isinstance(value, Tensor):
                 return copies.of(value)
             if isinstance(value, Condition):
-                condition = Condition({k: copy(v) for k, v in value.items()})
-                condition.labels = copy(value.labels)
-                return condition
+                items = {k: copy(v) for k, v in value.items()}
+                return Condition.numbered(items, copy(value.labels))
             if isinstance(value, dict):
                 return {k: copy(v) for k, v in value.items()}
             return type(value)(map(copy, value)) if type(value) in (list, tuple) else value
 
         copies.next()
-        tensors = ("inputs", "x", "t", "labels", "stream", "condition")
-        return replace(self, memo={}, **{name: copy(getattr(self, name)) for name in tensors})
+        tensors = {n: copy(getattr(self, n)) for n in ("inputs", "x", "t", "labels", "condition")}
+        context = replace(
+            self.context, stream=copy(self.context.stream), labels=copy(self.context.labels)
+        )
+        return replace(self, memo={}, context=context, **tensors)
 
 
 class Copies:
@@ -95,18 +109,14 @@ class Copies:
 
     def of(self, x: Tensor) -> Tensor:
         found = self.held.get(id(x))
-        if found is None or found[0] is not x or found[1] != _version(x):
-            found = self.held[id(x)] = x, _version(x), x.detach().clone()
+        if found is None or found[0] is not x or found[1] != version(x):
+            found = self.held[id(x)] = x, version(x), x.detach().clone()
         self.latest[id(x)] = self.call
         return found[2]
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
 class Watcher(Protocol):
-    """Told of every call (traces are)."""
+    """Is shown every call; traces are."""
 
     def begin(self, call: Call) -> None: ...
     def end(self, call: Call, finished: bool) -> None: ...

@@ -118,11 +118,8 @@ class Conditions:
     def of(self, labels: Tensor) -> Condition:
         """The transformer's further arguments for these labels [batch]."""
         if self.cfg.n_classes:
-            condition = Condition({self.family.labels_name: labels})
-        else:
-            condition = Condition(self._stacked(tuple(labels.tolist())))
-        condition.labels = labels
-        return condition
+            return Condition.numbered({self.family.labels_name: labels}, labels)
+        return Condition.numbered(self._stacked(tuple(labels.tolist())), labels)
 
     def _stacked(self, labels: tuple[int, ...]) -> Condition:
         """The same tensors for the same labels in every step of a run: a trace then keeps them

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,14 @@ from ..hooks.points import (
     Editor,
     HookFunction,
     HookPoint,
+    Listener,
     Observer,
     StopForward,
     stop,
 )
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
+from .noise_schedule import predict_x0
 from .partial import StoppedAtLayer
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
@@ -81,12 +83,20 @@ class HookedDiT:
             conditions, size = pipe.conditions, size or pipe.size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
+        self.instrumentation = Instrumentation.of(self.transformer)
+        self.instrumentation.retain()
+        with ExitStack() as undo:
+            undo.callback(self.instrumentation.let_go)
+            self._describe(pipe, conditions, scheduler, vae, size)
+            undo.pop_all()
+
+    def _describe(
+        self, pipe: Any, conditions: Conditions | None, scheduler: Any, vae: Any, size: Size | None
+    ) -> None:
         self.scheduler: Any = (
             scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         )
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
-        self.instrumentation, _ = Instrumentation.of(self.transformer)
-        self.instrumentation.temporary = False
         self.size: Size | None = size
         self.family = self.instrumentation.family
         if size is not None:
@@ -98,6 +108,15 @@ class HookedDiT:
         self.sites = self.instrumentation.sites
         self.names = list(self.sites)
         self.handles: list[Handle] = []
+
+    @classmethod
+    def of(cls, model: Any) -> HookedDiT:
+        """The model itself if it is hooked already; otherwise opened.
+
+        Args:
+            model: a `HookedDiT`, a pipeline or a transformer.
+        """
+        return model if isinstance(model, HookedDiT) else cls(model)
 
     # Running.
 
@@ -117,7 +136,7 @@ class HookedDiT:
         block i. With `stop_at_layer=j` the stream that would enter block j is returned, as in
         TransformerLens; negative layers count from the end.
         """
-        self._require_installed()
+        self.require_installed()
         start, stop = self._layer(start_at_layer), self._layer(stop_at_layer)
         stream = None
         if start is not None:
@@ -135,7 +154,7 @@ class HookedDiT:
         inputs = self.family.inputs(self.transformer, x, t, condition)
         with (
             self.instrumentation.part((start, stop), stream),
-            self.instrumentation.known(condition.labels),
+            self.instrumentation.under(labels=condition.labels),
         ):
             try:
                 answer = self.transformer(**inputs, return_dict=False)
@@ -235,33 +254,61 @@ class HookedDiT:
             kept[point.name] = value if device is None else value.to(device)
 
         names = select(names_filter, self.names)
-        with self._attached([(name, Observer(keep)) for name in names]):
+        with self.observing(names, keep):
             out = self(x, t, y, **span)
         return out, ActivationCache({name: kept[name] for name in names if name in kept})
 
     def activations(
         self, x: Tensor, t: Tensor, y: Any, names_filter: NamesFilter
     ) -> ActivationCache:
-        """Like `run_with_cache` without the output: the pass ends at the last layer asked for."""
-        last = select(names_filter, self.names)[-1]
-        handles: list[Handle] = []
+        """Like `run_with_cache` without the output: the pass ends at the last layer asked for.
+
+        Args:
+            x: latents [batch, *latent_shape].
+            t: timesteps [batch].
+            y: the condition, as for a call.
+            names_filter: what to keep.
+        """
+        names = select(names_filter, self.names)
         kept: dict[str, Tensor] = {}
-        try:
-            for name in select(names_filter, self.names):
-                handles.append(
-                    self.instrumentation.attach(
-                        name, Observer(lambda v, p: kept.__setitem__(p.name, v))
-                    )
-                )
-            handles.append(self.instrumentation.attach(last, Observer(stop)))
-            try:
-                self(x, t, y)
-            except StopForward:
-                pass
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def keep(value: Tensor, point: HookPoint) -> None:
+            kept[point.name] = value
+
+        with self.observing(names, keep), self.observing(names[-1], stop), suppress(StopForward):
+            self(x, t, y)
         return ActivationCache(kept)
+
+    def without_variance(self, output: Tensor) -> Tensor:
+        """A model's output without the variance that some models predict in a second half of the
+        channels, [batch, in_channels, ...].
+
+        Args:
+            output: what the model answered, [batch, out_channels, ...].
+        """
+        return output[:, : self.cfg.in_channels] if self.cfg.learned_sigma else output
+
+    def predict_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that an output stands for, by the scheduler's prediction type.
+
+        Args:
+            output: what the model answered at x_t, or `unembed` gave, [batch, out_channels, ...].
+            x: x_t, [batch, *latent_shape].
+            t: timesteps, [batch] or a single one, in the scheduler's units.
+
+        Raises:
+            ValueError: if the model has no scheduler, or one of unknown prediction type.
+
+        >>> import dit_lens, torch; model = dit_lens.load("digits"); x = torch.zeros(1, 1, 16, 16)
+        >>> t = torch.tensor([500]); model.predict_x0(model(x, t, torch.tensor([3])), x, t).shape
+        torch.Size([1, 1, 16, 16])
+        """
+        if self.scheduler is None:
+            raise InvalidValue(
+                "The model has no scheduler, so x0 is unknown; give one: "
+                "HookedDiT(transformer, scheduler=...)."
+            )
+        return predict_x0(self.scheduler, x, self.without_variance(output), t)
 
     def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
         """A residual stream [batch, token, d_model] read by the last layer with the conditioning of
@@ -270,7 +317,7 @@ class HookedDiT:
         Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's
         `resid_post` it is the model's output.
         """
-        self._require_installed()
+        self.require_installed()
         if self.family.read_only:
             raise InvalidState(
                 f"{type(self.transformer).__name__} is opened read-only, and its streams can't be "
@@ -309,22 +356,41 @@ class HookedDiT:
     @contextmanager
     def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[HookedDiT]:
         """Hooks for the length of a `with` block, taken off again whatever happens in it."""
-        wanted = [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
-        wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]  # type: ignore[misc]
+        wanted: list[tuple[str, Listener]] = []
+        wanted += [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
+        wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]
         with self._attached(wanted):
             yield self
 
     @contextmanager
-    def _attached(self, listeners: Sequence[tuple[str, Any]]) -> Iterator[None]:
-        self._require_eval()
-        handles: list[Handle] = []
-        try:
+    def observing(
+        self, names: NamesFilter, fn: Callable[[Tensor, HookPoint], object]
+    ) -> Iterator[HookedDiT]:
+        """Call `fn(activation, hook)` at these hook points inside a `with` block, changing nothing.
+
+        Unlike a hook function, `fn` is given the live tensor and no copy: read it, and neither keep
+        nor change it. It sees the value after all edits.
+
+        Args:
+            names: which hook points.
+            fn: what is called there.
+
+        >>> import dit_lens, torch; model = dit_lens.load("digits"); seen = []
+        >>> with model.observing("resid_post", lambda a, hook: seen.append(hook.layer())):
+        ...     _ = model(torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3]))
+        >>> len(seen)
+        28
+        """
+        with self._attached([(name, Observer(fn)) for name in select(names, self.names)]):
+            yield self
+
+    @contextmanager
+    def _attached(self, listeners: Sequence[tuple[str, Listener]]) -> Iterator[None]:
+        self.require_eval()
+        with ExitStack() as stack:
             for name, listener in listeners:
-                handles.append(self.instrumentation.attach(name, listener))
+                stack.callback(self.instrumentation.attach(name, listener).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @property
     def absent(self) -> list[str]:
@@ -354,6 +420,11 @@ class HookedDiT:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is one more that looks at its own copy of the transformer."""
+        self.__dict__ |= state
+        self.instrumentation.retain()
 
     @property
     def device(self) -> torch.device:
@@ -392,14 +463,16 @@ class HookedDiT:
             raise InvalidValue(f"There is no layer {layer}; the model has {n}, 0 to {n - 1}.")
         return layer + n if layer is not None and layer < 0 else layer
 
-    def _require_eval(self) -> None:
+    def require_eval(self) -> None:
+        """Raise RuntimeError if the model is in train mode, where labels are dropped at random."""
         if self.transformer.training:
             raise InvalidState(
                 "The model is in train mode, where diffusers drops class labels at random; call "
                 "model.eval() first."
             )
 
-    def _require_installed(self) -> None:
+    def require_installed(self) -> None:
+        """Raise RuntimeError if the hook points were taken out."""
         if not self.instrumentation.installed:
             raise InvalidState(
                 "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."

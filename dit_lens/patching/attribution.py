@@ -27,12 +27,12 @@ from torch import Tensor
 
 from ..errors import InvalidValue
 from ..hooks.names import layer_of, select
-from ..hooks.points import HookPoint, Observer
+from ..hooks.points import HookPoint
 from ..measures.bands import CUT, Bands
 from ..model.hooked import HookedDiT
-from ..sampling.guidance import guided, means, model_inputs
-from ..sampling.run import Run, advance, edits_at, prepared, seeds_at
-from ..sampling.schedulers import learns_variance
+from ..sampling.loop import advance, model_output, prepared
+from ..sampling.run import Run
+from ..sampling.settings import edits_at, seeds_at
 from .sweep import Patch, sweep
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def attribute(
             "do not; use 'ddim' or 'ddpm'."
         )
     for run in (source, target):
-        run._check_alone(0)  # the derivative goes back to the first step
+        run.require_released(0)  # the derivative goes back to the first step
     names = [_in_every_layer(model, site) for site in sites]
     side = (target.latents.shape[-2], target.latents.shape[-1])
     bands = Bands.radial(side, cut=CUT) if bands is None else bands
@@ -206,20 +206,15 @@ def _activations(
 
     scheduler = prepared(model, run.settings)
     wanted = [name for some in names for name in some]
-    handles = [model.instrumentation.attach(name, Observer(keep)) for name in wanted]
-    try:
-        with torch.set_grad_enabled(graph), model.hooks(edits_at(run.history, step)):
-            t = scheduler.timesteps[step]
-            answer = model(*model_inputs(model, x, t, run.labels, run.settings.guidance))
-            output = guided(answer.to(x.dtype), model, run.settings)
-            if not learns_variance(scheduler):
-                output = means(model, output)
-            following = advance(
-                scheduler, output, t, x, seeds_at(run.history, step), step, run.settings.eta
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        torch.set_grad_enabled(graph),
+        model.hooks(edits_at(run.history, step)),
+        model.observing(wanted, keep),
+    ):
+        output = model_output(model, x, step, run.labels, run.settings, scheduler)
+        following = advance(
+            scheduler, output, x, seeds_at(run.history, step), step, run.settings.eta
+        )
     return [seen[name] for name in wanted], following
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..sampling.run import Run, prepared
+from ..sampling.loop import prepared
+from ..sampling.run import Run
 from .patch import Patch
 
 

@@ -24,9 +24,11 @@ from torch import Tensor
 from ..errors import InvalidValue
 from ..hooks.cache import ActivationCache
 from ..hooks.points import HookFunction, HookPoint
-from ..sampling.guidance import guided, means, model_inputs, n_passes
-from ..sampling.run import Edits, Run, advance, edits_at, prepared
+from ..sampling.guidance import guided, model_inputs, n_passes
+from ..sampling.loop import advance, prepared
+from ..sampling.run import Run
 from ..sampling.schedulers import learns_variance
+from ..sampling.settings import Edits, edits_at
 from .patch import Planned
 
 SOURCE = "the source's output"
@@ -250,8 +252,8 @@ class Lanes:
         return Lane(self._step(scheduler, job.output, job.parent.x, step), scheduler, job.patches)
 
     def _step(self, scheduler: Any, output: Tensor, x: Tensor, step: int) -> Tensor:
-        t = scheduler.timesteps[step]
-        return advance(scheduler, output, t, x, self.target.seeds_at(step), step, self.settings.eta)
+        seeds, eta = self.target.seeds_at(step), self.settings.eta
+        return advance(scheduler, output, x, seeds, step, eta)
 
     # The model.
 
@@ -286,8 +288,7 @@ class Lanes:
         )
 
     def _guided(self, output: Tensor, x: Tensor) -> Tensor:
-        output = guided(output.to(x.dtype), self.model, self.settings)
-        return output if self.learns else means(self.model, output)
+        return guided(output.to(x.dtype), self.model, self.settings, self.learns)
 
 
 def _layer(job: Job) -> int:

@@ -26,7 +26,9 @@ from ..errors import InvalidValue
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
-from ..sampling.run import Run, advance, check_step, denoise, edits_at, prepared
+from ..sampling.loop import denoise
+from ..sampling.run import Run
+from ..sampling.settings import check_step, edits_at
 from .sweep import Patch, sweep
 
 Point = tuple[str, int]
@@ -81,20 +83,10 @@ def path_patch(
     for step in steps:
         check_step(step, target.settings.steps)
     between = [_name(point) for point in all_points[first + 1 : last]]
-    scheduler, x = prepared(model, target.settings), target.latents[steps[0] if len(steps) else -1]
     begin = steps[0] if len(steps) else target.settings.steps
     for run in (source, target):
-        run._check_alone(begin)
-    for step in range(begin):  # only for the memory of multistep schedulers
-        advance(
-            scheduler,
-            target.outputs[step],
-            target.timesteps[step],
-            target.latents[step],
-            target.seeds_at(step),
-            step,
-            target.settings.eta,
-        )
+        run.require_released(begin)
+    scheduler, x = target.scheduler_at(begin), target.latents[begin]
     for step in range(begin, target.settings.steps):
         edits: list[Any] = []
         if step in steps:

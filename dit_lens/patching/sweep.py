@@ -290,7 +290,7 @@ def _check(source: Run, target: Run, patches: Sequence[Patch], batch: int) -> No
         raise InvalidValue(
             f"batch={batch!r} is no number of images to run at once; expected 1 or more."
         )
-    target._check_weights()
+    target.require_same_weights()
 
 
 def _waves(planned: Sequence[Planned]) -> list[list[int]]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..families.base import Condition
 from ..model.hooked import HookedDiT
-
-if TYPE_CHECKING:
-    from .run import Settings
+from .settings import Settings
 
 
 def model_inputs(
@@ -41,22 +37,22 @@ def n_passes(model: HookedDiT, guidance: float) -> int:
     return 1 if guidance == 1 or model.cfg.distilled_guidance else 2
 
 
-def means(model: HookedDiT, output: Tensor) -> Tensor:
-    """A model's output without the variance that some predict in a second half of the channels."""
-    return output[:, : model.cfg.in_channels] if model.cfg.learned_sigma else output
+def guided(answer: Tensor, model: HookedDiT, settings: Settings, keep_variance: bool) -> Tensor:
+    """What the scheduler is given: the model's answer, mixed by classifier-free guidance.
 
+    null + guidance (cond - null) on the guided channels, cond on the others (Ho & Salimans 2022,
+    arXiv 2207.12598, equation 6).
 
-def guided(output: Tensor, model: HookedDiT, settings: Settings) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null) on the guided
-    channels, cond on the others.
+    Args:
+        answer: the model's, [batch, ...], or [cond | null] with guidance.
+        model: whose answer it is.
+        settings: the run's.
+        keep_variance: whether a predicted variance is kept, for schedulers that read it.
     """
-    if n_passes(model, settings.guidance) == 1:
-        return output
-    cond, null = output.chunk(2)
-    last = (
-        (model.cfg.in_channels if model.cfg.learned_sigma else None)
-        if settings.guided_channels == "all"
-        else 3
-    )
-    mixed = model.family.guided(cond[:, :last], null[:, :last], settings.guidance)
-    return mixed if last is None else torch.cat([mixed, cond[:, last:]], 1)
+    if n_passes(model, settings.guidance) == 2:
+        cond, null = answer.chunk(2)
+        means_only = model.cfg.in_channels if model.cfg.learned_sigma else None
+        last = means_only if settings.guided_channels == "all" else 3
+        mixed = model.family.guided(cond[:, :last], null[:, :last], settings.guidance)
+        answer = mixed if last is None else torch.cat([mixed, cond[:, last:]], 1)
+    return answer if keep_variance else model.without_variance(answer)

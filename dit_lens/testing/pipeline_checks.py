@@ -91,17 +91,17 @@ def branches_are_right(case: InPipeline) -> None:
     """site.branch says of every item whether it was asked for with the prompt or without"""
     with trace(case.pipe) as plain:
         case.run(False)
-    asked = [_asked(plain.calls[0], i) for i in range(2)]
-    assert plain.calls[0].branch == ("cond", "cond"), (
-        f"without guidance the branches are {plain.calls[0].branch}"
+    asked = [_asked(plain.record.calls[0], i) for i in range(2)]
+    assert plain.record.calls[0].branch == ("cond", "cond"), (
+        f"without guidance the branches are {plain.record.calls[0].branch}"
     )
     with trace(case.pipe) as t:
         case.run(True)
-    for calls in t.calls_at:
+    for calls in t.record.calls_at:
         words = [
-            (word, _asked(t.calls[c], i))
+            (word, _asked(t.record.calls[c], i))
             for c in calls
-            for i, word in enumerate(t.calls[c].branch or ())
+            for i, word in enumerate(t.record.calls[c].branch or ())
         ]
         distilled = case.model.cfg.distilled_guidance and len(words) == 2
         assert [w for w, _ in words].count("cond") == 2 and (distilled or len(words) == 4), (
@@ -144,7 +144,9 @@ def sampler_agrees(case: InPipeline) -> None:
     asked = call["prompt"] if "prompt" in call else call["class_labels"]
     n = len(asked)
     model = HookedDiT(case.pipe, size=_size_of(case.model, t.latents[0]))
-    guidance = float(t.calls[0].inputs["guidance"][0]) if model.cfg.distilled_guidance else 1.0
+    guidance = (
+        float(t.record.calls[0].inputs["guidance"][0]) if model.cfg.distilled_guidance else 1.0
+    )
     try:
         run = sample(
             model,

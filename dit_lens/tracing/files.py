@@ -1,7 +1,7 @@
-"""Traces on disk and as xarray.
+"""Records on disk.
 
 The file is one safetensors file: the inputs of every call, the recorded activations, and JSON
-metadata (model class, sizes, fingerprint of the weights, scheduler). Together with the model it can
+metadata (sizes, names, fingerprint of the weights, scheduler). Together with the model it can
 recompute every name, like the trace it came from.
 """
 
@@ -10,61 +10,46 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import InvalidState, InvalidValue, MissingFile
-from ..families.base import Axes, Condition, Config
-from ..hooks.names import NamesFilter, layer_of, select, site_of
+from ..errors import InvalidValue, MissingFile
+from ..families.base import Condition, Config
+from ..hooks.passes import PassContext
 from ..model.call import Call
-from .probe import Site
-from .recompute import rows_of
+from .record import Record
 
-if TYPE_CHECKING:
-    import xarray as xr
-
-    from ..hooks.edits import Steps
-    from .trace import Trace
-
-FORMAT = "dit_lens.trace/2"
+FORMAT = "dit_lens.trace/3"
+OF_CALL = ("inputs", "x", "t", "labels", "branch", "place", "grid", "condition")
+OF_CONTEXT = ("span", "stream", "labels", "twin")
 
 
-@dataclasses.dataclass
-class SavedModel:
-    """What is known of a trace's model when only the file is at hand."""
-
-    names: list[str]
-    sites: dict[str, Axes]
-    cfg: Config
-    scheduler: Any = None
-
-
-def save(trace: Trace, path: str | Path) -> Path:
-    """Write the trace; see `Trace.save`."""
+def save(record: Record, path: str | Path) -> Path:
+    """Write a record; see `Trace.save`."""
     path = Path(path)
-    if trace._open:
-        raise InvalidState("The trace is still open; save it after the `with` block.")
     tensors: dict[str, torch.Tensor] = {}
     written: dict[int, str] = {}
-    described = [_packed(call, f"call/{c}", tensors, written) for c, call in enumerate(trace.calls)]
-    for name, record in trace.records.items():
-        tensors |= {f"record/{c}/{name}": value for c, value in record.items()}
-    scheduler = trace.model.scheduler
+    calls = [_packed(c, f"call/{i}", tensors, written) for i, c in enumerate(record.calls)]
+    for name, activations in record.activations.items():
+        tensors |= {f"record/{c}/{name}": value for c, value in activations.items()}
+    edited = {name for call in record.calls for name, _ in call.edits}
+    edited |= {f"blocks.{i}.attn.hook_z" for call in record.calls for i in call.context.couplings}
+    scheduler = record.scheduler
     meta = {
         "format": FORMAT,
-        "cfg": dataclasses.asdict(trace.model.cfg),
-        "sites": trace.model.sites,
-        "recorded_names": trace.recorded_names,
-        "weights": trace.weights,
-        "calls": described,
-        "calls_at": trace.calls_at,
-        "edits": sorted({name for c in trace.calls for name, _ in c.edits} | set(trace.lost_edits)),
-        "scheduler": None
-        if scheduler is None
-        else {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
+        "cfg": dataclasses.asdict(record.cfg),
+        "sites": record.sites,
+        "names": record.names,
+        "weights": record.weights,
+        "calls": calls,
+        "calls_at": record.calls_at,
+        "edits": sorted(edited | set(record.lost_edits)),
+        "scheduler": scheduler
+        and {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -75,18 +60,13 @@ def save(trace: Trace, path: str | Path) -> Path:
     return path
 
 
-def load_trace(path: str | Path, model: Any = None) -> Trace:
-    """Read a trace back.
+def load(path: str | Path) -> Record:
+    """Read a record back.
 
-    With `model` (the one it came from) everything can be recomputed; without, what was recorded can
-    be read.
-
-    Raises FileNotFoundError; ValueError for a file that is no trace, or a model of other sizes.
-    Weights that differ are an error when something has to be recomputed.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is no trace.
     """
-    from ..model.hooked import HookedDiT
-    from .trace import Trace
-
     path = Path(path)
     if not path.exists():
         raise MissingFile(
@@ -97,7 +77,8 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
             meta = json.loads((file.metadata() or {}).get("dit_lens", "{}"))
             # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on
             # unaligned memory
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            keys = list(file.keys())
+            tensors = {key: file.get_tensor(key).clone() for key in keys}
     except (SafetensorError, OSError, ValueError) as error:
         raise InvalidValue(
             f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by "
@@ -108,100 +89,43 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
             f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found "
             f"{meta.get('format')!r}."
         )
+    return _record(meta, tensors)
+
+
+def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
     sizes: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in meta["cfg"].items()
     }
-    cfg = Config(**sizes)
-    sites = {n: tuple(a) for n, a in meta["sites"].items()}
-    if model is None:
-        owner: Any = SavedModel(list(sites), sites, cfg, _scheduler(meta["scheduler"]))
-    else:
-        owner = model if isinstance(model, HookedDiT) else HookedDiT(model)
-        if owner.cfg != cfg:
-            raise InvalidValue(
-                f"{str(path)!r} was traced on another model, {cfg}; got {owner.cfg}."
-            )
-    trace = Trace(owner)
-    trace.recorded_names, trace.lost_edits = meta["recorded_names"], meta["edits"]
-    trace.weights = tuple(meta["weights"])
-    trace._before = meta["weights"][0]
-    trace.records = {name: {} for name in trace.recorded_names}
+    record = Record(
+        sites={name: tuple(axes) for name, axes in meta["sites"].items()},
+        cfg=Config(**sizes),
+        scheduler=_scheduler(meta["scheduler"]),
+        names=meta["names"],
+        calls=[_unpacked(how, tensors) for how in meta["calls"]],
+        calls_at=meta["calls_at"],
+        activations={name: {} for name in meta["names"]},
+        weights=tuple(meta["weights"]),
+        lost_edits=meta["edits"],
+    )
     for key, value in tensors.items():
-        kind, step, name = key.split("/", 2)
+        kind, call, name = key.split("/", 2)
         if kind == "record":
-            trace.records[name][int(step)] = value
-    trace.calls = [_unpacked(how, tensors) for how in meta["calls"]]
-    trace.calls_at = meta["calls_at"]
-    # of these the recorded steps are what reading gives, as in the original
-    if trace.recorded_names:
-        recorded = trace.records[trace.recorded_names[0]]
-        kept = [s for s, calls in enumerate(trace.calls_at) if recorded.keys() & set(calls)]
-        trace.recorded_steps, trace.wanted_steps = kept, set(kept).__contains__
-    return trace
-
-
-def to_xarray(trace: Trace, names: NamesFilter = None, steps: Steps = None) -> xr.Dataset:
-    """One variable a site, [layer, step, batch, ...], with coordinates layer, step, timestep,
-    log_snr, label, branch, twin.
-    """
-    import xarray as xr
-
-    chosen = trace.recorded_names if names is None else select(names, trace.names)
-    if not chosen:
-        raise InvalidValue(
-            "No names were recorded; say which to recompute: t.to_xarray('resid_post')."
-        )
-    read = trace.read(chosen, steps)
-    at = sorted(next(iter(read.values())))
-    by_site: dict[str, list[str]] = {}
-    for name in chosen:
-        by_site.setdefault(site_of(name), []).append(name)
-    variables = {}
-    for site, members in by_site.items():
-        value = torch.stack([torch.stack([read[name][s] for s in at]) for name in members])
-        array = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-        axes = ("step", *trace.model.sites[members[0]])
-        layers = [layer_of(name) for name in members]
-        if layers[0] is None:
-            variables[site] = xr.DataArray(array[0], dims=axes)
-        else:
-            variables[site] = xr.DataArray(array, dims=("layer", *axes), coords={"layer": layers})
-    calls = [trace.calls[c] for c in rows_of(trace, at[0], None)]
-    timesteps = [float(trace.timesteps[s]) for s in at]
-    sites = [Site("", at[0], (), call, trace.model.cfg.null_class) for call in calls]
-    coords: dict[str, Any] = {
-        "step": at,
-        "timestep": ("step", timesteps),
-        "branch": ("batch", [word for site in sites for word in site.branch]),
-        "twin": ("batch", [word for site in sites for word in site.twin]),
-    }
-    known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
-    if len(known) == len(calls):
-        coords["label"] = ("batch", torch.cat(known).tolist())
-    family = getattr(trace.model, "family", None)
-    # whose time may be in other units
-    if trace.model.scheduler is not None and not (family and family.read_only):
-        from ..sampling.schedulers import log_snr
-
-        coords["log_snr"] = (
-            "step",
-            log_snr(trace.model.scheduler, torch.tensor(timesteps)).tolist(),
-        )
-    return xr.Dataset(variables, coords=coords)
+            record.activations[name][int(call)] = value
+    if record.names:  # of these the recorded steps are what reading gives, as in the original
+        recorded = record.activations[record.names[0]]
+        kept = [s for s, calls in enumerate(record.calls_at) if recorded.keys() & set(calls)]
+        record.steps, record.wanted = kept, set(kept).__contains__
+    return record
 
 
 def _scheduler(saved: dict[str, Any] | None) -> Any:
-    import diffusers
-
-    return (
-        None if saved is None else getattr(diffusers, saved["class"]).from_config(saved["config"])
-    )
+    return saved and getattr(diffusers, saved["class"]).from_config(saved["config"])
 
 
 def _packed(
     call: Call, key: str, tensors: dict[str, torch.Tensor], written: dict[int, str]
 ) -> dict[str, Any]:
-    """A call as JSON with its tensors put beside under names; a tensor that several calls share is
+    """A call as JSON, with its tensors put beside under names; a tensor that several calls share is
     written once.
     """
 
@@ -217,8 +141,14 @@ def _packed(
             return {type(value).__name__: [pack(v, f"{at}/{i}") for i, v in enumerate(value)]}
         return {"value": value}
 
-    parts = {name: pack(getattr(call, name), f"{key}/{name}") for name in PACKED}
-    return parts | {"autocast": str(call.autocast).removeprefix("torch."), "grad": call.grad}
+    return {
+        "call": {name: pack(getattr(call, name), f"{key}/{name}") for name in OF_CALL},
+        "context": {
+            name: pack(getattr(call.context, name), f"{key}/context/{name}") for name in OF_CONTEXT
+        },
+        "autocast": None if call.autocast is None else str(call.autocast).removeprefix("torch."),
+        "grad": call.grad,
+    }
 
 
 def _unpacked(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Call:
@@ -232,23 +162,8 @@ def _unpacked(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Call:
             return (list if kind == "list" else tuple)(unpack(v) for v in inside)
         return inside
 
-    parts = {name: unpack(how[name]) for name in PACKED}
-    parts["condition"] = Condition(parts["condition"])
-    parts["condition"].labels = parts["labels"]
-    autocast = None if how["autocast"] == "None" else getattr(torch, how["autocast"])
-    return Call(**parts, grad=how["grad"], autocast=autocast)
-
-
-PACKED = (
-    "inputs",
-    "x",
-    "t",
-    "labels",
-    "span",
-    "stream",
-    "twin",
-    "branch",
-    "place",
-    "grid",
-    "condition",
-)
+    parts = {name: unpack(how["call"][name]) for name in OF_CALL}
+    parts["condition"] = Condition.numbered(parts["condition"], parts["labels"])
+    context = PassContext(**{name: unpack(how["context"][name]) for name in OF_CONTEXT})
+    autocast = how["autocast"] and getattr(torch, how["autocast"])
+    return Call(**parts, context=context, grad=how["grad"], autocast=autocast)

@@ -3,47 +3,60 @@
 A DiT's forward depends on nothing but its inputs, so a trace keeps those, a few KB a step, together
 with the edits that were in force. Any activation at any step is recomputed when it is read, by one
 forward that stops at the layer asked for, and is bit for bit what recording would have given.
-Recording (`names=`) is for when many reads follow. What would make a recomputation wrong - weights
-that changed since - is an error.
+Recording (`names=`) is for when many reads follow. What would make a recomputation wrong, such as
+weights that changed since, is an error.
 
-Each call of the transformer is one step, counted from 0; with guidance a step's batch is [cond |
-uncond], as the pipeline made it.
+Each call of the transformer is one step, counted from 0; with guidance a step's batch is
+[cond | uncond], as the pipeline made it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidState, InvalidType, InvalidValue
+from ..families.base import Axes, Config
 from ..hooks.edits import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
-from ..hooks.points import Editor, HookFunction, HookPoint, Observer
+from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
 from ..model.call import Call, Copies
 from ..model.fingerprint import fingerprint
-from ..model.hooked import HookedDiT, transformer_of
-from ..model.instrumentation import Handle, Instrumentation
-from .probe import Probe, Site
+from ..model.hooked import HookedDiT
+from ..model.instrumentation import Instrumentation
+from . import files
+from .dataset import to_dataset
 from .recompute import read
+from .record import Record
+from .site import Observing, Site
 
 
 class Trace:
-    """What `dit_lens.trace` gives; open it with `with`, read it during the run or after.
+    """A run under observation, as `dit_lens.trace` gives it; open it with `with`, read it during
+    the run or after.
 
-    `t[name]` and `t["resid_post", 5]` are [step, batch, ...]; `t.stack("resid_post")` is [layer,
-    step, batch, ...].
+        with dit_lens.trace(pipe) as t:
+            t.edit("blocks.5.hook_attn_out", lambda a, hook: 0 * a, steps=range(10))
+            pipe(class_labels=[207], num_inference_steps=50)
+        t["resid_post", 5]                     # [step, batch, token, d_model]
+        t.stack("resid_post", steps=[0, 49])   # [layer, step, batch, token, d_model]
+        t.get(["q", "k"], branch="cond")       # several names in one pass
+
+    Before the run: `edit`, `patch` and `ablate` say what is changed, at which steps and where. After
+    it: `t[name]`, `get`, `stack`, `to_xarray` read, `save` writes. A trace watches one run.
 
     Attributes:
-        steps: the steps seen so far.
-        timesteps: their diffusion timesteps.
-        names: every hook name.
+        model: the `HookedDiT`; None for a trace that was loaded without its model.
         probes: the probes that watch.
+        record: what was kept, as data.
     """
 
     def __init__(
@@ -51,149 +64,135 @@ class Trace:
         model: HookedDiT,
         names: NamesFilter = None,
         steps: Steps = None,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        probes: Sequence[Probe] = (),
+        probes: Sequence[Observing] = (),
     ) -> None:
-        self.model, self.device, self.dtype, self.probes = model, device, dtype, list(probes)
-        self.names = model.names
-        self.recorded_names = [] if names is None else select(names, model.names)
-        self.recorded_steps, self.wanted_steps = steps, step_test(steps)
-        self.calls: list[Call] = []
-        # each step's calls: one, or one for each branch of guidance
-        self.calls_at: list[list[int]] = []
-        # by call
-        self.records: dict[str, dict[int, Tensor]] = {name: {} for name in self.recorded_names}
-        self._copies = Copies()
-        self.weights: tuple[str, str] | None = None  # fingerprints on entering and on leaving
-        self._open, self._current = False, 0
-        self._handles: list[Handle] = []
-        self._waiting: list[tuple[str, Editor]] = []
-        self._edit_steps: list[tuple[str, Steps]] = []
-        # of a loaded trace: where functions acted that a file can't hold
-        self.lost_edits: list[str] = []
-        for probe in self.probes:
-            if not isinstance(probe, Probe):
+        for probe in probes:
+            if isinstance(probe, type) or not isinstance(probe, Observing):
                 raise InvalidType(
                     f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
                     "probes=[SpectralSplit()]."
                 )
+        self.model: HookedDiT | None = model
+        self.probes = list(probes)
+        recorded = [] if names is None else select(names, model.names)
+        self.record = Record(
+            sites=model.sites,
+            cfg=model.cfg,
+            scheduler=None if model.family.read_only else model.scheduler,
+            names=recorded,
+            steps=steps,
+            wanted=step_test(steps),
+            device=device,
+            dtype=dtype,
+            activations={name: {} for name in recorded},
+        )
+        self._recorder = _Recorder(self.record)
+        self._undo: ExitStack | None = None  # while the trace is open
+        self._waiting: list[tuple[str, Listener]] = []
+        self._edit_steps: list[tuple[str, Steps]] = []
+
+    @classmethod
+    def of_record(cls, record: Record, model: HookedDiT | None) -> Trace:
+        """A closed trace of a record that was made elsewhere."""
+        trace = cls.__new__(cls)
+        trace.model, trace.record, trace.probes = model, record, []
+        trace._recorder, trace._undo = _Recorder(record), None
+        trace._waiting, trace._edit_steps = [], []
+        return trace
 
     # Opening and closing.
 
     def __enter__(self) -> Trace:
-        if self._open or self.calls:
+        if self._undo is not None or self.record.calls:
             raise InvalidState(
                 "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) "
                 "again."
             )
-        self.model._require_eval()
-        # a pipeline or bare transformer is opened for the length of the block only
-        if not self.model.instrumentation.installed:
-            self.model.instrumentation, made = Instrumentation.of(self.model.transformer)
-            self.model.instrumentation.temporary |= made
-        self._before = fingerprint(self.model.transformer)
-        self._open = True
-        try:
-            self.model.instrumentation.watch(self)
-            for name, editor in self._waiting:
-                self._attach(name, editor)
-            for name in self.recorded_names:
-                self._attach(name, Observer(self._record))
+        model = self._traced_model()
+        model.require_eval()
+        with ExitStack() as undo:
+            # A pipeline or bare transformer is opened for the length of the block only.
+            if not model.instrumentation.installed:
+                model.instrumentation = Instrumentation.of(model.transformer)
+            model.instrumentation.retain()
+            undo.callback(model.instrumentation.let_go)
+
+            # Watch every call, then let editors, recorders and probes listen, in this order.
+            self.record.weights = (fingerprint(model.transformer), None)
+            model.instrumentation.watch(self._recorder)
+            undo.callback(self._forget_call, model.instrumentation)
+            for name, listener in self._waiting:
+                self._attach(name, listener, undo)
+            for name in self.record.names:
+                self._attach(name, Observer(self._recorder.keep), undo)
             for probe in self.probes:
-                probe.start(self.model)
+                probe.start(model)
                 for name in select(probe.names, self.names):
-                    self._attach(name, Observer(_observation(probe, self)))
-        except BaseException:
-            self.__exit__()
-            raise
+                    self._attach(name, Observer(self._recorder.showing(probe)), undo)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.model.instrumentation.unwatch(self)
-        self._open = False
-        self._copies = Copies()  # lets go of the caller's tensors
-        self.weights = (self._before, fingerprint(self.model.transformer))
-        instrumentation = self.model.instrumentation
-        # the last of the traces that share it
-        if (
-            instrumentation.temporary
-            and not instrumentation.watchers
-            and not instrumentation.listening
-        ):
-            instrumentation.remove()
-
+        model, undo = self._traced_model(), self._undo
+        self._undo = None
+        if undo is not None:
+            undo.close()
+        self.record.weights = (self.record.weights[0], fingerprint(model.transformer))
         for name, steps in self._edit_steps:
-            if self.calls and not any(map(step_test(steps), self.steps)):
+            if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
                     f"The edit at {name!r} for steps={steps!r} never acted: the run had "
-                    f"{len(self.calls_at)} steps.",
+                    f"{len(self.steps)} steps.",
                     stacklevel=2,
                 )
 
-    def _attach(self, name: str, listener: Any) -> None:
-        self._handles.append(self.model.instrumentation.attach(name, listener))
+    def _attach(self, name: str, listener: Listener, undo: ExitStack) -> None:
+        undo.callback(self._traced_model().instrumentation.attach(name, listener).remove)
 
-    # Told by the instrumentation.
+    def _forget_call(self, instrumentation: Instrumentation) -> None:
+        instrumentation.unwatch(self._recorder)
+        self._recorder.forget()
 
-    def begin(self, call: Call) -> None:
-        """A call is a step, unless its pipeline says that it is another branch of the step before."""
-        same = call.place is not None and bool(self.calls) and self.calls[-1].place == call.place
-        self._current = len(self.calls_at) - same
-        self._call = call
-
-    def end(self, call: Call, finished: bool) -> None:
-        if not finished:  # a forward that failed is no step
-            for record in self.records.values():
-                record.pop(len(self.calls), None)
-            return
-        if self._current == len(self.calls_at):
-            self.calls_at.append([])
-        self.calls_at[-1].append(len(self.calls))
-        self.calls.append(call.kept(self._copies))
-
-    def _record(self, value: Tensor, point: HookPoint) -> None:
-        if self.wanted_steps(self._current):
-            self.records[point.name][len(self.calls)] = self._keep(value)
-
-    def _keep(self, value: Tensor) -> Tensor:
-        value = value.detach()
-        return (
-            value
-            if self.device is None and self.dtype is None
-            else value.to(self.device or value.device, self.dtype)
-        )
-
-    def site(self, name: str) -> Site:
-        """Where the call under way is, for a probe."""
-        return Site(name, self._current, self._call.grid, self._call, self.model.cfg.null_class)
+    def _traced_model(self) -> HookedDiT:
+        if self.model is None:
+            raise InvalidState(
+                "This trace was loaded without its model; load it with load_trace(path, model)."
+            )
+        return self.model
 
     # Interventions.
 
     def edit(
         self, name: NamesFilter, fn: HookFunction, steps: Steps = None, **region: Any
     ) -> Trace:
-        """Apply `fn(activation, hook)` at every hook point that `name` chooses, at these steps,
-        inside this region.
+        """Apply `fn(activation, hook)` at hook points; `hook.step` is the step.
 
-        `hook.step` is the step. Region: `items`, `heads`, `tokens`, `band=(bands, b)`; see
-        `dit_lens.hooks.regions.Region`. Chains: `t.edit(...).ablate(...)`. Raises UnknownName, or
-        ValueError for an axis that the hook point does not have.
+        Chains: `t.edit(...).ablate(...)`.
+
+        Args:
+            name: which hook points.
+            fn: gets a copy of the activation and returns what goes on in its place, or None.
+            steps: at which steps: an int, a slice, a range or a collection; None is all.
+            **region: which part: `items`, `heads`, `tokens`, `band=(bands, b)`.
+
+        Raises:
+            UnknownName: if nothing matches.
+            ValueError: for an axis that the hook point does not have.
         """
+        model = self._traced_model()
         chosen, part, active = select(name, self.names), Region(**region), step_test(steps)
         for each in chosen:
-            part.check(each, self.model.sites[each])
+            part.check(each, model.sites[each])
         self._edit_steps.append((chosen[0], steps))
+        recorder = self._recorder
         for each in chosen:
             editor = Editor(
-                within(fn, part, self.model.sites[each]),
-                lambda: (active(self._current), self._current),
+                within(fn, part, model.sites[each]), lambda: (active(recorder.step), recorder.step)
             )
-            if self._open:
-                self._attach(each, editor)
+            if self._undo is not None:
+                self._attach(each, editor, self._undo)
             else:
                 self._waiting.append((each, editor))
         return self
@@ -205,21 +204,29 @@ class Trace:
         steps: Steps = None,
         **region: Any,
     ) -> Trace:
-        """Put other activations in place: of another trace at the same step, a tensor, or what a
-        callable returns.
+        """Put other activations in place.
 
-        A tensor has the activation's shape, or one more axis in front, for the steps. Raises
-        ValueError for traces of other models or shapes.
+        Args:
+            name: which hook points.
+            source: another trace, whose activations at the same step are taken; a tensor of the
+                activation's shape, or with one more axis in front, for the steps; or a function
+                fn(activation, hook).
+            steps: at which steps.
+            **region: which part, as for `edit`.
+
+        Raises:
+            UnknownName: if nothing matches.
+            ValueError: for a trace of another model, or another shape.
+            TypeError: for a source of another kind.
         """
         if isinstance(source, Trace):
-            mine, theirs = self.model.cfg, source.model.cfg
+            mine, theirs = self.record.cfg, source.record.cfg
             if mine != theirs:
                 raise InvalidValue(
                     f"The source trace is of another model: {theirs}; expected {mine}."
                 )
-            return self.edit(
-                name, patch_from_steps(source.read(select(name, self.names))), steps, **region
-            )
+            taken = source.read(select(name, self.names))
+            return self.edit(name, patch_from_steps(taken), steps, **region)
         if isinstance(source, Tensor):
             return self.edit(name, patch_from_tensor(source), steps, **region)
         if not callable(source):
@@ -236,7 +243,18 @@ class Trace:
         steps: Steps = None,
         **region: Any,
     ) -> Trace:
-        """Knock out: with zeros, the mean over the batch, or the next item's activation (resample)."""
+        """Knock activations out.
+
+        Args:
+            name: which hook points.
+            mode: "zero"; "mean" over the batch; "resample", the next item's activation.
+            steps: at which steps.
+            **region: which part, as for `edit`.
+
+        Raises:
+            UnknownName: if nothing matches.
+            ValueError: for an unknown mode.
+        """
         return self.edit(name, ablation(mode), steps, **region)
 
     # Reading.
@@ -251,125 +269,232 @@ class Trace:
         """Several names at once, [step, batch, ...] each; what was not recorded shares one pass for
         each step.
 
-        `branch`: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the extra
-        pass of skip-layer guidance.
+        Args:
+            names: which hook points.
+            steps: which steps; by default those that were recorded.
+            branch: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the
+                extra pass of skip-layer guidance.
         """
-        read = self.read(select(names, self.names), steps, branch)
-        return {name: _stacked(name, at) for name, at in read.items()}
+        found = self.read(select(names, self.names), steps, branch)
+        return {name: _stacked(name, at) for name, at in found.items()}
 
     def stack(self, site: str, steps: Steps = None) -> Tensor:
-        """One site of every layer, [layer, step, batch, ...]."""
+        """One site of every layer, [layer, step, batch, ...].
+
+        Args:
+            site: a hook point without its layer, such as "resid_post".
+            steps: which steps; by default those that were recorded.
+        """
         chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
-        read = self.read(chosen, steps)
-        return torch.stack([_stacked(name, read[name]) for name in chosen])
+        found = self.read(chosen, steps)
+        return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
         self, names: Sequence[str], steps: Steps = None, branch: str | None = None
     ) -> dict[str, dict[int, Tensor]]:
-        """`{name: {step: activation}}` of full names: as recorded where all of it was, recomputed
-        otherwise.
-        """
-        return read(self, names, steps, branch)
+        """`{name: {step: activation}}`: as recorded where all of it was, recomputed otherwise.
 
-    def _check_weights(self) -> None:
-        now = fingerprint(self.model.transformer)
-        if now != self._before or (self.weights is not None and self.weights[1] != self._before):
-            raise InvalidState(
-                "The model's weights have changed since this trace began, so what was not recorded "
-                "can't be recomputed; "
-                "trace again, with names= for what you will read."
-            )
+        Args:
+            names: full hook names.
+            steps: which steps; by default those that were recorded.
+            branch: only the items of one branch of guidance.
+        """
+        return read(self.record, self.model, names, steps, branch)
+
+    @property
+    def names(self) -> list[str]:
+        """Every hook name, in forward order."""
+        return list(self.record.sites)
+
+    @property
+    def sites(self) -> dict[str, Axes]:
+        """Every hook name with the names of its axes."""
+        return self.record.sites
+
+    @property
+    def cfg(self) -> Config:
+        """The model's sizes."""
+        return self.record.cfg
+
+    @property
+    def recorded_names(self) -> list[str]:
+        """The names that are recorded as they happen."""
+        return self.record.names
 
     @property
     def steps(self) -> range:
-        return range(len(self.calls_at))
+        """The steps seen so far."""
+        return range(len(self.record.calls_at))
 
     @property
     def timesteps(self) -> Tensor:
         """The diffusion timestep of each step, [step]."""
-        return (
-            torch.stack([self.calls[c[0]].t[0] for c in self.calls_at])
-            if self.calls
-            else torch.zeros(0)
-        )
+        return self.record.timesteps
 
     @property
     def latents(self) -> Tensor:
         """What went into the model, x_t, [step, batch, *latent_shape]."""
-        return torch.stack([self.calls[c[0]].x for c in self.calls_at])
+        return torch.stack([self.record.calls[calls[0]].x for calls in self.record.calls_at])
 
     # Elsewhere.
 
-    def to_xarray(self, names: NamesFilter = None, steps: Steps = None) -> Any:
-        """An `xarray.Dataset` with named axes and coordinates; by default what was recorded.
+    def to_xarray(self, names: NamesFilter = None, steps: Steps = None) -> xr.Dataset:
+        """An `xarray.Dataset` with named axes: one variable a site, [layer, step, batch, ...].
 
-        See `dit_lens.tracing.files`.
+        The coordinates are layer, step, timestep, log_snr, label, branch and twin.
+
+        Args:
+            names: which hook points; by default those that were recorded.
+            steps: which steps; by default those that were recorded.
+
+        Raises:
+            ValueError: if nothing was recorded and no names are given.
         """
-        from .files import to_xarray
-
-        return to_xarray(self, names, steps)
+        chosen = self.record.names if names is None else select(names, self.names)
+        if not chosen:
+            raise InvalidValue(
+                "No names were recorded; say which to recompute: t.to_xarray('resid_post')."
+            )
+        return to_dataset(self.record, self.read(chosen, steps))
 
     def save(self, path: str | Path) -> Path:
-        """Write inputs, records and what is needed to recompute into one safetensors file."""
-        from .files import save
+        """Write inputs, records and what is needed to recompute into one safetensors file.
 
-        return save(self, path)
+        Args:
+            path: the file; its folder is made.
+
+        Returns:
+            The path.
+
+        Raises:
+            RuntimeError: while the trace is open.
+        """
+        if self._undo is not None:
+            raise InvalidState("The trace is still open; save it after the `with` block.")
+        return files.save(self.record, path)
 
     def __repr__(self) -> str:
-        tensors = {id(v): v for r in self.records.values() for v in r.values()}
-        tensors |= {id(v): v for c in self.calls for v in _tensors(c.inputs)}
+        record = self.record
+        tensors = {id(v): v for at in record.activations.values() for v in at.values()}
+        tensors |= {id(v): v for call in record.calls for v in _tensors(call.inputs)}
         kept = sum(v.numel() * v.element_size() for v in tensors.values())
-        state = "open" if self._open else "closed"
-        return f"Trace({len(self.calls_at)} steps, {len(self.recorded_names)} names recorded, {kept / 1e6:.1f} MB kept, {state})"
+        state = "closed" if self._undo is None else "open"
+        return (
+            f"Trace({len(self.steps)} steps, {len(record.names)} names recorded, "
+            f"{kept / 1e6:.1f} MB kept, {state})"
+        )
+
+
+class _Recorder:
+    """Watches the calls of an open trace: counts its steps, keeps inputs and activations."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.step = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop references to the caller's tensors."""
+        self.call: Call | None = None
+        self.copies = Copies()
+
+    def begin(self, call: Call) -> None:
+        """A call is a step, unless its pipeline says that it is another branch of the step before."""
+        calls = self.record.calls
+        same = call.place is not None and bool(calls) and calls[-1].place == call.place
+        self.step = len(self.record.calls_at) - same
+        self.call = call
+
+    def end(self, call: Call, finished: bool) -> None:
+        """Keep the call; one that failed is no step."""
+        record = self.record
+        if not finished:
+            for activations in record.activations.values():
+                activations.pop(len(record.calls), None)
+            return
+        if self.step == len(record.calls_at):
+            record.calls_at.append([])
+        record.calls_at[-1].append(len(record.calls))
+        record.calls.append(call.kept(self.copies))
+
+    def keep(self, value: Tensor, point: HookPoint) -> None:
+        """Record an activation."""
+        if self.record.wanted(self.step):
+            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(value)
+
+    def showing(self, probe: Observing) -> Callable[[Tensor, HookPoint], None]:
+        """An observer that shows a probe what it sees, and where."""
+
+        def show(value: Tensor, point: HookPoint) -> None:
+            call = self.call
+            assert call is not None
+            site = Site(point.name, self.step, call.grid, call, self.record.cfg.null_class)
+            probe.observe(value.detach(), site)
+
+        return show
 
 
 def trace(
     model_or_pipe: Any,
     names: NamesFilter = None,
     steps: Steps = None,
-    device: Any = None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    probes: Sequence[Probe] = (),
+    probes: Sequence[Observing] = (),
 ) -> Trace:
     """Watch everything that calls the transformer inside a `with` block.
 
         with dit_lens.trace(pipe) as t:
             pipe(class_labels=[207], num_inference_steps=50)
-        t["resid_post", 5]                                     # [step, batch, token, d_model]
+        t["resid_post", 5]                     # [step, batch, token, d_model]
 
     Args:
         model_or_pipe: a `HookedDiT`, a pipeline or a transformer; the last two are opened for the
             length of the block only.
         names: what to record as it happens; None records nothing and recomputes what is read.
         steps: which steps to record: an int, a slice, a range or a collection; None is all.
-        device, dtype: where and how to keep records, for example "cpu" and torch.float16.
+        device: where to keep records, such as "cpu"; None is where they are.
+        dtype: as what to keep records, such as torch.float16; None is as they are.
         probes: `Probe` instances that observe.
 
-    Raises UnknownName, TypeError (not a DiT), RuntimeError (train mode, in use by another thread).
+    Raises:
+        UnknownName: if `names` matches nothing.
+        TypeError: if it is no DiT, or a probe is none.
+        RuntimeError: in train mode, or in use by another thread.
     """
     if isinstance(model_or_pipe, HookedDiT):
         return Trace(model_or_pipe, names, steps, device, dtype, probes)
-    instrumentation, made = Instrumentation.of(transformer_of(model_or_pipe))
-    temporary = made or instrumentation.temporary
     model = HookedDiT(model_or_pipe)
-    instrumentation.temporary = temporary
     try:
-        model._require_eval()
+        model.require_eval()
         return Trace(model, names, steps, device, dtype, probes)
     finally:
-        if made:  # until the `with` block
-            instrumentation.remove()
+        model.instrumentation.let_go()  # until the `with` block
 
 
-def load_trace(path: str | Path, model: Any = None) -> Any:
-    """A saved trace; see `dit_lens.tracing.files.load_trace`."""
-    from .files import load_trace as load
+def load_trace(path: str | Path, model: Any = None) -> Trace:
+    """Read a saved trace.
 
-    return load(path, model)
+    With the model everything can be recomputed; without, what was recorded can be read. Weights
+    that differ are an error when something has to be recomputed.
 
+    Args:
+        path: a file written by `Trace.save`.
+        model: the model that it came from, hooked or not.
 
-def _observation(probe: Probe, trace: Trace) -> Callable[[Tensor, HookPoint], None]:
-    return lambda value, point: probe.observe(value.detach(), trace.site(point.name))
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is no trace, or a model of other sizes.
+    """
+    record = files.load(path)
+    if model is None:
+        return Trace.of_record(record, None)
+    owner = HookedDiT.of(model)
+    if owner.cfg != record.cfg:
+        raise InvalidValue(
+            f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
+        )
+    return Trace.of_record(record, owner)
 
 
 def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
@@ -377,8 +502,8 @@ def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
     if len(shapes) > 1:
         raise InvalidValue(
             f"{name!r} has different shapes at different steps "
-            f"({', '.join(map(str, sorted(shapes)))}); "
-            "read one step at a time: t.get(name, steps=3)."
+            f"({', '.join(map(str, sorted(shapes)))}); read one step at a time: "
+            "t.get(name, steps=3)."
         )
     return torch.stack([at[s] for s in sorted(at)])
 

@@ -63,12 +63,9 @@ def coupled(
     ) -> Tensor:
         return coupled_attention(own, q, k, v, g, form, passes, mask, kernel)
 
-    before = model.instrumentation.couplings
-    try:
-        model.instrumentation.couplings = before | {layer: coupling_of for layer in chosen if g}
+    mine = {layer: coupling_of for layer in chosen if g}
+    with model.instrumentation.under(couplings={**model.instrumentation.couplings, **mine}):
         yield
-    finally:
-        model.instrumentation.couplings = before
 
 
 def check_coupling(g: float, form: str) -> None:

@@ -1,21 +1,16 @@
 """Twins: two trajectories tied together and then released, the instrument for *when* a model
 decides.
 
-- `tie="noise"` (the clones of Biroli et al. 2024, arXiv 2402.18491): one trajectory until
-  `release`, then each twin draws noise of its own. They need a stochastic sampler: what they agree
-  on at the end was decided by x_t at the release.
-- `tie="attention"` (arXiv 2603.20987): the twins start at z+- = sqrt(1 - eps²) z +- eps xi, attend
-  to each other with strength g (see `dit_lens.twinning.coupling`) until `release`, and run alone
-  from there.
-
-The batch is [A | B]; with guidance [A | B | A null | B null].
+The batch is [A | B]; with guidance [A | B | A null | B null]. How they are tied says
+`dit_lens.twinning.ties`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -27,12 +22,14 @@ from ..model.conditions import Labels
 from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import n_passes
-from ..sampling.noise import START, noise
-from ..sampling.run import Change, Run, Settings, check_settings, denoise, is_stochastic, prepared
-from ..sampling.schedulers import ETA, default_name
+from ..sampling.loop import denoise, is_stochastic, prepared
+from ..sampling.run import Run
+from ..sampling.schedulers import default_name
+from ..sampling.settings import Change, Progress, Settings, check_settings
 from ..tracing.probe import Probe
 from ..tracing.trace import trace
-from .coupling import CouplingForm, check_coupling, coupled
+from .coupling import CouplingForm
+from .ties import Tie, make_tie
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,12 @@ class Twins:
     tie: str
     g: float
 
-    @property
+    @cached_property
     def a(self) -> Run:
         """Twin A of every pair."""
         return self.run.select(slice(0, self.pairs))
 
-    @property
+    @cached_property
     def b(self) -> Run:
         """Twin B of every pair."""
         return self.run.select(slice(self.pairs, None))
@@ -81,7 +78,7 @@ def twins(
     eta: float | None = None,
     seed: int = 0,
     probes: Sequence[Probe] = (),
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Twins:
     """Run pairs of twins, under observation if there are probes.
 
@@ -89,58 +86,67 @@ def twins(
         result.a.images, result.b.images
 
     Args:
+        model: a `HookedDiT`, or what it wraps.
         pairs: number of pairs, run as one batch.
         labels: one a pair; by default the classes, or prompts, in turn.
-        tie: "noise" or "attention"; see the module.
-        g, form, layers: the coupling, of the attention tie only.
+        tie: "noise" (clones) or "attention"; see `dit_lens.twinning.ties`.
+        g: strength of the coupling, of the attention tie only.
+        form: of the coupling, "mix" or "joint".
+        layers: which layers are coupled; None is all.
         eps: how far apart the attention tie starts its twins, 0 to 1.
-        release: the first step without the tie, 0 to steps; `steps` never releases.
+        release: the first step without the tie, 0 to `steps`; `steps` never releases.
+        steps: denoising steps.
+        guidance: classifier-free guidance; 1 is none.
+        scheduler: as for `dit_lens.sample`.
         eta: stochasticity of DDIM, or of Euler on a flow; by default 1 with the noise tie, 0 with
             the attention tie.
-        seed: decides all noise. Raises ValueError, one sentence, for what is out of range and for
-            twins that can't part.
+        seed: decides all noise.
+        probes: `Probe` instances that observe the run.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        ValueError: for what is out of range, and for twins that can't part.
+        RuntimeError: in train mode.
+
+    >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, steps=4, release=2)
+    >>> bool((pair.a.latents[2] == pair.b.latents[2]).all())
+    True
     """
-    model = model if isinstance(model, HookedDiT) else HookedDiT(model)
-    model._require_eval()
-    if tie not in ("noise", "attention"):
-        raise InvalidValue(f"tie={tie!r} is unknown; expected 'noise' or 'attention'.")
+    # What is asked for fits the model, and the twins can part.
+    model = HookedDiT.of(model)
+    model.require_eval()
     scheduler = scheduler or default_name(model.scheduler)
-    if eta is None:  # DDIM and Euler on a flow are the samplers that have to be told to draw noise
-        asked = scheduler in ("ddim", "euler-flow") or type(scheduler).__name__ in ETA
-        eta = 1.0 if tie == "noise" and asked else 0.0
+    held = make_tie(tie, g, form, layers, eps)
+    eta = held.eta(scheduler) if eta is None else eta
     settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
     check_settings(settings)
-    check_coupling(g, form)
-    _check(model, settings, pairs, tie, g, eps, release)
-    y = model.conditions.numbers(
-        [i % model.conditions.n for i in range(pairs)] if labels is None else labels, model.device
-    )
+    _check(model, settings, pairs, held, release)
+    chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
+    y = model.conditions.numbers(chosen, model.device)
     if len(y) != pairs:
         raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
-    own, other = twin_seeds(seed, pairs)
-    plan = prepared(model, settings)
-    shape = model.cfg.latent_shape
-    z = noise(own, START, shape, model.device)
-    x, both = torch.cat([z, z]), torch.cat([y, y])
-    if tie == "attention":
-        xi = noise(other, START, shape, model.device)
-        x = torch.cat([(1 - eps**2) ** 0.5 * z + sign * eps * xi for sign in (1, -1)])
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    weights = fingerprint(model.transformer)
-    halves = n_passes(model, settings.guidance)
 
+    # Where they start, and where their noise comes from.
+    own, other = twin_seeds(seed, pairs)
+    x, both = held.start(model, own, other), torch.cat([y, y])
     history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
+    weights = fingerprint(model.transformer)
+
+    # Tied to the release, alone from there on.
+    plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def go(first: int, last: int) -> None:
         start = seen[-1][2] if seen else x
         for each in denoise(model, start, both, history, settings, plan, first, last):
             seen.append(each)
             if progress is not None:
-                progress(len(seen) - 1)
+                progress(len(seen), steps)
 
+    names = (("A",) * pairs + ("B",) * pairs) * passes
     watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
-    with watch, _named(model, (("A",) * pairs + ("B",) * pairs) * halves):
-        with coupled(model, g if tie == "attention" else 0.0, form, layers, halves):
+    with watch, model.instrumentation.under(twin=names):
+        with held.holding(model, passes):
             go(0, release)
         go(release, steps)
     x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
@@ -154,9 +160,9 @@ def twins(
         x0,
         outputs,
         weights,
-        tied_until=release if g else 0,
+        tied_until=release if held.g else 0,
     )
-    return Twins(run, pairs, release, tie, g)
+    return Twins(run, pairs, release, held.name, held.g)
 
 
 def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
@@ -172,18 +178,7 @@ def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:
     return words[:pairs].tolist(), words[pairs:].tolist()
 
 
-@contextlib.contextmanager
-def _named(model: HookedDiT, names: tuple[str, ...]) -> Iterator[None]:
-    model.instrumentation.twin = names
-    try:
-        yield
-    finally:
-        model.instrumentation.twin = None
-
-
-def _check(
-    model: HookedDiT, settings: Settings, pairs: int, tie: str, g: float, eps: float, release: int
-) -> None:
+def _check(model: HookedDiT, settings: Settings, pairs: int, tie: Tie, release: int) -> None:
     if not isinstance(pairs, int) or pairs < 1:
         raise InvalidValue(f"pairs={pairs!r} is no number of pairs; expected 1 or more.")
     if not 0 <= release <= settings.steps:
@@ -191,23 +186,16 @@ def _check(
             f"release={release} is outside the run; expected a step from 0 to {settings.steps} "
             "(never)."
         )
-    if not 0 <= eps <= 1:
-        raise InvalidValue(
-            f"eps={eps} is out of range; expected 0 (equal starts) to 1 (opposite ones)."
-        )
-    if tie == "noise" and g:
-        raise InvalidValue(
-            f"g={g} is a coupling through attention; use tie='attention', or g=0 with tie='noise'."
-        )
     draws = is_stochastic(model, settings)
-    if not (draws and release < settings.steps) and (tie == "noise" or eps == 0):
-        if release == settings.steps and draws:
-            raise InvalidValue(
-                f"The twins can't part: they are never released (release={release} of "
-                f"{settings.steps} steps)."
-            )
+    if not tie.starts_equal or (draws and release < settings.steps):
+        return
+    if draws:
         raise InvalidValue(
-            f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} "
-            "draws no noise and they start equal; "
-            "use eta=1, scheduler='ddpm', or tie='attention' with eps > 0."
+            f"The twins can't part: they are never released (release={release} of "
+            f"{settings.steps} steps)."
         )
+    raise InvalidValue(
+        f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} draws "
+        "no noise and they start equal; use eta=1, scheduler='ddpm', or tie='attention' with "
+        "eps > 0."
+    )

@@ -31,7 +31,8 @@ from torch import Tensor
 
 import dit_lens
 from dit_lens.patching.sweep import Patch, grid, sweep, tiles
-from dit_lens.sampling.run import Run, advance, prepared
+from dit_lens.sampling.loop import advance, prepared
+from dit_lens.sampling.run import Run
 
 SITES = {
     "attn_out": "attn1",
@@ -54,7 +55,7 @@ def denoised(run: Run, forward: Callable[[int, Tensor, Tensor], Tensor]) -> Tens
     for step in range(run.settings.steps):
         t = scheduler.timesteps[step]
         output = forward(step, x, t.expand(len(x)))
-        x = advance(scheduler, output, t, x, run.seeds_at(step), step, run.settings.eta)
+        x = advance(scheduler, output, x, run.seeds_at(step), step, run.settings.eta)
     return x
 
 

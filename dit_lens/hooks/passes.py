@@ -1,0 +1,37 @@
+"""The state of one pass: what a forward is run under, besides its inputs and the edits in force.
+
+It belongs to whoever runs the pass, and not to the model: a `contextvars` value, so that another
+thread or asyncio task that runs the same model sees its own, and a recomputation can put it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Coupling = Callable[..., Tensor]
+"""What replaces a layer's attention output: fn(own, q, k, v, mask, kernel) -> output."""
+
+Span = tuple[int | None, int | None]
+"""Which blocks run: from the first to before the second; None is the model's own end."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass is run under; what a recomputation restores.
+
+    Attributes:
+        span: the part of the blocks that is run.
+        stream: the residual stream [batch, token, d_model] that is put in at the start of the span.
+        couplings: what acts inside the attention of each layer.
+        labels: the numbers [batch] of the conditions that the model is called with, if known.
+        twin: which twin each item is.
+    """
+
+    span: Span = (None, None)
+    stream: Tensor | None = field(default=None, repr=False)
+    couplings: Mapping[int, Coupling] = field(default_factory=dict)
+    labels: Tensor | None = None
+    twin: tuple[str, ...] | None = None

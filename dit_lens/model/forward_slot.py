@@ -1,0 +1,74 @@
+"""Where a module's own forward lies, and putting another one in its place.
+
+diffusers' hooks and accelerate's both sit on `module.forward` and call what was there before. So
+that they stay in force, ours goes to the bottom of the pile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..errors import InvalidState
+
+Slot = tuple[dict[str, Any], str]
+"""A dictionary and the key in it that holds a forward."""
+
+
+def places(module: nn.Module) -> Iterator[Slot]:
+    """Where a module's own forward may lie: at the bottom of diffusers' hooks, under accelerate's,
+    or on the instance.
+    """
+    registry = module.__dict__.get("_diffusers_hook")
+    for ref in registry._fn_refs if registry is not None else ():
+        for slot in ("original_forward", "forward"):
+            if ref.__dict__[slot] is not None:
+                yield ref.__dict__, slot
+                break
+    if hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__:
+        yield module.__dict__, "_old_forward"
+    yield module.__dict__, "forward"
+
+
+def slot(module: nn.Module) -> Slot:
+    """The place where the module's own forward lies now."""
+    return next(places(module))
+
+
+def held(module: nn.Module, forward: Any) -> Slot:
+    """The place where `forward` lies now.
+
+    Raises:
+        RuntimeError: if somebody has replaced it.
+    """
+    for holder, key in places(module):
+        if holder.get(key) is forward:
+            return holder, key
+    theirs = module.__dict__.get("forward")
+    raise InvalidState(
+        f"The forward of {type(module).__name__} was replaced by {theirs!r} after dit_lens; "
+        "undo that first, then call remove() again."
+    )
+
+
+def put_back(module: nn.Module, place: Slot, original: Any) -> None:
+    """Give a module its own forward back."""
+    holder, key = place
+    if holder is module.__dict__ and key == "forward":
+        del holder[key]
+    else:  # accelerate or a diffusers hook sits on the module's forward and calls what is here
+        holder[key] = original or type(module).forward.__get__(module)
+
+
+def refuse_replaced(module: nn.Module) -> None:
+    """Raise RuntimeError where another tool has put a forward of its own on the instance."""
+    holder, key = slot(module)
+    found = holder.get(key)
+    on_instance = holder is module.__dict__ and key == "forward"
+    if found is not None and on_instance and getattr(found, "__self__", None) is not module:
+        raise InvalidState(
+            f"The forward of {type(module).__name__} was already replaced on the instance by "
+            f"{found!r}; undo that first (or wrap the model before it)."
+        )

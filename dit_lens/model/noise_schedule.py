@@ -1,0 +1,80 @@
+"""What a scheduler's timesteps stand for: noise levels, log SNR, and x0 from a model's output.
+
+Variance-preserving schedules have x_t = sqrt(abar) x0 + sqrt(1 - abar) eps; flow matching has
+x_t = (1 - sigma) x0 + sigma eps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidValue
+
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+"""The schedulers that honour `clip_sample`."""
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the scheduler is of flow matching and not variance preserving."""
+    config = scheduler.config
+    return (
+        not hasattr(scheduler, "alphas_cumprod")
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of x0 and of eps in x_t at timesteps [...], each [...], float64."""
+    t = torch.as_tensor(t).cpu()
+    if is_flow(scheduler):
+        sigma = t.double() / scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+    abar = scheduler.alphas_cumprod.cpu().double()[t.long()]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def log_snr(scheduler: Any, t: Tensor) -> Tensor:
+    """log(signal² / noise²) at timesteps [...]; for variance-preserving schedules log(abar / (1 -
+    abar)).
+
+    Where there is no signal at all, as at a flow's first step, it is given as half a training
+    timestep later: curves need a number.
+    """
+    signal, noise = signal_and_noise(scheduler, t)
+    signal = signal.clamp_min(0.5 / scheduler.config.num_train_timesteps)
+    return 2 * (signal.log() - noise.log())
+
+
+def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
+    """The clean image that a model output [batch, ...] at x_t and timesteps [batch] stands for, by
+    the scheduler's prediction type.
+
+    epsilon and v_prediction: Ho et al. 2020 eq. 15, Salimans & Ho 2022 appendix D; flow: output =
+    eps - x0. Clipped if the scheduler clips. Raises ValueError for an unknown prediction type.
+    """
+    signal, noise = (
+        f.to(x).view(-1, *[1] * (x.ndim - 1))
+        for f in signal_and_noise(scheduler, torch.as_tensor(t).reshape(-1))
+    )
+    kind = "flow" if is_flow(scheduler) else scheduler.config.prediction_type
+    if kind == "flow":
+        x0 = x - noise * output
+    elif kind == "epsilon":
+        x0 = (x - noise * output) / signal
+    elif kind == "v_prediction":
+        x0 = signal * x - noise * output
+    elif kind == "sample":
+        x0 = output
+    else:
+        raise InvalidValue(
+            f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', "
+            "'sample' or flow matching."
+        )
+    if type(scheduler).__name__ in CLIPPING and scheduler.config.clip_sample:
+        bound = scheduler.config.clip_sample_range
+        x0 = x0.clamp(-bound, bound)
+    return x0

@@ -1,0 +1,63 @@
+"""Activations of a record as an `xarray.Dataset` with named axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from ..hooks.names import layer_of, site_of
+from ..model.noise_schedule import log_snr
+from .recompute import rows_of
+from .record import Record
+
+
+def to_dataset(record: Record, read: Mapping[str, Mapping[int, Tensor]]) -> xr.Dataset:
+    """One variable a site, [layer, step, batch, ...], with the coordinates layer, step, timestep,
+    log_snr, label, branch and twin.
+
+    Args:
+        record: of the trace.
+        read: `{name: {step: activation}}`, as `recompute.read` gives it.
+    """
+    at = sorted(next(iter(read.values())))
+    by_site: dict[str, list[str]] = {}
+    for name in read:
+        by_site.setdefault(site_of(name), []).append(name)
+    variables = {site: _variable(record, members, read, at) for site, members in by_site.items()}
+    return xr.Dataset(variables, coords=_coordinates(record, at))
+
+
+def _variable(
+    record: Record, names: list[str], read: Mapping[str, Mapping[int, Tensor]], at: list[int]
+) -> xr.DataArray:
+    """One site, of every layer that was read."""
+    value = torch.stack([torch.stack([read[name][s] for s in at]) for name in names])
+    array = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    axes = ("step", *record.sites[names[0]])
+    layers = [layer_of(name) for name in names]
+    if layers[0] is None:
+        return xr.DataArray(array[0], dims=axes)
+    return xr.DataArray(array, dims=("layer", *axes), coords={"layer": layers})
+
+
+def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
+    calls = [record.calls[c] for c in rows_of(record, at[0], None)]
+    timesteps = [float(record.timesteps[s]) for s in at]
+    branch = [word for call in calls for word in call.branch_words(record.cfg.null_class)]
+    twin = [word for call in calls for word in call.context.twin or ("",) * len(call.x)]
+    coords: dict[str, Any] = {
+        "step": at,
+        "timestep": ("step", timesteps),
+        "branch": ("batch", branch),
+        "twin": ("batch", twin),
+    }
+    known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
+    if len(known) == len(calls):
+        coords["label"] = ("batch", torch.cat(known).tolist())
+    if record.scheduler is not None:
+        coords["log_snr"] = ("step", log_snr(record.scheduler, torch.tensor(timesteps)).tolist())
+    return coords
