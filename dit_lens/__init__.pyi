@@ -22,7 +22,7 @@ from .model.loading import load as load
 from .sampling.run import Run as Run
 from .sampling.run import sample as sample
 from .tracing.probe import Probe as Probe
-from .tracing.probe import Site as Site
+from .tracing.site import Site as Site
 from .tracing.trace import Trace as Trace
 from .tracing.trace import load_trace as load_trace
 from .tracing.trace import trace as trace

@@ -360,9 +360,7 @@ def _apart(a: Any, b: Any) -> float:
 
 def _hooks(model: HookedDiT) -> int:
     """What hangs on the model: dit_lens's listeners and torch's own hooks."""
-    hooks = 0
-    for module in model.transformer.modules():
-        # torch has no public way to count them
-        hooks += len(module._forward_hooks)  # noqa: SLF001
-        hooks += len(module._forward_pre_hooks)  # noqa: SLF001
-    return model.instrumentation.listening + hooks
+    modules = model.transformer.modules()
+    return model.instrumentation.listening + sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules
+    )
