@@ -568,6 +568,7 @@ def test_importing_the_bridge_does_not_import_transformer_lens():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_the_page_runs(capsys):
     page = Path(__file__).parent.parent / "docs" / "transformer-lens-bridge.md"
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):

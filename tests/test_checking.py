@@ -245,6 +245,7 @@ class TooSure(OnePass):
     width = 0.01
 
 
+@pytest.mark.slow
 def test_commitment_and_gap():
     rows = {row.name: row for row in check(OnePass)}
     assert all(row.ok for row in rows.values()), rows
@@ -254,6 +255,7 @@ def test_commitment_and_gap():
     assert rows["gap_interval in step"].measured in ("2 of 3", "3 of 3")
 
 
+@pytest.mark.slow
 def test_a_shifted_commitment_and_an_interval_too_narrow_are_caught(monkeypatch):
     monkeypatch.setattr(known_answers, "ITEMS", 64)
     assert {"gap_interval in step", "gap_interval in log_snr"} <= set(failed(TooSure))
@@ -290,6 +292,7 @@ class OnsetLate(Onset):
     late = 1
 
 
+@pytest.mark.slow
 def test_onset():
     rows = check(Onset)
     assert all(row.ok for row in rows), rows
@@ -328,6 +331,7 @@ class HookedWrong(Hooked):
     wrong = 1
 
 
+@pytest.mark.slow
 def test_a_probe_can_say_what_it_should_be_and_is_told_when_nothing_compares(quick):
     rows = check(Hooked)
     assert all(row.ok for row in rows) and [row.name for row in rows][-2:] == [
@@ -346,6 +350,7 @@ class NoBands(LayerLens):
         super().__init__()
 
 
+@pytest.mark.slow
 def test_what_is_not_compared_says_why(quick):
     notes = {row.name: row.note for row in check(NoBands) + check(TwinDivergence)}
     assert notes["agreement: not compared"].startswith(

@@ -37,6 +37,7 @@ def test_hooks_reads_no_weights(folder, capsys):
     assert "27 hook points" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hooks_of_a_hub_id(folder, tmp_path):
     """From the hub's cache, as it lies on disk after a download."""
     stored = tmp_path / "models--someone--something"

@@ -22,7 +22,12 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
+SLOW = ("dit_lens.testing.family_contract", "dit_lens.testing.probe_checks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MODULES]
+)
 def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
@@ -45,6 +50,7 @@ def test_the_readme_runs(capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_code_in_causes_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "causes.md").read_text(), re.S)
     exec(compile(code, "docs/causes.md", "exec"), {})

@@ -78,6 +78,7 @@ def test_bad_input():
             gap.measure(model, **{"pairs": 16, "steps": 8} | kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "cut"), [("dct", 0.05), ("pooling", 0.1), ("eigen", 0.25)])
 def test_other_bands_find_the_same_gap(kind, cut):
     """The token mean is the lowest mode of the DCT and of the pyramid, and the leading eigenmode of
@@ -94,6 +95,7 @@ def test_other_bands_find_the_same_gap(kind, cut):
     assert (result.cut_gap.values > 0).all()  # wherever the cut is made, the mean is below it
 
 
+@pytest.mark.slow
 def test_every_reading_of_the_finished_twins():
     """On x_t, the predicted x0, the image and a feature of it; clones beside one pass; the
     spectrum, and the gap against the cut.

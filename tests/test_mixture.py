@@ -322,6 +322,7 @@ def test_clones_of_gaussians_agree_as_e1_says() -> None:
     assert 0.7 < np.mean([row.z**2 for row in rows]) ** 0.5 < 1.3
 
 
+@pytest.mark.slow
 def test_deterministic_runs_keep_the_ratio_of_e2() -> None:
     coarse, fine = list(deterministic_runs(50)), list(deterministic_runs(200))
     assert len(fine) == 36 and all(abs(row.z) < 1 for row in coarse + fine)
