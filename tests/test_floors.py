@@ -186,4 +186,4 @@ CIRCLES_FOR_NOW = {
     ("dit_lens.tracing.files", "dit_lens.tracing.trace"),
     ("dit_lens.tracing.recompute", "dit_lens.tracing.trace"),
 }
-UNTOLD_FOR_NOW = {"dit_lens.families", "dit_lens.groundtruth", "dit_lens.probes"}
+UNTOLD_FOR_NOW = {"dit_lens.families", "dit_lens.probes"}

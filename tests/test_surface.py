@@ -191,7 +191,6 @@ UNDOCUMENTED_FOR_NOW = {
     "dit_lens.to_nnsight",
     "dit_lens.trace",
     "dit_lens.twins",
-    "dit_lens.groundtruth",
     "dit_lens.patching",
     "dit_lens.probes.LayerLens",
     "dit_lens.probes.SpectralSplit",
