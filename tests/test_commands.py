@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
@@ -258,6 +259,15 @@ def test_probe_command(folder, tmp_path, capsys):
         == 0
     )
     assert out.exists() and "energy" in capsys.readouterr().out
+
+
+def test_a_probe_that_runs_by_itself(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["probe", "dit_lens.probes:TwinPatching", str(folder), "--items", "4"]
+    assert main([*command, "--steps", "5"]) == 0
+    assert capsys.readouterr().out.endswith("stored in TwinPatching.nc\n")
+    with xr.open_dataset(tmp_path / "TwinPatching.nc", engine="scipy") as stored:
+        assert stored.sizes["layer"] == 3 and stored.attrs["release"] == 0
 
 
 def test_loading(folder, tmp_path):

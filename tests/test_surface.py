@@ -38,6 +38,11 @@ def test_every_public_name_is_there_after_a_plain_import(space):
         assert int(python(code)) > 1
 
 
+def test_every_built_in_probe_is_a_command():
+    entries = re.findall(r'^(\w+) = "dit_lens.probes', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert sorted(entries) == sorted(dit_lens.probes.__all__)
+
+
 def test_submodules_do_not_take_the_place_of_public_names():
     """`import dit_lens.x` binds the module to `dit_lens.x`, whatever that was before."""
     folders = {module.name for module in pkgutil.iter_modules(dit_lens.__path__)}

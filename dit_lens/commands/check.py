@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from .common import console
+from .common import add_probe, console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """PROBE."""
-    parser.add_argument(
-        "probe", help="an installed probe, path/to/file.py:ClassName or package.module:ClassName"
-    )
+    add_probe(parser, "probe")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -95,6 +95,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_probe(parser: argparse.ArgumentParser, name: str) -> None:
+    """The argument that says which probe.
+
+    Args:
+        parser: of the subcommand.
+        name: of the argument.
+    """
+    parser.add_argument(
+        name, help="an installed probe, path/to/file.py:ClassName or package.module:ClassName"
+    )
+
+
 def add_size(parser: argparse.ArgumentParser) -> None:
     """The option `--size`."""
     parser.add_argument(
