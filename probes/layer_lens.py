@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Run, Site, trace
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.measures.commitment import agreement
+from dit_lens.measures.agreement import agreement
 
 
 class LayerLens(Probe):

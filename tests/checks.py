@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import test_causes
 import test_commitment
+import test_knock_outs
 import test_layer_profile
 import test_mixture
 import test_onset
@@ -26,9 +26,41 @@ DOCS = Path(__file__).parent.parent / "docs" / "checks.md"
 HEAD = ["| check | case | wanted | measured | |", "|---|---|---|---|---|"]
 TITLE = """# Checks against exact answers
 
-`make checks` prints these tables and stores them here; the same functions run, shorter, in the tests. Behind a share stands its 95 %
-interval (Wilson). "Wanted" was set before measuring; the last column says whether the measured value is inside. How a crossing of half
-is found and what departure counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted here.
+`make checks` prints these tables and stores them here; the same functions run, shorter, in the
+tests. Behind a share stands its 95 % interval (Wilson). "Wanted" was set before measuring; the last
+column says whether the measured value is inside. How a crossing of half is found and what departure
+counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted
+here.
+
+## Exact answers
+
+abar is the cumulative signal of a variance-preserving schedule (x_t = sqrt(abar) x0 + sqrt(1 -
+abar) noise), and SNR = abar / (1 - abar). The models are in `dit_lens.groundtruth`.
+
+- **E1, clones of Gaussian data.** Mode k of the data has variance lambda_k, the denoiser is exact,
+  the sampler stochastic, and twins are released at abar. Then the finished twins' correlation in
+  mode k is r_k = lambda_k abar / (1 - abar + lambda_k abar), a logistic in log SNR, and 1/2 at abar
+  = 1/(1 + lambda_k). A band of several modes has sum lambda_k r_k / sum lambda_k. So a falling
+  spectrum has a positive gap, a white one none, a rising one a negative gap.
+- **E2, deterministic samplers.** On the same data twins that start apart and share no noise differ
+  by |d_k(t)| / |d_k(0)| = sqrt(Gamma_k(t) / lambda_k), Gamma_k = 1 + (lambda_k - 1) abar the
+  variance of x_t in mode k and d_k(0) the finished difference. Divided by that standard deviation
+  the difference is constant: a gap found in it is an error of the tool.
+- **E3, two-scale mixtures.** Each band of the data is +m or -m, with a spread sigma. The chance
+  that clones released at abar end on the same side is 1/2 of the integral of (G+² + G-²) / (G+ +
+  G-), where G+ and G- are normal densities around +m sqrt(abar) and -m sqrt(abar) with variance
+  Gamma = 1 - abar + sigma² abar. It is 0.7752 where m sqrt(abar) = sqrt(Gamma).
+- **E4, planted layers.** In chosen layers attention is uniform (queries and keys are 0) and there
+  is no MLP, so that a layer of gain a multiplies the token mean of the twins' difference by 1 + rho
+  a, rho = (1 - g)/(1 + g); all other layers leave it alone. With a = 0.3 in five layers the product
+  is 3.71293 at g = 0, 1.61051 at g = 1/2 and 1 at g = 1. The layers are planted early, in the
+  middle and late: a tool that always answers "the last layers" is wrong.
+- **E5, null models.** Random weights, and a trained model with its layers shuffled.
+- **E6, a known cause.** The exact denoiser of Gaussian data with two bands is eps = c_low P_low x +
+  c_high P_high x, c_b = sqrt(1 - abar) / (lambda_b abar + 1 - abar). With P_low the token mean, one
+  layer of uniform attention, gated by time, supplies all of c_low - c_high. The gap is then E1's
+  and that layer its only cause: without it the gap is 0. Several layers can share the work, and
+  decoys show the difference and cause nothing.
 """
 
 
@@ -177,7 +209,7 @@ def causes(scale: float) -> Iterator[Row]:
     """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the
     difference and cause nothing.
     """
-    found = list(test_causes.random_causes(max(4, round(200 * scale))))
+    found = list(test_knock_outs.random_causes(max(4, round(200 * scale))))
     n, right = len(found), sum(named == truth for truth, _, named in found)
     blamed, decoys = (
         sum(len(named & decoys) for _, decoys, named in found),

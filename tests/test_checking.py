@@ -7,7 +7,8 @@ import xarray as xr
 
 from dit_lens import Bands, Probe
 from dit_lens.commands import main
-from dit_lens.measures.commitment import Agreement, agreement, fit_commitment
+from dit_lens.measures.agreement import Agreement, agreement
+from dit_lens.measures.commitment import fit_commitment
 from dit_lens.model.noise_schedule import log_snr, predict_x0
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
 from dit_lens.testing import check_probe as check

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import dit_lens
 from dit_lens.commands import main
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
-from dit_lens.experiments import gap
-from dit_lens.report import gap as gap_report
+from dit_lens.experiments import measure_gap
+from dit_lens.report.stored import read
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_what_was_asked_for_is_what_is_run(monkeypatch, folder):
         asked.update(options)
         raise InvalidValue("enough")
 
-    monkeypatch.setattr("dit_lens.experiments.knock_outs.knock_outs", knock_outs)
+    monkeypatch.setattr("dit_lens.experiments.knock_outs", knock_outs)
     for argv, pairs, steps in [
         ([], 24, 25),
         (["--quick"], 16, 12),
@@ -218,13 +218,13 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     # layers, bands
     assert "stream low" in shown and "│     2 │" in shown and shown.count("│") == 3 * 8 + 8 * 4
-    first = gap_report.read(out / "gap.nc")
+    _, first = read(out / "gap.nc")
     for name in ("layer_profile.png", "frequencies.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert main(["report", str(out)]) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
-    again = gap.measure(dit_lens.load(folder), pairs=16, steps=8, name=str(folder))
-    other = gap.measure(dit_lens.load(folder), pairs=16, steps=8, seed=1, name=str(folder))
+    again = measure_gap(dit_lens.load(folder), pairs=16, steps=8, name=str(folder))
+    other = measure_gap(dit_lens.load(folder), pairs=16, steps=8, seed=1, name=str(folder))
     for name in first.data_vars:
         assert np.array_equal(
             first[name].values, again[name].values, equal_nan=first[name].dtype.kind == "f"
@@ -234,10 +234,10 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
         ValueError,
         match="There are 8 pairs; intervals over pairs with class means removed need 16 or more",
     ):
-        gap.measure(dit_lens.load(folder), pairs=8)
+        measure_gap(dit_lens.load(folder), pairs=8)
     (tmp_path / "gap.nc").write_text("no")
     with pytest.raises(ValueError, match="is not a result of `dit-lens gap`"):
-        gap_report.read(tmp_path / "gap.nc")
+        read(tmp_path / "gap.nc")
 
 
 def test_probe_command(folder, tmp_path, capsys):
@@ -376,6 +376,7 @@ def test_patch_end_to_end(tmp_path, capsys):
         and "The gap (steps between the bands' parting): it collapses" in shown
     )
     assert "Profile and cause agree (twins differ in the stream: layer 1, a cause" in shown
-    assert {"gap.nc", "knob.nc", "knob.png", "knock_outs.nc", "patches.nc", "spectrum.png"} <= {
-        p.name for p in out.iterdir()
-    }
+    files = {"gap.nc", "coupling_sweep.nc", "coupling_sweep.png", "knock_outs.nc", "patches.nc"}
+    assert files <= {p.name for p in out.iterdir()}
+    assert main(["report", str(out)]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == shown

@@ -1,4 +1,5 @@
-"""Commitment against Gaussian twins drawn directly (E1): unbiased curves, and intervals that cover.
+"""Commitment against Gaussian twins drawn directly (E1 in docs/checks.md): unbiased curves, and
+intervals that cover.
 
 python tests/test_commitment.py 300 0      # the coverage table: repeats, seed
 """
@@ -9,16 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from dit_lens.measures.agreement import Agreement, agreement, curve
 from dit_lens.measures.bands import Bands
-from dit_lens.measures.commitment import (
-    Agreement,
-    agreement,
-    curve,
-    describe,
-    fit_commitment,
-    half_crossing,
-    resample,
-)
+from dit_lens.measures.bootstrap import draws, interval, resample
+from dit_lens.measures.commitment import fit_commitment
+from dit_lens.measures.crossing import half_crossing
+from dit_lens.measures.estimate import Estimate
 
 torch.set_num_threads(1)
 
@@ -158,8 +155,6 @@ def test_exact_logistic_is_recovered():
     squared = Agreement(np.sqrt(stats.xy), one, one)
     again = fit_commitment(squared, RELEASES, LOG_SNR, resamples=50, squared=True)
     np.testing.assert_allclose(again.commitment, out.commitment, atol=1e-6)
-    assert "Gap 1" in describe(out) or "Gap 2" in describe(out)
-    assert describe(out).startswith(f"Band low commits at step {steps[0]:.2f} [")
 
 
 def test_influence_gives_the_jackknife_error():
@@ -238,6 +233,36 @@ def test_half_crossing():
     many = np.random.default_rng(0).random((7, 3, 2, 20)).cumsum(-1)
     one = [half_crossing(c) for c in many.reshape(-1, 20)]
     np.testing.assert_array_equal(half_crossing(many).ravel(), one)
+
+
+def test_draws_have_the_sample_as_their_first_row():
+    counts = draws(9, 5, seed=2)
+    assert (counts[0] == 1).all() and (counts[1:] == resample(9, 5, seed=2)).all()
+    values = np.arange(401.0)[:, None] + [0, 10]
+    np.testing.assert_allclose(interval(values), [[10.975, 390.025], [20.975, 400.025]])
+    values[0] = 1e9  # the sample is none of its resamples
+    np.testing.assert_allclose(interval(values)[0], [10.975, 390.025])
+    values[3, 0] = np.nan
+    assert np.isfinite(interval(values)).all()
+    assert np.isnan(interval(values, skip_nan=False)).tolist() == [[True, True], [False, False]]
+    assert np.isnan(interval(np.full((9, 1), np.nan))).all()
+
+
+def test_an_estimate_is_written_one_way():
+    gap = Estimate.of(np.float64(3.14), np.array([2.06, 4.0]))
+    assert f"{gap:+.1f}" == "+3.1 [+2.1, +4.0]"
+    assert f"{gap:+.2f steps}" == "+3.14 steps [+2.06, +4.00]"
+    assert f"{Estimate(-0.36, -0.384, -0.335):.0%}" == "-36% [-38%, -34%]"
+    assert str(gap) == f"{gap}" == "3.14 [2.06, 4.00]"
+    assert f"{Estimate(np.nan, np.nan, 1):+.1f steps}" == "-"
+    assert f"{Estimate(1, np.nan, np.inf):+.1f}" == "+1.0 [-, -]"
+    assert [Estimate(0, *ends).sign for ends in ((1, 2), (-2, -1), (-1, 1), (0, 1))] == [
+        1,
+        -1,
+        0,
+        0,
+    ]
+    assert gap.known and not Estimate(1, np.nan, 2).known and Estimate(1, np.nan, np.nan).sign == 0
 
 
 def broken(**change):

@@ -13,7 +13,7 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.experiments.layer_profile import profiles
 from dit_lens.groundtruth import planted, random_planted, random_weights, shuffle_layers
-from dit_lens.measures.commitment import resample
+from dit_lens.measures.bootstrap import draws
 from dit_lens.probes import LayerLens, TwinDivergence
 
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ VIEWS = ("divergence", "lens", "ratio", "growth")
 
 
 class Named(NamedTuple):
-    """What was planted (None in a null model), and the onset that each reading names (None for
+    """What was planted (None in a null model), and the onset that each view names (None for
     none).
     """
 
@@ -30,7 +30,7 @@ class Named(NamedTuple):
 
 
 def named(model: HookedDiT, seed: int, cut: float, pairs: int, steps: int) -> dict[str, int | None]:
-    """The onset by every reading, as `dit-lens gap` finds it, at two thirds of the run."""
+    """The onset by every view, as `dit-lens gap` finds it, at two thirds of the run."""
     fine, split = (
         Bands.radial(model.cfg.grid, edges=[cut, 0.6]),
         Bands.radial(model.cfg.grid, cut=cut),
@@ -38,15 +38,19 @@ def named(model: HookedDiT, seed: int, cut: float, pairs: int, steps: int) -> di
     divergence, lens = TwinDivergence(fine), LayerLens(Bands.radial(model.cfg.pixels, cut=cut))
     labels = [i % min(model.cfg.n_classes, pairs // 2) for i in range(pairs)]
     pair = dit_lens.twins(model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens])
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, 300, seed)])
     _, onsets = profiles(
-        divergence.result(), lens.result(pair.run.latents[-1]), split, fine, counts, 2 * steps // 3
+        divergence.result(),
+        lens.result(pair.run.latents[-1]),
+        split,
+        fine,
+        draws(pairs, 300, seed),
+        2 * steps // 3,
     )
     return {view: None if isinstance(found, str) else found.layer for view, found in onsets.items()}
 
 
 def planted_models(models: int, pairs: int = 24, steps: int = 6) -> Iterator[Named]:
-    """Layers planted anywhere, of either sign, in either band, with noise on top (E4)."""
+    """Layers planted anywhere, of either sign, in either band, with noise on top."""
     for seed in range(models):
         truth = random_planted(seed)
         model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
@@ -56,7 +60,7 @@ def planted_models(models: int, pairs: int = 24, steps: int = 6) -> Iterator[Nam
 def null_models(
     models: int, kind: str = "random", pairs: int = 24, steps: int = 16, other_twins: int = 0
 ) -> Iterator[Named]:
-    """Random weights, or `digits` with its layers in another order (E5); `other_twins` is added to
+    """Random weights, or `digits` with its layers in another order; `other_twins` is added to
     the seed of the twins.
     """
     digits = dit_lens.load("digits")
@@ -119,8 +123,8 @@ def test_bands_are_merged_by_the_cut(band):
             )[0]
         )
     for name in ("log_ratio", "layer_gap", "difference_energy"):
-        np.testing.assert_allclose(got[0][name][1], got[1][name][1], rtol=1e-4)
-    growth = got[0]["log_ratio"][1][1]
+        np.testing.assert_allclose(got[0][name], got[1][name], rtol=1e-4)
+    growth = got[0].log_ratio.sel(energy="growth")
     np.testing.assert_allclose(
         np.diff(growth), [0, 0, 2 * np.log(1.4) * (1 if band == "low" else -1), 0], atol=1e-3
     )

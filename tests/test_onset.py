@@ -93,7 +93,7 @@ def test_steps_anywhere(layer, sign):
 
 
 def test_without_noise_the_answer_is_exact():
-    # E4: gain 1.3 in each of the last five layers
+    # gain 1.3 in each of the last five layers
     p = np.clip(np.arange(LAYERS) - 22, 0, 5) * np.log(1.3) + 0.7
     found = onset(p, np.tile(p, (200, 1)), pairs=64)
     assert (found.layer, found.interval) == (23, (23, 23)) and found.share_last == pytest.approx(1)

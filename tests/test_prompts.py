@@ -445,11 +445,11 @@ def test_prompts_with_offloaded_weights():
         assert model.device.type == "meta" and torch.equal(model(x, t, ["a fox"]), want)
 
 
-def test_the_knob_and_causes_on_a_joint_model(sd3):
-    from dit_lens.experiments import coupling_sweep as knob
+def test_couplings_on_a_joint_model(sd3):
+    from dit_lens.experiments import couplings
 
     with dit_lens.HookedDiT(sd3, size=(8, 8)) as model:
-        swept = knob.couplings(model, [0.0, 1.0], pairs=16, steps=6)
+        swept = couplings(model, [0.0, 1.0], pairs=16, steps=6)
         assert np.isfinite(swept.response.values).all() and np.allclose(swept.response.values[0], 1)
 
 

@@ -1,5 +1,5 @@
-"""Release sweeps and the one-pass estimator, against E1 on an exact denoiser, and what they say of
-wrong input.
+"""Release sweeps and the one-pass estimator on an exact denoiser (E1 in docs/checks.md), and what
+they say of wrong input.
 """
 
 from dataclasses import replace
@@ -12,17 +12,17 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT
-from dit_lens.experiments.release import (
-    _steepest,
-    difference,
+from dit_lens.experiments import (
+    commitment_difference,
     features,
     images,
     latents,
     one_pass,
     release_sweep,
 )
+from dit_lens.experiments.release import _steepest
 from dit_lens.groundtruth import ddim_agreement, gaussian
-from dit_lens.measures.commitment import Agreement
+from dit_lens.measures.agreement import Agreement
 
 STEPS, LAM = 16, (4.0, 0.25)
 
@@ -55,7 +55,7 @@ def test_clones_and_one_pass_are_the_exact_curve(exact):
         assert (np.abs(one.agreement("latents") - curves) < 0.15).all() and one.releases == tuple(
             range(STEPS)
         )
-    apart = difference(one, clones, "latents")
+    apart = commitment_difference(one, clones, "latents")
     assert "can't be told from an exact one" in apart.attrs["sentence"]
 
 
@@ -70,20 +70,30 @@ def test_a_wrong_denoiser_is_seen_by_the_difference():
         replace(one, stats={"latents": Agreement(*(part[order] for part in one.stats["latents"]))})
         for order in (np.arange(STEPS)[::-1], np.clip(np.arange(STEPS) - 4, 0, None))
     )
-    assert "nothing can be said" in difference(backwards, clones, "latents").attrs["sentence"]
+    assert (
+        "nothing can be said"
+        in commitment_difference(backwards, clones, "latents").attrs["sentence"]
+    )
     assert (
         "they differ in low, high: the denoiser is measurably not the exact one"
-        in difference(late, clones, "latents").attrs["sentence"]
+        in commitment_difference(late, clones, "latents").attrs["sentence"]
     )
+
+
+def test_one_pass_tells_its_progress(exact):
+    _, pair, _ = exact
+    told = []
+    one_pass(pair, [latents(SPLIT)], progress=lambda *done: told.append(done))
+    assert told == [(done, STEPS) for done in range(1, STEPS + 1)]
 
 
 def test_releases_are_spent_where_the_curve_rises(exact):
     _, pair, curves = exact
-    spent = []
-    found = release_sweep(pair, [latents(SPLIT)], releases=6, progress=spent.append)
-    assert len(found.releases) == 6 == len(spent) and sum(spent) == 96 * sum(
-        STEPS - r for r in found.releases
+    told = []
+    found = release_sweep(
+        pair, [latents(SPLIT)], releases=6, progress=lambda *done: told.append(done)
     )
+    assert len(found.releases) == 6 and told == [(done, 6) for done in range(1, 7)]
     rising = np.flatnonzero(((curves > 0.05) & (curves < 0.95)).any(1))
     # the first guesses are made blindly
     assert sum(rising[0] - 1 <= r <= rising[-1] + 1 for r in found.releases) >= 5
@@ -96,15 +106,15 @@ def test_releases_are_spent_where_the_curve_rises(exact):
 
 def test_images_and_features_are_read_too(exact):
     model, pair, _ = exact
-    readings = [images(model), features(model, lambda x: x.mean((2, 3)))]
-    found = release_sweep(pair, readings, releases=[4, 8, 12])
+    outcomes = [images(model), features(model, lambda x: x.mean((2, 3)))]
+    found = release_sweep(pair, outcomes, releases=[4, 8, 12])
     assert found.bands == {"images": ("low", "high"), "features": ("features",)}
     assert (
         found.agreement("features").shape == (3, 1)
         and (np.diff(found.agreement("features")[:, 0]) > 0).all()
     )
     direct = (pair.a.latents[-1] / 2 + 0.5).clamp(0, 1)
-    assert torch.equal(readings[0].of(pair.a.latents[-1]), direct)
+    assert torch.equal(outcomes[0].of(pair.a.latents[-1]), direct)
 
 
 def test_a_coupled_sweep_runs_both_twins_alone_from_the_release():
@@ -123,30 +133,30 @@ def test_a_coupled_sweep_runs_both_twins_alone_from_the_release():
 
 def test_bad_input(exact):
     model, pair, _ = exact
-    reading = [latents(SPLIT)]
+    outcome = [latents(SPLIT)]
     tied = dit_lens.twins(model, 8, [0] * 8, tie="attention", g=0.5, steps=6, release=3)
     other = HookedDiT(make_dit(channels=3, classes=1), scheduler=DDIMScheduler(1000))
     for call, text in [
         (
-            lambda: release_sweep(pair, reading, releases=2),
+            lambda: release_sweep(pair, outcome, releases=2),
             "releases=2; a curve needs from 3 releases to 16, the run's steps.",
         ),
         (
-            lambda: release_sweep(pair, reading, releases=[1, 2, 16]),
+            lambda: release_sweep(pair, outcome, releases=[1, 2, 16]),
             "releases is [1, 2, 16]; expected 3 or more different steps from 0 to 15.",
         ),
         (
-            lambda: release_sweep(tied, reading),
+            lambda: release_sweep(tied, outcome),
             "These twins were released at step 3; a sweep needs them coupled throughout, "
             "release=6.",
         ),
         (
-            lambda: one_pass(tied, reading),
+            lambda: one_pass(tied, outcome),
             "These twins were tied up to step 3; one pass needs independent runs, release=0.",
         ),
         (
-            lambda: one_pass(pair, reading).agreement("image"),
-            "There is no reading 'image' here; these curves have ['latents'].",
+            lambda: one_pass(pair, outcome).agreement("image"),
+            "There is no outcome 'image' here; these curves have ['latents'].",
         ),
         (
             lambda: one_pass(pair, [features(model, lambda x: x.mean((1, 2, 3)))]),
@@ -168,12 +178,12 @@ def test_bad_input(exact):
         with pytest.raises(ValueError) as error:
             call()
         assert str(error.value).startswith(text), error.value
-    a = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=6), reading)
-    b = one_pass(dit_lens.twins(other, 16, [0] * 16, steps=6), reading)
-    c = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=7), reading)
+    a = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=6), outcome)
+    b = one_pass(dit_lens.twins(other, 16, [0] * 16, steps=6), outcome)
+    c = one_pass(dit_lens.twins(model, 16, [0] * 16, steps=7), outcome)
     with pytest.raises(ValueError, match="The curves come from different models"):
-        difference(a, b, "latents")
+        commitment_difference(a, b, "latents")
     with pytest.raises(
         ValueError, match="The curves come from runs of 6 and 7 steps; expected the same steps"
     ):
-        difference(a, c, "latents")
+        commitment_difference(a, c, "latents")

@@ -56,42 +56,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
-    from ..experiments import coupling_sweep, gap
+    from ..experiments import couplings, measure_gap
+    from ..experiments.coupling_sweep import checked_strengths
     from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
 
     pairs, steps = sizes(args)
     if args.couple is not None:
-        coupling_sweep.checked_strengths(args.couple)  # before minutes are spent
+        checked_strengths(args.couple)  # before minutes are spent
     model = open_model(args)
     out = args.out or Path(f"gap-{Path(str(args.model)).name}")
 
-    results = gap.measure(
-        model,
-        pairs=pairs,
-        steps=steps,
-        seed=args.seed,
-        cut=args.cut,
-        bands=args.bands,
-        name=str(args.model),
-        progress=True,
-    )
+    with progress_bar() as bar:
+        first = bar.add_task("twins", total=None)
+        results = measure_gap(
+            model,
+            pairs=pairs,
+            steps=steps,
+            seed=args.seed,
+            cut=args.cut,
+            bands=args.bands,
+            name=str(args.model),
+            progress=lambda done, total: bar.update(first, completed=done, total=total),
+        )
     gap_report.write(results, out)
 
     if args.couple is not None:
         with progress_bar() as bar:
-            task = bar.add_task("couplings", total=len(args.couple))
-            swept = coupling_sweep.couplings(
+            second = bar.add_task("couplings", total=None)
+            swept = couplings(
                 model,
                 args.couple,
                 pairs=pairs,
                 steps=steps,
                 seed=args.seed,
                 cut=args.cut,
-                progress=lambda _: bar.advance(task),
+                progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
         coupling_report.write(swept, out)
 
     if args.causes:
-        onsets = {view: int(results.attrs[f"onset_layer_{view}"]) for view in gap_report.VIEWS}
+        onsets = gap_report.onsets(results)
         patch.find_causes(model, min(pairs, 24), min(steps, 25), args.seed, args.cut, out, onsets)

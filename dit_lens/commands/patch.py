@@ -71,13 +71,13 @@ def find_causes(
             against.
     """
     from .. import probes
-    from ..experiments.knock_outs import knock_outs
+    from ..experiments import knock_outs
     from ..measures.bands import Bands
     from ..report import knock_outs as knock_out_report
 
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar() as bar:
-        first = bar.add_task("knock-outs", total=model.cfg.n_layers)
+        first = bar.add_task("knock-outs", total=None)
         knocked = knock_outs(
             model,
             direct=True,
@@ -85,7 +85,7 @@ def find_causes(
             steps=steps,
             seed=seed,
             cut=cut,
-            progress=lambda _: bar.advance(first),
+            progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
         second = bar.add_task("patches", total=None)
         patched = probes.TwinPatching().run(

@@ -1,5 +1,5 @@
-"""The knob: twins coupled through attention with strength g for the whole run, and what becomes of
-the gap as g grows.
+"""The coupling sweep: twins coupled through attention with strength g for the whole run, and what
+becomes of the gap as g grows.
 
 Twins start a little apart (z+- = sqrt(1 - eps²) z +- eps xi), run on a deterministic sampler and
 are never released, so that g is all that changes. With shared noise and a stochastic sampler they
@@ -8,40 +8,39 @@ two senses, since one can collapse and the other not:
 
 - `parting`: the twins' predicted x0 part in each band at some step, where the energy of their
   difference has reached half of what it ends at; the gap is the high band's step less the low
-  band's. For Gaussian data that step is E1's, abar = 1/(1 + lambda): Var(x0hat) there is half of
-  Var(x0), and the difference grows with it.
+  band's. For Gaussian data of variance lambda that step is at abar = 1/(1 + lambda) (E1 in
+  docs/checks.md): Var(x0hat) there is half of Var(x0), and the difference grows with it.
 - `size`: log E_low - log E_high of the finished twins, E the share of the images' energy that the
   twins differ by.
 
-Beside them the first-order routing factor rho = (1 - g)/(1 + g) and the `response` measured in
-every layer: how much of the attention output's difference is left when the very same queries, keys
-and values are coupled. It is rho only where the difference reaches the output through values and
-keys; queries are each twin's own (see `dit_lens.twinning.coupling.linear_response`).
+The dataset also has the first-order routing factor rho = (1 - g)/(1 + g) and the `response` that is
+measured in every layer: how much of the attention output's difference is left when the very same
+queries, keys and values are coupled. It is rho only where the difference reaches the output through
+values and keys; queries are each twin's own (see `dit_lens.twinning.coupling.linear_response`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidValue
 from ..families.parts.attention import Kernel
+from ..measures import Array
+from ..measures.agreement import Agreement, agreement
 from ..measures.bands import CUT, Bands
-from ..measures.commitment import Agreement, agreement, half_crossing, resample
+from ..measures.bootstrap import draws, interval
+from ..measures.crossing import half_crossing
+from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
 from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention, linear_response
 from ..twinning.twins import Twins, paired_labels, twins
 
-if TYPE_CHECKING:
-    import xarray as xr
-
-Array = NDArray[np.float64]
 SENSES = {
     "parting": "steps between the bands' parting",
     "size": "log ratio of the finished difference",
@@ -60,32 +59,49 @@ def couplings(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
-    progress: Callable[[float], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> xr.Dataset:
     """The gap against the coupling, all strengths on the same pairs.
 
-    Returns a Dataset: `parting` [g, band] in steps; `difference` [g, step, band], the difference
-    energies of the predicted x0 as a share of the finished images'; for each `sense` its `gap` [g,
-    sense] and `change` [g, sense] from the first strength, with `_interval`s [..., bound] (95 %,
-    percentile bootstrap over pairs, the same resamples at every g); `rho` [g]; `response` and its
-    first-order prediction `linear` [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
-    attrs["sentence_size"] say whether it collapses.
+    Args:
+        model: the opened model, with a scheduler.
+        strengths: two or more, in increasing order.
+        form: "mix" or "joint"; see `dit_lens.twins`.
+        layers: in which the twins are coupled; by default all.
+        eps: how far apart the twins start.
+        pairs: of twins, 8 or more.
+        steps: of denoising.
+        seed: of the twins and of the bootstrap.
+        cut: between low and high, in cycles per pixel of the latents.
+        resamples: of the pairs; the same at every strength.
+        progress: called with (done, total) strengths.
+
+    Returns:
+        xr.Dataset: `parting` [g, band], in steps; `difference` [g, step, band], the energy of the
+            difference of the predicted x0 as a share of the finished images'; `gap` [g, sense] and
+            `change` [g, sense] from the first strength, each with its `_interval` [..., bound] (95
+            %, percentile bootstrap over pairs); `rho` [g]; `response` and its first-order
+            prediction `linear` [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
+            attrs["sentence_size"] say whether the gap collapses.
 
     Raises:
-        ValueError: for a strength below 0 or not finite, fewer than two of them, a first one that
-            isn't the least, too few pairs.
+        InvalidValue: for a strength below 0 or not finite, fewer than two of them, a first one that
+            isn't the least, or too few pairs.
 
-        couplings(dit_lens.load("digits"), [0, 0.5, 1], pairs=16, steps=25).attrs["sentence_parting"]
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> found = couplings(model, [0, 1], pairs=8, steps=6, resamples=100)
+    >>> found.gap.dims, found.rho.values.tolist()
+    (('g', 'sense'), [1.0, 0.0])
     """
-    import xarray as xr
-
     gs = checked_strengths(strengths, form)
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+    counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     labels = paired_labels(model, pairs)
+
+    # every strength on the same pairs
     parted, gaps, energy = [], [], []
     responses: list[tuple[Array, Array]] = []
-    for g in gs:
+    for done, g in enumerate(gs, start=1):
         pair = twins(
             model,
             pairs,
@@ -99,7 +115,7 @@ def couplings(
             release=steps,
             seed=seed,
         )
-        curves = difference(pair, bands, counts)
+        curves = difference_curves(pair, bands, counts)
         tau, last = half_crossing(curves), np.log(np.maximum(curves[..., -1], 1e-30))
         parted.append(tau[0])
         gaps.append(np.stack([tau[:, 1] - tau[:, 0], last[:, 0] - last[:, 1]], -1))
@@ -109,18 +125,20 @@ def couplings(
             at = int(np.nan_to_num(np.nanmean(tau[0]) if np.isfinite(tau[0]).any() else steps / 2))
             responses = _responses(pair, gs, form, at)
         if progress is not None:
-            progress(g)
+            progress(done, len(gs))
+
+    # a band that does not part in some resample has no interval
+    gap = np.stack(gaps, 1)  # [resample, g, sense]
+    change = gap - gap[:, :1]
     measured, linear = (np.stack([r[i] for r in responses]) for i in (0, 1))
-    gap = np.stack(gaps)  # [g, resample, sense]
-    change = gap - gap[:1]
     result = xr.Dataset(
         {
             "parting": (("g", "band"), np.stack(parted)),
             "difference": (("g", "step", "band"), np.stack(energy)),
-            "gap": (("g", "sense"), gap[:, 0]),
-            "gap_interval": (("g", "sense", "bound"), _ends(gap)),
-            "change": (("g", "sense"), change[:, 0]),
-            "change_interval": (("g", "sense", "bound"), _ends(change)),
+            "gap": (("g", "sense"), gap[0]),
+            "gap_interval": (("g", "sense", "bound"), interval(gap, skip_nan=False)),
+            "change": (("g", "sense"), change[0]),
+            "change_interval": (("g", "sense", "bound"), interval(change, skip_nan=False)),
             "rho": ("g", [(1 - g) / (1 + g) for g in gs]),
             "response": (("g", "layer"), measured),
             "linear": (("g", "layer"), linear),
@@ -149,7 +167,18 @@ def couplings(
 
 
 def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[float]:
-    """The strengths as numbers; ValueError unless there are two or more, rising, each a strength."""
+    """The strengths as numbers.
+
+    Args:
+        strengths: of the coupling.
+        form: "mix" or "joint".
+
+    Raises:
+        InvalidValue: unless there are two or more in increasing order, each 0 or more and finite.
+
+    >>> checked_strengths([0, 1])
+    [0.0, 1.0]
+    """
     gs = [float(g) for g in strengths]
     for g in gs:
         check_coupling(g, form)
@@ -161,48 +190,53 @@ def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[flo
     return gs
 
 
-def collapse(results: Any, sense: str) -> str:
-    """Whether the gap collapses between the weakest and the strongest coupling, in one sense, in
-    words.
+def collapse(results: xr.Dataset, sense: str) -> str:
+    """Whether the gap collapses between the weakest and the strongest coupling, as a sentence.
+
+    Args:
+        results: of `couplings`.
+        sense: "parting" or "size".
     """
-    one = results.sel(sense=sense)
-    (first, last), unit = (one.isel(g=i) for i in (0, -1)), " steps" if sense == "parting" else ""
-
-    def words(value: Any, interval: Any) -> str:
-        low, high = (float(v) for v in interval)
-        return f"{float(value):+.2f} [{low:+.2f}, {high:+.2f}]{unit}"
-
-    (a, b), (low, high) = first.gap_interval.values, last.change_interval.values
+    first, last = (results.sel(sense=sense).isel(g=i) for i in (0, -1))
+    before, after = (Estimate.of(one.gap, one.gap_interval) for one in (first, last))
+    change = Estimate.of(last.change, last.change_interval)
     what = f"The gap ({SENSES[sense]})"
-    if not np.isfinite([a, b, low, high]).all():
-        return f"{what} can't be given at both ends: a band's twins are apart from the first step, or never part."
-    before, after = float(first.gap), float(last.gap)
-    here, there = (float(one.g[i]) for i in (0, -1))
-    if a <= 0 <= b:
-        verdict = "there is none to collapse at the weakest coupling"
-    elif low <= 0 <= high:
-        verdict = "no change can be told with this many pairs"
-    elif last.gap_interval.values[0] <= 0 <= last.gap_interval.values[1]:
-        verdict = "it collapses: none can be told from zero at the strongest coupling"
-    elif before * after < 0:
-        verdict = "it does not collapse but changes sign"
-    else:
-        verdict = (
-            "it shrinks but does not collapse"
-            if abs(after) < abs(before)
-            else "it does not collapse but grows"
+    if not (before.known and after.known and change.known):
+        return (
+            f"{what} can't be given at both ends: a band's twins are apart from the first step, or "
+            "never part."
         )
+    if not before.sign:
+        verdict = "there is none to collapse at the weakest coupling"
+    elif not change.sign:
+        verdict = "no change can be told with this many pairs"
+    elif not after.sign:
+        verdict = "it collapses: none can be told from zero at the strongest coupling"
+    elif before.value * after.value < 0:
+        verdict = "it does not collapse but changes sign"
+    elif abs(after.value) < abs(before.value):
+        verdict = "it shrinks but does not collapse"
+    else:
+        verdict = "it does not collapse but grows"
+    unit = " steps" if sense == "parting" else ""
     return (
-        f"{what}: {verdict}; {words(first.gap, first.gap_interval)} at g = {here:g}, "
-        f"{words(last.gap, last.gap_interval)} at g = {there:g}."
+        f"{what}: {verdict}; {before:+.2f}{unit} at g = {float(first.g):g}, "
+        f"{after:+.2f}{unit} at g = {float(last.g):g}."
     )
 
 
-def difference(pair: Twins, bands: Bands, counts: Array) -> Array:
-    """|P_b(x0_A - x0_B)|² of the predicted x0 over |P_b x_A|² + |P_b x_B|² of the finished images,
-    [resample, band, step].
+def difference_curves(pair: Twins, bands: Bands, counts: Array) -> Array:
+    """|P_b(x0_A - x0_B)|² of the predicted x0 over |P_b x_A|² + |P_b x_B|² of the finished images.
 
     Without each class's mean image, which is most of the low band's energy, and no twin chose it.
+
+    Args:
+        pair: the twins.
+        bands: of the pixel grid.
+        counts: [resample, pair], from `dit_lens.measures.bootstrap.draws`.
+
+    Returns:
+        Array: [resample, band, step].
     """
     labels = pair.a.labels.tolist()
     stats = Agreement.stack(
@@ -253,10 +287,3 @@ def _responses(
         t, guidance = run.timesteps[step], run.settings.guidance
         model(*model_inputs(model, run.latents[step], t, run.labels, guidance))
     return list(zip(measured, linear, strict=True))
-
-
-def _ends(draws: Array) -> Array:
-    """[g, resample, sense] -> [g, sense, bound]; NaN if any resample is: a band that may not part
-    has no interval.
-    """
-    return np.moveaxis(np.quantile(draws[:, 1:], [0.025, 0.975], axis=1), 0, -1)

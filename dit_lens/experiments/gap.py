@@ -1,76 +1,122 @@
 """The measurement behind `dit-lens gap`: when each frequency and each layer commits, and the gap
 between low and high.
 
-One run of twins released at step 0 serves every question, each shown under its own name (design,
-section 5):
+One run of twins released at step 0 serves every question, each shown under its own name:
 
 - behaviour (`dit_lens.experiments.release`): at which step is a band of the finished image decided?
   Once for all steps in one pass, and again with clones, released where those curves rise; against
   the cut between low and high; on x_t, the predicted x0, the image, features of it;
-- layers (`dit_lens.experiments.layer_profile`): in which layer do low and high come apart, by four
-  readings.
+- layers (`dit_lens.experiments.layer_profile`): in which layer do low and high come apart, in four
+  views.
 
 All intervals are bootstraps over pairs.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import xarray as xr
 from torch import Tensor
 
+from dit_lens.probes import LayerLens, TwinDivergence
+
 from ..errors import InvalidValue
+from ..measures import Array
+from ..measures.agreement import Agreement
 from ..measures.bands import CUT, Bands
-from ..measures.commitment import FEWEST_PAIRS, Agreement, fit_commitment, resample
+from ..measures.bootstrap import FEWEST_PAIRS, draws
+from ..measures.commitment import fit_commitment
+from ..measures.estimate import Estimate
 from ..measures.onset import Onset
 from ..model.hooked import HookedDiT
 from ..twinning.twins import Twins, paired_labels, twins
-from .layer_profile import READING, profiles
-from .release import Curves, difference, features, images, latents, one_pass, release_sweep
+from .layer_profile import CHANNELS, profiles
+from .outcomes import Outcome, features, images, latents
+from .release import Curves, commitment_difference, one_pass, release_sweep
 
-if TYPE_CHECKING:
-    import xarray as xr
-
-Kind = Literal["radial", "dct", "pooling", "eigen"]
+BandKind = Literal["radial", "dct", "pooling", "eigen"]
 RELEASES = 8
 MOST_RINGS = 24
+SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
 
-def measure(
+def measure_gap(
     model: HookedDiT,
     pairs: int = 48,
     steps: int = 50,
     seed: int = 0,
     cut: float = CUT,
-    bands: Kind = "radial",
+    bands: BandKind = "radial",
     feature: Callable[[Tensor], Tensor] | None = None,
     name: str = "model",
     resamples: int = 400,
-    progress: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> xr.Dataset:
-    """The gap of one model, in behaviour and layer by layer, as one dataset; `dit_lens.report.gap`
-    shows it.
+    """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
     Args:
+        model: the opened model, with a scheduler.
+        pairs: of twins, 16 or more: the mean image of each class is taken off, which needs two or
+            more pairs a class.
+        steps: of denoising, 4 or more.
+        seed: of the twins and of the bootstrap.
         cut: parts low from high, in cycles per pixel of the latents and in cycles per token of the
             stream.
         bands: the modes that are split: "radial" Fourier, "dct", "pooling" (the cut is rounded to a
             level), or "eigen", the eigenmodes of other twins' differences (low is the leading sixth
             of the modes, whatever the cut).
         feature: of images [n, channel, height, width] in [0, 1], such as a classifier; its
-            commitment is reported beside the bands'.
+            commitment is reported as the bands' is.
+        name: of the model, for the sentences.
+        resamples: of the pairs.
+        progress: called with (done, total) images that have gone through the model once, those of
+            clones estimated.
+
+    Returns:
+        xr.Dataset: intervals are 95 %. "Commits" is when the agreement of finished twins passes
+            1/2; a gap is the high (or last) band's commitment less the low (or first) one's.
+
+            Behaviour: `agreement_one_pass` [step, band] and `agreement_clones` [release, band], 0
+            to 1; `log_snr` [step]; `band_commitment` [estimator, band], `split_commitment` and
+            `image_commitment` [estimator, split] and, with a feature, `features_commitment`
+            [estimator], in steps, each with its `_interval` [..., bound]; `band_gap`, `split_gap`
+            and `image_gap` [estimator, quantity], with `_interval`; `x_t_gap` [quantity], the
+            split's read on x_t, with `_interval`; `spectrum_commitment` [frequency], in steps by
+            one pass, with `_interval`; `cut_gap` [cut], in steps by one pass, with `_interval`;
+            `estimator_difference` [split], commitment by one pass less clones, in steps, with
+            `_interval`; `variance_ratio` [step, band], Var(predicted x0) / Var(finished image),
+            equal to the agreement for an exact denoiser.
+
+            Layers: `layer_commitment` [view, layer, split] and `layer_gap` [view, layer], in steps,
+            the gap with `_interval`; `log_ratio` [energy, layer], log low less log high at the
+            commitment step, with `_interval`; `difference_energy` [channels, layer, step, split]
+            and, at the commitment step, `difference_spectrum` [layer, token_frequency], the
+            difference of twins as a share of their energy.
+
+            Coordinates: `layer`, from -1, the embedding; `step`, 0 the noisiest; `release`, the
+            clones' steps; `band`, six or so, low to high; `split`, low and high; `estimator`,
+            one_pass and clones; `view`, divergence and lens; `energy`, ratio and growth;
+            `channels`, how `dit_lens.probes.TwinDivergence` weighs channels; `quantity`, step, time
+            (step / steps) and log_snr; `frequency` and `cut`, cycles per pixel; `token_frequency`,
+            cycles per token (pooling: levels, eigen: ranks); `bound`, low and high.
+
+            Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `channels`, the
+            weighing that the views use; `commitment_step`, of `log_ratio`; for each of the four
+            views `onset_{view}`, a sentence, `onset_layer_{view}`, -1 for none, and
+            `onset_verdict_{view}`; the sentences `title`, `headline` and `estimators`.
 
     Raises:
-        ValueError: for fewer than 16 pairs: the mean image of each class is taken off, which needs
-            two or more pairs a class.
+        InvalidValue: for too few pairs or steps, unknown bands, or a cut with no mode below or
+            above it.
 
-        gap.measure(dit_lens.load("digits"), pairs=16, steps=25).attrs["headline"]
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> found = measure_gap(model, pairs=16, steps=6, resamples=50, name="digits")
+    >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
+    (29, True)
     """
-    import xarray as xr
-
     if pairs < 2 * FEWEST_PAIRS:
         raise InvalidValue(
             f"There are {pairs} pairs; intervals over pairs with class means removed need "
@@ -80,161 +126,188 @@ def measure(
         raise InvalidValue(
             f"steps={steps} is too short a run to see anything settle in; expected 4 or more."
         )
-    # upward, by name: this file belongs to a command
-    probes = importlib.import_module("dit_lens.probes")
-    c = model.cfg
-    labels = paired_labels(model, pairs)
-    with _Progress(progress, pairs * 2 * steps * (2 if bands == "eigen" else 1)) as bar:
-        pilot = (
-            twins(
-                model,
-                pairs,
-                labels,
-                steps=steps,
-                seed=seed + 1,
-                progress=lambda done, total: bar(2 * pairs),
-            )
-            if bands == "eigen"
-            else None
-        )
-        spectrum, fine, split = partition(
-            bands, c.pixels, cut, pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
-        )
-        token_spectrum, _, token_split = partition(
-            bands, c.grid, cut, _stream_difference(pilot) if pilot else None
-        )
-        readings = [
-            latents(spectrum, "spectrum"),
-            latents(fine, "band"),
-            latents(split, "split"),
-            # without a VAE the grids are the same
-            images(model, split if model.vae is None else None, "image", cut),
-        ]
-        readings += [features(model, feature)] if feature else []
-        divergence, lens = probes.TwinDivergence(token_spectrum), probes.LayerLens(split)
-        pair = twins(
+    releases = min(RELEASES, steps - 1)
+    runs = 4 if bands == "eigen" else 2
+    # a clone's run is half as long as a twin's on average
+    count = _counting(pairs * steps * runs + releases * (pairs * steps // 2), progress)
+
+    # the modes of latents and stream; eigenmodes are those of other twins
+    pilot = None
+    if bands == "eigen":
+        pilot = twins(
             model,
             pairs,
-            labels,
+            paired_labels(model, pairs),
             steps=steps,
-            seed=seed,
-            probes=[divergence, lens],
-            progress=lambda done, total: bar(2 * pairs),
+            seed=seed + 1,
+            progress=lambda *_: count(2 * pairs),
         )
-        curves = {"one_pass": one_pass(pair, readings)}
-        bar.more(RELEASES * pairs * steps // 2)
-        curves["clones"] = release_sweep(
-            pair, readings[1:], min(RELEASES, steps - 1), seed=seed, progress=bar
-        )
+    modes = _Modes.of(model, bands, cut, pilot)
 
-    x_t = one_pass(pair, readings[2:3], "x_t")
-    result, sentence = _behaviour(curves, x_t, spectrum, resamples, seed)
-    result["variance_ratio"] = (("step", "band"), _variance_ratio(curves["one_pass"]))
-    behaviour = result["split_commitment"][1][0]
-    known = behaviour[np.isfinite(behaviour)]
+    # one run of twins, seen by the probes, and clones of it
+    outcomes = _outcomes(model, modes, cut, feature)
+    divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
+    pair = twins(
+        model,
+        pairs,
+        paired_labels(model, pairs),
+        steps=steps,
+        seed=seed,
+        probes=[divergence, lens],
+        progress=lambda *_: count(2 * pairs),
+    )
+    curves = {
+        "one_pass": one_pass(pair, outcomes),
+        # the spectrum is read in one pass only: its rings are too noisy to steer clones by
+        "clones": release_sweep(
+            pair,
+            outcomes[1:],
+            releases,
+            seed=seed,
+            progress=lambda *_: count(pairs * steps // 2),
+        ),
+    }
+
+    # when the finished image is decided
+    options = {"resamples": resamples, "seed": seed}
+    x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
+    behaviour, sentence = _behaviour(curves, x_t, modes, options)
+    decided = behaviour.split_commitment.sel(estimator="one_pass").values
+    known = decided[np.isfinite(decided)]
     # at step 0 the twins are one
     at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 1, steps - 1))
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
-    layered, onsets = profiles(
+
+    # and in which layers
+    layers, onsets = profiles(
         divergence.result(),
         lens.result(pair.run.latents[-1]),
-        token_split,
-        token_spectrum,
-        counts,
+        modes.token_split,
+        modes.token_spectrum,
+        draws(pairs, resamples, seed),
         at,
     )
-    attrs: dict[str, Any] = {
-        "model": name,
-        "pairs": pairs,
-        "steps": steps,
-        "seed": seed,
-        "cut": cut,
-        "bands": bands,
-        "reading": READING,
-        "commitment_step": at,
-        "estimators": sentence,
-    }
+    sampler = SAMPLERS[pair.run.settings.scheduler]
+    result = behaviour.merge(layers).assign_attrs(
+        model=name,
+        pairs=pairs,
+        steps=steps,
+        seed=seed,
+        cut=cut,
+        bands=bands,
+        channels=CHANNELS,
+        commitment_step=at,
+        estimators=sentence,
+        title=f"{name}: {model.cfg.n_layers} layers, {pairs} pairs of twins, {steps} steps of "
+        f"{sampler} (eta 1); commitment in steps",
+    )
     for view, found in onsets.items():
-        attrs |= _told(view, found)
-    dataset = xr.Dataset(
-        result | layered,
-        coords={
-            "layer": np.arange(-1, c.n_layers),
-            "step": np.arange(steps),
-            "release": list(curves["clones"].releases),
-            "band": list(fine.names),
-            "split": ["low", "high"],
-            "estimator": list(curves),
-            "view": ["divergence", "lens"],
-            "energy": ["ratio", "growth"],
-            "bound": ["low", "high"],
-            "reading": list(divergence.readings),
-            "quantity": ["step", "time", "log_snr"],
-            "frequency": list(_middles(spectrum)),
-            "token_frequency": list(_middles(token_spectrum)),
-            "cut": list(spectrum.edges[1:-1]),
-        },
-    )
-    dataset.attrs = attrs
-    sampler = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}[pair.run.settings.scheduler]
-    dataset.attrs["title"] = (
-        f"{name}: {c.n_layers} layers, {pairs} pairs of twins, {steps} steps of {sampler} (eta 1); "
-        "commitment in steps"
-    )
-    dataset.attrs["headline"] = headline(dataset)
-    return dataset
+        result.attrs |= _onset_attrs(view, found)
+    result.attrs["headline"] = headline(result)
+    return result
 
 
-def headline(results: Any) -> str:
-    """The behavioural gap in one sentence, with its uncertainty."""
-    name, steps = results.attrs["model"], results.attrs["steps"]
+def headline(results: xr.Dataset) -> str:
+    """The behavioural gap in one sentence, with its uncertainty.
 
-    def gap(kind: str, estimator: str) -> tuple[float, float, float]:
+    Args:
+        results: of `measure_gap`.
+    """
+    name, steps, pairs = (results.attrs[key] for key in ("model", "steps", "pairs"))
+
+    def gap(kind: str, estimator: str) -> Estimate:
         one = results.sel(estimator=estimator, quantity="step")
-        return float(one[f"{kind}_gap"]), *map(float, one[f"{kind}_gap_interval"].values)  # type: ignore[return-value]
+        return Estimate.of(one[f"{kind}_gap"], one[f"{kind}_gap_interval"])
 
-    value, low, high = gap("split", "one_pass")
-    if not np.isfinite(value):
-        return f"On {name} no gap can be given: a band does not commit within the run (see the frequency picture)."
-    if low > 0:
-        verdict = "Low frequencies commit first"
-    elif high < 0:
-        verdict = "High frequencies commit first"
-    else:
-        needed = int(
-            np.ceil(results.attrs["pairs"] * ((high - low) / 2 / max(abs(value), 1e-9)) ** 2)
-        )  # a width falls as 1 / sqrt(pairs)
-        enough = (
-            f"; about {needed} would show one of this size"
-            if needed < 100 * results.attrs["pairs"]
-            else ""
+    found = gap("split", "one_pass")
+    if not np.isfinite(found.value):
+        return (
+            f"On {name} no gap can be given: a band does not commit within the run (see the "
+            "frequency picture)."
         )
-        verdict = f"With {results.attrs['pairs']} pairs no gap can be told from zero{enough}"
-    taus = results.split_commitment.sel(estimator="one_pass").values
-    words = {
+    if found.sign:
+        verdict = f"{'Low' if found.sign > 0 else 'High'} frequencies commit first"
+    else:
+        # a width falls as 1 / sqrt(pairs)
+        width = (found.high - found.low) / 2
+        needed = int(np.ceil(pairs * (width / max(abs(found.value), 1e-9)) ** 2))
+        enough = f"; about {needed} would show one of this size" if needed < 100 * pairs else ""
+        verdict = f"With {pairs} pairs no gap can be told from zero{enough}"
+    n = results.sizes["band"]
+    number = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, str(n))
+    others = {
         "clones": gap("split", "clones"),
-        "lowest to highest of six bands": gap("band", "one_pass"),
+        f"lowest to highest of {number} bands": gap("band", "one_pass"),
     }
-    others = "".join(
-        f"; {what} {v:+.1f} [{a:+.1f}, {b:+.1f}]"
-        for what, (v, a, b) in words.items()
-        if np.isfinite(v)
+    compared = "".join(
+        f"; {what} {other:+.1f}" for what, other in others.items() if np.isfinite(other.value)
     )
+    low, high = results.split_commitment.sel(estimator="one_pass").values
     return (
-        f"{verdict}: on {name} low commits at step {taus[0]:.1f} and high at {taus[1]:.1f} of "
-        f"{steps}, "
-        f"a gap of {value:+.1f} steps [{low:+.1f}, {high:+.1f}] (95 %, one pass{others})."
+        f"{verdict}: on {name} low commits at step {low:.1f} and high at {high:.1f} of {steps}, "
+        f"a gap of {found:+.1f steps} (95 %, one pass{compared})."
     )
+
+
+def _counting(total: int, progress: Callable[[int, int], object] | None) -> Callable[[int], None]:
+    """A function that adds to what is done, and tells `progress`."""
+    done = 0
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, total)
+
+    return count
+
+
+# The modes
+
+
+class _Modes(NamedTuple):
+    """Partitions of the latents' pixel grid, and of the stream's token grid."""
+
+    spectrum: Bands
+    fine: Bands
+    split: Bands
+    token_spectrum: Bands
+    token_split: Bands
+
+    @classmethod
+    def of(cls, model: HookedDiT, kind: BandKind, cut: float, pilot: Twins | None) -> _Modes:
+        """By the kind of bands; eigenmodes are learnt from what the pilot's twins differ by."""
+        finished = pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
+        stream = _stream_difference(pilot) if pilot else None
+        pixels = partition(kind, model.cfg.pixels, cut, finished)
+        token_spectrum, _, token_split = partition(kind, model.cfg.grid, cut, stream)
+        return cls(*pixels, token_spectrum, token_split)
+
+
+def _stream_difference(pilot: Twins) -> Tensor:
+    """What twins differ by in the last layer's stream, two thirds through the run, [pair, token,
+    d_model].
+    """
+    run = pilot.run
+    stream = run.activations(
+        "resid_post", run.model.cfg.n_layers - 1, step=2 * run.settings.steps // 3
+    )
+    return stream[: pilot.pairs] - stream[pilot.pairs :]
 
 
 def partition(
-    kind: Kind, grid: tuple[int, ...], cut: float, sample: Tensor | None = None
+    kind: BandKind, grid: tuple[int, ...], cut: float, sample: Tensor | None = None
 ) -> tuple[Bands, Bands, Bands]:
     """The modes of a grid as finely as they can be told apart, in a few bands, and in "low" and
     "high".
 
-    `sample` are differences of twins, images or [.., token, d], for kind "eigen". Raises ValueError
-    for an unknown kind, a bad cut.
+    Args:
+        kind: "radial", "dct", "pooling" or "eigen".
+        grid: height and width, or a video's frames, height and width.
+        cut: between low and high, in cycles per place of the grid.
+        sample: differences of twins, images or [..., token, d], for kind "eigen".
+
+    Raises:
+        InvalidValue: for an unknown kind, or a cut with no mode below or above it.
 
     >>> [b.n for b in partition("radial", (8, 8), 0.25)]
     [15, 6, 2]
@@ -245,14 +318,10 @@ def partition(
         return make(grid, edges=_ring_edges(split, cut)), fine, split
     if kind == "pooling":
         fine = Bands.pooling(grid)
-        sides = [
-            grid[0] >> (fine.n - 1 - level) for level in range(fine.n)
-        ]  # a level of k cells holds waves up to k / 2
-        return (
-            fine,
-            fine,
-            fine.split(min(max(1, sum(side <= 2 * cut * grid[0] for side in sides)), fine.n - 1)),
-        )
+        # a level of k cells holds waves up to k / 2
+        sides = [grid[0] >> (fine.n - 1 - level) for level in range(fine.n)]
+        below = sum(side <= 2 * cut * grid[0] for side in sides)
+        return fine, fine, fine.split(min(max(1, below), fine.n - 1))
     if kind == "eigen":
         assert sample is not None
         fine = Bands.eigen(sample, grid, n=6)
@@ -272,78 +341,86 @@ def _ring_edges(split: Bands, cut: float) -> list[float]:
     return [(distinct[i] + distinct[i + 1]) / 2 for i in sorted(kept)]
 
 
-def _stream_difference(pilot: Twins) -> Tensor:
-    """What twins differ by in the last layer's stream, two thirds through the run, [pair, token,
-    d_model].
-    """
-    run = pilot.run
-    stream = run.activations(
-        "resid_post", run.model.cfg.n_layers - 1, step=2 * run.settings.steps // 3
-    )
-    return stream[: pilot.pairs] - stream[pilot.pairs :]
+# Behaviour
+
+
+def _outcomes(
+    model: HookedDiT, modes: _Modes, cut: float, feature: Callable[[Tensor], Tensor] | None
+) -> list[Outcome]:
+    """What of the finished twins is compared; the spectrum first."""
+    return [
+        latents(modes.spectrum, "spectrum"),
+        latents(modes.fine, "band"),
+        latents(modes.split, "split"),
+        # without a VAE the grids are the same
+        images(model, modes.split if model.vae is None else None, "image", cut),
+        *([features(model, feature)] if feature else []),
+    ]
 
 
 def _behaviour(
-    curves: dict[str, Curves], x_t: Curves, spectrum: Bands, resamples: int, seed: int
-) -> tuple[dict[str, Any], str]:
-    """Agreement, commitment and gap by both estimators: variables of the dataset, and what the
-    estimators' difference says.
-    """
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    result: dict[str, Any] = {
-        "agreement_one_pass": (("step", "band"), curves["one_pass"].agreement("band")),
-        "agreement_clones": (("release", "band"), curves["clones"].agreement("band")),
-        "log_snr": ("step", curves["one_pass"].log_snr),
+    curves: dict[str, Curves], x_t: Curves, modes: _Modes, options: dict[str, Any]
+) -> tuple[xr.Dataset, str]:
+    """Agreement, commitment and gap by both estimators, and what their difference says."""
+    one, clones = curves["one_pass"], curves["clones"]
+    variables: dict[str, Any] = {
+        "agreement_one_pass": (("step", "band"), one.agreement("band")),
+        "agreement_clones": (("release", "band"), clones.agreement("band")),
+        "log_snr": ("step", one.log_snr),
+        "variance_ratio": (("step", "band"), _variance_ratio(one)),
     }
-    seen = list(
-        curves["clones"].stats
-    )  # the spectrum is read in one pass only: its rings are too noisy to steer clones by
-    fits = {(e, r): c.commitment(r, **options) for e, c in curves.items() for r in seen}
-    for reading in seen:
-        both = [fits[e, reading] for e in curves]
-        kind = {"image": "split", "features": "what"}.get(reading, reading)
-        for value, extra in (("commitment", ()), ("commitment_interval", ("bound",))):
-            stacked = np.stack([fit[value].sel(quantity="step").values for fit in both])
-            if reading == "features":
-                stacked, dims = stacked[:, 0], ("estimator", *extra)
-            else:
-                dims = ("estimator", kind, *extra)
-            result[f"{reading}_{value}"] = (dims, stacked)
-        if reading != "features":
-            result[f"{reading}_gap"] = (
-                ("estimator", "quantity"),
-                np.stack([fit.gap.values for fit in both]),
-            )
-            result[f"{reading}_gap_interval"] = (
-                ("estimator", "quantity", "bound"),
-                np.stack([fit.gap_interval.values for fit in both]),
-            )
+
+    # commitment and gap of each outcome by both estimators
+    for outcome in clones.stats:
+        fits = [c.commitment(outcome, **options) for c in curves.values()]
+        dims = {"band": ("band",), "features": ()}.get(outcome, ("split",))
+        for value, ends in (("commitment", ()), ("commitment_interval", ("bound",))):
+            found = np.stack([fit[value].sel(quantity="step").values for fit in fits])
+            if outcome == "features":  # one band
+                found = found[:, 0]
+            variables[f"{outcome}_{value}"] = (("estimator", *dims, *ends), found)
+        if outcome != "features":
+            for value, ends in (("gap", ()), ("gap_interval", ("bound",))):
+                found = np.stack([fit[value].values for fit in fits])
+                variables[f"{outcome}_{value}"] = (("estimator", "quantity", *ends), found)
+
+    # on x_t, by frequency, and against the cut
     fit = x_t.commitment("split", **options)
-    result["x_t_gap"], result["x_t_gap_interval"] = (
-        ("quantity", fit.gap.values),
-        (("quantity", "bound"), fit.gap_interval.values),
-    )
-    fit = curves["one_pass"].commitment("spectrum", **options).sel(quantity="step")
-    result["spectrum_commitment"] = ("frequency", fit.commitment.values)
-    result["spectrum_commitment_interval"] = (
+    variables["x_t_gap"] = ("quantity", fit.gap.values)
+    variables["x_t_gap_interval"] = (("quantity", "bound"), fit.gap_interval.values)
+    fit = one.commitment("spectrum", **options).sel(quantity="step")
+    variables["spectrum_commitment"] = ("frequency", fit.commitment.values)
+    variables["spectrum_commitment_interval"] = (
         ("frequency", "bound"),
         fit.commitment_interval.values,
     )
-    by_cut = [_at_cut(curves["one_pass"], k, options) for k in range(1, spectrum.n)]
-    result["cut_gap"], result["cut_gap_interval"] = (
-        ("cut", [gap for gap, _ in by_cut]),
-        (("cut", "bound"), [ends for _, ends in by_cut]),
+    by_cut = [_at_cut(one, k, options) for k in range(1, modes.spectrum.n)]
+    variables["cut_gap"] = ("cut", [e.value for e in by_cut])
+    variables["cut_gap_interval"] = (("cut", "bound"), [[e.low, e.high] for e in by_cut])
+
+    # one pass less clones
+    apart = commitment_difference(one, clones, "split", **options)
+    variables["estimator_difference"] = ("split", apart.commitment.values)
+    variables["estimator_difference_interval"] = (
+        ("split", "bound"),
+        apart.commitment_interval.values,
     )
-    apart = difference(curves["one_pass"], curves["clones"], "split", **options)
-    result["estimator_difference"] = ("split", apart.commitment.values)
-    result["estimator_difference_interval"] = (("split", "bound"), apart.commitment_interval.values)
-    return result, apart.attrs["sentence"]
+    coords = {
+        "step": np.arange(len(one.log_snr)),
+        "release": list(clones.releases),
+        "band": list(modes.fine.names),
+        "split": list(modes.split.names),
+        "estimator": list(curves),
+        "quantity": ["step", "time", "log_snr"],
+        "bound": ["low", "high"],
+        "frequency": modes.spectrum.middles(),
+        "cut": list(modes.spectrum.edges[1:-1]),
+    }
+    return xr.Dataset(variables, coords=coords), apart.attrs["sentence"]
 
 
-def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> tuple[float, list[float]]:
-    """The gap in steps, with its interval, if the first k bands of the spectrum are low and the
-    others high.
-    """
+def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> Estimate:
+    """The gap in steps if the first k bands of the spectrum are low and the others high."""
     stats = Agreement(
         *(
             np.stack([part[..., :k].sum(-1), part[..., k:].sum(-1)], -1)
@@ -353,10 +430,10 @@ def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> tuple[float, lis
     fit = fit_commitment(
         stats, curves.releases, curves.log_snr, squared=True, groups=curves.groups, **options
     ).sel(quantity="step")
-    return float(fit.gap), fit.gap_interval.values.tolist()
+    return Estimate.of(fit.gap, fit.gap_interval)
 
 
-def _variance_ratio(curves: Curves) -> np.ndarray[Any, Any]:
+def _variance_ratio(curves: Curves) -> Array:
     """Var(predicted x0) / Var(finished image) in each band: equal to the agreement for an exact
     denoiser, [step, band].
     """
@@ -364,60 +441,14 @@ def _variance_ratio(curves: Curves) -> np.ndarray[Any, Any]:
     return np.asarray(xx / yy)
 
 
-def _middles(bands: Bands) -> np.ndarray[Any, Any]:
-    """A frequency (or level, or rank) to draw each band at: the mean of its modes."""
-    return np.array(
-        [float(bands.frequency[bands.index == b].double().mean()) for b in range(bands.n)]
-    )
-
-
-def _told(view: str, found: Onset | str) -> dict[str, Any]:
+def _onset_attrs(view: str, found: Onset | str) -> dict[str, Any]:
+    """An onset, or why there can be none, as attributes of a dataset."""
     if isinstance(found, str):
-        return {
-            f"onset_{view}": f"No onset can be named: {found}",
-            f"onset_layer_{view}": -1,
-            f"onset_verdict_{view}": "cannot tell",
-        }
-    layer = -1 if found.layer is None else found.layer
+        message, layer, verdict = f"No onset can be named: {found}", None, "cannot tell"
+    else:
+        message, layer, verdict = found.message, found.layer, found.verdict
     return {
-        f"onset_{view}": found.message,
-        f"onset_layer_{view}": layer,
-        f"onset_verdict_{view}": found.verdict,
+        f"onset_{view}": message,
+        f"onset_layer_{view}": -1 if layer is None else layer,
+        f"onset_verdict_{view}": verdict,
     }
-
-
-class _Progress:
-    """A live bar counting forwards, or nothing."""
-
-    def __init__(self, shown: bool, total: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.bar = Progress(
-            TextColumn("twins"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} forwards"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            disable=not shown,
-            transient=True,
-        )
-        self.task = self.bar.add_task("twins", total=total)
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, forwards: int) -> None:
-        self.bar.advance(self.task, forwards)
-
-    def more(self, forwards: int) -> None:
-        self.bar.update(self.task, total=(self.bar.tasks[0].total or 0) + forwards)

@@ -1,12 +1,14 @@
 """Which layers cause the gap: knock each layer out of the whole run and see how far the gap moves.
 
-A layer is knocked out by leaving its stream as it came (what its attention and MLP would add is 0),
-at every step and in every twin. The gap of what the model then generates is measured in one pass,
-on the same starts and the same noise as without, so that the two gaps can be subtracted pair by
-pair. A layer that merely shows the difference between the bands, without anything reading it, moves
-nothing.
+A layer is knocked out by setting everything that it adds to 0, at every step and in every twin, so
+that its streams leave it as they came: attention and MLP, and where a family has them
+cross-attention, a second attention, and the additions to the text's stream
+(`dit_lens.hooks.names.additions`). The gap of what the model then generates is measured in one
+pass, on the same starts and the same noise as without, so that the two gaps can be subtracted pair
+by pair. A layer that merely shows the difference between the bands, without anything reading it,
+moves nothing.
 
-28 layers are tested at once. Their intervals are simultaneous: effect +- c * standard error, c the
+All layers are tested at once. Their intervals are simultaneous: effect +- c * standard error, c the
 95 % quantile of the largest |t| of all layers over the bootstrap (the studentised maximum, Romano &
 Wolf 2005, "Exact and approximate stepdown methods for multiple hypothesis testing", JASA 100,
 without its stepdown).
@@ -17,62 +19,108 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidValue
+from ..hooks.names import additions, site_of
+from ..measures import Array
 from ..measures.bands import CUT, Bands
-from ..measures.commitment import FEWEST_PAIRS, commitment_draws, half_crossing, resample
+from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
+from ..measures.commitment import commitment_draws
+from ..measures.crossing import half_crossing
+from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..sampling.run import Run
 from ..twinning.coupling import CouplingForm
 from ..twinning.twins import Twins, paired_labels, twins
-from .coupling_sweep import difference
-from .release import latents, one_pass
+from .coupling_sweep import difference_curves
+from .outcomes import latents
+from .release import one_pass
 
-if TYPE_CHECKING:
-    import xarray as xr
-
-Array = NDArray[np.float64]
 Part = Literal["layer", "attn", "mlp"]
-PARTS: dict[str, tuple[str, ...]] = {"layer": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
+STREAMS = ("", "text.")
 MATTERS = 0.25
-"""Steps.
-
-A smaller effect is named no cause, however certain: finite steps and the fitted logistic make as
-much of nothing.
+"""Steps: a smaller effect is named no cause, however certain, since finite steps and the fitted
+logistic make as much of nothing.
 """
 
 
-def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: bool = False) -> Run:
-    """The run again, from the same start and with the same noise, with what these layers add to the
-    stream set to 0.
+def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
+    """The hook names of what a layer adds to the image's stream and to the text's.
 
-    With `direct` only the last layer misses it, and the layers between work on as if it were there:
-    what the knock-out does beyond that is mediated by them.
+    Args:
+        model: the opened model.
+        layer: from 0.
+        part: "layer" for everything; "attn" or "mlp" for those additions alone.
+
+    Returns:
+        list[str]: in forward order, the image's stream first.
 
     Raises:
-        ValueError: for a layer that does not exist, or an unknown part.
+        InvalidValue: for a layer or a part that does not exist.
+
+    >>> import dit_lens; added_by(dit_lens.load("digits"), 5)
+    ['blocks.5.hook_attn_out', 'blocks.5.hook_mlp_out']
+    """
+    n = model.cfg.n_layers
+    if not 0 <= layer < n:
+        raise InvalidValue(
+            f"There is no layer {layer} to knock out; the model has {n}, counted from 0."
+        )
+    if part not in get_args(Part):
+        raise InvalidValue(f"unknown part {part!r} of a layer; expected 'layer', 'attn' or 'mlp'.")
+    found = [
+        name
+        for stream in STREAMS
+        for place in additions(model.names, stream)
+        if place.layer == layer
+        for name in place.added
+    ]
+    chosen = [name for name in found if part in ("layer", _kind(name))]
+    if not chosen:
+        raise InvalidValue(
+            f"Layer {layer} has no {part!r} part to knock out by itself; it adds "
+            f"{', '.join(map(repr, found))}. Use part='layer'."
+        )
+    return chosen
+
+
+def _kind(name: str) -> str:
+    """ "attn" or "mlp", or "attn mlp" if both are added in one."""
+    words = site_of(name).rpartition("hook_")[2].split("_")
+    return " ".join(kind for kind in ("attn", "mlp") if any(w.startswith(kind) for w in words))
+
+
+def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: bool = False) -> Run:
+    """The run again, from the same start and with the same noise, with everything that these layers
+    add to their streams set to 0.
+
+    Args:
+        run: from `dit_lens.sample`, or a twin.
+        layers: from 0; none gives the run itself.
+        part: "layer" for everything that a layer adds; "attn" or "mlp" for those additions alone.
+        direct: take the additions off the image's stream after the last layer only, so that the
+            layers between work on as if nothing were missing: the direct effect. What the whole
+            knock-out does beyond that is mediated by those layers.
+
+    Returns:
+        Run: as long as the first.
+
+    Raises:
+        InvalidValue: for a layer or a part that does not exist.
 
     >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=2)
     >>> bool((knocked_out(run, [5]).x0 != run.x0).any())
     True
     """
-    n = run.model.cfg.n_layers
-    for layer in layers:
-        if not 0 <= layer < n:
-            raise InvalidValue(
-                f"There is no layer {layer} to knock out; the model has {n}, counted from 0."
-            )
-    if part not in PARTS:
-        raise InvalidValue(f"part={part!r} is none of a layer; expected 'layer', 'attn' or 'mlp'.")
-    names = [f"blocks.{layer}.hook_{of}_out" for layer in layers for of in PARTS[part]]
+    names = [name for layer in layers for name in added_by(run.model, layer, part)]
     if not direct:
-        return run.replay(0, [(name, _nothing) for name in names])
+        return run.replay(0, [(name, _zero) for name in names])
     added: list[Tensor] = []
 
     def keep(activation: Tensor, hook: Any) -> None:
@@ -83,9 +131,10 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
         added.clear()
         return left
 
-    return run.replay(
-        0, [*((name, keep) for name in names), (f"blocks.{n - 1}.hook_resid_post", take_off)]
-    )
+    # the output is read from the image's stream alone
+    own = [name for name in names if site_of(name).startswith("hook_")]
+    last = f"blocks.{run.model.cfg.n_layers - 1}.hook_resid_post"
+    return run.replay(0, [*((name, keep) for name in own), (last, take_off)])
 
 
 def knock_outs(
@@ -99,22 +148,40 @@ def knock_outs(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> xr.Dataset:
-    """The gap without each layer in turn, and how far that moved it, in steps.
+    """The gap without each layer in turn, and how far that moved it.
 
-    Returns a Dataset: `gap` and `effect` (the gap without the layer less the gap with it) [layer];
-    `effect_interval` [layer, bound], 95 % for all layers at once; `commitment` [layer, band]; with
-    `direct` also `direct_effect` and `mediated_effect`, which add up to `effect`, each with its
-    `_interval`; attrs: the `gap` and `gap_interval` of the whole model, `causes`, the layers whose
-    effect is not 0, and the `sentence`. NaN where a band no longer commits within the run: without
-    that layer the model decides nothing.
+    Args:
+        model: the opened model, with a scheduler.
+        layers: to knock out one by one; by default every layer.
+        part: "layer" for everything that a layer adds; "attn" or "mlp" for those additions alone.
+        direct: also split each effect into a direct and a mediated one (see `knocked_out`); costs
+            as much again.
+        pairs: of twins, 16 or more.
+        steps: of denoising.
+        seed: of the twins and of the bootstrap.
+        cut: between low and high, in cycles per pixel of the latents.
+        resamples: of the pairs.
+        progress: called with (done, total) layers.
+
+    Returns:
+        xr.Dataset: in steps, `gap` and `effect` [layer], the gap without the layer, and that less
+            the gap with it; `effect_interval` [layer, bound], 95 % for all layers at once;
+            `commitment` [layer, band]; with `direct` also `direct_effect` and `mediated_effect`
+            [layer], which add up to `effect`, each with its `_interval`. NaN where a band no longer
+            commits within the run: without that layer the model decides nothing. Attributes: `gap`
+            and `gap_interval` of the whole model, `causes`, the layers whose effect is not 0, and
+            the `sentence`.
 
     Raises:
-        ValueError: for a layer that does not exist, too few pairs, or a model whose bands don't
-            commit to begin with.
+        InvalidValue: for a layer or a part that does not exist, too few pairs, or a model whose
+            bands don't commit to begin with.
 
-        knock_outs(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> found = knock_outs(model, [0], pairs=16, steps=6, resamples=100)
+    >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
+    ({'layer': 1, 'bound': 2}, True)
     """
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     if pairs < 2 * FEWEST_PAIRS:
@@ -122,14 +189,17 @@ def knock_outs(
             f"There are {pairs} pairs; intervals over pairs with class means removed need "
             f"{2 * FEWEST_PAIRS} or more."
         )
-    reading = latents(Bands.radial(model.cfg.pixels, cut=cut))
-    labels = paired_labels(model, pairs)
-    whole = twins(model, pairs, labels, steps=steps, seed=seed)
+    for layer in chosen:
+        added_by(model, layer, part)  # refuses what is not there, before anything runs
+
+    # the gap of the whole model
+    outcome = latents(Bands.radial(model.cfg.pixels, cut=cut))
+    whole = twins(model, pairs, paired_labels(model, pairs), steps=steps, seed=seed)
 
     def taus(pair: Twins) -> Array:  # [resample, band], in steps
-        curves = one_pass(pair, [reading])
+        curves = one_pass(pair, [outcome])
         return commitment_draws(
-            curves.stats["latents"],
+            curves.stats[outcome.name],
             curves.releases,
             curves.log_snr,
             squared=True,
@@ -143,38 +213,30 @@ def knock_outs(
             "The model's low or high band does not commit within the run, so it has no gap to find "
             "causes of."
         )
+
+    # the gap without each layer
     after, straight = [], []
-    for layer in chosen:
+    for done, layer in enumerate(chosen, start=1):
         after.append(taus(replace(whole, run=knocked_out(whole.run, [layer], part))))
         if direct:
-            straight.append(
-                taus(replace(whole, run=knocked_out(whole.run, [layer], part, direct=True)))
-            )
+            missed = knocked_out(whole.run, [layer], part, direct=True)
+            straight.append(taus(replace(whole, run=missed)))
         if progress is not None:
-            progress(layer)
-    result = _effects(
-        before,
-        np.stack(after),
-        chosen,
-        "knocked out",
-        part=part,
-        pairs=pairs,
-        steps=steps,
-        seed=seed,
-        cut=cut,
-    )
-    gap = before[:, 1] - before[:, 0]
+            progress(done, len(chosen))
+    settings = {"part": part, "pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
+    result = _effects(before, np.stack(after), chosen, "knocked out", settings)
     if direct:
-        both, alone = (
+        gap = before[:, 1] - before[:, 0]
+        total, alone = (
             tau[..., 1] - tau[..., 0] - gap for tau in (np.stack(after), np.stack(straight))
         )
-        for name, draws in (("direct_effect", alone), ("mediated_effect", both - alone)):
-            result[name] = ("layer", draws[:, 0])
-            result[f"{name}_interval"] = (("layer", "bound"), _simultaneous(draws))
+        for name, effect in (("direct_effect", alone), ("mediated_effect", total - alone)):
+            result[name] = ("layer", effect[:, 0])
+            result[f"{name}_interval"] = (("layer", "bound"), _simultaneous(effect))
     return result
 
 
-def coupled_alone(
+def couple_alone(
     model: HookedDiT,
     layers: Sequence[int] | None = None,
     g: float = 1.0,
@@ -186,25 +248,42 @@ def coupled_alone(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> xr.Dataset:
-    """The gap of twins coupled in one layer alone, each in turn, and how far that moved it, in
-    steps.
+    """The gap of twins coupled in one layer alone, each in turn, and how far that moved it.
 
-    The gap is that of `dit_lens.experiments.coupling_sweep`: twins that start `eps` apart part in
-    each band at some step. Returns `gap`, `effect`, its interval, `commitment` and attrs as
-    `knock_outs` does. A layer whose attention makes the bands part at different steps takes the gap
-    away.
+    The gap is that of `couplings`: twins that start `eps` apart part in each band at some step. A
+    layer whose attention makes the bands part at different steps takes the gap away.
+
+    Args:
+        model: the opened model, with a scheduler.
+        layers: to couple one by one; by default every layer.
+        g: the strength of the coupling, 0 or more.
+        form: "mix" or "joint"; see `dit_lens.twins`.
+        eps: how far apart the twins start.
+        pairs: of twins, 8 or more.
+        steps: of denoising.
+        seed: of the twins and of the bootstrap.
+        cut: between low and high, in cycles per pixel of the latents.
+        resamples: of the pairs.
+        progress: called with (done, total) layers.
+
+    Returns:
+        xr.Dataset: `gap`, `effect`, `effect_interval`, `commitment` and attributes as `knock_outs`
+            gives them, the commitment being the step at which the twins part.
 
     Raises:
-        ValueError: for a layer that does not exist, a coupling that is none, too few pairs, or
+        InvalidValue: for a layer that does not exist, a coupling that is none, too few pairs, or
             twins that don't part to begin with.
 
-        coupled_alone(dit_lens.load("digits"), layers=[0, 14, 27], pairs=16, steps=20).attrs["sentence"]
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> found = couple_alone(model, [0], pairs=8, steps=6, resamples=100)
+    >>> dict(found.gap.sizes), found.attrs["g"]
+    ({'layer': 1}, 1.0)
     """
     chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+    counts = draws(pairs, resamples, seed)
     labels = paired_labels(model, pairs)
 
     def taus(strength: float, only: list[int] | None) -> Array:
@@ -221,7 +300,7 @@ def coupled_alone(
             release=steps,
             seed=seed,
         )
-        return half_crossing(difference(pair, bands, counts))
+        return half_crossing(difference_curves(pair, bands, counts))
 
     before = taus(0.0, None)
     if not np.isfinite(before[0]).all():
@@ -230,56 +309,50 @@ def coupled_alone(
             "find causes of."
         )
     after = []
-    for layer in chosen:
+    for done, layer in enumerate(chosen, start=1):
         after.append(taus(g, [layer]))
         if progress is not None:
-            progress(layer)
-    return _effects(
-        before,
-        np.stack(after),
-        chosen,
-        "coupled",
-        g=g,
-        form=form,
-        eps=eps,
-        pairs=pairs,
-        steps=steps,
-        seed=seed,
-        cut=cut,
-    )
+            progress(done, len(chosen))
+    settings = {"g": g, "form": form, "eps": eps}
+    settings |= {"pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
+    return _effects(before, np.stack(after), chosen, "coupled", settings)
 
 
-def _effects(before: Array, after: Array, layers: list[int], done: str, **attrs: Any) -> xr.Dataset:
+def _effects(
+    before: Array, after: Array, layers: list[int], done: str, settings: dict[str, Any]
+) -> xr.Dataset:
     """What became of the gap, from commitments before [resample, band] and after [layer, resample,
     band].
     """
-    import xarray as xr
-
     gap, was = after[..., 1] - after[..., 0], before[:, 1] - before[:, 0]
     effect = gap - was
-    interval, own = _simultaneous(effect), np.nanquantile(was[1:], [0.025, 0.975])
-    sure = (interval[:, 0] > 0) | (interval[:, 1] < 0)
+    ends = _simultaneous(effect)
     causes = [
         layer
-        for layer, yes, size in zip(layers, sure, effect[:, 0], strict=True)
-        if yes and abs(size) > MATTERS
+        for layer, value, bound in zip(layers, effect[:, 0], ends, strict=True)
+        if Estimate.of(value, bound).sign and abs(value) > MATTERS
     ]
     result = xr.Dataset(
         {
             "gap": ("layer", gap[:, 0]),
             "effect": ("layer", effect[:, 0]),
-            "effect_interval": (("layer", "bound"), interval),
+            "effect_interval": (("layer", "bound"), ends),
             "commitment": (("layer", "band"), after[:, 0]),
         },
         coords={"layer": layers, "band": ["low", "high"], "bound": ["low", "high"]},
-        attrs={"gap": float(was[0]), "gap_interval": own.tolist(), "causes": causes, "done": done}
-        | attrs,
+        attrs={
+            "gap": float(was[0]),
+            "gap_interval": interval(was).tolist(),
+            "causes": causes,
+            "done": done,
+        }
+        | settings,
     )
     result.attrs["sentence"] = _sentence(result)
     return result
 
 
-def _nothing(activation: Tensor, hook: Any) -> Tensor:
+def _zero(activation: Tensor, hook: Any) -> Tensor:
     return torch.zeros_like(activation)
 
 
@@ -302,15 +375,12 @@ def _simultaneous(effect: Array) -> Array:
     return np.stack([effect[:, 0] - width, effect[:, 0] + width], -1)
 
 
-def _sentence(result: Any) -> str:
-    gap, done, causes, n = (
-        result.attrs["gap"],
-        result.attrs["done"],
-        result.attrs["causes"],
-        len(result.layer),
+def _sentence(result: xr.Dataset) -> str:
+    """Which layers move the gap, the largest effects first."""
+    done, causes, n = result.attrs["done"], result.attrs["causes"], len(result.layer)
+    whole = (
+        f"the gap of {Estimate.of(result.attrs['gap'], result.attrs['gap_interval']):+.2f steps}"
     )
-    low, high = result.attrs["gap_interval"]
-    whole = f"the gap of {gap:+.2f} steps [{low:+.2f}, {high:+.2f}]"
     lost = [int(layer) for layer in result.layer.values[~np.isfinite(result.effect.values)]]
     undecided = (
         f" Without layer{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} a band does not "
@@ -320,16 +390,13 @@ def _sentence(result: Any) -> str:
     )
     if not causes:
         return f"No layer of {n}, {done} by itself, moves {whole} measurably.{undecided}"
-    order = sorted(causes, key=lambda layer: -abs(float(result.effect.sel(layer=layer))))
-    words = []
-    for layer in order[:5]:
-        one = result.sel(layer=layer)
-        words.append(
-            f"{layer} ({float(one.effect):+.2f} [{float(one.effect_interval[0]):+.2f}, "
-            f"{float(one.effect_interval[1]):+.2f}])"
-        )
+    effects = {
+        layer: Estimate.of(one.effect, one.effect_interval)
+        for layer in causes
+        for one in [result.sel(layer=layer)]
+    }
+    order = sorted(causes, key=lambda layer: -abs(effects[layer].value))
+    largest = ", ".join(f"{layer} ({effects[layer]:+.2f})" for layer in order[:5])
     more = f" and {len(order) - 5} more" if len(order) > 5 else ""
     head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move {whole}"
-    return (
-        f"{head}: {', '.join(words)}{more}, largest first; 95 % for all layers at once.{undecided}"
-    )
+    return f"{head}: {largest}{more}, largest first; 95 % for all layers at once.{undecided}"

@@ -1,4 +1,4 @@
-"""Profiles over depth: in which layer do low and high frequencies come apart? Four readings, each
+"""Profiles over depth: in which layer do low and high frequencies come apart? Four views, each
 under its own name.
 
 - `divergence`, in steps: when the normalised difference of twins in the layer's stream has reached
@@ -16,18 +16,20 @@ layer, so that layer 0 can be named too.
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
+import xarray as xr
 
+from ..measures import Array
 from ..measures.bands import Bands
-from ..measures.commitment import half_crossing
+from ..measures.bootstrap import interval
+from ..measures.crossing import half_crossing
 from ..measures.onset import Onset, onset
 
-Array = NDArray[np.float64]
-READING = "standardised"
+CHANNELS = "standardised"
+"""How the stream's channels are weighed (see `dit_lens.probes.TwinDivergence`): each divided by its
+variance, since a few massive ones would otherwise be all that is seen.
+"""
+STEP_VIEWS, ENERGY_VIEWS = ("divergence", "lens"), ("ratio", "growth")
 MATTERS = {"divergence": 1.0, "lens": 1.0, "ratio": 1.0, "growth": 0.25}
 """What a profile must come to depart by for an onset: one step, or in log energy more than 28
 random layers drift by (`make checks`).
@@ -35,90 +37,103 @@ random layers drift by (`make checks`).
 
 
 def profiles(
-    seen: Any, lensed: Any, coarse: Bands, fine: Bands, counts: Array, at: int
-) -> tuple[dict[str, Any], dict[str, Onset | str]]:
-    """Every reading with its 95 % interval, and its onset (or why there is none).
+    seen: xr.Dataset, lensed: xr.Dataset, coarse: Bands, fine: Bands, counts: Array, at: int
+) -> tuple[xr.Dataset, dict[str, Onset | str]]:
+    """Every view with its 95 % interval, and its onset.
 
     Args:
         seen: `TwinDivergence` in the bands `fine`.
         lensed: `LayerLens` in "low" and "high".
         coarse: "low" and "high" of the stream.
-        counts: bootstrap over pairs [resample, pair], the first row all ones.
-        at: the step of the two readings in log energy.
+        fine: bands that refine `coarse`.
+        counts: [1 + resample, pair], from `dit_lens.measures.bootstrap.draws`.
+        at: the step of the two views in log energy.
+
+    Returns:
+        tuple[xr.Dataset, dict[str, Onset | str]]: the variables with `layer` or `channels` among
+            their dims that docs/gap.md lists, and for each view its onset, or why there can be
+            none.
     """
+    seen = seen.rename(reading="channels")
+    values: dict[str, Array] = {}  # [resample, layer]
+    taus: dict[str, Array] = {}  # [resample, layer, band]
+
+    # in steps: half-crossings of the normalised difference, and of the lens
     merged = {name: _merged(seen[name], fine, coarse) for name in ("difference", "common")}
-    energies = [
-        _pooled(merged[name].sel(reading=READING), counts) for name in ("difference", "common")
-    ]
-    bare = _pooled(merged["difference"].sel(reading="raw").isel(step=[at]), counts)
+    difference, common = (
+        _pooled(merged[name].sel(channels=CHANNELS), counts) for name in ("difference", "common")
+    )
     # a band may hold nothing in some layer, as the embedding of still frames
     with np.errstate(invalid="ignore"):
-        energy = energies[0] / energies[1]  # [resample, layer, band, step]
-    values: dict[str, Array] = {}
-    taus = {}
+        energy = difference / common  # [resample, layer, band, step]
     for view, curves in (("divergence", energy), ("lens", _lens_curves(lensed, counts))):
         taus[view] = half_crossing(curves)
         values[view] = taus[view][..., 1] - taus[view][..., 0]
+
+    # in log energy, at one step
+    bare = _pooled(merged["difference"].sel(channels="raw").isel(step=[at]), counts)
     for view, parts in (("ratio", energy[..., at]), ("growth", bare[..., 0])):
         # twins that are equal in a band have no ratio
         with np.errstate(divide="ignore", invalid="ignore"):
             values[view] = np.log(parts[..., 0]) - np.log(parts[..., 1])
+
     onsets = {view: _onset(value, counts.shape[1], MATTERS[view]) for view, value in values.items()}
-    now = seen.sel(reading=READING).isel(step=at).sum("pair")
+    now = seen.sel(channels=CHANNELS).isel(step=at).sum("pair")
     whole = {name: value.sum("pair") for name, value in merged.items()}
-    variables: dict[str, Any] = {
-        "layer_commitment": (
-            ("view", "layer", "split"),
-            np.stack([taus[view][0] for view in ("divergence", "lens")]),
-        ),
-        "layer_gap": (
-            ("view", "layer"),
-            np.stack([values[view][0] for view in ("divergence", "lens")]),
-        ),
-        "layer_gap_interval": (
-            ("view", "layer", "bound"),
-            np.stack([percentiles(values[v][1:]) for v in ("divergence", "lens")]),
-        ),
-        "log_ratio": (
-            ("energy", "layer"),
-            np.stack([values[view][0] for view in ("ratio", "growth")]),
-        ),
-        "log_ratio_interval": (
-            ("energy", "layer", "bound"),
-            np.stack([percentiles(values[v][1:]) for v in ("ratio", "growth")]),
-        ),
-        "difference_energy": (
-            ("reading", "layer", "step", "split"),
-            (whole["difference"] / whole["common"]).values,
-        ),
-        "difference_spectrum": (
-            ("layer", "token_frequency"),
-            (now.difference / now.common).transpose("layer", "band").values,
-        ),
-    }
-    return variables, onsets
+
+    def stacked(views: tuple[str, ...]) -> tuple[Array, Array]:
+        return (
+            np.stack([values[view][0] for view in views]),
+            np.stack([interval(values[view]) for view in views]),
+        )
+
+    gap, gap_interval = stacked(STEP_VIEWS)
+    ratio, ratio_interval = stacked(ENERGY_VIEWS)
+    dataset = xr.Dataset(
+        {
+            "layer_commitment": (
+                ("view", "layer", "split"),
+                np.stack([taus[view][0] for view in STEP_VIEWS]),
+            ),
+            "layer_gap": (("view", "layer"), gap),
+            "layer_gap_interval": (("view", "layer", "bound"), gap_interval),
+            "log_ratio": (("energy", "layer"), ratio),
+            "log_ratio_interval": (("energy", "layer", "bound"), ratio_interval),
+            "difference_energy": (
+                ("channels", "layer", "step", "split"),
+                (whole["difference"] / whole["common"]).values,
+            ),
+            "difference_spectrum": (
+                ("layer", "token_frequency"),
+                (now.difference / now.common).transpose("layer", "band").values,
+            ),
+        },
+        coords={
+            "view": list(STEP_VIEWS),
+            "energy": list(ENERGY_VIEWS),
+            "layer": seen.layer.values,
+            "step": seen.step.values,
+            "split": list(coarse.names),
+            "bound": ["low", "high"],
+            "channels": list(seen.channels.values),
+            "token_frequency": fine.middles(),
+        },
+    )
+    return dataset, onsets
 
 
-def percentiles(draws: Array) -> Array:
-    """95 % percentile interval over the resamples, [..., bound]; NaN where every resample is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN slices say so by NaN
-        return np.moveaxis(np.nanquantile(draws, [0.025, 0.975], axis=0), 0, -1)
-
-
-def _merged(energies: Any, fine: Bands, coarse: Bands) -> Any:
+def _merged(energies: xr.DataArray, fine: Bands, coarse: Bands) -> xr.DataArray:
     """Energies in the bands `fine` added up to those of `coarse`, which they refine."""
-    first = [
-        int((fine.index == b).nonzero()[0]) for b in range(fine.n)
-    ]  # any mode of a band says where the band belongs
+    # any mode of a band says where the band belongs
+    first = [int((fine.index == b).nonzero()[0]) for b in range(fine.n)]
     group = energies.band.copy(
         data=[coarse.names[int(coarse.index[mode])] for mode in first]
     ).rename("split")
     parts = energies.groupby(group).sum().rename(split="band").sel(band=list(coarse.names))
-    return parts.transpose("reading", "layer", "step", "band", "pair")
+    return parts.transpose("channels", "layer", "step", "band", "pair")
 
 
-def _pooled(energies: Any, counts: Array) -> Array:
+def _pooled(energies: xr.DataArray, counts: Array) -> Array:
     """Summed over each resample's pairs, [resample, layer, band, step]."""
     return np.einsum(
         "rp,lspb->rlbs",
@@ -127,7 +142,7 @@ def _pooled(energies: Any, counts: Array) -> Array:
     )
 
 
-def _lens_curves(lensed: Any, counts: Array) -> Array:
+def _lens_curves(lensed: xr.Dataset, counts: Array) -> Array:
     """corr² of each layer's x0 with the finished image, of every resample, [resample, layer, band,
     step].
     """

@@ -74,6 +74,7 @@ class Bands:
 
     @property
     def n(self) -> int:
+        """How many bands there are."""
         return len(self.names)
 
     def __repr__(self) -> str:
@@ -94,13 +95,18 @@ class Bands:
         cut: float | None = None,
     ) -> Bands:
         """Bands of the 2-D Fourier transform by radial frequency sqrt(fy² + fx²), in cycles per
-        token.
+        token; the mean is in the lowest. A video's frames are each split so: bands in space.
 
-        `n` bands (by default 6, or as many as a small grid fills) of equal width from 0 to the
-        corner of the grid's spectrum (sqrt(1/2) when h, w are even), the mean in the lowest; or
-        inner `edges`; or a single `cut` into "low" and "high" (`CUT` = 0.25 is usual; a frequency
-        equal to the cut is high). Raises ValueError naming an empty band, and what would do. A
-        video's frames are each split so: bands in space.
+        Args:
+            grid: (h, w), or (frames, h, w).
+            n: bands of equal width from 0 to the corner of the grid's spectrum (sqrt(1/2) when h, w
+                are even); by default 6, or as many as a small grid fills.
+            edges: the inner edges, in place of `n`.
+            cut: one edge, between "low" and "high", in place of `n` (0.25 is usual; a frequency
+                equal to the cut is high).
+
+        Raises:
+            InvalidValue: for an empty band; the message says what would do.
 
         >>> Bands.radial((8, 8)).sizes
         (1, 8, 12, 24, 14, 5)
@@ -118,8 +124,17 @@ class Bands:
         edges: Sequence[float] | None = None,
         cut: float | None = None,
     ) -> Bands:
-        """The same with the DCT-II, whose mode k has k / (2 n) cycles per token: no wrap-around at
-        the image's borders.
+        """The same with the DCT-II, whose mode k of n has k / (2 n) cycles per token: no
+        wrap-around at the image's borders.
+
+        Args:
+            grid: (h, w), or (frames, h, w).
+            n: bands of equal width; by default 6, or as many as a small grid fills.
+            edges: the inner edges, in place of `n`.
+            cut: one edge, between "low" and "high", in place of `n`.
+
+        Raises:
+            InvalidValue: for an empty band; the message says what would do.
 
         >>> Bands.dct((4, 4), n=2).sizes
         (6, 10)
@@ -139,6 +154,15 @@ class Bands:
     ) -> Bands:
         """Bands of a video in time: by the frequency, in cycles per frame, with which each place
         changes; what stays is lowest.
+
+        Args:
+            grid: (frames, h, w).
+            n: bands of equal width; by default 6, or as many as the frames fill.
+            edges: the inner edges, in place of `n`.
+            cut: one edge, between "low" and "high", in place of `n`.
+
+        Raises:
+            InvalidValue: for a grid without frames, or an empty band.
 
         >>> Bands.temporal((4, 2, 2), cut=0.25).sizes
         (4, 12)
@@ -161,6 +185,12 @@ class Bands:
 
         A side is halved while even, then pooled to 1. Bands are named by the grid they add: "mean",
         "2x2", "4x4", ...
+
+        Args:
+            grid: (h, w).
+
+        Raises:
+            InvalidValue: for a video's grid.
 
         >>> Bands.pooling((8, 8)).names, Bands.pooling((8, 8)).sizes
         (('mean', '2x2', '4x4', '8x8'), (1, 3, 12, 48))
@@ -186,10 +216,17 @@ class Bands:
         """Eigenmodes of a covariance over the grid, by decreasing variance: a fixed basis learnt
         from the twins.
 
-        `x` is a covariance [token, token], images [sample, ..., h, w] or activations [sample, ...,
-        token, d] (channels count as samples; differences of twins have mean 0, so no mean is taken
-        off). `n` bands of as equal numbers of modes as can be ("leading", "trailing" for 2), or the
-        number of modes in each, `sizes`.
+        Args:
+            x: a covariance [token, token], images [sample, ..., h, w] or activations [sample, ...,
+                token, d] (channels count as samples; differences of twins have mean 0, so no mean
+                is taken off).
+            grid: (h, w), or (frames, h, w).
+            n: bands of as equal numbers of modes as can be; two are "leading" and "trailing".
+            sizes: the number of modes in each band, in place of `n`.
+
+        Raises:
+            InvalidValue: for another shape, a covariance that is all 0 or not finite, or sizes that
+                don't sum to the modes.
 
         >>> Bands.eigen(torch.diag(torch.tensor([1.0, 9.0, 4.0, 0.0])), (2, 2)).sizes
         (2, 2)
@@ -236,8 +273,13 @@ class Bands:
         return cls(sides, "eigen", (modes,), torch.arange(t, dtype=torch.float64), edges, names)
 
     def split(self, at: int) -> Bands:
-        """The same modes in two bands: "low", the first `at` bands, and "high"; for the gap against
-        the cut.
+        """The same modes in two bands, "low" and "high"; for the gap against the cut.
+
+        Args:
+            at: how many bands are low.
+
+        Raises:
+            InvalidValue: unless both have a band.
 
         >>> Bands.pooling((8, 8)).split(2).sizes
         (4, 60)
@@ -266,9 +308,7 @@ class Bands:
                 f"Both edges={list(edges)} and cut={cut} are given; expected one of them."
             )
         if n is None:
-            n = next(
-                m for m in range(6, 0, -1) if _filled(frequency, [top * k / m for k in range(1, m)])
-            )
+            n = _most_bands(frequency, 6)
         if edges is None and cut is None:
             if not isinstance(n, int) or n < 1:
                 raise InvalidValue(f"n is {n!r}; expected a number of bands, 1 or more.")
@@ -291,31 +331,36 @@ class Bands:
             minlength=len(names),
         ).tolist()
         if 0 in counts:
-            b, end = (
-                counts.index(0),
-                f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}",
-            )
+            b = counts.index(0)
+            end = f"no mode of the {size} grid, whose {kind} frequencies go from 0 to {top:.4g}"
             if edges is None and cut is None:
-                largest = next(
-                    m
-                    for m in range(n, 0, -1)
-                    if _filled(frequency, [top * k / m for k in range(1, m)])
-                )
                 raise InvalidValue(
                     f"Band {b} ({names[b]}) of n={n} holds {end}; the largest n that works is "
-                    f"{largest}."
+                    f"{_most_bands(frequency, n)}."
                 )
             raise InvalidValue(
                 f"Band {b} ({names[b]}) with inner edges {inner} holds {end}; an edge must lie "
-                "above "
-                f"0 and at or below {top:.4g}, and neighbours must have a mode between them."
+                f"above 0 and at or below {top:.4g}, and neighbours must have a mode between them."
             )
         return cls(grid, kind, basis, frequency, made, names)
 
     # What it does with fields
 
     def coefficients(self, x: Tensor) -> Tensor:
-        """Images [..., h, w] -> [..., mode], in the order of `index` and `frequency`."""
+        """The transform of images, in the order of `index` and `frequency`.
+
+        Args:
+            x: [..., h, w].
+
+        Returns:
+            Tensor: [..., mode].
+
+        Raises:
+            InvalidValue: for another grid.
+
+        >>> Bands.radial((2, 2), n=1).coefficients(torch.ones(2, 2)).round().tolist()
+        [2.0, 0.0, 0.0, 0.0]
+        """
         x = _float(self._image(x))
         _, *frames, last = self._on(x)
         if len(self._basis) == 1:
@@ -326,62 +371,177 @@ class Bands:
         )
 
     def coefficients_tokens(self, x: Tensor) -> Tensor:
-        """Token activations [..., token, d] -> [..., mode, d]."""
+        """The transform of token activations, in the order of `index` and `frequency`.
+
+        Args:
+            x: [..., token, d].
+
+        Returns:
+            Tensor: [..., mode, d].
+
+        Raises:
+            InvalidValue: for another number of tokens.
+
+        >>> Bands.radial((2, 2), n=1).coefficients_tokens(torch.ones(4, 3)).shape
+        torch.Size([4, 3])
+        """
         x = _float(self._tokens(x))
         return self._turn(x, inverse=False)
 
     def cross(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inner products per band, [..., band], of images [..., h, w]; `cross(x, x)` is the energy."""
+        """Inner products of images per band; `cross(x, x)` is the energy.
+
+        Args:
+            x: [..., h, w].
+            y: [..., h, w].
+
+        Returns:
+            Tensor: [..., band].
+
+        >>> bands = Bands.radial((4, 4), cut=0.3)
+        >>> bands.cross(torch.ones(4, 4), 2 * torch.ones(4, 4)).round().tolist()
+        [32.0, 0.0]
+        """
         return (self.coefficients(x) * self.coefficients(y)) @ self._on(_float(x))[0]
 
     def cross_tokens(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inner products per band, [..., band], of activations [..., token, d], summed over d."""
+        """Inner products of token activations per band, summed over d.
+
+        Args:
+            x: [..., token, d].
+            y: [..., token, d].
+
+        Returns:
+            Tensor: [..., band].
+
+        >>> bands = Bands.radial((4, 4), cut=0.3)
+        >>> bands.cross_tokens(torch.ones(16, 3), torch.ones(16, 3)).round().tolist()
+        [48.0, 0.0]
+        """
         return (self.coefficients_tokens(x) * self.coefficients_tokens(y)).sum(-1) @ self._on(
             _float(x)
         )[0]
 
     def energy(self, x: Tensor) -> Tensor:
-        """Energy per band, [..., band], of images [..., h, w]; the sum over bands is
-        (x**2).sum((-2, -1)).
+        """Energy of images per band; the sum over bands is (x**2).sum((-2, -1)).
+
+        Args:
+            x: [..., h, w].
+
+        Returns:
+            Tensor: [..., band].
+
+        >>> Bands.radial((4, 4), cut=0.3).energy(torch.ones(3, 4, 4)).shape
+        torch.Size([3, 2])
         """
         return self.coefficients(x).square() @ self._on(_float(x))[0]
 
     def energy_tokens(self, x: Tensor) -> Tensor:
-        """Energy per band, [..., band], of activations [..., token, d], summed over d."""
+        """Energy of token activations per band, summed over d.
+
+        Args:
+            x: [..., token, d].
+
+        Returns:
+            Tensor: [..., band].
+
+        >>> Bands.radial((4, 4), cut=0.3).energy_tokens(torch.ones(16, 3)).round().tolist()
+        [48.0, 0.0]
+        """
         return self.coefficients_tokens(x).square().sum(-1) @ self._on(_float(x))[0]
 
     def project(self, x: Tensor, band: int | str) -> Tensor:
-        """The part of images [..., h, w] in one band, a number or a name; the parts of all bands
-        sum to x.
+        """The part of images in one band; the parts of all bands sum to x.
+
+        Args:
+            x: [..., h, w].
+            band: a number or a name.
+
+        Returns:
+            Tensor: as x, in its dtype.
+
+        Raises:
+            InvalidValue: for a band that does not exist.
+
+        >>> Bands.radial((4, 4), cut=0.3).project(torch.eye(4), "low").sum().round().item()
+        4.0
         """
         return self.project_tokens(self._image(x).flatten(-len(self.grid))[..., None], band).view(
             x.shape
         )
 
     def project_tokens(self, x: Tensor, band: int | str) -> Tensor:
-        """The part of activations [..., token, d] in one band, in the dtype of x."""
+        """The part of token activations in one band; the parts of all bands sum to x.
+
+        Args:
+            x: [..., token, d].
+            band: a number or a name.
+
+        Returns:
+            Tensor: as x, in its dtype.
+
+        Raises:
+            InvalidValue: for a band that does not exist.
+
+        >>> Bands.radial((4, 4), cut=0.3).project_tokens(torch.ones(16, 2), "low").sum().round()
+        tensor(32.)
+        """
         b = self.number(band)
         coefficients = self.coefficients_tokens(x)
         kept = coefficients * self._on(coefficients)[0][:, b, None]
         part = self._turn(kept, inverse=True)
         return part.to(x.dtype) if x.is_floating_point() else part
 
+    def middles(self) -> list[float]:
+        """The mean frequency (pooling: level, eigen: rank) of each band's modes, to draw it at.
+
+        >>> Bands.temporal((4, 2, 2), cut=0.5).middles()
+        [0.16666666666666666, 0.5]
+        """
+        return [float(self.frequency[self.index == b].double().mean()) for b in range(self.n)]
+
     def spectrum(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The full spectrum by ring, (frequency [ring], energy [..., ring]), of images [..., h, w].
+        """The full spectrum of images by ring.
 
         A ring holds the modes whose frequency times max(h, w) rounds to the same integer (pooling,
         eigen: level, rank).
+
+        Args:
+            x: [..., h, w].
+
+        Returns:
+            tuple[Tensor, Tensor]: frequency [ring], and energy [..., ring].
+
+        >>> Bands.radial((4, 4)).spectrum(torch.ones(4, 4))[0].tolist()
+        [0.0, 0.25, 0.5, 0.75]
         """
         return self._rings(self.coefficients(x).square())
 
     def spectrum_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for activations [..., token, d], summed over d."""
+        """The full spectrum of token activations by ring, summed over d.
+
+        Args:
+            x: [..., token, d].
+
+        Returns:
+            tuple[Tensor, Tensor]: frequency [ring], and energy [..., ring].
+
+        >>> Bands.radial((4, 4)).spectrum_tokens(torch.ones(16, 3))[1].round().tolist()
+        [48.0, 0.0, 0.0, 0.0]
+        """
         return self._rings(self.coefficients_tokens(x).square().sum(-1))
 
     def number(self, band: int | str) -> int:
-        """The number of a band, given its number or name.
+        """The number of a band.
 
-        Raises ValueError with the nearest names.
+        Args:
+            band: a number or a name.
+
+        Raises:
+            InvalidValue: if there is none; the message has the nearest names.
+
+        >>> Bands.radial((4, 4), cut=0.3).number("high")
+        1
         """
         if isinstance(band, str) and band in self.names:
             return self.names.index(band)
@@ -477,9 +637,14 @@ def _which(frequency: Tensor, inner: Tensor) -> Tensor:
     return torch.bucketize(frequency.double() + 1e-9, inner, right=True)
 
 
-def _filled(frequency: Tensor, inner: list[float]) -> bool:
-    band = _which(frequency.flatten(), torch.tensor(inner, dtype=torch.float64))
-    return len(band.unique()) == len(inner) + 1
+def _most_bands(frequency: Tensor, n: int) -> int:
+    """The largest number up to n of bands of equal width that all hold a mode."""
+    top = frequency.max().item()
+    for m in range(n, 1, -1):
+        inner = torch.tensor([top * k / m for k in range(1, m)], dtype=torch.float64)
+        if len(_which(frequency.flatten(), inner).unique()) == m:
+            return m
+    return 1
 
 
 def _fourier(n: int) -> tuple[Tensor, Tensor]:

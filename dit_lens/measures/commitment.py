@@ -1,14 +1,12 @@
 """Commitment: from the agreement of finished twins to the step at which each band is decided, with
 an interval.
 
-Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|² (`Agreement`):
-the pairs are the independent units, so resampling them is resampling these numbers. For Gaussian
-data the agreement is exactly logistic in log SNR, sigmoid(log SNR + log lambda) (design E1), from 0
-(nothing decided, given the label) to 1 (everything). So commitment is where a logistic of free
-place and slope passes 1/2. It is fitted with the weights of a binomial, whose equations are linear
-in the agreements: these may stray outside [0, 1], and one Newton iteration serves all resamples at
-once. A pooled band mixes modes that commit at different times, so a second pass weights the
-releases near the crossing, where any smooth curve is logistic.
+For Gaussian data of variance lambda the agreement is exactly logistic in log SNR, sigmoid(log SNR +
+log lambda) (E1 in docs/checks.md), from 0 (nothing decided, given the label) to 1 (everything). So
+commitment is where a logistic of free place and slope passes 1/2. It is fitted with the weights of
+a binomial, whose equations are linear in the agreements: these may stray outside [0, 1], and one
+Newton iteration serves all resamples at once. A pooled band mixes modes that commit at different
+times, so a second pass weights the releases near the crossing, where any smooth curve is logistic.
 
 The interval is a symmetric bootstrap-t: estimate +- standard error * quantile of the resamples' |t|
 (Hall 1988, "On symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes
@@ -22,143 +20,16 @@ Med. 27), which stays right where a step is worth little log SNR at one band and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from ..errors import InvalidValue
-from .bands import Bands
-
-if TYPE_CHECKING:
-    import xarray as xr
-
-Array = NDArray[np.float64]
-FEWEST_PAIRS = 8
-"""No interval is given from fewer pairs than this."""
-
-
-class Agreement(NamedTuple):
-    """Sufficient statistics of twins: <a, b>, |a|², |b|² of the twins less their mean, each [...,
-    pair, band].
-    """
-
-    xy: Array
-    xx: Array
-    yy: Array
-
-    @classmethod
-    def stack(cls, releases: Sequence[Agreement]) -> Agreement:
-        """[release, pair, band] from one Agreement [pair, band] for each release."""
-        return cls(*(np.stack([part[i] for part in releases]) for i in range(3)))
-
-
-def agreement(
-    a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLike | None = None
-) -> Agreement:
-    """Statistics of finished twins, images [pair, ..., h, w] (channels are summed), for each pair
-    and band.
-
-    The mean over the pairs, of each group by itself where `groups` [pair] (labels) is given, is no
-    agreement: a class's mean image is shared by all its samples. Twin A's and twin B's means are
-    taken off apart, each losing the same share (n - 1)/n of <a, b> as of the energies, and n/(n -
-    1) puts it back: sums over pairs are unbiased. With `bands` None, features of any shape [pair,
-    ...] make one band. Raises ValueError: shapes differ, a group of one.
-
-    >>> import torch; a = torch.randn(16, 1, 8, 8); s = agreement(a, a, Bands.radial((8, 8), cut=0.25))
-    >>> curve(s).round(6).tolist()
-    [1.0, 1.0]
-    """
-    if a.shape != b.shape or a.ndim < 2:
-        raise InvalidValue(
-            f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
-            "[pair, ...]."
-        )
-    labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
-    if labels.shape != (len(a),):
-        raise InvalidValue(
-            f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
-        )
-    x, y = a.detach().double(), b.detach().double()
-    parts = [np.empty((len(a), bands.n if bands else 1)) for _ in range(3)]
-    for label in np.unique(labels):
-        here = np.flatnonzero(labels == label)
-        if len(here) < 2:
-            raise InvalidValue(
-                f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
-            )
-        u, v = (z[here] - z[here].mean(0) for z in (x, y))
-        for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
-            inner = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
-            inner = inner.reshape(len(p), -1, part.shape[1]).sum(1)
-            part[here] = inner.cpu().numpy() * len(here) / (len(here) - 1)
-    return Agreement(*parts)
-
-
-def curve(stats: Agreement, squared: bool = False) -> Array:
-    """Agreement sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs, [..., pair, band] -> [..., band];
-    NaN without energy.
-
-    `squared` for the one-pass estimator, where a is the x0 predicted at a step and b the finished
-    image (design 5).
-
-    >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
-    [0.5]
-    """
-    xy, xx, yy = (part.sum(-2) for part in stats)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r: Array = xy / np.sqrt(xx * yy)
-    return r**2 if squared else r
-
-
-def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
-    """Bootstrap over pairs as counts [resample, pair]: `counts @ stat` are the resampled sums of a
-    stat [pair, ...].
-
-    >>> resample(10, 3).sum(1).tolist()
-    [10.0, 10.0, 10.0]
-    """
-    if pairs < FEWEST_PAIRS:
-        raise InvalidValue(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
-    return (
-        np.random.default_rng(seed)
-        .multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
-        .astype(np.float64)
-    )
-
-
-def half_crossing(curves: ArrayLike) -> Array:
-    """The step at which curves [..., step] reach half of what they end at; with a fraction, [...].
-
-    What has settled does not unsettle, so the crossing is that of the nearest curve that never
-    falls (isotonic regression, Barlow et al. 1972), interpolated linearly: a wavering curve crosses
-    half many times, and which time is noise. NaN where a curve ends at or below 0, is not finite,
-    or is above half from the first step on: it did not cross within the run.
-
-    >>> half_crossing([[0, 0, 1, 2, 2], [0, 0, 3, 1, 2]]).tolist()
-    [2.0, 1.5]
-    """
-    from scipy.optimize import isotonic_regression
-
-    c = np.asarray(curves, dtype=np.float64)
-    fine = np.asarray(np.isfinite(c).all(-1))
-    rising = np.where(fine[..., None], c, 0.0).reshape(-1, c.shape[-1])
-    falls = (np.diff(rising) < 0).any(-1)
-    for row in np.flatnonzero(falls):
-        rising[row] = isotonic_regression(rising[row]).x
-    level = rising.reshape(c.shape)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        level = level / level[..., -1:] - 0.5
-    below = level < 0
-    fine &= below[..., 0] & (c[..., -1] > 0)
-    # the last step below half: it never falls again
-    last = np.where(fine, below.sum(-1) - 1, 0)[..., None]
-    before = np.take_along_axis(level, last, -1)[..., 0]
-    after = np.take_along_axis(level, np.minimum(last + 1, c.shape[-1] - 1), -1)[..., 0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        step = last[..., 0] - before / (after - before)
-    return np.where(fine, step, np.nan)
+from . import Array
+from .agreement import Agreement, curve
+from .bootstrap import draws
 
 
 def fit_commitment(
@@ -177,31 +48,34 @@ def fit_commitment(
     intervals of both.
 
     Args:
-        stats: `Agreement` [release, pair, band]; resampled by pair, the same at every release.
-        releases: [release] the steps at which the twins were released.
+        stats: [release, pair, band]; resampled by pair, the same at every release.
+        releases: [release], the steps at which the twins were released.
         log_snr: [step] of the whole run, rising.
-        names: of the bands.
+        names: of the bands; by default their numbers.
         squared: the agreement is the squared correlation (see `curve`).
         groups: how many groups' means `agreement` removed; each costs a degree of freedom.
+        resamples: of the pairs.
         level: of the intervals.
+        seed: of the resamples.
 
     Returns:
-        Dataset with `curve` [release, band], `slope` [band], `commitment` [band, quantity], `gap` [quantity] = last
-        band minus first, positive when the first commits first; `commitment_interval`, `gap_interval` [..., bound];
-        and `reason` [band], why a commitment is NaN or an interval cut off at the first or last release, else "". The
-        quantities: "step" (0 the noisiest), "time" (step / steps) and "log_snr". `describe(result)` puts it in words.
+        xr.Dataset: `curve` [release, band]; `slope` [band], per unit of log SNR; `commitment`
+            [band, quantity]; `gap` [quantity], the last band's commitment less the first's,
+            positive when the first commits first; `commitment_interval` and `gap_interval` [...,
+            bound]; `reason` [band], why a commitment is NaN or an interval is cut off at the first
+            or last release, else "". The quantities are "step" (0 the noisiest), "time" (step /
+            steps) and "log_snr".
 
     Raises:
-        ValueError: fewer than 8 pairs, log_snr that does not rise, releases outside the run, wrong
-            shapes.
+        InvalidValue: for fewer than 8 pairs, log_snr that does not rise, releases outside the run,
+            or wrong shapes.
 
     >>> rng = np.random.default_rng(0); x = np.arange(-4, 5.0); p = 1 / (1 + np.exp(-x))
-    >>> one = np.ones((9, 64, 1)); s = Agreement(one * p[:, None, None] * rng.gamma(9, 1 / 9, (9, 64, 1)), one, one)
-    >>> round(float(fit_commitment(s, range(9), x).commitment.sel(quantity="step")[0]))
+    >>> one, noise = np.ones((9, 64, 1)), rng.gamma(9, 1 / 9, (9, 64, 1))
+    >>> found = fit_commitment(Agreement(p[:, None, None] * noise, one, one), range(9), x)
+    >>> round(float(found.commitment.sel(quantity="step")[0]))
     4
     """
-    import xarray as xr
-
     at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
     _check(stats, at, snr)
     pairs, n_bands = stats.xy.shape[1:]
@@ -214,8 +88,9 @@ def fit_commitment(
         raise InvalidValue(
             f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups."
         )
-    # row 0 is the sample itself
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+
+    # fit the sample and every resample
+    counts = draws(pairs, resamples, seed)
     centre, slope, influence = _fits(stats, x, counts, squared)
     observed = curve(stats, squared)
     reason = [
@@ -223,6 +98,7 @@ def fit_commitment(
     ]
     known = np.array([not why for why in reason])
 
+    # intervals of the bands, in log SNR; steps follow monotonically
     def convert(log_snrs: Array) -> Array:  # [...] -> [..., quantity]
         step = np.interp(log_snrs, snr, np.arange(len(snr)))
         return np.stack([step, step / len(snr), log_snrs], -1)
@@ -233,7 +109,7 @@ def fit_commitment(
     # the residuals of n pairs about their groups' means
     freedom = np.sqrt(pairs / (pairs - groups))
     width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0] * freedom
-    # [band, bound], in log SNR; steps follow monotonely
+    # [band, bound]
     bound = np.stack([centre[0] - width, centre[0] + width], -1)
     for b in np.flatnonzero(known).tolist():
         cut = [
@@ -245,6 +121,8 @@ def fit_commitment(
             )
     interval = convert(np.clip(bound, x[0], x[-1])).swapaxes(-1, -2)
     value = convert(centre[0])  # [band, quantity]
+
+    # interval of the gap
     down, up = (np.abs(convert(bound[:, side]) - value) for side in (0, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
         # the same pairs move both bands
@@ -253,6 +131,7 @@ def fit_commitment(
     ends = gap - _combine(down[-1], up[0], shared), gap + _combine(up[-1], down[0], shared)
     gap_interval = np.stack(ends, -1)  # [quantity, bound]
     both = n_bands > 1 and known[[0, -1]].all()
+
     return xr.Dataset(
         {
             "curve": (("release", "band"), observed),
@@ -292,19 +171,30 @@ def commitment_draws(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Array:
-    """Commitment steps of the sample itself and of each resample of its pairs, [1 + resamples,
-    band].
+    """Commitment steps of the sample itself and of each resample of its pairs.
 
     For what is a function of several commitments, such as how far a gap has moved: with the same
     seed the same pairs are drawn, so draws of two runs of the same pairs can be subtracted.
-    Commitments outside the releases are NaN.
+
+    Args:
+        stats: [release, pair, band].
+        releases: [release], the steps at which the twins were released.
+        log_snr: [step] of the whole run, rising.
+        squared: the agreement is the squared correlation (see `curve`).
+        resamples: of the pairs.
+        seed: of the resamples.
+
+    Returns:
+        Array: [1 + resample, band], in steps, the sample first; NaN outside the releases.
+
+    Raises:
+        InvalidValue: as `fit_commitment`.
     """
     at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
     _check(stats, at, snr)
     order = np.argsort(at)
     stats, x, pairs = Agreement(*(part[order] for part in stats)), snr[at[order]], stats.xy.shape[1]
-    counts = np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
-    centre, slope, _ = _fits(stats, x, counts, squared)
+    centre, slope, _ = _fits(stats, x, draws(pairs, resamples, seed), squared)
     inside = (centre >= x[0]) & (centre <= x[-1]) & (slope > 0)
     return np.where(inside, np.interp(centre, snr, np.arange(len(snr))), np.nan)
 
@@ -373,7 +263,10 @@ def _combine(one: Array, other: Array, correlation: float) -> Array:
 
 def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
     if not np.isfinite(r).all():
-        return f"Band {name} has no energy left once the mean is removed, so its agreement is undefined."
+        return (
+            f"Band {name} has no energy left once the mean is removed, so its agreement is "
+            "undefined."
+        )
     if r.min() < 0.5 < r.max() and slope > 0 and x[0] <= centre <= x[-1]:
         return ""
     return (
@@ -414,30 +307,3 @@ def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
             f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to "
             f"{len(log_snr) - 1}."
         )
-
-
-def describe(result: xr.Dataset) -> str:
-    """A commitment in words: one line for each band, one for the gap."""
-
-    def span(value: Any, ends: Any) -> str:
-        return f"{float(value):.2f} [{float(ends[0]):.2f}, {float(ends[1]):.2f}]"
-
-    lines = []
-    for band in result.band.values:
-        one = result.sel(band=band)
-        step, snr = (
-            span(one.commitment.sel(quantity=q), one.commitment_interval.sel(quantity=q))
-            for q in ("step", "log_snr")
-        )
-        known = bool(np.isfinite(one.commitment.sel(quantity="step")))
-        words = (
-            [f"commits at step {step}, log SNR {snr}."] if known else ["commits at no step seen."]
-        )
-        lines.append(" ".join([f"Band {band}", *words, str(one.reason.values)]).strip())
-    gap = result.gap.sel(quantity="step")
-    if np.isfinite(gap):
-        lines.append(
-            f"Gap {span(gap, result.gap_interval.sel(quantity='step'))} steps, "
-            f"{result.attrs['level']:.0%} interval over {result.attrs['pairs']} pairs."
-        )
-    return "\n".join(lines)

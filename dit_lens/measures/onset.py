@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from ..errors import InvalidValue
-from .commitment import FEWEST_PAIRS
-
-Array = NDArray[np.float64]
+from . import Array
+from .bootstrap import FEWEST_PAIRS
+from .estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ def onset(
     last: int = 5,
     level: float = 0.95,
 ) -> Onset:
-    """The onset of a profile [layer], given the same profile for bootstrap resamples, `boot`
-    [resample, layer].
+    """The onset of a profile over depth, given the same profile for bootstrap resamples.
 
     The first layer of the profile is the first early one, so the onset is the second at the
     earliest. A profile that leaves and comes back has none.
 
     Args:
+        profile: [layer].
+        boot: [resample, layer].
         pairs: how many pairs were resampled.
         first: the number of the profile's first layer; -1 if that is the embedding.
         matters: what the profile must come to depart by, in its unit (1 step, for a gap in steps).
@@ -82,9 +84,12 @@ def onset(
         last: the layers of `share_last`.
         level: of the test and the intervals.
 
+    Returns:
+        Onset: the verdict, and what it rests on.
+
     Raises:
-        ValueError: fewer than 8 pairs, fewer than 3 layers, wrong shapes, values that are not
-            finite.
+        InvalidValue: for fewer than 8 pairs, fewer than 3 layers, wrong shapes, or values that are
+            not finite.
 
     >>> rng = np.random.default_rng(0); p = np.where(np.arange(28) >= 20, 9.0, 0.0)
     >>> onset(p + rng.normal(size=28), p + rng.normal(size=(500, 28)), pairs=64).layer
@@ -93,6 +98,8 @@ def onset(
     p, draws = np.asarray(profile, dtype=np.float64), np.asarray(boot, dtype=np.float64)
     draws = _check(p, draws, pairs, last, first)
     last = min(last, len(p) - 1)
+
+    # how large a departure noise makes
     noise = draws - draws.mean(0)
     wobble = _departures(noise)  # [resample, candidate, layer]
     error = wobble.std(0, ddof=1) * math.sqrt(pairs / (pairs - 1))
@@ -100,6 +107,8 @@ def onset(
     tiny = 1e-6 * max(float(np.abs(p).max()), float(noise.std()), 1e-30)
     error = np.maximum(error, tiny)
     critical = _critical(np.abs(wobble / error).diagonal(0, 1, 2).max(1), pairs, level)
+
+    # the first layer that leaves for good, in the profile and in every resample
     d = _departures(p[None])
     # a place in the profile, `layer` what it is called
     at = int(_first(d, error, critical, material, matters)[0])
@@ -109,19 +118,21 @@ def onset(
     refits, layer = np.append(refits[refits > 0], at) + first, at + first
     low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], method="nearest")
     interval = min(int(low), int(layer)), max(int(high), int(layer))
-    share = _share(p[None], at, last)[0]
+
+    # what the last layers have of the change
     ends = np.quantile(_share(draws, at, last), [(1 - level) / 2, (1 + level) / 2])
-    span = f"[{ends[0]:.0%}, {ends[1]:.0%}]"
+    share = Estimate.of(_share(p[None], at, last)[0], ends)
     made = (
-        f"make {share:.0%} {span} of the change"
-        if ends[1] - ends[0] < 2
+        f"make {share:.0%} of the change"
+        if share.high - share.low < 2
         else "make a share of the change that can't be told"
     )
     where = f"layer {layer} ({level:.0%} interval {interval[0]} to {interval[1]})"
-    message = f"The profile leaves its early level at {where}; the last {last} of {len(p) + min(first, 0)} layers {made}."
-    return Onset(
-        "found", int(layer), interval, float(share), (float(ends[0]), float(ends[1])), None, message
+    message = (
+        f"The profile leaves its early level at {where}; the last {last} of "
+        f"{len(p) + min(first, 0)} layers {made}."
     )
+    return Onset("found", int(layer), interval, share.value, (share.low, share.high), None, message)
 
 
 def _departures(profiles: Array) -> Array:
@@ -137,8 +148,6 @@ def _critical(largest: Array, pairs: int, level: float) -> float:
     """The quantile of the largest |t| of normal noise, carried to Student's t with pairs - 1
     degrees of freedom.
     """
-    from scipy import stats
-
     # without any noise, rounding is still no departure
     normal = max(float(np.quantile(largest, level)), 1.96)
     return float(stats.t.isf(stats.norm.sf(normal), pairs - 1))
@@ -173,11 +182,17 @@ def _without(
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
         back = k + np.argmin((size + width)[k, k:])  # that it came back must be shown: surely small
         if (size + width)[k, back] < matters:
-            message = f"The profile departs at layer {k + 1 + first} but is at its early level in layer {back + 1 + first}: no onset."
+            message = (
+                f"The profile departs at layer {k + 1 + first} but is at its early level in layer "
+                f"{back + 1 + first}: no onset."
+            )
             return replace(absent, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:
-        message = f"No layer leaves the early level: every departure is below {reach:.2g} ({level:.0%} confidence)."
+        message = (
+            f"No layer leaves the early level: every departure is below {reach:.2g} "
+            f"({level:.0%} confidence)."
+        )
         return replace(absent, message=message)
     # to show the departure seen, or to exclude one that matters: the nearer
     margin = np.maximum(size, matters - size)

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidValue
+from ..measures.agreement import Agreement, agreement, curve
 from ..measures.bands import CUT, Bands
-from ..measures.commitment import FEWEST_PAIRS, Agreement, agreement, curve, resample
+from ..measures.bootstrap import FEWEST_PAIRS, resample
 from ..sampling.run import Run
 from .checkpoint import Store, scheduler_words, sweep_key
 from .lanes import Lanes

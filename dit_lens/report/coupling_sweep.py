@@ -5,28 +5,27 @@ picture.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
+import xarray as xr
+from rich.table import Table
 
 from ..experiments.coupling_sweep import SENSES
-from .gap import HIGH, INK, LOW, _pyplot
-
-if TYPE_CHECKING:
-    import xarray as xr
+from ..measures.estimate import Estimate, number
+from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
-    """Print the table and the sentences; write knob.nc and knob.png into the folder."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print the table and the sentences; write coupling_sweep.nc and coupling_sweep.png.
 
+    Args:
+        results: of `dit_lens.experiments.couplings`.
+        folder: for the files; it is made if need be.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=110, highlight=False)
-    table = Table(
-        title=f"Twins coupled throughout ({results.attrs['form']} form, eps {results.attrs['eps']:g})",
-        title_justify="left",
-    )
+    console = plain_console(110)
+    form, eps = results.attrs["form"], results.attrs["eps"]
+    title = f"Twins coupled throughout ({form} form, eps {eps:g})"
+    table = Table(title=title, title_justify="left")
     for column in (
         "g",
         "low parts at",
@@ -39,90 +38,86 @@ def write(results: xr.Dataset, folder: Path) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for g in results.g.values:
         one = results.sel(g=g)
-        gaps = [
-            f"{float(v):+.2f} [{a:+.2f}, {b:+.2f}]"
-            for v, (a, b) in zip(one.gap.values, one.gap_interval.values, strict=True)
-        ]
+        gaps = (one.sel(sense=sense) for sense in SENSES)
         table.add_row(
             f"{g:g}",
-            *(f"{v:.1f}" for v in one.parting.values),
-            *gaps,
-            f"{float(one.rho):+.2f}",
-            f"{float(one.response.mean()):+.2f}",
+            *(number(step) for step in one.parting.values),
+            *(f"{Estimate.of(gap.gap, gap.gap_interval):+.2f}" for gap in gaps),
+            number(one.rho, "+.2f"),
+            number(one.response.mean(), "+.2f"),
         )
     console.print(table)
     for sense in SENSES:
         console.print(results.attrs[f"sentence_{sense}"], soft_wrap=True)
-    results.to_netcdf(folder / "knob.nc", engine="scipy")
-    console.print(
-        f"[dim]pictures and figures: {draw(results, folder / 'knob.png')}, "
-        f"{folder / 'knob.nc'}[/dim]",
-        soft_wrap=True,
-    )
+    stored = folder / "coupling_sweep.nc"
+    results.to_netcdf(stored, engine="scipy")
+    drawn = draw(results, stored.with_suffix(".png"))
+    files(console, [drawn, stored])
 
 
 def draw(results: xr.Dataset, path: Path) -> Path:
-    """The gap in both senses against g, and what attention leaves of the difference, beside rho."""
-    plt = _pyplot()
-    figure, (steps, size, response) = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
+    """The gap in both senses against g; what attention leaves of the difference, against rho.
+
+    Args:
+        results: of `dit_lens.experiments.couplings`.
+        path: of the picture.
+    """
     g = results.g.values
-    for ax, sense, unit in (
-        (steps, "parting", "gap, steps (high minus low)"),
-        (size, "size", "log E low $-$ log E high"),
-    ):
-        one = results.sel(sense=sense)
-        ax.errorbar(
-            g,
-            one.gap,
-            yerr=np.abs(one.gap_interval.values.T - one.gap.values),
-            color=INK,
-            marker="o",
-            markersize=4,
-            linewidth=1,
-            capsize=2,
-        )
-        ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-        ax.set_ylabel(unit)
-    steps.set_title("when the twins part")
-    size.set_title("what they end up differing by")
-    for layer in results.layer.values:
+    with picture(path, (10.5, 3.1), ncols=3) as (_, axes):
+        titles = {
+            "parting": ("when the twins part", "gap, steps (high minus low)"),
+            "size": ("what they end up differing by", "log E low $-$ log E high"),
+        }
+        for ax, (sense, (title, unit)) in zip(axes, titles.items(), strict=False):
+            one = results.sel(sense=sense)
+            ax.errorbar(
+                g,
+                one.gap,
+                yerr=error_bars(one.gap, one.gap_interval),
+                color=INK,
+                marker="o",
+                markersize=4,
+                linewidth=1,
+                capsize=2,
+            )
+            ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+            ax.set(title=title, ylabel=unit)
+        response = axes[2]
+        for layer in results.layer.values:
+            response.plot(
+                g,
+                results.response.sel(layer=layer),
+                color=LOW,
+                alpha=0.25,
+                linewidth=0.8,
+                label="each layer" if layer == 0 else None,
+            )
         response.plot(
             g,
-            results.response.sel(layer=layer),
+            results.response.mean("layer"),
             color=LOW,
-            alpha=0.25,
-            linewidth=0.8,
-            label="each layer" if layer == 0 else None,
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            label="mean of layers",
         )
-    response.plot(
-        g,
-        results.response.mean("layer"),
-        color=LOW,
-        marker="o",
-        markersize=4,
-        linewidth=1.4,
-        label="mean of layers",
-    )
-    response.plot(
-        g,
-        results.linear.mean("layer"),
-        color=INK,
-        linestyle="none",
-        marker="x",
-        markersize=5,
-        label="first order",
-    )
-    response.plot(
-        g, results.rho, color=HIGH, linestyle="--", linewidth=1, label=r"$\rho$ = (1 - g)/(1 + g)"
-    )
-    response.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-    response.set(
-        ylabel="difference left by attention",
-        title=f"response of attention, step {int(results.attrs['step'])}",
-    )
-    response.legend(fontsize=7, frameon=False)
-    for ax in (steps, size, response):
-        ax.set_xlabel("coupling g")
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+        response.plot(
+            g,
+            results.linear.mean("layer"),
+            color=INK,
+            linestyle="none",
+            marker="x",
+            markersize=5,
+            label="first order",
+        )
+        rho = r"$\rho$ = (1 - g)/(1 + g)"
+        response.plot(g, results.rho, color=HIGH, linestyle="--", linewidth=1, label=rho)
+        response.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+        response.set(
+            ylabel="difference left by attention",
+            title=f"response of attention, step {int(results.attrs['step'])}",
+        )
+        legend(response)
+        for ax in axes:
+            ax.set_xlabel("coupling g")
     return path

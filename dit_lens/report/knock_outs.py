@@ -6,31 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xarray as xr
+from rich.table import Table
 
-from .gap import HIGH, INK, LOW, VIEWS, _pyplot, _with_interval
-
-if TYPE_CHECKING:
-    import xarray as xr
+from ..measures.estimate import Estimate, number
+from .gap import VIEWS
+from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console, whole_numbers
 
 
 def write(
     knocked: xr.Dataset, patched: xr.Dataset, folder: Path, onsets: Mapping[str, int] | None = None
 ) -> None:
-    """Print the table and the sentences, held against the profiles' `onsets` (-1: none) if they are
-    known.
+    """Print the table and the sentences; write knock_outs.nc, patches.nc and causes.png.
 
-    Write knock_outs.nc, patches.nc and causes.png into the folder.
+    Args:
+        knocked: of `dit_lens.experiments.knock_outs`, with direct effects.
+        patched: of `dit_lens.probes.TwinPatching`.
+        folder: for the files; it is made if need be.
+        onsets: the layer profiles' onset by view, -1 for none, to compare the causes with.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=120, highlight=False)
+    console = plain_console(120)
     table = Table(
-        title="Knocked out one by one (gap, steps) and patched from twin A into twin B (share of the way to A)",
+        title="Knocked out one by one (gap, steps) and patched from twin A into twin B "
+        "(share of the way to A)",
         title_justify="left",
     )
     for column in (
@@ -46,49 +47,55 @@ def write(
     carried = carries(patched)
     for layer in knocked.layer.values:
         one = knocked.sel(layer=layer)
-        cells = [f"{float(one[name]):+.2f}" for name in ("direct_effect", "mediated_effect")]
-        moves = [f"{float(carried.sel(layer=layer, band=band)):+.3f}" for band in ("low", "high")]
+        moves = (carried.sel(layer=layer, band=band) for band in ("low", "high"))
         table.add_row(
             str(layer),
-            f"{float(one.gap):+.2f}",
-            _with_interval(one.effect, one.effect_interval),
-            *cells,
-            *moves,
+            number(one.gap, "+.2f"),
+            f"{Estimate.of(one.effect, one.effect_interval):+.1f}",
+            number(one.direct_effect, "+.2f"),
+            number(one.mediated_effect, "+.2f"),
+            *(number(move, "+.3f") for move in moves),
         )
     console.print(table)
     for line in sentences(knocked, patched) + ([against(knocked, onsets)] if onsets else []):
         console.print(line, soft_wrap=True)
     knocked.to_netcdf(folder / "knock_outs.nc", engine="scipy")
     patched.to_netcdf(folder / "patches.nc", engine="scipy")
-    files = [
-        draw(knocked, patched, folder / "causes.png"),
-        folder / "knock_outs.nc",
-        folder / "patches.nc",
-    ]
-    console.print(f"[dim]pictures and figures: {', '.join(map(str, files))}[/dim]", soft_wrap=True)
+    drawn = draw(knocked, patched, folder / "causes.png")
+    files(console, [drawn, folder / "knock_outs.nc", folder / "patches.nc"])
 
 
-def carries(patched: xr.Dataset) -> Any:
-    """The most that a layer moves B towards A in any window, its sites' moves added up, [layer,
-    band].
+def carries(patched: xr.Dataset) -> xr.DataArray:
+    """The most that a layer moves B towards A in any window, its sites' moves added up.
+
+    Args:
+        patched: of `dit_lens.probes.TwinPatching`.
+
+    Returns:
+        xr.DataArray: [layer, band], shares of the way from B to A.
     """
     return patched.move.sum("site").max("window")
 
 
 def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
-    """Necessity, sufficiency, and whether they name the same layers."""
+    """Which layers the gap needs, which suffice to carry what A decided, and how much of it.
+
+    Args:
+        knocked: of `dit_lens.experiments.knock_outs`.
+        patched: of `dit_lens.probes.TwinPatching`.
+    """
     carried = carries(patched)
     most = {
         band: int(carried.layer[int(carried.sel(band=band).values.argmax())])
         for band in ("low", "high")
     }
-    words = [
+    most_by = [
         f"{band} most by layer {layer} ({share:.1%} of the way)"
         if (share := float(carried.sel(band=band, layer=layer))) > 0.005
         else f"{band} by none"
         for band, layer in most.items()
     ]
-    causes = np.atleast_1d(knocked.attrs["causes"]).astype(int).tolist()
+    causes = _causes(knocked)
     removing = [
         layer
         for layer in causes
@@ -98,7 +105,7 @@ def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
     lines = ["Necessity: " + knocked.attrs["sentence"]]
     lines.append(
         "Sufficiency: patched at one window, what A decided is carried into B, "
-        f"{' and '.join(words)}."
+        f"{' and '.join(most_by)}."
     )
     whole = (
         f"Without layer {', '.join(map(str, removing))} at most half of the gap is left"
@@ -115,80 +122,94 @@ def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
 
 
 def against(knocked: xr.Dataset, onsets: Mapping[str, int]) -> str:
-    """Whether the layers that the profiles point at are layers that cause anything."""
-    causes = np.atleast_1d(knocked.attrs["causes"]).astype(int).tolist()
+    """Whether the layers that the profiles point at are layers that cause anything.
+
+    Args:
+        knocked: of `dit_lens.experiments.knock_outs`.
+        onsets: the layer profiles' onset by view, -1 for none.
+    """
+    causes = _causes(knocked)
     named = {view: layer for view, layer in onsets.items() if layer >= 0}
     if not named or not causes:
-        return f"Profile and cause can't be compared: {'no profile has an onset' if not named else 'no layer moves the gap'}."
-    told = ", ".join(
+        missing = "no layer moves the gap" if named else "no profile has an onset"
+        return f"Profile and cause can't be compared: {missing}."
+    compared = ", ".join(
         f"{VIEWS[view]}: layer {layer}, {'a cause' if layer in causes else 'no cause'}"
         for view, layer in named.items()
     )
-    verdict = {True: "agree", False: "do not agree"}[
-        all(layer in causes for layer in named.values())
-    ]
-    return f"Profile and cause {verdict} ({told})."
+    verdict = "agree" if set(named.values()) <= set(causes) else "do not agree"
+    return f"Profile and cause {verdict} ({compared})."
+
+
+def _causes(knocked: xr.Dataset) -> list[int]:
+    """The layers named as causes; netCDF makes a number of a list of one."""
+    layers: list[int] = np.atleast_1d(knocked.attrs["causes"]).astype(int).tolist()
+    return layers
 
 
 def draw(knocked: xr.Dataset, patched: xr.Dataset, path: Path) -> Path:
     """The effect of each knock-out with its simultaneous interval, direct and mediated, and the
     patches' moves by layer and window.
+
+    Args:
+        knocked: of `dit_lens.experiments.knock_outs`, with direct effects.
+        patched: of `dit_lens.probes.TwinPatching`.
+        path: of the picture.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(
-        1, 3, figsize=(11, 3.3), layout="constrained", width_ratios=(1.5, 1, 1)
-    )
-    effects, layers = axes[0], knocked.layer.values
-    spread = np.abs(knocked.effect_interval.values.T - knocked.effect.values)
-    effects.errorbar(
-        layers,
-        knocked.effect,
-        yerr=spread,
-        fmt="o",
-        color=INK,
-        markersize=3.5,
-        linewidth=0.9,
-        capsize=2,
-        label="whole effect",
-    )
-    effects.plot(
-        layers,
-        knocked.direct_effect,
-        color=LOW,
-        marker="_",
-        linestyle="none",
-        markersize=8,
-        label="direct",
-    )
-    effects.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-    effects.axhline(
-        -knocked.attrs["gap"], color=HIGH, linewidth=0.8, linestyle="--", label="no gap left"
-    )
-    effects.set(
-        xlabel="layer knocked out",
-        ylabel="change of the gap, steps",
-        title=f"the gap is {knocked.attrs['gap']:+.2f} steps",
-    )
-    effects.legend(fontsize=7, frameon=False)
-    move = patched.move.sum("site")
-    # a few patches lead far away, and would leave the rest without colour
-    top = float(np.quantile(np.abs(move), 0.98))
-    for ax, band in zip(axes[1:], ("low", "high"), strict=True):
-        image = ax.imshow(
-            move.sel(band=band).values.T,
-            aspect="auto",
-            origin="lower",
-            cmap="RdBu_r",
-            vmin=-top,
-            vmax=top,
+    gap = float(knocked.attrs["gap"])
+    with picture(path, (11, 3.3), ncols=3, width_ratios=(1.5, 1, 1)) as (figure, axes):
+        # knock-outs
+        effects, layers = axes[0], knocked.layer.values
+        effects.errorbar(
+            layers,
+            knocked.effect,
+            yerr=error_bars(knocked.effect, knocked.effect_interval),
+            fmt="o",
+            color=INK,
+            markersize=3.5,
+            linewidth=0.9,
+            capsize=2,
+            label="whole effect",
         )
-        ax.set_yticks(range(move.sizes["window"]), patched.window.values)
-        ax.set(
-            xlabel="layer patched, attention and MLP",
-            ylabel="steps",
-            title=f"B's move towards A, {band}",
+        effects.plot(
+            layers,
+            knocked.direct_effect,
+            color=LOW,
+            marker="_",
+            linestyle="none",
+            markersize=8,
+            label="direct",
         )
-    figure.colorbar(image, ax=axes[1:], label="share of the way", extend="both")
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+        effects.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+        effects.axhline(-gap, color=HIGH, linewidth=0.8, linestyle="--", label="no gap left")
+        effects.set(
+            xlabel="layer knocked out",
+            ylabel="change of the gap, steps",
+            title=f"the gap is {gap:+.2f} steps",
+        )
+        legend(effects)
+
+        # patches
+        move = patched.move.sum("site")
+        # a few patches lead far away, and would leave the rest without colour
+        top = float(np.quantile(np.abs(move), 0.98))
+        first, last = (int(patched.layer[i]) for i in (0, -1))
+        for ax, band in zip(axes[1:], ("low", "high"), strict=True):
+            image = ax.imshow(
+                move.sel(band=band).values.T,
+                aspect="auto",
+                origin="lower",
+                cmap="RdBu_r",
+                vmin=-top,
+                vmax=top,
+                extent=(first - 0.5, last + 0.5, -0.5, move.sizes["window"] - 0.5),
+            )
+            ax.set_yticks(range(move.sizes["window"]), patched.window.values)
+            ax.set(
+                xlabel="layer patched, attention and MLP",
+                ylabel="steps",
+                title=f"B's move towards A, {band}",
+            )
+        whole_numbers(*(ax.xaxis for ax in axes))
+        figure.colorbar(image, ax=axes[1:], label="share of the way", extend="both")
     return path

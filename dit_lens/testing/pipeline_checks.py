@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..experiments.gap import measure
+from ..experiments.gap import measure_gap
 from ..families.base import Family
 from ..families.upstream import flat
 from ..model.hooked import HookedDiT
@@ -182,7 +182,7 @@ def gap_is_measured(case: InPipeline) -> None:
     model = HookedDiT(case.pipe, size=_size_of(case.model, t.latents[0]))
     try:
         steps = 25 if len(model.cfg.grid) == 2 else 6  # a video is many images
-        result = measure(model, pairs=16, steps=steps, resamples=50)
+        result = measure_gap(model, pairs=16, steps=steps, resamples=50)
     finally:
         model.remove()
     assert result.attrs["headline"] and result.layer_gap.sizes["layer"] == model.cfg.n_layers + 1

@@ -1,4 +1,6 @@
-"""The knob: exact answers where there are some, sentences for every outcome, and what it refuses."""
+"""The coupling sweep: exact answers where there are some (E1 to E6 in docs/checks.md), sentences
+for every outcome, and what it refuses.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,17 @@ def test_uncoupled_twins_part_where_half_is_decided(low, high):
     """
     truth = gaussian(low, high, layers=(1,), n_layers=2)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    found = couplings(model, [0.0, 1.0], eps=0.3, pairs=16, steps=STEPS, cut=0.1)
+    told = []
+    found = couplings(
+        model,
+        [0.0, 1.0],
+        eps=0.3,
+        pairs=16,
+        steps=STEPS,
+        cut=0.1,
+        progress=lambda *done: told.append(done),
+    )
+    assert told == [(1, 2), (2, 2)]
     scheduler = DDIMScheduler.from_config(truth.scheduler.config)
     scheduler.set_timesteps(STEPS)
     abar = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
@@ -55,6 +67,7 @@ def test_attention_without_queries_and_keys_responds_by_rho():
         )
 
 
+@pytest.mark.slow
 def test_the_same_pairs_at_every_strength_and_again():
     model = dit_lens.load("digits")
     a, b = (couplings(model, [0, 0.5], pairs=8, steps=6, seed=3, resamples=50) for _ in range(2))
@@ -70,7 +83,7 @@ def test_every_outcome_has_its_sentence():
     model = dit_lens.load("digits")
     base = couplings(model, [0, 1], pairs=8, steps=6, resamples=50)
 
-    def told(before, after, change):
+    def sentence(before, after, change):
         made = base.copy(deep=True)
         for g, (value, low, high) in zip((0, 1), (before, after), strict=True):
             made.gap.loc[{"g": g}] = value
@@ -78,17 +91,17 @@ def test_every_outcome_has_its_sentence():
         made.change_interval.loc[{"g": 1}] = np.array(change)
         return collapse(made, "size")
 
-    assert told((3, 2, 4), (0.1, -1, 1), (-4, -2)).startswith(
+    assert sentence((3, 2, 4), (0.1, -1, 1), (-4, -2)).startswith(
         "The gap (log ratio of the finished difference): it collapses: none can be told"
     )
-    assert "it shrinks but does not collapse; +3.00 [+2.00, +4.00] at g = 0, +1.00" in told(
+    assert "it shrinks but does not collapse; +3.00 [+2.00, +4.00] at g = 0, +1.00" in sentence(
         (3, 2, 4), (1, 0.5, 1.5), (-3, -1)
     )
-    assert "does not collapse but changes sign" in told((3, 2, 4), (-1, -2, -0.5), (-5, -3))
-    assert "does not collapse but grows" in told((3, 2, 4), (6, 5, 7), (1, 4))
-    assert "no change can be told with this many pairs" in told((3, 2, 4), (2, 1, 4), (-2, 1))
-    assert "there is none to collapse at the weakest" in told((0.1, -1, 1), (3, 2, 4), (1, 4))
-    assert "can't be given at both ends" in told((np.nan,) * 3, (3, 2, 4), (1, 4))
+    assert "does not collapse but changes sign" in sentence((3, 2, 4), (-1, -2, -0.5), (-5, -3))
+    assert "does not collapse but grows" in sentence((3, 2, 4), (6, 5, 7), (1, 4))
+    assert "no change can be told with this many pairs" in sentence((3, 2, 4), (2, 1, 4), (-2, 1))
+    assert "there is none to collapse at the weakest" in sentence((0.1, -1, 1), (3, 2, 4), (1, 4))
+    assert "can't be given at both ends" in sentence((np.nan,) * 3, (3, 2, 4), (1, 4))
 
 
 def test_bad_input():

@@ -1,18 +1,20 @@
-"""Knock-outs on models whose causing layers are known (E6), decoys among them; `python
-tests/checks.py` does it at length.
+"""Knock-outs on models whose causing layers are known (E6 in docs/checks.md), decoys among them,
+and in every family; `python tests/checks.py` does it at length.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dit
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import dit_lens
-from dit_lens import HookedDiT
-from dit_lens.experiments.knock_outs import _sentence, coupled_alone, knock_outs, knocked_out
+from dit_lens import HookedDiT, families
+from dit_lens.errors import InvalidValue
+from dit_lens.experiments.knock_outs import _sentence, couple_alone, knock_outs, knocked_out
 from dit_lens.groundtruth import gaussian, planted
 
 torch.set_num_threads(1)
@@ -56,7 +58,7 @@ def test_causes_are_named_and_decoys_are_not():
 
 
 def test_a_layer_that_shows_the_difference_and_causes_nothing():
-    """E4: the planted layer makes the twins differ in the stream, and the output never reads it."""
+    """The planted layer makes the twins differ in the stream, and the output never reads it."""
     truth = planted([1], 0.5, 3, "low", sample_size=4)
     found = knock_outs(
         HookedDiT(truth.transformer, scheduler=truth.scheduler),
@@ -106,13 +108,89 @@ def test_knocking_out_is_skipping_the_layer_bit_for_bit():
     assert not torch.equal(attn, mlp) and not torch.equal(attn, run.latents[-1])
 
 
+def _small_run(name, variant=0, steps=1):
+    """One step of a family's small model, with the condition it comes with."""
+    transformer, condition = families.family_named(name).small(variant)
+    model = HookedDiT(transformer, scheduler=FlowMatchEulerDiscreteScheduler())
+    if not model.cfg.n_classes:
+        model.conditions.add(
+            {
+                "first": {
+                    key: value if value is None else value[:1] for key, value in condition.items()
+                }
+            }
+        )
+    return dit_lens.sample(model, [model.conditions.n - 1], steps=steps)
+
+
+@pytest.mark.parametrize("name", sorted(families.modules()))
+def test_a_layer_knocked_out_returns_its_streams_bit_for_bit(name):
+    """In every family, for the image's and the text's stream: cross-attention, second attentions
+    and what attention and MLP add fused are knocked out too.
+    """
+    for variant in range(3):
+        run = _small_run(name, variant)
+        n = run.model.cfg.n_layers
+        for layers in [[layer] for layer in range(n)] + [list(range(n))]:
+            out = knocked_out(run, layers)
+            for layer, stream in itertools.product(layers, ("", "text.")):
+                pre, post = (f"blocks.{layer}.{stream}hook_resid_{at}" for at in ("pre", "post"))
+                if post in run.model.names:
+                    before, after = (out.activations(site, step=0) for site in (pre, post))
+                    assert torch.equal(before, after), (variant, layer, stream)
+                    whole = (run.activations(site, step=0) for site in (pre, post))
+                    assert not torch.equal(*whole)
+
+
+def test_parts_of_a_layer():
+    run = _small_run("SD3Transformer2DModel", 2)
+    names = [name for name, _ in knocked_out(run, [0], "attn").history[-1].edits]
+    assert names == [
+        f"blocks.0.{site}" for site in ("hook_attn_out", "hook_attn2_out", "text.hook_attn_out")
+    ]
+    run = _small_run("PixArtTransformer2DModel")
+    names = [name for name, _ in knocked_out(run, [1], "attn").history[-1].edits]
+    assert names == ["blocks.1.hook_attn_out", "blocks.1.hook_cross_attn_out"]
+    names = [name for name, _ in knocked_out(run, [1], "mlp").history[-1].edits]
+    assert names == ["blocks.1.hook_mlp_out"]
+    flux = _small_run("FluxTransformer2DModel")
+    for part in ("attn", "mlp"):
+        with pytest.raises(InvalidValue) as error:
+            knocked_out(flux, [0, 2], part)
+        assert str(error.value) == (
+            f"Layer 2 has no {part!r} part to knock out by itself; it adds "
+            "'blocks.2.hook_attn_mlp_out', 'blocks.2.text.hook_attn_mlp_out'. Use part='layer'."
+        )
+
+
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "FluxTransformer2DModel"])
+def test_the_direct_effect_of_the_last_layer_is_its_whole_effect(name):
+    """Cross-attention and fused additions count in direct effects as well."""
+    run = _small_run(name)
+    last = run.model.cfg.n_layers - 1
+    whole, direct = (knocked_out(run, [last], direct=d) for d in (False, True))
+    assert torch.allclose(whole.x0, direct.x0, atol=1e-4) and not torch.allclose(
+        whole.x0, run.x0, atol=1e-2
+    )
+
+
 def test_direct_and_mediated_effects():
-    """The last layer's whole effect is direct; of two causes in a row the earlier one's news goes
-    through the later one too.
+    """The last layer's whole effect is direct; of two causes in a row the earlier one also acts
+    through the later one.
     """
     truth = gaussian(4.0, 0.25, (1, 3), 4, decoys=[0], sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    found = knock_outs(model, direct=True, pairs=16, steps=12, cut=0.1, resamples=200)
+    told = []
+    found = knock_outs(
+        model,
+        direct=True,
+        pairs=16,
+        steps=12,
+        cut=0.1,
+        resamples=200,
+        progress=lambda *done: told.append(done),
+    )
+    assert told == [(done, 4) for done in range(1, 5)]
     assert np.allclose(found.direct_effect + found.mediated_effect, found.effect)
     assert (
         np.abs(found.mediated_effect.sel(layer=[0, 2, 3])).max()
@@ -130,7 +208,17 @@ def test_coupling_one_layer_alone():
     """
     truth = gaussian(4.0, 0.25, (2,), 4, decoys=[0], sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    found = coupled_alone(model, eps=0.3, pairs=16, steps=20, cut=0.1, resamples=200)
+    told = []
+    found = couple_alone(
+        model,
+        eps=0.3,
+        pairs=16,
+        steps=20,
+        cut=0.1,
+        resamples=200,
+        progress=lambda *done: told.append(done),
+    )
+    assert told == [(done, 4) for done in range(1, 5)]
     assert (
         found.attrs["causes"] == [2]
         and abs(float(found.gap.sel(layer=2))) < 1e-3
@@ -171,7 +259,7 @@ def test_bad_input():
         ),
         (
             lambda: knock_outs(model, part="ff", pairs=16, steps=8, cut=0.1),
-            "part='ff' is none of a layer; expected 'layer', 'attn' or 'mlp'.",
+            "unknown part 'ff' of a layer; expected 'layer', 'attn' or 'mlp'.",
         ),
         (
             lambda: knock_outs(model, pairs=8),

@@ -1,0 +1,132 @@
+"""Outcomes: what of finished twins is compared. The latents by band, the images, or features of the
+images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidValue
+from ..measures.agreement import Agreement, agreement
+from ..measures.bands import CUT, Bands
+from ..model.hooked import HookedDiT
+from ..sampling.run import decode
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What of finished twins is compared; made by `latents`, `images` or `features`, or by hand.
+
+    Attributes:
+        name: of the outcome, under which `Curves` keeps it.
+        of: maps finished latents [n, channel, height, width] to fields [n, ..., h, w], or to
+            features of any shape [n, ...].
+        bands: how the fields are split; None for features, which count as one band.
+
+    >>> Outcome("mean colour", lambda x: x.mean((2, 3)), None).band_names
+    ('mean colour',)
+    """
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+    bands: Bands | None
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        """The names of the bands; without bands the outcome's own."""
+        return self.bands.names if self.bands else (self.name,)
+
+    def compare(self, a: Tensor, b: Tensor, groups: Sequence[int]) -> Agreement:
+        """Agreement statistics of finished latents, without each group's mean.
+
+        Args:
+            a: of the twins A, [pair, channel, height, width].
+            b: of the twins B.
+            groups: [pair], the labels.
+
+        Returns:
+            Agreement: [pair, band].
+        """
+        return agreement(self.of(a), self.of(b), self.bands, groups)
+
+
+def latents(bands: Bands, name: str = "latents") -> Outcome:
+    """The finished latents as they are.
+
+    Args:
+        bands: of their pixel grid.
+        name: of the outcome.
+
+    >>> import dit_lens; latents(dit_lens.Bands.radial((16, 16), cut=0.25)).band_names
+    ('low', 'high')
+    """
+    return Outcome(name, lambda x: x, bands)
+
+
+def images(
+    model: HookedDiT, bands: Bands | None = None, name: str = "images", cut: float = CUT
+) -> Outcome:
+    """The images that the finished latents decode to, through the VAE where there is one.
+
+    Args:
+        model: the opened model.
+        bands: of the images' pixel grid; by default "low" and "high".
+        name: of the outcome.
+        cut: between low and high without `bands`, in cycles per pixel of the *latents*, so that the
+            same waves are low in both.
+
+    >>> import dit_lens; images(dit_lens.load("digits")).bands.edges[1]
+    0.25
+    """
+
+    def of(x: Tensor) -> Tensor:
+        return decode(model, x)
+
+    if bands is None:
+        side = of(torch.zeros(1, *model.cfg.latent_shape)).shape[-1]
+        bands = Bands.radial((side, side), cut=cut * model.cfg.pixels[0] / side)
+    return Outcome(name, of, bands)
+
+
+def features(
+    model: HookedDiT, function: Callable[[Tensor], Tensor], name: str = "features"
+) -> Outcome:
+    """What a function, such as a classifier or DINO, makes of the images; it counts as one band.
+
+    Args:
+        model: the opened model.
+        function: of images [n, channel, height, width] in [0, 1]; gives [n, ...].
+        name: of the outcome.
+
+    Raises:
+        InvalidValue: when compared, if the function gives anything but n rows of finite numbers.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> features(model, lambda x: x.mean((2, 3))).of(torch.zeros(3, 1, 16, 16)).shape
+    torch.Size([3, 1])
+    """
+
+    def of(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = function(decode(model, x))
+        if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
+            got = (
+                f"shape {list(found.shape)}"
+                if isinstance(found, Tensor)
+                else f"a {type(found).__name__}"
+            )
+            raise InvalidValue(
+                f"The feature function gave {got} for {len(x)} images; expected a tensor "
+                f"[{len(x)}, feature]."
+            )
+        if not found.isfinite().all():
+            raise InvalidValue(
+                f"The feature function gave values that are not finite for {len(x)} images."
+            )
+        return found.flatten(1)
+
+    return Outcome(name, of, None)

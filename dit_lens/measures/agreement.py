@@ -1,0 +1,109 @@
+"""Agreement: what twins share, band by band, as sums over pairs.
+
+Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|²: the pairs are
+the independent units, so resampling the pairs is resampling these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ..errors import InvalidValue
+from . import Array
+from .bands import Bands
+
+
+class Agreement(NamedTuple):
+    """Sufficient statistics of twins, each [..., pair, band], with the mean over pairs removed.
+
+    Attributes:
+        xy: <a, b>.
+        xx: |a|².
+        yy: |b|².
+    """
+
+    xy: Array
+    xx: Array
+    yy: Array
+
+    @classmethod
+    def stack(cls, releases: Sequence[Agreement]) -> Agreement:
+        """[release, pair, band] from one Agreement [pair, band] for each release."""
+        return cls(*(np.stack([part[i] for part in releases]) for i in range(3)))
+
+
+def agreement(
+    a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLike | None = None
+) -> Agreement:
+    """Statistics of finished twins for each pair and band; channels are summed.
+
+    The mean over the pairs is removed first, for each group by itself: a class's mean image is
+    shared by all its samples, which is no agreement. The means of A and of B are removed
+    separately, which takes the same share (n - 1)/n of <a, b> as of the energies; the factor
+    n/(n - 1) puts it back, so that sums over pairs are unbiased.
+
+    Args:
+        a: twin A, images [pair, ..., h, w], or features of any shape [pair, ...] without `bands`.
+        b: twin B, the same shape.
+        bands: of the (h, w) grid; None takes everything as one band.
+        groups: [pair], the labels; None makes one group of all pairs.
+
+    Returns:
+        Agreement: each of its arrays [pair, band].
+
+    Raises:
+        InvalidValue: if the shapes differ, or a group has only one pair.
+
+    >>> a = torch.randn(16, 1, 8, 8)
+    >>> curve(agreement(a, a, Bands.radial((8, 8), cut=0.25))).round(6).tolist()
+    [1.0, 1.0]
+    """
+    if a.shape != b.shape or a.ndim < 2:
+        raise InvalidValue(
+            f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
+            "[pair, ...]."
+        )
+    labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
+    if labels.shape != (len(a),):
+        raise InvalidValue(
+            f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
+        )
+    x, y = a.detach().double(), b.detach().double()
+    parts = [np.empty((len(a), bands.n if bands else 1)) for _ in range(3)]
+    for label in np.unique(labels):
+        here = np.flatnonzero(labels == label)
+        if len(here) < 2:
+            raise InvalidValue(
+                f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
+            )
+        u, v = (z[here] - z[here].mean(0) for z in (x, y))
+        for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
+            inner = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
+            inner = inner.reshape(len(p), -1, part.shape[1]).sum(1)
+            part[here] = inner.cpu().numpy() * len(here) / (len(here) - 1)
+    return Agreement(*parts)
+
+
+def curve(stats: Agreement, squared: bool = False) -> Array:
+    """Agreement sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs; NaN where there is no energy.
+
+    Args:
+        stats: [..., pair, band].
+        squared: square it, for the one-pass estimator, where a is the x0 predicted at a step and b
+            the finished image (see `dit_lens.experiments.one_pass`).
+
+    Returns:
+        Array: [..., band].
+
+    >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
+    [0.5]
+    """
+    xy, xx, yy = (part.sum(-2) for part in stats)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r: Array = xy / np.sqrt(xx * yy)
+    return r**2 if squared else r

@@ -1,0 +1,83 @@
+"""Bootstrap over pairs: counts to resample with, and percentile intervals of what comes out.
+
+Every statistic here is computed for the sample and for its resamples in one array, with the sample
+as row 0 of the first axis.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from ..errors import InvalidValue
+from . import Array
+
+FEWEST_PAIRS = 8
+"""No interval is given from fewer pairs than this."""
+
+
+def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
+    """How often each resample draws each pair: `counts @ stat` are the resampled sums of a stat
+    [pair, ...].
+
+    Args:
+        pairs: how many there are.
+        resamples: how many to draw.
+        seed: of the draws.
+
+    Returns:
+        Array: [resample, pair].
+
+    Raises:
+        InvalidValue: for fewer than 8 pairs.
+
+    >>> resample(10, 3).sum(1).tolist()
+    [10.0, 10.0, 10.0]
+    """
+    if pairs < FEWEST_PAIRS:
+        raise InvalidValue(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
+    return (
+        np.random.default_rng(seed)
+        .multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
+        .astype(np.float64)
+    )
+
+
+def draws(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
+    """The counts of `resample`, with the sample itself, every pair once, as row 0.
+
+    Args:
+        pairs: how many there are.
+        resamples: how many to draw.
+        seed: of the draws.
+
+    Returns:
+        Array: [1 + resample, pair].
+
+    Raises:
+        InvalidValue: for fewer than 8 pairs.
+
+    >>> draws(10, 3)[0].tolist() == [1.0] * 10, draws(10, 3).shape
+    (True, (4, 10))
+    """
+    return np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+
+
+def interval(values: Array, skip_nan: bool = True) -> Array:
+    """95 % percentile interval of a statistic over its resamples.
+
+    Args:
+        values: [1 + resample, ...], computed from `draws`; row 0, the sample, does not count.
+        skip_nan: leave out the resamples that are NaN; otherwise a single one makes it NaN.
+
+    Returns:
+        Array: [..., bound], the lower and the upper end.
+
+    >>> interval(np.arange(-1, 201.0)).tolist()
+    [5.0, 195.0]
+    """
+    quantile = np.nanquantile if skip_nan else np.quantile
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where every resample is NaN, so is this
+        return np.moveaxis(quantile(values[1:], [0.025, 0.975], axis=0), 0, -1)

@@ -1,0 +1,73 @@
+"""What all reports share: colours, figures that leave the caller's matplotlib alone, a console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from rich.console import Console
+
+LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@contextmanager
+def picture(path: Path, size: tuple[float, float], **axes: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, to be drawn in the `with` block and written at its end.
+
+    It belongs to no pyplot session and is drawn in matplotlib's own style, whatever the caller has
+    set; the caller's settings and backend stay as they are.
+
+    Args:
+        path: the file to write.
+        size: width and height in inches.
+        axes: how many and how they are laid out, as for matplotlib's `Figure.subplots`.
+    """
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.subplots(**axes)
+        figure.savefig(path, dpi=200)
+
+
+def whole_numbers(*axes: Any) -> None:
+    """Ticks at whole numbers only, for axes (such as `ax.xaxis`) of layers or steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def error_bars(value: ArrayLike, interval: ArrayLike) -> Any:
+    """matplotlib's `yerr` [2, n] for values [n] with intervals [n, bound]."""
+    return np.abs(np.asarray(interval).T - np.asarray(value))
+
+
+def legend(ax: Any, **options: Any) -> None:
+    """A small legend, readable where it lies over what is drawn."""
+    options = {"fontsize": 7, "edgecolor": "none", "framealpha": 0.8} | options
+    ax.legend(**options)
+
+
+def plain_console(width: int) -> Console:
+    """A terminal that prints brackets as they stand; rich would take some for markup."""
+    return Console(width=width, highlight=False, markup=False)
+
+
+def files(console: Console, paths: Sequence[Path]) -> None:
+    """Say which files were written."""
+    written = ", ".join(map(str, paths))
+    console.print(f"pictures and figures: {written}", style="dim", soft_wrap=True)

@@ -1,0 +1,133 @@
+"""Pictures leave the caller's matplotlib alone, and stored results are shown again as they were."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from dit_lens import HookedDiT
+from dit_lens.errors import InvalidValue, MissingFile
+from dit_lens.experiments import couplings, knock_outs, measure_gap
+from dit_lens.groundtruth import gaussian
+from dit_lens.probes import TwinPatching
+from dit_lens.report import coupling_sweep as coupling_report
+from dit_lens.report import gap as gap_report
+from dit_lens.report import knock_outs as cause_report
+from dit_lens.report.stored import read, show
+from dit_lens.report.style import picture
+
+torch.set_num_threads(1)
+PICTURES = (
+    "layer_profile.png",
+    "frequencies.png",
+    "spectrum.png",
+    "coupling_sweep.png",
+    "causes.png",
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A gap, a coupling sweep, knock-outs and patches of one small model."""
+    truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2, sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    short = {"pairs": 16, "steps": 8, "cut": 0.1, "resamples": 200}
+    return (
+        measure_gap(model, **short),
+        couplings(model, [0, 1], **short),
+        knock_outs(model, direct=True, **short),
+        TwinPatching().run(model, pairs=4, windows=2, release=2, steps=8),
+    )
+
+
+def write_all(results, folder):
+    gap, coupled, knocked, patched = results
+    gap_report.write(gap, folder)
+    coupling_report.write(coupled, folder)
+    cause_report.write(knocked, patched, folder, gap_report.onsets(gap))
+
+
+def test_drawing_leaves_the_callers_matplotlib_alone(results, tmp_path):
+    backend = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        with matplotlib.rc_context({"font.size": 17.0, "axes.spines.top": True}):
+            mine = plt.figure()
+            before = dict(matplotlib.rcParams)
+            write_all(results, tmp_path)
+            assert dict(matplotlib.rcParams) == before
+            assert matplotlib.get_backend() == "svg"
+            assert plt.get_fignums() == [mine.number] and plt.gcf() is mine
+            plt.close(mine)
+    finally:
+        matplotlib.use(backend)
+    for name in PICTURES:
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG", name
+
+
+def test_pictures_do_not_depend_on_the_callers_style(tmp_path):
+    """And a failure while drawing restores it too, and writes nothing."""
+    for name, size in (("a.png", 9.0), ("b.png", 30.0)):
+        with (
+            matplotlib.rc_context({"font.size": size}),
+            picture(tmp_path / name, (2, 2)) as (_, ax),
+        ):
+            ax.set_title("title")
+    a, b = (plt.imread(tmp_path / name) for name in ("a.png", "b.png"))
+    assert np.array_equal(a, b)
+    before = matplotlib.rcParams["font.size"]
+    with pytest.raises(ZeroDivisionError), picture(tmp_path / "c.png", (2, 2)):
+        _ = 1 / 0
+    assert matplotlib.rcParams["font.size"] == before and not (tmp_path / "c.png").exists()
+
+
+def test_stored_results_are_shown_again(results, tmp_path, capsys):
+    write_all(results, tmp_path)
+    shown = capsys.readouterr().out
+    assert "Twins coupled throughout (mix form, eps 0.1)" in shown and "Necessity: " in shown
+    for name in PICTURES:
+        (tmp_path / name).unlink()
+    show(tmp_path)
+    assert capsys.readouterr().out == shown
+    assert {p.name for p in tmp_path.glob("*.png")} == set(PICTURES)
+    for file, text in (
+        ("gap.nc", "commitment of the finished image"),
+        ("coupling_sweep.nc", "Twins coupled throughout"),
+        ("knock_outs.nc", "Knocked out one by one"),
+        ("patches.nc", "Knocked out one by one"),
+    ):
+        show(tmp_path / file)
+        assert text in capsys.readouterr().out
+        assert read(tmp_path / file)[0] == file
+
+
+def test_brackets_are_printed_as_they_stand(results, tmp_path, capsys):
+    """Some would be markup to rich, which drops it without a word."""
+    gap = results[0].assign_attrs(onset_lens="boot has shape (9, 5); expected [resample, 5]")
+    gap.attrs["title"] = "[bold] folder: 2 layers"
+    gap_report.write(gap, tmp_path)
+    shown = capsys.readouterr().out
+    assert "expected [resample, 5]" in shown and "[bold] folder: 2 layers" in shown
+
+
+def test_what_cannot_be_shown(tmp_path):
+    with pytest.raises(MissingFile, match="There are no results at .*; expected the folder that"):
+        show(tmp_path)
+    with pytest.raises(MissingFile, match="There are no results at "):
+        show(tmp_path / "gap.nc")
+    (tmp_path / "gap.nc").write_text("no")
+    with pytest.raises(
+        InvalidValue, match=r"gap.nc' is not a result of `dit-lens gap` or `patch` \(.*\); exp"
+    ):
+        show(tmp_path)
+    other = tmp_path / "other.nc"
+    xr.Dataset({"energy": ("step", [1.0])}).to_netcdf(other, engine="scipy")
+    with pytest.raises(
+        InvalidValue, match="is netCDF but not a result of `dit-lens gap` or `patch`: "
+    ):
+        show(other)
+    xr.Dataset({"effect": ("layer", [1.0])}).to_netcdf(tmp_path / "knock_outs.nc", engine="scipy")
+    with pytest.raises(MissingFile, match="There is no file '.*patches.nc'"):
+        show(tmp_path / "knock_outs.nc")
