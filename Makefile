@@ -1,7 +1,8 @@
 # Needs only python3 (3.10 or newer) and make. Everything that is installed goes into .venv; delete it to start over.
 #
 #   make demo     the synchronization gap of the bundled model: table, sentence, pictures in gap-digits/
-#   make test     ruff, mypy and pytest, with nnsight and TransformerLens beside
+#   make test     all checks: ruff, mypy, every test, with nnsight and TransformerLens installed
+#   make quick    the same without the slow tests, under 90 seconds: for every day
 #   make bench    what hook points cost, and exact sweeps against loops of full runs
 #   make checks   the long checks against exact answers, half an hour; their table goes to docs/checks.md
 
@@ -12,15 +13,19 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 IN := .venv/bin/python -m
+LINT = $(IN) ruff check && $(IN) ruff format --check && $(IN) mypy
 
-.PHONY: demo test bench checks
+.PHONY: demo test quick bench checks
 demo: .venv/core.stamp
 	.venv/bin/dit-lens gap --out gap-digits
 
 test: .venv/dev.stamp
-	$(IN) ruff check
-	$(IN) mypy
-	$(IN) pytest
+	$(LINT)
+	$(IN) pytest -n 2
+
+quick: .venv/dev.stamp
+	$(LINT)
+	$(IN) pytest -n 2 -m "not slow"
 
 bench: .venv/dev.stamp
 	.venv/bin/python tests/benchmarks/bench.py

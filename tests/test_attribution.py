@@ -28,6 +28,7 @@ def pair(model):
     return twins.a, twins.b
 
 
+@pytest.mark.slow
 def test_estimates_agree_with_exact_patches():
     # 28 layers: each does little by itself, which is when a derivative says all
     digits = dit_lens.load("digits")

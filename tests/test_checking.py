@@ -6,13 +6,14 @@ import torch
 import xarray as xr
 
 from dit_lens import Bands, Probe
-from dit_lens.commands.main import main
+from dit_lens.commands import main
 from dit_lens.measures.agreement import Agreement, agreement
 from dit_lens.measures.commitment import fit_commitment
 from dit_lens.model.noise_schedule import log_snr, predict_x0
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
+from dit_lens.testing import check_probe as check
 from dit_lens.testing import known_answers
-from dit_lens.testing.probe_checks import check, find_probe, table
+from dit_lens.testing.probe_checks import find_probe, table
 
 
 @pytest.fixture
@@ -188,6 +189,7 @@ class Backwards(LayerLens):
         return r.assign(agreement=(r.agreement.dims, r.agreement.values[..., ::-1]))
 
 
+@pytest.mark.slow
 def test_wrong_differences_and_agreements_are_caught(quick):
     for probe in (LateTwins, SwappedTwins):
         rows = failed(probe)
@@ -198,7 +200,7 @@ def test_wrong_differences_and_agreements_are_caught(quick):
 
 
 class OnePass(Probe):
-    """Commitment from x0 at each step against the finished latents: the estimator of design 5 as a
+    """Commitment from x0 at each step against the finished latents: the one-pass estimator as a
     stranger would write it.
     """
 
@@ -244,6 +246,7 @@ class TooSure(OnePass):
     width = 0.01
 
 
+@pytest.mark.slow
 def test_commitment_and_gap():
     rows = {row.name: row for row in check(OnePass)}
     assert all(row.ok for row in rows.values()), rows
@@ -253,6 +256,7 @@ def test_commitment_and_gap():
     assert rows["gap_interval in step"].measured in ("2 of 3", "3 of 3")
 
 
+@pytest.mark.slow
 def test_a_shifted_commitment_and_an_interval_too_narrow_are_caught(monkeypatch):
     monkeypatch.setattr(known_answers, "ITEMS", 64)
     assert {"gap_interval in step", "gap_interval in log_snr"} <= set(failed(TooSure))
@@ -289,6 +293,7 @@ class OnsetLate(Onset):
     late = 1
 
 
+@pytest.mark.slow
 def test_onset():
     rows = check(Onset)
     assert all(row.ok for row in rows), rows
@@ -327,6 +332,7 @@ class HookedWrong(Hooked):
     wrong = 1
 
 
+@pytest.mark.slow
 def test_a_probe_can_say_what_it_should_be_and_is_told_when_nothing_compares(quick):
     rows = check(Hooked)
     assert all(row.ok for row in rows) and [row.name for row in rows][-2:] == [
@@ -345,6 +351,7 @@ class NoBands(LayerLens):
         super().__init__()
 
 
+@pytest.mark.slow
 def test_what_is_not_compared_says_why(quick):
     notes = {row.name: row.note for row in check(NoBands) + check(TwinDivergence)}
     assert notes["agreement: not compared"].startswith(
@@ -398,7 +405,11 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
 
 
 def test_a_failure_is_exit_code_1_and_shown(tmp_path, capsys):
-    text = "from dit_lens.probes import LayerLens\nclass Bad(LayerLens):\n    def result(self): return [1, 2]\n"
+    text = (
+        "from dit_lens.probes import LayerLens\n"
+        "class Bad(LayerLens):\n"
+        "    def result(self): return [1, 2]\n"
+    )
     (tmp_path / "bad.py").write_text(text)
     assert main(["check", f"{tmp_path}/bad.py:Bad"]) == 1
     shown = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The commands and loading, as a user meets them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 import dit_lens
-from dit_lens.commands.main import main
+from dit_lens.commands import main
+from dit_lens.errors import InvalidState, InvalidValue, MissingFile
 from dit_lens.experiments import measure_gap
 from dit_lens.report.stored import read
 
@@ -22,24 +25,6 @@ def folder(tmp_path):
     make_dit(channels=1, classes=4).save_pretrained(tmp_path / "model")
     DDIMScheduler(1000, clip_sample=False).save_pretrained(tmp_path / "model" / "scheduler")
     return tmp_path / "model"
-
-
-def test_importing_is_light():
-    heavy = {"diffusers", "xarray", "scipy", "matplotlib", "rich", "nnsight", "transformer_lens"}
-    code = f"import sys, dit_lens; found = {heavy} & set(sys.modules); assert not found, found"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_every_public_name_is_there_and_no_core_module_imports_a_probe():
-    import pathlib
-
-    for name in dit_lens.__all__:
-        assert getattr(dit_lens, name) is not None
-    for file in pathlib.Path(dit_lens.__file__).parent.glob("*.py"):
-        assert (
-            "from .probes" not in file.read_text()
-            and "from dit_lens.probes" not in file.read_text()
-        ), file
 
 
 def test_hooks_reads_no_weights(folder, capsys):
@@ -53,6 +38,25 @@ def test_hooks_reads_no_weights(folder, capsys):
     assert "27 hook points" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_hooks_of_a_hub_id(folder, tmp_path):
+    """From the hub's cache, as it lies on disk after a download."""
+    stored = tmp_path / "models--someone--something"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text("0" * 40)
+    transformer = stored / "snapshots" / ("0" * 40) / "transformer"
+    transformer.mkdir(parents=True)
+    shutil.copy(folder / "config.json", transformer)
+    shown = subprocess.run(
+        [sys.executable, "-m", "dit_lens", "hooks", "someone/something"],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "someone/something: 88 hook points, 3 layers" in shown.stdout
+
+
 @pytest.mark.parametrize(
     "argv, text",
     [
@@ -62,15 +66,19 @@ def test_hooks_reads_no_weights(folder, capsys):
             ["gap", "--couple", "1", "0"],
             "strengths is [1.0, 0.0]; expected two or more in increasing order",
         ),
-        (
-            ["gap", "--bands", "wavelet"],
-            "bands='wavelet' is no partition of modes; expected 'radial'",
-        ),
+        (["gap", "--pairs", "8"], "There are 8 pairs; intervals over pairs"),
+        (["gap", "--steps", "2"], "steps=2 is too short a run"),
+        (["gap", "--size", "7"], "size=(7,) is no size of latents; expected (height, width)"),
+        (["patch", "/nowhere"], "'/nowhere' is neither a bundled model nor a folder nor a hub id"),
         (["report", "/nowhere"], "There are no results at '/nowhere'"),
         (
             ["probe", "SpectralSplitt"],
             "No probe is called 'SpectralSplitt'; installed: 'SpectralSplit'",
         ),
+        (["check", "LayerLenz"], "No probe is called 'LayerLenz'; installed: 'LayerLens'"),
+        (["check", "/nowhere.py:Mine"], "There is no file '/nowhere.py'"),
+        (["check", "no_such_module:Mine"], "'no_such_module' can't be imported: ModuleNotFound"),
+        (["check-family", "DiT"], "There is no family for 'DiT'; did you mean"),
     ],
 )
 def test_mistakes_are_one_line(argv, text, capsys):
@@ -79,6 +87,131 @@ def test_mistakes_are_one_line(argv, text, capsys):
     assert err.startswith(f"dit-lens: {text}") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "files, argv, text",
+    [
+        ({}, ["hooks", "."], "There is no model at '.'; expected"),
+        ({"config.json": "no"}, ["hooks", "."], "'config.json' is not JSON: Expecting value"),
+        ({"config.json": "[]"}, ["hooks", "."], "'config.json' names the class None"),
+        (
+            {"config.json": '{"_class_name": "DiTTransformer2DModel", "num_layers": "three"}'},
+            ["hooks", "."],
+            "'config.json' is not a configuration of DiTTransformer2DModel: ",
+        ),
+        ({"config.json": "no"}, ["gap", "."], "'config.json' is not JSON: Expecting value"),
+        ({"config.json": "[]"}, ["gap", "."], "'config.json' does not name a diffusers class"),
+        ({"gap.nc": "no"}, ["report", "gap.nc"], "'gap.nc' is not a result of `dit-lens gap`"),
+        ({"mine.py": "import nowhere"}, ["check", "mine.py:Mine"], "'mine.py' can't be imported"),
+        ({"mine.py": "x = 1"}, ["check", "mine.py:Mine"], "'mine.py' has no class 'Mine'"),
+        ({"mine.py": "Mine = 1"}, ["check", "mine.py:Mine"], "'Mine' in 'mine.py' is 1, which"),
+    ],
+)
+def test_bad_files_are_one_line(files, argv, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"dit-lens: {text}") and err.count("\n") == 1
+
+
+WHOLE, POSITIVE = "expected a whole number of 1 or more", "expected a number above 0, such as 0.25"
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["gap", "--pairs", "0"], f"argument --pairs: got '0'; {WHOLE}"),
+        (["gap", "--steps", "0"], f"argument --steps: got '0'; {WHOLE}"),
+        (["patch", "--pairs", "-3"], f"argument --pairs: got '-3'; {WHOLE}"),
+        (["patch", "--steps", "many"], f"argument --steps: got 'many'; {WHOLE}"),
+        (["probe", "LayerLens", "--items", "0"], f"argument --items: got '0'; {WHOLE}"),
+        (["probe", "LayerLens", "--steps", "2.5"], f"argument --steps: got '2.5'; {WHOLE}"),
+        (["gap", "--size", "16", "0"], f"argument --size: got '0'; {WHOLE}"),
+        (
+            ["gap", "--seed", "-1"],
+            "argument --seed: got '-1'; expected a whole number of 0 or more",
+        ),
+        (["gap", "--cut", "0"], f"argument --cut: got '0'; {POSITIVE}"),
+        (["patch", "--cut", "nan"], f"argument --cut: got 'nan'; {POSITIVE}"),
+        (
+            ["gap", "--couple", "0", "-0.5"],
+            "argument --couple: got '-0.5'; expected a number of 0 or more, such as 0.5",
+        ),
+        (["gap", "--bands", "wavelet"], "argument --bands: invalid choice: 'wavelet'"),
+    ],
+)
+def test_bad_options_are_refused_and_not_replaced(argv, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert f"error: {text}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_was_asked_for_is_what_is_run(monkeypatch, folder):
+    asked = {}
+
+    def knock_outs(model, **options):
+        asked.update(options)
+        raise InvalidValue("enough")
+
+    monkeypatch.setattr("dit_lens.experiments.knock_outs", knock_outs)
+    for argv, pairs, steps in [
+        ([], 24, 25),
+        (["--quick"], 16, 12),
+        (["--pairs", "1", "--steps", "1"], 1, 1),
+        (["--quick", "--pairs", "40"], 40, 12),
+    ]:
+        assert main(["patch", str(folder), "--out", str(folder / "out"), *argv]) == 2
+        assert (asked["pairs"], asked["steps"]) == (pairs, steps)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InvalidValue("a\n  b"), InvalidState("a b"), MissingFile("a b"), OSError("a b")],
+)
+def test_a_users_mistake_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr("dit_lens.commands.hooks.run", raising(error))
+    assert main(["hooks"]) == 2
+    assert capsys.readouterr().err == "dit-lens: a b\n"
+
+
+@pytest.mark.parametrize(
+    "bug", [ValueError, TypeError, KeyError, RuntimeError, torch.cuda.OutOfMemoryError]
+)
+def test_a_bug_shows_its_traceback(bug, monkeypatch, capsys):
+    monkeypatch.setattr("dit_lens.commands.hooks.run", raising(bug("not the user's fault")))
+    with pytest.raises(bug, match="not the user's fault"):
+        main(["hooks"])
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("dit_lens.commands.hooks.run", raising(KeyboardInterrupt()))
+    assert main(["hooks"]) == 130
+    assert capsys.readouterr().err == "dit-lens: interrupted\n"
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_every_subcommand_explains_itself_without_loading_torch():
+    names = ["hooks", "gap", "patch", "probe", "check", "check-family", "report"]
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "dit_lens", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(f"\n    {name} " in shown.stdout for name in names)
+    assert "dit_lens.commands.gap" in shown.stderr and "torch" not in shown.stderr
+
+
+@pytest.mark.slow
 def test_gap_end_to_end(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["gap", str(folder), "--pairs", "16", "--steps", "8", "--out", str(out)]) == 0
@@ -126,6 +259,15 @@ def test_probe_command(folder, tmp_path, capsys):
         == 0
     )
     assert out.exists() and "energy" in capsys.readouterr().out
+
+
+def test_a_probe_that_runs_by_itself(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["probe", "dit_lens.probes:TwinPatching", str(folder), "--items", "4"]
+    assert main([*command, "--steps", "5"]) == 0
+    assert capsys.readouterr().out.endswith("stored in TwinPatching.nc\n")
+    with xr.open_dataset(tmp_path / "TwinPatching.nc", engine="scipy") as stored:
+        assert stored.sizes["layer"] == 3 and stored.attrs["release"] == 0
 
 
 def test_loading(folder, tmp_path):
@@ -176,9 +318,10 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
         dit_lens.load(folder)
 
 
+@pytest.mark.slow
 def test_patch_end_to_end(tmp_path, capsys):
-    """On a saved E6 model: the causing layer is named, and `gap --causes --couple` runs the same
-    beside the rest.
+    """On a saved model with a known cause: its layer is named, and `gap --causes --couple` finds
+    the same after the rest.
     """
     from dit_lens.groundtruth import gaussian
 

@@ -21,7 +21,12 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
+SLOW = ("dit_lens.testing.family_contract", "dit_lens.testing.probe_checks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MODULES]
+)
 def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
@@ -35,6 +40,7 @@ def test_docstring_examples_run(name):
     assert result.failed == 0
 
 
+@pytest.mark.slow
 def test_the_readme_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     exec(code, {})
@@ -43,6 +49,7 @@ def test_the_readme_runs(capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_code_in_causes_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "causes.md").read_text(), re.S)
     exec(compile(code, "docs/causes.md", "exec"), {})
@@ -55,6 +62,7 @@ def test_the_code_in_families_runs(capsys):
     assert capsys.readouterr().out.endswith("torch.Size([4, 16, 16])\n")
 
 
+@pytest.mark.slow
 def test_the_example_family_keeps_the_contract():
     script, env = ROOT / "examples" / "new_family.py", os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(

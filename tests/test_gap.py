@@ -81,6 +81,7 @@ def test_bad_input():
             measure_gap(model, **{"pairs": 16, "steps": 8} | kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "cut"), [("dct", 0.05), ("pooling", 0.1), ("eigen", 0.25)])
 def test_other_bands_find_the_same_gap(kind, cut):
     """The token mean is the lowest mode of the DCT and of the pyramid, and the leading eigenmode of

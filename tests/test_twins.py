@@ -123,6 +123,7 @@ def test_planted_products_under_the_gate(where, form):
         ]
 
 
+@pytest.mark.slow
 def test_clones_of_an_exact_gaussian_agree_as_the_formula_says():
     """E1 with the sampler's own steps: 300 pairs, each band within 4 standard errors."""
     truth = gaussian(lam_low=4.0, lam_high=0.25, layers=(1,), n_layers=2)

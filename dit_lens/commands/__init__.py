@@ -3,6 +3,8 @@ does it.
 
 Belongs here: arguments, progress bars, exit codes, where files are written. Does not: anything that
 a user of the library would also want; that lives below and is called from here.
+
+What is slow to import stands inside `run`, so that `--help` and a mistyped option answer at once.
 """
 
 from .main import main

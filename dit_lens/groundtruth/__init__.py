@@ -1,6 +1,9 @@
 """Models and formulas whose answer is known, so that every tool here can be shown to be right, or
 caught.
 
+Belongs here: exact formulas, and models whose answer follows from how they are built. Does not:
+anything that measures a model of unknown answer.
+
 - `closed_forms`: the exact answers as functions of numbers; no model.
 - `models`: real diffusers DiTs whose weights are set so that the answer is known (`gaussian`,
   `planted`, `random_planted`).

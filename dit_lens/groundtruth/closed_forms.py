@@ -23,8 +23,8 @@ def _spectrum(lam: ArrayLike) -> Array:
     values = np.asarray(lam, dtype=np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
         raise InvalidValue(
-            f"lam is {lam!r}; every variance of the data must be finite and above 0, for instance "
-            "4.0."
+            f"lam is {lam!r}; expected every variance of the data to be finite and above "
+            "0, such as 4.0."
         )
     return values
 
@@ -33,18 +33,28 @@ def _alphas(abar: ArrayLike) -> Array:
     values = np.asarray(abar, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         raise InvalidValue(
-            f"abar is {abar!r}; a cumulative alpha lies in [0, 1], as in scheduler.alphas_cumprod."
+            f"abar is {abar!r}; expected a cumulative alpha from 0 to 1, as in "
+            "scheduler.alphas_cumprod."
         )
     return values
 
 
 def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) -> Array:
-    """E1: correlation of finished twins released at `abar`, r = lam abar / (1 - abar + lam abar),
-    for each mode.
+    """Agreement of finished twins on Gaussian data, released at `abar`.
 
-    `lam` [mode] are the variances of the data's modes; the result has abar's shape with a last axis
-    for the modes, or without it when `pooled`: sum lam r / sum lam. Exact denoiser and exact
-    stochastic sampler.
+    Their correlation is r = lam abar / (1 - abar + lam abar) for each mode, for an exact denoiser
+    and an exact stochastic sampler.
+
+    Args:
+        lam: the variances of the data's modes, [mode], each above 0.
+        abar: the cumulative alpha at the release, any shape, 0 to 1.
+        pooled: all modes as one, sum(lam r) / sum(lam).
+
+    Returns:
+        abar's shape, with a last axis for the modes unless `pooled`.
+
+    Raises:
+        ValueError: for a variance or an alpha out of range.
 
     >>> float(gaussian_agreement([4.0], 0.2)[0])
     0.5
@@ -55,7 +65,13 @@ def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) ->
 
 
 def commitment_log_snr(lam: ArrayLike) -> Array:
-    """E1: log SNR at which a mode's agreement is 1/2, that is -log lam (abar = 1 / (1 + lam)).
+    """The log SNR at which a mode's agreement is 1/2: -log lam, where abar = 1 / (1 + lam).
+
+    Args:
+        lam: the variance of the mode, above 0; any shape.
+
+    Raises:
+        ValueError: for a variance that is not above 0.
 
     >>> float(commitment_log_snr(1.0)) == 0
     True
@@ -64,8 +80,14 @@ def commitment_log_snr(lam: ArrayLike) -> Array:
 
 
 def commitment_timestep(lam: float, abars: ArrayLike) -> float:
-    """The timestep, with a fraction, at which `abars` [timestep] passes E1's 1 / (1 + lam); log SNR
-    is interpolated.
+    """The timestep, with a fraction, at which a mode's agreement is 1/2 (`commitment_log_snr`).
+
+    Args:
+        lam: the variance of the mode, above 0.
+        abars: the cumulative alpha of each timestep, [timestep]; log SNR is interpolated.
+
+    Raises:
+        ValueError: for a log SNR that the schedule does not reach.
 
     >>> commitment_timestep(1.0, [0.9, 0.5, 0.1])
     1.0
@@ -74,19 +96,30 @@ def commitment_timestep(lam: float, abars: ArrayLike) -> float:
     snr, wanted = np.log(alpha) - np.log1p(-alpha), float(commitment_log_snr(lam))
     if not snr.min() <= wanted <= snr.max():
         raise InvalidValue(
-            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, which must lie in the schedule's "
+            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}; expected one in the schedule's "
             f"{snr.min():.2f} to {snr.max():.2f}."
         )
     return float(np.interp(-wanted, -snr, np.arange(len(snr))))
 
 
 def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 1.0) -> Array:
-    """E1 for the DDIM sampler as it is run: `abars` [step] at the visited timesteps, noisiest
-    first; then abar = 1.
+    """`gaussian_agreement` for the DDIM sampler as it is run, with finite steps.
 
-    With Gaussian data each step is x' = A x + sigma z, so the finished twins, one trajectory before
+    With Gaussian data each step is x' = A x + sigma z, so finished twins, one trajectory before
     step `release` and with noise of their own from it on, share the part (prod A)^2 Var(x_release)
-    of their variance. Per mode [mode].
+    of their variance.
+
+    Args:
+        lam: the variances of the data's modes, [mode], each above 0.
+        abars: the cumulative alpha at each step, [step], the noisiest first; the run ends at 1.
+        release: the first step with noise of their own, 0 to steps; `steps` never releases.
+        eta: the stochasticity of DDIM.
+
+    Returns:
+        [mode].
+
+    Raises:
+        ValueError: for a release outside the run.
 
     >>> float(ddim_agreement([4.0], [0.1, 0.5, 0.9], release=3)[0])
     1.0
@@ -94,7 +127,7 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
     spectrum, alpha = np.atleast_1d(_spectrum(lam)), _alphas(abars)
     if not 0 <= release <= len(alpha):
         raise InvalidValue(
-            f"release is {release}; it must be a step from 0 to {len(alpha)} (never released)."
+            f"release is {release}; expected a step from 0 to {len(alpha)} (never released)."
         )
     shared = total = np.ones_like(spectrum)  # the variances of a start from pure noise
     for step, (here, there) in enumerate(zip(alpha, [*alpha[1:], 1.0], strict=True)):
@@ -109,7 +142,13 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
 
 
 def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
-    """E2: |d(t)| / |d(0)| of two runs of a deterministic sampler, sqrt((1 + (lam - 1) abar) / lam).
+    """How far two runs of a deterministic sampler are apart at `abar`, over how far at the end.
+
+    On Gaussian data |d(abar)| / |d(1)| = sqrt((1 + (lam - 1) abar) / lam) for each mode.
+
+    Args:
+        lam: the variance of the mode, above 0; any shape.
+        abar: the cumulative alpha, 0 to 1; any shape that fits lam's.
 
     >>> float(deterministic_ratio(4.0, 1.0))
     1.0
@@ -119,18 +158,25 @@ def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
 
 
 def mixture_agreement(m: float, sigma: float, abar: float) -> float:
-    """E3: the chance that twins released at `abar` end on the same side of a mixture N(+-m,
-    sigma^2).
+    """The chance that twins released at `abar` end on the same side of a mixture N(+-m, sigma^2).
 
     phi = 1/2 ∫ (G+^2 + G-^2) / (G+ + G-) dx with G± = N(±m sqrt(abar), 1 - abar + sigma^2 abar).
     The trapezoid rule is exact to rounding for a smooth integrand that has decayed at both ends.
+
+    Args:
+        m: where the two sides are, +m and -m.
+        sigma: the width of a side, 0 or more.
+        abar: the cumulative alpha at the release, 0 to 1.
+
+    Raises:
+        ValueError: for what is not finite or out of range.
 
     >>> round(mixture_agreement(m=1.0, sigma=1.0, abar=1.0), 4)
     0.7752
     """
     if not (np.isfinite(m) and np.isfinite(sigma) and sigma >= 0):
         raise InvalidValue(
-            f"m is {m!r} and sigma {sigma!r}; both must be finite, and sigma at least 0."
+            f"m is {m!r} and sigma {sigma!r}; expected both to be finite and sigma 0 or more."
         )
     width = np.sqrt(1 - _alphas(abar) + sigma**2 * abar)
     if width == 0:
@@ -145,23 +191,36 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
 
 
 def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> Array:
-    """E4: gain on the twins' difference through planted layers tied with strength g: (1 + rho a)^n,
-    rho = (1-g)/(1+g).
+    """The gain on the twins' difference through planted layers that are coupled with strength g.
 
-    `layers` is their number or a list of them; `a` may be an array, say over timesteps.
+    (1 + rho a)^n with rho = (1 - g) / (1 + g): attention passes rho of what twins differ by.
+
+    Args:
+        a: what a planted layer adds, as a fraction of the signal; any shape.
+        layers: how many planted layers, or a list of them.
+        g: the strength of the coupling, 0 or more.
+
+    Raises:
+        ValueError: for a strength below 0 or not finite.
 
     >>> [round(float(planted_gain(0.3, 5, g)), 5) for g in (0, 0.5, 1)]
     [3.71293, 1.61051, 1.0]
     """
     if not (np.isfinite(g) and g >= 0):
-        raise InvalidValue(f"g is {g!r}; a coupling strength must be finite and at least 0.")
+        raise InvalidValue(f"g is {g!r}; expected a finite coupling strength of 0 or more.")
     count = layers if isinstance(layers, int) else len(layers)
     return (1 + (1 - g) / (1 + g) * np.asarray(a, dtype=np.float64)) ** count
 
 
 def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
-    """P_low: latents [b, c, h, w] with every patch replaced by the mean over all patches, place by
-    place.
+    """The low band of latents: every patch replaced by the mean over all patches, place by place.
+
+    Args:
+        x: latents [batch, channel, height, width].
+        patch_size: the side of a patch.
+
+    Returns:
+        x's shape.
 
     >>> import torch; token_mean(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist()
     [1.5, 1.5, 1.5, 1.5]
@@ -174,13 +233,24 @@ def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
 def gaussian_eps(
     x: Tensor, abar: Tensor, lam_low: float, lam_high: float, patch_size: int = 1
 ) -> Tensor:
-    """E6: the exact noise prediction for Gaussian data of two bands, c_low P_low x + c_high P_high
-    x, [b, c, h, w].
+    """The exact noise prediction for Gaussian data of two bands: c_low P_low x + c_high P_high x.
 
-    c = sqrt(1 - abar) / (lam abar + 1 - abar); `abar` [b]; the low band is `token_mean`.
+    c = sqrt(1 - abar) / (lam abar + 1 - abar); the low band is `token_mean`, the high one the rest.
 
-    >>> import torch; gaussian_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 0.25)[0, 0, 0].tolist()
-    [1.0, 1.0]
+    Args:
+        x: latents x_t, [batch, channel, height, width].
+        abar: the cumulative alpha of each item, [batch].
+        lam_low: the variance of the data in the low band.
+        lam_high: the variance in the high band.
+        patch_size: the side of a patch.
+
+    Returns:
+        x's shape.
+
+    >>> import torch
+    >>> eps = gaussian_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 0.25)  # all noise
+    >>> eps.flatten().tolist()
+    [1.0, 1.0, 1.0, 1.0]
     """
     _spectrum([lam_low, lam_high])
     alpha = abar.view(-1, 1, 1, 1)

@@ -53,8 +53,8 @@ def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) ->
     """
     if patch_size < 1 or sample_size % patch_size or sample_size < 2 * patch_size:
         raise InvalidValue(
-            f"sample_size is {sample_size} and patch_size {patch_size}; 2 or more whole patches "
-            "must fit."
+            f"sample_size is {sample_size} and patch_size {patch_size}; expected 2 or more "
+            "whole patches to fit."
         )
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights
         transformer: DiT = DiTTransformer2DModel(

@@ -14,11 +14,22 @@ from .construction import TIMESTEPS, DiT
 
 @torch.no_grad()
 def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int = 0) -> Tensor:
-    """How many times each layer enlarges the band of the difference of two random inputs, measured,
-    [layer] float64.
+    """How many times each layer enlarges a band of the difference of two random inputs.
 
-    The whole stream's difference is taken, token mean ("low") or the rest ("high"). Nothing is
+    The whole stream's difference is taken, its token mean ("low") or the rest ("high"). Nothing is
     known of the model here.
+
+    Args:
+        transformer: a DiTTransformer2DModel.
+        timestep: at which the model is asked, 0 to 999.
+        band: "low" or "high".
+        seed: of the two inputs.
+
+    Returns:
+        [layer], float64.
+
+    Raises:
+        ValueError: for another band.
 
     >>> from dit_lens.groundtruth import planted
     >>> gains = stream_gains(planted(layers=(1,), n_layers=2).transformer, timestep=500)
@@ -26,14 +37,14 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
     [1.0, 1.3]
     """
     if band not in ("low", "high"):
-        raise InvalidValue(f"band is {band!r}; it must be 'low' or 'high'.")
+        raise InvalidValue(f"band is {band!r}; expected 'low' or 'high'.")
     config, sizes, first = transformer.config, [], next(transformer.parameters())
     shape = (2, config["in_channels"], config["sample_size"], config["sample_size"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         first
     )
 
-    def measure(module: torch.nn.Module, args: tuple, stream: Tensor) -> None:
+    def measure(_module: torch.nn.Module, _args: tuple, stream: Tensor) -> None:
         difference = (stream[0] - stream[1]).double()
         mean = difference.mean(0, keepdim=True)
         sizes.append((mean if band == "low" else difference - mean).norm())

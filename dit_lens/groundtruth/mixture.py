@@ -1,5 +1,5 @@
-"""E3 as a real DiT: the exact denoiser of data that decide two bits, a global one and one in every
-token.
+"""A mixture as a real DiT: the exact denoiser of data that decide two bits, a global one and one
+in every token.
 
 In an orthonormal basis of the latents, with N values in T patches, two kinds of modes decide
 between two sides,
@@ -45,13 +45,22 @@ LOW_BIT, HIGH_BIT = (3, 4), (5, 6)
 def mixture_eps(
     x: Tensor, abar: Tensor, m_low: float, m_high: float, sigma: float, patch_size: int = 2
 ) -> Tensor:
-    """E3: the exact noise prediction for the two-scale mixture, sqrt(1 - abar) / Gamma (x - m
-    sqrt(abar) tanh(u x)).
+    """The exact noise prediction for the two-scale mixture.
 
-    `x` [b, c, h, w], `abar` [b]; the result has x's shape. The modes and u are in the module's
-    text.
+    sqrt(1 - abar) / Gamma (x - m sqrt(abar) tanh(u x)), mode by mode; the modes, Gamma and u are in
+    the module's text.
 
-    # all noise
+    Args:
+        x: latents x_t, [batch, channel, height, width].
+        abar: the cumulative alpha of each item, [batch].
+        m_low: where the sides of the low mode are.
+        m_high: where the sides of the high modes are.
+        sigma: the width of a side.
+        patch_size: the side of a patch.
+
+    Returns:
+        x's shape.
+
     >>> mixture_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 1.0, 0.25)[0, 0, 0].tolist()
     [1.0, 1.0]
     """
@@ -81,7 +90,7 @@ def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
     """
     if patch_size < 1 or patch_size % 2 or any(size % patch_size for size in x.shape[2:]):
         raise InvalidValue(
-            f"patch_size is {patch_size}; patches must be even and fill latents of "
+            f"patch_size is {patch_size}; expected even patches that fill latents of "
             f"{list(x.shape[2:])}."
         )
     # [b, values, token], values as (channel, row, column)
@@ -91,25 +100,36 @@ def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def sides(latents: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
-    """Which side finished latents [b, c, h, w] ended on, 1 or -1: the low bit [b] and the high bits
-    [b, token].
+    """Which side finished latents ended on, 1 or -1.
 
-    The sign is the likelier side; it is the wrong one with the chance answer["misread"], Phi(-m /
-    sigma).
+    The sign is the likelier side; it is the wrong one with the chance answer["misread"],
+    Phi(-m / sigma).
 
-    >>> low, high = sides(torch.ones(1, 1, 8, 8), two_scale(n_layers=2, low_layer=0, high_layer=1)); low.tolist()
+    Args:
+        latents: [batch, channel, height, width].
+        truth: the `two_scale` model that made them.
+
+    Returns:
+        The low bit [batch] and the high bits [batch, token].
+
+    Raises:
+        ValueError: for another kind of model, or latents of another shape.
+
+    >>> truth = two_scale(n_layers=2, low_layer=0, high_layer=1)
+    >>> low, high = sides(torch.ones(1, 1, 8, 8), truth)
+    >>> low.tolist()
     [1]
     """
     config = truth.transformer.config
     wanted = (config["in_channels"], config["sample_size"], config["sample_size"])
     if truth.answer.get("kind") != "two_scale":
         raise InvalidValue(
-            f"truth is of kind {truth.answer.get('kind')!r}; only a 'two_scale' model has sides."
+            f"truth is of kind {truth.answer.get('kind')!r}; expected 'two_scale', for no other "
+            "has sides."
         )
     if latents.ndim != 4 or tuple(latents.shape[1:]) != wanted:
         raise InvalidValue(
-            f"latents has shape {list(latents.shape)}; it must be [b, "
-            f"{', '.join(map(str, wanted))}]."
+            f"latents has shape {list(latents.shape)}; expected [b, {', '.join(map(str, wanted))}]."
         )
     low, high = coefficients(latents, config["patch_size"])
     return low.sign().long().add(low == 0), high.sign().long().add(high == 0)
@@ -128,15 +148,29 @@ def two_scale(
     in_channels: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E3: the exact denoiser of a mixture with a global bit, subtracted by `low_layer`, and one a
-    token, by `high_layer`.
+    """The exact denoiser of a mixture that decides a global bit and a bit in every token.
 
-    Knock a layer's MLP out and its modes are denoised as N(0, sigma²): that bit is not decided. The
-    layers may be in any order, or one. Latents are [b, in_channels, sample_size, sample_size], the
-    only class is 0; `mixture_agreement` with m and sigma of the answer gives phi, `sides` reads the
-    bits. Bits are decided (phi = 0.7752) where m sqrt(abar) = sqrt(Gamma), at log SNR -log(m² -
-    sigma²), so m must exceed sigma. The answer's `deviation` is the largest relative error of the
-    model's output, over low mode, high modes and rest. ValueError for bad input.
+    `low_layer` subtracts the global bit, `high_layer` the tokens'. Knock a layer's MLP out and its
+    modes are denoised as N(0, sigma²): that bit is not decided. `mixture_agreement` with m and
+    sigma of the answer gives the agreement, `sides` reads the bits. A bit is decided (agreement
+    0.7752) where m sqrt(abar) = sqrt(Gamma), at log SNR -log(m² - sigma²). The answer's `deviation`
+    is the largest relative error of the model's output, over low mode, high modes and rest. The
+    only class is 0.
+
+    Args:
+        m_low: where the sides of the low mode are, above sigma.
+        m_high: where the sides of the high modes are, above sigma.
+        sigma: the width of a side, above 0.
+        low_layer: the layer that decides the global bit.
+        high_layer: the layer that decides the tokens' bits; it may be the same, or earlier.
+        n_layers: how many layers.
+        sample_size: height and width of the latents.
+        patch_size: the side of a patch, even.
+        in_channels: channels of the latents.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: for what can't be built.
 
     >>> truth = two_scale(m_low=4.0, m_high=1.0, sigma=0.25, n_layers=2, low_layer=0, high_layer=1)
     >>> round(truth.answer["gap_log_snr"], 3)   # log(4² - 1/16) - log(1² - 1/16)
@@ -144,22 +178,21 @@ def two_scale(
     """
     if not (math.isfinite(sigma) and sigma > 0):
         raise InvalidValue(
-            f"sigma is {sigma!r}; the width of a side must be finite and above 0, for instance "
-            "0.25."
+            f"sigma is {sigma!r}; expected a finite width of a side above 0, such as 0.25."
         )
     for name, size in (("m_low", m_low), ("m_high", m_high)):
         if not (math.isfinite(size) and size > sigma):
             raise InvalidValue(
-                f"{name} is {size!r}; it must be finite and above sigma, {sigma:g}, or no side is "
-                "decided."
+                f"{name} is {size!r}; expected a finite number above sigma, {sigma:g}, or no "
+                "side is decided."
             )
     for name, layer in (("low_layer", low_layer), ("high_layer", high_layer)):
         if layer not in range(n_layers):
-            raise InvalidValue(f"{name} is {layer!r}; it must be a layer from 0 to {n_layers - 1}.")
+            raise InvalidValue(f"{name} is {layer!r}; expected a layer from 0 to {n_layers - 1}.")
     if patch_size % 2:
         raise InvalidValue(
-            f"patch_size is {patch_size!r}; it must be even, for a checkerboard has as many +1 as "
-            "-1."
+            f"patch_size is {patch_size!r}; expected an even one, for a checkerboard has as many "
+            "+1 as -1."
         )
     m = {"low": m_low, "high": m_high}
     scheduler = plain_scheduler()
@@ -225,7 +258,8 @@ def mixture_error(
     one mode may be near 0.
 
     >>> truth = two_scale(low_layer=0, high_layer=0, n_layers=1)
-    >>> mixture_error(truth.transformer, truth.scheduler.alphas_cumprod.double(), 4.0, 1.0, 0.25) < 1e-2
+    >>> abars = truth.scheduler.alphas_cumprod.double()
+    >>> mixture_error(truth.transformer, abars, 4.0, 1.0, 0.25) < 1e-2
     True
     """
     steps = torch.cat(

@@ -1,4 +1,4 @@
-"""E5, null models: nothing to find, so a tool that finds something is wrong."""
+"""Null models: nothing to find, so a tool that finds something is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ def random_weights(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E5: every weight drawn from N(0, 1 / fan-in), the biases 0. No layer is special.
+    """A null model, of weights from N(0, 1 / fan-in) and biases of 0: no layer is special.
+
+    Args:
+        seed: of the weights.
+        n_layers: how many layers.
+        sample_size: height and width of the latents.
+        patch_size: the side of a patch.
+        in_channels: channels of the latents.
+        dtype: of the weights.
 
     >>> random_weights(0, n_layers=2).description
     'Random weights, seed 0: no layer makes a gap.'
@@ -40,11 +48,18 @@ def random_weights(
 
 
 def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
-    """E5: a copy of `transformer` with its blocks in another order; what a layer does no longer
-    depends on its depth.
+    """A null model, a copy of `transformer` with its blocks in another order: what a layer does no
+    longer depends on its depth.
 
     The final layer is conditioned through whichever block comes first, as always in diffusers. The
     copy shares nothing with the original and carries none of its hooks.
+
+    Args:
+        transformer: a DiTTransformer2DModel of two blocks or more.
+        seed: of the order, which is never the original one.
+
+    Raises:
+        ValueError: for a single block.
 
     >>> truth = random_weights(0, n_layers=3)
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
@@ -52,7 +67,7 @@ def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
     """
     blocks = list(transformer.transformer_blocks)
     if len(blocks) < 2:
-        raise InvalidValue(f"transformer has {len(blocks)} block; shuffling needs at least 2.")
+        raise InvalidValue(f"transformer has {len(blocks)} block; expected 2 or more to shuffle.")
     draw, order = torch.Generator().manual_seed(seed), torch.arange(len(blocks))
     while (order == torch.arange(len(blocks))).all():
         order = torch.randperm(len(blocks), generator=draw)

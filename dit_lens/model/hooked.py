@@ -108,6 +108,8 @@ class HookedDiT:
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
         self.size: Size | None = size
         self.family = self.instrumentation.family
+        if size is not None:
+            _check_size(size, axes=len(self.family.config(self.transformer).grid))
         self.cfg = self.family.config(self.transformer, size)
         self.conditions: Conditions = conditions or Conditions(
             self.family, self.cfg, pipe if pipe is not self.transformer else None
@@ -545,6 +547,14 @@ class HookedDiT:
             raise InvalidState(
                 "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
             )
+
+
+def _check_size(size: Size, axes: int) -> None:
+    """Raise InvalidValue unless this is height and width, for video maybe with frames first."""
+    whole = all(isinstance(n, int) and n >= 1 for n in size)
+    if not whole or not 2 <= len(size) <= max(2, axes):
+        frames = "(height, width) or (frames, height, width)" if axes == 3 else "(height, width)"
+        raise InvalidValue(f"size={size} is no size of latents; expected {frames}, each 1 or more.")
 
 
 def transformer_of(model: Any) -> Any:

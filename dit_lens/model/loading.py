@@ -47,13 +47,15 @@ def load(
     """
     if not isinstance(model, (str, Path)):
         return HookedDiT(model, size=size)
-    bundled = sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()) if BUNDLED.exists() else []
-    folder = BUNDLED / model if model in bundled else Path(model)
+    folder = _folder_of(model)
     if folder.is_dir():
         return _load_folder(folder, dtype, device, size)
     if _is_hub_id(model):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        pipe = _from_pretrained(
+            diffusers.DiffusionPipeline, model, dtype=dtype, use_safetensors=True
+        )
         return HookedDiT(pipe.to(device), size=size)
+    bundled = _bundled()
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = (
         f"did you mean {near[0]!r}?"
@@ -64,6 +66,15 @@ def load(
         f"{str(model)!r} is neither a bundled model nor a folder nor a hub id such as "
         f"'owner/name'; {hint}"
     )
+
+
+def _bundled() -> list[str]:
+    return sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()) if BUNDLED.exists() else []
+
+
+def _folder_of(model: str | Path) -> Path:
+    """Where a bundled model lies, or the folder that was named, which may not be there."""
+    return BUNDLED / model if model in _bundled() else Path(model)
 
 
 def _load_folder(
@@ -101,9 +112,8 @@ def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
     if not (folder / config).exists():
         return None
     try:
-        name = json.loads((folder / config).read_text())["_class_name"]
-        cls = getattr(diffusers, name)
-    except (ValueError, KeyError, AttributeError) as error:
+        cls = getattr(diffusers, _read_json(folder / config)["_class_name"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise InvalidValue(
             f"{str(folder / config)!r} does not name a diffusers class ({error!r})."
         ) from None
@@ -122,12 +132,16 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
             "use_safetensors": True,
             "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None,
         }
+    return _from_pretrained(cls, folder, local_files_only=True, **kwargs)
+
+
+def _from_pretrained(cls: Any, where: str | Path, **kwargs: Any) -> Any:
     try:
-        return cls.from_pretrained(str(folder), local_files_only=True, **kwargs)
+        return cls.from_pretrained(str(where), **kwargs)
     except Exception as error:  # diffusers and safetensors raise many kinds for damaged files
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InvalidValue(
-            f"The model in {str(folder)!r} can't be loaded as {cls.__name__}: {first}"
+            f"The model in {str(where)!r} can't be loaded as {cls.__name__}: {first}"
         ) from error
 
 
@@ -137,24 +151,36 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
 
     Raises like `load`.
     """
-    folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model)
+    folder = _folder_of(model)
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
     if (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text())
+        where, config = str(folder / "config.json"), _read_json(folder / "config.json")
     elif folder.is_dir() or not _is_hub_id(model):
         raise MissingFile(
             f"There is no model at {str(model)!r}; expected a bundled name, a folder with "
             "config.json, or a hub id."
         )
     else:
-        config = diffusers.ConfigMixin.load_config(str(model), subfolder="transformer")
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if cls is None:
-        raise InvalidValue(
-            f"{str(folder / 'config.json')!r} names the class {config.get('_class_name')!r}, which "
-            "diffusers does not have."
-        )
-    with torch.device("meta"):
-        skeleton = cls.from_config(config)
+        # the config's own class is not known yet; every model class reads any model's config.json
+        reader = diffusers.DiTTransformer2DModel
+        where, config = str(model), reader.load_config(str(model), subfolder="transformer")
+
+    # Build the modules without memory for their weights.
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    cls: Any = getattr(diffusers, str(name), None)
+    if not hasattr(cls, "from_config"):
+        raise InvalidValue(f"{where!r} names the class {name!r}, which diffusers does not have.")
+    try:
+        with torch.device("meta"):
+            skeleton = cls.from_config(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InvalidValue(f"{where!r} is not a configuration of {name}: {error}") from error
     return family_of(skeleton), skeleton
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InvalidValue(f"{str(path)!r} is not JSON: {error}") from None

@@ -41,8 +41,16 @@ ITEMS, STEPS, SIDE, LAYERS = 256, 20, 4, 6
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: numbers, or words where nothing is measured; `error` is in
-    `tolerance`'s unit.
+    """One line of the table.
+
+    Attributes:
+        name: what is checked.
+        expected: the number that is right, or a word where nothing is measured.
+        measured: the number that the probe gave, or a word.
+        error: how far apart they are, in the unit of `tolerance`.
+        tolerance: what is allowed.
+        ok: whether the check passed.
+        note: what the row's numbers are, or why it failed.
 
     >>> Check("gap", expected=2.0, measured=2.5, error=0.5, tolerance=0.1, ok=False).ok
     False
@@ -71,7 +79,8 @@ class Bench:
         """Why a variable of a known name can't be compared, or nothing."""
         have = self.result[name].dims
         if set(have) not in map(set, KNOWN[name]):
-            return f"it has the dimensions {dims(have)}; expected {' or '.join(map(dims, KNOWN[name]))}"
+            expected = " or ".join(map(dims, KNOWN[name]))
+            return f"it has the dimensions {dims(have)}; expected {expected}"
         if name not in ("energy", "onset_layer") and "bands" not in arguments(self.probe_class):
             return "its bands are not known; let the constructor take `bands`, a dit_lens.Bands"
         return ""
@@ -162,8 +171,8 @@ class Bench:
             )
 
     def difference(self) -> Iterator[Check]:
-        """E4: from one layer to the next the difference energy grows by (1 + a)² where it is
-        planted and by 1 elsewhere.
+        """From one layer to the next the difference energy grows by (1 + a)² where a gain of 1 + a
+        is planted, and by 1 elsewhere.
         """
         for at, a, band in (
             (1, 0.3, 0),
@@ -193,8 +202,9 @@ class Bench:
             )
 
     def gaussian(self, names: list[str]) -> Iterator[Check]:
-        """E1, as the sampler is run: the squared agreement at a step is that of twins released
-        there; half of it is commitment.
+        """On Gaussian data, for the sampler as it is run (`groundtruth.ddim_agreement`): the
+        squared agreement at a step is the agreement of twins released there, and a band commits
+        where that is 1/2.
         """
         covered: dict[str, list[bool]] = {}
         for kind, spectrum in SPECTRA.items():

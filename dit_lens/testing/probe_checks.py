@@ -36,6 +36,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xarray as xr
 
 from ..errors import InvalidValue
 from ..groundtruth import gaussian
@@ -48,9 +49,16 @@ if TYPE_CHECKING:
 
 
 def find_probe(where: str) -> type[Probe]:
-    """The class at an installed name, `path/to/file.py:ClassName` or `package.module:ClassName`.
+    """A probe class: an installed name, `path/to/file.py:ClassName` or `package.module:ClassName`.
 
-    ValueError if there is none.
+    Args:
+        where: the name or the place.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: if there is none, or the file can't be imported.
 
     >>> find_probe("dit_lens.probes:LayerLens").__name__
     'LayerLens'
@@ -105,20 +113,29 @@ def _imported(source: str) -> ModuleType:
     return module
 
 
-def check(probe_class: type[Probe]) -> list[Check]:
-    """Every check that applies, the contract first; some seconds on one core.
+def check_probe(probe_class: type[Probe]) -> list[Check]:
+    """Hold a probe against models whose answer is known; some seconds on one core.
 
-        rows = dit_lens.testing.probe_checks.check(SpectralSplit)
-        all(row.ok for row in rows)
+    The contract comes first, then the known answers that fit the variables that the probe returns
+    (see the module). Whatever the probe itself raises is a failed check.
+
+    Args:
+        probe_class: the class, which must build without arguments.
+
+    Returns:
+        One `Check` a row of the table: what was expected, what was measured, and whether it is ok.
 
     Raises:
-        ValueError: for what is no probe class and for a constructor that needs arguments; whatever
-            the probe raises is a failed check.
+        ValueError: for what is no probe class and for a constructor that needs arguments.
+
+    >>> from dit_lens.probes import SpectralSplit
+    >>> [row.name for row in check_probe(SpectralSplit) if not row.ok]
+    []
     """
     if not _is_probe(probe_class):
         raise InvalidValue(
             f"{probe_class!r} is not a subclass of dit_lens.Probe; pass the class, as in "
-            "check(LayerLens)."
+            "check_probe(LayerLens)."
         )
     needed = [
         p.name
@@ -153,7 +170,10 @@ def check(probe_class: type[Probe]) -> list[Check]:
     elif not names:
         found = ", ".join(f"{k} {dims(v.dims)}" for k, v in bench.result.data_vars.items())
         known = ", ".join(f"{k} {dims(v[0])}" for k, v in KNOWN.items())
-        note = f"nothing to compare: {probe_class.__name__} gives {found}; answers are known for {known}, or from its expected(truth)"
+        note = (
+            f"nothing to compare: {probe_class.__name__} gives {found}; answers are known for "
+            f"{known}, or from its expected(truth)"
+        )
         rows.append(Check("known answers", "-", "-", note=note))
     skipped = [k for k in KNOWN if k in bench.result and k not in names]
     return rows + [Check(f"{k}: not compared", "-", "-", note=bench.obstacle(k)) for k in skipped]
@@ -303,8 +323,6 @@ def _problem(result: Any) -> str:
 
     `onset_layer` may be NaN, which says that there is none.
     """
-    import xarray as xr
-
     if not isinstance(result, xr.Dataset):
         return f"result() gave a {type(result).__name__}; expected a non-empty xarray.Dataset"
     values = {str(k): v.values for k, v in result.data_vars.items()}

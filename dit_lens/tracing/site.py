@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
+import xarray as xr
 from torch import Tensor
 
 from ..families.base import Condition
@@ -110,7 +111,8 @@ class Site:
 class Observing(Protocol):
     """What a trace needs of a probe; `dit_lens.Probe` is the class to write one with."""
 
-    names: NamesFilter
-
+    @property  # not an attribute: a probe's own type of `names` may be narrower
+    def names(self) -> NamesFilter: ...
     def start(self, model: HookedDiT) -> None: ...
     def observe(self, activation: Tensor, site: Site) -> None: ...
+    def result(self) -> xr.Dataset: ...

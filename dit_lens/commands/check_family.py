@@ -1,0 +1,36 @@
+"""Hold families of models against the contract, on small models; exit code 1 if one fails."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FAMILIES, --table."""
+    parser.add_argument(
+        "families",
+        nargs="*",
+        help="model classes, such as DiTTransformer2DModel (default: all that are installed)",
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="print what works in each as Markdown, as the README has it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table for each family, or one for all; see `dit_lens.testing.check_family`."""
+    from ..families import modules
+    from ..testing import family_contract
+
+    rows = {}
+    for name in args.families or sorted(modules()):
+        rows[name] = family_contract.examine(name)
+        if not args.table:
+            console(width=160).print(family_contract.table(name, rows[name]))
+    if args.table:
+        print(family_contract.markdown(rows))
+    return 1 if any(not row.ok for some in rows.values() for row in some) else 0

@@ -1,0 +1,193 @@
+"""What the subcommands share: arguments that refuse bad values, the model, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..model.hooked import HookedDiT
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of 1 or more.
+
+    >>> count("16")
+    16
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    return _whole(text, least=1)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number of 0 or more.
+
+    >>> seed("0")
+    0
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    return _whole(text, least=0)
+
+
+def frequency(text: str) -> float:
+    """An argparse type: a finite number above 0.
+
+    >>> frequency("0.25")
+    0.25
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    return _number(text, lambda value: value > 0, "a number above 0, such as 0.25")
+
+
+def strength(text: str) -> float:
+    """An argparse type: a finite number of 0 or more.
+
+    >>> strength("0.5")
+    0.5
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    return _number(text, lambda value: value >= 0, "a number of 0 or more, such as 0.5")
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected a whole number of {least} or more"
+        )
+    return value
+
+
+def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The argument `model`."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="digits",
+        help="bundled name, folder or hub id (default: digits)",
+    )
+
+
+def add_probe(parser: argparse.ArgumentParser, name: str) -> None:
+    """The argument that says which probe.
+
+    Args:
+        parser: of the subcommand.
+        name: of the argument.
+    """
+    parser.add_argument(
+        name, help="an installed probe, path/to/file.py:ClassName or package.module:ClassName"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The option `--size`."""
+    parser.add_argument(
+        "--size",
+        type=count,
+        nargs="+",
+        metavar="N",
+        help="height and width of the latents (video: frames first), if not the model's own",
+    )
+
+
+def add_quick(
+    parser: argparse.ArgumentParser, pairs: tuple[int, int], steps: tuple[int, int]
+) -> None:
+    """The options `--pairs`, `--steps` and `--quick`; `sizes` later chooses between the defaults.
+
+    Args:
+        parser: of the subcommand.
+        pairs: the default number of pairs, and that of a quick run.
+        steps: the default number of steps, and that of a quick run.
+    """
+    parser.set_defaults(default_pairs=pairs, default_steps=steps)
+    parser.add_argument(
+        "--pairs",
+        type=count,
+        help=f"pairs of twins (default: {pairs[0]}; with --quick {pairs[1]})",
+    )
+    parser.add_argument(
+        "--steps",
+        type=count,
+        help=f"denoising steps (default: {steps[0]}; with --quick {steps[1]})",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer pairs and steps: a first look")
+
+
+def sizes(args: argparse.Namespace) -> tuple[int, int]:
+    """The numbers of pairs and of steps: those asked for, else the command's defaults."""
+    pairs = args.default_pairs[args.quick] if args.pairs is None else args.pairs
+    steps = args.default_steps[args.quick] if args.steps is None else args.steps
+    return pairs, steps
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """The option `--seed`."""
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="the same seed gives the same figures to the last digit (default: 0)",
+    )
+
+
+def open_model(args: argparse.Namespace) -> HookedDiT:
+    """The model that `add_model` and `add_size` asked for."""
+    from ..model.loading import load
+
+    return load(args.model, size=None if args.size is None else tuple(args.size))
+
+
+def console(width: int) -> Console:
+    """A rich console: as wide as the terminal, or `width` where the output is a file or a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+def progress_bar() -> Progress:
+    """A live bar with the time left, gone when it is done."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+    )

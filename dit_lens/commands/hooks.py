@@ -1,0 +1,61 @@
+"""List a model's hook points and their shapes.
+
+They follow from the configuration alone: no weights are read, no forward is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .common import add_model, console
+
+if TYPE_CHECKING:
+    from ..families.base import Axes, Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --filter."""
+    add_model(parser)
+    parser.add_argument(
+        "--filter", help="only names that match this pattern, such as 'attn.*' or 'resid_post'"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one row for each site; the same site of every layer is one row."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..hooks.names import select, site_of
+    from ..model.loading import load_skeleton
+
+    family, skeleton = load_skeleton(args.model)
+    cfg, sites = family.config(skeleton), family.sites(skeleton)
+    known = {} if family.read_only else cfg.axis_sizes()
+    sizes = _printed_sizes(cfg, known, sites)
+
+    chosen = select(args.filter, list(sites))
+    rows: dict[str, list[str]] = {}
+    for name in chosen:
+        site = site_of(name)
+        rows.setdefault(name if name == site else f"blocks.{{i}}.{site}", []).append(name)
+
+    title = f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers"
+    table = Table("hook point", "shape", "axes", "of", title=title)
+    for row, members in rows.items():
+        axes = sites[members[0]]
+        shape = "[" + ", ".join(str(sizes.get(axis, axis)) for axis in axes) + "]"
+        plural = "s" if len(members) > 1 else ""
+        layers = f"{len(members)} layer{plural}" if row.startswith("blocks.{i}") else ""
+        # Text, not str: rich would take the brackets for markup
+        table.add_row(Text(row), Text(shape), ", ".join(axes), layers)
+    console(width=120).print(table)
+
+
+def _printed_sizes(cfg: Config, known: dict[str, int], sites: dict[str, Axes]) -> dict[str, Any]:
+    """How long each axis is, or its name where that is not known before a call."""
+    sizes: dict[str, Any] = {"batch": "b", "d_model": cfg.d_model or "d_model", **known}
+    if any("text" in axis for axes in sites.values() for axis in axes):
+        sizes["key"] = "key"  # the prompt's tokens are among the keys, as many as it has
+    return sizes
