@@ -133,7 +133,7 @@ class Curves:
         stats: for each reading's name its statistics [release, pair, band].
         bands: its band names.
         groups: how many labels' means were taken off.
-        weights: the fingerprint of the model they come from.
+        model: the transformer that they come from.
     """
 
     estimator: str
@@ -142,7 +142,7 @@ class Curves:
     stats: Mapping[str, Agreement]
     bands: Mapping[str, tuple[str, ...]]
     groups: int
-    weights: str
+    model: Any
 
     def agreement(self, reading: str) -> Array:
         """The curve, [release, band], from 0 (nothing shared beyond the label) to 1."""
@@ -315,7 +315,7 @@ def _about(run: Run, readings: Sequence[Reading], stats: dict[str, Agreement]) -
         stats,
         bands,
         len(set(run.labels.tolist())),
-        run.weights,
+        run.model.transformer,
     )
 
 
@@ -335,11 +335,8 @@ def difference(
     """
     import xarray as xr
 
-    if one.weights != other.weights:
-        raise InvalidValue(
-            f"The curves come from different models (weights {one.weights} and {other.weights}); "
-            "compare curves of one."
-        )
+    if one.model is not other.model:
+        raise InvalidValue("The curves come from different models; compare curves of one.")
     if not np.array_equal(one.log_snr, other.log_snr):
         raise InvalidValue(
             f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,27 @@ from torch import Tensor
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import predict_x0
+from ..model.witness import Witness
 from .guidance import guided, model_inputs
 from .noise import generators
 from .schedulers import SAMPLERS, learns_variance, make_scheduler, takes_eta
 from .settings import Change, Settings, edits_at, seeds_at
+
+
+class Step(NamedTuple):
+    """What one denoising step leaves.
+
+    Attributes:
+        x0: the predicted clean latents, [batch, *latent_shape].
+        output: what the scheduler was given, [batch, ...].
+        following: the next x_t.
+        witness: checksums of the streams in the model's pass.
+    """
+
+    x0: Tensor
+    output: Tensor
+    following: Tensor
+    witness: Witness
 
 
 def model_output(
@@ -55,20 +72,17 @@ def denoise(
     scheduler: Any,
     first: int = 0,
     last: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """From x_t at step `first` to before step `last`, one step after the other.
-
-    Yields:
-        The predicted x0, what the scheduler was given, and the next x_t.
-    """
+) -> Iterator[Step]:
+    """From x_t at step `first` to before step `last`, one step after the other."""
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
-            with model.hooks(edits_at(history, step)):
+            inst = model.instrumentation
+            with model.hooks(edits_at(history, step)), inst.witnessing() as witness:
                 output = model_output(model, x, step, labels, settings, scheduler)
             t = scheduler.timesteps[step]
             x0 = predict_x0(scheduler, x, model.without_variance(output), t)
             x = advance(scheduler, output, x, seeds_at(history, step), step, settings.eta)
-            yield x0, output, x
+            yield Step(x0, output, x, witness)
 
 
 def prepared(model: HookedDiT, settings: Settings) -> Any:

@@ -3,8 +3,8 @@
 A DiT's forward depends on nothing but its inputs, so a trace keeps those, a few KB a step, together
 with the edits that were in force. Any activation at any step is recomputed when it is read, by one
 forward that stops at the layer asked for, and is bit for bit what recording would have given.
-Recording (`names=`) is for when many reads follow. What would make a recomputation wrong, such as
-weights that changed since, is an error.
+Recording (`names=`) is for when many reads follow. What is recomputed is held against checksums of
+every layer's stream, taken while the run ran: a recomputation that departs raises `NotReproduced`.
 
 Each call of the transformer is one step, counted from 0; with guidance a step's batch is
 [cond | uncond], as the pipeline made it.
@@ -29,9 +29,9 @@ from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
 from ..model.call import Call, Copies
-from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
+from ..model.state import State
 from . import files
 from .dataset import to_dataset
 from .recompute import read
@@ -92,7 +92,7 @@ class Trace:
             undo.callback(model.instrumentation.let_go)
 
             # Watch every call, then let editors, recorders and probes listen, in this order.
-            self.record.weights = (fingerprint(model.transformer), None)
+            self.record.state = State.of(model.transformer)
             model.instrumentation.watch(self._recorder)
             undo.callback(self._forget_call, model.instrumentation)
             for name, listener in self._waiting:
@@ -107,11 +107,9 @@ class Trace:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        model, undo = self._traced_model(), self._undo
-        self._undo = None
+        undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
-        self.record.weights = (self.record.weights[0], fingerprint(model.transformer))
         for name, steps in self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
@@ -289,6 +287,11 @@ class Trace:
         return self.record.cfg
 
     @property
+    def exact(self) -> bool:
+        """Whether all that was recomputed so far was so bit for bit, and not within rounding."""
+        return self.record.exact
+
+    @property
     def recorded_names(self) -> list[str]:
         """The names that are recorded as they happen."""
         return self.record.names
@@ -392,7 +395,9 @@ class _Recorder:
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
         if self.record.wanted(self.step):
-            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(value)
+            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
+                point.name, value
+            )
 
     def showing(self, probe: Observing) -> Callable[[Tensor, HookPoint], None]:
         """An observer that shows a probe what it sees, and where."""
@@ -458,8 +463,8 @@ def trace(
 def load_trace(path: str | Path, model: Any = None) -> Trace:
     """Read a saved trace.
 
-    With the model everything can be recomputed; without, what was recorded can be read. Weights
-    that differ are an error when something has to be recomputed.
+    With the model everything can be recomputed; without, what was recorded can be read. Another
+    model, or other weights, are noticed when something is recomputed.
 
     Args:
         path: a file written by `Trace.save`.
