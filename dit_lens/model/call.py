@@ -4,7 +4,6 @@ depends on.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -33,8 +32,8 @@ class Call:
         witness: checksums of the streams that left each layer, by hook name.
         edits: the edits in force, by hook name, as they act in this call.
         branch: which branch of guidance each item is, where the pipeline tells.
-        place: the loop's step, where the pipeline tells; calls with one place are branches of one
-            step.
+        place: which run of a pipeline this is, and which step of its loop, where that is told;
+            calls with one place are branches of one step.
         grid: the token grid.
         memo: what probes look up, cached per call: each lookup would synchronise the GPU.
     """
@@ -49,7 +48,7 @@ class Call:
     witness: Witness = field(default_factory=dict, repr=False)
     edits: list[tuple[str, Editor]] = field(default_factory=list)
     branch: tuple[str, ...] | None = None
-    place: Hashable = None
+    place: tuple[int, int] | None = None
     grid: tuple[int, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -137,6 +137,7 @@ class Instrumentation:
             if each is listener:
                 del listeners[i]
                 self.listening -= 1
+                self.points[name].step = None
         self.release_thread()
 
     def watch(self, watcher: Watcher) -> None:

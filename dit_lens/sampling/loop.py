@@ -77,7 +77,11 @@ def denoise(
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
             inst = model.instrumentation
-            with model.hooks(edits_at(history, step)), inst.witnessing() as witness:
+            with (
+                inst.under(step=step),
+                model.hooks(edits_at(history, step)),
+                inst.witnessing() as witness,
+            ):
                 output = model_output(model, x, step, labels, settings, scheduler)
             t = scheduler.timesteps[step]
             x0 = predict_x0(scheduler, x, model.without_variance(output), t)

@@ -314,7 +314,7 @@ def sample(
     # What is asked for fits the model.
     model = HookedDiT.of(model)
     model.require_eval()
-    scheduler = scheduler or default_name(model.scheduler)
+    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
     check_settings(settings)
     if guided_channels == "first3" and len(model.cfg.grid) != 2:

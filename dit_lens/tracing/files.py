@@ -47,7 +47,7 @@ def save(record: Record, path: str | Path) -> Path:
         "sites": record.sites,
         "names": record.names,
         "calls": calls,
-        "calls_at": record.calls_at,
+        "calls_at": sorted(record.calls_at.items()),
         "edits": sorted(edited | set(record.lost_edits)),
         "scheduler": scheduler
         and {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
@@ -103,7 +103,7 @@ def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
         scheduler=_scheduler(meta["scheduler"]),
         names=meta["names"],
         calls=[_unpacked(how, f"call/{i}", tensors) for i, how in enumerate(meta["calls"])],
-        calls_at=meta["calls_at"],
+        calls_at=dict(meta["calls_at"]),
         activations={name: {} for name in meta["names"]},
         lost_edits=meta["edits"],
     )
@@ -113,7 +113,7 @@ def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
             record.activations[name][int(call)] = value
     if record.names:  # of these the recorded steps are what reading gives, as in the original
         recorded = record.activations[record.names[0]]
-        kept = [s for s, calls in enumerate(record.calls_at) if recorded.keys() & set(calls)]
+        kept = [s for s, calls in record.calls_at.items() if recorded.keys() & set(calls)]
         record.steps, record.wanted = kept, set(kept).__contains__
     return record
 

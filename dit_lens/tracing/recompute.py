@@ -48,12 +48,12 @@ def read(
             "Nothing was traced: no forward of the model finished inside the `with` block."
         )
     chosen = record.wanted if steps is None else step_test(steps)
-    wanted = [s for s in range(len(record.calls_at)) if chosen(s)]
+    seen = sorted(record.calls_at)
+    wanted = [s for s in seen if chosen(s)]
     if not wanted:
         asked = record.steps if steps is None else steps
         raise InvalidValue(
-            f"No step matches {asked!r}; the trace has {len(record.calls_at)} steps, 0 to "
-            f"{len(record.calls_at) - 1}."
+            f"No step matches {asked!r}; the trace has {len(seen)} steps, {seen[0]} to {seen[-1]}."
         )
     rows = {s: rows_of(record, s, branch) for s in wanted}
     calls = [c for s in wanted for c in rows[s]]
@@ -121,7 +121,7 @@ def recompute(
     found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     order = list(record.sites)
     last = max((until(name, order) for name in names), key=order.index)
-    steps = {c: step for step, calls_of in enumerate(record.calls_at) for c in calls_of}
+    steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
     with ExitStack() as stack:
         if not model.instrumentation.installed:
             model.instrumentation = Instrumentation.of(model.transformer)

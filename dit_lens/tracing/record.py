@@ -33,7 +33,8 @@ class Record:
         device: where recorded activations are kept; None is where they are.
         dtype: as what; None is as they are.
         calls: each call of the transformer, with all that its forward depended on.
-        calls_at: each step's calls: one, or one for each branch of guidance.
+        calls_at: each step's calls: one, or one for each branch of guidance; more where a step was
+            run more than once.
         activations: what was recorded, by hook name and call.
         state: a glance at the model when the trace opened, to name what changed since.
         exact: whether all that was recomputed so far was so bit for bit.
@@ -49,7 +50,7 @@ class Record:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     calls: list[Call] = field(default_factory=list)
-    calls_at: list[list[int]] = field(default_factory=list)
+    calls_at: dict[int, list[int]] = field(default_factory=dict)
     activations: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     state: State | None = None
     exact: bool = True
@@ -58,7 +59,7 @@ class Record:
     @property
     def timesteps(self) -> Tensor:
         """The diffusion timestep of each step, [step]."""
-        first = [self.calls[calls[0]].t[0] for calls in self.calls_at]
+        first = [self.calls[self.calls_at[s][0]].t[0] for s in sorted(self.calls_at)]
         return torch.stack(first) if first else torch.zeros(0)
 
     def kept(self, name: str, value: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ forward that stops at the layer asked for, and is bit for bit what recording wou
 Recording (`names=`) is for when many reads follow. What is recomputed is held against checksums of
 every layer's stream, taken while the run ran: a recomputation that departs raises `NotReproduced`.
 
-Each call of the transformer is one step, counted from 0; with guidance a step's batch is
-[cond | uncond], as the pipeline made it.
+Steps are those of the run, counted from 0: of a replay from step 2 they begin with 2. A second run in
+the same trace is read behind the first one, while edits act at its own steps. With guidance a
+step's batch is [cond | uncond], as the pipeline made it.
 """
 
 from __future__ import annotations
@@ -297,9 +298,9 @@ class Trace:
         return self.record.names
 
     @property
-    def steps(self) -> range:
-        """The steps seen so far."""
-        return range(len(self.record.calls_at))
+    def steps(self) -> list[int]:
+        """The steps seen so far: of a replay those that were run again."""
+        return sorted(self.record.calls_at)
 
     @property
     def timesteps(self) -> Tensor:
@@ -309,7 +310,8 @@ class Trace:
     @property
     def latents(self) -> Tensor:
         """What went into the model, x_t, [step, batch, *latent_shape]."""
-        return torch.stack([self.record.calls[calls[0]].x for calls in self.record.calls_at])
+        record = self.record
+        return torch.stack([record.calls[record.calls_at[s][0]].x for s in self.steps])
 
     # Elsewhere.
 
@@ -365,7 +367,10 @@ class _Recorder:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.step = 0
+        self.run: int | None = None  # of a pipeline
+        self.step = 0  # of the run under way
+        self.row = 0  # in the trace: the step, of a second run behind the first one's
+        self.offset = 0
         self.forget()
 
     def forget(self) -> None:
@@ -374,11 +379,16 @@ class _Recorder:
         self.copies = Copies()
 
     def begin(self, call: Call) -> None:
-        """A call is a step, unless its pipeline says that it is another branch of the last one."""
-        calls = self.record.calls
-        same = call.place is not None and bool(calls) and calls[-1].place == call.place
-        self.step = len(self.record.calls_at) - same
-        self.call = call
+        """Number the call's step: a loop of ours and a pipeline say which it is; elsewhere each
+        call is the next step.
+        """
+        last = max(self.record.calls_at, default=-1)
+        run, step = call.place or (None, call.context.step)
+        if step is None:
+            step = last + 1 - self.offset
+        elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
+            self.offset = last + 1 - step  # another run: its steps come behind
+        self.run, self.step, self.row, self.call = run, step, step + self.offset, call
 
     def end(self, call: Call, finished: bool) -> None:
         """Keep the call; one that failed is no step."""
@@ -387,14 +397,12 @@ class _Recorder:
             for activations in record.activations.values():
                 activations.pop(len(record.calls), None)
             return
-        if self.step == len(record.calls_at):
-            record.calls_at.append([])
-        record.calls_at[-1].append(len(record.calls))
+        record.calls_at.setdefault(self.row, []).append(len(record.calls))
         record.calls.append(call.kept(self.copies))
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
-        if self.record.wanted(self.step):
+        if self.record.wanted(self.row):
             self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
                 point.name, value
             )
@@ -405,7 +413,7 @@ class _Recorder:
         def show(value: Tensor, point: HookPoint) -> None:
             call = self.call
             assert call is not None
-            site = Site(point.name, self.step, call.grid, call, self.record.cfg.null_class)
+            site = Site(point.name, self.row, call.grid, call, self.record.cfg.null_class)
             probe.observe(value.detach(), site)
 
         return show

@@ -115,7 +115,7 @@ def twins(
     # What is asked for fits the model, and the twins can part.
     model = HookedDiT.of(model)
     model.require_eval()
-    scheduler = scheduler or default_name(model.scheduler)
+    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     held = make_tie(tie, g, form, layers, eps)
     eta = held.eta(scheduler) if eta is None else eta
     settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
