@@ -23,6 +23,7 @@ _HOME = {
     "Bands": "measures.bands",
     "DitLensError": "errors",
     "HookedDiT": "model.hooked",
+    "NotReproduced": "model.witness",
     "Probe": "tracing.probe",
     "Run": "sampling.run",
     "Site": "tracing.site",

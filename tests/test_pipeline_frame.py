@@ -23,7 +23,7 @@ def test_branch_and_step_are_taken_from_cache_context():
                 with transformer.cache_context(name, step_index=step):
                     transformer(**inputs)
     assert [c.branch for c in t.record.calls] == [("uncond",) * 2, ("cond",) * 2] * 2
-    assert t.record.calls_at == [[0, 1], [2, 3]]
+    assert t.record.calls_at == {0: [0, 1], 1: [2, 3]}
     name = "blocks.0.hook_resid_post"
     both, cond = t.get(name, steps=1)[name], t.get(name, steps=1, branch="cond")[name]
     assert both.shape[1] == 4 and torch.equal(both[:, 2:], cond)

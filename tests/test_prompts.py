@@ -177,7 +177,7 @@ def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
     assert (
         len(t.steps) == 3
         and len(t.record.calls) == 6
-        and t.record.calls_at == [[0, 1], [2, 3], [4, 5]]
+        and t.record.calls_at == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
     )
     assert [c.branch for c in t.record.calls] == [("cond",), ("uncond",)] * 3
     assert t["resid_post", 1].shape[:2] == (3, 2) and torch.equal(
@@ -214,7 +214,7 @@ def test_runs_of_one_step_are_told_apart(flux):
     with dit_lens.trace(flux) as t:
         for _ in range(2):
             call(flux, num_inference_steps=1)
-    assert t.record.calls_at == [[0], [1]] and [c.branch for c in t.record.calls] == [
+    assert t.record.calls_at == {0: [0], 1: [1]} and [c.branch for c in t.record.calls] == [
         ("cond",),
         ("cond",),
     ]
@@ -222,7 +222,7 @@ def test_runs_of_one_step_are_told_apart(flux):
         call(flux, num_inference_steps=1, true_cfg_scale=2.0, negative_prompt="")
     with dit_lens.trace(flux) as u:
         call(flux, num_inference_steps=1)
-    assert t.record.calls_at == [[0, 1]] and u.record.calls[0].branch == ("cond",)
+    assert t.record.calls_at == {0: [0, 1]} and u.record.calls[0].branch == ("cond",)
 
 
 def test_an_edit_acts_on_a_step_of_two_calls_once_a_call(flux):

@@ -222,8 +222,9 @@ def test_the_runs_own_schedule_counts_and_changed_weights_raise(model):
     )
     assert run.activations("resid_post", 1).shape == (4, 1, 16, 16)
     model.transformer.proj_out_1.bias.data += 1
-    for act in (lambda: run.activations("resid_post", 1, step=0), lambda: run.replay(1)):
-        with pytest.raises(RuntimeError, match="weights have changed since this run"):
+    assert run.activations("resid_post", 1, step=0).shape == (1, 16, 16)  # not touched by it
+    for act in (lambda: run.activations("hook_sample", step=0), lambda: run.replay(1)):
+        with pytest.raises(dit_lens.NotReproduced, match="from the output on"):
             act()
 
 

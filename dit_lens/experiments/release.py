@@ -49,7 +49,7 @@ class Curves:
         stats: for each outcome's name its statistics [release, pair, band].
         bands: for each outcome's name its band names.
         groups: how many labels' means were taken off.
-        weights: the fingerprint of the model they come from.
+        model: the transformer that they come from.
 
     >>> import dit_lens
     >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
@@ -65,7 +65,7 @@ class Curves:
     stats: Mapping[str, Agreement]
     bands: Mapping[str, tuple[str, ...]]
     groups: int
-    weights: str
+    model: Any
 
     @classmethod
     def of(
@@ -92,7 +92,7 @@ class Curves:
             {o.name: Agreement.stack([stats[o.name] for stats in found]) for o in outcomes},
             {o.name: o.band_names for o in outcomes},
             len(set(run.labels.tolist())),
-            run.weights,
+            run.model.transformer,
         )
 
     def agreement(self, outcome: str) -> Array:
@@ -333,11 +333,8 @@ def commitment_difference(
     >>> commitment_difference(*curves, "latents", resamples=100).commitment.sizes["band"]
     2
     """
-    if one.weights != other.weights:
-        raise InvalidValue(
-            f"The curves come from different models (weights {one.weights} and {other.weights}); "
-            "compare curves of one."
-        )
+    if one.model is not other.model:
+        raise InvalidValue("The curves come from different models; compare curves of one.")
     if not np.array_equal(one.log_snr, other.log_snr):
         raise InvalidValue(
             f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; "

@@ -53,6 +53,8 @@ def patch_from_steps(taken: Mapping[str, Mapping[int, Tensor]]) -> HookFunction:
     activation}}`.
     """
 
+    taken = {name: {s: x.clone() for s, x in at.items()} for name, at in taken.items()}
+
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         at_step = taken[hook.name]
         if hook.step is None or hook.step not in at_step:
@@ -66,6 +68,8 @@ def patch_from_tensor(source: Tensor) -> HookFunction:
     """Put in a tensor of the activation's shape, or, with one more axis in front, the one for the
     step.
     """
+
+    source = source.detach().clone()  # what happens to the caller's tensor later is not meant
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         if source.ndim != activation.ndim + 1:

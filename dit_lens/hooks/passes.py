@@ -32,6 +32,7 @@ class PassContext:
         couplings: what acts inside the attention of each layer.
         labels: the numbers [batch] of the conditions that the model is called with, if known.
         twin: which twin each item is.
+        step: the denoising step of a loop of dit_lens's own; a pipeline's steps are counted.
     """
 
     span: Span = (None, None)
@@ -39,6 +40,7 @@ class PassContext:
     couplings: Mapping[int, Coupling] = field(default_factory=dict)
     labels: Tensor | None = None
     twin: tuple[str, ...] | None = None
+    step: int | None = None
 
 
 class Pass(Protocol):

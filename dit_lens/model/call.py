@@ -4,7 +4,6 @@ depends on.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from ..families.base import Condition
 from ..hooks.passes import PassContext
-from ..hooks.points import Editor, version
+from ..hooks.points import Editor
+from .kernels import Kernels
+from .witness import Witness
 
 
 @dataclass
@@ -27,12 +28,12 @@ class Call:
         condition: all arguments but x_t and the time, as `HookedDiT` takes them for y.
         labels: [batch], classes or prompts by number, where they are known.
         context: what the pass was run under.
-        grad: whether gradients were on.
-        autocast: the dtype of autocast, where it was on.
+        kernels: the settings that chose its kernels.
+        witness: checksums of the streams that left each layer, by hook name.
         edits: the edits in force, by hook name, as they act in this call.
         branch: which branch of guidance each item is, where the pipeline tells.
-        place: the loop's step, where the pipeline tells; calls with one place are branches of one
-            step.
+        place: which run of a pipeline this is, and which step of its loop, where that is told;
+            calls with one place are branches of one step.
         grid: the token grid.
         memo: what probes look up, cached per call: each lookup would synchronise the GPU.
     """
@@ -43,11 +44,11 @@ class Call:
     condition: Condition = field(repr=False)
     labels: Tensor | None = None
     context: PassContext = field(default_factory=PassContext)
-    grad: bool = False
-    autocast: torch.dtype | None = None
+    kernels: Kernels = field(default_factory=Kernels)
+    witness: Witness = field(default_factory=dict, repr=False)
     edits: list[tuple[str, Editor]] = field(default_factory=list)
     branch: tuple[str, ...] | None = None
-    place: Hashable = None
+    place: tuple[int, int] | None = None
     grid: tuple[int, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -88,17 +89,20 @@ class Call:
 
 
 class Copies:
-    """Copies of tensors; one that comes again unchanged, as a prompt's embedding does in every
-    step, is copied once.
+    """Copies of tensors. A large one that comes again unchanged, as a prompt's embedding does in
+    every step, is copied once.
 
-    To know it again the original is held, until it has not come for a few calls.
+    To know it again the original is held, until it has not come for a few calls. That it is
+    unchanged is seen by comparing: version counters miss what happens in inference mode, through
+    `.data` or through numpy.
     """
 
     RECENT = 4  # calls: more than a step of guidance has
+    SMALL = 1 << 18  # bytes: latents and times are copied each time
 
     def __init__(self) -> None:
         self.call = 0
-        self.held: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
         self.latest: dict[int, int] = {}
 
     def next(self) -> None:
@@ -108,11 +112,21 @@ class Copies:
             del self.held[key], self.latest[key]
 
     def of(self, x: Tensor) -> Tensor:
-        found = self.held.get(id(x))
-        if found is None or found[0] is not x or found[1] != version(x):
-            found = self.held[id(x)] = x, version(x), x.detach().clone()
+        """A copy of x, or an earlier one of the same tensor if it is still equal."""
+        known = self.held.get(id(x))
         self.latest[id(x)] = self.call
-        return found[2]
+        if known is not None and known[0] is x and _equal(x, known[1]):
+            return known[1]
+        self.held[id(x)] = x, x.detach().clone()
+        return self.held[id(x)][1]
+
+
+def _equal(x: Tensor, copy: Tensor) -> bool:
+    """Whether x still is what was copied. On an accelerator a small tensor is not looked at, which
+    would wait for the device, but copied again.
+    """
+    large = x.numel() * x.element_size() > Copies.SMALL
+    return (large or x.device.type == "cpu") and torch.equal(x.detach(), copy)
 
 
 class Watcher(Protocol):

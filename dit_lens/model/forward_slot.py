@@ -54,9 +54,9 @@ def held(module: nn.Module, forward: Any) -> Slot:
 
 
 def put_back(module: nn.Module, place: Slot, original: Any) -> None:
-    """Give a module its own forward back."""
+    """Give a module back what was there before."""
     holder, key = place
-    if holder is module.__dict__ and key == "forward":
+    if original is None and holder is module.__dict__ and key == "forward":
         del holder[key]
     else:  # accelerate or a diffusers hook sits on the module's forward and calls what is here
         holder[key] = original or type(module).forward.__get__(module)
@@ -67,7 +67,8 @@ def refuse_replaced(module: nn.Module) -> None:
     holder, key = slot(module)
     found = holder.get(key)
     on_instance = holder is module.__dict__ and key == "forward"
-    if found is not None and on_instance and getattr(found, "__self__", None) is not module:
+    own = getattr(found, "__func__", None) is type(module).forward
+    if found is not None and on_instance and not own:
         raise InvalidState(
             f"The forward of {type(module).__name__} was already replaced on the instance by "
             f"{found!r}; undo that first (or wrap the model before it)."

@@ -172,7 +172,7 @@ class HookedDiT:
             try:
                 answer = self.transformer(**inputs, return_dict=False)
             except StoppedAtLayer as halted:
-                return halted.stream
+                return halted.stream.clone()  # a record may hold the stream itself
         # some classes answer with the bare tensor
         answer = answer if isinstance(answer, Tensor) else answer[0]
         return self.family.output(self.transformer, answer, inputs)

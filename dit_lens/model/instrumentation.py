@@ -24,12 +24,14 @@ from ..families import family_of
 from ..families.base import Condition, Forward
 from ..families.upstream import check_sources
 from ..hooks.passes import Coupling, PassContext, Span
-from ..hooks.points import Editor, HookPoint, Listener
+from ..hooks.points import Editor, HookPoint, Listener, Observer
 from .call import Call, Watcher
 from .forward_slot import held, places, put_back, refuse_replaced, slot
+from .kernels import Kernels
 from .partial import StoppedAtLayer, only
 from .pipeline_frame import PipelineFrame, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
+from .witness import Witness, checksum, witnessed
 
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
@@ -59,6 +61,7 @@ class Instrumentation:
         self.watchers: list[Watcher] = []
         self.listening = 0
         self.users = 0  # HookedDiTs and open traces; the last one to go takes the points out
+        self.witnessed = witnessed(list(self.sites))
         self.pipeline = PipelineFrame()
         self.owner: int | None = None  # the thread whose hooks are on
         self.running: list[int] = []
@@ -134,6 +137,7 @@ class Instrumentation:
             if each is listener:
                 del listeners[i]
                 self.listening -= 1
+                self.points[name].step = None
         self.release_thread()
 
     def watch(self, watcher: Watcher) -> None:
@@ -172,6 +176,7 @@ class Instrumentation:
     # What a pass is run under.
 
     def _fresh_context(self) -> None:
+        self._witness: Witness | None = None
         self._context: ContextVar[PassContext] = ContextVar("context", default=NOTHING)
         self._inputs: ContextVar[dict[str, Any] | None] = ContextVar("inputs", default=None)
 
@@ -230,12 +235,15 @@ class Instrumentation:
         finished = False
         call = self._describe(inputs) if self.watchers else None
         try:
-            if call is not None:
+            if call is None:
+                yield
+            else:
                 for watcher in tuple(self.watchers):
                     watcher.begin(call)
                     begun.append(watcher)
                 call.edits = list(self._edits_now())
-            yield
+                with self.witnessing() as call.witness:
+                    yield
             finished = True
         except StoppedAtLayer:
             finished = True
@@ -275,8 +283,6 @@ class Instrumentation:
         """The call under way, as watchers are shown it."""
         family, context = self.family, self.context
         x, t = family.latents(self.transformer, inputs), family.timesteps(self.transformer, inputs)
-        kind = x.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         classes = inputs.get(family.labels_name)
         labels = classes if isinstance(classes, Tensor) else context.labels
         branch, place = self.pipeline.now(self.transformer, family.batch_order, inputs, len(x))
@@ -288,12 +294,33 @@ class Instrumentation:
             condition=Condition.numbered(rest, labels),
             labels=labels,
             context=context,
-            grad=torch.is_grad_enabled(),
-            autocast=autocast,
+            kernels=Kernels.now(x.device.type),
             branch=branch,
             place=place,
             grid=tuple(family.grid(self.transformer, inputs)),
         )
+
+    @contextmanager
+    def witnessing(self) -> Iterator[Witness]:
+        """Take the checksums of the streams of one pass; gives the dict that they go to."""
+        if self._witness is not None:  # whoever runs the pass takes them already
+            yield self._witness
+            return
+        witness = self._witness = {}
+
+        def see(value: Tensor, point: HookPoint) -> None:
+            witness[point.name] = checksum(value)
+
+        observers = [(self.points[name], Observer(see)) for name in self.witnessed]
+        try:
+            for point, observer in observers:
+                point.add(observer)
+            yield witness
+        finally:
+            self._witness = None
+            for point, observer in observers:
+                if observer in point.listeners:
+                    point.listeners.remove(observer)
 
     def _edits_now(self) -> Iterator[tuple[str, Editor]]:
         for name, point in self.points.items():
@@ -359,7 +386,7 @@ class Instrumentation:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled model keeps its points and loses who listened to the original."""
-        kept = ("family", "transformer", "sites", "points", "replaced")
+        kept = ("family", "transformer", "sites", "points", "replaced", "witnessed")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

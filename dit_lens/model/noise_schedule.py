@@ -18,10 +18,11 @@ CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether the scheduler is of flow matching and not variance preserving."""
-    config = scheduler.config
+    """Whether the scheduler is of flow matching (rectified flow) and not variance preserving."""
+    config, name = scheduler.config, type(scheduler).__name__
     return (
-        not hasattr(scheduler, "alphas_cumprod")
+        "Flow" in name
+        or "RF" in name
         or bool(config.get("use_flow_sigmas"))
         or config.get("prediction_type") == "flow_prediction"
     )
@@ -33,6 +34,11 @@ def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     if is_flow(scheduler):
         sigma = t.double() / scheduler.config.num_train_timesteps
         return 1 - sigma, sigma
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InvalidValue(
+            f"The noise levels of {type(scheduler).__name__} are not known; expected a "
+            "variance-preserving or flow-matching scheduler."
+        )
     abar = scheduler.alphas_cumprod.cpu().double()[t.long()]
     return abar.sqrt(), (1 - abar).sqrt()
 

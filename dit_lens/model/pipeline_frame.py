@@ -12,7 +12,7 @@ before doubling; the loop's `i`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -88,11 +88,11 @@ class PipelineFrame:
         """Let go of the pipeline's frame, and of the tensors in it."""
         self.frame: FrameType | None = None
         self.step: Any = None
-        self.calls = 0
+        self.calls = self.counted = 0
 
     def now(
         self, transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
-    ) -> tuple[tuple[str, ...] | None, Hashable]:
+    ) -> tuple[tuple[str, ...] | None, tuple[int, int] | None]:
         """Which branch each item of the call under way is, and its step's place in the loop.
 
         Args:
@@ -104,8 +104,8 @@ class PipelineFrame:
         Returns:
             "cond", "uncond", "skip" or "" for each item, or None where nothing tells. "skip" is the
             extra pass of skip-layer guidance, which is conditional with some layers left out; "" is
-            an item of a batch that is neither the latents' nor twice that. And a place that calls
-            of one step share, or None where steps are not counted.
+            an item of a batch that is neither the latents' nor twice that. And the number of the
+            pipeline's run with the step in it, or None where steps can't be told.
         """
         said, frame = _announced.get(), _pipeline(transformer)
         if frame is None and said is None:
@@ -115,11 +115,14 @@ class PipelineFrame:
         if said is not None and said.step is not None:
             step = said.step
         if frame is not self.frame:  # held, so that another run's frame can't lie at its address
-            self.frame, self.step, self.calls = frame, None, 0
+            self.frame, self.step, self.calls, self.counted = frame, None, 0, 0
             self.runs += 1
+        if step is None and said is None and order is not None:
+            step = self.counted  # DiTPipeline's loop does not count, and calls once a step
+        self.counted += 1
         self.calls = self.calls + 1 if step == self.step else 1
         self.step = step
-        place = None if step is None else (self.runs, step)  # DiTPipeline's loop does not count
+        place = (self.runs, step) if isinstance(step, int) else None
         return self._branch(said, order, inputs, items, items if own is None else len(own)), place
 
     def _branch(

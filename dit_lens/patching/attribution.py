@@ -135,7 +135,7 @@ def attribute(
             "step": np.arange(settings.steps),
             "band": list(bands.names),
         },
-        attrs={"integrate": integrate, "weights": target.weights},
+        attrs={"integrate": integrate},
     )
     return _checked(result, source, target, bands, check, window, seed) if check else result
 

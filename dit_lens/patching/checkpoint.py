@@ -37,7 +37,6 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Patch]) -> str:
         digest.update(
             repr(
                 (
-                    run.weights,
                     run.settings.eta,
                     run.settings.guidance,
                     scheduler_words(run),
@@ -46,7 +45,8 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Patch]) -> str:
             ).encode()
         )
         digest.update(repr([(c.from_step, c.seeds, len(c.edits)) for c in run.history]).encode())
-        digest.update(run.latents.cpu().contiguous().numpy().tobytes())
+        for kept in (run.latents, run.outputs):  # these depend on the weights
+            digest.update(kept.cpu().contiguous().numpy().tobytes())
     digest.update("\n".join(map(str, patches)).encode())
     return digest.hexdigest()
 

@@ -101,18 +101,8 @@ def path_patch(
                         answer = _read(target, x, step, [_name(receiver)])
                     edits = [(name, _put(value)) for name, value in answer.items()]
         with model.hooks(edits):
-            _, _, x = next(
-                denoise(
-                    model,
-                    x,
-                    target.labels,
-                    target.history,
-                    target.settings,
-                    scheduler,
-                    step,
-                    step + 1,
-                )
-            )
+            past = (target.labels, target.history, target.settings, scheduler)
+            x = next(denoise(model, x, *past, step, step + 1)).following
     return x
 
 

@@ -138,7 +138,6 @@ def sweep(
     }
     attrs = {
         "block_evaluations": store.blocks,
-        "weights": target.weights,
         "steps": steps,
         "items": len(target.labels),
     }
@@ -259,11 +258,8 @@ def _described(
 
 
 def _check(source: Run, target: Run, patches: Sequence[Patch], batch: int) -> None:
-    if source.weights != target.weights:
-        raise InvalidValue(
-            f"The runs are of different weights, {source.weights[:8]} and {target.weights[:8]}; "
-            "expected two of one model."
-        )
+    if source.model.transformer is not target.model.transformer:
+        raise InvalidValue("The runs are of different models; expected two of one model.")
     for name in ("steps", "guidance", "guided_channels"):
         a, b = getattr(source.settings, name), getattr(target.settings, name)
         if a != b:
@@ -291,7 +287,7 @@ def _check(source: Run, target: Run, patches: Sequence[Patch], batch: int) -> No
         raise InvalidValue(
             f"batch={batch!r} is no number of images to run at once; expected 1 or more."
         )
-    target.require_same_weights()
+    target.require_reproducible(min(target.tied_until, target.settings.steps - 1))
 
 
 def _waves(planned: Sequence[Planned]) -> list[list[int]]:

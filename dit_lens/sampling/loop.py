@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import predict_x0
+from ..model.noise_schedule import log_snr, predict_x0
+from ..model.witness import Witness
 from .guidance import guided, model_inputs
 from .noise import generators
 from .schedulers import SAMPLERS, learns_variance, make_scheduler, takes_eta
 from .settings import Change, Settings, edits_at, seeds_at
+
+
+class Step(NamedTuple):
+    """What one denoising step leaves.
+
+    Attributes:
+        x0: the predicted clean latents, [batch, *latent_shape].
+        output: what the scheduler was given, [batch, ...].
+        following: the next x_t.
+        witness: checksums of the streams in the model's pass.
+    """
+
+    x0: Tensor
+    output: Tensor
+    following: Tensor
+    witness: Witness
 
 
 def model_output(
@@ -55,20 +72,21 @@ def denoise(
     scheduler: Any,
     first: int = 0,
     last: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """From x_t at step `first` to before step `last`, one step after the other.
-
-    Yields:
-        The predicted x0, what the scheduler was given, and the next x_t.
-    """
+) -> Iterator[Step]:
+    """From x_t at step `first` to before step `last`, one step after the other."""
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
-            with model.hooks(edits_at(history, step)):
+            inst = model.instrumentation
+            with (
+                inst.under(step=step),
+                model.hooks(edits_at(history, step)),
+                inst.witnessing() as witness,
+            ):
                 output = model_output(model, x, step, labels, settings, scheduler)
             t = scheduler.timesteps[step]
             x0 = predict_x0(scheduler, x, model.without_variance(output), t)
             x = advance(scheduler, output, x, seeds_at(history, step), step, settings.eta)
-            yield x0, output, x
+            yield Step(x0, output, x, witness)
 
 
 def prepared(model: HookedDiT, settings: Settings) -> Any:
@@ -84,6 +102,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     scheduler = make_scheduler(
         settings.scheduler, model.scheduler, learned_sigma=model.cfg.learned_sigma
     )
+    _refuse_foreign(scheduler)
     name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
     if settings.eta and not takes_eta(scheduler):
         raise InvalidValue(
@@ -94,7 +113,8 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
         raise InvalidValue(
             f"steps={settings.steps} is more than the {most} timesteps the model was trained on."
         )
-    model.family.set_timesteps(scheduler, settings.steps, model.cfg.tokens)
+    _set_timesteps(model, scheduler, settings.steps)
+    _refuse_unfit(scheduler, settings)
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise InvalidValue(
             f"{name} scales its latents by sigma, which is not supported; expected a "
@@ -102,6 +122,59 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             f"{', '.join(map(repr, SAMPLERS))}."
         )
     return scheduler
+
+
+def _refuse_foreign(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler without what a denoising loop needs, or that needs more."""
+    name = type(scheduler).__name__
+    absent = [part for part in ("step", "set_timesteps") if not hasattr(scheduler, part)]
+    absent += ["num_train_timesteps"] * ("num_train_timesteps" not in scheduler.config)
+    if absent:
+        raise InvalidValue(
+            f"{name} has no {absent[0]}; expected a variance-preserving or flow-matching scheduler."
+        )
+    wanted = list(inspect.signature(scheduler.step).parameters.values())[3:]
+    more = [p.name for p in wanted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if more:
+        raise InvalidValue(
+            f"{name}'s step also wants {more[0]!r}, which a denoising loop does not have; expected "
+            "a scheduler whose step takes (model_output, timestep, sample)."
+        )
+
+
+def _set_timesteps(model: HookedDiT, scheduler: Any, steps: int) -> None:
+    try:
+        model.family.set_timesteps(scheduler, steps, model.cfg.tokens)
+    except Exception as error:  # schedulers of other kinds of models fail in many ways
+        raise InvalidValue(
+            f"{type(scheduler).__name__} can't be given {steps} timesteps for this model "
+            f"({type(error).__name__}: {error}); expected a variance-preserving or flow-matching "
+            "scheduler."
+        ) from error
+
+
+def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
+    """Raise ValueError for a scheduler that this loop would not run to its end, whose noise is not
+    the run's, or whose noise levels are not understood. It is asked by what it does.
+    """
+    name, steps = type(scheduler).__name__, settings.steps
+    if len(scheduler.timesteps) != steps:
+        raise InvalidValue(
+            f"{name} calls the model {len(scheduler.timesteps)} times in {steps} steps; expected a "
+            "scheduler that calls it once a step, such as 'ddim', 'dpm++' or 'euler-flow'."
+        )
+    if scheduler.config.get("stochastic_sampling"):
+        raise InvalidValue(
+            f"{name} has stochastic_sampling=True, whose noise can't be that of the run; expected "
+            "scheduler='euler-flow' with eta=1."
+        )
+    levels = log_snr(scheduler, scheduler.timesteps)
+    if not bool(levels.isfinite().all() and (levels.diff() >= -1e-6).all()):
+        raise InvalidValue(
+            f"The noise levels of {name} are not understood: log SNR should rise from step to "
+            f"step, and goes {float(levels[0]):.2f}, ..., {float(levels[-1]):.2f}; expected a "
+            "variance-preserving or flow-matching scheduler."
+        )
 
 
 def is_stochastic(model: HookedDiT, settings: Settings) -> bool:

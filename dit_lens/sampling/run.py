@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidState, InvalidValue
+from ..errors import InvalidValue
+from ..hooks.points import HookPoint, StopForward, stop
 from ..model.conditions import Labels
-from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
+from ..model.kernels import Kernels
 from ..model.noise_schedule import log_snr
-from .guidance import model_inputs
-from .loop import advance, denoise, prepared
+from ..model.state import State
+from ..model.witness import Proof, Witness, until
+from .guidance import model_inputs, n_passes
+from .loop import Step, advance, denoise, prepared
 from .noise import START, noise
 from .schedulers import default_name, make_scheduler
 from .settings import (
@@ -33,6 +38,11 @@ from .settings import (
     seeds_at,
 )
 
+EDITED_OUTSIDE = (
+    "it was made under hooks or edits that are not in its history, or weights, adapters or module "
+    "hooks have changed since"
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,6 +57,10 @@ class Run:
         labels: [batch].
         history: where its noise comes from and what was edited, from step 0 and from each replay's
             step on.
+        witnesses: checksums of the streams in each step's pass, which prove a recomputation.
+        kernels: the settings that chose the kernels.
+        state: a glance at the model, to name what changed since.
+        selected: whether these are some of the items of a larger batch.
         tied_until: before this step each item was coupled to its twin through attention, which a
             recomputation can't repeat.
     """
@@ -59,8 +73,11 @@ class Run:
     latents: Tensor = field(repr=False)
     x0: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
-    weights: str = field(repr=False)
+    witnesses: tuple[Witness, ...] = field(repr=False)
+    kernels: Kernels = field(repr=False)
+    state: State = field(repr=False)
     tied_until: int = 0
+    selected: bool = False
 
     @property
     def log_snr(self) -> Tensor:
@@ -96,27 +113,46 @@ class Run:
         >>> run.activations("resid_post", 5, step=2).shape
         torch.Size([1, 64, 64])
         """
-        self.require_same_weights()
         if step is not None:
             check_step(step, self.settings.steps)
         self.require_released(0 if step is None else step)
         key: Any = name if layer is None else (name, layer)
-        found = []
-        for s in range(self.settings.steps) if step is None else [step]:
-            inputs = model_inputs(
-                self.model, self.latents[s], self.timesteps[s], self.labels, self.settings.guidance
-            )
-            with torch.no_grad(), self.model.hooks(edits_at(self.history, s)):
-                found.append(self.model.activations(*inputs, [key])[key])
+        full = self.model.resolve(key)
+        steps = range(self.settings.steps) if step is None else [step]
+        found = [self._recomputed(s, full) for s in steps]
         return torch.stack(found) if step is None else found[0]
 
-    def require_same_weights(self) -> None:
-        """Raise RuntimeError if the model's weights are no longer those of the run."""
-        if fingerprint(self.model.transformer) != self.weights:
-            raise InvalidState(
-                "The model's weights have changed since this run, so it can't be recomputed; "
-                "sample again."
-            )
+    def require_reproducible(self, step: int) -> None:
+        """Raise NotReproduced if the model's pass at this step is no longer what it was."""
+        self._recomputed(step, "hook_sample")
+
+    def _recomputed(self, step: int, name: str) -> Tensor:
+        """One activation at one step, from the stored x_t, held against the run's witness."""
+        model, last = self.model, until(name, self.model.names)
+        x, t = self.latents[step], self.timesteps[step]
+        inputs = model_inputs(model, x, t, self.labels, self.settings.guidance)
+        proof = Proof(self.witnesses[step], model.names, last)
+        found: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, point: HookPoint) -> None:
+            found[point.name] = value
+
+        with (
+            self.kernels.restored(x.device.type),
+            model.hooks(edits_at(self.history, step)),
+            model.observing(proof.names, proof.see),
+            model.observing(name, keep),
+            model.observing(last, stop),
+            suppress(StopForward),
+        ):
+            model(*inputs)
+        departure = proof.departure()
+        if departure is not None and not departure.rounding:
+            changed = self.state.changes(State.of(model.transformer))
+            raise departure.error(step, changed or [EDITED_OUTSIDE])
+        if departure is not None and not self.selected:  # some items alone are another batch size
+            warnings.warn(departure.warning(step), stacklevel=4)
+        return found[name]
 
     def require_released(self, step: int) -> None:
         """Raise ValueError if the run was still coupled to its twin at this step."""
@@ -135,10 +171,23 @@ class Run:
         """
         chosen = torch.arange(len(self.labels))[items]
         parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
+        whole = len(self.labels)
+        passes = n_passes(self.model, self.settings.guidance)
+        rows = torch.cat([chosen + whole * i for i in range(passes)]).to(self.latents.device)
+        witnesses = tuple(
+            {name: each.items(rows) for name, each in witness.items()} for witness in self.witnesses
+        )
         history = tuple(
             replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history
         )
-        return replace(self, labels=self.labels[chosen], history=history, **parts)
+        return replace(
+            self,
+            labels=self.labels[chosen],
+            history=history,
+            witnesses=witnesses,
+            selected=self.selected or len(chosen) < whole,
+            **parts,
+        )
 
     def replay(
         self,
@@ -179,7 +228,8 @@ class Run:
                 f"The latents have shape {list(start.shape)}; expected "
                 f"{list(self.latents[0].shape)}."
             )
-        self.require_same_weights()
+        if max(from_step, self.tied_until) < self.settings.steps:
+            self.require_reproducible(max(from_step, self.tied_until))
 
         # The history that the new run will have.
         history = self.history
@@ -198,13 +248,16 @@ class Run:
         later = denoise(
             self.model, start, self.labels, history, self.settings, scheduler, from_step
         )
-        x0, outputs, following = (torch.stack(part) for part in zip(*later, strict=True))
+        steps = list(later)
         return replace(
             self,
             history=history,
-            latents=torch.cat([self.latents[:from_step], start[None], following]),
-            x0=torch.cat([self.x0[:from_step], x0]),
-            outputs=torch.cat([self.outputs[:from_step], outputs]),
+            latents=torch.cat(
+                [self.latents[:from_step], start[None], torch.stack([s.following for s in steps])]
+            ),
+            x0=torch.cat([self.x0[:from_step], torch.stack([s.x0 for s in steps])]),
+            outputs=torch.cat([self.outputs[:from_step], torch.stack([s.output for s in steps])]),
+            witnesses=(*self.witnesses[:from_step], *(s.witness for s in steps)),
             tied_until=min(self.tied_until, from_step),
         )
 
@@ -261,7 +314,7 @@ def sample(
     # What is asked for fits the model.
     model = HookedDiT.of(model)
     model.require_eval()
-    scheduler = scheduler or default_name(model.scheduler)
+    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
     check_settings(settings)
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
@@ -284,14 +337,43 @@ def sample(
         )
 
     # The run itself.
-    seen, history, weights = [], (Change(0, tuple(own_seeds)),), fingerprint(model.transformer)
-    for step, kept in enumerate(denoise(model, latents, y, history, settings, plan)):
-        seen.append(kept)
+    history = (Change(0, tuple(own_seeds)),)
+    seen: list[Step] = []
+    kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
+    for step in denoise(model, latents, y, history, settings, plan):
+        seen.append(step)
         if progress is not None:
-            progress(step + 1, steps)
-    x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    latents = torch.cat([latents[None], later])
-    return Run(model, y, history, settings, plan.timesteps.cpu(), latents, x0, outputs, weights)
+            progress(len(seen), steps)
+    return made_of(seen, model, y, history, settings, plan, latents, kernels, state)
+
+
+def made_of(
+    steps: Sequence[Step],
+    model: HookedDiT,
+    labels: Tensor,
+    history: tuple[Change, ...],
+    settings: Settings,
+    scheduler: Any,
+    start: Tensor,
+    kernels: Kernels,
+    state: State,
+    tied_until: int = 0,
+) -> Run:
+    """The run that these denoising steps make."""
+    return Run(
+        model=model,
+        labels=labels,
+        history=history,
+        settings=settings,
+        timesteps=scheduler.timesteps.cpu(),
+        latents=torch.cat([start[None], torch.stack([s.following for s in steps])]),
+        x0=torch.stack([s.x0 for s in steps]),
+        outputs=torch.stack([s.output for s in steps]),
+        witnesses=tuple(s.witness for s in steps),
+        kernels=kernels,
+        state=state,
+        tied_until=tied_until,
+    )
 
 
 def decode(model: HookedDiT, latents: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ SAMPLERS = {
         "SDE-DPM-Solver++",
         options={"algorithm_type": "sde-dpmsolver++"},
     ),
-    "euler-flow": Sampler(FlowSDE, "Euler on a flow", takes_eta=True),
+    "euler-flow": Sampler(
+        FlowSDE, "Euler on a flow", takes_eta=True, options={"stochastic_sampling": False}
+    ),
 }
 
 
@@ -78,6 +80,7 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
         ValueError: for an unknown name, with the nearest.
     """
     if not isinstance(name, str):
+        _refuse_other_kind(type(name).__name__, is_flow(name), base)
         return _plain_variance(type(name).from_config(name.config), learned_sigma)
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.3)
@@ -88,12 +91,7 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
         )
         raise InvalidValue(f"There is no scheduler {name!r}; {hint}")
     sampler = SAMPLERS[name]
-    if base is not None and (name == "euler-flow") != is_flow(base):
-        kind = "flow matching" if is_flow(base) else "variance preserving"
-        raise InvalidValue(
-            f"The scheduler {name!r} does not fit the model's own, {type(base).__name__}, which is "
-            f"{kind}."
-        )
+    _refuse_other_kind(repr(name), sampler.scheduler is FlowSDE, base)
     config = {} if base is None else dict(base.config)
     if name == "euler-flow":
         # as the multistep schedulers call it
@@ -103,6 +101,15 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
         return fitted
     made = _plain_variance(fitted, learned_sigma)
     return made if base is None else _with_schedule(made, base)
+
+
+def _refuse_other_kind(name: str, flow: bool, base: Any) -> None:
+    if base is not None and flow != is_flow(base):
+        kind = "flow matching" if is_flow(base) else "variance preserving"
+        raise InvalidValue(
+            f"The scheduler {name} does not fit the model's own, {type(base).__name__}, which is "
+            f"{kind}."
+        )
 
 
 def _with_schedule(made: Any, base: Any) -> Any:

@@ -96,7 +96,7 @@ def branches_are_right(case: InPipeline) -> None:
     )
     with trace(case.pipe) as t:
         case.run(True)
-    for calls in t.record.calls_at:
+    for calls in t.record.calls_at.values():
         words = [
             (word, _asked(t.record.calls[c], i))
             for c in calls

@@ -46,7 +46,7 @@ def _variable(
 
 def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
     calls = [record.calls[c] for c in rows_of(record, at[0], None)]
-    timesteps = [float(record.timesteps[s]) for s in at]
+    timesteps = [float(record.calls[record.calls_at[s][0]].t[0]) for s in at]
     branch = [word for call in calls for word in call.branch_words(record.cfg.null_class)]
     twin = [word for call in calls for word in call.context.twin or ("",) * len(call.x)]
     coords: dict[str, Any] = {

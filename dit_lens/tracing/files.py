@@ -1,7 +1,7 @@
 """Records on disk.
 
 The file is one safetensors file: the inputs of every call, the recorded activations, and JSON
-metadata (sizes, names, fingerprint of the weights, scheduler). Together with the model it can
+metadata (sizes, names, scheduler). Together with the model it can
 recompute every name, like the trace it came from.
 """
 
@@ -21,6 +21,8 @@ from ..errors import InvalidValue, MissingFile
 from ..families.base import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
+from ..model.kernels import Kernels
+from ..model.witness import Checksum, Witness
 from .record import Record
 
 FORMAT = "dit_lens.trace/3"
@@ -44,9 +46,8 @@ def save(record: Record, path: str | Path) -> Path:
         "cfg": dataclasses.asdict(record.cfg),
         "sites": record.sites,
         "names": record.names,
-        "weights": record.weights,
         "calls": calls,
-        "calls_at": record.calls_at,
+        "calls_at": sorted(record.calls_at.items()),
         "edits": sorted(edited | set(record.lost_edits)),
         "scheduler": scheduler
         and {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
@@ -101,10 +102,9 @@ def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
         cfg=Config(**sizes),
         scheduler=_scheduler(meta["scheduler"]),
         names=meta["names"],
-        calls=[_unpacked(how, tensors) for how in meta["calls"]],
-        calls_at=meta["calls_at"],
+        calls=[_unpacked(how, f"call/{i}", tensors) for i, how in enumerate(meta["calls"])],
+        calls_at=dict(meta["calls_at"]),
         activations={name: {} for name in meta["names"]},
-        weights=tuple(meta["weights"]),
         lost_edits=meta["edits"],
     )
     for key, value in tensors.items():
@@ -113,7 +113,7 @@ def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
             record.activations[name][int(call)] = value
     if record.names:  # of these the recorded steps are what reading gives, as in the original
         recorded = record.activations[record.names[0]]
-        kept = [s for s, calls in enumerate(record.calls_at) if recorded.keys() & set(calls)]
+        kept = [s for s, calls in record.calls_at.items() if recorded.keys() & set(calls)]
         record.steps, record.wanted = kept, set(kept).__contains__
     return record
 
@@ -141,17 +141,20 @@ def _packed(
             return {type(value).__name__: [pack(v, f"{at}/{i}") for i, v in enumerate(value)]}
         return {"value": value}
 
+    if call.witness:
+        tensors[f"{key}/bits"] = torch.stack([c.bits for c in call.witness.values()])
+        tensors[f"{key}/totals"] = torch.stack([c.total for c in call.witness.values()])
     return {
         "call": {name: pack(getattr(call, name), f"{key}/{name}") for name in OF_CALL},
         "context": {
             name: pack(getattr(call.context, name), f"{key}/context/{name}") for name in OF_CONTEXT
         },
-        "autocast": None if call.autocast is None else str(call.autocast).removeprefix("torch."),
-        "grad": call.grad,
+        "kernels": call.kernels.as_json(),
+        "witness": list(call.witness),
     }
 
 
-def _unpacked(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Call:
+def _unpacked(how: dict[str, Any], key: str, tensors: dict[str, torch.Tensor]) -> Call:
     def unpack(value: Any) -> Any:
         ((kind, inside),) = value.items()
         if kind == "tensor":
@@ -165,5 +168,9 @@ def _unpacked(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Call:
     parts = {name: unpack(how["call"][name]) for name in OF_CALL}
     parts["condition"] = Condition.numbered(parts["condition"], parts["labels"])
     context = PassContext(**{name: unpack(how["context"][name]) for name in OF_CONTEXT})
-    autocast = how["autocast"] and getattr(torch, how["autocast"])
-    return Call(**parts, context=context, grad=how["grad"], autocast=autocast)
+    witness: Witness = {}
+    if how["witness"]:
+        sums = zip(tensors[f"{key}/bits"], tensors[f"{key}/totals"], strict=True)
+        witness = {n: Checksum(*both) for n, both in zip(how["witness"], sums, strict=True)}
+    kernels = Kernels.from_json(how["kernels"])
+    return Call(**parts, context=context, kernels=kernels, witness=witness)

@@ -6,8 +6,9 @@ the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from ..errors import InvalidState, InvalidValue
 from ..hooks.edits import Steps, step_test
 from ..hooks.points import HookPoint, Listener, Observer, StopForward, stop
 from ..model.call import Call
-from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
+from ..model.state import State
+from ..model.witness import Departure, Proof, until
 from .record import Record
 
 Rows = dict[int, list[int] | None]
@@ -46,12 +48,12 @@ def read(
             "Nothing was traced: no forward of the model finished inside the `with` block."
         )
     chosen = record.wanted if steps is None else step_test(steps)
-    wanted = [s for s in range(len(record.calls_at)) if chosen(s)]
+    seen = sorted(record.calls_at)
+    wanted = [s for s in seen if chosen(s)]
     if not wanted:
         asked = record.steps if steps is None else steps
         raise InvalidValue(
-            f"No step matches {asked!r}; the trace has {len(record.calls_at)} steps, 0 to "
-            f"{len(record.calls_at) - 1}."
+            f"No step matches {asked!r}; the trace has {len(seen)} steps, {seen[0]} to {seen[-1]}."
         )
     rows = {s: rows_of(record, s, branch) for s in wanted}
     calls = [c for s in wanted for c in rows[s]]
@@ -116,10 +118,10 @@ def recompute(
             "load_trace(path, model)."
         )
     model.require_eval()  # in train mode labels are dropped at random: it would be another run
-    _require_same_weights(record, model)
     found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     order = list(record.sites)
-    last = max(names, key=order.index)
+    last = max((until(name, order) for name in names), key=order.index)
+    steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
     with ExitStack() as stack:
         if not model.instrumentation.installed:
             model.instrumentation = Instrumentation.of(model.transformer)
@@ -128,10 +130,12 @@ def recompute(
         for c in calls:
 
             def keep(value: Tensor, point: HookPoint, c: int = c) -> None:
-                found[point.name][c] = record.kept(value)
+                found[point.name][c] = record.kept(point.name, value)
 
-            observers = [(name, Observer(keep)) for name in names]
+            proof = Proof(record.calls[c].witness, order, last)
+            observers = [*proof.listeners, *((name, Observer(keep)) for name in names)]
             _again(model, record.calls[c], [*observers, (last, Observer(stop))])
+            _judge(proof.departure(), steps[c], record, model)
     return found
 
 
@@ -142,27 +146,20 @@ def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener
         inst.alone([*call.edits, *observers]),
         inst.under(**vars(context)),
         inst.part(context.span, context.stream),
-        _modes_of(call),
+        call.kernels.restored(call.x.device.type),
         suppress(StopForward),
     ):
         model.transformer(**call.inputs, return_dict=False)
 
 
-@contextmanager
-def _modes_of(call: Call) -> Iterator[None]:
-    """The grad mode and autocast under which the call was made: the same kernels, so the same
-    bits.
-    """
-    device, on = call.x.device.type, call.autocast is not None
-    autocast = torch.autocast(device, dtype=call.autocast, enabled=on)
-    with torch.set_grad_enabled(call.grad), autocast:
-        yield
-
-
-def _require_same_weights(record: Record, model: HookedDiT) -> None:
-    before, after = record.weights
-    if fingerprint(model.transformer) != before or after not in (None, before):
-        raise InvalidState(
-            "The model's weights have changed since this trace began, so what was not recorded "
-            "can't be recomputed; trace again, with names= for what you will read."
-        )
+def _judge(departure: Departure | None, step: int, record: Record, model: HookedDiT) -> None:
+    """Raise NotReproduced for another computation; warn once for rounding."""
+    if departure is None:
+        return
+    if not departure.rounding:
+        before = record.state
+        causes = [] if before is None else before.changes(State.of(model.transformer))
+        raise departure.error(step, causes)
+    if record.exact:
+        record.exact = False
+        warnings.warn(departure.warning(step), stacklevel=6)

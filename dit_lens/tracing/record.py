@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..families.base import Axes, Config
 from ..hooks.edits import Steps, step_test
+from ..hooks.names import layer_of
 from ..model.call import Call
+from ..model.state import State
 
 
 @dataclass
@@ -31,9 +33,11 @@ class Record:
         device: where recorded activations are kept; None is where they are.
         dtype: as what; None is as they are.
         calls: each call of the transformer, with all that its forward depended on.
-        calls_at: each step's calls: one, or one for each branch of guidance.
+        calls_at: each step's calls: one, or one for each branch of guidance; more where a step was
+            run more than once.
         activations: what was recorded, by hook name and call.
-        weights: fingerprints of the model's weights when the trace opened and closed.
+        state: a glance at the model when the trace opened, to name what changed since.
+        exact: whether all that was recomputed so far was so bit for bit.
         lost_edits: of a trace from a file: where functions acted that the file can't hold.
     """
 
@@ -46,20 +50,19 @@ class Record:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     calls: list[Call] = field(default_factory=list)
-    calls_at: list[list[int]] = field(default_factory=list)
+    calls_at: dict[int, list[int]] = field(default_factory=dict)
     activations: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    weights: tuple[str, str | None] = ("", None)
+    state: State | None = None
+    exact: bool = True
     lost_edits: list[str] = field(default_factory=list)
 
     @property
     def timesteps(self) -> Tensor:
         """The diffusion timestep of each step, [step]."""
-        first = [self.calls[calls[0]].t[0] for calls in self.calls_at]
+        first = [self.calls[self.calls_at[s][0]].t[0] for s in sorted(self.calls_at)]
         return torch.stack(first) if first else torch.zeros(0)
 
-    def kept(self, value: Tensor) -> Tensor:
-        """An activation as it is kept."""
-        value = value.detach()
-        if self.device is None and self.dtype is None:
-            return value
-        return value.to(self.device or value.device, self.dtype)
+    def kept(self, name: str, value: Tensor) -> Tensor:
+        """An activation as it is kept: what leaves the model, and so the library, as a copy."""
+        leaves = layer_of(name) is None
+        return value.detach().to(self.device or value.device, self.dtype, copy=leaves)

@@ -3,11 +3,12 @@
 A DiT's forward depends on nothing but its inputs, so a trace keeps those, a few KB a step, together
 with the edits that were in force. Any activation at any step is recomputed when it is read, by one
 forward that stops at the layer asked for, and is bit for bit what recording would have given.
-Recording (`names=`) is for when many reads follow. What would make a recomputation wrong, such as
-weights that changed since, is an error.
+Recording (`names=`) is for when many reads follow. What is recomputed is held against checksums of
+every layer's stream, taken while the run ran: a recomputation that departs raises `NotReproduced`.
 
-Each call of the transformer is one step, counted from 0; with guidance a step's batch is
-[cond | uncond], as the pipeline made it.
+Steps are those of the run, counted from 0: of a replay from step 2 they begin with 2. A second run in
+the same trace is read behind the first one, while edits act at its own steps. With guidance a
+step's batch is [cond | uncond], as the pipeline made it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
 from ..model.call import Call, Copies
-from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
+from ..model.state import State
 from . import files
 from .dataset import to_dataset
 from .recompute import read
@@ -92,7 +93,7 @@ class Trace:
             undo.callback(model.instrumentation.let_go)
 
             # Watch every call, then let editors, recorders and probes listen, in this order.
-            self.record.weights = (fingerprint(model.transformer), None)
+            self.record.state = State.of(model.transformer)
             model.instrumentation.watch(self._recorder)
             undo.callback(self._forget_call, model.instrumentation)
             for name, listener in self._waiting:
@@ -107,11 +108,9 @@ class Trace:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        model, undo = self._traced_model(), self._undo
-        self._undo = None
+        undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
-        self.record.weights = (self.record.weights[0], fingerprint(model.transformer))
         for name, steps in self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
@@ -289,14 +288,19 @@ class Trace:
         return self.record.cfg
 
     @property
+    def exact(self) -> bool:
+        """Whether all that was recomputed so far was so bit for bit, and not within rounding."""
+        return self.record.exact
+
+    @property
     def recorded_names(self) -> list[str]:
         """The names that are recorded as they happen."""
         return self.record.names
 
     @property
-    def steps(self) -> range:
-        """The steps seen so far."""
-        return range(len(self.record.calls_at))
+    def steps(self) -> list[int]:
+        """The steps seen so far: of a replay those that were run again."""
+        return sorted(self.record.calls_at)
 
     @property
     def timesteps(self) -> Tensor:
@@ -306,7 +310,8 @@ class Trace:
     @property
     def latents(self) -> Tensor:
         """What went into the model, x_t, [step, batch, *latent_shape]."""
-        return torch.stack([self.record.calls[calls[0]].x for calls in self.record.calls_at])
+        record = self.record
+        return torch.stack([record.calls[record.calls_at[s][0]].x for s in self.steps])
 
     # Elsewhere.
 
@@ -362,7 +367,10 @@ class _Recorder:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.step = 0
+        self.run: int | None = None  # of a pipeline
+        self.step = 0  # of the run under way
+        self.row = 0  # in the trace: the step, of a second run behind the first one's
+        self.offset = 0
         self.forget()
 
     def forget(self) -> None:
@@ -371,11 +379,16 @@ class _Recorder:
         self.copies = Copies()
 
     def begin(self, call: Call) -> None:
-        """A call is a step, unless its pipeline says that it is another branch of the last one."""
-        calls = self.record.calls
-        same = call.place is not None and bool(calls) and calls[-1].place == call.place
-        self.step = len(self.record.calls_at) - same
-        self.call = call
+        """Number the call's step: a loop of ours and a pipeline say which it is; elsewhere each
+        call is the next step.
+        """
+        last = max(self.record.calls_at, default=-1)
+        run, step = call.place or (None, call.context.step)
+        if step is None:
+            step = last + 1 - self.offset
+        elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
+            self.offset = last + 1 - step  # another run: its steps come behind
+        self.run, self.step, self.row, self.call = run, step, step + self.offset, call
 
     def end(self, call: Call, finished: bool) -> None:
         """Keep the call; one that failed is no step."""
@@ -384,15 +397,15 @@ class _Recorder:
             for activations in record.activations.values():
                 activations.pop(len(record.calls), None)
             return
-        if self.step == len(record.calls_at):
-            record.calls_at.append([])
-        record.calls_at[-1].append(len(record.calls))
+        record.calls_at.setdefault(self.row, []).append(len(record.calls))
         record.calls.append(call.kept(self.copies))
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
-        if self.record.wanted(self.step):
-            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(value)
+        if self.record.wanted(self.row):
+            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
+                point.name, value
+            )
 
     def showing(self, probe: Observing) -> Callable[[Tensor, HookPoint], None]:
         """An observer that shows a probe what it sees, and where."""
@@ -400,7 +413,7 @@ class _Recorder:
         def show(value: Tensor, point: HookPoint) -> None:
             call = self.call
             assert call is not None
-            site = Site(point.name, self.step, call.grid, call, self.record.cfg.null_class)
+            site = Site(point.name, self.row, call.grid, call, self.record.cfg.null_class)
             probe.observe(value.detach(), site)
 
         return show
@@ -458,8 +471,8 @@ def trace(
 def load_trace(path: str | Path, model: Any = None) -> Trace:
     """Read a saved trace.
 
-    With the model everything can be recomputed; without, what was recorded can be read. Weights
-    that differ are an error when something has to be recomputed.
+    With the model everything can be recomputed; without, what was recorded can be read. Another
+    model, or other weights, are noticed when something is recomputed.
 
     Args:
         path: a file written by `Trace.save`.

@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import InvalidValue
 from ..model.conditions import Labels
-from ..model.fingerprint import fingerprint
 from ..model.hooked import HookedDiT
+from ..model.kernels import Kernels
+from ..model.state import State
 from ..sampling.guidance import n_passes
-from ..sampling.loop import denoise, is_stochastic, prepared
-from ..sampling.run import Run
+from ..sampling.loop import Step, denoise, is_stochastic, prepared
+from ..sampling.run import Run, made_of
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Change, Progress, Settings, check_settings
 from ..tracing.probe import Probe
@@ -115,7 +115,7 @@ def twins(
     # What is asked for fits the model, and the twins can part.
     model = HookedDiT.of(model)
     model.require_eval()
-    scheduler = scheduler or default_name(model.scheduler)
+    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     held = make_tie(tie, g, form, layers, eps)
     eta = held.eta(scheduler) if eta is None else eta
     settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
@@ -130,14 +130,14 @@ def twins(
     own, other = twin_seeds(seed, pairs)
     x, both = held.start(model, own, other), torch.cat([y, y])
     history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
-    weights = fingerprint(model.transformer)
+    kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
 
     # Tied to the release, alone from there on.
     plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[Step] = []
 
     def go(first: int, last: int) -> None:
-        start = seen[-1][2] if seen else x
+        start = seen[-1].following if seen else x
         for each in denoise(model, start, both, history, settings, plan, first, last):
             seen.append(each)
             if progress is not None:
@@ -149,18 +149,9 @@ def twins(
         with held.holding(model, passes):
             go(0, release)
         go(release, steps)
-    x0, outputs, later = (torch.stack(part) for part in zip(*seen, strict=True))
-    run = Run(
-        model,
-        both,
-        history,
-        settings,
-        plan.timesteps.cpu(),
-        torch.cat([x[None], later]),
-        x0,
-        outputs,
-        weights,
-        tied_until=release if held.g else 0,
+    tied_until = release if held.g else 0
+    run = made_of(
+        seen, model, both, history, settings, plan, x, kernels, state, tied_until=tied_until
     )
     return Twins(run, pairs, release, held.name, held.g)
 

@@ -1,0 +1,99 @@
+"""Which kernels a pass runs on: the settings of PyTorch and diffusers that choose them.
+
+The same arithmetic on another kernel gives other last bits, in bfloat16 other second digits. So a
+call keeps these settings, and a recomputation runs under them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+)
+
+SDPA = ("flash", "mem_efficient", "math", "cudnn")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The settings under which a pass was run.
+
+    Attributes:
+        grad: whether gradients were on.
+        autocast: the dtype of autocast, such as "bfloat16", where it was on.
+        sdpa: which of the kernels `SDPA` scaled-dot-product attention could choose from.
+        attention: diffusers' own attention backend.
+        matmul: precision of float32 matrix products (TF32 is "high").
+        mkldnn: whether oneDNN was on.
+    """
+
+    grad: bool = False
+    autocast: str | None = None
+    sdpa: tuple[bool, ...] = (True, True, True, True)
+    attention: str = "native"
+    matmul: str = "highest"
+    mkldnn: bool = True
+
+    @classmethod
+    def now(cls, device: str) -> Kernels:
+        """The settings in force.
+
+        Args:
+            device: the kind of device that computes, "cpu" or "cuda".
+        """
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls(
+            grad=torch.is_grad_enabled(),
+            autocast=None if autocast is None else str(autocast).removeprefix("torch."),
+            sdpa=tuple(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SDPA),
+            attention=AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0]).value,
+            matmul=torch.get_float32_matmul_precision(),
+            mkldnn=bool(torch.backends.mkldnn.enabled),
+        )
+
+    @classmethod
+    def of_sampling(cls, device: torch.device) -> Kernels:
+        """The settings in force for a sampling loop of ours, which needs no gradients."""
+        with torch.no_grad():
+            return cls.now(device.type)
+
+    @contextmanager
+    def restored(self, device: str) -> Iterator[None]:
+        """Run under these settings; those in force come back.
+
+        Args:
+            device: the kind of device that computes.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            dtype = None if self.autocast is None else getattr(torch, self.autocast)
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
+            before = Kernels.now(device)
+            if before.attention != self.attention:
+                stack.enter_context(attention_backend(self.attention))
+            if before != self:
+                stack.callback(before._switch)
+                self._switch()
+            yield
+
+    def _switch(self) -> None:
+        for name, enabled in zip(SDPA, self.sdpa, strict=True):
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
+        torch.set_float32_matmul_precision(self.matmul)
+        torch.backends.mkldnn.enabled = self.mkldnn  # type: ignore[assignment]  # a module property
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Kernels:
+        """From a file."""
+        return cls(**saved | {"sdpa": tuple(saved["sdpa"])})

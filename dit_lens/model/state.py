@@ -1,0 +1,69 @@
+"""What a transformer's answers depend on besides its inputs, as far as it can be seen at a glance.
+
+It proves nothing (that is for witnesses); it names the likely cause when a recomputation departs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..hooks.points import version
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class State:
+    """A glance at a transformer.
+
+    Attributes:
+        tensors: place and version of each parameter and buffer, by name.
+        hooks: the module hooks of each module.
+        adapters: each adapter layer's active adapters, and whether it is switched off or merged.
+        settings: each module's plain numbers, such as `eps`.
+    """
+
+    tensors: Mapping[str, tuple[int, int]]
+    hooks: Mapping[str, tuple[int, ...]]
+    adapters: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> State:
+        """A glance at it now."""
+        tensors = dict(transformer.named_parameters()) | dict(transformer.named_buffers())
+        hooks, adapters, settings = {}, {}, {}
+        for name, module in transformer.named_modules():
+            own = [key for kind in HOOKS for key in getattr(module, kind)]
+            if own:
+                hooks[name] = tuple(own)
+            active = getattr(module, "active_adapters", None)
+            if isinstance(active, (list, tuple)):
+                merged = getattr(module, "merged", None)
+                scaling = getattr(module, "scaling", None)
+                off = getattr(module, "disable_adapters", None)
+                adapters[name] = f"{list(active)} {off} {merged} {scaling}"
+            for key, value in vars(module).items():
+                if isinstance(value, (bool, int, float)) and not key.startswith("_"):
+                    settings[f"{name}.{key}"] = value
+        places = {name: (value.data_ptr(), version(value)) for name, value in tensors.items()}
+        return cls(places, hooks, adapters, settings)
+
+    def changes(self, now: State) -> list[str]:
+        """What is different now, each in a few words."""
+        found = []
+        for what, before, after in (
+            ("adapters", self.adapters, now.adapters),
+            ("weights or buffers", self.tensors, now.tensors),
+            ("module hooks", self.hooks, now.hooks),
+            ("settings", self.settings, now.settings),
+        ):
+            odd = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+            if odd:
+                more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+                found.append(f"the {what} at {odd[0]!r}{more} changed")
+        return found

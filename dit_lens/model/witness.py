@@ -1,0 +1,199 @@
+"""Witnesses: checksums of the streams in one pass, which prove that a recomputation is the same.
+
+While a run is watched, every stream that leaves a layer, and what the model returns, leaves two
+numbers an item: the sum of its bit patterns, as wrapping 64-bit integers, and its plain sum. Both
+stay on the device. The first does not depend on the order of addition and changes with any bit; so
+a recomputation with equal sums is equal bit for bit, but for changes that cancel by chance. The
+second tells rounding (another kernel, another batch size) from another computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import DitLensError
+from ..hooks.names import layer_of, site_of
+from ..hooks.points import HookPoint, Observer
+
+STREAMS = ("hook_resid_post", "text.hook_resid_post")
+
+Witness = dict[str, "Checksum"]
+"""The checksums of one pass, by hook name."""
+
+
+class NotReproduced(DitLensError, RuntimeError):
+    """A recomputation that is not the computation that was traced or sampled."""
+
+
+CAUSES = (
+    "weights, adapters, module hooks or buffers that changed, or an edit that is not a pure "
+    "function of its activation and step"
+)
+"""What usually makes a recomputation another one."""
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What an activation [batch, ...] leaves behind.
+
+    Attributes:
+        bits: the wrapping sum of its bit patterns, [batch], int64.
+        total: its sum, [batch], float32.
+    """
+
+    bits: Tensor
+    total: Tensor
+
+    def items(self, index: Tensor) -> Checksum:
+        """The checksum of some of the items."""
+        return Checksum(self.bits[index], self.total[index])
+
+
+def checksum(x: Tensor) -> Checksum:
+    """The checksum of an activation [batch, ...], on its device; nothing waits for it.
+
+    >>> a = torch.randn(2, 64, 64); b = a.clone(); b[1, 3, 5] += 1e-6
+    >>> (checksum(a).bits == checksum(b).bits).tolist()
+    [True, False]
+    """
+    flat = x.detach().reshape(len(x), -1)
+    words = 8 // flat.element_size()
+    whole = flat.shape[1] - flat.shape[1] % words
+    bits = _as_integers(flat[:, :whole], torch.int64)
+    if whole < flat.shape[1]:
+        narrow = {1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()]
+        bits = bits + _as_integers(flat[:, whole:], narrow)
+    return Checksum(bits, flat.sum(1, dtype=torch.float32))
+
+
+def _as_integers(x: Tensor, kind: torch.dtype) -> Tensor:
+    return x.contiguous().view(kind).sum(1)
+
+
+def witnessed(names: list[str]) -> list[str]:
+    """The hook names that leave checksums: the streams that leave each layer, and the output."""
+    return [n for n in names if site_of(n) in STREAMS or n == "hook_sample"]
+
+
+def until(name: str, names: list[str]) -> str:
+    """The first witnessed name at or after `name`, so that its own layer is proven too.
+
+    >>> until("blocks.0.attn.hook_q", ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post"])
+    'blocks.0.hook_resid_post'
+    """
+    later = witnessed(names[names.index(name) :])
+    if not later:
+        return name
+    own = [n for n in later if layer_of(n) == layer_of(later[0])]
+    return own[-1]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far activations of a dtype may be off, relative to their norm, by rounding alone: an
+    error of one unit in the last place grows on its way through the layers.
+    """
+    return 3 * float(torch.finfo(dtype).eps ** (2 / 3))
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where a recomputation first departs from what was traced.
+
+    Attributes:
+        name: the first hook name whose bits differ.
+        rounding: whether all differences are of the size of rounding.
+        worst: the first hook name that differs by more, or `name`.
+    """
+
+    name: str
+    rounding: bool
+    worst: str
+
+    def error(self, step: int, causes: Sequence[str]) -> NotReproduced:
+        """The error for a departure that is more than rounding.
+
+        Args:
+            step: the denoising step.
+            causes: what is seen to have changed.
+        """
+        layer = layer_of(self.worst)
+        where = "the output" if layer is None else f"layer {layer}"
+        seen = "; ".join(causes) or f"usual causes are {CAUSES}"
+        return NotReproduced(
+            f"Step {step} can't be recomputed: from {where} on ({self.worst!r}) it is another "
+            f"computation than the one that was run; {seen}. Run it again, with names= for what "
+            "you will read."
+        )
+
+    def warning(self, step: int) -> str:
+        """The sentence for a departure by rounding."""
+        return (
+            f"Step {step} was recomputed to within rounding, not bit for bit, from {self.name!r} "
+            "on: another kernel, batch size or number of threads than in the run."
+        )
+
+
+def compare(
+    then: Mapping[str, Checksum], now: Mapping[str, tuple[Checksum, Tensor]]
+) -> Departure | None:
+    """Hold a recomputation against the witness of the original; None if they agree bit for bit.
+
+    Args:
+        then: the original's checksums, by hook name.
+        now: the recomputation's checksums and norms [batch], by hook name in forward order, with
+            the norm multiplied by the tolerance.
+    """
+    shared = [name for name in now if name in then]
+    if not shared:
+        return None
+    odd = torch.stack([(then[n].bits != now[n][0].bits).any() for n in shared])
+    if not bool(odd.any()):
+        return None
+    far = torch.stack(
+        [~((then[n].total - now[n][0].total).abs() <= now[n][1]).all() for n in shared]
+    )
+    different, beyond = odd.tolist(), (odd & far).tolist()
+    first = shared[different.index(True)]
+    worst = shared[beyond.index(True)] if any(beyond) else first
+    return Departure(first, not any(beyond), worst)
+
+
+class Proof:
+    """Holds one recomputation against the witness of the original.
+
+        proof = Proof(call.witness, model.names, until)
+        ... run with proof.listeners ...
+        departure = proof.departure()
+
+    Args:
+        then: the original's checksums.
+        names: the model's hook names, in forward order.
+        last: the name at which the recomputation ends.
+    """
+
+    def __init__(self, then: Mapping[str, Checksum], names: list[str], last: str) -> None:
+        self.then = then
+        self.names = witnessed(names[: names.index(last) + 1])
+        self.now: dict[str, tuple[Checksum, Tensor]] = {}
+
+    @property
+    def listeners(self) -> list[tuple[str, Observer]]:
+        """What takes the checksums of the recomputation."""
+        return [(name, Observer(self.see)) for name in self.names]
+
+    def see(self, value: Tensor, point: HookPoint) -> None:
+        """Take the checksum of one stream of the recomputation."""
+        flat = value.detach().flatten(1)
+        norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
+        self.now[point.name] = checksum(value), norm * tolerance(value.dtype)
+
+    def departure(self) -> Departure | None:
+        """Where the recomputation departs; None if it is the same bit for bit."""
+        absent = [name for name in self.names if (name in self.then) != (name in self.now)]
+        if absent:
+            return Departure(absent[0], False, absent[0])
+        return compare(self.then, self.now)

@@ -1,0 +1,97 @@
+"""Every scheduler of diffusers is run to its end, or refused with a sentence."""
+
+import logging
+
+import diffusers
+import pytest
+import torch
+from conftest import make_dit
+
+import dit_lens
+
+NAMES = sorted(
+    name
+    for name in dir(diffusers)
+    if name.endswith("Scheduler")
+    and isinstance(getattr(diffusers, name), type)
+    and issubclass(getattr(diffusers, name), diffusers.SchedulerMixin)
+)
+PRESERVING = """CogVideoXDDIM DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistep
+    DPMSolverSinglestep LCM UniPCMultistep""".split()
+FLOWS = "FlowMatchEulerDiscrete FlowMatchLCM LTXEulerAncestralRF".split()
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+def model_with(scheduler):
+    return dit_lens.HookedDiT(make_dit(channels=1, classes=10), scheduler=scheduler)
+
+
+@pytest.mark.parametrize("kind", ["preserving", "flow"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_run_to_its_end_or_refused(name, kind):
+    own = (
+        diffusers.DDIMScheduler(1000, clip_sample=False)
+        if kind == "preserving"
+        else diffusers.FlowMatchEulerDiscreteScheduler(1000)
+    )
+    model, cls = model_with(own), getattr(diffusers, name)
+    try:
+        scheduler = cls.from_config(own.config)
+    except TypeError:  # it wants what no image model's configuration has
+        return
+    before, calls = torch.get_rng_state(), []
+    try:
+        with model.observing("hook_embed", lambda a, hook: calls.append(1)):
+            run = dit_lens.sample(model, [3, 7], steps=6, scheduler=scheduler)
+    except dit_lens.DitLensError as error:
+        short = name.removesuffix("Scheduler")
+        assert short not in (PRESERVING if kind == "preserving" else FLOWS), error
+        assert name in str(error) and "expected" in str(error) or "does not fit" in str(error)
+        assert model.instrumentation.listening == 0
+        return
+    assert len(calls) == 6 == len(run.timesteps) and run.latents.isfinite().all()
+    assert torch.equal(before, torch.get_rng_state()), "it draws noise that is not the run's"
+    assert (run.log_snr.diff() >= 0).all() and run.log_snr[0] < run.log_snr[-1]
+    assert torch.equal(run.replay(3).latents, run.latents)
+    alone = dit_lens.sample(model, [7], seeds=[1], steps=6, scheduler=scheduler)
+    assert torch.allclose(alone.latents[:, 0], run.latents[:, 1], atol=1e-4)
+
+
+def test_samplers_that_call_the_model_more_often_are_refused():
+    model = model_with(diffusers.DDIMScheduler(1000))
+    with pytest.raises(ValueError, match="PNDMScheduler calls the model 15 times in 6 steps"):
+        dit_lens.sample(model, [1], steps=6, scheduler=diffusers.PNDMScheduler(1000))
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(1000)
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler calls the model 11 times"):
+        heun = diffusers.FlowMatchHeunDiscreteScheduler(1000)
+        dit_lens.sample(model_with(flow), [1], steps=6, scheduler=heun)
+
+
+def test_noise_that_a_pipelines_own_scheduler_would_draw_is_the_runs():
+    own = diffusers.FlowMatchEulerDiscreteScheduler(1000, stochastic_sampling=True)
+    model, before = model_with(own), torch.get_rng_state()
+    run = dit_lens.sample(model, [1, 2], steps=4, eta=1)
+    assert torch.equal(run.latents, dit_lens.sample(model, [1, 2], steps=4, eta=1).latents)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ValueError, match="stochastic_sampling=True, whose noise can't be"):
+        dit_lens.sample(model, [1], steps=4, scheduler=own)
+
+
+@pytest.mark.parametrize(
+    "scheduler, text",
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(1000), "does not fit the model's own"),
+        (diffusers.DDIMInverseScheduler(1000), "log SNR should rise"),
+        (diffusers.CogVideoXDPMScheduler(1000), "step also wants 'timestep_back'"),
+        (diffusers.IPNDMScheduler(1000), "noise levels of IPNDMScheduler are not known"),
+    ],
+)
+def test_objects_are_refused_by_what_they_do(scheduler, text):
+    with pytest.raises(ValueError, match=text):
+        dit_lens.sample(
+            model_with(diffusers.DDIMScheduler(1000)), [1], steps=4, scheduler=scheduler
+        )
