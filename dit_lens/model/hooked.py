@@ -21,7 +21,6 @@ from ..hooks.points import (
     Listener,
     Observer,
     StopForward,
-    stop,
 )
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
@@ -310,7 +309,8 @@ class HookedDiT:
         def keep(value: Tensor, point: HookPoint) -> None:
             kept[point.name] = value
 
-        with self.observing(names, keep), self.observing(names[-1], stop), suppress(StopForward):
+        ending = self.instrumentation.stopping(names[-1])
+        with self.observing(names, keep), self.attached(ending), suppress(StopForward):
             self(x, t, y)
         return ActivationCache(kept)
 
@@ -418,7 +418,7 @@ class HookedDiT:
         wanted: list[tuple[str, Listener]] = []
         wanted += [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
         wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]
-        with self._attached(wanted):
+        with self.attached(wanted):
             yield self
 
     @contextmanager
@@ -440,11 +440,16 @@ class HookedDiT:
         >>> len(seen)
         28
         """
-        with self._attached([(name, Observer(fn)) for name in select(names, self.names)]):
+        with self.attached([(name, Observer(fn)) for name in select(names, self.names)]):
             yield self
 
     @contextmanager
-    def _attached(self, listeners: Sequence[tuple[str, Listener]]) -> Iterator[None]:
+    def attached(self, listeners: Sequence[tuple[str, Listener]]) -> Iterator[None]:
+        """Listeners for the length of a `with` block.
+
+        Args:
+            listeners: (hook name, listener).
+        """
         self.require_eval()
         with ExitStack() as stack:
             for name, listener in listeners:

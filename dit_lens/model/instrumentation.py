@@ -24,7 +24,7 @@ from ..families import family_of
 from ..families.base import Condition, Forward
 from ..families.upstream import check_sources
 from ..hooks.passes import Coupling, PassContext, Span
-from ..hooks.points import Editor, HookPoint, Listener, Observer
+from ..hooks.points import Editor, HookPoint, Listener, Observer, stop
 from .call import Call, Watcher
 from .forward_slot import held, places, put_back, refuse_replaced, slot
 from .kernels import Kernels
@@ -363,6 +363,17 @@ class Instrumentation:
             self.watchers, self.listening = state
             self._context.reset(token)
             self.release_thread()
+
+    def stopping(self, name: str) -> list[tuple[str, Listener]]:
+        """What ends a pass at a hook point, for a pass of which nothing later is wanted.
+
+        Nothing where accelerate or diffusers load weights around modules' forwards: an exception
+        would pass over their putting them away again, so such a pass runs to its end.
+        """
+        managed = ("_hf_hook", "_diffusers_hook")
+        if any(hasattr(m, each) for m in self.transformer.modules() for each in managed):
+            return []
+        return [(name, Observer(stop))]
 
     def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What follows the last block, alone, with the conditioning of these arguments and all hook

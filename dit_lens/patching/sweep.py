@@ -287,7 +287,7 @@ def _check(source: Run, target: Run, patches: Sequence[Patch], batch: int) -> No
         raise InvalidValue(
             f"batch={batch!r} is no number of images to run at once; expected 1 or more."
         )
-    target.require_reproducible(min(target.tied_until, target.settings.steps - 1))
+    target.forward(min(target.tied_until, target.settings.steps - 1))
 
 
 def _waves(planned: Sequence[Planned]) -> list[list[int]]:

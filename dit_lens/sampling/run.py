@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..hooks.points import HookPoint, StopForward, stop
+from ..hooks.points import Listener, StopForward
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
@@ -107,7 +107,7 @@ class Run:
 
         Raises:
             ValueError: for a step outside the run, or while it was coupled.
-            RuntimeError: if the weights changed.
+            NotReproduced: if the model's pass is no longer what it was.
 
         >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
         >>> run.activations("resid_post", 5, step=2).shape
@@ -122,37 +122,57 @@ class Run:
         found = [self._recomputed(s, full) for s in steps]
         return torch.stack(found) if step is None else found[0]
 
-    def require_reproducible(self, step: int) -> None:
-        """Raise NotReproduced if the model's pass at this step is no longer what it was."""
-        self._recomputed(step, "hook_sample")
+    def forward(self, step: int) -> Tensor:
+        """The model's pass at a step once more, with this run's edits: what a probe can watch.
+
+            with dit_lens.trace(run.model, probes=[probe]):
+                for step in range(run.settings.steps):
+                    run.forward(step)
+
+        Args:
+            step: 0 is the noisiest.
+
+        Returns:
+            What the model answered, [batch, ...]; with guidance the batch is [cond | null].
+
+        Raises:
+            ValueError: for a step outside the run, or while it was coupled.
+            NotReproduced: if the pass is no longer what it was.
+        """
+        check_step(step, self.settings.steps)
+        self.require_released(step)
+        return self._pass(step, "hook_sample", [])
 
     def _recomputed(self, step: int, name: str) -> Tensor:
-        """One activation at one step, from the stored x_t, held against the run's witness."""
-        model, last = self.model, until(name, self.model.names)
+        """One activation at one step, held against the run's witness."""
+        found: list[Tensor] = []
+        last = until(name, self.model.names)
+        ending = self.model.instrumentation.stopping(last)
+        with self.model.observing(name, lambda value, hook: found.append(value)):
+            self._pass(step, last, ending)
+        return found[0]
+
+    def _pass(self, step: int, last: str, ending: list[tuple[str, Listener]]) -> Tensor:
+        """The model's pass at a step, up to `last`, from the stored x_t with this run's edits."""
+        model, proof = self.model, Proof(self.witnesses[step], self.model.names, last)
         x, t = self.latents[step], self.timesteps[step]
         inputs = model_inputs(model, x, t, self.labels, self.settings.guidance)
-        proof = Proof(self.witnesses[step], model.names, last)
-        found: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, point: HookPoint) -> None:
-            found[point.name] = value
-
+        answer = x.new_zeros(0)
         with (
             self.kernels.restored(x.device.type),
+            model.instrumentation.under(step=step),
             model.hooks(edits_at(self.history, step)),
-            model.observing(proof.names, proof.see),
-            model.observing(name, keep),
-            model.observing(last, stop),
+            model.attached([*proof.listeners, *ending]),
             suppress(StopForward),
         ):
-            model(*inputs)
+            answer = model(*inputs)
         departure = proof.departure()
         if departure is not None and not departure.rounding:
             changed = self.state.changes(State.of(model.transformer))
             raise departure.error(step, changed or [EDITED_OUTSIDE])
         if departure is not None and not self.selected:  # some items alone are another batch size
             warnings.warn(departure.warning(step), stacklevel=4)
-        return found[name]
+        return answer
 
     def require_released(self, step: int) -> None:
         """Raise ValueError if the run was still coupled to its twin at this step."""
@@ -212,7 +232,7 @@ class Run:
         Raises:
             ValueError: for a step outside the run or while it was coupled, latents of another
                 shape, or seeds that do not fit.
-            RuntimeError: if the weights changed.
+            NotReproduced: if the model's pass is no longer what it was.
 
         >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
         >>> bool((run.replay(from_step=2).latents == run.latents).all())
@@ -229,7 +249,7 @@ class Run:
                 f"{list(self.latents[0].shape)}."
             )
         if max(from_step, self.tied_until) < self.settings.steps:
-            self.require_reproducible(max(from_step, self.tied_until))
+            self._recomputed(max(from_step, self.tied_until), "hook_sample")
 
         # The history that the new run will have.
         history = self.history

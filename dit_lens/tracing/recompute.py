@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InvalidState, InvalidValue
 from ..hooks.edits import Steps, step_test
-from ..hooks.points import HookPoint, Listener, Observer, StopForward, stop
+from ..hooks.points import HookPoint, Listener, Observer, StopForward
 from ..model.call import Call
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
@@ -133,8 +133,10 @@ def recompute(
                 found[point.name][c] = record.kept(point.name, value)
 
             proof = Proof(record.calls[c].witness, order, last)
-            observers = [*proof.listeners, *((name, Observer(keep)) for name in names)]
-            _again(model, record.calls[c], [*observers, (last, Observer(stop))])
+            observers: list[tuple[str, Listener]] = [*proof.listeners]
+            observers += [(name, Observer(keep)) for name in names]
+            observers += model.instrumentation.stopping(last)
+            _again(model, record.calls[c], observers)
             _judge(proof.departure(), steps[c], record, model)
     return found
 

@@ -350,6 +350,12 @@ class Trace:
             raise InvalidState("The trace is still open; save it after the `with` block.")
         return files.save(self.record, path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise InvalidState(
+            "A trace can't be pickled, for it holds a model and its hooks; use trace.save(path) and "
+            "dit_lens.load_trace(path, model)."
+        )
+
     def __repr__(self) -> str:
         record = self.record
         tensors = {id(v): v for at in record.activations.values() for v in at.values()}
