@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
 from dit_lens.errors import InvalidState
-from dit_lens.patching.sweep import Kind, as_grid, grid, sweep, tiles
+from dit_lens.patching import Kind, as_grid, grid, sweep, tiles
 
 
 class TwinPatching(Probe):

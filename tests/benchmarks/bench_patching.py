@@ -4,7 +4,7 @@
 Twins of the bundled `digits`, A patched into B over layers x (attn_out, mlp_out) x windows that
 cover the steps after the release:
 
-- `dit_lens.patching.sweep.sweep`;
+- `dit_lens.patching.sweep`;
 - a plain loop: A's branch outputs recorded once with PyTorch module hooks, then for each patch a
   full run of diffusers' own DiT with a hook that puts A's output in;
 - the same loop in nnsight, on a few patches; what it would take for all is extrapolated, and said
@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dit_lens
-from dit_lens.patching.sweep import Patch, grid, sweep, tiles
+from dit_lens.patching import Patch, grid, sweep, tiles
 from dit_lens.sampling.loop import advance, prepared
 from dit_lens.sampling.run import Run
 
