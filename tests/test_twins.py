@@ -150,7 +150,7 @@ def test_twin_divergence(model):
     probe = TwinDivergence()
     result = probe.run(model, pairs=4, release=2, steps=5, guidance=2.0)
     assert (
-        result.energy.dims == ("reading", "layer", "step", "band")
+        result.energy.dims == ("channels", "layer", "step", "band")
         and dict(result.sizes)["pair"] == 4
     )
     # released at 2, they differ from step 3 on
@@ -161,7 +161,7 @@ def test_twin_divergence(model):
     h = t["resid_post", 1][4][:8]  # [A | B] of the guided half
     by_hand = probe.bands.energy_tokens(h[:4] - h[4:])
     assert torch.allclose(
-        torch.as_tensor(result.difference.sel(reading="raw", layer=1, step=4).values),
+        torch.as_tensor(result.difference.sel(channels="raw", layer=1, step=4).values),
         by_hand,
         rtol=1e-3,
     )

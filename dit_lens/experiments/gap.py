@@ -168,7 +168,7 @@ def measure(
             "view": ["divergence", "lens"],
             "energy": ["ratio", "growth"],
             "bound": ["low", "high"],
-            "reading": list(divergence.readings),
+            "reading": list(divergence.channels),
             "quantity": ["step", "time", "log_snr"],
             "frequency": list(_middles(spectrum)),
             "token_frequency": list(_middles(token_spectrum)),

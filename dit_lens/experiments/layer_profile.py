@@ -46,6 +46,7 @@ def profiles(
         counts: bootstrap over pairs [resample, pair], the first row all ones.
         at: the step of the two readings in log energy.
     """
+    seen = seen.rename(channels="reading")
     merged = {name: _merged(seen[name], fine, coarse) for name in ("difference", "common")}
     energies = [
         _pooled(merged[name].sel(reading=READING), counts) for name in ("difference", "common")

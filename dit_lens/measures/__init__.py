@@ -2,3 +2,7 @@
 
 Belongs here: functions of tensors and arrays, with their sources. Does not: models or runs.
 """
+
+from .commitment import agreement, curve
+
+__all__ = ["agreement", "curve"]

@@ -129,6 +129,11 @@ class Trace:
                 self._attach(name, Observer(self._recorder.keep), undo)
             for probe in self.probes:
                 probe.start(model)
+                if isinstance(probe.names, (list, tuple)) and not probe.names:
+                    raise InvalidValue(
+                        f"{type(probe).__name__} observes no hook point, its names are empty; use "
+                        "its run(model, ...)."
+                    )
                 for name in select(probe.names, self.names):
                     self._attach(name, Observer(self._recorder.showing(probe)), undo)
             self._undo = undo.pop_all()
