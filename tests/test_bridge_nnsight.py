@@ -572,6 +572,7 @@ def test_clear_sentences(model, m, pipe, inputs):
     assert untouched(model)
 
 
+@pytest.mark.slow
 def test_nnsight_is_imported_late_and_missed_politely(monkeypatch):
     code = "import sys, dit_lens.bridges.nnsight; sys.exit('nnsight' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -191,7 +191,7 @@ def test_a_probe_that_only_runs_watches_no_other_run(model):
 
 
 def test_built_in_probes_use_what_a_stranger_can():
-    """They import listed names from dit_lens, its namespaces and `dit_lens.measures` only, and touch
+    """They import listed names of dit_lens and its namespaces only, and touch
     nothing private.
     """
     import ast
