@@ -243,7 +243,7 @@ def _nnsight_classes() -> tuple[Any, Any]:
         ) from error
 
     class HookPointInterleaver(Interleaver):
-        """Whenever nnsight changes what it waits for (`parked`, `observers`), so do the listeners."""
+        """The listeners follow what nnsight waits for (`parked`, `observers`)."""
 
         def __init__(self, tree: HookPoints) -> None:
             self.listeners = PointListeners(tree, self)

@@ -1,4 +1,4 @@
-"""The exact answers (design, section 6) as functions of numbers.
+"""The exact answers E1 to E4 and E6 of docs/checks.md as functions of numbers.
 
 Gaussian data makes everything linear: a mode of variance `lam` is denoised by one coefficient, so
 agreements, ratios and gaps have formulas. They hold for an ideal sampler; `ddim_agreement` is the
@@ -23,8 +23,7 @@ def _spectrum(lam: ArrayLike) -> Array:
     values = np.asarray(lam, dtype=np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
         raise InvalidValue(
-            f"lam is {lam!r}; every variance of the data must be finite and above 0, for instance "
-            "4.0."
+            f"lam is {lam!r}; expected variances of the data, finite and above 0, for instance 4.0."
         )
     return values
 
@@ -33,18 +32,25 @@ def _alphas(abar: ArrayLike) -> Array:
     values = np.asarray(abar, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         raise InvalidValue(
-            f"abar is {abar!r}; a cumulative alpha lies in [0, 1], as in scheduler.alphas_cumprod."
+            f"abar is {abar!r}; expected cumulative alphas in [0, 1], as scheduler.alphas_cumprod."
         )
     return values
 
 
 def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) -> Array:
-    """E1: correlation of finished twins released at `abar`, r = lam abar / (1 - abar + lam abar),
-    for each mode.
+    """The correlation of finished twins of Gaussian data released at `abar` (E1 in docs/checks.md),
+    for an exact denoiser and an exact stochastic sampler: r = lam abar / (1 - abar + lam abar).
 
-    `lam` [mode] are the variances of the data's modes; the result has abar's shape with a last axis
-    for the modes, or without it when `pooled`: sum lam r / sum lam. Exact denoiser and exact
-    stochastic sampler.
+    Args:
+        lam: variances of the data's modes, [mode].
+        abar: the cumulative alpha at the release, of any shape.
+        pooled: whether the modes are one band: sum lam r / sum lam.
+
+    Returns:
+        r, of abar's shape with a last axis for the modes, or without it when pooled.
+
+    Raises:
+        ValueError: for variances that are not above 0, or abar outside [0, 1].
 
     >>> float(gaussian_agreement([4.0], 0.2)[0])
     0.5
@@ -55,7 +61,17 @@ def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) ->
 
 
 def commitment_log_snr(lam: ArrayLike) -> Array:
-    """E1: log SNR at which a mode's agreement is 1/2, that is -log lam (abar = 1 / (1 + lam)).
+    """The log SNR at which a mode's agreement is 1/2 (E1 in docs/checks.md): -log lam, where abar =
+    1 / (1 + lam).
+
+    Args:
+        lam: variances of the data's modes.
+
+    Returns:
+        log SNR, of lam's shape.
+
+    Raises:
+        ValueError: for variances that are not above 0.
 
     >>> float(commitment_log_snr(1.0)) == 0
     True
@@ -64,8 +80,18 @@ def commitment_log_snr(lam: ArrayLike) -> Array:
 
 
 def commitment_timestep(lam: float, abars: ArrayLike) -> float:
-    """The timestep, with a fraction, at which `abars` [timestep] passes E1's 1 / (1 + lam); log SNR
-    is interpolated.
+    """The timestep, with a fraction, at which a mode's agreement is 1/2 (E1 in docs/checks.md); log
+    SNR is interpolated.
+
+    Args:
+        lam: the variance of the data's mode.
+        abars: the schedule, [timestep].
+
+    Returns:
+        The timestep where abar = 1 / (1 + lam).
+
+    Raises:
+        ValueError: if that lies outside the schedule.
 
     >>> commitment_timestep(1.0, [0.9, 0.5, 0.1])
     1.0
@@ -74,19 +100,30 @@ def commitment_timestep(lam: float, abars: ArrayLike) -> float:
     snr, wanted = np.log(alpha) - np.log1p(-alpha), float(commitment_log_snr(lam))
     if not snr.min() <= wanted <= snr.max():
         raise InvalidValue(
-            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, which must lie in the schedule's "
+            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, expected one in the schedule's "
             f"{snr.min():.2f} to {snr.max():.2f}."
         )
     return float(np.interp(-wanted, -snr, np.arange(len(snr))))
 
 
 def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 1.0) -> Array:
-    """E1 for the DDIM sampler as it is run: `abars` [step] at the visited timesteps, noisiest
-    first; then abar = 1.
+    """`gaussian_agreement` for the DDIM sampler as it is run, in finitely many steps.
 
     With Gaussian data each step is x' = A x + sigma z, so the finished twins, one trajectory before
     step `release` and with noise of their own from it on, share the part (prod A)^2 Var(x_release)
-    of their variance. Per mode [mode].
+    of their variance.
+
+    Args:
+        lam: variances of the data's modes, [mode].
+        abars: at the visited timesteps, noisiest first, [step]; behind them comes abar = 1.
+        release: the first step with noise of their own, 0 to the number of steps.
+        eta: how stochastic the sampler is, 0 to 1.
+
+    Returns:
+        The correlation of each mode, [mode].
+
+    Raises:
+        ValueError: for a release outside the run.
 
     >>> float(ddim_agreement([4.0], [0.1, 0.5, 0.9], release=3)[0])
     1.0
@@ -94,7 +131,7 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
     spectrum, alpha = np.atleast_1d(_spectrum(lam)), _alphas(abars)
     if not 0 <= release <= len(alpha):
         raise InvalidValue(
-            f"release is {release}; it must be a step from 0 to {len(alpha)} (never released)."
+            f"release is {release}; expected a step from 0 to {len(alpha)} (never released)."
         )
     shared = total = np.ones_like(spectrum)  # the variances of a start from pure noise
     for step, (here, there) in enumerate(zip(alpha, [*alpha[1:], 1.0], strict=True)):
@@ -109,7 +146,18 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
 
 
 def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
-    """E2: |d(t)| / |d(0)| of two runs of a deterministic sampler, sqrt((1 + (lam - 1) abar) / lam).
+    """How far apart two runs of a deterministic sampler are on Gaussian data, as a share of their
+    finished distance (E2 in docs/checks.md): |d(t)| / |d(0)| = sqrt((1 + (lam - 1) abar) / lam).
+
+    Args:
+        lam: variances of the data's modes.
+        abar: the cumulative alpha at t; broadcast with lam.
+
+    Returns:
+        The ratio.
+
+    Raises:
+        ValueError: for variances that are not above 0, or abar outside [0, 1].
 
     >>> float(deterministic_ratio(4.0, 1.0))
     1.0
@@ -119,18 +167,29 @@ def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
 
 
 def mixture_agreement(m: float, sigma: float, abar: float) -> float:
-    """E3: the chance that twins released at `abar` end on the same side of a mixture N(+-m,
-    sigma^2).
+    """The chance that twins released at `abar` end on the same side of a mixture N(+-m, sigma^2)
+    (E3 in docs/checks.md).
 
     phi = 1/2 ∫ (G+^2 + G-^2) / (G+ + G-) dx with G± = N(±m sqrt(abar), 1 - abar + sigma^2 abar).
     The trapezoid rule is exact to rounding for a smooth integrand that has decayed at both ends.
+
+    Args:
+        m: where the two sides are, +m and -m.
+        sigma: the width of a side.
+        abar: the cumulative alpha at the release.
+
+    Returns:
+        phi, 1/2 to 1.
+
+    Raises:
+        ValueError: for numbers that are not finite, or abar outside [0, 1].
 
     >>> round(mixture_agreement(m=1.0, sigma=1.0, abar=1.0), 4)
     0.7752
     """
     if not (np.isfinite(m) and np.isfinite(sigma) and sigma >= 0):
         raise InvalidValue(
-            f"m is {m!r} and sigma {sigma!r}; both must be finite, and sigma at least 0."
+            f"m is {m!r} and sigma {sigma!r}; expected both finite, and sigma at least 0."
         )
     width = np.sqrt(1 - _alphas(abar) + sigma**2 * abar)
     if width == 0:
@@ -145,23 +204,38 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
 
 
 def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> Array:
-    """E4: gain on the twins' difference through planted layers tied with strength g: (1 + rho a)^n,
-    rho = (1-g)/(1+g).
+    """The gain on the twins' difference through planted layers that are coupled (E4 in
+    docs/checks.md): (1 + rho a)^n, rho = (1 - g) / (1 + g).
 
-    `layers` is their number or a list of them; `a` may be an array, say over timesteps.
+    Args:
+        a: each layer's gain less 1; an array, say over timesteps, is possible.
+        layers: which layers, or how many.
+        g: strength of the coupling, 0 is none.
+
+    Returns:
+        The product, of a's shape.
+
+    Raises:
+        ValueError: for a negative g.
 
     >>> [round(float(planted_gain(0.3, 5, g)), 5) for g in (0, 0.5, 1)]
     [3.71293, 1.61051, 1.0]
     """
     if not (np.isfinite(g) and g >= 0):
-        raise InvalidValue(f"g is {g!r}; a coupling strength must be finite and at least 0.")
+        raise InvalidValue(f"g is {g!r}; expected a finite coupling strength, at least 0.")
     count = layers if isinstance(layers, int) else len(layers)
     return (1 + (1 - g) / (1 + g) * np.asarray(a, dtype=np.float64)) ** count
 
 
 def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
-    """P_low: latents [b, c, h, w] with every patch replaced by the mean over all patches, place by
-    place.
+    """P_low: every patch replaced by the mean over all patches, place by place.
+
+    Args:
+        x: latents [b, c, h, w].
+        patch_size: rows and columns of a patch.
+
+    Returns:
+        The low band, of x's shape.
 
     >>> import torch; token_mean(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist()
     [1.5, 1.5, 1.5, 1.5]
@@ -174,12 +248,24 @@ def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
 def gaussian_eps(
     x: Tensor, abar: Tensor, lam_low: float, lam_high: float, patch_size: int = 1
 ) -> Tensor:
-    """E6: the exact noise prediction for Gaussian data of two bands, c_low P_low x + c_high P_high
-    x, [b, c, h, w].
+    """The exact noise prediction for Gaussian data of two bands (E6 in docs/checks.md): c_low P_low
+    x + c_high P_high x, c = sqrt(1 - abar) / (lam abar + 1 - abar).
 
-    c = sqrt(1 - abar) / (lam abar + 1 - abar); `abar` [b]; the low band is `token_mean`.
+    Args:
+        x: noised latents [b, c, h, w].
+        abar: the cumulative alpha of each, [b].
+        lam_low: variance of the low band, `token_mean`.
+        lam_high: variance of the rest.
+        patch_size: rows and columns of a patch.
 
-    >>> import torch; gaussian_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 0.25)[0, 0, 0].tolist()
+    Returns:
+        The noise, [b, c, h, w].
+
+    Raises:
+        ValueError: for variances that are not above 0.
+
+    >>> import torch; noise = torch.ones(1, 1, 2, 2)
+    >>> gaussian_eps(noise, torch.tensor([0.0]), 4.0, 0.25)[0, 0, 0].tolist()
     [1.0, 1.0]
     """
     _spectrum([lam_low, lam_high])

@@ -53,8 +53,8 @@ def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) ->
     """
     if patch_size < 1 or sample_size % patch_size or sample_size < 2 * patch_size:
         raise InvalidValue(
-            f"sample_size is {sample_size} and patch_size {patch_size}; 2 or more whole patches "
-            "must fit."
+            f"sample_size is {sample_size} and patch_size {patch_size}; expected 2 or more whole "
+            "patches a side."
         )
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights
         transformer: DiT = DiTTransformer2DModel(
@@ -78,8 +78,8 @@ def finish(transformer: DiT, dtype: torch.dtype) -> DiT:
     """
     if dtype not in (torch.float32, torch.float64):
         raise InvalidValue(
-            f"dtype is {dtype}; ground-truth models are exact only in torch.float32 or "
-            "torch.float64."
+            f"dtype is {dtype}; expected torch.float32 or torch.float64, in which alone these "
+            "models are exact."
         )
     # diffusers' own `to` warns about layers this model does not have
     return torch.nn.Module.to(transformer, dtype)

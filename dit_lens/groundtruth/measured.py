@@ -14,11 +14,20 @@ from .construction import TIMESTEPS, DiT
 
 @torch.no_grad()
 def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int = 0) -> Tensor:
-    """How many times each layer enlarges the band of the difference of two random inputs, measured,
-    [layer] float64.
+    """How many times each layer enlarges the difference of two random inputs, measured on the whole
+    stream; nothing of the model's answer is used.
 
-    The whole stream's difference is taken, token mean ("low") or the rest ("high"). Nothing is
-    known of the model here.
+    Args:
+        transformer: a `DiTTransformer2DModel`.
+        timestep: of the forward.
+        band: of the difference, token mean ("low") or the rest ("high").
+        seed: of the inputs.
+
+    Returns:
+        The gains, [layer], float64.
+
+    Raises:
+        ValueError: for another band.
 
     >>> from dit_lens.groundtruth import planted
     >>> gains = stream_gains(planted(layers=(1,), n_layers=2).transformer, timestep=500)
@@ -26,14 +35,14 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
     [1.0, 1.3]
     """
     if band not in ("low", "high"):
-        raise InvalidValue(f"band is {band!r}; it must be 'low' or 'high'.")
+        raise InvalidValue(f"band is {band!r}; expected 'low' or 'high'.")
     config, sizes, first = transformer.config, [], next(transformer.parameters())
     shape = (2, config["in_channels"], config["sample_size"], config["sample_size"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         first
     )
 
-    def measure(module: torch.nn.Module, args: tuple, stream: Tensor) -> None:
+    def measure(_module: torch.nn.Module, _args: tuple, stream: Tensor) -> None:
         difference = (stream[0] - stream[1]).double()
         mean = difference.mean(0, keepdim=True)
         sizes.append((mean if band == "low" else difference - mean).norm())
@@ -54,8 +63,9 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
 
 @torch.no_grad()
 def denoiser_error(transformer: DiT, abars: Tensor, lam_low: float, lam_high: float) -> float:
-    """The largest relative error of either band over 41 timesteps; the low one is a small part of
-    the whole.
+    """The largest relative error of either band of the output, over 41 timesteps.
+
+    Each band by itself, for the low one is a small part of the whole.
     """
     steps = torch.cat(
         [torch.arange(0, 16), torch.arange(16, TIMESTEPS, 41), torch.tensor([TIMESTEPS - 1])]

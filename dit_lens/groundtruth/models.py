@@ -36,21 +36,33 @@ FAINT = 1 / 512
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """A model and what is known about it; `answer` holds plain numbers, strings and lists only.
+    """A model and what is known about it.
+
+    Attributes:
+        transformer: a `DiTTransformer2DModel`.
+        scheduler: a `DDIMScheduler`.
+        answer: what is known, by name, in plain numbers, strings and lists only.
+        description: the same as a sentence.
 
     >>> truth = planted(layers=(1,), n_layers=2)
     >>> truth.answer["onset"]
     1
     """
 
-    transformer: build.DiT  # a DiTTransformer2DModel
-    scheduler: Any  # a DDIMScheduler
+    transformer: build.DiT
+    scheduler: Any
     answer: dict[str, Any]
     description: str
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder that loads like any diffusers transformer: its weights, scheduler/, and
         answer.json.
+
+        Args:
+            folder: where; made if it is not there.
+
+        Returns:
+            The folder.
         """
         folder = Path(folder)
         self.transformer.save_pretrained(folder)
@@ -73,15 +85,32 @@ def gaussian(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E6: the exact denoiser of Gaussian data with two bands, whose gap is made by `layers` and by
-    nothing else.
+    """The exact denoiser of Gaussian data with two bands, whose gap is made by `layers` and by
+    nothing else (E6 in docs/checks.md).
 
     The final layer applies c_high(t) to everything; the attention of `layers`, the same to all
-    tokens, brings the token mean to c_low(t). Layer k multiplies it by (c_low / c_high)^share:
-    `shares` (equal ones by default) sum to 1, and one may be negative. Knock all of them out:
-    c_high for both bands, gap 0. `decoys` write the low band, at full strength, where nobody reads
-    it: they show a difference and cause nothing. Latents are [b, in_channels, sample_size,
-    sample_size]; the only class is 0. E1 gives the answers. ValueError for what cannot be built.
+    tokens, brings the token mean to c_low(t). Layer k multiplies it by (c_low / c_high)^share.
+    Knock all of them out: c_high for both bands, gap 0.
+
+    Args:
+        lam_low: variance of the token mean.
+        lam_high: variance of the rest.
+        layers: those that make the gap.
+        n_layers: blocks of the model.
+        shares: of each of `layers`, summing to 1; one may be negative. By default equal ones.
+        decoys: layers that write the low band, at full strength, where it is never read: they show
+            a difference and cause nothing.
+        sample_size: height and width of the latents.
+        patch_size: rows and columns of a patch.
+        in_channels: channels of the latents.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only; the answer holds the commitment of both bands and the
+        gap, as `commitment_log_snr` gives them.
+
+    Raises:
+        ValueError: for what can't be built.
 
     >>> truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2)
     >>> round(truth.answer["gap_log_snr"], 3)   # log 4 - log 0.25
@@ -95,7 +124,7 @@ def gaussian(
     )
     if len(split) != len(layers) or not math.isclose(sum(split), 1.0, abs_tol=1e-9):
         raise InvalidValue(
-            f"shares is {shares!r}; it must hold {len(layers)} numbers, one a layer, that sum to 1."
+            f"shares is {shares!r}; expected {len(layers)} numbers, one a layer, that sum to 1."
         )
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
@@ -156,14 +185,33 @@ def planted(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E4: each of `layers` multiplies the band ("low", "high" or "both") of the stream's signal by
-    1 + a.
+    """A model in which each of `layers` multiplies a band of the stream's signal by 1 + a (E4 in
+    docs/checks.md).
 
-    It does so by attention alone, so twins tied with strength g see 1 + rho(g) a (`planted_gain`).
-    `switch` maps each band to the timestep at which its gain comes on: a(t) = a sigmoid((switch -
-    t) / switch_width), full when clean. `noise` > 0 gives every layer a random MLP (from `seed`)
-    that adds about that fraction of the signal to it. The answer's `deviation` is the largest
-    relative error of the measured gain from layer to layer.
+    It does so by attention alone, so twins coupled with strength g see 1 + rho(g) a
+    (`planted_gain`).
+
+    Args:
+        layers: those that amplify.
+        a: by how much, the gain less 1.
+        n_layers: blocks of the model.
+        band: "low", "high" or "both".
+        switch: each band's timestep at which its gain comes on, a(t) = a sigmoid((switch - t) /
+            switch_width), full when clean; None is always on.
+        switch_width: in timesteps.
+        noise: if above 0 every layer has a random MLP that adds about that fraction of the signal.
+        seed: of these MLPs.
+        sample_size: height and width of the latents.
+        patch_size: rows and columns of a patch.
+        in_channels: channels of the latents.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only; the answer's `deviation` is the largest relative error
+        of the measured gain from layer to layer.
+
+    Raises:
+        ValueError: for what can't be built.
 
     >>> round(planted(layers=(1, 2), n_layers=4).answer["gain"], 2)
     1.69
@@ -171,17 +219,17 @@ def planted(
     _check_layers(layers, n_layers, "layers")
     bands = list(BANDS) if band == "both" else [band]
     if not set(bands) <= set(BANDS):
-        raise InvalidValue(f"band is {band!r}; it must be 'low', 'high' or 'both'.")
+        raise InvalidValue(f"band is {band!r}; expected 'low', 'high' or 'both'.")
     if not (math.isfinite(a) and a > -1):
         raise InvalidValue(
-            f"a is {a!r}; the gain 1 + a must be finite and above 0, for instance a=0.3."
+            f"a is {a!r}; expected a gain 1 + a that is finite and above 0, for instance a=0.3."
         )
     if switch is not None and set(switch) != set(bands):
         raise InvalidValue(
-            f"switch is {dict(switch)!r}; it must give a timestep for exactly the bands {bands}."
+            f"switch is {dict(switch)!r}; expected a timestep for exactly the bands {bands}."
         )
     if not noise >= 0:
-        raise InvalidValue(f"noise is {noise!r}; it is a fraction of the signal, at least 0.")
+        raise InvalidValue(f"noise is {noise!r}; expected a fraction of the signal, at least 0.")
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
@@ -235,8 +283,14 @@ def random_planted(
     """A `planted` model drawn at random: depth (12 to 28), a run of 1 to 5 layers anywhere, sign,
     band and size of a.
 
-    `gated`: the gain also comes on at a timestep, from 200 to 800. The same seed gives the same
-    model.
+    Args:
+        seed: the same one gives the same model.
+        gated: whether the gain also comes on at a timestep, from 200 to 800.
+        noise: as for `planted`.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, as `planted` gives it.
 
     >>> random_planted(3).answer["layers"] == random_planted(3).answer["layers"]
     True
@@ -268,8 +322,7 @@ def _check_layers(
     if not layers or len(set(layers)) != len(layers) or not set(layers) <= free:
         also = f" that are not among {list(taken)}" if taken else ""
         raise InvalidValue(
-            f"{what} is {list(layers)}; it must hold different layers from 0 to "
-            f"{n_layers - 1}{also}."
+            f"{what} is {list(layers)}; expected different layers from 0 to {n_layers - 1}{also}."
         )
 
 

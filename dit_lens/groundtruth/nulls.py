@@ -1,4 +1,4 @@
-"""E5, null models: nothing to find, so a tool that finds something is wrong."""
+"""Null models (E5 in docs/checks.md): nothing to find, so a tool that finds something is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,19 @@ def random_weights(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """E5: every weight drawn from N(0, 1 / fan-in), the biases 0. No layer is special.
+    """A model whose weights are all drawn from N(0, 1 / fan-in), its biases 0; no layer is special
+    (E5 in docs/checks.md).
+
+    Args:
+        seed: of the draw.
+        n_layers: blocks of the model.
+        sample_size: height and width of the latents.
+        patch_size: rows and columns of a patch.
+        in_channels: channels of the latents.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only.
 
     >>> random_weights(0, n_layers=2).description
     'Random weights, seed 0: no layer makes a gap.'
@@ -40,11 +52,21 @@ def random_weights(
 
 
 def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
-    """E5: a copy of `transformer` with its blocks in another order; what a layer does no longer
-    depends on its depth.
+    """A copy of a model with its blocks in another order: what a layer does no longer depends on
+    its depth (E5 in docs/checks.md).
 
     The final layer is conditioned through whichever block comes first, as always in diffusers. The
     copy shares nothing with the original and carries none of its hooks.
+
+    Args:
+        transformer: a `DiTTransformer2DModel`.
+        seed: of the order, which is never the original one.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: for a model of a single block.
 
     >>> truth = random_weights(0, n_layers=3)
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
@@ -52,7 +74,7 @@ def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
     """
     blocks = list(transformer.transformer_blocks)
     if len(blocks) < 2:
-        raise InvalidValue(f"transformer has {len(blocks)} block; shuffling needs at least 2.")
+        raise InvalidValue(f"transformer has {len(blocks)} block; expected 2 or more to shuffle.")
     draw, order = torch.Generator().manual_seed(seed), torch.arange(len(blocks))
     while (order == torch.arange(len(blocks))).all():
         order = torch.randperm(len(blocks), generator=draw)
