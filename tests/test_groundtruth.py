@@ -345,7 +345,7 @@ def test_saved_models_load_as_plain_diffusers(tmp_path: Path, dtype: torch.dtype
         ),
         (
             lambda: gt.gaussian(in_channels=20),
-            "at most 16 values a patch fit beside the positions of a 64-t",
+            "expected at most 16, the values a patch that fit next to the positions of a 64-t",
         ),
         (
             lambda: gt.gaussian(sample_size=9, patch_size=2),

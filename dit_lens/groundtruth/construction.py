@@ -73,8 +73,8 @@ def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) ->
 
 
 def finish(transformer: DiT, dtype: torch.dtype) -> DiT:
-    """The built model in `dtype`; half precision cannot hold a signal beside LayerNorm's large
-    constants.
+    """The built model in `dtype`; half precision cannot hold a signal next to LayerNorm's
+    large constants.
     """
     if dtype not in (torch.float32, torch.float64):
         raise InvalidValue(
@@ -102,9 +102,9 @@ def directions(transformer: DiT, sets: int) -> Tensor:
         room = int((size < 1e-6).sum())
         if sets * count > room:
             raise InvalidValue(
-                f"in_channels * patch_size^2 is {count}; at most {room // sets} values a patch fit "
-                "beside the "
-                f"positions of a {len(positions)}-token model of width {WIDTH}."
+                f"in_channels * patch_size^2 is {count}; expected at most {room // sets}, the values "
+                f"a patch that fit next to the positions of a {len(positions)}-token model of "
+                f"width {WIDTH}."
             )
         found[half, channels] = right[-sets * count :].T
     return found.view(2, WIDTH, sets, count).permute(2, 0, 1, 3)
