@@ -114,7 +114,7 @@ def test_bad_input():
             "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start "
             "equal",
         ),
-        (dict(form="max"), "unknown coupling form 'max'; expected 'mix' or 'joint'."),
+        (dict(form="max"), "Unknown coupling form 'max'; expected 'mix' or 'joint'."),
     ]:
         with pytest.raises(ValueError) as error:
             couplings(model, **{"pairs": 8, "steps": 4} | kwargs)

@@ -467,7 +467,7 @@ def test_bad_input(dit, inputs):
             "returned torch.float64 on cpu; expected torch.float32 on cpu",
         ),
         (lambda a, hook: 3, TypeError, "returned a int; expected a tensor or None"),
-        ("no function", TypeError, "A hook must be a function"),
+        ("no function", TypeError, r"expected a function fn\(activation, hook\)"),
     ]:
         with pytest.raises(error, match=text):
             model.run_with_hooks(x, t, y, fwd_hooks=[("hook_embed", fn)])

@@ -196,7 +196,7 @@ def test_bad_input(model):
         (dict(tie="attention", g=float("inf")), "g=inf is not a strength"),
         (
             dict(tie="attention", g=1, form="sum"),
-            "unknown coupling form 'sum'; expected 'mix' or 'joint'",
+            "Unknown coupling form 'sum'; expected 'mix' or 'joint'",
         ),
         (dict(tie="attention", g=1, layers=[3]), "There is no layer 3 to couple; the model has 3"),
         (dict(g=0.5), "use tie='attention'"),

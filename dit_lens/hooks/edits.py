@@ -22,7 +22,7 @@ def step_test(steps: Steps) -> Callable[[int], bool]:
     Raises ValueError for steps that count from the end, or none at all.
     """
     if steps is None:
-        return lambda s: True
+        return lambda _: True
     if isinstance(steps, slice):
         if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
             raise InvalidValue(

@@ -194,11 +194,11 @@ class _SameLayout(torch.autograd.Function):
     """`copy` for the graph, `x` for the values: equal, in another memory layout."""
 
     @staticmethod
-    def forward(ctx: Any, copy: Tensor, x: Tensor) -> Tensor:
+    def forward(_ctx: Any, _copy: Tensor, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -217,16 +217,15 @@ def checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
     if new.dtype != old.dtype or new.device != old.device:
         raise InvalidValue(
             f"The hook at {point.name!r} returned {new.dtype} on {new.device}; expected "
-            f"{old.dtype} on {old.device}: "
-            "use .to(activation)."
+            f"{old.dtype} on {old.device}: use .to(activation)."
         )
     return new
 
 
 def _takes_hook_by_keyword(fn: HookFunction) -> bool:
-    """TransformerLens passes `hook=`; a lambda with other argument names still works, by position."""
+    """TransformerLens passes `hook=`; other argument names still work, by position."""
     if not callable(fn):
-        raise InvalidType(f"A hook must be a function fn(activation, hook), not {fn!r}.")
+        raise InvalidType(f"{fn!r} is not a hook; expected a function fn(activation, hook).")
     try:
         return "hook" in inspect.signature(fn).parameters
     except (TypeError, ValueError):  # builtins and some C functions have no signature
@@ -237,6 +236,6 @@ class StopForward(Exception):
     """Ends a forward pass early, once everything wanted from it has been seen."""
 
 
-def stop(x: Tensor, point: HookPoint) -> None:
+def stop(_x: Tensor, point: HookPoint) -> None:
     """An observer's function that ends the pass at its point."""
     raise StopForward(point.name)

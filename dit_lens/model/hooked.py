@@ -32,17 +32,23 @@ Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 
 
 class HookedDiT:
-    """A pipeline's transformer, or a bare one, with a hook point at every place of the design's
-    table.
+    """A pipeline's transformer, or a bare one, with TransformerLens's hook points in it.
 
     The model is opened in place: your pipeline goes on working, through the same weights, and its
     output stays bit for bit what it was. `remove()` takes everything out again; so does leaving
     `with HookedDiT(pipe) as model`.
 
-        # or its transformer; docs/families.md lists what can be opened
-        model = dit_lens.HookedDiT(pipe)
-        out, cache = model.run_with_cache(x, t, y)             # every activation, by name
-        out = model.run_with_hooks(x, t, y, fwd_hooks=[("blocks.5.hook_attn_out", lambda a, hook: 0 * a)])
+        model = dit_lens.HookedDiT(pipe)                # or its transformer
+        out, cache = model.run_with_cache(x, t, y)      # every activation, by name
+        cache["resid_post", 5]                          # [batch, token, d_model]
+        out = model.run_with_hooks(                     # the output without layer 5's attention
+            x, t, y, fwd_hooks=[("blocks.5.hook_attn_out", lambda a, hook: 0 * a)]
+        )
+        with model.hooks([...]): ...                    # hooks for the length of a block
+        out = model(x, t, y, start_at_layer=3)          # x is the residual stream there
+        model.remove()                                  # the pipeline is what it was
+
+    docs/families.md lists the transformers that can be opened.
 
     `x` are latents [batch, *model.cfg.latent_shape], unpacked; `t` is [batch], in the scheduler's
     units. `y` is the condition: labels [batch] (classes; for models that are given text, prompts in
@@ -55,17 +61,20 @@ class HookedDiT:
         cfg: its sizes (`n_layers`, `d_model`, `n_heads`, `d_head`, `grid`, `null_class`, ...).
         names: every hook name, in forward order.
         sites: the same with the names of the axes.
-        scheduler, vae: the pipeline's; for a bare transformer those that `dit_lens.load` found, or
-            None.
+        scheduler: the pipeline's, or what `dit_lens.load` found, or None.
+        vae: the same.
         conditions: what it can be asked for, by number.
 
     Args:
+        pipe_or_transformer: a diffusers pipeline, its transformer, or a `HookedDiT`.
+        scheduler: in place of the pipeline's.
+        vae: in place of the pipeline's.
         size: (height, width) of the latents that are sampled, for video (frames, height, width); by
             default the model's own.
 
     Raises:
-        TypeError: if there is no family for the model (a U-Net). RuntimeError: if it is compiled or
-            wrapped by another tool.
+        TypeError: if there is no family for the model (a U-Net).
+        RuntimeError: if it is compiled or wrapped by another tool.
         ValueError: if a feature is switched on that a hooked forward can't honour, or the weights
             are missing or quantised.
     """
@@ -127,12 +136,16 @@ class HookedDiT:
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Tensor:
-        """The model's output [batch, *latent_shape], unpacked, as its scheduler takes it (eps, v,
-        ...).
+        """The model's output [batch, *latent_shape], as its scheduler takes it (eps, v, ...).
 
-        With `start_at_layer=i`, `x` is the residual stream [batch, token, d_model] that enters
-        block i. With `stop_at_layer=j` the stream that would enter block j is returned, as in
-        TransformerLens; negative layers count from the end.
+        Args:
+            x: latents [batch, *latent_shape], unpacked; with `start_at_layer` the residual stream
+                [batch, token, d_model] that enters that block.
+            t: timesteps [batch], in the scheduler's units.
+            y: the condition.
+            start_at_layer: the first block that is run; negative ones count from the end.
+            stop_at_layer: the first block that is not run: the stream that would enter it is
+                returned, as in TransformerLens.
         """
         self.require_installed()
         start, stop = self._layer(start_at_layer), self._layer(stop_at_layer)
@@ -223,10 +236,18 @@ class HookedDiT:
     ) -> Tensor:
         """One forward with temporary hooks.
 
-        With `bwd_hooks`, call backward inside `with model.hooks(...)` instead.
+        Args:
+            x: latents, as for a call.
+            t: timesteps, as for a call.
+            y: the condition, as for a call.
+            fwd_hooks: (names, fn(activation, hook)); what fn returns, if anything, goes on.
+            bwd_hooks: (names, fn(gradient, hook)); to call backward, use `with model.hooks(...)`.
+            **span: `start_at_layer`, `stop_at_layer`.
 
-        >>> import dit_lens, torch; x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
-        >>> dit_lens.load("digits").run_with_hooks(x, t, y, fwd_hooks=[("resid_post", lambda a, hook: None)]).shape
+        >>> import dit_lens, torch; model = dit_lens.load("digits")
+        >>> x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
+        >>> zero = lambda activation, hook: 0 * activation
+        >>> model.run_with_hooks(x, t, y, fwd_hooks=[("attn_out", zero)]).shape
         torch.Size([1, 1, 16, 16])
         """
         with self.hooks(fwd_hooks, bwd_hooks):
@@ -242,9 +263,23 @@ class HookedDiT:
         device: str | torch.device | None = None,
         **span: int | None,
     ) -> tuple[Tensor, ActivationCache]:
-        """The output, and every activation that `names_filter` chooses.
+        """The output, and activations by name; gradients flow through both where they are on.
 
-        Gradients flow through them where they are on.
+        Args:
+            x: latents, as for a call.
+            t: timesteps, as for a call.
+            y: the condition, as for a call.
+            names_filter: which hook points; None is all.
+            device: where activations are kept; None is where they are.
+            **span: `start_at_layer`, `stop_at_layer`.
+
+        Raises:
+            UnknownName: if the filter matches nothing.
+
+        >>> import dit_lens, torch; model = dit_lens.load("digits")
+        >>> x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
+        >>> model.run_with_cache(x, t, y, names_filter="resid_post")[1]["resid_post", 5].shape
+        torch.Size([1, 64, 64])
         """
         kept: dict[str, Tensor] = {}
 
@@ -309,11 +344,21 @@ class HookedDiT:
         return predict_x0(self.scheduler, x, self.without_variance(output), t)
 
     def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
-        """A residual stream [batch, token, d_model] read by the last layer with the conditioning of
-        (t, y): the lens.
+        """A residual stream read by the last layer: the lens.
 
         Fires no hooks, so that probes can use it in the middle of a forward. At the last layer's
         `resid_post` it is the model's output.
+
+        Args:
+            stream: [batch, token, d_model].
+            t: timesteps [batch] of the conditioning.
+            y: the condition, as for a call.
+
+        Returns:
+            What the model would have answered, [batch, out_channels, ...].
+
+        Raises:
+            RuntimeError: for a model that is opened read-only.
         """
         self.require_installed()
         if self.family.read_only:
@@ -335,13 +380,22 @@ class HookedDiT:
     def add_hook(
         self, name: NamesFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd"
     ) -> list[Handle]:
-        """Attach `fn(activation, hook)` until `reset_hooks()` or until the returned handles are
-        removed.
+        """Attach a hook until `reset_hooks()`, or until the returned handles are removed.
+
+        Args:
+            name: which hook points.
+            fn: fn(activation, hook), or fn(gradient, hook); what it returns, if anything, goes on.
+            dir: "fwd" or "bwd".
         """
         if dir not in ("fwd", "bwd"):
             raise InvalidValue(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
         make = Editor if dir == "fwd" else BackwardEditor
-        handles = [self.instrumentation.attach(n, make(fn)) for n in select(name, self.names)]
+        handles: list[Handle] = []
+        with ExitStack() as undo:
+            for each in select(name, self.names):
+                handles.append(self.instrumentation.attach(each, make(fn)))
+                undo.callback(handles[-1].remove)
+            undo.pop_all()
         self.handles += handles
         return handles
 
@@ -353,7 +407,12 @@ class HookedDiT:
 
     @contextmanager
     def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[HookedDiT]:
-        """Hooks for the length of a `with` block, taken off again whatever happens in it."""
+        """Hooks for the length of a `with` block, taken off again whatever happens in it.
+
+        Args:
+            fwd_hooks: (names, fn(activation, hook)).
+            bwd_hooks: (names, fn(gradient, hook)).
+        """
         wanted: list[tuple[str, Listener]] = []
         wanted += [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
         wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]
@@ -403,7 +462,11 @@ class HookedDiT:
         return self.instrumentation.points
 
     def resolve(self, *key: Any) -> str:
-        """The full name that a shorthand stands for: `model.resolve("q", 5)`."""
+        """The full name that a shorthand stands for: `model.resolve("q", 5)`.
+
+        Args:
+            *key: a name, or a shorthand and its layer.
+        """
         return resolve(key[0] if len(key) == 1 else key, self.names)
 
     # The wrapped module.
@@ -426,10 +489,12 @@ class HookedDiT:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return next(self.transformer.parameters()).dtype
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -437,7 +502,12 @@ class HookedDiT:
         return iter(self.transformer.parameters())
 
     def to(self, *args: Any, **kwargs: Any) -> HookedDiT:
-        """Move or cast the wrapped module, in place."""
+        """Move or cast the wrapped module, in place.
+
+        Args:
+            *args: as for `torch.nn.Module.to`.
+            **kwargs: as for `torch.nn.Module.to`.
+        """
         self.transformer.to(*args, **kwargs)
         return self
 

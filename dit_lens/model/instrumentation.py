@@ -28,9 +28,8 @@ from ..hooks.points import Editor, HookPoint, Listener
 from .call import Call, Watcher
 from .forward_slot import held, places, put_back, refuse_replaced, slot
 from .partial import StoppedAtLayer, only
-from .pipeline_frame import PipelineFrame
+from .pipeline_frame import PipelineFrame, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
-
 
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
@@ -76,6 +75,7 @@ class Instrumentation:
             holder, key = slot(forward.module)
             self.replaced.append((forward, holder.get(key)))
             holder[key] = forward
+        listen_to(transformer)
 
     @classmethod
     def of(cls, transformer: nn.Module) -> Instrumentation:
@@ -102,6 +102,7 @@ class Instrumentation:
         ]
         for module, place, original in found:
             put_back(module, place, original)
+        listen_no_more(self.transformer)
         self.replaced = []
         for point in self.points.values():
             point.listeners.clear()

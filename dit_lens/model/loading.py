@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from ..errors import InvalidValue, MissingFile
@@ -24,20 +25,25 @@ def load(
     device: str | torch.device = "cpu",
     size: Size | None = None,
 ) -> HookedDiT:
-    """Open a model: a bundled one by name, a folder, a hub id, or an object that is a pipeline or
-    transformer already.
+    """Open a model: a bundled one by name, a folder, a hub id, or an object.
 
     A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`),
     which may have `scheduler/` and `vae/` inside. Weights are safetensors; a pickle is not opened.
-    `size` is (height, width) of the latents, if not the model's own.
+
+    Args:
+        model: "digits", a folder, "owner/name", or what is a pipeline or transformer already.
+        dtype: of the weights.
+        device: where they go.
+        size: (height, width) of the latents, if not the model's own.
+
+    Raises:
+        FileNotFoundError: if there is no such bundled model or folder.
+        ValueError: for damaged or pickled weights.
+        TypeError: if the model is no DiT that dit_lens knows.
 
     >>> import dit_lens
     >>> dit_lens.load("digits").cfg.n_layers
     28
-
-    Raises:
-        FileNotFoundError: no such bundled model or folder. ValueError: damaged or pickled weights.
-        TypeError: the model is no DiT that dit_lens knows.
     """
     if not isinstance(model, (str, Path)):
         return HookedDiT(model, size=size)
@@ -46,9 +52,7 @@ def load(
     if folder.is_dir():
         return _load_folder(folder, dtype, device, size)
     if _is_hub_id(model):
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
         return HookedDiT(pipe.to(device), size=size)
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = (
@@ -65,8 +69,6 @@ def load(
 def _load_folder(
     folder: Path, dtype: torch.dtype, device: str | torch.device, size: Size | None
 ) -> HookedDiT:
-    import diffusers
-
     if (folder / "model_index.json").exists():
         pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype)
         if hasattr(pipe, "set_progress_bar_config"):
@@ -96,8 +98,6 @@ def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
     """A pipeline's part from its own folder, by the class that its config names; None where there
     is no such folder.
     """
-    import diffusers
-
     if not (folder / config).exists():
         return None
     try:
@@ -111,7 +111,7 @@ def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
 
 
 def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
-    if not issubclass(cls, _scheduler_mixin()):
+    if not issubclass(cls, diffusers.SchedulerMixin):
         pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
         if pickles:
             raise InvalidValue(
@@ -131,21 +131,12 @@ def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
         ) from error
 
 
-def _scheduler_mixin() -> type:
-    from diffusers import SchedulerMixin
-
-    mixin: type = SchedulerMixin
-    return mixin
-
-
 def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     """A model's family and its modules without weights (on torch's meta device): sizes and names,
     for any size of model.
 
     Raises like `load`.
     """
-    import diffusers
-
     folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model)
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"

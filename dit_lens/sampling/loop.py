@@ -98,7 +98,8 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise InvalidValue(
             f"{name} scales its latents by sigma, which is not supported; expected a "
-            f"variance-preserving or flow-matching scheduler, such as {', '.join(map(repr, SAMPLERS))}."
+            "variance-preserving or flow-matching scheduler, such as "
+            f"{', '.join(map(repr, SAMPLERS))}."
         )
     return scheduler
 

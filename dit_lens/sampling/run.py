@@ -245,6 +245,7 @@ def sample(
             null class is allowed, as is "".
         seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its
             seed and the step only.
+        steps: denoising steps.
         guidance: classifier-free guidance; 1 is none, and runs no null half. A distilled model is
             given it as an input.
         scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler; by

@@ -64,8 +64,12 @@ def default_name(base: Any) -> str:
 
 
 def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = False) -> Any:
-    """A fresh scheduler: one of `SAMPLERS` with the model's own noise schedule and prediction type, or
-    a copy of the one given.
+    """A fresh scheduler: one of `SAMPLERS`, or a copy of the one given.
+
+    Args:
+        name: of a sampler, or a diffusers scheduler.
+        base: the model's own scheduler, whose noise levels and prediction type it gets.
+        learned_sigma: whether the model predicts a variance, which DDPM can use.
 
     >>> type(make_scheduler("ddim")).__name__
     'DDIMScheduler'

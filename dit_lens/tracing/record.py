@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..families.base import Axes, Config
-from ..hooks.edits import Steps
+from ..hooks.edits import Steps, step_test
 from ..model.call import Call
 
 
@@ -42,7 +42,7 @@ class Record:
     scheduler: Any = None
     names: list[str] = field(default_factory=list)
     steps: Steps = None
-    wanted: Callable[[int], bool] = lambda step: True
+    wanted: Callable[[int], bool] = step_test(None)
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     calls: list[Call] = field(default_factory=list)

@@ -50,8 +50,8 @@ class Trace:
         t.stack("resid_post", steps=[0, 49])   # [layer, step, batch, token, d_model]
         t.get(["q", "k"], branch="cond")       # several names in one pass
 
-    Before the run: `edit`, `patch` and `ablate` say what is changed, at which steps and where. After
-    it: `t[name]`, `get`, `stack`, `to_xarray` read, `save` writes. A trace watches one run.
+    Before the run: `edit`, `patch` and `ablate` say what is changed, at which steps and where.
+    After it: `t[name]`, `get`, `stack`, `to_xarray` read, `save` writes. A trace watches one run.
 
     Attributes:
         model: the `HookedDiT`; None for a trace that was loaded without its model.
@@ -60,13 +60,7 @@ class Trace:
     """
 
     def __init__(
-        self,
-        model: HookedDiT,
-        names: NamesFilter = None,
-        steps: Steps = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        probes: Sequence[Observing] = (),
+        self, model: HookedDiT | None, record: Record, probes: Sequence[Observing] = ()
     ) -> None:
         for probe in probes:
             if isinstance(probe, type) or not isinstance(probe, Observing):
@@ -74,33 +68,11 @@ class Trace:
                     f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
                     "probes=[SpectralSplit()]."
                 )
-        self.model: HookedDiT | None = model
-        self.probes = list(probes)
-        recorded = [] if names is None else select(names, model.names)
-        self.record = Record(
-            sites=model.sites,
-            cfg=model.cfg,
-            scheduler=None if model.family.read_only else model.scheduler,
-            names=recorded,
-            steps=steps,
-            wanted=step_test(steps),
-            device=device,
-            dtype=dtype,
-            activations={name: {} for name in recorded},
-        )
-        self._recorder = _Recorder(self.record)
+        self.model, self.record, self.probes = model, record, list(probes)
+        self._recorder = _Recorder(record)
         self._undo: ExitStack | None = None  # while the trace is open
         self._waiting: list[tuple[str, Listener]] = []
         self._edit_steps: list[tuple[str, Steps]] = []
-
-    @classmethod
-    def of_record(cls, record: Record, model: HookedDiT | None) -> Trace:
-        """A closed trace of a record that was made elsewhere."""
-        trace = cls.__new__(cls)
-        trace.model, trace.record, trace.probes = model, record, []
-        trace._recorder, trace._undo = _Recorder(record), None
-        trace._waiting, trace._edit_steps = [], []
-        return trace
 
     # Opening and closing.
 
@@ -404,7 +376,7 @@ class _Recorder:
         self.copies = Copies()
 
     def begin(self, call: Call) -> None:
-        """A call is a step, unless its pipeline says that it is another branch of the step before."""
+        """A call is a step, unless its pipeline says that it is another branch of the last one."""
         calls = self.record.calls
         same = call.place is not None and bool(calls) and calls[-1].place == call.place
         self.step = len(self.record.calls_at) - same
@@ -467,14 +439,25 @@ def trace(
         TypeError: if it is no DiT, or a probe is none.
         RuntimeError: in train mode, or in use by another thread.
     """
-    if isinstance(model_or_pipe, HookedDiT):
-        return Trace(model_or_pipe, names, steps, device, dtype, probes)
-    model = HookedDiT(model_or_pipe)
+    model = HookedDiT.of(model_or_pipe)
     try:
         model.require_eval()
-        return Trace(model, names, steps, device, dtype, probes)
+        recorded = [] if names is None else select(names, model.names)
+        record = Record(
+            sites=model.sites,
+            cfg=model.cfg,
+            scheduler=None if model.family.read_only else model.scheduler,
+            names=recorded,
+            steps=steps,
+            wanted=step_test(steps),
+            device=device,
+            dtype=dtype,
+            activations={name: {} for name in recorded},
+        )
+        return Trace(model, record, probes)
     finally:
-        model.instrumentation.let_go()  # until the `with` block
+        if model is not model_or_pipe:
+            model.instrumentation.let_go()  # until the `with` block
 
 
 def load_trace(path: str | Path, model: Any = None) -> Trace:
@@ -493,13 +476,13 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     """
     record = files.load(path)
     if model is None:
-        return Trace.of_record(record, None)
+        return Trace(None, record)
     owner = HookedDiT.of(model)
     if owner.cfg != record.cfg:
         raise InvalidValue(
             f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
         )
-    return Trace.of_record(record, owner)
+    return Trace(owner, record)
 
 
 def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ strength g, to its twin:
 - `joint`: one softmax over both sets of keys, with log g added to the logits of the twin's.
 
 To first order in D = X_A - X_B both damp what the two disagree on by rho = (1 - g)/(1 + g) and
-leave what they share alone. The form acts inside the attention of every family
+leave what they share alone. The coupling acts inside the attention of every family
 (`dit_lens.families.parts.attention.Attend`), on the whole sequence where text is attended to as
 well; `hook_z` is what comes out of it. At g = 0 nothing is attached.
 """
@@ -39,15 +39,21 @@ def coupled(
     layers: Sequence[int] | None = None,
     passes: int = 1,
 ) -> Iterator[None]:
-    """Couple the twins of every batch [A | B] in these layers (None: all) inside the `with` block.
+    """Couple the twins of every batch [A | B] inside the `with` block.
 
-    With guidance the batch is [A | B | A null | B null]: `passes=2`.
+    Args:
+        model: the hooked model.
+        g: strength of the coupling, 0 or more.
+        form: "mix" or "joint"; see the module.
+        layers: the layers that are coupled; None is all.
+        passes: 2 with guidance, where the batch is [A | B | A null | B null].
 
     Raises:
         ValueError: for g below 0 or not finite, an unknown form, or a layer that does not exist.
 
     >>> import dit_lens, torch; model = dit_lens.load("digits")
-    >>> with coupled(model, g=0.5): out = model(torch.randn(2, 1, 16, 16), torch.tensor([500, 500]), torch.tensor([3, 3]))
+    >>> x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([500, 500]), torch.tensor([3, 3])
+    >>> with coupled(model, g=0.5): out = model(x, t, y)
     """
     check_coupling(g, form)
     chosen = range(model.cfg.n_layers) if layers is None else layers
@@ -69,12 +75,13 @@ def coupled(
 
 
 def check_coupling(g: float, form: str) -> None:
+    """Raise ValueError for a strength or a form that is none."""
     if not (math.isfinite(g) and g >= 0):
         raise InvalidValue(
             f"The coupling g={g} is not a strength; expected a finite number of at least 0."
         )
     if form not in ("mix", "joint"):
-        raise InvalidValue(f"unknown coupling form {form!r}; expected 'mix' or 'joint'.")
+        raise InvalidValue(f"Unknown coupling form {form!r}; expected 'mix' or 'joint'.")
 
 
 def partners(batch: int, passes: int = 1) -> Tensor:

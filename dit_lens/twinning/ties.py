@@ -37,12 +37,12 @@ class NoiseTie:
         """The stochasticity where nobody says: 1 for samplers that have to be told to draw."""
         return 1.0 if takes_eta(scheduler) else 0.0
 
-    def start(self, model: HookedDiT, own: Sequence[int], other: Sequence[int]) -> Tensor:
-        """x_T of [A | B], equal; `own` and `other` are the twins' seeds."""
+    def start(self, model: HookedDiT, own: Sequence[int], _other: Sequence[int]) -> Tensor:
+        """x_T of [A | B], equal; `own` are twin A's seeds."""
         z = noise(own, START, model.cfg.latent_shape, model.device)
         return torch.cat([z, z])
 
-    def holding(self, model: HookedDiT, passes: int) -> contextlib.AbstractContextManager[None]:
+    def holding(self, _model: HookedDiT, _passes: int) -> contextlib.AbstractContextManager[None]:
         """What is in force until the release: nothing but the common noise."""
         return contextlib.nullcontext()
 
@@ -78,7 +78,7 @@ class AttentionTie:
     def starts_equal(self) -> bool:
         return self.eps == 0
 
-    def eta(self, scheduler: Any) -> float:
+    def eta(self, _scheduler: Any) -> float:
         """The stochasticity where nobody says: none."""
         return 0.0
 
