@@ -102,9 +102,9 @@ def directions(transformer: DiT, sets: int) -> Tensor:
         room = int((size < 1e-6).sum())
         if sets * count > room:
             raise InvalidValue(
-                f"in_channels * patch_size^2 is {count}; expected at most {room // sets}, the values "
-                f"a patch that fit next to the positions of a {len(positions)}-token model of "
-                f"width {WIDTH}."
+                f"in_channels * patch_size^2 is {count}; expected at most {room // sets}, the "
+                f"values a patch that fit next to the positions of a {len(positions)}-token model "
+                f"of width {WIDTH}."
             )
         found[half, channels] = right[-sets * count :].T
     return found.view(2, WIDTH, sets, count).permute(2, 0, 1, 3)
