@@ -62,6 +62,8 @@ def test_an_estimate_is_the_derivative():
     steps_seen = []
     found = attribute(source, target, progress=lambda *done: steps_seen.append(done))
     assert steps_seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    one = attribute(source, target, "mlp_out").estimate
+    assert one.identical(found.estimate.sel(site=["mlp_out"]))
     name, step, h = "blocks.1.hook_mlp_out", 2, 1e-6
     theirs, ours = (run.activations(name, step=step) for run in (source, target))
     apart = (target.latents[-1] - source.latents[-1]).square().sum()

@@ -41,7 +41,7 @@ from .sweeps import check_runs, sweep
 def attribute(
     source: Run,
     target: Run,
-    sites: Sequence[str] = ("attn_out", "mlp_out"),
+    sites: str | Sequence[str] = ("attn_out", "mlp_out"),
     *,
     bands: Bands | None = None,
     integrate: int = 1,
@@ -55,7 +55,7 @@ def attribute(
     Args:
         source: the run that patches would be taken from, such as twin A.
         target: the run that would be patched, such as twin B; see `check_runs` for what fits.
-        sites: hook points that every layer has.
+        sites: one hook point that every layer has, or several.
         bands: of the latents' pixel grid; by default "low" and "high".
         integrate: points of the integral; 1 is the gradient at the target alone.
         check: so many random patches are also run exactly.
@@ -99,6 +99,7 @@ def attribute(
         )
     for run in (source, target):
         run.require_released(0)  # the derivative goes back to the first step
+    sites = [sites] if isinstance(sites, str) else list(sites)
     names = [_in_every_layer(model, site) for site in sites]
     check_runs(source, target)
     bands = latent_bands(bands, target)
@@ -136,7 +137,7 @@ def attribute(
         {"estimate": (("layer", "site", "step", "band"), found)},
         coords={
             "layer": np.arange(model.cfg.n_layers),
-            "site": list(sites),
+            "site": sites,
             "step": np.arange(settings.steps),
             "band": list(bands.names),
         },
