@@ -1,4 +1,4 @@
-"""The errors that dit_lens raises for what a user can mend: one base class, and Python's own beside.
+"""The errors that dit_lens raises for what a user can mend: one base class for all of them.
 
 Each is also the built-in exception that fits, so `except ValueError` works as well as
 `except dit_lens.DitLensError`. Anything else that escapes from dit_lens is a bug.

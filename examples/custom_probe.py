@@ -1,7 +1,7 @@
 """A probe of your own: how much of each layer's attention stays within three tokens of the query,
 over a denoising run.
 
-python examples/custom_probe.py
+    python examples/custom_probe.py
 """
 
 import torch
@@ -43,9 +43,7 @@ class Locality(dit_lens.Probe):
 # so that `dit-lens check examples/custom_probe.py:Locality` can import the class
 if __name__ == "__main__":
     model = dit_lens.load("digits")
-    with dit_lens.trace(model, probes=[Locality()]) as t:
-        dit_lens.sample(model, labels=range(10), steps=20, seeds=0)
-    near = t.probes[0].result()["near"]
+    near = Locality().run(model, labels=range(10), steps=20, seeds=0)["near"]
     print("attention within three tokens: layer, first step, last step")
     for layer in near.layer.values:
         print(f"  {layer:2d}  {near.sel(layer=layer)[0]:.3f}  {near.sel(layer=layer)[-1]:.3f}")

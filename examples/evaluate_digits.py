@@ -60,7 +60,7 @@ class Classifier(nn.Module):
 
 
 def jittered(x: Tensor) -> Tensor:
-    """Each image turned by up to 12 degrees, scaled by up to 10 % and shifted by up to 1.5 pixels."""
+    """Each image turned by up to 12 degrees, scaled by up to 10 %, shifted by up to 1.5 pixels."""
     angle = (torch.rand(len(x)) * 2 - 1) * math.radians(12)
     scale = 1 + (torch.rand(len(x)) * 2 - 1) * 0.1
     turn = (

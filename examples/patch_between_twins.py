@@ -1,9 +1,9 @@
-"""Patch between twins: which branch of which layer carries what twin A decides into twin B?
+"""Patch between twins: attention or MLP of which layer carries what twin A decides into twin B?
 
     python examples/patch_between_twins.py
 
 Two samples of one digit share everything up to step 25 of 50 and then draw noise of their own. For
-ten steps from the release, what one branch adds to B's stream is replaced by what it added to A's;
+ten steps from the release, what one of them adds to B's stream is replaced by what it added to A's;
 then B runs on by itself.
 """
 

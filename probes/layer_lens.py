@@ -11,9 +11,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from dit_lens import Bands, HookedDiT, Probe, Run, Site, trace
+from dit_lens import Bands, HookedDiT, Probe, Run, Site, sample, trace
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.measures.agreement import agreement
+from dit_lens.measures import agreement
 
 
 class LayerLens(Probe):
@@ -25,17 +25,15 @@ class LayerLens(Probe):
     this is the model's own prediction; layer -1 is the embedding. Kept are only these x0, one
     latent a layer, step and item.
 
-        lens = LayerLens()
-        # reads a finished dit_lens.sample run from its stored x_t
-        stats = lens.run(model, run)
-        # [layer, step, band], correlation with the finished latents
-        stats["agreement"]
-
     Args:
         bands: a `Bands` of the latents' pixel grid; by default six radial bands.
 
     Raises:
         ValueError: at the start if the model has no scheduler.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> LayerLens(Bands.radial((16, 16), cut=0.1)).run(model, [3, 3], steps=2).agreement.sizes
+    Frozen({'layer': 29, 'step': 2, 'band': 2})
     """
 
     names = ("hook_embed", "resid_post")
@@ -44,6 +42,11 @@ class LayerLens(Probe):
         self.wanted_bands = bands
 
     def start(self, model: HookedDiT) -> None:
+        """Forget earlier runs.
+
+        Args:
+            model: what is traced; it needs a scheduler.
+        """
         if model.scheduler is None:
             raise InvalidValue(
                 "LayerLens needs the model's scheduler to turn outputs into x0: "
@@ -56,6 +59,12 @@ class LayerLens(Probe):
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
+        """Keep the x0 that the stream stands for.
+
+        Args:
+            activation: the residual stream, [batch, token, d_model].
+            site: where and when it was seen.
+        """
         layer = -1 if site.layer is None else site.layer
         with torch.no_grad():
             output = self.model.unembed(activation, site.t, site.condition)
@@ -63,23 +72,52 @@ class LayerLens(Probe):
         self.labels = site.labels
         self.timesteps[site.step] = site.t[0]
 
-    def run(self, model: HookedDiT, run: Run, by_label: bool = True) -> xr.Dataset:
-        """Read a finished run: one forward for each step on its stored x_t, against its finished
-        latents; see `result`.
+    def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:
+        """Sample under observation, and compare with the finished latents; see `result`.
+
+        Args:
+            model: a `HookedDiT`, or what it wraps.
+            labels: one an image; by default 16, classes or prompts in turn, two images of each.
+            **settings: those of `dit_lens.sample`: steps, seeds, guidance, scheduler, ...
         """
-        with torch.no_grad(), trace(model, probes=[self]):
-            for x, t in zip(run.latents, run.timesteps, strict=False):
-                model(x, t.expand(len(x)), run.labels)
-        return self.result(run.latents[-1], by_label)
+        model = HookedDiT.of(model)
+        if labels is None:
+            labels = [i // 2 % model.conditions.n for i in range(16)]
+        with trace(model, probes=[self]):
+            run = sample(model, labels, **settings)
+        return self.result(self._beside(run))
+
+    def of_run(self, run: Run, by_label: bool = True) -> xr.Dataset:
+        """Go through a finished run, with its own edits: one forward for each step on its stored
+        x_t, compared with its finished latents; see `result`.
+
+        Args:
+            run: what `dit_lens.sample` gave.
+            by_label: as for `result`.
+        """
+        with trace(run.model, probes=[self]):
+            for step in range(run.settings.steps):
+                run.forward(step)
+        return self.result(self._beside(run), by_label)
+
+    def _beside(self, run: Run) -> Tensor:
+        """The finished latents, once for each half of the batch: with guidance [cond | null]."""
+        halves = len(self.x0[-1, 0]) // len(run.labels)
+        return torch.cat([run.latents[-1]] * halves)
 
     def result(self, target: Tensor | None = None, by_label: bool = True) -> xr.Dataset:
-        """`xy`, `xx`, `yy` [layer, step, batch, band], band-wise products of lens and target, and
-        `agreement` [layer, step, band].
+        """How well each layer's x0 agrees with a target, band by band.
 
-        `target` [batch, channel, height, width] are the finished latents in the run's batch order;
-        by default the last layer's own x0 at that step. The mean over the batch, of each label by
-        itself with `by_label`, is taken off first: what all images of a class share is no decision.
-        `agreement` is the correlation, sum xy / sqrt(sum xx sum yy).
+        Args:
+            target: [batch, channel, height, width], the finished latents in the run's batch order;
+                by default the last layer's own x0 at that step.
+            by_label: whether the mean of each label by itself is taken off, and not that of the
+                whole batch: what all images of a class share is no decision.
+
+        Returns:
+            Dataset with `xy`, `xx`, `yy` [layer, step, batch, band], band-wise products of lens and
+            target, and `agreement` [layer, step, band], the correlation sum xy / sqrt(sum xx sum
+            yy).
 
         Raises:
             RuntimeError: if nothing was seen.
@@ -87,17 +125,18 @@ class LayerLens(Probe):
         """
         if not self.x0:
             raise InvalidState(
-                "LayerLens has seen nothing: run the model inside `with dit_lens.trace(model, "
-                "probes=[...])`."
+                "LayerLens has seen nothing: use its run(model, ...), or `with "
+                "dit_lens.trace(model, probes=[...])`."
             )
         layers, steps = sorted({k[0] for k in self.x0}), sorted({k[1] for k in self.x0})
-        if target is not None and target.shape != self.x0[layers[0], steps[0]].shape:
-            seen = list(self.x0[layers[0], steps[0]].shape)
+        shape = self.x0[layers[0], steps[0]].shape
+        if target is not None and target.shape != shape:
             raise InvalidValue(
-                f"LayerLens's target has shape {list(target.shape)}; the run's latents have {seen}."
+                f"LayerLens's target has shape {list(target.shape)}; the run's latents have "
+                f"{list(shape)}."
             )
         groups = (
-            self.labels.expand(len(self.x0[layers[0], steps[0]])).cpu().numpy()
+            self.labels.expand(shape[0]).cpu().numpy()
             if by_label and self.labels is not None
             else None
         )

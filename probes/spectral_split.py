@@ -16,15 +16,16 @@ class SpectralSplit(Probe):
     The bands are an orthonormal partition of the token grid's modes, so their energies sum to |h|²
     (Parseval).
 
-        with dit_lens.trace(model, probes=[SpectralSplit("resid_post")]) as t: ...
-        t.probes[0].result()["energy"]                       # [name, step, batch, band]
-
     Args:
         names: hook points with the axes [batch, token, ...], by any names filter.
         bands: a `Bands` of the token grid; by default six radial bands.
 
     Raises:
         ValueError: in the forward pass, at a hook point that has no token axis.
+
+    >>> import dit_lens
+    >>> SpectralSplit("resid_post").run(dit_lens.load("digits"), [3, 7], steps=2).energy.sizes
+    Frozen({'name': 28, 'step': 2, 'batch': 2, 'band': 6})
     """
 
     def __init__(self, names: str | list[str] = "resid_post", bands: Bands | None = None) -> None:
@@ -32,12 +33,23 @@ class SpectralSplit(Probe):
         self.wanted_bands = bands
 
     def start(self, model: HookedDiT) -> None:
+        """Forget earlier runs.
+
+        Args:
+            model: what is traced.
+        """
         self.sites = model.sites
         self.bands = self.wanted_bands or Bands.radial(model.cfg.grid)
         self.energy: dict[str, dict[int, Tensor]] = {}
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
+        """Keep the energies.
+
+        Args:
+            activation: [batch, token, ...].
+            site: where and when it was seen.
+        """
         if self.sites[site.name][1] != "token":
             axes = ", ".join(self.sites[site.name])
             raise InvalidValue(
@@ -46,14 +58,22 @@ class SpectralSplit(Probe):
         self.energy.setdefault(site.name, {})[site.step] = self.bands.energy_tokens(
             activation.flatten(2)
         )
-        self.timesteps[site.step] = site.call.t[0]
+        self.timesteps[site.step] = site.t[0]
 
     def result(self) -> xr.Dataset:
-        """`energy` [name, step, batch, band], with coordinates name, step, timestep and band."""
+        """The energies of the latest run.
+
+        Returns:
+            Dataset with `energy` [name, step, batch, band] and coordinates name, step, timestep and
+            band.
+
+        Raises:
+            RuntimeError: if nothing was seen.
+        """
         if not self.energy:
             raise InvalidState(
-                "SpectralSplit has seen nothing: run the model inside `with dit_lens.trace(model, "
-                "probes=[...])`."
+                "SpectralSplit has seen nothing: use its run(model, ...), or `with "
+                "dit_lens.trace(model, probes=[...])`."
             )
         energy = torch.stack([torch.stack(list(at.values())) for at in self.energy.values()])
         steps = sorted(self.timesteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,9 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Site, twins
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.hooks.names import NamesFilter
 
 MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al.
-
 2024, arXiv 2402.17762).
 """
 
@@ -25,13 +24,9 @@ class TwinDivergence(Probe):
 
     The stream grows with depth and a few massive channels hold most of its energy, so a raw
     |P_b(h_A - h_B)|² shows those and not the twins. Hence the common-mode normalisation, and three
-    readings side by side: `raw` weighs channels as they are, `standardised` divides each by its
-    variance over tokens and items, `trimmed` leaves the massive ones out. Whatever the reading, E
-    is 0 for equal twins, 1 for unrelated ones.
-
-        result = TwinDivergence().run(model, pairs=32)
-        # [reading, layer, step, band], pooled over pairs
-        result["energy"]
+    weightings of the channels: "raw" takes them as they are, "standardised" divides each by its
+    variance over tokens and items, "trimmed" leaves the massive ones out. With any of them E is 0
+    for equal twins, 1 for unrelated ones.
 
     Layer -1 is the embedding, before any layer: what layer 0 does is seen against it.
 
@@ -43,23 +38,38 @@ class TwinDivergence(Probe):
 
     Raises:
         ValueError: if the batch is not made of twins (use `dit_lens.twins`, or this class's `run`).
+
+    >>> import dit_lens
+    >>> TwinDivergence().run(dit_lens.load("digits"), [3], release=1, steps=2).energy.sizes
+    Frozen({'channels': 3, 'layer': 29, 'step': 2, 'band': 2})
     """
 
-    readings = ("raw", "standardised", "trimmed")
+    channels = ("raw", "standardised", "trimmed")
 
     def __init__(
-        self, bands: Bands | None = None, names: NamesFilter = ("hook_embed", "resid_post")
+        self, bands: Bands | None = None, names: Sequence[str] = ("hook_embed", "resid_post")
     ) -> None:
         self.wanted_bands, self.names = bands, names
 
     def start(self, model: HookedDiT) -> None:
+        """Forget earlier runs.
+
+        Args:
+            model: what is traced.
+        """
         self.bands = self.wanted_bands or Bands.radial(model.cfg.grid, cut=0.25)
         self.difference: dict[tuple[int, int], Tensor] = {}
         self.common: dict[tuple[int, int], Tensor] = {}
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
-        if site.call.context.twin is None:
+        """Keep the twins' difference and common energies.
+
+        Args:
+            activation: [batch, token, d].
+            site: where and when it was seen.
+        """
+        if "A" not in site.twin:
             raise InvalidValue(
                 "TwinDivergence compares twins, and this batch has none; run it with "
                 "dit_lens.twins(model, probes=[...])."
@@ -77,23 +87,37 @@ class TwinDivergence(Probe):
         )
         band = torch.nn.functional.one_hot(self.bands.index, self.bands.n).to(a)
 
-        def energy(h: Tensor) -> Tensor:  # [pair, token, d] -> [reading, pair, band]
-            # [pair, mode, reading]
+        def energy(h: Tensor) -> Tensor:  # [pair, token, d] -> [channels, pair, band]
+            # [pair, mode, channels]
             per_mode = self.bands.coefficients_tokens(h).square() @ weights.T
-            return torch.einsum("pmr,mb->rpb", per_mode, band)
+            return torch.einsum("pmc,mb->cpb", per_mode, band)
 
         self.difference[layer, site.step] = energy(a - b)
         self.common[layer, site.step] = energy(a) + energy(b)
-        self.timesteps[site.step] = site.call.t[0]
+        self.timesteps[site.step] = site.t[0]
 
-    def run(self, model: HookedDiT, **settings: Any) -> xr.Dataset:
-        """Run `dit_lens.twins(model, **settings)` under this probe and give the result."""
+    def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:
+        """Make twins under observation, and give the result.
+
+        Args:
+            model: a `HookedDiT`, or what it wraps.
+            labels: one a pair; by default those of `dit_lens.twins`.
+            **settings: those of `dit_lens.twins`: pairs, release, steps, guidance, ...
+        """
+        if labels is not None:
+            settings = {"pairs": len(labels), "labels": labels} | settings
         twins(model, probes=[self], **settings)
         return self.result()
 
     def result(self) -> xr.Dataset:
-        """`difference`, `common` [reading, layer, step, pair, band] and their pooled ratio `energy`
-        [reading, layer, step, band].
+        """The energies of the latest run.
+
+        Returns:
+            Dataset with `difference`, `common` [channels, layer, step, pair, band] and their ratio
+            `energy` [channels, layer, step, band], pooled over pairs.
+
+        Raises:
+            RuntimeError: if nothing was seen.
         """
         if not self.difference:
             raise InvalidState(
@@ -107,16 +131,16 @@ class TwinDivergence(Probe):
             )
             for name, seen in (("difference", self.difference), ("common", self.common))
         }
-        dims = ("reading", "layer", "step", "pair", "band")
+        dims = ("channels", "layer", "step", "pair", "band")
         variables: dict[str, Any] = {
             name: (dims, value.float().cpu().numpy()) for name, value in arrays.items()
         }
         pooled = arrays["difference"].sum(3) / arrays["common"].sum(3)
-        variables["energy"] = (("reading", "layer", "step", "band"), pooled.float().cpu().numpy())
+        variables["energy"] = (("channels", "layer", "step", "band"), pooled.float().cpu().numpy())
         return xr.Dataset(
             variables,
             coords={
-                "reading": list(self.readings),
+                "channels": list(self.channels),
                 "layer": layers,
                 "step": steps,
                 "band": list(self.bands.names),

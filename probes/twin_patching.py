@@ -11,42 +11,39 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
 from dit_lens.errors import InvalidState
-from dit_lens.patching.sweep import Kind, as_grid, grid, sweep, tiles
+from dit_lens.patching import Kind, as_grid, grid, sweep, tiles
 
 
 class TwinPatching(Probe):
     """Patches twin A's activations into twin B, over layers, sites and windows of steps, and
     follows B to its end.
 
-        result = TwinPatching().run(model, pairs=16, release=20, steps=50)
-        result.move.sel(band="low")                          # [layer, site, window]
-
     `move` says how far B's finished latents go over to A's: the share of their squared distance
     that is gone, by band, 0 where the patch does nothing, 1 where B becomes A, below 0 where it
-    leads away. The whole result is that of `dit_lens.patching.sweep.sweep`, its grid laid out.
+    leads away. The whole result is that of `dit_lens.patching.sweep`, its grid laid out.
 
-    It runs its own twins and watches nobody else's: use `run`, not `dit_lens.trace(probes=[...])`.
+    It makes its own twins and observes no other run: use `run`, not `dit_lens.trace(probes=[...])`.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> result = TwinPatching().run(model, [3], layers=[9], windows=2, release=1, steps=3)
+    >>> result.move.sizes
+    Frozen({'layer': 1, 'site': 2, 'window': 2, 'band': 2})
     """
 
     names = ()
 
     def __init__(self) -> None:
-        self._result: xr.Dataset | None = None
-
-    def start(self, model: HookedDiT) -> None:
-        raise InvalidState(
-            "TwinPatching runs twins of its own and can't watch another run; use its run(model, "
-            "...)."
-        )
+        self.found: xr.Dataset | None = None
 
     def run(
         self,
-        model: HookedDiT,
-        pairs: int = 16,
+        model: Any,
+        labels: Any = None,
+        *,
+        pairs: int | None = None,
         layers: Sequence[int] | None = None,
         sites: str | Sequence[str] = ("attn_out", "mlp_out"),
         windows: int | Sequence[range | None] = 5,
-        *,
         kind: Kind = "swap",
         outcome: Bands | Callable[[Tensor], Any] | None = None,
         batch: int = 16,
@@ -57,18 +54,29 @@ class TwinPatching(Probe):
         """Make twins and patch A into B.
 
         Args:
-            pairs, settings: those of `dit_lens.twins` (release, steps, guidance, scheduler, ...).
+            model: a `HookedDiT`, or what it wraps.
+            labels: one a pair; by default those of `dit_lens.twins`.
+            pairs: how many; by default one a label, or 16.
             layers: by default every one.
             sites: hook points in a layer.
             windows: ranges of steps, or how many to cut the steps from the release to the end into.
-            kind, outcome, batch, progress, resume: those of `dit_lens.patching.sweep.Patch` and
-                `sweep`.
+            kind: of patch; see `dit_lens.patching.Patch`.
+            outcome: what is measured at the end; see `dit_lens.patching.sweep`.
+            batch: images that run at once.
+            progress: called with the patch-steps done and in all.
+            resume: a file in which finished patches are kept.
+            **settings: those of `dit_lens.twins`: release, steps, guidance, scheduler, ...
 
-        Returns the Dataset of `sweep`, [layer, site, window, ...]. Raises ValueError, before the
-        patches run, for what does not fit.
+        Returns:
+            The Dataset of `dit_lens.patching.sweep`, [layer, site, window, ...].
+
+        Raises:
+            ValueError: before the patches run, for what does not fit.
         """
-        model = model if isinstance(model, HookedDiT) else HookedDiT(model)
-        made = twins(model, pairs=pairs, **settings)
+        model = HookedDiT.of(model)
+        if pairs is None:
+            pairs = 16 if labels is None else len(labels)
+        made = twins(model, pairs, labels, **settings)
         steps = made.run.settings.steps
         chosen = tiles(made.release, steps, windows) if isinstance(windows, int) else windows
         patches = grid(
@@ -77,11 +85,15 @@ class TwinPatching(Probe):
         swept = sweep(
             made.a, made.b, patches, outcome, batch=batch, progress=progress, resume=resume
         )
-        self._result = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
-        return self._result
+        self.found = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
+        return self.found
 
     def result(self) -> xr.Dataset:
-        """What the latest `run` gave."""
-        if self._result is None:
+        """What the latest `run` gave.
+
+        Raises:
+            RuntimeError: if there was none.
+        """
+        if self.found is None:
             raise InvalidState("TwinPatching has seen nothing: use its run(model, ...).")
-        return self._result
+        return self.found

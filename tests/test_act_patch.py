@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import make_dit
 
+import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.families import family_named
 from dit_lens.patching import act_patch as ours
 
 torch.set_num_threads(1)
@@ -103,6 +105,60 @@ def test_names_and_argument_order_are_those_of_transformer_lens():
         ), (name, order)
 
 
+@pytest.mark.parametrize(
+    ("family", "site", "axes", "last", "cell"),
+    [
+        # three frames of 4x4 tokens
+        ("WanTransformer3DModel", "attn_out", ("layer", "pos"), 48, (1, 47)),
+        ("WanTransformer3DModel", "attn.hook_z", ("layer", "head"), 2, (0, 1)),
+        ("CogVideoXTransformer3DModel", "resid_pre", ("layer", "pos"), 32, (1, 31)),
+        ("CogVideoXTransformer3DModel", "text.attn_out", ("layer", "pos"), 7, (0, 6)),
+        ("SanaTransformer2DModel", "cross_attn.hook_z", ("layer", "pos", "head"), 2, (1, 3, 1)),
+        ("ZImageTransformer2DModel", "attn.hook_q", ("layer", "head"), 4, (1, 1)),
+    ],
+)
+def test_video_and_text(family, site, axes, last, cell):
+    transformer, y = family_named(family).small(0)
+    model = HookedDiT(transformer)
+    gen = torch.Generator().manual_seed(3)
+    clean, corrupted = torch.randn(2, 2, *model.cfg.latent_shape, generator=gen)
+    t = torch.tensor([300.0, 500.0])
+    _, cache = model.run_with_cache(clean, t, y, names_filter=site)
+    found = ours.generic_activation_patch(
+        model, (corrupted, t, y), cache, lambda out: out.square().mean(), site, axes, batch=6
+    )
+    assert found.shape[0] == model.cfg.n_layers and found.shape[-1] == last
+    layer, *index = cell
+    name = model.resolve(site, layer)
+    where = [slice(None)] * cache[name].ndim
+    for axis, i in zip(axes[1:], index, strict=True):
+        where[next(p for p, a in enumerate(model.sites[name]) if a in ours.AXES[axis])] = i
+
+    def put(activation, hook):
+        activation[tuple(where)] = cache[name][tuple(where)]
+        return activation
+
+    out = model.run_with_hooks(corrupted, t, y, fwd_hooks=[(name, put)]).detach()
+    assert float(found[cell]) == pytest.approx(float(out.square().mean()), rel=1e-4)
+    assert float(found[cell]) != pytest.approx(
+        float(model(corrupted, t, y).detach().square().mean()), rel=1e-6
+    )
+
+
+def test_each_is_a_function_of_its_own():
+    import inspect
+
+    names = [name for name in ours.__dict__ if name.startswith("get_act_patch_")]
+    assert len(names) == 15
+    for name in names:
+        function = getattr(ours, name)
+        assert inspect.isfunction(function) and function.__name__ == name
+        assert all(
+            f"        {p}: " in function.__doc__ for p in inspect.signature(function).parameters
+        )
+        assert getattr(dit_lens.patching, name) is function
+
+
 def test_bad_input(setting):
     model, (x, t, y), cache, metric = setting
     with pytest.raises(
@@ -113,10 +169,8 @@ def test_bad_input(setting):
         )
     with pytest.raises(ValueError, match="index_axis_names is .*; expected 'layer' first"):
         ours.generic_activation_patch(model, (x, t, y), cache, metric, "resid_pre", ("pos",))
-    with pytest.raises(
-        ValueError,
-        match="The clean cache has a batch of 2 and the corrupted inputs one of 1; expected the same",
-    ):
+    text = "The clean cache has a batch of 2 and the corrupted inputs one of 1; expected the same"
+    with pytest.raises(ValueError, match=text):
         ours.get_act_patch_resid_pre(model, (x[:1], t[:1], y[:1]), cache, metric)
     _, few = model.run_with_cache(x, t, y, names_filter="mlp_out")
     with pytest.raises(KeyError):

@@ -8,9 +8,7 @@ from diffusers import DDIMScheduler
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.groundtruth import gaussian
-from dit_lens.patching.attribution import attribute
-from dit_lens.patching.paths import path_patch
-from dit_lens.patching.sweep import Patch, sweep
+from dit_lens.patching import Patch, attribute, path_patch, sweep
 
 torch.set_num_threads(1)
 
@@ -61,7 +59,11 @@ def test_an_estimate_is_the_derivative():
         latents=z
         + torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
     )
-    found = attribute(source, target)
+    steps_seen = []
+    found = attribute(source, target, progress=lambda *done: steps_seen.append(done))
+    assert steps_seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    one = attribute(source, target, "mlp_out").estimate
+    assert one.identical(found.estimate.sel(site=["mlp_out"]))
     name, step, h = "blocks.1.hook_mlp_out", 2, 1e-6
     theirs, ours = (run.activations(name, step=step) for run in (source, target))
     apart = (target.latents[-1] - source.latents[-1]).square().sum()
@@ -116,8 +118,8 @@ def test_a_path_into_oneself_changes_nothing(model, pair):
 
 
 def test_paths_of_a_model_whose_layers_do_not_read_each_other():
-    """E6 with two causes: each reads the stream and adds to it linearly, so the later one mediates
-    the earlier one's news.
+    """An exact Gaussian denoiser with two causes: each reads the stream and adds to it linearly, so
+    the later one mediates the earlier one's change.
     """
     truth = gaussian(4.0, 0.25, (1, 3), 4, sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)

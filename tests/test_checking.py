@@ -358,7 +358,7 @@ def test_what_is_not_compared_says_why(quick):
         "its bands are not known; let the constructor take `bands`"
     )
     assert notes["energy: not compared"].startswith(
-        "it has the dimensions [reading, layer, step, band]; expected [name,"
+        "it has the dimensions [channels, layer, step, band]; expected [name,"
     )
 
 

@@ -219,7 +219,8 @@ def test_names_filters_and_shorthand(dit, inputs):
     for f, text in {
         "blocks.*.hook_resid_psot": "nearest: .*resid_post",
         ("q", 3): "There is no layer 3 for 'q': layers are 0 to 2",
-        "normalized": "could be any of 'ln1.hook_normalized', 'ln2.hook_normalized', 'ln_final.hook_normalized'; write it out",
+        "normalized": "could be any of 'ln1.hook_normalized', "
+        "'ln2.hook_normalized', 'ln_final.hook_normalized'; write it out",
         "nonsense": "No hook point matches 'nonsense'; model.names lists them all",
     }.items():
         with pytest.raises(dit_lens.UnknownName, match=text):

@@ -2,19 +2,24 @@
 here.
 """
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_dit
 from diffusers import DDIMScheduler
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, UnknownName
-from dit_lens.patching.patch import moved
-from dit_lens.patching.sweep import Patch, as_grid, grid, sweep, tiles
-from dit_lens.probes.twin_patching import TwinPatching
+from dit_lens.families import family_named
+from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
+from dit_lens.patching.checkpoint import sweep_key
+from dit_lens.patching.patch import moved, plan
+from dit_lens.probes import TwinPatching
 from dit_lens.sampling.guidance import model_inputs
 from dit_lens.sampling.settings import edits_at
 
@@ -278,7 +283,7 @@ def test_the_result(model, pair):
 
 
 def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["dit_lens.patching.sweep"], "IN_FLIGHT", 2)
+    monkeypatch.setattr(sys.modules["dit_lens.patching.sweeps"], "IN_FLIGHT", 2)
     patches, file = (
         grid(range(3), ["attn_out", "mlp_out"], [range(2, 4)]),
         tmp_path / "deep" / "sweep.safetensors",
@@ -312,8 +317,197 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="of another sweep"):
             sweep(*other, resume=file)
     (tmp_path / "junk").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="is no file of a sweep"):
+    with pytest.raises(ValueError, match="is not a file of a sweep"):
         sweep(pair.a, pair.b, patches, resume=tmp_path / "junk")
+
+
+def test_bands_that_print_alike_are_two_patches(tmp_path):
+    """Cut at 0.25 and a hair above it the low band holds 9 and 13 modes: two answers, two files."""
+    twins = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=4)
+
+    def patch(cut):
+        bands = Bands.radial((8, 8), cut=cut)
+        return Patch("resid_post", 20, range(2, 3), bands=bands, band="low")
+
+    a, b = patch(0.25), patch(0.25001)
+    assert (a.bands.sizes, b.bands.sizes) == ((9, 55), (13, 51))
+    alone = [sweep(twins.a, twins.b, [p]).move.values[0] for p in (a, b)]
+    assert (abs(alone[0] - alone[1]) > 1e-5).all()
+    together = sweep(twins.a, twins.b, [a, b], resume=tmp_path / "sweep").move.values
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    with pytest.raises(ValueError, match=r"is of another sweep \(2 patches\)"):
+        sweep(twins.a, twins.b, [b, a], resume=tmp_path / "sweep")
+
+
+EIGEN = [
+    Bands.eigen(torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(s)), (4, 4))
+    for s in (0, 1)
+]
+MASK = torch.arange(16).reshape(4, 4) % 4 == 1
+NUDGED = torch.ones(16).index_fill(0, torch.tensor([3]), 1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (dict(layer=2), dict(layer=-1)),
+        (dict(layer=1), dict(layer=np.int64(1))),
+        (dict(site="attn_out"), dict(site="hook_attn_out")),
+        (dict(steps=None), dict(steps=range(6))),
+        (dict(steps=range(2, 5)), dict(steps=range(4, 1, -1))),
+        (dict(region=MASK), dict(region=[1, 5, 9, 13])),
+        (dict(region=MASK), dict(region=slice(1, None, 4))),
+        (dict(region=MASK), dict(region=torch.tensor([13, 9, 5, 1, 1]))),
+        (dict(region=15), dict(region=[-1])),
+        (dict(region=3), dict(region=np.int64(3))),
+        (dict(site="z", heads=1), dict(site="attn.hook_z", heads=torch.tensor([False, True]))),
+        (dict(bands=BANDS, band=0), dict(bands=BANDS, band=BANDS.names[0])),
+        (dict(bands=BANDS, band=1), dict(bands=BANDS, band=torch.tensor(1))),
+        (dict(bands=BANDS, band=1), dict(bands=Bands.radial((4, 4), n=2), band=1)),
+        (dict(seed=1), dict(seed=2)),
+        (dict(kind="resample", seed=1), dict(kind="resample", seed=np.int32(1))),
+        (dict(kind="skip"), dict(kind="skip", site="mlp_out")),
+        (dict(direction=NUDGED), dict(direction=NUDGED.double())),
+    ],
+)
+def test_descriptions_of_one_intervention_are_one_patch(model, one, other):
+    a, b = (plan(Patch(**{"site": "attn_out", "layer": 1} | o), model, 6, 3) for o in (one, other))
+    assert a.digest == b.digest and a.key == b.key
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (dict(layer=1), dict(layer=2)),
+        (dict(steps=range(2, 5)), dict(steps=range(2, 5, 2))),
+        (dict(region=MASK), dict(region=~MASK)),
+        (dict(region=MASK), dict(region=MASK.T)),
+        (dict(site="z", heads=[0]), dict(site="z", heads=[1])),
+        (dict(site="z", heads=[0, 1]), dict(site="z", region=[0, 1])),
+        (dict(bands=BANDS, band=0), dict(bands=BANDS, band=1)),
+        (dict(bands=BANDS, band=0), dict(bands=Bands.dct((4, 4), n=2), band=0)),
+        (dict(bands=EIGEN[0], band=0), dict(bands=EIGEN[1], band=0)),
+        (dict(direction=torch.ones(16)), dict(direction=NUDGED)),
+        (dict(direction=torch.ones(16)), dict()),
+        (dict(kind="swap"), dict(kind="mean")),
+        (dict(kind="resample", seed=1), dict(kind="resample", seed=2)),
+    ],
+)
+def test_interventions_that_differ_are_two_patches(model, one, other):
+    a, b = (plan(Patch(**{"site": "attn_out", "layer": 1} | o), model, 6, 3) for o in (one, other))
+    assert a.digest != b.digest
+
+
+def test_a_file_of_other_guided_channels_is_refused(tmp_path):
+    model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000, clip_sample=False))
+    runs = [
+        dit_lens.sample(model, [1, 2], steps=2, guidance=2.0, guided_channels=channels)
+        for channels in ("all", "first3")
+    ]
+    same = [dataclasses.replace(run, latents=runs[0].latents) for run in runs]
+    keys = [sweep_key(run, run, []) for run in same]
+    assert keys[0] != keys[1]
+
+
+def small(name):
+    """A small model of a family and two runs of it."""
+    family = family_named(name)
+    transformer, condition = family.small(0)
+    scheduler = DDIMScheduler(1000, clip_sample=False)
+    if "Flow" in str(family.small_pipeline().scheduler.__class__):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+    model = HookedDiT(transformer, scheduler=scheduler)
+    one, other = ({k: v[i : i + 1] for k, v in condition.items() if v is not None} for i in (0, 1))
+    model.conditions.add({"": other, "a fox": one, "a boat": other})
+    runs = [
+        dit_lens.sample(model, prompts, seeds=seed, steps=3, guidance=2.0)
+        for seed, prompts in ((0, ["a boat", "a fox"]), (9, ["a fox", "a boat"]))
+    ]
+    return model, *runs
+
+
+def by_replay(source, target, name, step, where):
+    """The target's end if part of one activation is the source's at one step."""
+    taken = source.activations(name, step=step)
+    now = {"step": -1}
+
+    def count(a, hook):
+        now["step"] += 1
+
+    def put(a, hook):
+        if now["step"] == step:
+            a[where] = taken[where]
+        return a
+
+    return target.replay(0, [("hook_embed", count), (name, put)]).latents[-1]
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "options", "where"),
+    [
+        ("WanTransformer3DModel", "resid_post", dict(region=[47]), (ALL, [47])),
+        ("CogVideoXTransformer3DModel", "resid_mid", dict(region=[31, 3]), (ALL, [31, 3])),
+        ("WanTransformer3DModel", "attn.hook_z", dict(heads=[1]), (ALL, ALL, [1])),
+        ("WanTransformer3DModel", "attn.hook_pattern", dict(region=[47]), (ALL, ALL, [47])),
+        ("SD3Transformer2DModel", "text.attn_out", dict(), (ALL,)),
+        ("SD3Transformer2DModel", "text.attn.hook_z", dict(heads=0), (ALL, ALL, 0)),
+        ("SD3Transformer2DModel", "text.resid_post", dict(), (ALL,)),
+        ("SanaTransformer2DModel", "cross_attn.hook_z", dict(), (ALL,)),
+        ("PixArtTransformer2DModel", "cross_attn.hook_k", dict(heads=[0]), (ALL, ALL, [0])),
+    ],
+)
+def test_patches_in_video_and_text(family, site, options, where):
+    model, source, target = small(family)
+    patch = Patch(site, 0, range(1, 2), **options)
+    alone = by_replay(source, target, model.resolve(site, 0), 1, where)
+    assert (alone - target.latents[-1]).abs().max() > 1e-6
+    found = latents(source, target, [patch])[0]
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_what_text_and_video_do_not_have_is_refused():
+    model, source, target = small("WanTransformer3DModel")
+    for patch, text in [
+        (Patch("attn_out", 0, region=[48]), "token index [48] is out of range; expected 0 to 47"),
+        (
+            Patch("cross_attn.hook_k", 0, region=[0]),
+            "'blocks.0.cross_attn.hook_k' has no token axis; its axes are batch, text_token, head, "
+            "d_head",
+        ),
+        # how long the text is shows in the first forward
+        (
+            Patch("cross_attn.hook_pattern", 0, range(1, 2), direction=torch.ones(3)),
+            "the direction has 3 entries; 'blocks.0.cross_attn.hook_pattern' has 7 (text_key)",
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            sweep(source, target, [patch])
+        assert str(error.value) == f"{str(patch)!r}: {text}."
+    assert model.instrumentation.listening == 0
+
+    model, source, target = small("SanaTransformer2DModel")
+    with pytest.raises(
+        ValueError, match="has no head axis; its axes are batch, token, cross_head, d_cross_head"
+    ):
+        sweep(source, target, [Patch("cross_attn.hook_z", 0, heads=[0])])
+    model.conditions.add(
+        {
+            "a long boat": {
+                k: torch.cat([v, v], 1) for k, v in model.conditions.of(torch.tensor([10])).items()
+            }
+        }
+    )
+    longer = dit_lens.sample(model, ["a long boat"] * 2, steps=3, guidance=1.0)
+    short = dit_lens.sample(model, ["a fox"] * 2, steps=3, guidance=1.0)
+    with pytest.raises(
+        ValueError,
+        match=r"'blocks.0.cross_attn.hook_k' is \[2, 14, \d+, \d+\] in the source and \[2, 7, .*"
+        "expected the same, prompts of one length",
+    ):
+        sweep(longer, short, [Patch("cross_attn.hook_k", 0)])
 
 
 def test_bad_input(model, pair):
@@ -366,17 +560,17 @@ def test_bad_input(model, pair):
         ),
         (dict(bands=BANDS), "expected both or neither"),
         (dict(direction=torch.zeros(16)), "length 0; expected a vector"),
-        (dict(kind="swop"), r"'swop' is no kind of patch; expected one of .*\(nearest: 'swap'\)"),
+        (dict(kind="swop"), r"Unknown kind of patch 'swop'; expected one of .*\(nearest: 'swap'\)"),
     ]:
         with pytest.raises((ValueError, UnknownName), match=text):
             sweep(a, b, [Patch(**{"site": "attn_out", "layer": 0} | options)])
-    with pytest.raises(TypeError, match="steps=3 is no window; expected a range"):
+    with pytest.raises(TypeError, match="steps=3 is not a window; expected a range"):
         Patch("attn_out", 0, 3)
     with pytest.raises(ValueError, match="expected 2 or more"):
         sweep(a.select([0]), b.select([0]), [Patch("attn_out", 0, kind="resample")])
     for options, text in [
         (dict(patches=[]), "There are no patches"),
-        (dict(batch=0), "batch=0 is no number of images"),
+        (dict(batch=0), "batch=0 images at once; expected a whole number"),
         (dict(outcome=Bands.radial((4, 4))), "bands are of a 4x4 grid; expected the latents' 8x8"),
         (
             dict(outcome=lambda x: x[:1]),
@@ -409,11 +603,6 @@ def test_the_probe(model):
     probe = TwinPatching()
     with pytest.raises(RuntimeError, match="TwinPatching has seen nothing"):
         probe.result()
-    with (
-        pytest.raises(RuntimeError, match="runs twins of its own"),
-        dit_lens.trace(model, probes=[probe]),
-    ):
-        pass
     result = probe.run(
         model, pairs=2, layers=[0, 2], sites="attn_out", windows=2, release=2, steps=STEPS
     )

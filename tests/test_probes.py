@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, Probe
-from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
+from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence, TwinPatching
 from dit_lens.tracing.probe import load_probe, registered_probes
 
 
@@ -36,7 +36,8 @@ def test_spectral_split_is_parseval_and_by_hand(model):
     )
     with pytest.raises(
         ValueError,
-        match="'blocks.0.hook_cond' has no token axis to take a spectrum over; its axes are batch, d_model",
+        match="'blocks.0.hook_cond' has no token axis to take a spectrum over; its axes are batch, "
+        "d_model",
     ):
         with dit_lens.trace(model, probes=[SpectralSplit("hook_cond")]):
             dit_lens.sample(model, [1], steps=1)
@@ -60,7 +61,7 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
         "step",
         "band",
     )
-    again = LayerLens().run(model, run)
+    again = LayerLens().of_run(run)
     assert np.allclose(again.xy, lens.result(run.latents[-1]).xy, rtol=1e-4, atol=1e-6)
     with pytest.raises(
         ValueError, match=r"target has shape \[1, 1, 8, 8\]; the run's latents have \[4, 1, 8, 8\]"
@@ -147,8 +148,89 @@ def test_a_probe_that_fails_leaves_nothing(model):
         dit_lens.sample(model, [1], steps=1)
 
 
+def test_run_is_a_run_under_observation(model):
+    """Each probe's `run(model, labels, ...)` is what one would write with a trace or twins."""
+    split = SpectralSplit()
+    with dit_lens.trace(model, probes=[split]):
+        dit_lens.sample(model, [1, 2], steps=2, seeds=5)
+    assert SpectralSplit().run(model, [1, 2], steps=2, seeds=5).identical(split.result())
+
+    lens = LayerLens()
+    with dit_lens.trace(model, probes=[lens]):
+        run = dit_lens.sample(model, [1, 1, 2, 2], steps=2, guidance=2.0)
+    both = torch.cat([run.latents[-1]] * 2)
+    found = LayerLens().run(model, [1, 1, 2, 2], steps=2, guidance=2.0)
+    assert found.identical(lens.result(both)) and LayerLens().run(model, steps=1).batch.size == 16
+
+    divergence = TwinDivergence()
+    dit_lens.twins(model, 2, [3, 4], release=1, steps=2, probes=[divergence])
+    again = TwinDivergence().run(model, [3, 4], release=1, steps=2)
+    assert again.identical(divergence.result())
+    assert list(again.channels.values) == ["raw", "standardised", "trimmed"]
+
+    patched = TwinPatching().run(model, [3, 4], layers=[0], windows=1, release=1, steps=3)
+    pair = dit_lens.twins(model, 2, [3, 4], release=1, steps=3)
+    patches = dit_lens.patching.grid([0], ["attn_out", "mlp_out"], [range(1, 3)])
+    by_hand = dit_lens.patching.as_grid(dit_lens.patching.sweep(pair.a, pair.b, patches))
+    assert patched.move.identical(by_hand.move)
+
+
+def test_a_probe_that_only_runs_watches_no_other_run(model):
+    class Own(Probe):
+        names = ()
+
+        def run(self, model, labels=None, **settings):
+            return "mine"
+
+    assert Own().run(model) == "mine"
+    for probe in (Own(), TwinPatching()):
+        text = f"{type(probe).__name__} observes no hook point, its names are empty; use its run"
+        with pytest.raises(ValueError, match=text), dit_lens.trace(model, probes=[probe]):
+            pass
+    assert model.instrumentation.listening == 0 and not model.instrumentation.watchers
+
+
+def test_built_in_probes_use_what_a_stranger_can():
+    """They import listed names of dit_lens and its namespaces only, and touch
+    nothing private.
+    """
+    import ast
+    import importlib
+    from pathlib import Path
+
+    import dit_lens.probes
+
+    open_to_all = {
+        "dit_lens",
+        "dit_lens.measures",
+        *(f"dit_lens.{n}" for n in dit_lens._NAMESPACES),
+    }
+    files = sorted(Path(dit_lens.probes.__file__).parent.glob("[a-z]*.py"))
+    assert len(files) == 4
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dit_lens"):
+                assert node.level == 0 and node.module in open_to_all, (file.name, node.module)
+                listed = importlib.import_module(node.module).__all__
+                assert {alias.name for alias in node.names} <= set(listed), (file.name, node.module)
+            if isinstance(node, ast.Attribute):
+                assert not node.attr.startswith("_") or node.attr.endswith("__"), (
+                    file.name,
+                    node.attr,
+                )
+                assert node.attr not in ("instrumentation", "family", "call"), (
+                    file.name,
+                    node.attr,
+                )
+
+
 def test_the_registry():
-    assert {"SpectralSplit", "TwinDivergence", "LayerLens"} <= set(registered_probes())
+    built_in = {"SpectralSplit", "TwinDivergence", "LayerLens", "TwinPatching"}
+    assert built_in == {
+        name
+        for name, entry in registered_probes().items()
+        if entry.value.startswith("dit_lens.probes.")
+    }
     assert load_probe("LayerLens") is LayerLens
     with pytest.raises(ValueError, match="No probe is called 'LayerLense'; installed: 'LayerLens'"):
         load_probe("LayerLense")

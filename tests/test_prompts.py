@@ -322,7 +322,7 @@ def test_runs_replays_twins_and_patches(name):
     """What the measurements rest on, with a model that is given text: exact replays, recomputed
     activations, coupled twins, sweeps.
     """
-    from dit_lens.patching.sweep import Patch, sweep
+    from dit_lens.patching import Patch, sweep
 
     pipe = pipeline(name)
     model = dit_lens.HookedDiT(pipe, size=(8, 8))
@@ -359,7 +359,7 @@ def test_paths_go_round_every_contribution():
     """In PixArt the text's contribution lies between attention and MLP: frozen with the rest, only
     the last layer hears the news.
     """
-    from dit_lens.patching.paths import path_patch
+    from dit_lens.patching import path_patch
 
     with dit_lens.HookedDiT(pipeline("PixArtTransformer2DModel"), size=(8, 8)) as model:
         pair = dit_lens.twins(model, pairs=2, release=0, steps=4)

@@ -140,7 +140,7 @@ def test_flow_matching():
     )
     with pytest.raises(
         ValueError,
-        match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow matching",
+        match="'ddim' does not fit the model's own, FlowMatchEulerDiscreteScheduler, which is flow",
     ):
         dit_lens.sample(model, [1], steps=5, scheduler="ddim")
     # what a flow is sampled with unasked

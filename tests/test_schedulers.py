@@ -50,7 +50,7 @@ def test_each_is_run_to_its_end_or_refused(name, kind):
     except dit_lens.DitLensError as error:
         short = name.removesuffix("Scheduler")
         assert short not in (PRESERVING if kind == "preserving" else FLOWS), error
-        assert name in str(error) and "expected" in str(error) or "does not fit" in str(error)
+        assert (name in str(error) and "expected" in str(error)) or "does not fit" in str(error)
         assert model.instrumentation.listening == 0
         return
     assert len(calls) == 6 == len(run.timesteps) and run.latents.isfinite().all()

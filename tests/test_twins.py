@@ -151,7 +151,7 @@ def test_twin_divergence(model):
     probe = TwinDivergence()
     result = probe.run(model, pairs=4, release=2, steps=5, guidance=2.0)
     assert (
-        result.energy.dims == ("reading", "layer", "step", "band")
+        result.energy.dims == ("channels", "layer", "step", "band")
         and dict(result.sizes)["pair"] == 4
     )
     # released at 2, they differ from step 3 on
@@ -162,7 +162,7 @@ def test_twin_divergence(model):
     h = t["resid_post", 1][4][:8]  # [A | B] of the guided half
     by_hand = probe.bands.energy_tokens(h[:4] - h[4:])
     assert torch.allclose(
-        torch.as_tensor(result.difference.sel(reading="raw", layer=1, step=4).values),
+        torch.as_tensor(result.difference.sel(channels="raw", layer=1, step=4).values),
         by_hand,
         rtol=1e-3,
     )
@@ -211,10 +211,13 @@ def test_bad_input(model):
 
 
 def test_a_coupled_run_is_not_recomputed_alone():
-    """The coupling is not in the run's history, so what would silently be another run is refused."""
+    """The coupling is not in the run's history: what would silently be another run is refused."""
     model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
     pair = dit_lens.twins(model, 2, [1, 2], tie="attention", g=0.5, steps=4, release=2)
-    said = "Until step 2 this run was coupled to its twin, and step 1 alone would be another; expected a step from 2 on"
+    said = (
+        "Until step 2 this run was coupled to its twin, and step 1 alone would be another; "
+        "expected a step from 2 on"
+    )
     for call in (lambda: pair.a.replay(1), lambda: pair.run.activations("resid_post", 0, step=1)):
         with pytest.raises(ValueError, match=said):
             call()

@@ -89,7 +89,7 @@ follow_imports = skip
 [mypy-dit_lens.*]
 follow_imports = silent
 """
-"""As in pyproject.toml, so that the cache fits; but the package is read as a user's mypy reads it."""
+"""As in pyproject.toml, so that the cache fits; the package is read as a user's mypy reads it."""
 
 
 def test_its_types_are_what_they_should_be(site, tmp_path):

@@ -10,10 +10,10 @@ transformer itself it never touches.
 
 Three things keep that exact:
 
-- a hook point is listened to only once somebody waits for its value, so patterns that nobody reads
-  are not computed;
-- nnsight tells denoising steps apart by counting visits, so points that the model passed while
-  nobody listened are counted too;
+- a hook point is listened to only once nnsight's code waits for its value, so patterns that are not
+  read are not computed;
+- nnsight tells denoising steps apart by counting visits, so points that the model passed without a
+  listener are counted too;
 - what is served is a copy, as it is for dit_lens's own editors: the stream is often one tensor
   under two names.
 """
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..hooks.points import HookPoint, Listener, _checked
+from ..hooks.points import HookPoint, Listener, checked
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Handle
 
@@ -40,24 +40,30 @@ KINDS = ("input", "skip", "output")  # where nnsight stops at a module, and what
 def to_nnsight(model: Any) -> Any:
     """An `nnsight.NNsight` whose modules are the hook points of `model`, under their names.
 
-    `model` is a HookedDiT, a transformer or a pipeline. `m.trace(x, t, y)` runs the transformer
-    once; a pipeline is run by `m.generate(class_labels=[207], num_inference_steps=50)`, where
-    `tracer.iter` counts the denoising steps. Values have the shapes of `m.dit.sites`; under
-    guidance the batch is [cond | null], and an invoke sees its rows of both.
+    `m.trace(x, t, y)` runs the transformer once; a pipeline is run by
+    `m.generate(class_labels=[207], num_inference_steps=50)`, where `tracer.iter` counts the
+    denoising steps. Values have the shapes of `m.dit.sites`; with guidance the batch is
+    [cond | null], and an invoke sees its rows of both.
 
         with m.trace(x, t, y):
             stream = m.blocks[5].hook_resid_post.output.save()  # [batch, token, d_model]
 
+    Args:
+        model: a `HookedDiT`, a transformer or a pipeline; it is opened in place.
+
+    Returns:
+        The `nnsight.NNsight`. Two attributes lead back: `m.dit`, the HookedDiT (`m.dit.remove()`
+        takes the hook points out again), and `m.pipe`, the pipeline.
+
+    Raises:
+        ImportError: if nnsight is not installed.
+        TypeError: if `model` is no DiT.
+        ValueError: as `HookedDiT(model)`, for a model that can't be opened.
+        RuntimeError: as `HookedDiT(model)`, for one that is compiled.
+
     >>> import dit_lens; m = to_nnsight(dit_lens.load("digits"))
     >>> m.get("blocks.5.attn.hook_q")
     Point(batch, token, head, d_head)
-
-    Two attributes lead back: `m.dit`, the HookedDiT (`m.dit.remove()` takes the hook points out
-    again), and `m.pipe`, the pipeline.
-
-    Raises:
-        ImportError: if nnsight is not installed. TypeError, ValueError, RuntimeError: as
-            `HookedDiT(model)` does.
     """
     root, interleaver = _nnsight_classes()
     is_pipe = not isinstance(model, (HookedDiT, nn.Module))
@@ -128,40 +134,40 @@ class HookPoints(nn.Module):
         return dict(bound.arguments)
 
     def parameters(self, recurse: bool = True) -> Any:
-        return self.dit.parameters()
+        return self.dit.transformer.parameters(recurse)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HookPoints:
-        self.dit.transformer._apply(fn)
+        self.dit.transformer._apply(fn, recurse)
         return self
 
 
-class Tap(Listener):
-    """Sends a hook point's value through its module, where nnsight's code is waiting."""
+class PointListener(Listener):
+    """Sends a hook point's value through its module, where nnsight's code waits for it."""
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, listeners: PointListeners) -> None:
         super().__init__()
-        self.taps = taps
+        self.listeners = listeners
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         copy = x.clone()
         before = _version(copy)
-        new = self.taps.serve(point.name, copy)
+        new = self.listeners.serve(point.name, copy)
         edited = new is not copy or (
             not torch.equal(copy, x) if before is None else _version(copy) != before
         )
         if not edited:
             return copy if copy.requires_grad else x  # gradients are asked for at what was served
-        if self.taps.dit.instrumentation.watchers:
+        if self.listeners.dit.instrumentation.watchers:
             raise InvalidState(
                 f"nnsight edited {point.name!r} inside a dit_lens.trace, which could not replay "
-                "that when it recomputes; "
-                "edit with t.edit(...), or run the two one after the other."
+                "that when it recomputes; edit with t.edit(...), or run the two one after the "
+                "other."
             )
         point.changed = True
-        return _checked(new, x, point)
+        return checked(new, x, point)
 
 
-class Taps:
+class PointListeners:
     """The listeners of one run: put on when nnsight waits for a point, taken off after the forward
     in which it was served.
     """
@@ -188,14 +194,14 @@ class Taps:
         self.dit.instrumentation.release_thread()
 
     def listen(self, places: Collection[str]) -> None:
-        """Listen where somebody waits.
+        """Listen where nnsight's code waits.
 
         Nothing is taken off here: an edit of a pattern counts only while its listener is on.
         """
         for name in {
             self.places[place] for place in places if place in self.places
         } - self.handles.keys():
-            self.handles[name] = self.dit.instrumentation.attach(name, Tap(self))
+            self.handles[name] = self.dit.instrumentation.attach(name, PointListener(self))
 
     def keep(self, places: Collection[str]) -> None:
         """Take off the listeners everywhere else."""
@@ -210,7 +216,7 @@ class Taps:
         return value
 
     def step(self, *_: Any) -> None:
-        """A forward is over: what it passed unheard counts as visited."""
+        """A forward is over: points that it passed without a listener count as visited."""
         counts = self.interleaver.counts
         for place, name in self.places.items():
             if name not in self.served:
@@ -221,9 +227,9 @@ class Taps:
 
 @cache
 def _nnsight_classes() -> tuple[Any, Any]:
-    """nnsight's model and interleaver, made ours.
+    """Our subclasses of nnsight's model and interleaver.
 
-    Only here is nnsight imported: that puts `.save` on every object there is.
+    nnsight is imported only here, because that puts `.save` on every object there is.
     """
     try:
         from diffusers.utils import BaseOutput
@@ -236,11 +242,11 @@ def _nnsight_classes() -> tuple[Any, Any]:
             f"nnsight can't be imported ({error}); pip install 'dit_lens[nnsight]'."
         ) from error
 
-    class TappedInterleaver(Interleaver):
-        """Whenever nnsight sets anew what it waits for (`parked`, `observers`), the taps follow."""
+    class HookPointInterleaver(Interleaver):
+        """The listeners follow what nnsight waits for (`parked`, `observers`)."""
 
         def __init__(self, tree: HookPoints) -> None:
-            self.taps = Taps(tree, self)
+            self.listeners = PointListeners(tree, self)
             super().__init__()
 
         @property
@@ -250,28 +256,28 @@ def _nnsight_classes() -> tuple[Any, Any]:
         @parked.setter
         def parked(self, places: set[str]) -> None:
             self._parked = places
-            self.taps.listen(places)
+            self.listeners.listen(places)
 
         def reindex(self) -> None:
             super().reindex()
-            self.taps.listen(self.observers)
+            self.listeners.listen(self.observers)
 
         def __enter__(self) -> Any:
-            self.taps.start()
+            self.listeners.start()
             return super().__enter__()
 
         def cancel(self) -> None:  # nnsight calls this however a run ends
             try:
                 super().cancel()
             finally:
-                self.taps.stop()
+                self.listeners.stop()
 
     class Batcher(DiffusionBatcher):
         """Which rows of a batch are an invoke's.
 
-        Under guidance they lie in two places, so nnsight serves a copy: edits in place are
-        put back from there. A pipeline's output, which nnsight can't take apart, is cut by
-        images."""
+        With guidance they lie in two places, so nnsight serves a copy: edits in place are written
+        back from there. A pipeline's output, which nnsight can't take apart, is cut by images.
+        """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -346,13 +352,13 @@ def _nnsight_classes() -> tuple[Any, Any]:
         def _batch_size(self, *args: Any, **kwargs: Any) -> int:
             return _rows(self._module.bind(args, kwargs))
 
-        def _batch(self, invokes: list[tuple[Any, Any]], fn: Any) -> tuple[Any, Any]:
+        def _batch(self, invokes: list[tuple[Any, Any]], _fn: Any) -> tuple[Any, Any]:
             if len(invokes) == 1:
                 return invokes[0]
             each = [self._module.bind(args, kwargs) for args, kwargs in invokes]
             return (), _joined(each, [_rows(one) for one in each]) if each else {}
 
-    return NNsightDiT, TappedInterleaver
+    return NNsightDiT, HookPointInterleaver
 
 
 def _rows(arguments: dict[str, Any]) -> int:

@@ -3,9 +3,9 @@
 TransformerLens's functions ask a model for three things: a tree of its own `HookPoint` modules,
 methods that run the model with functions on them, and a `cfg` of sizes. So the bridge is such a
 tree, with dit_lens's names, and nothing is computed in it: the DiT runs as it always does, and for
-the length of a forward an editor at each point where somebody listens sends the activation through
-TransformerLens's point of that name and passes on what comes back. Where nobody listens nothing is
-attached: patterns are not computed, the output is bit for bit the model's own, and after the
+the length of a forward an editor at each point with hooks sends the activation through
+TransformerLens's point of that name and passes on what comes back. Where there are no hooks nothing
+is attached: patterns are not computed, the output is bit for bit the model's own, and after the
 forward the model is as it was.
 
 Two habits of dit_lens are kept: a name that matches nothing raises, with the nearest
@@ -38,26 +38,31 @@ def to_transformer_lens(model: Any) -> HookedRootModule:
     """TransformerLens's `HookedRootModule` for a DiT: `hook_dict`, `run_with_cache`,
     `run_with_hooks`, `hooks`, `add_hook`, `cfg`.
 
-    Args:
-        model: a `HookedDiT`, or what one can be made of: a pipeline or its transformer. It is
-            opened in place and shared, not copied.
-
     The module is called as `HookedDiT` is: `tl(x, t, y)`, with `start_at_layer` and
     `stop_at_layer`, and gives the model's output. With `metric=fn` it gives `fn(output)`, which
     `run_with_cache(..., incl_bwd=True)` needs to be a number. `tl.to_tokens(x, t, y)` stands for
-    `tokens` in functions that take one argument. `tl.model` is the HookedDiT, `tl.transformer` the
-    diffusers module.
+    `tokens` in functions that take one argument.
 
-    >>> import dit_lens, torch; tl = to_transformer_lens(dit_lens.load("digits"))
-    >>> out, cache = tl.run_with_cache(torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3]))
-    >>> cache["pattern", 27].shape, cache.stack_activation("resid_post").shape
-    (torch.Size([1, 4, 64, 64]), torch.Size([28, 1, 64, 64]))
+    Args:
+        model: a `HookedDiT`, a pipeline or its transformer; it is opened in place and shared, not
+            copied.
+
+    Returns:
+        The module. `tl.model` is the HookedDiT, `tl.transformer` the diffusers module.
 
     Raises:
-        ImportError: if transformer-lens is not installed. TypeError, RuntimeError, ValueError: as
-            `HookedDiT` does.
+        ImportError: if transformer-lens is not installed.
+        TypeError: if `model` is no DiT.
+        ValueError: as `HookedDiT(model)`, for a model that can't be opened.
+        RuntimeError: as `HookedDiT(model)`, for one that is compiled.
+
+    >>> import dit_lens, torch; tl = to_transformer_lens(dit_lens.load("digits"))
+    >>> x, t, y = torch.zeros(1, 1, 16, 16), torch.tensor([9]), torch.tensor([3])
+    >>> out, cache = tl.run_with_cache(x, t, y)
+    >>> cache["pattern", 27].shape, cache.stack_activation("resid_post").shape
+    (torch.Size([1, 4, 64, 64]), torch.Size([28, 1, 64, 64]))
     """
-    return _bridge()(model if isinstance(model, HookedDiT) else HookedDiT(model))
+    return _bridge()(HookedDiT.of(model))
 
 
 class Tokens:
@@ -133,26 +138,25 @@ class Through(Editor):
         if differs and self.instrumentation.watchers:
             raise InvalidState(
                 f"A TransformerLens hook changed {hook.name!r} inside a trace, which could not "
-                "repeat that edit when it "
-                f"recomputes: make it with trace.edit({hook.name!r}, fn)."
+                "repeat that edit when it recomputes: make it with "
+                f"trace.edit({hook.name!r}, fn)."
             )
         return new if touched or differs else None
 
     def frozen(self) -> None:
-        """Nothing that a trace should repeat: hooks that cache would cache once more."""
+        """None: a trace repeats nothing of this, for hooks that cache would cache once more."""
 
 
-class Branch(nn.Module):
-    """A place in the tree of hook points, `blocks.5.attn` for one."""
+class Node(nn.Module):
+    """A node of the tree of hook points, such as `blocks.5.attn`."""
 
     name: str
 
     def forward(self, *args: Any) -> Any:
         raise NotImplementedError(
             f"{self.name!r} holds hook points and computes nothing: in a DiT a modulation by (t, "
-            "y) follows each normalisation. "
-            "To read a stream by the last layer use tl.model.unembed(stream, t, y); elsewhere "
-            "record hook_normalized."
+            "y) follows each normalisation. To read a stream by the last layer use "
+            "tl.model.unembed(stream, t, y); elsewhere record hook_normalized."
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -167,9 +171,8 @@ def _attribute(module: Any, name: str) -> Any:
             raise
         raise AttributeError(
             f"{name!r} is not part of the bridge: it gives TransformerLens a DiT's hook points and "
-            "sizes, no vocabulary, "
-            "and no weights under TransformerLens's names (tl.transformer has them, under "
-            "diffusers')."
+            "sizes, no vocabulary, and no weights under TransformerLens's names (tl.transformer "
+            "has them, under diffusers')."
         ) from None
 
 
@@ -181,8 +184,7 @@ def _bridge() -> Any:
     except ImportError as error:
         raise ImportError(
             "The bridge to TransformerLens needs transformer-lens, and importing it failed "
-            f"({error}); "
-            "use pip install 'dit_lens[transformer-lens]'."
+            f"({error}); use pip install 'dit_lens[transformer-lens]'."
         ) from error
 
     class TransformerLensDiT(HookedRootModule):
@@ -197,15 +199,15 @@ def _bridge() -> Any:
                 place: nn.Module = self
                 for part in path:
                     if part not in dict(place.named_children()):
-                        place.add_module(part, nn.ModuleList() if part == "blocks" else Branch())
+                        place.add_module(part, nn.ModuleList() if part == "blocks" else Node())
                     place = place.get_submodule(part)
                 place.add_module(last, HookPoint())
             self.setup()
             points: dict[str, Any] = dict(self.named_modules())
             self.hook_dict = {name: points[name] for name in model.names}  # in forward order
             self.train(model.transformer.training)
-            # Only now: `setup` would write a `name` on each of its modules, and `train` would
-            # change their modes.
+            # After `setup`, which would write a `name` on each of its modules, and `train`, which
+            # would change their modes.
             self.transformer = model.transformer
             c, theirs = model.cfg, getattr(model.transformer, "config", None)
             self._cfg = TransformerBridgeConfig(
@@ -266,8 +268,7 @@ def _bridge() -> Any:
             if kwargs.get("incl_bwd") and kwargs.get("metric") is None:
                 raise InvalidValue(
                     "incl_bwd=True needs a number to take the gradient of, and a DiT's output is "
-                    "an image; "
-                    "pass metric=fn, with fn(output) a scalar."
+                    "an image; pass metric=fn, with fn(output) a scalar."
                 )
             if args and isinstance(args[0], Tokens):
                 args = (*args[0].inputs, *args[1:])
@@ -306,11 +307,8 @@ def _bridge() -> Any:
         def listening(self) -> Iterator[None]:
             """The listeners at all points with hooks; nested, those that are not there yet."""
             wanted = {n: p for n, p in self.hook_dict.items() if p.fwd_hooks or p.bwd_hooks}
-            if wanted and self.transformer.training:
-                raise InvalidState(
-                    "The model is in train mode, where diffusers drops class labels at random; "
-                    "call model.eval() first."
-                )
+            if wanted:
+                self.model.require_eval()
             with ExitStack() as stack:
                 for name, point in wanted.items():
                     if name in self.attached:
@@ -358,7 +356,7 @@ def _bridge() -> Any:
             return f"TransformerLensDiT({self.model!r})"
 
         def __reduce__(self) -> Any:
-            # a copied or unpickled model starts with nobody listening
+            # a copied or unpickled model starts without listeners
             return to_transformer_lens, (self.model,)
 
     return TransformerLensDiT

@@ -54,7 +54,6 @@ def profiles(
             their dims that docs/gap.md lists, and for each view its onset, or why there can be
             none.
     """
-    seen = seen.rename(reading="channels")
     values: dict[str, Array] = {}  # [resample, layer]
     taus: dict[str, Array] = {}  # [resample, layer, band]
 

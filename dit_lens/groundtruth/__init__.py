@@ -12,6 +12,9 @@ anything that measures a model of unknown answer.
 - `nulls`: models in which there is nothing to find (`random_weights`, `shuffle_layers`).
 - `measured`: how near a model comes to its answer (`stream_gains`).
 - `construction`: the few tricks that put a formula into a DiT's weights.
+
+Belongs here: models and formulas whose answer is known. Does not: what is held against them
+(`testing`). docs/checks.md derives the exact answers, which it and the docstrings number E1 to E6.
 """
 
 from .closed_forms import (
@@ -26,12 +29,13 @@ from .closed_forms import (
     token_mean,
 )
 from .measured import stream_gains
-from .mixture import mixture_eps, sides, two_scale
+from .mixture import coefficients, mixture_eps, sides, two_scale
 from .models import GroundTruth, gaussian, planted, random_planted
 from .nulls import random_weights, shuffle_layers
 
 __all__ = [
     "GroundTruth",
+    "coefficients",
     "commitment_log_snr",
     "commitment_timestep",
     "ddim_agreement",

@@ -1,4 +1,4 @@
-"""The exact answers (design, section 6) as functions of numbers.
+"""The exact answers E1 to E4 and E6 of docs/checks.md as functions of numbers.
 
 Gaussian data makes everything linear: a mode of variance `lam` is denoised by one coefficient, so
 agreements, ratios and gaps have formulas. They hold for an ideal sampler; `ddim_agreement` is the
@@ -23,8 +23,7 @@ def _spectrum(lam: ArrayLike) -> Array:
     values = np.asarray(lam, dtype=np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
         raise InvalidValue(
-            f"lam is {lam!r}; expected every variance of the data to be finite and above "
-            "0, such as 4.0."
+            f"lam is {lam!r}; expected variances of the data, finite and above 0, for instance 4.0."
         )
     return values
 
@@ -33,28 +32,25 @@ def _alphas(abar: ArrayLike) -> Array:
     values = np.asarray(abar, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         raise InvalidValue(
-            f"abar is {abar!r}; expected a cumulative alpha from 0 to 1, as in "
-            "scheduler.alphas_cumprod."
+            f"abar is {abar!r}; expected cumulative alphas in [0, 1], as scheduler.alphas_cumprod."
         )
     return values
 
 
 def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) -> Array:
-    """Agreement of finished twins on Gaussian data, released at `abar`.
-
-    Their correlation is r = lam abar / (1 - abar + lam abar) for each mode, for an exact denoiser
-    and an exact stochastic sampler.
+    """The correlation of finished twins of Gaussian data released at `abar` (E1 in docs/checks.md),
+    for an exact denoiser and an exact stochastic sampler: r = lam abar / (1 - abar + lam abar).
 
     Args:
-        lam: the variances of the data's modes, [mode], each above 0.
-        abar: the cumulative alpha at the release, any shape, 0 to 1.
-        pooled: all modes as one, sum(lam r) / sum(lam).
+        lam: variances of the data's modes, [mode].
+        abar: the cumulative alpha at the release, of any shape.
+        pooled: whether the modes are one band: sum lam r / sum lam.
 
     Returns:
-        abar's shape, with a last axis for the modes unless `pooled`.
+        r, of abar's shape with a last axis for the modes, or without it when pooled.
 
     Raises:
-        ValueError: for a variance or an alpha out of range.
+        ValueError: for variances that are not above 0, or abar outside [0, 1].
 
     >>> float(gaussian_agreement([4.0], 0.2)[0])
     0.5
@@ -65,13 +61,17 @@ def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) ->
 
 
 def commitment_log_snr(lam: ArrayLike) -> Array:
-    """The log SNR at which a mode's agreement is 1/2: -log lam, where abar = 1 / (1 + lam).
+    """The log SNR at which a mode's agreement is 1/2 (E1 in docs/checks.md): -log lam, where abar =
+    1 / (1 + lam).
 
     Args:
-        lam: the variance of the mode, above 0; any shape.
+        lam: variances of the data's modes.
+
+    Returns:
+        log SNR, of lam's shape.
 
     Raises:
-        ValueError: for a variance that is not above 0.
+        ValueError: for variances that are not above 0.
 
     >>> float(commitment_log_snr(1.0)) == 0
     True
@@ -80,14 +80,18 @@ def commitment_log_snr(lam: ArrayLike) -> Array:
 
 
 def commitment_timestep(lam: float, abars: ArrayLike) -> float:
-    """The timestep, with a fraction, at which a mode's agreement is 1/2 (`commitment_log_snr`).
+    """The timestep, with a fraction, at which a mode's agreement is 1/2 (E1 in docs/checks.md); log
+    SNR is interpolated.
 
     Args:
-        lam: the variance of the mode, above 0.
-        abars: the cumulative alpha of each timestep, [timestep]; log SNR is interpolated.
+        lam: the variance of the data's mode.
+        abars: the schedule, [timestep].
+
+    Returns:
+        The timestep where abar = 1 / (1 + lam).
 
     Raises:
-        ValueError: for a log SNR that the schedule does not reach.
+        ValueError: if that lies outside the schedule.
 
     >>> commitment_timestep(1.0, [0.9, 0.5, 0.1])
     1.0
@@ -96,27 +100,27 @@ def commitment_timestep(lam: float, abars: ArrayLike) -> float:
     snr, wanted = np.log(alpha) - np.log1p(-alpha), float(commitment_log_snr(lam))
     if not snr.min() <= wanted <= snr.max():
         raise InvalidValue(
-            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}; expected one in the schedule's "
+            f"lam is {lam!r}; it commits at log SNR {wanted:.2f}, expected one in the schedule's "
             f"{snr.min():.2f} to {snr.max():.2f}."
         )
     return float(np.interp(-wanted, -snr, np.arange(len(snr))))
 
 
 def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 1.0) -> Array:
-    """`gaussian_agreement` for the DDIM sampler as it is run, with finite steps.
+    """`gaussian_agreement` for the DDIM sampler as it is run, in finitely many steps.
 
-    With Gaussian data each step is x' = A x + sigma z, so finished twins, one trajectory before
+    With Gaussian data each step is x' = A x + sigma z, so the finished twins, one trajectory before
     step `release` and with noise of their own from it on, share the part (prod A)^2 Var(x_release)
     of their variance.
 
     Args:
-        lam: the variances of the data's modes, [mode], each above 0.
-        abars: the cumulative alpha at each step, [step], the noisiest first; the run ends at 1.
-        release: the first step with noise of their own, 0 to steps; `steps` never releases.
-        eta: the stochasticity of DDIM.
+        lam: variances of the data's modes, [mode].
+        abars: at the visited timesteps, noisiest first, [step]; behind them comes abar = 1.
+        release: the first step with noise of their own, 0 to the number of steps.
+        eta: how stochastic the sampler is, 0 to 1.
 
     Returns:
-        [mode].
+        The correlation of each mode, [mode].
 
     Raises:
         ValueError: for a release outside the run.
@@ -142,13 +146,18 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
 
 
 def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
-    """How far two runs of a deterministic sampler are apart at `abar`, over how far at the end.
-
-    On Gaussian data |d(abar)| / |d(1)| = sqrt((1 + (lam - 1) abar) / lam) for each mode.
+    """How far apart two runs of a deterministic sampler are on Gaussian data, as a share of their
+    finished distance (E2 in docs/checks.md): |d(t)| / |d(0)| = sqrt((1 + (lam - 1) abar) / lam).
 
     Args:
-        lam: the variance of the mode, above 0; any shape.
-        abar: the cumulative alpha, 0 to 1; any shape that fits lam's.
+        lam: variances of the data's modes.
+        abar: the cumulative alpha at t; broadcast with lam.
+
+    Returns:
+        The ratio.
+
+    Raises:
+        ValueError: for variances that are not above 0, or abar outside [0, 1].
 
     >>> float(deterministic_ratio(4.0, 1.0))
     1.0
@@ -158,25 +167,29 @@ def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
 
 
 def mixture_agreement(m: float, sigma: float, abar: float) -> float:
-    """The chance that twins released at `abar` end on the same side of a mixture N(+-m, sigma^2).
+    """The chance that twins released at `abar` end on the same side of a mixture N(+-m, sigma^2)
+    (E3 in docs/checks.md).
 
     phi = 1/2 ∫ (G+^2 + G-^2) / (G+ + G-) dx with G± = N(±m sqrt(abar), 1 - abar + sigma^2 abar).
     The trapezoid rule is exact to rounding for a smooth integrand that has decayed at both ends.
 
     Args:
         m: where the two sides are, +m and -m.
-        sigma: the width of a side, 0 or more.
-        abar: the cumulative alpha at the release, 0 to 1.
+        sigma: the width of a side.
+        abar: the cumulative alpha at the release.
+
+    Returns:
+        phi, 1/2 to 1.
 
     Raises:
-        ValueError: for what is not finite or out of range.
+        ValueError: for numbers that are not finite, or abar outside [0, 1].
 
     >>> round(mixture_agreement(m=1.0, sigma=1.0, abar=1.0), 4)
     0.7752
     """
     if not (np.isfinite(m) and np.isfinite(sigma) and sigma >= 0):
         raise InvalidValue(
-            f"m is {m!r} and sigma {sigma!r}; expected both to be finite and sigma 0 or more."
+            f"m is {m!r} and sigma {sigma!r}; expected both finite, and sigma at least 0."
         )
     width = np.sqrt(1 - _alphas(abar) + sigma**2 * abar)
     if width == 0:
@@ -191,36 +204,38 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
 
 
 def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> Array:
-    """The gain on the twins' difference through planted layers that are coupled with strength g.
-
-    (1 + rho a)^n with rho = (1 - g) / (1 + g): attention passes rho of what twins differ by.
+    """The gain on the twins' difference through planted layers that are coupled (E4 in
+    docs/checks.md): (1 + rho a)^n, rho = (1 - g) / (1 + g).
 
     Args:
-        a: what a planted layer adds, as a fraction of the signal; any shape.
-        layers: how many planted layers, or a list of them.
-        g: the strength of the coupling, 0 or more.
+        a: each layer's gain less 1; an array, say over timesteps, is possible.
+        layers: which layers, or how many.
+        g: strength of the coupling, 0 is none.
+
+    Returns:
+        The product, of a's shape.
 
     Raises:
-        ValueError: for a strength below 0 or not finite.
+        ValueError: for a negative g.
 
     >>> [round(float(planted_gain(0.3, 5, g)), 5) for g in (0, 0.5, 1)]
     [3.71293, 1.61051, 1.0]
     """
     if not (np.isfinite(g) and g >= 0):
-        raise InvalidValue(f"g is {g!r}; expected a finite coupling strength of 0 or more.")
+        raise InvalidValue(f"g is {g!r}; expected a finite coupling strength, at least 0.")
     count = layers if isinstance(layers, int) else len(layers)
     return (1 + (1 - g) / (1 + g) * np.asarray(a, dtype=np.float64)) ** count
 
 
 def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
-    """The low band of latents: every patch replaced by the mean over all patches, place by place.
+    """P_low: every patch replaced by the mean over all patches, place by place.
 
     Args:
-        x: latents [batch, channel, height, width].
-        patch_size: the side of a patch.
+        x: latents [b, c, h, w].
+        patch_size: rows and columns of a patch.
 
     Returns:
-        x's shape.
+        The low band, of x's shape.
 
     >>> import torch; token_mean(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist()
     [1.5, 1.5, 1.5, 1.5]
@@ -233,24 +248,25 @@ def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
 def gaussian_eps(
     x: Tensor, abar: Tensor, lam_low: float, lam_high: float, patch_size: int = 1
 ) -> Tensor:
-    """The exact noise prediction for Gaussian data of two bands: c_low P_low x + c_high P_high x.
-
-    c = sqrt(1 - abar) / (lam abar + 1 - abar); the low band is `token_mean`, the high one the rest.
+    """The exact noise prediction for Gaussian data of two bands (E6 in docs/checks.md): c_low P_low
+    x + c_high P_high x, c = sqrt(1 - abar) / (lam abar + 1 - abar).
 
     Args:
-        x: latents x_t, [batch, channel, height, width].
-        abar: the cumulative alpha of each item, [batch].
-        lam_low: the variance of the data in the low band.
-        lam_high: the variance in the high band.
-        patch_size: the side of a patch.
+        x: noised latents [b, c, h, w].
+        abar: the cumulative alpha of each, [b].
+        lam_low: variance of the low band, `token_mean`.
+        lam_high: variance of the rest.
+        patch_size: rows and columns of a patch.
 
     Returns:
-        x's shape.
+        The noise, [b, c, h, w].
 
-    >>> import torch
-    >>> eps = gaussian_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 0.25)  # all noise
-    >>> eps.flatten().tolist()
-    [1.0, 1.0, 1.0, 1.0]
+    Raises:
+        ValueError: for variances that are not above 0.
+
+    >>> import torch; noise = torch.ones(1, 1, 2, 2)
+    >>> gaussian_eps(noise, torch.tensor([0.0]), 4.0, 0.25)[0, 0, 0].tolist()
+    [1.0, 1.0]
     """
     _spectrum([lam_low, lam_high])
     alpha = abar.view(-1, 1, 1, 1)

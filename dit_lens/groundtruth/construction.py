@@ -53,8 +53,8 @@ def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) ->
     """
     if patch_size < 1 or sample_size % patch_size or sample_size < 2 * patch_size:
         raise InvalidValue(
-            f"sample_size is {sample_size} and patch_size {patch_size}; expected 2 or more "
-            "whole patches to fit."
+            f"sample_size is {sample_size} and patch_size {patch_size}; expected 2 or more whole "
+            "patches a side."
         )
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights
         transformer: DiT = DiTTransformer2DModel(
@@ -73,13 +73,13 @@ def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) ->
 
 
 def finish(transformer: DiT, dtype: torch.dtype) -> DiT:
-    """The built model in `dtype`; half precision cannot hold a signal beside LayerNorm's large
-    constants.
+    """The built model in `dtype`; half precision cannot hold a signal next to LayerNorm's
+    large constants.
     """
     if dtype not in (torch.float32, torch.float64):
         raise InvalidValue(
-            f"dtype is {dtype}; ground-truth models are exact only in torch.float32 or "
-            "torch.float64."
+            f"dtype is {dtype}; expected torch.float32 or torch.float64, in which alone these "
+            "models are exact."
         )
     # diffusers' own `to` warns about layers this model does not have
     return torch.nn.Module.to(transformer, dtype)
@@ -102,9 +102,9 @@ def directions(transformer: DiT, sets: int) -> Tensor:
         room = int((size < 1e-6).sum())
         if sets * count > room:
             raise InvalidValue(
-                f"in_channels * patch_size^2 is {count}; at most {room // sets} values a patch fit "
-                "beside the "
-                f"positions of a {len(positions)}-token model of width {WIDTH}."
+                f"in_channels * patch_size^2 is {count}; expected at most {room // sets}, the "
+                f"values a patch that fit next to the positions of a {len(positions)}-token model "
+                f"of width {WIDTH}."
             )
         found[half, channels] = right[-sets * count :].T
     return found.view(2, WIDTH, sets, count).permute(2, 0, 1, 3)

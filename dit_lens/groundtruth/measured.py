@@ -14,19 +14,17 @@ from .construction import TIMESTEPS, DiT
 
 @torch.no_grad()
 def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int = 0) -> Tensor:
-    """How many times each layer enlarges a band of the difference of two random inputs.
-
-    The whole stream's difference is taken, its token mean ("low") or the rest ("high"). Nothing is
-    known of the model here.
+    """How many times each layer enlarges the difference of two random inputs, measured on the whole
+    stream; nothing of the model's answer is used.
 
     Args:
-        transformer: a DiTTransformer2DModel.
-        timestep: at which the model is asked, 0 to 999.
-        band: "low" or "high".
-        seed: of the two inputs.
+        transformer: a `DiTTransformer2DModel`.
+        timestep: of the forward.
+        band: of the difference, token mean ("low") or the rest ("high").
+        seed: of the inputs.
 
     Returns:
-        [layer], float64.
+        The gains, [layer], float64.
 
     Raises:
         ValueError: for another band.
@@ -65,8 +63,9 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
 
 @torch.no_grad()
 def denoiser_error(transformer: DiT, abars: Tensor, lam_low: float, lam_high: float) -> float:
-    """The largest relative error of either band over 41 timesteps; the low one is a small part of
-    the whole.
+    """The largest relative error of either band of the output, over 41 timesteps.
+
+    Each band by itself, for the low one is a small part of the whole.
     """
     steps = torch.cat(
         [torch.arange(0, 16), torch.arange(16, TIMESTEPS, 41), torch.tensor([TIMESTEPS - 1])]

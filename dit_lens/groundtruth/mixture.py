@@ -1,5 +1,5 @@
-"""A mixture as a real DiT: the exact denoiser of data that decide two bits, a global one and one
-in every token.
+"""The exact answer E3 of docs/checks.md as a real DiT: the exact denoiser of data that decide two
+bits, a global one and one in every token.
 
 In an orthonormal basis of the latents, with N values in T patches, two kinds of modes decide
 between two sides,
@@ -37,31 +37,33 @@ from .models import GroundTruth, plain_scheduler
 
 UNITS = 128  # neurons of one tanh: half of what a block has, so that one block can carry both bits
 REACH = 7.0  # tanh is 1 beyond, to 2e-6
-# What a block's conditioning carries, beside build.LOW, build.HIGH and build.FINAL: scale, then
-# gate.
+# What a block's conditioning carries besides build.LOW, build.HIGH and build.FINAL: scale, gate.
 LOW_BIT, HIGH_BIT = (3, 4), (5, 6)
 
 
 def mixture_eps(
     x: Tensor, abar: Tensor, m_low: float, m_high: float, sigma: float, patch_size: int = 2
 ) -> Tensor:
-    """The exact noise prediction for the two-scale mixture.
-
-    sqrt(1 - abar) / Gamma (x - m sqrt(abar) tanh(u x)), mode by mode; the modes, Gamma and u are in
-    the module's text.
+    """The exact noise prediction for the two-scale mixture (E3 in docs/checks.md): in each mode
+    sqrt(1 - abar) / Gamma (x - m sqrt(abar) tanh(u x)), u = m sqrt(abar) / Gamma, Gamma = 1 - abar
+    + sigma² abar, with m = 0 where nothing is decided. `two_scale` says which modes there are.
 
     Args:
-        x: latents x_t, [batch, channel, height, width].
-        abar: the cumulative alpha of each item, [batch].
-        m_low: where the sides of the low mode are.
-        m_high: where the sides of the high modes are.
+        x: noised latents [b, c, h, w].
+        abar: the cumulative alpha of each, [b].
+        m_low: size of the global bit.
+        m_high: size of each token's bit.
         sigma: the width of a side.
-        patch_size: the side of a patch.
+        patch_size: rows and columns of a patch; even.
 
     Returns:
-        x's shape.
+        The noise, [b, c, h, w].
 
-    >>> mixture_eps(torch.ones(1, 1, 2, 2), torch.tensor([0.0]), 4.0, 1.0, 0.25)[0, 0, 0].tolist()
+    Raises:
+        ValueError: for patches that do not fill the latents.
+
+    >>> noise = torch.ones(1, 1, 2, 2)
+    >>> mixture_eps(noise, torch.tensor([0.0]), 4.0, 1.0, 0.25)[0, 0, 0].tolist()
     [1.0, 1.0]
     """
     low, high = coefficients(x, patch_size)
@@ -82,15 +84,24 @@ def mixture_eps(
 
 
 def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
-    """The low mode's coefficient [b] and the high modes' [b, token] of latents [b, c, h, w]; the
-    basis is orthonormal.
+    """Latents in the orthonormal modes of the two-scale mixture.
+
+    Args:
+        x: latents [b, c, h, w].
+        patch_size: rows and columns of a patch; even.
+
+    Returns:
+        The low mode's coefficient [b] and the high modes' [b, token].
+
+    Raises:
+        ValueError: for patches that do not fill the latents.
 
     >>> low, high = coefficients(torch.ones(1, 1, 4, 4)); low.tolist(), high.tolist()
     ([4.0], [[0.0, 0.0, 0.0, 0.0]])
     """
     if patch_size < 1 or patch_size % 2 or any(size % patch_size for size in x.shape[2:]):
         raise InvalidValue(
-            f"patch_size is {patch_size}; expected even patches that fill latents of "
+            f"patch_size is {patch_size}; expected an even one whose patches fill latents of "
             f"{list(x.shape[2:])}."
         )
     # [b, values, token], values as (channel, row, column)
@@ -102,30 +113,29 @@ def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
 def sides(latents: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
     """Which side finished latents ended on, 1 or -1.
 
-    The sign is the likelier side; it is the wrong one with the chance answer["misread"],
-    Phi(-m / sigma).
+    The sign is the likelier side; it is the wrong one with the chance answer["misread"], Phi(-m /
+    sigma).
 
     Args:
-        latents: [batch, channel, height, width].
-        truth: the `two_scale` model that made them.
+        latents: [b, c, h, w].
+        truth: what `two_scale` gave.
 
     Returns:
-        The low bit [batch] and the high bits [batch, token].
+        The low bit [b] and the high bits [b, token].
 
     Raises:
-        ValueError: for another kind of model, or latents of another shape.
+        ValueError: for a model of another kind, or latents of another shape.
 
     >>> truth = two_scale(n_layers=2, low_layer=0, high_layer=1)
-    >>> low, high = sides(torch.ones(1, 1, 8, 8), truth)
-    >>> low.tolist()
+    >>> low, high = sides(torch.ones(1, 1, 8, 8), truth); low.tolist()
     [1]
     """
     config = truth.transformer.config
     wanted = (config["in_channels"], config["sample_size"], config["sample_size"])
     if truth.answer.get("kind") != "two_scale":
         raise InvalidValue(
-            f"truth is of kind {truth.answer.get('kind')!r}; expected 'two_scale', for no other "
-            "has sides."
+            f"truth is of kind {truth.answer.get('kind')!r}; expected 'two_scale', which alone has "
+            "sides."
         )
     if latents.ndim != 4 or tuple(latents.shape[1:]) != wanted:
         raise InvalidValue(
@@ -148,26 +158,29 @@ def two_scale(
     in_channels: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """The exact denoiser of a mixture that decides a global bit and a bit in every token.
+    """The exact denoiser of a mixture with a global bit, subtracted by `low_layer`, and one a
+    token, by `high_layer` (E3 in docs/checks.md).
 
-    `low_layer` subtracts the global bit, `high_layer` the tokens'. Knock a layer's MLP out and its
-    modes are denoised as N(0, sigma²): that bit is not decided. `mixture_agreement` with m and
-    sigma of the answer gives the agreement, `sides` reads the bits. A bit is decided (agreement
-    0.7752) where m sqrt(abar) = sqrt(Gamma), at log SNR -log(m² - sigma²). The answer's `deviation`
-    is the largest relative error of the model's output, over low mode, high modes and rest. The
-    only class is 0.
+    Knock a layer's MLP out and its modes are denoised as N(0, sigma²): that bit is not decided.
+    `mixture_agreement` with m and sigma of the answer gives phi, `sides` reads the bits. Bits are
+    decided (phi = 0.7752) where m sqrt(abar) = sqrt(Gamma), at log SNR -log(m² - sigma²), so m has
+    to exceed sigma.
 
     Args:
-        m_low: where the sides of the low mode are, above sigma.
-        m_high: where the sides of the high modes are, above sigma.
-        sigma: the width of a side, above 0.
-        low_layer: the layer that decides the global bit.
-        high_layer: the layer that decides the tokens' bits; it may be the same, or earlier.
-        n_layers: how many layers.
+        m_low: size of the global bit.
+        m_high: size of each token's bit.
+        sigma: the width of a side.
+        low_layer: whose MLP subtracts the global bit; any layer, also the same as the other.
+        high_layer: whose MLP subtracts the tokens' bits.
+        n_layers: blocks of the model.
         sample_size: height and width of the latents.
-        patch_size: the side of a patch, even.
+        patch_size: rows and columns of a patch; even.
         in_channels: channels of the latents.
-        dtype: of the weights.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only; the answer's `deviation` is the largest relative error
+        of its output, over low mode, high modes and rest.
 
     Raises:
         ValueError: for what can't be built.
@@ -178,13 +191,14 @@ def two_scale(
     """
     if not (math.isfinite(sigma) and sigma > 0):
         raise InvalidValue(
-            f"sigma is {sigma!r}; expected a finite width of a side above 0, such as 0.25."
+            f"sigma is {sigma!r}; expected a width of a side, finite and above 0, for instance "
+            "0.25."
         )
     for name, size in (("m_low", m_low), ("m_high", m_high)):
         if not (math.isfinite(size) and size > sigma):
             raise InvalidValue(
-                f"{name} is {size!r}; expected a finite number above sigma, {sigma:g}, or no "
-                "side is decided."
+                f"{name} is {size!r}; expected a finite size above sigma, {sigma:g}, or no side is "
+                "decided."
             )
     for name, layer in (("low_layer", low_layer), ("high_layer", high_layer)):
         if layer not in range(n_layers):
@@ -320,10 +334,9 @@ def _decide(
     write: Tensor,
 ) -> None:
     # The MLP adds -m sqrt(abar) tanh(u x) `write`, x the stream along `read` (both [half,
-    # d_model]). The low bit goes
-    # through the first half of the channels and of the neurons, the high one through the second:
-    # adaLN's scale and gate
-    # are per channel, so one block can have both. Whoever reads both halves finds half of √2 √2.
+    # d_model]). The low bit goes through the first half of the channels and of the neurons, the
+    # high one through the second: adaLN's scale and gate are per channel, so one block can have
+    # both. Whoever reads both halves finds half of √2 √2.
     block, half = transformer.transformer_blocks[layer], int(slots == HIGH_BIT)
     channels = [half * build.HALF + i for i in build.SIGNAL]
     neurons = slice(half * UNITS, (half + 1) * UNITS)
@@ -349,9 +362,8 @@ def _decide(
 @cache
 def _tanh_units() -> tuple[float, Tensor, Tensor]:
     # tanh(z) = -1 + sum of weights * gelu(slope (z - knots)), to about 1e-6. Far to the left every
-    # gelu is 0, and the
-    # basis is of neighbours' differences, which are constant far to the right: both tails are flat
-    # however large z is.
+    # gelu is 0, and the basis is of neighbours' differences, which are constant far to the right:
+    # both tails are flat however large z is.
     knots = torch.linspace(-REACH, REACH, UNITS, dtype=torch.float64)
     slope = 1 / float(knots[1] - knots[0])
     z = torch.linspace(-2 * REACH, 2 * REACH, 4001, dtype=torch.float64)

@@ -39,10 +39,10 @@ class GroundTruth:
     """A model and what is known about it.
 
     Attributes:
-        transformer: a DiTTransformer2DModel.
-        scheduler: a DDIMScheduler.
-        answer: what is known: plain numbers, strings and lists only.
-        description: the same in a sentence.
+        transformer: a `DiTTransformer2DModel`.
+        scheduler: a `DDIMScheduler`.
+        answer: what is known, by name, in plain numbers, strings and lists only.
+        description: the same as a sentence.
 
     >>> truth = planted(layers=(1,), n_layers=2)
     >>> truth.answer["onset"]
@@ -55,10 +55,11 @@ class GroundTruth:
     description: str
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder that loads like any transformer: weights, scheduler/ and answer.json.
+        """Write a folder that loads like any diffusers transformer: its weights, scheduler/, and
+        answer.json.
 
         Args:
-            folder: made if it is not there.
+            folder: where; made if it is not there.
 
         Returns:
             The folder.
@@ -85,26 +86,28 @@ def gaussian(
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
     """The exact denoiser of Gaussian data with two bands, whose gap is made by `layers` and by
-    nothing else.
+    nothing else (E6 in docs/checks.md).
 
-    The final layer applies c_high(t) to everything (`gaussian_eps` has the formula); the attention
-    of `layers`, the same to all tokens, brings the token mean to c_low(t). Layer k multiplies it by
-    (c_low / c_high)^share. Knock all of them out: c_high for both bands, gap 0. The answers are
-    those of `gaussian_agreement`. The only class is 0.
+    The final layer applies c_high(t) to everything; the attention of `layers`, the same to all
+    tokens, brings the token mean to c_low(t). Layer k multiplies it by (c_low / c_high)^share.
+    Knock all of them out: c_high for both bands, gap 0.
 
     Args:
-        lam_low: the variance of the data in the token mean.
-        lam_high: the variance in the rest.
-        layers: the layers that make the gap.
-        n_layers: how many layers.
-        shares: how much of the gap each of `layers` makes, together 1; one may be negative. By
-            default equal ones.
-        decoys: layers that write the low band, at full strength, where nobody reads it: they show a
-            difference and cause nothing.
+        lam_low: variance of the token mean.
+        lam_high: variance of the rest.
+        layers: those that make the gap.
+        n_layers: blocks of the model.
+        shares: of each of `layers`, summing to 1; one may be negative. By default equal ones.
+        decoys: layers that write the low band, at full strength, where it is never read: they show
+            a difference and cause nothing.
         sample_size: height and width of the latents.
-        patch_size: the side of a patch.
+        patch_size: rows and columns of a patch.
         in_channels: channels of the latents.
-        dtype: of the weights.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only; the answer holds the commitment of both bands and the
+        gap, as `commitment_log_snr` gives them.
 
     Raises:
         ValueError: for what can't be built.
@@ -182,26 +185,30 @@ def planted(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """A model in which each of `layers` multiplies a band of the stream's signal by 1 + a.
+    """A model in which each of `layers` multiplies a band of the stream's signal by 1 + a (E4 in
+    docs/checks.md).
 
     It does so by attention alone, so twins coupled with strength g see 1 + rho(g) a
-    (`planted_gain`). The answer's `deviation` is the largest relative error of the measured gain
-    from layer to layer.
+    (`planted_gain`).
 
     Args:
-        layers: the planted layers.
-        a: what each adds, as a fraction of the signal, above -1.
-        n_layers: how many layers.
+        layers: those that amplify.
+        a: by how much, the gain less 1.
+        n_layers: blocks of the model.
         band: "low", "high" or "both".
-        switch: the timestep at which each band's gain comes on, a(t) = a sigmoid((switch - t) /
-            switch_width), full when clean. By default it is always on.
-        switch_width: how many timesteps that takes.
-        noise: above 0, every layer has a random MLP that adds about that fraction of the signal.
-        seed: of the noise.
+        switch: each band's timestep at which its gain comes on, a(t) = a sigmoid((switch - t) /
+            switch_width), full when clean; None is always on.
+        switch_width: in timesteps.
+        noise: if above 0 every layer has a random MLP that adds about that fraction of the signal.
+        seed: of these MLPs.
         sample_size: height and width of the latents.
-        patch_size: the side of a patch.
+        patch_size: rows and columns of a patch.
         in_channels: channels of the latents.
-        dtype: of the weights.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only; the answer's `deviation` is the largest relative error
+        of the measured gain from layer to layer.
 
     Raises:
         ValueError: for what can't be built.
@@ -214,13 +221,15 @@ def planted(
     if not set(bands) <= set(BANDS):
         raise InvalidValue(f"band is {band!r}; expected 'low', 'high' or 'both'.")
     if not (math.isfinite(a) and a > -1):
-        raise InvalidValue(f"a is {a!r}; expected a finite gain 1 + a above 0, such as a=0.3.")
+        raise InvalidValue(
+            f"a is {a!r}; expected a gain 1 + a that is finite and above 0, for instance a=0.3."
+        )
     if switch is not None and set(switch) != set(bands):
         raise InvalidValue(
             f"switch is {dict(switch)!r}; expected a timestep for exactly the bands {bands}."
         )
     if not noise >= 0:
-        raise InvalidValue(f"noise is {noise!r}; expected a fraction of the signal, 0 or more.")
+        raise InvalidValue(f"noise is {noise!r}; expected a fraction of the signal, at least 0.")
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
@@ -275,10 +284,13 @@ def random_planted(
     band and size of a.
 
     Args:
-        seed: the same seed gives the same model.
-        gated: the gain also comes on at a timestep, from 200 to 800.
-        noise: that of `planted`.
-        dtype: of the weights.
+        seed: the same one gives the same model.
+        gated: whether the gain also comes on at a timestep, from 200 to 800.
+        noise: as for `planted`.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, as `planted` gives it.
 
     >>> random_planted(3).answer["layers"] == random_planted(3).answer["layers"]
     True

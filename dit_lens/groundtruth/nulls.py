@@ -1,4 +1,4 @@
-"""Null models: nothing to find, so a tool that finds something is wrong."""
+"""Null models (E5 in docs/checks.md): nothing to find, so a tool that finds something is wrong."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ def random_weights(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> GroundTruth:
-    """A null model, of weights from N(0, 1 / fan-in) and biases of 0: no layer is special.
+    """A model whose weights are all drawn from N(0, 1 / fan-in), its biases 0; no layer is special
+    (E5 in docs/checks.md).
 
     Args:
-        seed: of the weights.
-        n_layers: how many layers.
+        seed: of the draw.
+        n_layers: blocks of the model.
         sample_size: height and width of the latents.
-        patch_size: the side of a patch.
+        patch_size: rows and columns of a patch.
         in_channels: channels of the latents.
-        dtype: of the weights.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The model, which knows class 0 only.
 
     >>> random_weights(0, n_layers=2).description
     'Random weights, seed 0: no layer makes a gap.'
@@ -48,18 +52,21 @@ def random_weights(
 
 
 def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
-    """A null model, a copy of `transformer` with its blocks in another order: what a layer does no
-    longer depends on its depth.
+    """A copy of a model with its blocks in another order: what a layer does no longer depends on
+    its depth (E5 in docs/checks.md).
 
     The final layer is conditioned through whichever block comes first, as always in diffusers. The
     copy shares nothing with the original and carries none of its hooks.
 
     Args:
-        transformer: a DiTTransformer2DModel of two blocks or more.
+        transformer: a `DiTTransformer2DModel`.
         seed: of the order, which is never the original one.
 
+    Returns:
+        The copy.
+
     Raises:
-        ValueError: for a single block.
+        ValueError: for a model of a single block.
 
     >>> truth = random_weights(0, n_layers=3)
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers

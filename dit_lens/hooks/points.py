@@ -141,7 +141,7 @@ class Editor(Listener):
                 return x
             return laid_out(copy, x)  # the user may have kept the copy to ask for its .grad
         point.changed = True
-        return _checked(new, x, point)
+        return checked(new, x, point)
 
     def frozen(self) -> Editor | None:
         """This edit as it acts in the call under way, to be replayed later; None if it does not
@@ -175,7 +175,7 @@ class BackwardEditor(Listener):
 
         def on_grad(grad: Tensor) -> Tensor | None:
             new = self.fn(grad, hook=point) if self.by_keyword else self.fn(grad, point)
-            return None if new is None else _checked(new, grad, point)
+            return None if new is None else checked(new, grad, point)
 
         x = x.view_as(x)  # a tensor of its own: the stream may be one tensor under two names
         x.register_hook(on_grad)
@@ -209,7 +209,8 @@ class _SameLayout(torch.autograd.Function):
         return grad, None
 
 
-def _checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
+def checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
+    """What a hook returned, if it can take the activation's place; otherwise one clear error."""
     if not isinstance(new, Tensor):
         raise InvalidType(
             f"The hook at {point.name!r} returned a {type(new).__name__}; expected a tensor or "

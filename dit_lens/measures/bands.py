@@ -12,6 +12,7 @@ transform is two small matmuls, cheap enough for a hook.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -71,6 +72,7 @@ class Bands:
         # (Wy, Wx), with frames (Wt, Wy, Wx), or (W,): rows are modes, float64 on the CPU
         self._basis = basis
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+        self._digests: dict[int, str] = {}
 
     @property
     def n(self) -> int:
@@ -554,6 +556,24 @@ class Bands:
             f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: "
             f"{', '.join(map(repr, near))}."
         )
+
+    def digest(self, band: int | str) -> str:
+        """A digest of what a band holds: equal for bands that keep the same modes of one basis.
+
+        Args:
+            band: a number or a name.
+
+        >>> a, b, c = (Bands.radial((8, 8), cut=cut) for cut in (0.24, 0.249, 0.3))
+        >>> a.digest("low") == b.digest(0), a.digest("low") == c.digest("low")
+        (True, False)
+        """
+        b = self.number(band)
+        if b not in self._digests:
+            made = hashlib.sha256(repr(self.grid).encode())
+            for part in (self.index == b, *self._basis):
+                made.update(part.contiguous().numpy().tobytes())
+            self._digests[b] = made.hexdigest()
+        return self._digests[b]
 
     # Inside
 

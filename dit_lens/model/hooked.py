@@ -309,9 +309,9 @@ class HookedDiT:
         def keep(value: Tensor, point: HookPoint) -> None:
             kept[point.name] = value
 
-        ending = self.instrumentation.stopping(names[-1])
-        with self.observing(names, keep), self.attached(ending), suppress(StopForward):
-            self(x, t, y)
+        with self.observing(names, keep), suppress(StopForward):
+            with self.attached(self.instrumentation.stopping(names[-1])):  # after `keep`
+                self(x, t, y)
         return ActivationCache(kept)
 
     def without_variance(self, output: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
-    _AttentionBackendRegistry,
+    _AttentionBackendRegistry,  # noqa: PLC2701 (diffusers has no public way to ask)
     attention_backend,
 )
 
@@ -79,11 +79,12 @@ class Kernels:
             if before.attention != self.attention:
                 stack.enter_context(attention_backend(self.attention))
             if before != self:
-                stack.callback(before._switch)
-                self._switch()
+                stack.callback(before.switch)
+                self.switch()
             yield
 
-    def _switch(self) -> None:
+    def switch(self) -> None:
+        """Put the settings in force that PyTorch has no `with` for."""
         for name, enabled in zip(SDPA, self.sdpa, strict=True):
             getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
         torch.set_float32_matmul_precision(self.matmul)

@@ -18,64 +18,69 @@ all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidValue
 from ..hooks.names import layer_of, select
 from ..hooks.points import HookPoint
-from ..measures.bands import CUT, Bands
+from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
 from ..sampling.loop import advance, model_output, prepared
 from ..sampling.run import Run
-from ..sampling.settings import edits_at, seeds_at
-from .sweep import Patch, sweep
-
-if TYPE_CHECKING:
-    import xarray as xr
+from ..sampling.settings import Progress, edits_at
+from .measure import energy, latent_bands
+from .patch import Patch
+from .sweeps import check_runs, sweep
 
 
 def attribute(
     source: Run,
     target: Run,
-    sites: Sequence[str] = ("attn_out", "mlp_out"),
+    sites: str | Sequence[str] = ("attn_out", "mlp_out"),
     *,
     bands: Bands | None = None,
     integrate: int = 1,
     check: int = 0,
     window: int = 5,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The estimated move of every patch of `source` into `target`: one layer, one site, one step.
 
     Args:
-        source, target: runs of one model with the same settings, such as the twins A and B; see
-            `dit_lens.patching.sweep.sweep`.
-        sites: hook points that every layer has.
+        source: the run that patches would be taken from, such as twin A.
+        target: the run that would be patched, such as twin B; see `check_runs` for what fits.
+        sites: one hook point that every layer has, or several.
         bands: of the latents' pixel grid; by default "low" and "high".
         integrate: points of the integral; 1 is the gradient at the target alone.
-        check: so many random patches, of `window` steps each, are also run exactly.
-        progress: called with each finished step.
+        check: so many random patches are also run exactly.
+        window: how many steps each of these has.
+        seed: what they are drawn from.
+        progress: called with the steps done and in all.
 
-    Returns `estimate` [layer, site, step, band], the move as `sweep` defines it: 0 nothing, 1 the
-    source made of the target. With `check` also `checked_exact`, `checked_estimate` [checked, band]
-    with coordinates layer, site and first (step), and their correlation [band]; attrs["sentence"]
-    says it. Sum over steps for a window's estimate.
+    Returns:
+        Dataset with `estimate` [layer, site, step, band], the move as `sweep` defines it: 0
+        nothing, 1 the source made of the target. Sum over steps for a window's estimate. With
+        `check` also `checked_exact`, `checked_estimate` [checked, band] with coordinates
+        checked_layer, checked_site and checked_first (step), and their `correlation` [band];
+        attrs["sentence"] says it.
 
     Raises:
         ValueError: for runs that do not fit each other, a site that not every layer has, schedulers
             with a memory (the gradient would have to go back through it), or inside
             torch.inference_mode.
+        RuntimeError: if the weights have changed since.
 
-        attribute(twins.a, twins.b, check=10).attrs["sentence"]
+    >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=1, release=1, steps=3)
+    >>> attribute(pair.a, pair.b).estimate.sizes
+    Frozen({'layer': 28, 'site': 2, 'step': 3, 'band': 2})
     """
-    import xarray as xr
-
+    # What is asked for fits the runs.
     model, settings = target.model, target.settings
     if torch.is_inference_mode_enabled() or target.latents.is_inference():
         raise InvalidValue(
@@ -94,56 +99,58 @@ def attribute(
         )
     for run in (source, target):
         run.require_released(0)  # the derivative goes back to the first step
+    sites = [sites] if isinstance(sites, str) else list(sites)
     names = [_in_every_layer(model, site) for site in sites]
-    side = (target.latents.shape[-2], target.latents.shape[-1])
-    bands = Bands.radial(side, cut=CUT) if bands is None else bands
-    nothing = sweep(
-        source, target, [Patch(sites[0], 0, range(0))], bands
-    )  # refuses what does not fit; and the distance to be moved
-    apart = nothing.distance_target.sum("item").values
-    found = np.zeros((model.cfg.n_layers, len(sites), settings.steps, bands.n))
-    end = [
-        _distance_gradient(target.latents[-1], source.latents[-1], bands, b) for b in range(bands.n)
-    ]
+    check_runs(source, target)
+    bands = latent_bands(bands, target)
+
+    # The derivative at the end, of the distance |P_b(x - source)|²: 2 P_b(x - source).
+    away = target.latents[-1] - source.latents[-1]
+    apart = energy(away, bands).sum(0)
+    end = [2 * bands.project(away, b) for b in range(bands.n)]
+
+    # Step by step it is pulled back, for every point of the integral through a run of its own.
     shares = [0.0] if integrate == 1 else [(i + 0.5) / integrate for i in range(integrate)]
-    # every point of the integral goes back through a run of its own
     pulls = [list(end) for _ in shares]
+    found = np.zeros((model.cfg.n_layers, len(sites), settings.steps, bands.n))
     for step in reversed(range(settings.steps)):
-        theirs, mine = (
-            _activations(model, run, run.latents[step], step, names)[0] for run in (source, target)
+        theirs, ours = (
+            _activations(run, run.latents[step], step, names)[0] for run in (source, target)
         )
-        change = [a - h for a, h in zip(theirs, mine, strict=True)]
+        change = [a - h for a, h in zip(theirs, ours, strict=True)]
         for share, pull in zip(shares, pulls, strict=True):
             x = torch.lerp(target.latents[step], source.latents[step], share).requires_grad_()
             with torch.enable_grad():
-                seen, following = _activations(model, target, x, step, names, graph=True)
+                seen, following = _activations(target, x, step, names, graph=True)
             for b in range(bands.n):
                 pull[b], *gradients = torch.autograd.grad(
                     following, [x, *seen], pull[b], retain_graph=b + 1 < bands.n
                 )
                 moved = torch.stack([(g * d).sum() for g, d in zip(gradients, change, strict=True)])
-                found[:, :, step, b] -= (
-                    (moved.double().cpu().numpy() / integrate / apart[b]).reshape(len(sites), -1).T
-                )
+                with np.errstate(invalid="ignore", divide="ignore"):  # equal runs: NaN
+                    per_site = moved.double().cpu().numpy() / integrate / apart[b]
+                found[:, :, step, b] -= per_site.reshape(len(sites), -1).T
         if progress is not None:
-            progress(step)
+            progress(settings.steps - step, settings.steps)
+
     result = xr.Dataset(
         {"estimate": (("layer", "site", "step", "band"), found)},
         coords={
             "layer": np.arange(model.cfg.n_layers),
-            "site": list(sites),
+            "site": sites,
             "step": np.arange(settings.steps),
             "band": list(bands.names),
         },
         attrs={"integrate": integrate},
     )
-    return _checked(result, source, target, bands, check, window, seed) if check else result
+    return _against_exact(result, source, target, bands, check, window, seed) if check else result
 
 
-def _checked(
-    result: Any, source: Run, target: Run, bands: Bands, check: int, window: int, seed: int
+def _against_exact(
+    result: xr.Dataset, source: Run, target: Run, bands: Bands, check: int, window: int, seed: int
 ) -> xr.Dataset:
-    """The estimates beside exact patches, at random places."""
+    """The estimates, with exact patches at random places to compare them with."""
+    # Where.
     rng, steps = np.random.default_rng(seed), target.settings.steps
     places = [
         (
@@ -153,12 +160,10 @@ def _checked(
         )
         for _ in range(check)
     ]
-    exact = sweep(
-        source,
-        target,
-        [Patch(site, layer, range(first, first + window)) for layer, site, first in places],
-        bands,
-    ).move.values
+
+    # Exactly, and as estimated.
+    patches = [Patch(site, layer, range(first, first + window)) for layer, site, first in places]
+    exact = sweep(source, target, patches, bands).move.values
     guess = np.stack(
         [
             result.estimate.sel(layer=layer, site=site)
@@ -168,16 +173,16 @@ def _checked(
             for layer, site, first in places
         ]
     )
-    result["checked_exact"], result["checked_estimate"] = (
-        (("checked", "band"), exact),
-        (("checked", "band"), guess),
-    )
     layers, sites, firsts = zip(*places, strict=True)
-    result = result.assign_coords(
+    result = result.assign(
+        checked_exact=(("checked", "band"), exact), checked_estimate=(("checked", "band"), guess)
+    ).assign_coords(
         checked_layer=("checked", list(layers)),
         checked_site=("checked", list(sites)),
         checked_first=("checked", list(firsts)),
     )
+
+    # How well they agree.
     with np.errstate(invalid="ignore", divide="ignore"):
         agree = [float(np.corrcoef(exact[:, b], guess[:, b])[0, 1]) for b in range(bands.n)]
         slope = [
@@ -185,16 +190,16 @@ def _checked(
             for b in range(bands.n)
         ]
     result["correlation"] = ("band", agree)
-    words = ", ".join(
+    by_band = ", ".join(
         f"{name} r = {r:.2f}, exact/estimate {s:.2f}"
         for name, r, s in zip(bands.names, agree, slope, strict=True)
     )
-    result.attrs["sentence"] = f"Against {check} exact patches of {window} steps: {words}."
+    result.attrs["sentence"] = f"Against {check} exact patches of {window} steps: {by_band}."
     return result
 
 
 def _activations(
-    model: HookedDiT, run: Run, x: Tensor, step: int, names: list[list[str]], graph: bool = False
+    run: Run, x: Tensor, step: int, names: list[list[str]], graph: bool = False
 ) -> tuple[list[Tensor], Tensor]:
     """The sites' activations at one step of the run from x_t, site by site and layer by layer, and
     the next x_t.
@@ -204,23 +209,17 @@ def _activations(
     def keep(value: Tensor, point: HookPoint) -> None:
         seen[point.name] = value
 
-    scheduler = prepared(model, run.settings)
+    model, settings = run.model, run.settings
+    scheduler = prepared(model, settings)
     wanted = [name for some in names for name in some]
     with (
         torch.set_grad_enabled(graph),
         model.hooks(edits_at(run.history, step)),
         model.observing(wanted, keep),
     ):
-        output = model_output(model, x, step, run.labels, run.settings, scheduler)
-        following = advance(
-            scheduler, output, x, seeds_at(run.history, step), step, run.settings.eta
-        )
+        output = model_output(model, x, step, run.labels, settings, scheduler)
+        following = advance(scheduler, output, x, run.seeds_at(step), step, settings.eta)
     return [seen[name] for name in wanted], following
-
-
-def _distance_gradient(x: Tensor, source: Tensor, bands: Bands, band: int) -> Tensor:
-    """d |P_b(x - source)|² / dx = 2 P_b (x - source)."""
-    return 2 * bands.project(x - source, band)
 
 
 def _in_every_layer(model: HookedDiT, site: str) -> list[str]:

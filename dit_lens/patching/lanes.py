@@ -14,7 +14,8 @@ remember the right past.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..hooks.cache import ActivationCache
 from ..hooks.points import HookFunction, HookPoint
 from ..sampling.guidance import guided, model_inputs, n_passes
-from ..sampling.loop import advance, prepared
+from ..sampling.loop import advance, model_output, prepared
 from ..sampling.run import Run
 from ..sampling.schedulers import learns_variance
 from ..sampling.settings import Edits, edits_at
@@ -50,8 +50,15 @@ class Lane:
 
 @dataclass
 class Job:
-    """One step of one lane to be: where it comes from, and what is done in this step (None:
-    nothing).
+    """One step of one lane, yet to be run.
+
+    Attributes:
+        parent: the lane it comes from.
+        patches: those that it stands for (numbers).
+        act: what is done in this step; None is nothing.
+        key: what tells `act` apart from other jobs'.
+        leaves: whether it leaves the target's trajectory here.
+        output: the model's guided answer, once it is known.
     """
 
     parent: Lane
@@ -65,7 +72,13 @@ class Job:
 class Lanes:
     """Advances patches of `source` into `target`.
 
-    `blocks` counts images x blocks run (with guidance an item is two images).
+    Args:
+        source: the run that activations are taken from.
+        target: the run that is patched.
+        batch: images that run at once.
+
+    Attributes:
+        blocks: images x blocks run so far (with guidance an item is two images).
     """
 
     def __init__(self, source: Run, target: Run, batch: int) -> None:
@@ -75,19 +88,19 @@ class Lanes:
         self.items = len(target.labels)
         self.blocks = 0
         self.same_labels = torch.equal(source.labels, target.labels)
+        self.scheduler = prepared(self.model, self.settings)
 
     @torch.no_grad()
-    def run(
-        self, patches: Sequence[Planned], tick: Callable[[int], object] = lambda step: None
-    ) -> Tensor:
-        """The finished latents of each patch, [patch, item, c, h, w]; `tick` is called after each
-        step.
+    def run(self, patches: Sequence[Planned], tick: Callable[[int], object]) -> Tensor:
+        """The finished latents of each patch, [patch, item, c, h, w].
+
+        Args:
+            patches: what to do.
+            tick: called with each finished step.
         """
         target = self.target
-        trunk = Lane(
-            target.latents[0], prepared(self.model, self.settings), list(range(len(patches)))
-        )
-        self.learns = learns_variance(trunk.scheduler)
+        scheduler = prepared(self.model, self.settings)
+        trunk = Lane(target.latents[0], scheduler, list(range(len(patches))))
         lanes: list[Lane] = []
         for step in range(self.settings.steps):
             trunk.x = target.latents[step]
@@ -144,7 +157,8 @@ class Lanes:
 
     def _outputs(self, jobs: list[Job], step: int) -> None:
         """Fill in every job's model output."""
-        seen: ActivationCache | None = None
+        # The source's own forward, for what is taken from it.
+        seen: dict[str, Tensor] = {}
         if any(job.act.from_source for job in jobs if job.act):
             names = {
                 job.act.name
@@ -154,6 +168,8 @@ class Lanes:
             seen, output = self._look(self.source, "source", step, names)
             for job in jobs:
                 job.output = output if job.key == SOURCE else None
+
+        # Lanes that have left the target before run from their own x_t.
         todo = [job for job in jobs if job.output is None]
         edits = edits_at(self.target.history, step)
         per = max(1, self.batch // (self.items * self.passes))
@@ -161,6 +177,8 @@ class Lanes:
             per = 1  # the target's own edits see the target's own batch, from the first layer on
         for chunk in _chunks([job for job in todo if not job.leaves], per):
             self._forward(chunk, edits, step, seen)
+
+        # Those that leave it now start from its stream, at the first layer that is patched.
         if any(job.leaves for job in jobs):
             begun = list(_chunks(sorted((job for job in todo if job.leaves), key=_layer), per))
             # more than the stream goes from block to block
@@ -184,15 +202,23 @@ class Lanes:
         jobs: list[Job],
         edits: Edits,
         step: int,
-        seen: ActivationCache | None,
+        seen: Mapping[str, Tensor],
         stream: Tensor | None = None,
     ) -> None:
-        """One forward for these lanes, stacked: from their x_t, or all from a stream of the
-        target's.
+        """One forward for these lanes, stacked.
+
+        Args:
+            jobs: the lanes' steps, which are given their outputs.
+            edits: the target's own.
+            step: the denoising step.
+            seen: the source's activations, by name.
+            stream: the target's at the first of the lanes' layers, to start from; None starts from
+                the lanes' x_t.
         """
         n, k = self.items, len(jobs)
         x = torch.cat([job.parent.x for job in jobs])
-        inputs, t, y = self._inputs(x, self.target.labels.repeat(k), step)
+        time, labels = self.target.timesteps[step], self.target.labels.repeat(k)
+        inputs, t, y = model_inputs(self.model, x, time, labels, self.settings.guidance)
         first = None
         if stream is not None:
             first = _layer(jobs[0])
@@ -204,11 +230,13 @@ class Lanes:
         with self.model.hooks([*edits, *self._edits(jobs, seen)]):
             output = self.model(inputs, t, y, start_at_layer=first)
         self.blocks += len(t) * (self.model.cfg.n_layers - (first or 0))
-        for job, own in zip(jobs, self._guided(output, x).split(n), strict=True):
+        learns = learns_variance(self.scheduler)
+        answer = guided(output.to(x.dtype), self.model, self.settings, learns)
+        for job, own in zip(jobs, answer.split(n), strict=True):
             job.output = own
 
     def _edits(
-        self, jobs: list[Job], seen: ActivationCache | None
+        self, jobs: list[Job], seen: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, HookFunction]]:
         """A hook for each hook point that is patched, which changes each lane's own rows."""
         rows = torch.arange(self.passes * len(jobs) * self.items, device=self.model.device).view(
@@ -230,7 +258,7 @@ class Lanes:
 
         def edit(activation: Tensor, hook: HookPoint) -> Tensor:
             for own, act in at[hook.name]:
-                source = seen[act.name] if seen is not None and act.from_source else None
+                source = seen[act.name] if act.from_source else None
                 before = entered[act.layer][own] if act.patch.kind == "skip" else None
                 activation[own] = act.new(activation[own], source, before, self.passes)
             return activation
@@ -258,37 +286,29 @@ class Lanes:
     # The model.
 
     def _look(
-        self, run: Run, word: str, step: int, names: set[str]
-    ) -> tuple[ActivationCache, Tensor]:
-        """A run's own forward at a step: what is named, and the output.
+        self, run: Run, which: str, step: int, names: set[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """A run's own forward at a step: the named activations, and the guided output.
 
         Raises ValueError if it is not what the run had.
         """
+        kept: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, point: HookPoint) -> None:
+            kept[point.name] = value
+
         x = run.latents[step]
-        inputs = self._inputs(x, run.labels, step)
-        with self.model.hooks(edits_at(run.history, step)):
-            if names:
-                output, cache = self.model.run_with_cache(*inputs, names_filter=sorted(names))
-            else:
-                output, cache = self.model(*inputs), ActivationCache({})
-        self.blocks += len(inputs[1]) * self.model.cfg.n_layers
-        output = self._guided(output, x)
+        observed = self.model.observing(sorted(names), keep) if names else nullcontext()
+        with self.model.hooks(edits_at(run.history, step)), observed:
+            output = model_output(self.model, x, step, run.labels, self.settings, self.scheduler)
+        self.blocks += self.passes * len(x) * self.model.cfg.n_layers
         off = float((output - run.outputs[step]).norm() / run.outputs[step].norm().clamp_min(1e-12))
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
             raise InvalidValue(
-                f"Step {step} of the {word} run can't be computed again from its x_t: the model's "
-                f"answer is off by {off:.1%}; "
-                "was it made under hooks that are not in its history?"
+                f"Step {step} of the {which} run can't be computed again from its x_t: the model's "
+                f"answer is off by {off:.1%}; was it made under hooks that are not in its history?"
             )
-        return cache, output
-
-    def _inputs(self, x: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Any]:
-        return model_inputs(
-            self.model, x, self.target.timesteps[step], labels, self.settings.guidance
-        )
-
-    def _guided(self, output: Tensor, x: Tensor) -> Tensor:
-        return guided(output.to(x.dtype), self.model, self.settings, self.learns)
+        return kept, output
 
 
 def _layer(job: Job) -> int:

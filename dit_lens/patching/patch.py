@@ -1,8 +1,13 @@
 """Patches: what of a run's activations is replaced, with what, and at which steps.
 
-A `Patch` is only words; `plan` holds it against a model and a run, refuses what does not fit, and
-gives a `Planned`, which knows the hook point and computes the new activation from the old one.
-`dit_lens.patching.sweep.sweep` runs them.
+A `Patch` is a description; `plan` checks it against a model and a run, refuses what does not fit,
+and gives a `Planned`, which knows the hook point and computes the new activation from the old one.
+`dit_lens.patching.sweep` runs them.
+
+A patch's text is for people. What identifies it is a digest of what it does (`Planned.digest`): the
+hook point, the steps, the heads and tokens that are chosen, the modes of the band, the numbers of
+the direction, the kind and its seed. So two descriptions of one intervention are one patch, and two
+interventions that read alike are two.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,9 +24,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue
-from ..families.base import Config
 from ..hooks.edits import ablation
-from ..hooks.names import layer_of, select
+from ..hooks.names import layer_of, select, site_of
 from ..hooks.regions import Index, Region
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
@@ -34,29 +39,31 @@ STREAMS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 class Patch:
     """One intervention on the target run: a part of one activation, replaced at some steps.
 
-    Attributes:
-        site: a hook point in a layer, "resid_post", "attn_out", "attn.hook_z", ...; "skip" patches
-            "resid_post", whatever it says.
+    Args:
+        site: a hook point in a layer, "resid_post", "attn_out", "attn.hook_z", ...; a "skip" is
+            always at "resid_post".
         layer: the block; negative ones count from the end.
         steps: a range of steps, 0 the noisiest; None is every step.
         heads: only these heads.
-        region: only these tokens, indices or a mask over the grid, as `tokens` of
+        region: only these image tokens, indices or a mask over the grid, as `tokens` of
             `dit_lens.hooks.regions`.
-        bands, band: only one frequency band of the token grid, P_band h_source + (1 - P_band)
-            h_target.
+        bands: a partition of the token grid, for `band`.
+        band: only this frequency band, P_band h_source + (1 - P_band) h_target.
         direction: [d] of the activation's last axis; only the component along it is replaced.
         kind: what comes in: the source's activation ("swap"), 0 ("zero"), the mean over the
             source's items ("mean"), the source's activation of another item ("resample", a
             permutation drawn from `seed` that moves every item), or the stream that entered the
             layer ("skip": the layer is knocked out, resid_post = resid_pre).
+        seed: of "resample".
 
     Raises:
-        ValueError: or.
-        TypeError: for an unknown kind, steps that are no range, a band without bands, a direction
-            without length.
+        ValueError: for an unknown kind, a band without bands, a direction without length.
+        TypeError: for steps that are not a range.
 
-    >>> print(Patch("attn_out", 5, range(20, 25)), "|", Patch("attn.hook_z", 3, heads=[0, 2], kind="zero"))
-    swap attn_out, layer 5, steps 20-24 | zero attn.hook_z, layer 3, every step, heads [0, 2]
+    >>> print(Patch("attn_out", 5, range(20, 25)))
+    swap attn_out, layer 5, steps 20-24
+    >>> print(Patch("attn.hook_z", 3, heads=[0, 2], kind="zero"))
+    zero attn.hook_z, layer 3, every step, heads [0, 2]
     """
 
     site: str
@@ -71,16 +78,20 @@ class Patch:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # NumPy's and PyTorch's whole numbers become Python's.
+        for name in ("layer", "band", "seed"):
+            object.__setattr__(self, name, _as_int(getattr(self, name)))
+
         if self.kind not in KINDS:
             near = difflib.get_close_matches(str(self.kind), KINDS, n=1, cutoff=0)[0]
             raise InvalidValue(
-                f"{self.kind!r} is no kind of patch; expected one of {', '.join(map(repr, KINDS))} "
-                f"(nearest: {near!r})."
+                f"Unknown kind of patch {self.kind!r}; expected one of "
+                f"{', '.join(map(repr, KINDS))} (nearest: {near!r})."
             )
         if self.steps is not None and not isinstance(self.steps, range):
             raise InvalidType(
-                f"steps={self.steps!r} is no window; expected a range, such as range(20, 25), or "
-                "None for every step."
+                f"steps={self.steps!r} is not a window; expected a range, such as range(20, 25), "
+                "or None for every step."
             )
         if (self.bands is None) != (self.band is None):
             raise InvalidValue(
@@ -97,41 +108,32 @@ class Patch:
 
     @property
     def window(self) -> str:
-        """The steps in words: "20-24", "0-48 by 2", "all" or "none"."""
+        """The steps as text: "20-24", "0-48 by 2", "all" or "none"."""
         s = self.steps
         if s is None or not len(s):
             return "all" if s is None else "none"
         ends = str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}"
         return ends if s.step == 1 or len(s) == 1 else f"{ends} by {s.step}"
 
-    @property
-    def what(self) -> str:
-        """All but layer and window, in words; two patches that read the same do the same."""
-        parts = [] if self.kind != "resample" or not self.seed else [f"seed {self.seed}"]
-        parts += [
-            f"{word} {_words(value)}"
-            for word, value in (("heads", self.heads), ("tokens", self.region))
-            if value is not None
-        ]
-        if self.bands is not None:
-            assert self.band is not None
-            number = self.bands.number(self.band)
-            edges = ", ".join(f"{edge:.4g}" for edge in self.bands.edges)
-            # learnt from data
-            modes = "" if self.bands.kind != "eigen" else f", modes {_digest(self.bands._basis[0])}"
-            parts.append(
-                f"band {self.bands.names[number]!r} of {self.bands.kind} at {edges}{modes}"
-            )
-        if self.direction is not None:
-            parts.append(f"direction [{len(self.direction)}] {_digest(self.direction)}")
-        return ", ".join(parts)
-
     def __str__(self) -> str:
         when = {"all": "every step", "none": "no step"}.get(
             self.window
         ) or f"step{'s'[: len(self.steps or ()) > 1]} {self.window}"
-        head = "skip" if self.kind == "skip" else f"{self.kind} {self.site}"
-        return ", ".join(filter(None, (head, f"layer {self.layer}", when, self.what)))
+        parts = ["skip" if self.kind == "skip" else f"{self.kind} {self.site}"]
+        parts += [f"layer {self.layer}", when]
+        if self.kind == "resample" and self.seed:
+            parts.append(f"seed {self.seed}")
+        for name, index in (("heads", self.heads), ("tokens", self.region)):
+            if index is not None:
+                parts.append(f"{name} {_index_text(index)}")
+        if self.bands is not None and self.band is not None:
+            number = self.bands.number(self.band)
+            edges = ", ".join(f"{edge:.4g}" for edge in self.bands.edges)
+            name, size = self.bands.names[number], self.bands.sizes[number]
+            parts.append(f"band {name!r} ({size} modes) of {self.bands.kind} at {edges}")
+        if self.direction is not None:
+            parts.append(f"direction [{len(self.direction)}] {_digest(self.direction)[:8]}")
+        return ", ".join(parts)
 
 
 def grid(
@@ -140,8 +142,16 @@ def grid(
     windows: Iterable[range | None],
     **options: Any,
 ) -> list[Patch]:
-    """Every combination of layer, site and window, windows running fastest; `options` are the other
-    fields of `Patch`.
+    """Every combination of layer, site and window, windows running fastest.
+
+    Args:
+        layers: the blocks.
+        sites: one hook point of a layer, or several.
+        windows: ranges of steps; None is every step.
+        **options: the other fields of `Patch`, the same for all.
+
+    Returns:
+        The patches, for `sweep`.
 
     >>> [str(p) for p in grid([3], ["attn_out", "mlp_out"], [range(0, 5)])]
     ['swap attn_out, layer 3, steps 0-4', 'swap mlp_out, layer 3, steps 0-4']
@@ -154,8 +164,18 @@ def grid(
 
 
 def tiles(first: int, stop: int, n: int) -> list[range]:
-    """`n` windows that cover the steps first..stop-1 without overlap, as equal as they can be;
-    ValueError if there are too few steps.
+    """Windows that cover the steps first..stop-1 without overlap, as equal as they can be.
+
+    Args:
+        first: the first step.
+        stop: the step after the last.
+        n: how many windows.
+
+    Returns:
+        `n` ranges, for `grid`.
+
+    Raises:
+        ValueError: if there are fewer steps than windows.
 
     >>> tiles(20, 30, 3)
     [range(20, 23), range(23, 26), range(26, 30)]
@@ -171,9 +191,16 @@ def tiles(first: int, stop: int, n: int) -> list[range]:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A patch held against a model.
+    """A patch checked against a model.
 
-    `key` tells apart all that is done; patches of one key differ in their windows only.
+    Attributes:
+        patch: the description.
+        name: the hook point.
+        layer: its block, 0 or more.
+        axes: the hook point's.
+        inside: the part of the activation that is replaced.
+        steps: the window.
+        key: a digest of what is done; patches of one key differ in their windows only.
     """
 
     patch: Patch
@@ -185,17 +212,23 @@ class Planned:
     key: str
 
     @property
+    def digest(self) -> str:
+        """What identifies the patch: `key` and the steps."""
+        return _digest(self.key, sorted(self.steps))
+
+    @property
     def from_source(self) -> bool:
+        """Whether the source's activation is needed."""
         return self.patch.kind in ("swap", "mean", "resample")
 
     @property
     def whole_stream(self) -> bool:
-        """Whether the whole residual stream becomes the source's: then nothing before this point
-        matters.
+        """Whether the image's whole residual stream becomes the source's: then nothing before this
+        point matters.
         """
         return (
             self.patch.kind == "swap"
-            and self.name.endswith(STREAMS)
+            and site_of(self.name) in STREAMS
             and self.inside.everything
             and self.patch.direction is None
         )
@@ -203,9 +236,15 @@ class Planned:
     def new(
         self, old: Tensor, source: Tensor | None, entered: Tensor | None, passes: int
     ) -> Tensor:
-        """The activation to go on with, from the target's own and the source's (or the stream that
-        entered the layer), all [batch, ...].
+        """The activation to go on with.
+
+        Args:
+            old: the target's own, [batch, ...].
+            source: the source's, if it is needed.
+            entered: the stream that entered the layer, for "skip".
+            passes: 2 if the batch is [cond | null].
         """
+        # What comes in.
         if self.patch.kind == "skip":
             assert entered is not None
             coming = entered
@@ -213,10 +252,19 @@ class Planned:
             coming = ablation("zero")(old, None)
         else:
             assert source is not None
+            if source.shape != old.shape:
+                raise InvalidValue(
+                    f"{str(self.patch)!r}: {self.name!r} is {list(source.shape)} in the source and "
+                    f"{list(old.shape)} in the target ({', '.join(self.axes)}); expected the same, "
+                    "prompts of one length."
+                )
             # [cond | null]: a null item is not another item of the cond half
             halves = source.chunk(passes)
             coming = torch.cat([self._of_items(half) for half in halves])
+
+        # What of it is let in.
         if self.patch.direction is not None:
+            self.check_direction(old.shape[-1])
             unit = torch.nn.functional.normalize(self.patch.direction.detach().to(old), dim=0)
             coming = old + ((coming - old) @ unit)[..., None] * unit
         return self.inside.merge(old, coming, self.axes)
@@ -230,6 +278,17 @@ class Planned:
             if self.patch.kind == "resample"
             else source
         )
+
+    def check_direction(self, size: int | None) -> None:
+        """Raise ValueError for a direction that is not of the last axis's size, where both are
+        known: the number of text tokens is not before the first forward.
+        """
+        direction = self.patch.direction
+        if direction is not None and size is not None and len(direction) != size:
+            raise InvalidValue(
+                f"{str(self.patch)!r}: the direction has {len(direction)} entries; {self.name!r} "
+                f"has {size} ({self.axes[-1]})."
+            )
 
 
 def moved(items: int, seed: int) -> Tensor:
@@ -245,10 +304,13 @@ def moved(items: int, seed: int) -> Tensor:
 
 
 def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
-    """The patch held against a model and a run of so many steps and items.
+    """The patch checked against a model and a run of so many steps and items.
 
-    Raises ValueError or UnknownName, in one sentence.
+    Raises:
+        ValueError: for what does not fit, in one sentence.
+        UnknownName: for a site that the model does not have.
     """
+    # Where it is.
     cfg = model.cfg
     if not isinstance(patch.layer, int) or not -cfg.n_layers <= patch.layer < cfg.n_layers:
         raise InvalidValue(
@@ -264,6 +326,8 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
             "such as 'resid_post'."
         )
     name = model.resolve(site, layer)
+
+    # When, and with what.
     window = range(steps) if patch.steps is None else patch.steps
     outside = [s for s in window if not 0 <= s < steps]
     if outside:
@@ -276,71 +340,99 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
             f"{str(patch)!r}: resampling takes another item's activation, and the source has "
             f"{items}; expected 2 or more."
         )
-    if patch.bands is not None:
-        assert patch.band is not None
-        number = patch.bands.number(patch.band)
-        if patch.bands.grid != cfg.grid:
-            raise InvalidValue(
-                f"{str(patch)!r}: the bands are of a {_by(patch.bands.grid)} grid; expected the "
-                f"tokens' {_by(cfg.grid)}."
-            )
-        if not patch.bands.sizes[number]:
-            full = [
-                name
-                for name, size in zip(patch.bands.names, patch.bands.sizes, strict=True)
-                if size
-            ]
-            raise InvalidValue(
-                f"{str(patch)!r}: band {patch.band!r} holds no mode; the bands with modes are "
-                f"{full}."
-            )
-    band = None if patch.bands is None or patch.band is None else (patch.bands, patch.band)
+
+    # Which part of it.
+    band = _band(patch, cfg.grid)
     inside, axes = Region(heads=patch.heads, tokens=patch.region, band=band), model.sites[name]
-    _try(patch, name, inside, axes, cfg)
-    return Planned(patch, name, layer, axes, inside, window, f"{patch.kind} {name} {patch.what}")
-
-
-def _try(patch: Patch, name: str, inside: Region, axes: tuple[str, ...], cfg: Config) -> None:
-    """Find out on an empty activation whether the parts exist, and not after an hour."""
-    tokens = cfg.grid[0] * cfg.grid[1]
-    sizes = {"batch": 1, "token": tokens, "query": tokens, "key": tokens, "head": cfg.n_heads}
-    shape = [sizes[axis] if axis in sizes else getattr(cfg, axis) for axis in axes]
-    for word, index in (("heads", patch.heads), ("region", patch.region)):
-        if (
-            index is not None
-            and not isinstance(index, (int, slice))
-            and not torch.as_tensor(index).numel()
-        ):
-            raise InvalidValue(
-                f"{str(patch)!r}: {word}={index!r} chooses nothing; expected at least one, or None "
-                "for all."
-            )
     try:
         inside.check(name, axes)
-        inside.merge(torch.zeros(shape), torch.zeros(shape), axes)
+        sizes = cfg.axis_sizes()
+        heads = _chosen("heads", patch.heads, "head", sizes)
+        tokens = _chosen("region", patch.region, "token" if "token" in axes else "query", sizes)
     except ValueError as error:
         raise InvalidValue(f"{str(patch)!r}: {error}") from None
-    if patch.direction is not None and len(patch.direction) != shape[-1]:
+    key = _digest(
+        patch.kind,
+        name,
+        patch.seed if patch.kind == "resample" else None,
+        heads,
+        tokens,
+        None if band is None else band[0].digest(band[1]),
+        patch.direction,
+    )
+    planned = Planned(patch, name, layer, axes, inside, window, key)
+    planned.check_direction(sizes.get(axes[-1]))
+    return planned
+
+
+def _band(patch: Patch, grid: tuple[int, ...]) -> tuple[Bands, int | str] | None:
+    bands, band = patch.bands, patch.band
+    if bands is None or band is None:
+        return None
+    number = bands.number(band)
+    if bands.grid != grid:
         raise InvalidValue(
-            f"{str(patch)!r}: the direction has {len(patch.direction)} entries; {name!r} has "
-            f"{shape[-1]} ({axes[-1]})."
+            f"{str(patch)!r}: the bands are of a {_grid_text(bands.grid)} grid; expected the "
+            f"tokens' {_grid_text(grid)}."
         )
+    if not bands.sizes[number]:
+        full = [name for name, size in zip(bands.names, bands.sizes, strict=True) if size]
+        raise InvalidValue(
+            f"{str(patch)!r}: band {band!r} holds no mode; the bands with modes are {full}."
+        )
+    return bands, band
 
 
-def _by(sides: Sequence[int]) -> str:
+def _chosen(field: str, index: Index | None, axis: str, sizes: dict[str, int]) -> Tensor | None:
+    """Which places of an axis an index chooses, as a mask; ValueError if it chooses none, or one
+    that is not there.
+    """
+    if index is None:
+        return None
+    nothing = InvalidValue(
+        f"{field}={index!r} chooses nothing; expected at least one, or None for all."
+    )
+    if not isinstance(index, (int, slice)) and not torch.as_tensor(index).numel():
+        raise nothing
+    zeros = torch.zeros(sizes[axis])
+    part = Region(heads=index) if axis == "head" else Region(tokens=index)
+    mask = part.merge(zeros, zeros + 1, (axis,)).bool()
+    if not mask.any():
+        raise nothing
+    return mask
+
+
+def _as_int(value: Any) -> Any:
+    """Python's whole number for any library's; anything else as it is."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _grid_text(sides: Sequence[int]) -> str:
     return "x".join(map(str, sides))
 
 
-def _words(index: Index) -> str:
+def _index_text(index: Index) -> str:
     if isinstance(index, (int, slice)):
         return str(index)
     value = torch.as_tensor(index)
     return (
         str(value.flatten().tolist())
         if value.dtype != torch.bool
-        else f"mask of {int(value.sum())}, {_digest(value)}"
+        else f"mask of {int(value.sum())}, {_digest(value)[:8]}"
     )
 
 
-def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.detach().cpu().contiguous().double().numpy().tobytes()).hexdigest()[:8]
+def _digest(*parts: Any) -> str:
+    """A digest of numbers, texts and tensors, by their values."""
+    made = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            values = part.detach().cpu().double().contiguous()
+            made.update(repr(tuple(values.shape)).encode() + values.numpy().tobytes())
+        else:
+            made.update(repr(part).encode())
+        made.update(b";")
+    return made.hexdigest()

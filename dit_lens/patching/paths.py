@@ -4,77 +4,85 @@ Patching a layer's output moves the outcome in every way at once: through all th
 is one of these ways (Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv
 2304.05969). At every step of the window
 
-1. the sender puts out what it does in the source, everything between it and the receiver what it does in the target at that x_t; so the
-   receiver is told the sender's news by the stream alone, and answers;
-2. with that answer, and nothing else changed, the target's step is taken.
+1. the sender puts out what it does in the source, and everything between it and the receiver what
+   it does in the target at that x_t; so the receiver sees the sender's change only through the
+   residual stream;
+2. with what the receiver then puts out, and nothing else changed, the target's step is taken.
 
-Without a receiver the sender's news reaches only the last layer, which is the direct effect on the
-output; what is left of the whole effect is mediated by later layers. The next x_t differs, and from
-there on everything runs freely, as in any patch.
+Without a receiver the sender's change reaches only the last layer, which is the direct effect on
+the output; what is left of the whole effect is mediated by later layers. The next x_t differs, and
+from there on everything runs freely, as in any patch.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..hooks.points import HookPoint, Observer
+from ..hooks.names import additions, site_of
+from ..hooks.points import HookFunction, HookPoint
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
 from ..sampling.loop import denoise
 from ..sampling.run import Run
 from ..sampling.settings import check_step, edits_at
-from .sweep import Patch, sweep
+from .sweeps import check_runs
 
 Point = tuple[str, int]
-"""What a layer adds to the stream, such as "attn_out" or "mlp_out", and the layer."""
+"""What a layer adds to the image's stream, such as "attn_out" or "mlp_out", and the layer."""
 
 
 def path_patch(
     source: Run, target: Run, sender: Point, receiver: Point | None, steps: range
 ) -> Tensor:
-    """The target's finished latents [item, c, h, w] if the sender's output in `source` reached it
-    by one path only, at these steps.
+    """The target's finished latents if the sender's output in `source` reached it by one path only,
+    at these steps.
 
     Args:
-        source, target: runs of one model with the same settings; see
-            `dit_lens.patching.sweep.sweep`, which says what fits.
+        source: the run that the sender's output is taken from, such as twin A.
+        target: the run that is patched, such as twin B; see `check_runs` for what fits.
         sender: ("attn_out", 5), say.
         receiver: a later one, or None for the direct effect on the output.
+        steps: the window, 0 the noisiest.
+
+    Returns:
+        Latents, [item, channel, height, width].
 
     Raises:
-        ValueError: for runs that do not fit each other, points that are none, or a receiver that
-            does not come after the sender.
+        ValueError: for runs that do not fit each other, points that add nothing to the stream, or a
+            receiver that does not come after the sender.
+        RuntimeError: if the weights have changed since.
 
-        finished = path_patch(twins.a, twins.b, ("attn_out", 5), ("mlp_out", 9), range(25, 30))
+    >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=3)
+    >>> path_patch(pair.a, pair.b, ("attn_out", 5), ("mlp_out", 9), range(1, 2)).shape
+    torch.Size([2, 1, 16, 16])
     """
+    # What is asked for fits the runs and the model.
     model = target.model
-    sweep(source, target, [Patch("attn_out", 0, range(0))])  # refuses what does not fit
+    check_runs(source, target)
     if not model.cfg.restartable:
         raise InvalidValue(
             f"The blocks of {type(model.transformer).__name__} hand on more than the image's "
-            "stream, which would carry the news past "
-            "what is frozen; expected a model of one stream, such as DiT or PixArt. A whole patch "
-            "works: dit_lens.patching.sweep.sweep."
+            "stream, which would carry the sender's change past what is frozen; expected a model "
+            "of one stream, such as DiT or PixArt. A whole patch works: dit_lens.patching.sweep."
         )
-    all_points = [_point(name) for name in model.names if ADDED.fullmatch(name)]
-    sites = list(dict.fromkeys(site for site, _ in all_points))
+    points = [
+        (site_of(name).removeprefix("hook_"), layer)
+        for layer, _, added, _ in additions(model.names)
+        for name in added
+    ]
     for point in (sender, *([receiver] if receiver is not None else [])):
-        if tuple(point) not in all_points:
-            what = " or ".join(map(repr, sites))
+        if point not in points:
+            sites = " or ".join(map(repr, dict.fromkeys(site for site, _ in points)))
             raise InvalidValue(
-                f"{point!r} is no end of a path; expected ({what}, a layer from 0 to "
+                f"{point!r} is no end of a path; expected ({sites}, a layer from 0 to "
                 f"{model.cfg.n_layers - 1})."
             )
-    first, last = (
-        all_points.index(sender),
-        len(all_points) if receiver is None else all_points.index(receiver),
-    )
+    first = points.index(sender)
+    last = len(points) if receiver is None else points.index(receiver)
     if last <= first:
         raise InvalidValue(
             f"The receiver {receiver!r} does not come after the sender {sender!r}, so nothing goes "
@@ -82,49 +90,43 @@ def path_patch(
         )
     for step in steps:
         check_step(step, target.settings.steps)
-    between = [_name(point) for point in all_points[first + 1 : last]]
-    begin = steps[0] if len(steps) else target.settings.steps
+    begin = min(steps, default=target.settings.steps)
     for run in (source, target):
         run.require_released(begin)
+
+    # The target's run from there on, each step of the window with one path patched.
+    between = [_name(point) for point in points[first + 1 : last]]
     scheduler, x = target.scheduler_at(begin), target.latents[begin]
     for step in range(begin, target.settings.steps):
-        edits: list[Any] = []
+        edits: list[tuple[str, HookFunction]] = []
         if step in steps:
             with torch.no_grad(), model.hooks(edits_at(target.history, step)):
-                said = _read(source, source.latents[step], step, [_name(sender)])
-                frozen = _read(target, x, step, between)
-                told: list[Any] = [(name, _put(value)) for name, value in (said | frozen).items()]
-                if receiver is None:
-                    edits = told
-                else:
-                    with model.hooks(told):
-                        answer = _read(target, x, step, [_name(receiver)])
-                    edits = [(name, _put(value)) for name, value in answer.items()]
+                sent = _activations(source, source.latents[step], step, [_name(sender)])
+                edits = _constants(sent | _activations(target, x, step, between))
+                if receiver is not None:
+                    with model.hooks(edits):
+                        answer = _activations(target, x, step, [_name(receiver)])
+                    edits = _constants(answer)
         with model.hooks(edits):
             past = (target.labels, target.history, target.settings, scheduler)
             x = next(denoise(model, x, *past, step, step + 1)).following
     return x
 
 
-ADDED = re.compile(r"blocks\.(\d+)\.hook_(\w+_out)")
-"""The hook points whose value is added to the stream, in forward order."""
-
-
-def _point(name: str) -> Point:
-    found = ADDED.fullmatch(name)
-    assert found is not None
-    return found[2], int(found[1])
-
-
 def _name(point: Point) -> str:
     return f"blocks.{point[1]}.hook_{point[0]}"
 
 
-def _put(value: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
-    return lambda activation, hook: value
+def _constants(values: Mapping[str, Tensor]) -> list[tuple[str, HookFunction]]:
+    """Hooks that put these values in, whatever is computed there."""
+
+    def put(_: Tensor, hook: HookPoint) -> Tensor:
+        return values[hook.name]
+
+    return [(name, put) for name in values]
 
 
-def _read(run: Run, x: Tensor, step: int, names: Sequence[str]) -> dict[str, Tensor]:
+def _activations(run: Run, x: Tensor, step: int, names: Sequence[str]) -> dict[str, Tensor]:
     """Activations of one forward at x_t, after whatever edits are in force."""
     seen: dict[str, Tensor] = {}
     if not names:
@@ -134,10 +136,6 @@ def _read(run: Run, x: Tensor, step: int, names: Sequence[str]) -> dict[str, Ten
     def keep(value: Tensor, hook: HookPoint) -> None:
         seen[hook.name] = value.clone()
 
-    handles = [model.instrumentation.attach(name, Observer(keep)) for name in names]
-    try:
+    with model.observing(list(names), keep):
         model(*model_inputs(model, x, run.timesteps[step], run.labels, run.settings.guidance))
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen

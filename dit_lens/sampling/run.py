@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..hooks.points import Listener, StopForward
+from ..hooks.points import StopForward
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
@@ -141,18 +141,16 @@ class Run:
         """
         check_step(step, self.settings.steps)
         self.require_released(step)
-        return self._pass(step, "hook_sample", [])
+        return self._pass(step, "hook_sample", whole=True)
 
     def _recomputed(self, step: int, name: str) -> Tensor:
         """One activation at one step, held against the run's witness."""
         found: list[Tensor] = []
-        last = until(name, self.model.names)
-        ending = self.model.instrumentation.stopping(last)
         with self.model.observing(name, lambda value, hook: found.append(value)):
-            self._pass(step, last, ending)
+            self._pass(step, until(name, self.model.names), whole=False)
         return found[0]
 
-    def _pass(self, step: int, last: str, ending: list[tuple[str, Listener]]) -> Tensor:
+    def _pass(self, step: int, last: str, whole: bool) -> Tensor:
         """The model's pass at a step, up to `last`, from the stored x_t with this run's edits."""
         model, proof = self.model, Proof(self.witnesses[step], self.model.names, last)
         x, t = self.latents[step], self.timesteps[step]
@@ -162,7 +160,8 @@ class Run:
             self.kernels.restored(x.device.type),
             model.instrumentation.under(step=step),
             model.hooks(edits_at(self.history, step)),
-            model.attached([*proof.listeners, *ending]),
+            model.attached(proof.listeners),
+            model.attached([] if whole else model.instrumentation.stopping(last)),
             suppress(StopForward),
         ):
             answer = model(*inputs)

@@ -28,7 +28,10 @@ from ..twinning.twins import twins
 
 KNOWN: dict[str, tuple[tuple[str, ...], ...]] = {
     "energy": (("name", "step", "batch", "band"), ("layer", "step", "batch", "band")),
-    "difference": (("layer", "step", "pair", "band"), ("reading", "layer", "step", "pair", "band")),
+    "difference": (
+        ("layer", "step", "pair", "band"),
+        ("channels", "layer", "step", "pair", "band"),
+    ),
     "agreement": (("layer", "step", "band"),),
     "commitment": (("band",), ("band", "quantity")),
     "gap": ((), ("quantity",)),
@@ -187,8 +190,8 @@ class Bench:
             probe = self.build(model.cfg.grid)
             self.run(model, probe, steps=6, twin=True)
             energy = probe.result()["difference"]
-            if "reading" in energy.dims:
-                energy = energy.sel(reading="raw")
+            if "channels" in energy.dims:
+                energy = energy.sel(channels="raw")
             found = energy.sum("pair").transpose("layer", "step", "band").values
             gain = np.ones(found.shape)
             gain[energy["layer"].values >= at, :, band] = (1 + a) ** 2

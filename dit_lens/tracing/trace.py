@@ -6,8 +6,8 @@ forward that stops at the layer asked for, and is bit for bit what recording wou
 Recording (`names=`) is for when many reads follow. What is recomputed is held against checksums of
 every layer's stream, taken while the run ran: a recomputation that departs raises `NotReproduced`.
 
-Steps are those of the run, counted from 0: of a replay from step 2 they begin with 2. A second run in
-the same trace is read behind the first one, while edits act at its own steps. With guidance a
+Steps are those of the run, counted from 0: of a replay from step 2 they begin with 2. A second run
+in the same trace is read behind the first one, while edits act at its own steps. With guidance a
 step's batch is [cond | uncond], as the pipeline made it.
 """
 
@@ -102,6 +102,11 @@ class Trace:
                 self._attach(name, Observer(self._recorder.keep), undo)
             for probe in self.probes:
                 probe.start(model)
+                if isinstance(probe.names, (list, tuple)) and not probe.names:
+                    raise InvalidValue(
+                        f"{type(probe).__name__} observes no hook point, its names are empty; use "
+                        "its run(model, ...)."
+                    )
                 for name in select(probe.names, self.names):
                     self._attach(name, Observer(self._recorder.showing(probe)), undo)
             self._undo = undo.pop_all()
@@ -352,8 +357,8 @@ class Trace:
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise InvalidState(
-            "A trace can't be pickled, for it holds a model and its hooks; use trace.save(path) and "
-            "dit_lens.load_trace(path, model)."
+            "A trace can't be pickled, for it holds a model and its hooks; use trace.save(path) "
+            "and dit_lens.load_trace(path, model)."
         )
 
     def __repr__(self) -> str:

@@ -4,9 +4,9 @@
 Twins of the bundled `digits`, A patched into B over layers x (attn_out, mlp_out) x windows that
 cover the steps after the release:
 
-- `dit_lens.patching.sweep.sweep`;
-- a plain loop: A's branch outputs recorded once with PyTorch module hooks, then for each patch a
-  full run of diffusers' own DiT with a hook that puts A's output in;
+- `dit_lens.patching.sweep`;
+- a plain loop: what A's attention and MLPs answer, recorded once with PyTorch module hooks, then
+  for each patch a full run of diffusers' own DiT with a hook that puts A's output in;
 - the same loop in nnsight, on a few patches; what it would take for all is extrapolated, and said
   to be.
 
@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dit_lens
-from dit_lens.patching.sweep import Patch, grid, sweep, tiles
+from dit_lens.patching import Patch, grid, sweep, tiles
 from dit_lens.sampling.loop import advance, prepared
 from dit_lens.sampling.run import Run
 
@@ -60,7 +60,7 @@ def denoised(run: Run, forward: Callable[[int, Tensor, Tensor], Tensor]) -> Tens
 
 
 def record(transformer: DiTTransformer2DModel, run: Run, layers: range) -> Recorded:
-    """What both branches of every layer answered at every step of the run."""
+    """What attention and MLP of every layer answered at every step of the run."""
     kept: Recorded = {}
     now = 0
     handles = []

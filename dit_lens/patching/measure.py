@@ -1,0 +1,112 @@
+"""What is measured on finished latents: how far a patched run went over to the source, by band, or
+whatever a function of the user's gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidValue
+from ..measures.agreement import Agreement, agreement, curve
+from ..measures.bands import CUT, Bands
+from ..measures.bootstrap import FEWEST_PAIRS, resample
+from ..sampling.run import Run
+
+Measure = Bands | Callable[[Tensor], Any] | None
+"""`Bands` of the latents' grid (None: "low" and "high"), or a function of finished latents."""
+RESAMPLES = 1000
+
+
+def latent_bands(bands: Bands | None, run: Run) -> Bands:
+    """The bands, or "low" and "high".
+
+    Raises ValueError for bands of another grid than the run's latents.
+    """
+    side = (run.latents.shape[-2], run.latents.shape[-1])
+    bands = Bands.radial(side, cut=CUT) if bands is None else bands
+    if bands.grid != side:
+        raise InvalidValue(
+            f"The outcome's bands are of a {bands.grid[0]}x{bands.grid[1]} grid; expected the "
+            f"latents' {side[0]}x{side[1]}."
+        )
+    return bands
+
+
+def energy(x: Tensor, bands: Bands) -> NDArray[np.float64]:
+    """|P_b x|² of latents [item, c, h, w], summed over channels: [item, band]."""
+    values: NDArray[np.float64] = bands.energy(x.double()).sum(1).cpu().numpy()
+    return values
+
+
+def compared(bands: Bands, finished: Tensor, source: Run, target: Run) -> xr.Dataset:
+    """Agreement and move by band, from finished latents [patch, item, c, h, w]."""
+    # Distances from the source, of the patched runs and of the target.
+    a, b, items = source.latents[-1], target.latents[-1], len(target.labels)
+    away = np.stack([energy(x - a, bands) for x in finished])
+    apart = energy(b - a, bands)
+
+    # Agreement with both, less what all items of a label share.
+    labels = target.labels.cpu().numpy()
+    groups = labels if np.unique(labels, return_counts=True)[1].min() > 1 else np.zeros_like(labels)
+    # one item has no mean to take off
+    found = np.full((len(finished), 2, 3, items, bands.n), np.nan)
+    if items > 1:
+        for i, x in enumerate(finished):
+            found[i] = np.stack([np.stack(agreement(x, other, bands, groups)) for other in (a, b)])
+    stats = Agreement(*np.moveaxis(found, 2, 0))
+
+    # The move, with an interval over items.
+    counts = resample(items, RESAMPLES) if items >= FEWEST_PAIRS else np.full((2, items), np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        move = 1 - away.sum(1) / apart.sum(0)
+        spread = 1 - np.einsum("ri,pib->rpb", counts, away) / (counts @ apart)[:, None]
+        bound = np.moveaxis(np.quantile(spread, [0.025, 0.975], axis=0), 0, -1)
+    return xr.Dataset(
+        {
+            "agreement": (("patch", "reference", "band"), curve(stats)),
+            "agreement_stats": (("patch", "reference", "stat", "item", "band"), found),
+            "move": (("patch", "band"), move),
+            "move_interval": (("patch", "band", "bound"), bound),
+            "distance": (("patch", "item", "band"), away),
+            "distance_target": (("item", "band"), apart),
+        },
+        coords={
+            "reference": ["source", "target"],
+            "stat": list(Agreement._fields),
+            "band": list(bands.names),
+            "bound": ["low", "high"],
+        },
+        attrs={"groups": len(np.unique(groups)), "level": 0.95},
+    )
+
+
+def applied(fn: Callable[[Tensor], Any], finished: Tensor, source: Run, target: Run) -> xr.Dataset:
+    """The user's function of finished latents [patch, item, c, h, w], and of the source's and the
+    target's own.
+    """
+    items = len(target.labels)
+    values = [
+        np.asarray(torch.as_tensor(fn(x)).detach().cpu())
+        for x in (source.latents[-1], target.latents[-1], *finished)
+    ]
+    odd = [v.shape for v in values if v.shape[:1] != (items,) or v.shape != values[0].shape]
+    if odd:
+        raise InvalidValue(
+            f"The outcome gave shape {list(odd[0])}; expected [{items}, ...], one row an item and "
+            "always the same shape."
+        )
+    dims = ("item", *(f"outcome_{i}" for i in range(values[0].ndim - 1)))
+    return xr.Dataset(
+        {
+            "outcome": (("patch", *dims), np.stack(values[2:])),
+            "outcome_source": (dims, values[0]),
+            "outcome_target": (dims, values[1]),
+        }
+    )

@@ -1,0 +1,233 @@
+"""Activation patching as exact sweeps: which layer, at which steps, carries what one run decides
+into another?
+
+    from dit_lens.patching import as_grid, grid, sweep, tiles
+
+    twins = dit_lens.twins(model, pairs=16, release=20)
+    result = sweep(twins.a, twins.b, grid(range(28), ["attn_out", "mlp_out"], tiles(20, 50, 10)))
+    as_grid(result).move.sel(band="low")                       # [layer, site, window]
+
+For each patch the target's run is run again with the patch in its window and on to its end, exactly
+as that patch would go alone (Meng et al. 2022, arXiv 2202.05262, along the denoising run);
+`dit_lens.patching.lanes` says what is shared. With the outcome's default the *move* is 1 -
+|P_b(x_patched - x_source)|² / |P_b(x_target - x_source)|² of the finished latents: 0 where the
+patch does nothing, 1 where it makes the source of the target, below 0 where it leads away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import xarray as xr
+
+from ..errors import InvalidValue
+from ..hooks.names import site_of
+from ..sampling.run import Run
+from ..sampling.settings import Progress
+from .checkpoint import Store, scheduler_text, sweep_key
+from .lanes import Lanes
+from .measure import Measure, applied, compared, latent_bands
+from .patch import Patch, Planned, plan
+
+IN_FLIGHT = 64
+"""So many patches advance together; when they have finished they are stored.
+
+Only their x_t is in memory.
+"""
+
+
+def sweep(
+    source: Run,
+    target: Run,
+    patches: Sequence[Patch],
+    outcome: Measure = None,
+    *,
+    batch: int = 16,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> xr.Dataset:
+    """Patch `source` into `target`, once for each patch, and compare what becomes of the target.
+
+    Args:
+        source: the run that activations are taken from, such as twin A. Edits in its own history
+            act as they did.
+        target: the run that is patched, such as twin B, of the same model with the same settings
+            and number of items; item i goes with item i. Edits in its own history act before the
+            patch. Any scheduler will do, those with a memory too.
+        patches: what to do; `grid` makes every combination of layers, sites and windows.
+        outcome: None or `Bands` of the latents' pixel grid (default: "low" and "high"): agreement
+            and move, see below. Or a function of finished latents [item, c, h, w] that gives [item,
+            ...].
+        batch: images that run at once, at least one lane's; twice an item with guidance. Results do
+            not depend on it but for rounding.
+        progress: called with the patch-steps done and in all.
+        resume: a file in which finished patches are kept; an interrupted sweep that is given it
+            again goes on from there.
+
+    Returns:
+        Dataset over `patch` with the coordinates layer, site, window and kind (`as_grid` makes a
+        grid of them). By default it holds `agreement` [patch, reference, band] with the finished
+        latents of source and target, its statistics `agreement_stats` [patch, reference, stat,
+        item, band], `move` [patch, band], `move_interval` [patch, band, bound] (95 %, bootstrap
+        over items; NaN for fewer than 8), and |P_b(. - source)|² of the patched and of the target,
+        `distance` [patch, item, band] and `distance_target` [item, band]. With a function it holds
+        `outcome` [patch, item, ...], `outcome_source` and `outcome_target` [item, ...]. The
+        attribute `block_evaluations` counts images x blocks run, in this call and those that it
+        resumed.
+
+    Raises:
+        ValueError: before anything is run, for runs that do not fit each other, patches that do not
+            fit the runs, and a file of another sweep.
+        UnknownName: for a site that the model does not have.
+        RuntimeError: if the weights have changed since.
+
+    >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=3)
+    >>> patches = dit_lens.patching.grid([9], "attn_out", [range(1, 2), range(2, 3)])
+    >>> sweep(pair.a, pair.b, patches).move.sizes
+    Frozen({'patch': 2, 'band': 2})
+    """
+    # What is asked for fits the runs.
+    check_runs(source, target)
+    if not patches:
+        raise InvalidValue(
+            "There are no patches to make; expected one or more, see dit_lens.patching.grid."
+        )
+    if not isinstance(batch, int) or batch < 1:
+        raise InvalidValue(f"batch={batch!r} images at once; expected a whole number, 1 or more.")
+    steps = target.settings.steps
+    planned = [plan(patch, target.model, steps, len(target.labels)) for patch in patches]
+    tied = max(source.tied_until, target.tied_until)
+    early = [p.patch for p in planned if len(p.steps) and min(p.steps) < tied]
+    if early:
+        raise InvalidValue(
+            f"{str(early[0])!r} begins while the runs are coupled to their twins, until step "
+            f"{tied}; expected windows from there on."
+        )
+    bands = None if callable(outcome) else latent_bands(outcome, target)
+
+    # The patches are run, those of a wave together.
+    store = Store(resume, sweep_key(source, target, planned), len(patches))
+    lanes = Lanes(source, target, batch)
+    for wave in _waves(planned):
+        if all(p in store.done for p in wave):
+            continue
+
+        def tick(step: int, size: int = len(wave)) -> None:
+            # the last step counts when its patches are stored
+            if progress is not None and step < steps - 1:
+                progress(len(store.done) * steps + size * (step + 1), len(patches) * steps)
+
+        before = lanes.blocks
+        found = lanes.run([planned[p] for p in wave], tick)
+        store.add(wave, found, lanes.blocks - before)
+        if progress is not None:
+            progress(len(store.done) * steps, len(patches) * steps)
+
+    # What became of the target.
+    finished = torch.stack([store.done[p] for p in range(len(patches))]).to(target.latents)
+    if callable(outcome):
+        result = applied(outcome, finished, source, target)
+    else:
+        assert bands is not None
+        result = compared(bands, finished, source, target)
+    coords = {
+        "patch": [str(patch) for patch in patches],
+        "layer": ("patch", [p.layer for p in planned]),
+        "site": ("patch", [site_of(p.name).replace("hook_", "") for p in planned]),
+        "window": ("patch", [patch.window for patch in patches]),
+        "kind": ("patch", [patch.kind for patch in patches]),
+    }
+    attrs = {
+        "block_evaluations": store.blocks,
+        "steps": steps,
+        "items": len(target.labels),
+    }
+    return result.assign_coords(coords).assign_attrs(attrs)
+
+
+def as_grid(result: xr.Dataset) -> xr.Dataset:
+    """A sweep over a full grid as [layer, site, window, ...] in place of [patch, ...], each in the
+    order of the patches.
+
+    Args:
+        result: what `sweep` gave.
+
+    Returns:
+        The same variables with three axes in place of one.
+
+    Raises:
+        ValueError: where two patches have the same layer, site and window, such as two kinds;
+            choose between them first (`result.isel(patch=...)`).
+
+    >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=3)
+    >>> patches = dit_lens.patching.grid([9], "attn_out", [range(1, 2), range(2, 3)])
+    >>> as_grid(sweep(pair.a, pair.b, patches)).move.sizes
+    Frozen({'layer': 1, 'site': 1, 'window': 2, 'band': 2})
+    """
+    axes = ("layer", "site", "window")
+    places = list(zip(*(result[axis].values.tolist() for axis in axes), strict=True))
+    if len(set(places)) < len(places):
+        twice = next(p for p in places if places.count(p) > 1)
+        raise InvalidValue(
+            f"Layer, site and window do not tell the patches apart: {places.count(twice)} of them "
+            f"are at {twice}."
+        )
+    order = {axis: list(dict.fromkeys(result[axis].values.tolist())) for axis in axes}
+    plain = result.drop_vars(["patch", "kind"])
+    return plain.set_index(patch=list(axes)).unstack("patch").reindex(order).transpose(*axes, ...)
+
+
+def check_runs(source: Run, target: Run) -> None:
+    """Refuse two runs between which nothing can be patched.
+
+    Args:
+        source: the run that activations are taken from.
+        target: the run that is patched.
+
+    Raises:
+        ValueError: for runs of different weights, settings, schedulers or shapes.
+        RuntimeError: if the model's weights are no longer those of the runs.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> short, long = (dit_lens.sample(model, [3], steps=steps) for steps in (1, 2))
+    >>> try: check_runs(short, long)
+    ... except ValueError as error: print(error)
+    The source has steps=1 and the target steps=2; expected the same: sample both alike.
+    """
+    if source.model.transformer is not target.model.transformer:
+        raise InvalidValue("The runs are of different models; expected two of one model.")
+    for name in ("steps", "guidance", "guided_channels"):
+        a, b = getattr(source.settings, name), getattr(target.settings, name)
+        if a != b:
+            raise InvalidValue(
+                f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: "
+                "sample both alike."
+            )
+    a, b = scheduler_text(source), scheduler_text(target)
+    if a != b:
+        raise InvalidValue(
+            f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at "
+            "the same noise levels."
+        )
+    if source.latents.shape != target.latents.shape:
+        raise InvalidValue(
+            f"The source's latents are {list(source.latents.shape[1:])} and the target's "
+            f"{list(target.latents.shape[1:])}; expected the same, source item i goes into target "
+            "item i (run.select chooses items)."
+        )
+    target.forward(min(target.tied_until, target.settings.steps - 1))
+
+
+def _waves(planned: Sequence[Planned]) -> list[list[int]]:
+    """Patches that go together: those that begin at the same step, and there those that do the
+    same, are neighbours.
+    """
+
+    def place(p: int) -> tuple[int, str, str, str]:
+        one = planned[p]
+        return min(one.steps, default=10**9), one.patch.kind, one.name, one.key
+
+    order = sorted(range(len(planned)), key=place)
+    return [order[i : i + IN_FLIGHT] for i in range(0, len(order), IN_FLIGHT)]
