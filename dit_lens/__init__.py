@@ -38,7 +38,16 @@ _HOME = {
     "trace": "tracing.trace",
     "twins": "twinning.twins",
 }
-_NAMESPACES = ("errors", "experiments", "families", "groundtruth", "patching", "probes", "testing")
+_NAMESPACES = (
+    "errors",
+    "experiments",
+    "families",
+    "groundtruth",
+    "measures",
+    "patching",
+    "probes",
+    "testing",
+)
 __all__ = [*_HOME, *_NAMESPACES, "__version__"]
 
 

@@ -8,6 +8,7 @@ from . import errors as errors
 from . import experiments as experiments
 from . import families as families
 from . import groundtruth as groundtruth
+from . import measures as measures
 from . import patching as patching
 from . import probes as probes
 from . import testing as testing
@@ -19,6 +20,7 @@ from .hooks.names import UnknownName as UnknownName
 from .measures.bands import Bands as Bands
 from .model.hooked import HookedDiT as HookedDiT
 from .model.loading import load as load
+from .model.witness import NotReproduced as NotReproduced
 from .sampling.run import Run as Run
 from .sampling.run import sample as sample
 from .tracing.probe import Probe as Probe

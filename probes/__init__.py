@@ -1,6 +1,7 @@
 """The built-in probes.
 
-Each uses only dit_lens's public surface: they are written as yours would be.
+Belongs here: measurements written as yours would be, with dit_lens's public names only. Does not:
+what is concluded from several of them (`experiments`).
 
 - `SpectralSplit`: band energies of any hook point.
 - `TwinDivergence`: how far twins differ, by layer, band and step, and when each layer has settled.

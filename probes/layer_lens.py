@@ -85,7 +85,7 @@ class LayerLens(Probe):
             labels = [i // 2 % model.conditions.n for i in range(16)]
         with trace(model, probes=[self]):
             run = sample(model, labels, **settings)
-        return self.result(self._beside(run))
+        return self.result(finished(run, len(self.x0[-1, 0])))
 
     def of_run(self, run: Run, by_label: bool = True) -> xr.Dataset:
         """Go through a finished run, with its own edits: one forward for each step on its stored
@@ -98,12 +98,7 @@ class LayerLens(Probe):
         with trace(run.model, probes=[self]):
             for step in range(run.settings.steps):
                 run.forward(step)
-        return self.result(self._beside(run), by_label)
-
-    def _beside(self, run: Run) -> Tensor:
-        """The finished latents, once for each half of the batch: with guidance [cond | null]."""
-        halves = len(self.x0[-1, 0]) // len(run.labels)
-        return torch.cat([run.latents[-1]] * halves)
+        return self.result(finished(run, len(self.x0[-1, 0])), by_label)
 
     def result(self, target: Tensor | None = None, by_label: bool = True) -> xr.Dataset:
         """How well each layer's x0 agrees with a target, band by band.
@@ -172,3 +167,10 @@ class LayerLens(Probe):
                 "timestep": ("step", timesteps),
             },
         )
+
+
+def finished(run: Run, batch: int) -> Tensor:
+    """A run's finished latents, [batch, ...]: with guidance, where the batch is [cond | null], once
+    for each half.
+    """
+    return torch.cat([run.latents[-1]] * (batch // len(run.labels)))

@@ -136,7 +136,10 @@ def test_gaussian_is_the_exact_denoiser(
     got = predict(truth.transformer, x, torch.arange(1000)).double()
     exact = gt.gaussian_eps(x.double(), abar, lam_low, lam_high)
     error = (got - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-    assert error.max() < 3e-4 and truth.answer["deviation"] < 1e-3
+    # exact but for LayerNorm's curvature, 2.4e-5 in float64; the rest is float32's rounding at the
+    # last steps, where eps is a small difference of large numbers
+    assert error.max() < {torch.float64: 1e-4, torch.float32: 1e-3}[dtype]
+    assert truth.answer["deviation"] < 1e-3
 
 
 def test_gaussian_with_patches_and_many_tokens() -> None:

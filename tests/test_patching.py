@@ -521,7 +521,7 @@ def test_bad_input(model, pair):
     for source, text in [
         (
             run(other),
-            r"The runs are of different weights, \w{8} and \w{8}; expected two of one model",
+            "The runs are of different models; expected two of one model",
         ),
         (run(steps=5), "The source has steps=5 and the target steps=6; expected the same"),
         (run(guidance=2.0), "guidance=2.0 and the target guidance=1.0"),

@@ -14,8 +14,13 @@ class ActivationCache(Mapping[str, Tensor]):
     """Recorded activations in forward order, read like TransformerLens's cache.
 
     `cache["blocks.5.hook_resid_post"]` and `cache["resid_post", 5]` are one tensor;
-    `cache.stack("resid_post")` has every recorded layer along a new first axis. Raises
-    `UnknownName` for what was not recorded, with the nearest that was.
+    `cache.stack("resid_post")` has every recorded layer along a new first axis.
+
+    Args:
+        activations: by hook name, in forward order.
+
+    Raises:
+        UnknownName: for what was not recorded, with the nearest that was.
 
     >>> import torch; cache = ActivationCache({"blocks.0.hook_resid_post": torch.zeros(1, 4, 8)})
     >>> cache["resid_post", 0].shape, cache.stack("resid_post").shape
@@ -42,12 +47,20 @@ class ActivationCache(Mapping[str, Tensor]):
         return True
 
     def stack(self, site: str) -> Tensor:
-        """One site of every recorded layer, [layer, ...]."""
+        """One site of every recorded layer, [layer, ...].
+
+        Args:
+            site: a hook point without its layer, such as "resid_post".
+        """
         names = [n for n in select(site, list(self._activations)) if layer_of(n) is not None]
         return torch.stack([self._activations[n] for n in names])
 
     def to(self, device: str | torch.device) -> ActivationCache:
-        """The same activations on another device."""
+        """The same activations on another device.
+
+        Args:
+            device: where they go.
+        """
         return ActivationCache(
             {name: value.to(device) for name, value in self._activations.items()}
         )

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..errors import InvalidValue
-from . import Array
+from .arrays import Array
 from .bands import Bands
 
 
@@ -25,6 +25,9 @@ class Agreement(NamedTuple):
         xy: <a, b>.
         xx: |a|².
         yy: |b|².
+
+    >>> ones = np.ones((9, 1)); curve(Agreement(ones, 2 * ones, 2 * ones)).tolist()
+    [0.5]
     """
 
     xy: Array
@@ -33,7 +36,11 @@ class Agreement(NamedTuple):
 
     @classmethod
     def stack(cls, releases: Sequence[Agreement]) -> Agreement:
-        """[release, pair, band] from one Agreement [pair, band] for each release."""
+        """[release, pair, band] from one Agreement [pair, band] for each release.
+
+        Args:
+            releases: one for each.
+        """
         return cls(*(np.stack([part[i] for part in releases]) for i in range(3)))
 
 

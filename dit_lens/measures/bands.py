@@ -38,6 +38,7 @@ class Bands:
     Attributes:
         grid: (h, w) or (frame, h, w).
         kind: "radial", "dct", "temporal", "pooling" or "eigen".
+        basis: the orthonormal modes, a factor for each axis of the grid, or one for all.
         names: of the bands, low to high.
         sizes: modes per band; they sum to the grid's places.
         frequency: [mode] in cycles per token; pooling: the level, 0 the mean; eigen: the rank, 0

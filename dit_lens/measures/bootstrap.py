@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 
 from ..errors import InvalidValue
-from . import Array
+from .arrays import Array
 
 FEWEST_PAIRS = 8
 """No interval is given from fewer pairs than this."""

@@ -27,8 +27,8 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidValue
-from . import Array
 from .agreement import Agreement, curve
+from .arrays import Array
 from .bootstrap import draws
 
 

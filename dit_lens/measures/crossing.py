@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 
-from . import Array
+from .arrays import Array
 
 
 def half_crossing(curves: ArrayLike) -> Array:

@@ -30,7 +30,11 @@ class Estimate:
 
     @classmethod
     def of(cls, value: SupportsFloat, interval: Iterable[SupportsFloat]) -> Estimate:
-        """From numbers, arrays or DataArrays: a value, and two ends.
+        """From numbers, arrays or DataArrays.
+
+        Args:
+            value: the estimate.
+            interval: its lower and its upper end.
 
         >>> str(Estimate.of(1, [0, 2]))
         '1.00 [0.00, 2.00]'

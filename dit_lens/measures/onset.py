@@ -22,14 +22,17 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from ..errors import InvalidValue
-from . import Array
+from .arrays import Array
 from .bootstrap import FEWEST_PAIRS
 from .estimate import Estimate
 
 
 @dataclass(frozen=True)
 class Onset:
-    """Where a profile leaves its early level.
+    """Where a profile leaves its early level, as `onset(profile, boot)` gives it.
+
+        found = onset(profile, boot, pairs=64)
+        found.layer, found.interval, found.message
 
     Attributes:
         verdict: "found"; "none", no departure of the size that matters stays; "cannot tell" with

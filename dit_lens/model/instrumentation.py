@@ -61,7 +61,9 @@ class Instrumentation:
         self.watchers: list[Watcher] = []
         self.listening = 0
         self.users = 0  # HookedDiTs and open traces; the last one to go takes the points out
-        self.witnessed = witnessed(list(self.sites))
+        # Of a model that is only seen from outside not every stream can be read.
+        streams = [] if self.family.read_only else witnessed(list(self.sites))
+        self.witnessed = streams or ["hook_sample"]
         self.pipeline = PipelineFrame()
         self.owner: int | None = None  # the thread whose hooks are on
         self.running: list[int] = []

@@ -79,17 +79,18 @@ def witnessed(names: list[str]) -> list[str]:
     return [n for n in names if site_of(n) in STREAMS or n == "hook_sample"]
 
 
-def until(name: str, names: list[str]) -> str:
-    """The first witnessed name at or after `name`, so that its own layer is proven too.
+def until(name: str, names: list[str], then: Mapping[str, Checksum]) -> str:
+    """Where a pass has to go to prove an activation: to the end of its own layer.
 
-    >>> until("blocks.0.attn.hook_q", ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post"])
-    'blocks.0.hook_resid_post'
+    Args:
+        name: the activation's hook name.
+        names: the model's hook names, in forward order.
+        then: the original's checksums.
     """
-    later = witnessed(names[names.index(name) :])
+    later = [n for n in names[names.index(name) :] if n in then]
     if not later:
         return name
-    own = [n for n in later if layer_of(n) == layer_of(later[0])]
-    return own[-1]
+    return [n for n in later if layer_of(n) == layer_of(later[0])][-1]
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -177,7 +178,7 @@ class Proof:
 
     def __init__(self, then: Mapping[str, Checksum], names: list[str], last: str) -> None:
         self.then = then
-        self.names = witnessed(names[: names.index(last) + 1])
+        self.names = [n for n in names[: names.index(last) + 1] if n in then]
         self.now: dict[str, tuple[Checksum, Tensor]] = {}
 
     @property
@@ -188,12 +189,12 @@ class Proof:
     def see(self, value: Tensor, point: HookPoint) -> None:
         """Take the checksum of one stream of the recomputation."""
         flat = value.detach().flatten(1)
-        norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(flat.float(), dim=1)
         self.now[point.name] = checksum(value), norm * tolerance(value.dtype)
 
     def departure(self) -> Departure | None:
         """Where the recomputation departs; None if it is the same bit for bit."""
-        absent = [name for name in self.names if (name in self.then) != (name in self.now)]
+        absent = [name for name in self.names if name not in self.now]
         if absent:
             return Departure(absent[0], False, absent[0])
         return compare(self.then, self.now)

@@ -190,7 +190,6 @@ def _patching(function: str, what: str, activation_name: str, *axes: Axis) -> Ac
             batch=batch,
         )
 
-    named = function.removeprefix("get_act_patch_")
     shape = ", ".join(str({"layer": 2, "pos": 64, "head": 2}[axis]) for axis in ("layer", *axes))
     patch.__name__ = patch.__qualname__ = function
     patch.__doc__ = f"""The metric after each patch of {what}, [{", ".join(("layer", *axes))}].
@@ -214,7 +213,8 @@ def _patching(function: str, what: str, activation_name: str, *axes: Axis) -> Ac
     >>> model = dit_lens.HookedDiT(planted(layers=(1,), n_layers=2).transformer)
     >>> x, t, y = torch.zeros(1, 3, 8, 8), torch.tensor([500]), torch.tensor([0])
     >>> _, cache = model.run_with_cache(x + 1, t, y)
-    >>> dit_lens.patching.get_act_patch_{named}(model, (x, t, y), cache, torch.sum).shape
+    >>> patch = dit_lens.patching.{function}
+    >>> patch(model, (x, t, y), cache, torch.sum).shape
     torch.Size([{shape}])
     """
     return patch

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..errors import DitLensError, InvalidValue
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import log_snr, predict_x0
 from ..model.witness import Witness
@@ -145,6 +145,8 @@ def _refuse_foreign(scheduler: Any) -> None:
 def _set_timesteps(model: HookedDiT, scheduler: Any, steps: int) -> None:
     try:
         model.family.set_timesteps(scheduler, steps, model.cfg.tokens)
+    except DitLensError:
+        raise
     except Exception as error:  # schedulers of other kinds of models fail in many ways
         raise InvalidValue(
             f"{type(scheduler).__name__} can't be given {steps} timesteps for this model "

@@ -48,7 +48,15 @@ EDITED_OUTSIDE = (
 class Run:
     """A denoising trajectory; step 0 is the noisiest.
 
+        run = dit_lens.sample(model, labels=[3, 7], steps=50)
+        run.images, run.x0[10]                             # decoded; the clean latents seen early
+        run.activations("resid_post", 5, step=12)          # recomputed and proven
+        run.replay(from_step=12, edits=[(name, fn)])       # branch off
+        run.select([0])                                    # some items only
+
     Attributes:
+        model: what was sampled.
+        settings: steps, guidance, scheduler, eta.
         latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width],
             float32.
         x0: the clean latents predicted at each step, [steps, batch, ...].
@@ -147,7 +155,8 @@ class Run:
         """One activation at one step, held against the run's witness."""
         found: list[Tensor] = []
         with self.model.observing(name, lambda value, hook: found.append(value)):
-            self._pass(step, until(name, self.model.names), whole=False)
+            last = until(name, self.model.names, self.witnesses[step])
+            self._pass(step, last, whole=False)
         return found[0]
 
     def _pass(self, step: int, last: str, whole: bool) -> Tensor:
@@ -174,7 +183,11 @@ class Run:
         return answer
 
     def require_released(self, step: int) -> None:
-        """Raise ValueError if the run was still coupled to its twin at this step."""
+        """Raise ValueError if the run was still coupled to its twin at this step.
+
+        Args:
+            step: 0 is the noisiest.
+        """
         if step < self.tied_until:
             raise InvalidValue(
                 f"Until step {self.tied_until} this run was coupled to its twin, and step {step} "
@@ -281,7 +294,11 @@ class Run:
         )
 
     def scheduler_at(self, step: int) -> Any:
-        """A scheduler that remembers this run's steps before `step`, as multistep ones need."""
+        """A scheduler that remembers this run's earlier steps, as multistep ones need.
+
+        Args:
+            step: the next step to be made.
+        """
         scheduler = prepared(self.model, self.settings)
         for s in range(step):
             seeds, eta = self.seeds_at(s), self.settings.eta
@@ -289,7 +306,11 @@ class Run:
         return scheduler
 
     def seeds_at(self, step: int) -> tuple[int, ...]:
-        """The seeds that this step's noise came from, one for each item."""
+        """The seeds that this step's noise came from, one for each item.
+
+        Args:
+            step: 0 is the noisiest.
+        """
         return seeds_at(self.history, step)
 
 

@@ -120,7 +120,6 @@ def recompute(
     model.require_eval()  # in train mode labels are dropped at random: it would be another run
     found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     order = list(record.sites)
-    last = max((until(name, order) for name in names), key=order.index)
     steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
     with ExitStack() as stack:
         if not model.instrumentation.installed:
@@ -132,7 +131,9 @@ def recompute(
             def keep(value: Tensor, point: HookPoint, c: int = c) -> None:
                 found[point.name][c] = record.kept(point.name, value)
 
-            proof = Proof(record.calls[c].witness, order, last)
+            witness = record.calls[c].witness
+            last = max((until(name, order, witness) for name in names), key=order.index)
+            proof = Proof(witness, order, last)
             observers: list[tuple[str, Listener]] = [*proof.listeners]
             observers += [(name, Observer(keep)) for name in names]
             observers += model.instrumentation.stopping(last)

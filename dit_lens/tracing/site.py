@@ -24,6 +24,11 @@ T = TypeVar("T")
 class Site:
     """Where and when an activation was seen.
 
+        def observe(self, activation, site):
+            a, b = (activation[site.where(twin=which)] for which in "AB")
+            x0 = self.model.predict_x0(self.model.unembed(activation, site.t, site.condition),
+                                       site.x, site.t)
+
     Attributes:
         name: the full hook name.
         step: the denoising step; 0 is the first, noisiest step of the trace.

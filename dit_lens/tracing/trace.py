@@ -482,6 +482,9 @@ def trace(
 def load_trace(path: str | Path, model: Any = None) -> Trace:
     """Read a saved trace.
 
+        t = dit_lens.load_trace(path)                  # what was recorded
+        t = dit_lens.load_trace(path, model)           # and all else, recomputed and proven
+
     With the model everything can be recomputed; without, what was recorded can be read. Another
     model, or other weights, are noticed when something is recomputed.
 

@@ -36,6 +36,10 @@ from .ties import Tie, make_tie
 class Twins:
     """Pairs of finished trajectories.
 
+        pair = dit_lens.twins(model, pairs=16, release=20)
+        pair.a.images, pair.b.images
+        pair.run.replay(30, seeds=[...])               # both twins of all pairs, [A | B]
+
     Attributes:
         run: both twins of all pairs as one `Run`, batch [A | B].
         pairs: how many.
