@@ -43,6 +43,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 	touch $@
 
 .venv/core.stamp: .venv/torch.stamp pyproject.toml constraints.txt
+	rm -rf dit_lens.egg-info  # an old one would hide new entry points
 	$(IN) pip install -c constraints.txt -e .
 	touch $@
 

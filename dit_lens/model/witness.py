@@ -63,7 +63,9 @@ def checksum(x: Tensor) -> Checksum:
     flat = x.detach().reshape(len(x), -1)
     words = 8 // flat.element_size()
     whole = flat.shape[1] - flat.shape[1] % words
-    bits = _as_integers(flat[:, :whole], torch.int64)
+    bits = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    if whole:
+        bits = _as_integers(flat[:, :whole], torch.int64)
     if whole < flat.shape[1]:
         narrow = {1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()]
         bits = bits + _as_integers(flat[:, whole:], narrow)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..hooks.points import StopForward
+from ..hooks.names import select
+from ..hooks.points import Editor, Listener, Observer, StopForward
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.noise_schedule import log_snr
 from ..model.state import State
-from ..model.witness import Proof, Witness, until
+from ..model.witness import Departure, Proof, Witness, until
 from .guidance import model_inputs, n_passes
 from .loop import Step, advance, denoise, prepared
 from .noise import START, noise
@@ -149,38 +150,52 @@ class Run:
         """
         check_step(step, self.settings.steps)
         self.require_released(step)
-        return self._pass(step, "hook_sample", whole=True)
+        proof = Proof(self.witnesses[step], self.model.names, "hook_sample")
+        with (
+            self.model.instrumentation.under(step=step),
+            self.model.hooks(edits_at(self.history, step)),
+            self.model.attached(proof.listeners),
+        ):
+            answer = self._pass(step)
+        self._judge(step, proof.departure())
+        return answer
 
     def _recomputed(self, step: int, name: str) -> Tensor:
-        """One activation at one step, held against the run's witness."""
-        found: list[Tensor] = []
-        with self.model.observing(name, lambda value, hook: found.append(value)):
-            last = until(name, self.model.names, self.witnesses[step])
-            self._pass(step, last, whole=False)
+        """One activation at one step, held against the run's witness; hooks that are on now, and
+        traces that are open, have no part in it.
+        """
+        model, witness, found = self.model, self.witnesses[step], list[Tensor]()
+        last = until(name, model.names, witness)
+        proof = Proof(witness, model.names, last)
+        listeners: list[tuple[str, Listener]] = [
+            (each, Editor(fn))
+            for names, fn in edits_at(self.history, step)
+            for each in select(names, model.names)
+        ]
+        listeners += proof.listeners
+        listeners.append((name, Observer(lambda value, hook: found.append(value))))
+        listeners += model.instrumentation.stopping(last)
+        with model.instrumentation.alone(listeners), suppress(StopForward):
+            self._pass(step)
+        self._judge(step, proof.departure())
         return found[0]
 
-    def _pass(self, step: int, last: str, whole: bool) -> Tensor:
-        """The model's pass at a step, up to `last`, from the stored x_t with this run's edits."""
-        model, proof = self.model, Proof(self.witnesses[step], self.model.names, last)
+    def _pass(self, step: int) -> Tensor:
+        """The model's pass at a step, from the stored x_t."""
         x, t = self.latents[step], self.timesteps[step]
-        inputs = model_inputs(model, x, t, self.labels, self.settings.guidance)
-        answer = x.new_zeros(0)
-        with (
-            self.kernels.restored(x.device.type),
-            model.instrumentation.under(step=step),
-            model.hooks(edits_at(self.history, step)),
-            model.attached(proof.listeners),
-            model.attached([] if whole else model.instrumentation.stopping(last)),
-            suppress(StopForward),
-        ):
-            answer = model(*inputs)
-        departure = proof.departure()
-        if departure is not None and not departure.rounding:
-            changed = self.state.changes(State.of(model.transformer))
+        inputs = model_inputs(self.model, x, t, self.labels, self.settings.guidance)
+        with self.kernels.restored(x.device.type):
+            return self.model(*inputs)
+
+    def _judge(self, step: int, departure: Departure | None) -> None:
+        """Raise NotReproduced for another computation; warn of rounding."""
+        if departure is None:
+            return
+        if not departure.rounding:
+            changed = self.state.changes(State.of(self.model.transformer))
             raise departure.error(step, changed or [EDITED_OUTSIDE])
-        if departure is not None and not self.selected:  # some items alone are another batch size
+        if not self.selected:  # some items alone are another batch size
             warnings.warn(departure.warning(step), stacklevel=4)
-        return answer
 
     def require_released(self, step: int) -> None:
         """Raise ValueError if the run was still coupled to its twin at this step.
