@@ -9,7 +9,8 @@ One run of twins released at step 0 serves every question, each shown under its 
 - layers (`dit_lens.experiments.layer_profile`): in which layer do low and high come apart, in four
   views.
 
-All intervals are bootstraps over pairs.
+All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for commitments
+`dit_lens.measures.commitment`).
 """
 
 from __future__ import annotations
@@ -86,13 +87,17 @@ def measure_gap(
             and `image_gap` [estimator, quantity], with `_interval`; `x_t_gap` [quantity], the
             split's read on x_t, with `_interval`; `spectrum_commitment` [frequency], in steps by
             one pass, with `_interval`; `cut_gap` [cut], in steps by one pass, with `_interval`;
-            `estimator_difference` [split], commitment by one pass less clones, in steps, with
-            `_interval`; `variance_ratio` [step, band], Var(predicted x0) / Var(finished image),
+            `estimator_difference` [split], commitment by one pass less clones, in steps, and
+            `estimator_gap_difference` [], the same of the gap, each with `_interval`;
+            `calibration` [split], the slope of the finished image on the predicted x0 at the
+            commitment step, 1 for an exact denoiser, with `_interval`; `variance_ratio` [step, band], Var(predicted x0) / Var(finished image),
             equal to the agreement for an exact denoiser.
 
             Layers: `layer_commitment` [view, layer, split] and `layer_gap` [view, layer], in steps,
             the gap with `_interval`; `log_ratio` [energy, layer], log low less log high at the
-            commitment step, with `_interval`; `difference_energy` [channels, layer, step, split]
+            commitment step, with `_interval`; `layer_gap_together` [view, layer, bound] and
+            `log_ratio_together` [energy, layer, bound], intervals that hold for all layers at
+            once; `difference_energy` [channels, layer, step, split]
             and, at the commitment step, `difference_spectrum` [layer, token_frequency], the
             difference of twins as a share of their energy.
 
@@ -400,11 +405,12 @@ def _behaviour(
 
     # one pass less clones
     apart = commitment_difference(one, clones, "split", **options)
-    variables["estimator_difference"] = ("split", apart.commitment.values)
-    variables["estimator_difference_interval"] = (
-        ("split", "bound"),
-        apart.commitment_interval.values,
-    )
+    for name, found in (("estimator_difference", "commitment"), ("calibration", "calibration")):
+        variables[name] = ("split", apart[found].values)
+        variables[f"{name}_interval"] = (("split", "bound"), apart[f"{found}_interval"].values)
+    for end in ("", "_interval"):
+        dims = ("bound",) if end else ()
+        variables[f"estimator_gap_difference{end}"] = (dims, apart[f"gap{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
         "release": list(clones.releases),
@@ -428,7 +434,7 @@ def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> Estimate:
         )
     )
     fit = fit_commitment(
-        stats, curves.releases, curves.log_snr, squared=True, groups=curves.groups, **options
+        stats, curves.releases, curves.log_snr, squared=True, **options
     ).sel(quantity="step")
     return Estimate.of(fit.gap, fit.gap_interval)
 
