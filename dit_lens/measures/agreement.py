@@ -96,27 +96,49 @@ def agreement(
         raise InvalidValue(
             f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
         )
-    x, y = a.detach().double(), b.detach().double()
-    parts = [np.empty((len(a), bands.n if bands else 1)) for _ in range(3)]
+    x, y = (contrasts(z.detach().double(), labels) for z in (a, b))
+
+    def inner(p: Tensor, q: Tensor) -> Array:
+        found = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
+        products: Array = found.reshape(len(p), -1, bands.n if bands else 1).sum(1).cpu().numpy()
+        return products
+
+    return Agreement(inner(x, y), inner(x, x), inner(y, y))
+
+
+def contrasts(x: Tensor, groups: ArrayLike) -> Tensor:
+    """Helmert contrasts of each group over the first axis, scaled to the variance of x.
+
+    sqrt(k / (k + 1)) (x[k] - mean(x[:k])) times sqrt(n / (n - 1)): of n independent values with
+    any mean, n - 1 uncorrelated ones of mean 0, and the first is 0. Their squares sum to those of
+    the deviations from the mean, times n / (n - 1).
+
+    Args:
+        x: [pair, ...].
+        groups: [pair], the labels.
+
+    Returns:
+        Tensor: of x's shape.
+
+    Raises:
+        InvalidValue: if a group has only one pair.
+
+    >>> contrasts(torch.tensor([1.0, 3.0, 5.0]), [0, 0, 0]).square().sum().item()  # 3 / 2 * 8
+    12.0
+    """
+    labels, found = np.asarray(groups), torch.empty_like(x)
     for label in np.unique(labels):
         here = np.flatnonzero(labels == label)
-        if len(here) < 2:
+        n = len(here)
+        if n < 2:
             raise InvalidValue(
                 f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
             )
-        u, v = (_contrasts(z[here]) for z in (x, y))
-        for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
-            inner = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
-            inner = inner.reshape(len(p), -1, part.shape[1]).sum(1)
-            part[here] = inner.cpu().numpy() * len(here) / (len(here) - 1)
-    return Agreement(*parts)
-
-
-def _contrasts(x: Tensor) -> Tensor:
-    """Helmert contrasts over the first axis: sqrt(k / (k + 1)) (x[k] - mean(x[:k])), 0 for k = 0."""
-    count = torch.arange(len(x), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
-    before = (x.cumsum(0) - x) / count.clamp_min(1)
-    return (count / (count + 1)).sqrt() * (x - before)
+        z = x[here]
+        count = torch.arange(n, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
+        before = (z.cumsum(0) - z) / count.clamp_min(1)
+        found[here] = (count / (count + 1) * n / (n - 1)).sqrt() * (z - before)
+    return found
 
 
 def curve(stats: Agreement, squared: bool = False) -> Array:

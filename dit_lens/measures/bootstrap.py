@@ -20,13 +20,6 @@ FEWEST_PAIRS = 8
 """No interval is given from fewer pairs than this."""
 
 
-SHARE = 0.6
-"""Degrees of freedom of a standard error, as a share of n - 1: energies and correlations are sums of
-squares, whose variance is known less well than that of normal values. Calibrated by simulation
-(`tests/checks.py`): with all n - 1, intervals for 28 layers at once held in 89 to 95 %.
-"""
-
-
 def resample(
     pairs: int, resamples: int = 1000, seed: int = 0, rows: int | None = None
 ) -> Array:
@@ -85,7 +78,7 @@ def interval(values: Array, rows: int, skip_nan: bool = True) -> Array:
     """95 % interval of a statistic from its resamples: estimate +- t * standard error.
 
     The standard error is the resamples' standard deviation times sqrt(n / (n - 1)) for n
-    independent rows, and t has 0.6 (n - 1) degrees of freedom (see `SHARE`).
+    independent rows, and t has the degrees of freedom of `freedom`.
 
     Args:
         values: [1 + resample, ...], computed from `draws`.
@@ -101,7 +94,7 @@ def interval(values: Array, rows: int, skip_nan: bool = True) -> Array:
     >>> interval(values, rows=16).round(1).tolist()
     [2.7, 7.3]
     """
-    width = float(stats.t.ppf(0.975, SHARE * (rows - 1))) * _errors(values, rows, skip_nan)
+    width = float(stats.t.ppf(0.975, freedom(rows))) * _errors(values, rows, skip_nan)
     return np.stack([values[0] - width, values[0] + width], -1)
 
 
@@ -131,8 +124,25 @@ def simultaneous(values: Array, rows: int) -> Array:
     part = values[1:, known]
     t = np.abs(part - np.nanmean(part, 0)) / np.nanstd(part, 0, ddof=1)
     normal = max(float(np.quantile(np.nanmax(t, axis=1), 0.95)), 1.96)
-    width = float(stats.t.isf(stats.norm.sf(normal), SHARE * (rows - 1))) * error
+    width = float(stats.t.isf(stats.norm.sf(normal), freedom(rows))) * error
     return np.stack([values[0] - width, values[0] + width], -1)
+
+
+def freedom(rows: int) -> float:
+    """Degrees of freedom of a bootstrap standard error from n rows: 2.5 sqrt(n - 1).
+
+    Fewer than n - 1, since energies and correlations are sums of squares with heavy tails, whose
+    variance is known less well than that of normal values. Calibrated by simulation
+    (`tests/checks.py`, part `intervals`): with n - 1, intervals for 28 layers at once held in 87 to
+    95 %.
+
+    Args:
+        rows: how many are independent.
+
+    >>> freedom(17)
+    10.0
+    """
+    return 2.5 * float(np.sqrt(rows - 1))
 
 
 def _errors(values: Array, rows: int, skip_nan: bool = True) -> Array:

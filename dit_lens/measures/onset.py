@@ -42,7 +42,7 @@ class Onset:
         share_last: the change over the last five layers, as a share of that from the early level to
             the last layer (NaN unless found).
         share_interval: its bootstrap interval.
-        pairs_needed: about how many pairs would settle it, when it cannot tell.
+        pairs_needed: about how many pairs would settle it, when it cannot tell and that is known.
         message: all this in a sentence.
     """
 
@@ -131,9 +131,10 @@ def onset(
     if interval[1] - interval[0] > len(p) / 2:
         message = (
             f"The profile leaves its early level, but anywhere from layer {interval[0]} to "
-            f"{interval[1]} ({level:.0%} interval), over more than half of the depth: no onset."
+            f"{interval[1]} ({level:.0%} interval), over more than half of the depth: no onset can "
+            f"be named with {pairs} pairs."
         )
-        return replace(_ABSENT, message=message)
+        return replace(_ABSENT, verdict="cannot tell", message=message)
 
     # what the last layers have of the change
     ends = np.quantile(_share(draws, at, last), [(1 - level) / 2, (1 + level) / 2])
@@ -202,18 +203,19 @@ def _without(
     size, width = np.abs(d), critical * error
     inside = np.triu(np.ones_like(d, dtype=bool))
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
-        back = k + np.argmin((size + width)[k, k:])  # that it came back must be shown: surely small
-        if (size + width)[k, back] < matters:
-            leaves = f"The profile departs at layer {k + 1 + first}"
-            if back == k:
-                message = (
-                    f"{leaves} by less than the {matters:g}{unit} that count, and no larger "
-                    "departure stays: no onset."
-                )
-            else:
-                message = (
-                    f"{leaves} but is at its early level in layer {back + 1 + first}: no onset."
-                )
+        # that it came back must be shown: surely small
+        small = (size + width)[k, k:] < matters
+        back = np.flatnonzero(small & (size <= width)[k, k:])
+        leaves = f"The profile departs at layer {k + 1 + first}"
+        if len(back):
+            layer = k + back[0] + 1 + first
+            message = f"{leaves} but is at its early level in layer {layer}: no onset."
+            return replace(_ABSENT, message=message)
+        if small.any():
+            message = (
+                f"{leaves} by less than the {matters:g}{unit} that count, and no larger departure "
+                "stays: no onset."
+            )
             return replace(_ABSENT, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:
