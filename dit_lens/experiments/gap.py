@@ -433,9 +433,9 @@ def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> Estimate:
             for part in curves.stats["spectrum"]
         )
     )
-    fit = fit_commitment(
-        stats, curves.releases, curves.log_snr, squared=True, **options
-    ).sel(quantity="step")
+    fit = fit_commitment(stats, curves.releases, curves.log_snr, squared=True, **options).sel(
+        quantity="step"
+    )
     return Estimate.of(fit.gap, fit.gap_interval)
 
 

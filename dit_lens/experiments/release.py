@@ -400,9 +400,7 @@ def _calibration(stats: Agreement, at: Array, resamples: int, seed: int) -> Arra
     for band in np.flatnonzero(np.isfinite(at)):
         step = round(float(at[band]))
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[:, band] = (counts @ stats.xy[step, :, band]) / (
-                counts @ stats.xx[step, :, band]
-            )
+            found[:, band] = (counts @ stats.xy[step, :, band]) / (counts @ stats.xx[step, :, band])
     return found
 
 
@@ -463,6 +461,4 @@ def difference_sentence(result: xr.Dataset) -> str:
             "commitment (an exact denoiser's: once)"
         )
     bands = ", ".join(f"{band} {e:+.1f}" for band, e in found.items())
-    return (
-        f"Commitment by {result.attrs['of']}, in steps: {bands}, the gap {gap:+.1f}; {verdict}."
-    )
+    return f"Commitment by {result.attrs['of']}, in steps: {bands}, the gap {gap:+.1f}; {verdict}."

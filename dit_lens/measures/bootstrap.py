@@ -20,9 +20,7 @@ FEWEST_PAIRS = 8
 """No interval is given from fewer pairs than this."""
 
 
-def resample(
-    pairs: int, resamples: int = 1000, seed: int = 0, rows: int | None = None
-) -> Array:
+def resample(pairs: int, resamples: int = 1000, seed: int = 0, rows: int | None = None) -> Array:
     """How often each resample draws each pair: `counts @ stat` are the resampled sums of a stat
     [pair, ...].
 
