@@ -135,8 +135,8 @@ def coverage(scale: float) -> Iterator[Row]:
 
 
 def intervals(scale: float) -> Iterator[Row]:
-    """95 % intervals of every kind at the sizes of `--quick` (16 pairs), `patch` (24) and the default
-    (48), in the sampler's own steps; no model is run.
+    """95 % intervals of every kind at the sizes of `--quick` (16 pairs), `patch` (24) and the
+    default (48), in the sampler's own steps; no model is run.
     """
     repeats = max(20, round(300 * scale))
     for case in test_intervals.cases():

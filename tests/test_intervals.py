@@ -87,7 +87,7 @@ class Data:
         return fit.commitment.sel(quantity="step").values
 
     def crossing(self, estimator: str = "clones") -> np.ndarray:
-        """Where the exact curve passes 1/2, its log odds interpolated in log SNR, [band], in steps."""
+        """Where the exact curve passes 1/2, log odds interpolated in log SNR, [band], in steps."""
         r = np.clip(self.curve(estimator), 1e-9, 1 - 1e-9)
         odds = np.log(r / (1 - r))
         snr = [np.interp(0, odds[:, b], self.log_snr) for b in range(r.shape[1])]
@@ -158,8 +158,9 @@ def commitments(
             for what, hit in (("low", low), ("high", high), ("gap", gap)):
                 hits.setdefault(f"{name}: {what}", []).append(bool(hit))
             drawn.append(commitment_draws(stats[name], at[name], data.log_snr, **options))
-        ends = interval(drawn[0] - drawn[1], pairs - labels)
-        for what, hit in zip(("low", "high"), holds(ends, truth["one pass"] - truth["clones"])):
+        ends = interval(drawn[0] - drawn[1], pairs)
+        hit_by_band = holds(ends, truth["one pass"] - truth["clones"])
+        for what, hit in zip(("low", "high"), hit_by_band, strict=True):
             hits.setdefault(f"one pass less clones: {what}", []).append(bool(hit))
     return {name: np.array(hit) for name, hit in hits.items()}
 
@@ -267,9 +268,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """The sizes of `--quick` (16 pairs), of the default (48) and of `patch` (24), with one label and
-    with ten.
-    """
+    """The sizes of `--quick` (16 pairs), `patch` (24) and the default (48), one label and many."""
     for pairs, steps in ((16, 20), (24, 25), (48, 50)):
         for labels in (1, min(10, pairs // 2)):
             size = f"{pairs} pairs, {labels} label{'s' * (labels > 1)}, {steps} steps"

@@ -80,8 +80,8 @@ def couplings(
         xr.Dataset: `parting` [g, band], in steps; `difference` [g, step, band], the energy of the
             difference of the predicted x0 as a share of the finished images'; `gap` [g, sense] and
             `change` [g, sense] from the first strength, each with its `_interval` [..., bound] (95
-            %, Student's t on bootstrap errors over pairs); `rho` [g]; `response` and its first-order
-            prediction `linear` [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
+            %, bootstrap over pairs); `rho` [g]; `response` and its first-order prediction `linear`
+            [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
             attrs["sentence_size"] say whether the gap collapses.
 
     Raises:

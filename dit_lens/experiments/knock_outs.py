@@ -224,7 +224,8 @@ def knock_outs(
             straight.append(taus(replace(whole, run=missed)))
         if progress is not None:
             progress(done, len(chosen))
-    settings = {"part": part, "pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
+    settings: dict[str, Any] = {"part": part, "n_layers": model.cfg.n_layers}
+    settings |= {"pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
     gap = Estimate.of(own.gap, own.gap_interval)  # as `measure_gap` gives it
     result = _effects(gap, before, np.stack(after), chosen, "knocked out", settings, pairs)
     if direct:
@@ -315,7 +316,7 @@ def couple_alone(
         after.append(taus(g, [layer]))
         if progress is not None:
             progress(done, len(chosen))
-    settings = {"g": g, "form": form, "eps": eps}
+    settings: dict[str, Any] = {"g": g, "form": form, "eps": eps, "n_layers": model.cfg.n_layers}
     settings |= {"pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
     was, rows = before[:, 1] - before[:, 0], pairs - len(set(labels))
     gap = Estimate.of(was[0], interval(was, rows))
@@ -359,7 +360,7 @@ def _effects(
         }
         | settings,
     )
-    result.attrs["sentence"] = _sentence(result)
+    result.attrs["sentence"] = effects_sentence(result)
     return result
 
 
@@ -367,8 +368,12 @@ def _zero(activation: Tensor, hook: Any) -> Tensor:
     return torch.zeros_like(activation)
 
 
-def _sentence(result: xr.Dataset) -> str:
-    """Which layers move the gap, the largest effects first."""
+def effects_sentence(result: xr.Dataset) -> str:
+    """Which layers move the gap, the largest effects first.
+
+    Args:
+        result: of `knock_outs` or `couple_alone`.
+    """
     done, causes, n = result.attrs["done"], result.attrs["causes"], len(result.layer)
     whole = (
         f"the gap of {Estimate.of(result.attrs['gap'], result.attrs['gap_interval']):+.2f steps}"
@@ -380,8 +385,11 @@ def _sentence(result: xr.Dataset) -> str:
         if lost
         else ""
     )
+    matters = f"{result.attrs['matters']:.2g} steps, {MATTERS:.0%} of the run"
     if not causes:
-        return f"No layer of {n}, {done} by itself, moves {whole} measurably.{undecided}"
+        who = f"No layer of {n}, {done} by itself," if n > 1 else f"The layer, {done}, does not"
+        verb = "moves" if n > 1 else "move"
+        return f"{who} {verb} {whole} measurably and by {matters}, or more.{undecided}"
     effects = {
         layer: Estimate.of(one.effect, one.effect_interval)
         for layer in causes
@@ -390,5 +398,9 @@ def _sentence(result: xr.Dataset) -> str:
     order = sorted(causes, key=lambda layer: -abs(effects[layer].value))
     largest = ", ".join(f"{layer} ({effects[layer]:+.2f})" for layer in order[:5])
     more = f" and {len(order) - 5} more" if len(order) > 5 else ""
-    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move {whole}"
-    return f"{head}: {largest}{more}, largest first; 95 % for all layers at once.{undecided}"
+    move = "moves" if len(causes) == 1 else "move"
+    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers {move} {whole}"
+    return (
+        f"{head}: {largest}{more}, largest first; 95 % for all layers at once, and {matters}, or "
+        f"more.{undecided}"
+    )

@@ -166,6 +166,11 @@ def _lens_curves(lensed: xr.Dataset, counts: Array) -> Array:
 def _onset(profile: Array, pairs: int, view: str, matters: float) -> Onset | str:
     unit = "steps" if view in STEP_VIEWS else "in log energy"
     try:
-        return onset(profile[0], profile[1:], pairs, matters=matters, first=-1, unit=unit)
+        # the paper's last five of 28, in a model of any depth
+        last = max(1, round((profile.shape[1] - 1) * 5 / 28))
+        found = onset(
+            profile[0], profile[1:], pairs, matters=matters, first=-1, last=last, unit=unit
+        )
     except ValueError as error:  # a band that does not cross half its final value in some layer
         return str(error)
+    return found

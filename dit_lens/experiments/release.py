@@ -116,7 +116,7 @@ class Curves:
         Raises:
             InvalidValue: for an outcome that was not compared.
         """
-        return curve(self._stats(outcome), squared=self.estimator == "one_pass")
+        return curve(self.statistics(outcome), squared=self.estimator == "one_pass")
 
     def commitment(
         self, outcome: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
@@ -137,7 +137,7 @@ class Curves:
             InvalidValue: for an outcome that was not compared, or fewer than 8 pairs.
         """
         return fit_commitment(
-            self._stats(outcome),
+            self.statistics(outcome),
             self.releases,
             self.log_snr,
             names=self.bands[outcome],
@@ -147,7 +147,18 @@ class Curves:
             level=level,
         )
 
-    def _stats(self, outcome: str) -> Agreement:
+    def statistics(self, outcome: str) -> Agreement:
+        """The statistics of the finished twins.
+
+        Args:
+            outcome: the name of one, such as "latents".
+
+        Returns:
+            Agreement: [release, pair, band].
+
+        Raises:
+            InvalidValue: for an outcome that was not compared.
+        """
         if outcome not in self.stats:
             raise InvalidValue(
                 f"There is no outcome {outcome!r} here; these curves have {list(self.stats)}."
@@ -355,7 +366,7 @@ def commitment_difference(
     paired = one.source == other.source
     steps = [
         commitment_draws(
-            c._stats(outcome),
+            c.statistics(outcome),
             c.releases,
             c.log_snr,
             squared=c.estimator == "one_pass",
@@ -368,7 +379,7 @@ def commitment_difference(
     # [1 + resample, band], and the gap behind the bands
     apart = steps[0] - steps[1]
     apart = np.concatenate([apart, apart[:, -1:] - apart[:, :1]], 1)
-    rows = min(c._stats(outcome).independent().xy.shape[1] for c in (one, other))
+    rows = min(c.statistics(outcome).xy.shape[1] for c in (one, other))
     ends = interval(apart, rows)
     parts: dict[str, Any] = {
         "commitment": ("band", apart[0, :-1]),
@@ -377,14 +388,14 @@ def commitment_difference(
         "gap_interval": ("bound", ends[-1]),
     }
     if (one.estimator, one.quantity) == ("one_pass", "x0"):
-        slope = _calibration(one._stats(outcome), steps[0][0], resamples, seed)
+        slope = _calibration(one.statistics(outcome), steps[0][0], resamples, seed)
         parts["calibration"] = ("band", slope[0])
         parts["calibration_interval"] = (("band", "bound"), interval(slope, rows))
     result = xr.Dataset(parts, {"band": list(one.bands[outcome]), "bound": ["low", "high"]})
     result.attrs |= {
         "paired": int(paired),
         "steps": len(one.log_snr),
-        "pairs": one._stats(outcome).xy.shape[1],
+        "pairs": one.statistics(outcome).xy.shape[1],
         "of": f"{one.estimator.replace('_', ' ')} less {other.estimator.replace('_', ' ')}",
     }
     result.attrs["sentence"] = difference_sentence(result)

@@ -67,8 +67,8 @@ def agreement(
     The mean over the pairs is removed first, for each group by itself: a class's mean image is
     shared by all its samples, which is no agreement. The means of A and of B are removed
     separately, which takes the same share (n - 1)/n of <a, b> as of the energies; the factor
-    n/(n - 1) puts it back, so that sums over pairs are unbiased. The rows are Helmert contrasts (see
-    this module's docstring), so only sums over pairs mean anything.
+    n/(n - 1) puts it back, so that sums over pairs are unbiased. The rows are `contrasts`, so only
+    sums over pairs mean anything.
 
     Args:
         a: twin A, images [pair, ..., h, w], or features of any shape [pair, ...] without `bands`.

@@ -139,16 +139,16 @@ def onset(
     # what the last layers have of the change
     ends = np.quantile(_share(draws, at, last), [(1 - level) / 2, (1 + level) / 2])
     share = Estimate.of(_share(p[None], at, last)[0], ends)
+    make = "make" if last > 1 else "makes"
     made = (
-        f"make {share:.0%} of the change"
+        f"{make} {share:.0%} of the change"
         if share.high - share.low < 2
-        else "make a share of the change that can't be told"
+        else f"{make} a share of the change that can't be told"
     )
     where = f"layer {layer} ({level:.0%} interval {interval[0]} to {interval[1]})"
-    message = (
-        f"The profile leaves its early level at {where}; the last {last} of "
-        f"{len(p) + min(first, 0)} layers {made}."
-    )
+    depth = len(p) + min(first, 0)
+    ending = f"the last {last} of {depth} layers" if last > 1 else f"the last of {depth} layers"
+    message = f"The profile leaves its early level at {where}; {ending} {made}."
     return Onset("found", int(layer), interval, share.value, (share.low, share.high), None, message)
 
 
