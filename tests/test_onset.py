@@ -149,7 +149,7 @@ def test_a_departure_that_is_certain_and_too_small(until):
     assert found.verdict == "none" and (not back or int(back[1]) >= 12)
     if until == LAYERS:
         assert found.message == (
-            "The profile departs at layer 8 by less than the 1 steps that count, and no larger "
+            "The profile departs at layer 8 by less than the 1 step that count, and no larger "
             "departure stays: no onset."
         )
 

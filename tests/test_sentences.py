@@ -36,8 +36,9 @@ ESTIMATES = [
 def check(sentence: str) -> str:
     """What holds for every sentence."""
     assert sentence[0].isupper() and sentence.endswith("."), sentence
-    for wrong in ("nan", "inf", "None", "  ", "+-", " ,", "..", " .", "[]", "1 steps "):
+    for wrong in ("nan", "inf", "None", "  ", "+-", " ,", "..", " .", "[]"):
         assert not re.search(rf"(?<![a-z]){re.escape(wrong)}(?![a-z])", sentence), (wrong, sentence)
+    assert not re.search(r"(?<![0-9.])1 steps", sentence), sentence
     assert not re.search(r"\b1 (layers|bands)\b(?! move)", sentence.replace("of 1 layers", "")), (
         sentence
     )

@@ -233,7 +233,9 @@ def headline(results: xr.Dataset) -> str:
             f"On {name} no gap can be given: a band does not commit within the run (see the "
             "frequency picture)."
         )
-    if found.sign:
+    if not found.known:
+        verdict = f"With {pairs} pairs the gap has no interval"
+    elif found.sign:
         verdict = f"{'Low' if found.sign > 0 else 'High'} frequencies commit first"
     else:
         # a width falls as 1 / sqrt(pairs)

@@ -152,6 +152,11 @@ def onset(
     return Onset("found", int(layer), interval, share.value, (share.low, share.high), None, message)
 
 
+def _amount(value: float, unit: str) -> str:
+    """A value with its unit; 1 has none of several."""
+    return f"{value:g}{unit.removesuffix('s') if value == 1 else unit}"
+
+
 def _departures(profiles: Array) -> Array:
     """[..., layer] -> [..., k - 1, j - 1]: layer j less the mean of the layers before k; 0 where j
     < k.
@@ -213,8 +218,8 @@ def _without(
             return replace(_ABSENT, message=message)
         if small.any():
             message = (
-                f"{leaves} by less than the {matters:g}{unit} that count, and no larger departure "
-                "stays: no onset."
+                f"{leaves} by less than the {_amount(matters, unit)} that count, and no larger "
+                "departure stays: no onset."
             )
             return replace(_ABSENT, message=message)
     reach = np.where(inside, size + width, 0).max()
@@ -229,8 +234,8 @@ def _without(
     needed = np.where(inside & (size + width >= matters), (width / margin) ** 2, 0).max()
     more = max(pairs + 1, math.ceil(pairs * needed))
     message = (
-        f"Cannot tell with {pairs} pairs: a departure of {matters:g}{unit} is neither shown nor "
-        "excluded; "
+        f"Cannot tell with {pairs} pairs: a departure of {_amount(matters, unit)} is neither shown "
+        "nor excluded; "
         f"about {more} pairs would be needed."
     )
     return replace(_ABSENT, verdict="cannot tell", pairs_needed=more, message=message)

@@ -135,7 +135,10 @@ def sentences(results: xr.Dataset) -> list[str]:
             f"A layer's interval that reaches beyond {results.attrs['steps']} steps is longer than "
             "the run: it says that nothing is known there."
         )
-    return lines + [f"{title}: {results.attrs[f'onset_{view}']}" for view, title in VIEWS.items()]
+    return lines + [
+        f"{title[0].upper()}{title[1:]}: {results.attrs[f'onset_{view}']}"
+        for view, title in VIEWS.items()
+    ]
 
 
 def onsets(results: xr.Dataset) -> dict[str, int]:
