@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,8 @@ class Call:
             if isinstance(value, Condition):
                 items = {k: copy(v) for k, v in value.items()}
                 return Condition.numbered(items, copy(value.labels))
+            if isinstance(value, np.ndarray):
+                return value.copy()
             if isinstance(value, dict):
                 return {k: copy(v) for k, v in value.items()}
             return type(value)(map(copy, value)) if type(value) in (list, tuple) else value
