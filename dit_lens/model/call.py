@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families.base import Condition
+from ..families.config import Condition
 from ..hooks.passes import PassContext
 from ..hooks.points import Editor
 from .kernels import Kernels

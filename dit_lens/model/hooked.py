@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Condition, Size
+from ..families.config import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
 from ..hooks.points import (

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidState
 from ..families import family_of
-from ..families.base import Condition, Forward
+from ..families.config import Condition
+from ..families.forwards import Forward
 from ..families.upstream import check_sources
 from ..hooks.passes import Coupling, PassContext, Span
 from ..hooks.points import Editor, HookPoint, Listener, Observer, stop

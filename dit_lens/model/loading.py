@@ -13,7 +13,8 @@ import torch
 
 from ..errors import InvalidValue, MissingFile
 from ..families import family_of
-from ..families.base import Family, Size
+from ..families.base import Family
+from ..families.config import Size
 from .hooked import HookedDiT
 
 BUNDLED = Path(__file__).parent.parent / "bundled"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InvalidValue, MissingFile
-from ..families.base import Condition, Config
+from ..families.config import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
 from ..model.kernels import Kernels

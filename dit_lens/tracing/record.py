@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.base import Axes, Config
+from ..families.config import Config
+from ..families.parts.sites import Axes
 from ..hooks.edits import Steps, step_test
 from ..hooks.names import layer_of
 from ..model.call import Call

@@ -24,7 +24,8 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Axes, Config
+from ..families.config import Config
+from ..families.parts.sites import Axes
 from ..hooks.edits import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
