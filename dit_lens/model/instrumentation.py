@@ -345,20 +345,22 @@ class Instrumentation:
                 "afterwards."
             )
         self.claim_thread()
-        kept = {name: (point.listeners, point.step) for name, point in self.points.items()}
+        points = self.points
+        kept = {name: (p.listeners, p.step) for name, p in points.items() if p.listeners}
         state = self.watchers, self.listening
         token = self._context.set(NOTHING)
-        for point in self.points.values():
-            point.listeners = []
+        for name in kept:
+            points[name].listeners = []
         self.watchers, self.listening = [], 0
         try:
             for name, listener in listeners:
-                self.points[name].add(listener)
+                points[name].add(listener)
                 self.listening += 1
             yield
         finally:
-            for name, point in self.points.items():
-                point.listeners, point.step = kept[name]
+            for name, point in points.items():
+                if point.listeners or name in kept:
+                    point.listeners, point.step = kept.get(name, ([], None))
             self.watchers, self.listening = state
             self._context.reset(token)
             self.release_thread()
@@ -369,15 +371,12 @@ class Instrumentation:
         Nothing where accelerate or diffusers load weights around modules' forwards: an exception
         would pass over their putting them away again, so such a pass runs to its end.
         """
-        managed = {"_hf_hook", "_diffusers_hook"}
         modules = [self.transformer]
-        for (
-            module
-        ) in modules:  # plain attributes: Module's own way of asking takes ten times longer
-            own = vars(module)
-            if not managed.isdisjoint(own):
+        for module in modules:  # plain attributes: a Module's own way of asking is ten times slower
+            own = {} if module is None else vars(module)
+            if "_hf_hook" in own or "_diffusers_hook" in own:
                 return []
-            modules += [child for child in own["_modules"].values() if child is not None]
+            modules.extend(own.get("_modules", {}).values())
         return [(name, Observer(stop))]
 
     def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -192,6 +192,7 @@ def recompute(
         )
     model.require_eval()  # in train mode labels are dropped at random: it would be another run
     order = list(record.sites)
+    furthest = max(names, key=order.index)
     steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
     with ExitStack() as stack:
         if not model.instrumentation.installed:
@@ -204,7 +205,7 @@ def recompute(
                 keep(point.name, c, value)
 
             witness = record.calls[c].witness
-            last = max((until(name, order, witness) for name in names), key=order.index)
+            last = until(furthest, order, witness)
             proof = Proof(witness, order, last)
             observers: list[tuple[str, Listener]] = [*proof.listeners]
             observers += [(name, Observer(see)) for name in names]
