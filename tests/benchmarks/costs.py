@@ -1,8 +1,9 @@
 """What using dit_lens costs, beside the targets: the second half of `make bench`.
 
-Each row is some work, timed against other work of the same repeat. The targets were set before
-anything was measured. One is met if the median is at or below it, and open if the median is above
-but the lower quartile is not: then this machine was too noisy to tell.
+Each row is some work, timed against other work of the same repeat. Where a ratio near 1 is to be
+told from 1, the two are timed in turns, this, that, that, this, and again. The targets were set
+before anything was measured. One is met if the median is at or below it, and open if the median is
+above but the lower quartile is not: then this machine was too noisy to tell.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Cost:
         row: sets up and gives the work.
         of: the row that it is held against.
         times: how many of those.
-        less: a row that is taken off first; the ratio is then 1 + (this - less) / of.
+        turns: how often the two are timed in turns; 0 is each by itself, in the order drawn.
         target: what the ratio should not pass.
         once: whether the work is timed once a repeat, and not as often as a forward.
     """
@@ -89,22 +90,9 @@ class Cost:
     row: Row
     of: str = "bare forward"
     times: float = 1
-    less: str | None = None
+    turns: int = 0
     target: float | None = None
     once: bool = False
-
-    def ratios(self, own: list[float], times: dict[str, list[float]]) -> list[float]:
-        """This row's ratio in each repeat.
-
-        Args:
-            own: its seconds.
-            times: those of all rows.
-        """
-        base = [self.times * t for t in times[self.of]]
-        if self.less is None:
-            return [t / b for t, b in zip(own, base, strict=True)]
-        pairs = zip(own, times[self.less], base, strict=True)
-        return [1 + (t - less) / b for t, less, b in pairs]
 
 
 def simply(work: Forward) -> Row:
@@ -117,7 +105,9 @@ class Bench:
 
     def __init__(self, model: DiTTransformer2DModel, dtype: torch.dtype = torch.float32) -> None:
         config = model.config
-        self.bare, self.plain = model.to(dtype), twin_of(model)
+        # diffusers' own `to` warns of nothing here
+        self.bare = torch.nn.Module.to(model, dtype)
+        self.plain = twin_of(model)
         self.model = dit_lens.HookedDiT(twin_of(model), scheduler=DDIMScheduler(1000))
         self.layers: int = config.num_layers
         shape = config.in_channels, config.sample_size, config.sample_size
@@ -190,10 +180,12 @@ def common(b: Bench, witness: float) -> dict[str, Cost]:
     rows = {
         "bare forward": Cost(simply(b.bare_forward)),
         "hook points, idle": Cost(simply(b.forward)),
-        "watched: witness, inputs kept": Cost(b.watching, less="hook points, idle", target=witness),
+        "watched: witness, inputs kept": Cost(
+            b.watching, "hook points, idle", turns=2, target=witness
+        ),
         f"{n} streams kept: plain hooks": Cost(b.plain_hooks),
         f"{n} streams kept: trace(names=...)": Cost(
-            lambda: b.watching(STREAMS), of=f"{n} streams kept: plain hooks", target=1.0
+            lambda: b.watching(STREAMS), f"{n} streams kept: plain hooks", turns=1, target=1.0
         ),
         "edit of one layer": Cost(lambda: b.editing(f"blocks.{n // 2}.hook_attn_out")),
         f"edits of {n} layers": Cost(lambda: b.editing("hook_attn_out")),
@@ -211,7 +203,7 @@ def wide_rows(wide: Bench, small: Bench) -> dict[str, Cost]:
     # Opening looks at modules, and not at what they compute: a narrow model of 28 layers has as
     # many as DiT-XL/2, whose forward is 28 / n times that of n of its layers.
     opening = Cost(simply(small.open_and_close), times=28 / wide.layers, target=0.02, once=True)
-    return common(wide, 1.01) | {"opening and closing, 28 layers / bare forward of 28": opening}
+    return common(wide, 1.01) | {"opening and closing, 28 layers": opening}
 
 
 def small_rows(b: Bench, half: Bench) -> dict[str, Cost]:
@@ -226,30 +218,48 @@ def small_rows(b: Bench, half: Bench) -> dict[str, Cost]:
     run, pair = f"{STEPS} bare forwards", f"{STEPS} bare forwards of batch 2"
     return common(b, 1.03) | {
         "opening and closing": Cost(simply(b.open_and_close), once=True),
-        run: Cost(simply(lambda: [b.bare_forward() for _ in range(STEPS)]), once=True),
-        pair: Cost(simply(lambda: [b.bare_forward(2) for _ in range(STEPS)]), once=True),
+        run: Cost(simply(lambda: [b.bare_forward() for _ in range(STEPS)]), times=STEPS, once=True),
+        pair: Cost(
+            simply(lambda: [b.bare_forward(2) for _ in range(STEPS)]), times=STEPS, once=True
+        ),
         f"sample, {STEPS} steps": Cost(simply(sampled()), of=run, once=True),
         "the same, guidance": Cost(simply(sampled(4.0)), of=pair, once=True),
         f"twins, 1 pair, {STEPS} steps": Cost(simply(twins), of=pair, once=True),
         "bare forward, bfloat16": Cost(simply(half.bare_forward)),
-        "watched, bfloat16": Cost(half.watching, of="bare forward, bfloat16"),
+        "watched, bfloat16": Cost(half.watching, of="bare forward, bfloat16", turns=1),
     }
 
 
 def measure(
     costs: dict[str, Cost], repeats: int, inner: int, warm: bool, title: str
-) -> dict[str, list[float]]:
-    """Seconds by row and repeat; in each repeat all rows run once, in an order drawn anew."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and ratios by row and repeat; in each repeat all rows run once, in an order drawn
+    anew.
+    """
     times: dict[str, list[float]] = {name: [] for name in costs}
+    ratios: dict[str, list[float]] = {name: [] for name in costs}
     order, rng = list(costs), random.Random(0)
+
+    def once(name: str) -> float:
+        with costs[name].row() as work:
+            if warm and not costs[name].once:
+                work()
+            return seconds(work, 1 if costs[name].once else inner)
+
     for _ in track(range(repeats), title):
         rng.shuffle(order)
+        beside: dict[str, float] = {}
         for name in order:
-            with costs[name].row() as work:
-                if warm and not costs[name].once:
-                    work()
-                times[name].append(seconds(work, 1 if costs[name].once else inner))
-    return times
+            of, turns = costs[name].of, range(costs[name].turns)
+            seen = [(who, once(who)) for _ in turns for who in (of, name, name, of)]
+            if seen:
+                beside[name] = statistics.median(t for who, t in seen if who == of)
+            own = [t for who, t in seen if who == name] or [once(name)]
+            times[name].append(statistics.median(own))
+        for name, cost in costs.items():
+            base = beside.get(name, times[cost.of][-1])
+            ratios[name].append(times[name][-1] / (cost.times * base))
+    return times, ratios
 
 
 def verdict(values: list[float], target: float | None) -> tuple[str, str]:
@@ -260,17 +270,18 @@ def verdict(values: list[float], target: float | None) -> tuple[str, str]:
     return f"{target:.3f}", "met" if middle <= target else "open" if low <= target else "missed"
 
 
-def show(title: str, costs: dict[str, Cost], times: dict[str, list[float]], out: Console) -> None:
-    """Print one table."""
+def show(
+    title: str, costs: dict[str, Cost], repeats: int, inner: int, warm: bool, out: Console
+) -> None:
+    """Measure and print one table."""
+    times, ratios = measure(costs, repeats, inner, warm, title)
     table = Table("", "ms", "ratio", "to", "target", "", title=title)
     for name, cost in costs.items():
-        own = times[name]
-        ratios = cost.ratios(own, times)
-        figure = "1" if name == cost.of else spread(ratios, ".3f")
-        base = "" if name == cost.of else cost.of.replace("bare forward", "bare")
-        table.add_row(
-            name, f"{1e3 * statistics.median(own):.2f}", figure, base, *verdict(ratios, cost.target)
-        )
+        own = 1e3 * statistics.median(times[name])
+        figure = "1" if name == cost.of else spread(ratios[name], ".3f")
+        base = cost.of.replace("bare forward", "bare")
+        base = "" if name == cost.of else f"{cost.times:g} x {base}" if cost.times > 1 else base
+        table.add_row(name, f"{own:.2f}", figure, base, *verdict(ratios[name], cost.target))
     out.print(table)
     out.print("")
 
@@ -304,11 +315,11 @@ def show_costs(repeats: int, out: Console) -> None:
     """
     narrow = {"layers": 28, "heads": 4, "d_head": 16, "channels": 1, "size": 16, "classes": 10}
     small, half = Bench(make_model(**narrow)), Bench(make_model(**narrow), torch.bfloat16)
-    wide = Bench(make_model(layers=4, heads=16, d_head=72, channels=4, size=32, classes=1000))
-    title = "4 layers of DiT-XL/2 (width 1152, 16 heads, 256 tokens), batch 1"
+    wide = Bench(make_model(layers=3, heads=16, d_head=72, channels=4, size=32, classes=1000))
+    title = "3 layers of DiT-XL/2 (width 1152, 16 heads, 256 tokens), batch 1"
     costs = wide_rows(wide, small)
-    show(title, costs, measure(costs, repeats, inner=1, warm=False, title=title), out)
+    show(title, costs, repeats, 1, False, out)
     title = "28 layers, width 64, 64 tokens, batch 1"
     costs = small_rows(small, half)
-    show(title, costs, measure(costs, 2 * repeats, inner=5, warm=True, title=title), out)
+    show(title, costs, 3 * repeats // 2, 5, True, out)
     show_memory(out)
