@@ -53,12 +53,22 @@ def save(record: Record, path: str | Path) -> Path:
         and {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.detach().clone().contiguous() for k, v in tensors.items()},
-        path,
-        {"dit_lens": json.dumps(meta, default=str)},
-    )
+    save_file(_separate(tensors), path, {"dit_lens": json.dumps(meta, default=str)})
     return path
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as a file takes them: contiguous, and no two in the same memory. Only those that
+    are not so are copied: what a trace has recorded can be large.
+    """
+    apart, seen = {}, set()
+    for key, value in tensors.items():
+        own = value.detach().contiguous()
+        if own.untyped_storage().data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        apart[key] = own
+    return apart
 
 
 def load(path: str | Path) -> Record:

@@ -36,7 +36,7 @@ from ..model.instrumentation import Instrumentation
 from ..model.state import State
 from . import files
 from .dataset import to_dataset
-from .recompute import read
+from .recompute import read, stacked
 from .record import Record
 from .site import Observing, Site
 
@@ -263,7 +263,10 @@ class Trace:
             steps: which steps; by default those that were recorded.
         """
         chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
-        found = self.read(chosen, steps)
+        whole = stacked(self.record, self.model, chosen, steps)
+        if whole is not None:
+            return whole
+        found = self.read(chosen, steps)  # says what can't be stacked
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
