@@ -55,7 +55,7 @@ class HookedDiT:
     units. `y` is the condition: labels [batch] (classes; for models that are given text, prompts in
     words or by number, see `model.conditions`), `model.cfg.null_class` for none; or a dict of the
     transformer's own further arguments. Wrapping a model twice gives two views of the same hook
-    points.
+    points. They stay until `remove()`, or until nobody holds a view any longer.
 
     Attributes:
         transformer: the wrapped module.
@@ -107,8 +107,9 @@ class HookedDiT:
         self.place = object()
         taken.undo(Instrumentation.let_go, self.transformer, self.place)
         self.instrumentation = Instrumentation.of(self.transformer, self.place)
-        dropped = weakref.finalize(self, _dropped, weakref.ref(self.transformer), self.place)
-        dropped.atexit = False
+        for _ in range(2):  # twice, as all that gives something back
+            dropped = weakref.finalize(self, _dropped, weakref.ref(self.transformer), self.place)
+            dropped.atexit = False
 
     def close(self) -> None:
         """Look no more: the hook points are taken out, unless somebody else looks at them too."""

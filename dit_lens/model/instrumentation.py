@@ -206,16 +206,18 @@ class Instrumentation:
             self._take_out()
 
     def _take_out(self) -> None:
-        """Give back whatever of ours is there; begun again, it goes on."""
-        for forward, original in self.replaced:
+        """Give back whatever of ours is there; begun again, it goes on. The transformer's own
+        forward comes last, as by it what is left is found again.
+        """
+        for point in self.points.values():
+            point.attached = ()
+        listen_no_more(self.transformer)
+        for forward, original in reversed(self.replaced):
             place = find(forward.module, forward)
             if place is not None:
                 put_back(forward.module, place, original)
-        listen_no_more(self.transformer)
-        for point in self.points.values():
-            point.attached = ()
-        self._fresh()
         self.replaced = []
+        self._fresh()
 
     # Who listens.
 
