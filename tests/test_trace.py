@@ -288,9 +288,9 @@ def test_threads_are_refused_and_idle_ones_work(dit, inputs):
         elsewhere(lambda: dit_lens.trace(model).__enter__())
         elsewhere(lambda: HookedDiT(copied)(*inputs))  # a copy is another model
     assert [p.split(";")[0] for p in problems] == [
-        "This model is being traced or hooked in another thread",
-        "This model is in use by another thread",
-        "This model is in use by another thread",
+        "This model is being traced or hooked in another thread or task",
+        "This model is in use by another thread or task",
+        "This model is in use by another thread or task",
     ]
     elsewhere(lambda: model.run_with_cache(*inputs))
     assert len(problems) == 3

@@ -373,8 +373,35 @@ def sample(
     Raises:
         ValueError: for what is out of range, in one sentence.
     """
+    with HookedDiT.opening(model) as opened:
+        return _sample(
+            opened,
+            labels,
+            seeds,
+            steps,
+            guidance,
+            scheduler,
+            eta,
+            guided_channels,
+            latents,
+            progress,
+        )
+
+
+def _sample(
+    model: HookedDiT,
+    labels: Labels,
+    seeds: Seeds,
+    steps: int,
+    guidance: float,
+    scheduler: Any,
+    eta: float,
+    guided_channels: GuidedChannels,
+    latents: Tensor | None,
+    progress: Progress | None,
+) -> Run:
+    """The same on an opened model."""
     # What is asked for fits the model.
-    model = HookedDiT.of(model)
     model.require_eval()
     scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
