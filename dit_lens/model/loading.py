@@ -52,7 +52,7 @@ def load(
         return HookedDiT(model, size=size)
     dtype, device = _dtype(dtype), _device(device)
     folder = _folder_of(model)
-    if _is_folder(folder):
+    if str(model) and _is_folder(folder):
         return _load_folder(folder, dtype, device, size)
     if _is_hub_id(model):
         return _load_folder(_downloaded(str(model)), dtype, device, size)
@@ -83,7 +83,7 @@ def _folder_of(model: str | Path) -> Path:
 
 def _is_folder(path: Path) -> bool:
     try:
-        return path != Path() and path.is_dir()
+        return path.is_dir()
     except OSError:  # a name too long for any
         return False
 
