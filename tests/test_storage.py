@@ -26,7 +26,7 @@ import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.commands import main
 from dit_lens.errors import DitLensError, InvalidState, InvalidValue, MissingFile, UnwritableFile
-from dit_lens.model import saved
+from dit_lens.model import loading
 from dit_lens.patching import Patch, sweep
 from dit_lens.report import gap as gap_report
 from dit_lens.report import stored
@@ -143,7 +143,7 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("command", [["gap"], ["patch"], ["probe", "SpectralSplit"]])
 def test_the_output_folder_is_tried_first(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dit_lens.model.loading, "load", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("too late"))
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     assert main([*command, "--out", str(out if command[0] != "probe" else out / "x.nc")]) == 2
@@ -273,12 +273,12 @@ def test_a_report_of_other_figures(gap_results, tmp_path):
     path = tmp_path / "gap.nc"
     for other, text in (
         (gap_results.drop_vars("layer_gap"), "has no layer_gap"),
-        (gap_results.astype({"layer_gap": "i2"} if False else "i2"), "has no layer_commitment"),
+        (gap_results.astype("i2"), "has no layer_commitment"),
         (gap_results.assign_coords(layer=[0.0, np.nan, 1.0]), "no such labels on its axis 'layer'"),
         (gap_results.assign_coords(layer=[0, 0, 1]), "no such labels on its axis 'layer'"),
         (gap_results.assign_coords(view=["a", "b"]), "no such labels on its axis 'view'"),
         (gap_results.assign_attrs(headline=3), "has headline="),
-        (gap_results.assign_attrs(commitment_step=np.nan), "has commitment_step=nan"),
+        (gap_results.assign_attrs(commitment_step=np.nan), "has commitment_step=.*nan"),
     ):
         save_dataset(path, "gap.nc", other)
         with pytest.raises(InvalidValue, match=text):
@@ -305,9 +305,7 @@ def test_a_saved_trace_of_coupled_twins_says_so(model, tmp_path):
     whole = t.get("blocks.1.hook_resid_post", steps=[2, 3])
     assert all(torch.equal(free[n], whole[n]) for n in whole)
     twice = dit_lens.load_trace(again.save(tmp_path / "twice"), model)
-    with pytest.raises(
-        RuntimeError, match="of twins coupled inside the attention of layers 0 to 2"
-    ):
+    with pytest.raises(RuntimeError, match="of twins coupled inside the attention of layers"):
         twice["resid_post", 1]
 
 
@@ -354,9 +352,7 @@ def test_what_json_does_not_have(trace, tmp_path):
     assert found["a"] == 1.5 and found["c"] is torch.float16 and found["d"] == (1, 2)
     assert found["b"].tolist() == [0, 1, 2]
     assert again.lost == {1: "called with odd.x.0, a object"}
-    with pytest.raises(
-        InvalidState, match=r"was called with odd.x.0, a object that the file can't"
-    ):
+    with pytest.raises(InvalidState, match="was called with odd.x.0, a object that the file"):
         dit_lens.tracing.recompute.read(again, None, ["hook_embed"])
 
 
@@ -396,8 +392,7 @@ def test_hostile_traces(trace, model, tmp_path):
 
     def use():
         alone = dit_lens.load_trace(path)
-        alone["resid_post", 0], alone.to_xarray(), repr(alone)
-        alone.timesteps
+        assert len(alone["resid_post", 0]) == len(alone.to_xarray().step) == len(alone.timesteps)
         dit_lens.load_trace(path, model).get("blocks.1.hook_resid_post")
         alone.save(tmp_path / "again")
 
@@ -413,27 +408,12 @@ def test_hostile_traces(trace, model, tmp_path):
         assert refused(use)
 
 
-def test_an_edit_and_a_restart_go_through_a_file(model, trace, tmp_path):
-    """The schema refuses nothing that a trace can hold."""
-    stream = trace["resid_post", 0][0]
-    with dit_lens.trace(model) as t:
-        model(None, torch.tensor([7.0] * 4), torch.tensor([1, 2, 3, 3]), start=(1, stream)) if (
-            False
-        ) else dit_lens.sample(model, [1, 2], steps=2)
-    again = dit_lens.load_trace(t.save(tmp_path / "t"), model)
-    assert torch.equal(again["resid_post", 2], t["resid_post", 2])
-
-
 def test_where_a_schema_is_not_kept():
-    with pytest.raises(
-        InvalidValue, match=r"f has a\[1\] = -1; expected a whole number from 0 to 9"
-    ):
+    with pytest.raises(InvalidValue, match=r"f has a\[1\] = -1; expected a whole number from 0"):
         conform({"a": [1, -1]}, {"a": [Whole(0, 9)]}, "f")
     with pytest.raises(InvalidValue, match="f has a = a huge number; expected"):
         conform({"a": 10**5000}, {"a": Whole()}, "f")
-    with pytest.raises(
-        InvalidValue, match="f has a = True; expected a whole number from 0 to .* or"
-    ):
+    with pytest.raises(InvalidValue, match="f has a = True; expected a whole number .* or a t"):
         conform({"a": True}, {"a": (Whole(), str)}, "f")
 
 
@@ -447,7 +427,7 @@ def hold(path, ready):
 
 
 def test_a_store_is_one_process_s_alone(pair, tmp_path):
-    path, context = tmp_path / "sweep", multiprocessing.get_context("spawn")
+    path, context = tmp_path / "sweep", multiprocessing.get_context("fork")
     ready = context.Event()
     other = context.Process(target=hold, args=(path, ready))
     other.start()
@@ -455,7 +435,7 @@ def test_a_store_is_one_process_s_alone(pair, tmp_path):
         assert ready.wait(60)
         with pytest.raises(
             RuntimeError,
-            match=f"sweep' is in use by process {other.pid} on .*; wait for it, or give",
+            match=f"sweep' is in use by process {other.pid} on .*; wait for it, or",
         ):
             sweep(pair.a, pair.b, [Patch("attn_out", 1)], resume=path)
     finally:
@@ -501,7 +481,7 @@ def accelerate(request, monkeypatch):
     from diffusers.models import modeling_utils
 
     if request.param == "without":
-        monkeypatch.setattr(dit_lens.model.loading.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(modeling_utils, "is_accelerate_available", lambda: False)
 
 
@@ -526,12 +506,10 @@ def test_weights_are_those_of_the_configuration(folder, accelerate):
             dit_lens.load(folder)
         assert e.match(text)
         save_file(whole, weights)
-    for layers, kind in ((2, "unexpected"), (4, "missing")):
+    odd = {2: "unexpected: transformer_blocks.2", 4: "missing: transformer_blocks.3"}
+    for layers, text in odd.items():
         reconfigure(folder, num_layers=layers)
-        with pytest.raises(
-            InvalidValue,
-            match=rf"\({kind}: transformer_blocks.{5 - max(3, layers) if layers == 2 else 3}",
-        ):
+        with pytest.raises(InvalidValue, match=text):
             dit_lens.load(folder)
 
 
@@ -543,7 +521,7 @@ def test_weights_of_a_pipeline_and_in_several_files(tmp_path, accelerate):
     shards = json.loads(index.read_text())
     for name, text in (
         ("../../weights.safetensors", "expected a safetensors file beside it"),
-        ("gone.safetensors", "names 'gone.safetensors', which is not there"),
+        ("-absent.safetensors", "names '-absent.safetensors', which is not there"),
     ):
         odd = {k: name if k == BIAS else v for k, v in shards["weight_map"].items()}
         index.write_text(json.dumps(shards | {"weight_map": odd}))
@@ -563,9 +541,7 @@ def test_weights_of_a_pipeline_and_in_several_files(tmp_path, accelerate):
 def test_parts_of_other_libraries(tmp_path):
     make_pipe().save_pretrained(tmp_path)
     reconfigure(tmp_path, "model_index.json", vae=["antigravity", "fly"])
-    with pytest.raises(
-        InvalidValue, match="names 'fly' of 'antigravity' for 'vae'; expected a class"
-    ):
+    with pytest.raises(InvalidValue, match="names 'fly' of 'antigravity' for 'vae'; expected"):
         dit_lens.load(tmp_path)
     reconfigure(tmp_path, "model_index.json", _class_name="DiTTransformer2DModel")
     with pytest.raises(InvalidValue, match="expected a DiffusionPipeline"):
@@ -580,7 +556,7 @@ def test_parts_of_other_libraries(tmp_path):
         (
             "config.json",
             {"sample_size": 10**6},
-            "sample_size=1e.06; expected numbers from 1 to 2048",
+            "sample_size=1e.06; expected numbers from 1 to",
         ),
         ("config.json", {"attention_head_dim": 10**9}, "attention_head_dim=1e.09"),
         (
@@ -609,11 +585,10 @@ def test_hostile_configurations(file, entries, text, folder):
 def test_mutated_configurations(folder):
     """Refused, or loaded; never a raw error, and none takes long."""
     rng, slowest, kept = random.Random(2), 0.0, 0
-    whole = {
-        f: json.loads((folder / f).read_text())
-        for f in ("config.json", "scheduler/scheduler_config.json")
-    }
-    for _ in range(TRIES):
+    make_dit(layers=1, classes=4).save_pretrained(folder)
+    names = ("config.json", "scheduler/scheduler_config.json")
+    whole = {name: json.loads((folder / name).read_text()) for name in names}
+    for i in range(TRIES // 2):
         for file, config in whole.items():
             (folder / file).write_text(json.dumps(config))
         file = rng.choice(list(whole))
@@ -622,9 +597,10 @@ def test_mutated_configurations(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kept += not refused(lambda: dit_lens.load(folder))
-            refused(lambda: saved.skeleton and dit_lens.model.loading.load_skeleton(folder))
+            if i % 4 == 0:
+                refused(lambda: loading.load_skeleton(folder))
         slowest = max(slowest, time.monotonic() - begun)
-    assert kept < TRIES and slowest < 5
+    assert kept < TRIES // 2 and slowest < 5
 
 
 def test_names_and_types(monkeypatch, tmp_path):
@@ -632,9 +608,7 @@ def test_names_and_types(monkeypatch, tmp_path):
     assert dit_lens.load("digits/").cfg.n_layers == 28
     assert dit_lens.load("digits", dtype="float16").transformer.dtype == torch.float16
     for dtype in ("float15", "int8", torch.int8, 3, None, "__name__"):
-        with pytest.raises(
-            TypeError, match="is none that weights can have; expected one of floating"
-        ):
+        with pytest.raises(TypeError, match="is none that weights can have; expected one of"):
             dit_lens.load("digits", dtype=dtype)
     for device in ("nowhere", "cuda:99", -5, None.__class__):
         with pytest.raises(ValueError, match="can't be used"):
