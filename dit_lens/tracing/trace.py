@@ -514,7 +514,7 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     if model is None:
         return Trace(None, record)
     owner = HookedDiT.of(model)
-    if owner.cfg != record.cfg:
+    if owner.cfg != record.cfg or dict(owner.sites) != dict(record.sites):
         raise InvalidValue(
             f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
         )
