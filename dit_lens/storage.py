@@ -262,11 +262,24 @@ def save_tensors(
         "versions": json.dumps(versions(device)),
         "about": json.dumps(about),
     }
-    whole = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     with replacing(path) as part:
-        save_file(whole, part, metadata)
+        save_file(_separate(tensors), part, metadata)
         _seal(part)
     return Path(path)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file takes them: contiguous, and no two in the same memory. Only those that
+    are not so are copied: what a trace has recorded can be large.
+    """
+    apart, seen = {}, set()
+    for key, value in tensors.items():
+        own = value.detach().contiguous()
+        if own.untyped_storage().data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        apart[key] = own
+    return apart
 
 
 def load_tensors(path: str | Path, kind: str, expected: str) -> tuple[Any, dict[str, Tensor]]:

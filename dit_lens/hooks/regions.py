@@ -40,6 +40,12 @@ class Region:
     tokens: Index | None = None
     band: tuple[Bands, int | str] | None = None
 
+    def __post_init__(self) -> None:
+        for part in ("items", "heads", "tokens"):
+            index = getattr(self, part)
+            if isinstance(index, Tensor):  # what happens to the caller's tensor later is not meant
+                object.__setattr__(self, part, index.detach().clone())
+
     @property
     def everything(self) -> bool:
         return all(v is None for v in (self.items, self.heads, self.tokens, self.band))

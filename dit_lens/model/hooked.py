@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Condition, Size
+from ..families.config import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
 from ..hooks.points import (
@@ -566,6 +566,11 @@ def transformer_of(model: Any) -> Any:
     """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything
     else.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidType(
+            f"{type(model).__name__} runs copies of the model in threads or processes of its own, "
+            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
+        )
     found = getattr(model, "transformer", None if hasattr(model, "components") else model)
     if found is None and hasattr(model, "unet"):
         found = model.unet

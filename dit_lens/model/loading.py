@@ -13,7 +13,8 @@ import torch
 
 from ..errors import InvalidType, InvalidValue, MissingFile
 from ..families import family_of
-from ..families.base import Family, Size
+from ..families.base import Family
+from ..families.config import Size
 from .hooked import HookedDiT
 from .saved import check_config, check_part, check_pipeline, named_class, read_json, skeleton
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..families.base import Condition
+from ..families.config import Condition
 from ..hooks.cache import ActivationCache
 from ..hooks.points import HookPoint
 from ..model.hooked import HookedDiT

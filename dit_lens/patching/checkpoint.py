@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..sampling.loop import prepared
 from ..sampling.run import Run
 from ..storage import Whole, conform, load_tensors, locked, save_tensors
 from .patch import Planned
@@ -28,7 +27,7 @@ SCHEMA = {"sweep": str, "blocks": Whole(), "patches": Whole(1)}
 
 def scheduler_text(run: Run) -> str:
     """The class of a run's scheduler and a digest of its settings."""
-    scheduler = prepared(run.model, run.settings)
+    scheduler = run.scheduler
     config = sorted((k, str(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
     return f"{type(scheduler).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from ..model.witness import Departure, Proof, Witness, until
 from .guidance import model_inputs, n_passes
 from .loop import Step, advance, denoise, prepared
 from .noise import START, noise
-from .schedulers import default_name, make_scheduler
+from .schedulers import default_name
 from .settings import (
     Change,
     Edits,
@@ -67,6 +68,7 @@ class Run:
         history: where its noise comes from and what was edited, from step 0 and from each replay's
             step on.
         witnesses: checksums of the streams in each step's pass, which prove a recomputation.
+        scheduler: as it was before the first step, with the run's timesteps set.
         kernels: the settings that chose the kernels.
         state: a glance at the model, to name what changed since.
         selected: whether these are some of the items of a larger batch.
@@ -83,6 +85,7 @@ class Run:
     x0: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     witnesses: tuple[Witness, ...] = field(repr=False)
+    scheduler: Any = field(repr=False)
     kernels: Kernels = field(repr=False)
     state: State = field(repr=False)
     tied_until: int = 0
@@ -91,9 +94,7 @@ class Run:
     @property
     def log_snr(self) -> Tensor:
         """log SNR at each step, [steps], rising."""
-        return log_snr(
-            make_scheduler(self.settings.scheduler, self.model.scheduler), self.timesteps
-        )
+        return log_snr(self.scheduler, self.timesteps)
 
     @cached_property
     def images(self) -> Tensor:
@@ -308,13 +309,19 @@ class Run:
             tied_until=min(self.tied_until, from_step),
         )
 
+    def fresh_scheduler(self) -> Any:
+        """A copy of the scheduler as it was before the run's first step, whatever became of the
+        model's own since.
+        """
+        return copy.deepcopy(self.scheduler)
+
     def scheduler_at(self, step: int) -> Any:
         """A scheduler that remembers this run's earlier steps, as multistep ones need.
 
         Args:
             step: the next step to be made.
         """
-        scheduler = prepared(self.model, self.settings)
+        scheduler = self.fresh_scheduler()
         for s in range(step):
             seeds, eta = self.seeds_at(s), self.settings.eta
             advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
@@ -380,6 +387,7 @@ def sample(
     y = model.conditions.numbers(labels, model.device)
     own_seeds = item_seeds(seeds, len(y))
     plan = prepared(model, settings)
+    fresh = copy.deepcopy(plan)
 
     # Where it starts.
     shape = model.cfg.latent_shape
@@ -399,7 +407,7 @@ def sample(
         seen.append(step)
         if progress is not None:
             progress(len(seen), steps)
-    return made_of(seen, model, y, history, settings, plan, latents, kernels, state)
+    return made_of(seen, model, y, history, settings, fresh, latents, kernels, state)
 
 
 def made_of(
@@ -425,6 +433,7 @@ def made_of(
         x0=torch.stack([s.x0 for s in steps]),
         outputs=torch.stack([s.output for s in steps]),
         witnesses=tuple(s.witness for s in steps),
+        scheduler=scheduler,
         kernels=kernels,
         state=state,
         tied_until=tied_until,

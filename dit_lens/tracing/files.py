@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..families.base import Condition, Config
+from ..families.config import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
 from ..model.kernels import SDPA, Kernels

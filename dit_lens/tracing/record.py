@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..families.base import Axes, Config
+from ..families.config import Config
+from ..families.parts.sites import Axes
 from ..hooks.edits import Steps, step_test
 from ..hooks.names import layer_of
 from ..model.call import Call

@@ -24,7 +24,8 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Axes, Config
+from ..families.config import Config
+from ..families.parts.sites import Axes
 from ..hooks.edits import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
@@ -35,7 +36,7 @@ from ..model.instrumentation import Instrumentation
 from ..model.state import State
 from . import files
 from .dataset import to_dataset
-from .recompute import read
+from .recompute import read, stacked
 from .record import Record
 from .site import Observing, Site
 
@@ -262,7 +263,10 @@ class Trace:
             steps: which steps; by default those that were recorded.
         """
         chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
-        found = self.read(chosen, steps)
+        whole = stacked(self.record, self.model, chosen, steps)
+        if whole is not None:
+            return whole
+        found = self.read(chosen, steps)  # says what can't be stacked
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(

@@ -8,6 +8,7 @@ The batch is [A | B]; with guidance [A | B | A null | B null]. How they are tied
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,6 +139,7 @@ def twins(
 
     # Tied to the release, alone from there on.
     plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
+    fresh = copy.deepcopy(plan)
     seen: list[Step] = []
 
     def go(first: int, last: int) -> None:
@@ -155,7 +157,7 @@ def twins(
         go(release, steps)
     tied_until = release if held.g else 0
     run = made_of(
-        seen, model, both, history, settings, plan, x, kernels, state, tied_until=tied_until
+        seen, model, both, history, settings, fresh, x, kernels, state, tied_until=tied_until
     )
     return Twins(run, pairs, release, held.name, held.g)
 
