@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.base import Condition, Size
 from ..hooks.cache import ActivationCache
@@ -21,6 +22,7 @@ from ..hooks.points import (
     Listener,
     Observer,
     StopForward,
+    pairs_of,
 )
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
@@ -105,10 +107,10 @@ class HookedDiT:
             scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         )
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
-        self.size: Size | None = size
         self.family = self.instrumentation.family
         if size is not None:
-            _check_size(size, axes=len(self.family.config(self.transformer).grid))
+            size = _checked_size(size, axes=len(self.family.config(self.transformer).grid))
+        self.size: Size | None = size
         self.cfg = self.family.config(self.transformer, size)
         self.conditions: Conditions = conditions or Conditions(
             self.family, self.cfg, pipe if pipe is not self.transformer else None
@@ -149,12 +151,14 @@ class HookedDiT:
                 returned, as in TransformerLens.
         """
         self.require_installed()
-        start, stop = self._layer(start_at_layer), self._layer(stop_at_layer)
+        start = self._layer("start_at_layer", start_at_layer)
+        stop = self._layer("stop_at_layer", stop_at_layer)
+        self._check_inputs(x, t)
         stream = None
         if start is not None:
             self._check_restart(x, start)
             stream, x = x, self._blank(x)
-        condition = self._condition(y, len(x))
+        condition = self._condition(y, x)
         beside = [
             name for name, value in condition.items() if "controlnet" in name and value is not None
         ]
@@ -176,11 +180,11 @@ class HookedDiT:
         answer = answer if isinstance(answer, Tensor) else answer[0]
         return self.family.output(self.transformer, answer, inputs)
 
-    def _condition(self, y: Any, items: int) -> Condition:
+    def _condition(self, y: Any, x: Tensor) -> Condition:
         if isinstance(y, dict):
             return y if isinstance(y, Condition) else Condition(y)
         if self.cfg.n_classes:
-            return Condition({self.family.labels_name: y})
+            return Condition({self.family.labels_name: self._classes(y, x)})
         if y is None:
             raise InvalidValue(
                 f"The condition is None; {type(self.transformer).__name__} expects prompts, in "
@@ -189,12 +193,37 @@ class HookedDiT:
             )
         # on the CPU: offloaded weights have no device to put them on
         labels = self.conditions.numbers(y)
-        if len(labels) != items:
+        if len(labels) != len(x):
             raise InvalidValue(
-                f"There are {len(labels)} prompts for a batch of {items}; expected one for each "
+                f"There are {len(labels)} prompts for a batch of {len(x)}; expected one for each "
                 "item."
             )
         return self.conditions.of(labels)
+
+    def _classes(self, y: Any, x: Tensor) -> Tensor:
+        """Labels [batch]; a tensor on another device is taken as it is, since to look at its
+        values would wait for the device.
+        """
+        if not isinstance(y, Tensor):
+            y = self.conditions.numbers(y, x.device)
+        elif y.device.type == "cpu":
+            self.conditions.numbers(y.reshape(-1))
+        elif y.is_floating_point() or y.dtype == torch.bool or y.ndim > 1:
+            raise arguments.refusal("y", y, "labels [batch], whole numbers", wrong_type=True)
+        if y.ndim > 1 or len(y.reshape(-1)) not in (1, len(x)):
+            raise InvalidValue(
+                f"There are {y.numel()} labels for a batch of {len(x)}; expected one for each item."
+            )
+        return y
+
+    def _check_inputs(self, x: Tensor, t: Tensor) -> None:
+        """Refuse what is no batch of latents (or streams) with their timesteps."""
+        arguments.tensor("x", x)
+        if not x.ndim:
+            raise arguments.refusal("x", x, "a batch")
+        arguments.instance("t", t, Tensor, "a tensor of timesteps [batch]")
+        if t.ndim > 1 or t.dtype == torch.bool or t.is_complex() or t.numel() not in (1, len(x)):
+            raise arguments.refusal("t", t, f"a tensor of {len(x)} timesteps, one for each item")
 
     def _check_restart(self, x: Tensor, start: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.cfg.d_model:
@@ -343,6 +372,8 @@ class HookedDiT:
                 "The model has no scheduler, so x0 is unknown; give one: "
                 "HookedDiT(transformer, scheduler=...)."
             )
+        arguments.tensor("x", x)
+        arguments.tensor("output", output, (*x.shape[:1], None, *x.shape[2:]))
         return predict_x0(self.scheduler, x, self.without_variance(output), t)
 
     def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
@@ -374,7 +405,7 @@ class HookedDiT:
         if x is None or len(x) != len(stream):
             x = self._blank(stream)
         return self.instrumentation.unembed(
-            stream, self.family.inputs(self.transformer, x, t, self._condition(y, len(x)))
+            stream, self.family.inputs(self.transformer, x, t, self._condition(y, x))
         )
 
     # Hooks.
@@ -389,8 +420,8 @@ class HookedDiT:
             fn: fn(activation, hook), or fn(gradient, hook); what it returns, if anything, goes on.
             dir: "fwd" or "bwd".
         """
-        if dir not in ("fwd", "bwd"):
-            raise InvalidValue(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
+        arguments.choice("dir", dir, ["fwd", "bwd"])
+        arguments.function("fn", fn, "fn(activation, hook)")
         make = Editor if dir == "fwd" else BackwardEditor
         handles: list[Handle] = []
         with ExitStack() as undo:
@@ -416,8 +447,9 @@ class HookedDiT:
             bwd_hooks: (names, fn(gradient, hook)).
         """
         wanted: list[tuple[str, Listener]] = []
-        wanted += [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
-        wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]
+        for make, hooks in ((Editor, fwd_hooks), (BackwardEditor, bwd_hooks)):
+            for names, fn in pairs_of("hooks", hooks):
+                wanted += [(name, make(fn)) for name in select(names, self.names)]
         with self.attached(wanted):
             yield self
 
@@ -440,6 +472,7 @@ class HookedDiT:
         >>> len(seen)
         28
         """
+        arguments.function("fn", fn, "fn(activation, hook)")
         with self.attached([(name, Observer(fn)) for name in select(names, self.names)]):
             yield self
 
@@ -532,11 +565,12 @@ class HookedDiT:
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
 
-    def _layer(self, layer: int | None) -> int | None:
+    def _layer(self, name: str, layer: int | None) -> int | None:
         n = self.cfg.n_layers
-        if layer is not None and not -n <= layer <= n:
-            raise InvalidValue(f"There is no layer {layer}; the model has {n}, 0 to {n - 1}.")
-        return layer + n if layer is not None and layer < 0 else layer
+        if layer is None:
+            return None
+        layer = arguments.whole(name, layer, -n, n)
+        return layer + n if layer < 0 else layer
 
     def require_eval(self) -> None:
         """Raise RuntimeError if the model is in train mode, where labels are dropped at random."""
@@ -554,12 +588,13 @@ class HookedDiT:
             )
 
 
-def _check_size(size: Size, axes: int) -> None:
-    """Raise InvalidValue unless this is height and width, for video maybe with frames first."""
-    whole = all(isinstance(n, int) and n >= 1 for n in size)
-    if not whole or not 2 <= len(size) <= max(2, axes):
-        frames = "(height, width) or (frames, height, width)" if axes == 3 else "(height, width)"
-        raise InvalidValue(f"size={size} is no size of latents; expected {frames}, each 1 or more.")
+def _checked_size(size: Any, axes: int) -> Size:
+    """Height and width, for video maybe with frames first; raises InvalidValue otherwise."""
+    frames = "(height, width) or (frames, height, width)" if axes == 3 else "(height, width)"
+    if not isinstance(size, (tuple, list)) or not 2 <= len(size) <= max(2, axes):
+        wrong_type = not isinstance(size, (tuple, list))
+        raise arguments.refusal("size", size, f"{frames} of the latents", wrong_type=wrong_type)
+    return tuple(arguments.whole(f"size[{i}]", n, 1, 2**15) for i, n in enumerate(size))
 
 
 def transformer_of(model: Any) -> Any:

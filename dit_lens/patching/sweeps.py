@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 import xarray as xr
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import site_of
 from ..sampling.run import Run
 from ..sampling.settings import Progress
 from .checkpoint import Store, scheduler_text, sweep_key
 from .lanes import Lanes
-from .measure import Measure, applied, compared, latent_bands
+from .measure import Measure, applied, check_measure, compared, latent_bands
 from .patch import Patch, Planned, plan
 
 IN_FLIGHT = 64
@@ -89,13 +90,13 @@ def sweep(
     Frozen({'patch': 2, 'band': 2})
     """
     # What is asked for fits the runs.
-    check_runs(source, target)
-    if not patches:
-        raise InvalidValue(
-            "There are no patches to make; expected one or more, see dit_lens.patching.grid."
-        )
-    if not isinstance(batch, int) or batch < 1:
-        raise InvalidValue(f"batch={batch!r} images at once; expected a whole number, 1 or more.")
+    several = "one or more patches, see dit_lens.patching.grid"
+    for patch in arguments.listed("patches", patches, several):
+        arguments.instance("patches", patch, Patch, several)
+    batch = arguments.whole("batch", batch, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    check_measure(outcome)
+    check_kind_of_runs(source, target)
     steps = target.settings.steps
     planned = [plan(patch, target.model, steps, len(target.labels)) for patch in patches]
     tied = max(source.tied_until, target.tied_until)
@@ -106,6 +107,7 @@ def sweep(
             f"{tied}; expected windows from there on."
         )
     bands = None if callable(outcome) else latent_bands(outcome, target)
+    check_runs(source, target)
 
     # The patches are run, those of a wave together.
     store = Store(resume, sweep_key(source, target, planned), len(patches))
@@ -166,7 +168,10 @@ def as_grid(result: xr.Dataset) -> xr.Dataset:
     >>> as_grid(sweep(pair.a, pair.b, patches)).move.sizes
     Frozen({'layer': 1, 'site': 1, 'window': 2, 'band': 2})
     """
+    arguments.instance("result", result, xr.Dataset, "what dit_lens.patching.sweep gave")
     axes = ("layer", "site", "window")
+    if any(axis not in result for axis in axes):
+        raise arguments.refusal("result", list(map(str, result.variables)), "a sweep's")
     places = list(zip(*(result[axis].values.tolist() for axis in axes), strict=True))
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)
@@ -196,6 +201,14 @@ def check_runs(source: Run, target: Run) -> None:
     ... except ValueError as error: print(error)
     The source has steps=1 and the target steps=2; expected the same: sample both alike.
     """
+    check_kind_of_runs(source, target)
+    target.forward(min(target.tied_until, target.settings.steps - 1))
+
+
+def check_kind_of_runs(source: Run, target: Run) -> None:
+    """What `check_runs` refuses without a forward of the model."""
+    for name, run in (("source", source), ("target", target)):
+        arguments.instance(name, run, Run, "a run of dit_lens.sample, or a twin")
     if source.model.transformer is not target.model.transformer:
         raise InvalidValue("The runs are of different models; expected two of one model.")
     for name in ("steps", "guidance", "guided_channels"):
@@ -217,7 +230,6 @@ def check_runs(source: Run, target: Run) -> None:
             f"{list(target.latents.shape[1:])}; expected the same, source item i goes into target "
             "item i (run.select chooses items)."
         )
-    target.forward(min(target.tied_until, target.settings.steps - 1))
 
 
 def _waves(planned: Sequence[Planned]) -> list[list[int]]:
