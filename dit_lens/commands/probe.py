@@ -22,16 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
     from ..testing.probe_checks import find_probe
-    from ..tracing.probe import Probe
 
     found = find_probe(args.name)
     model, probe = open_model(args), found()
-    if found.observe is Probe.observe:  # it makes pairs of twins, two images each
+    if found.of_twins:  # two images a pair
         pairs = max(1, args.items // 2)
         result = probe.run(model, pairs=pairs, seed=args.seed, steps=args.steps)
     else:
         labels = [i % model.conditions.n for i in range(args.items)]
-        result = Probe.run(probe, model, labels, seeds=args.seed, steps=args.steps)
+        result = probe.run(model, labels, seeds=args.seed, steps=args.steps)
     print(result)
 
     out = args.out or Path(f"{found.__name__}.nc")

@@ -126,7 +126,7 @@ def measure_gap(
     arguments.choice("bands", bands, get_args(BandKind))
     arguments.optional(arguments.function, "feature", feature, "of images in [0, 1]")
     arguments.text("name", name)
-    resamples = arguments.whole("resamples", resamples, 2)
+    resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     releases = min(RELEASES, steps - 1)
     runs = 4 if bands == "eigen" else 2

@@ -193,7 +193,7 @@ def knock_outs(
     chosen = _chosen(model, layers)
     pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
     steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
-    resamples = arguments.whole("resamples", resamples, 2)
+    resamples = arguments.whole("resamples", resamples, 1)
     seed = arguments.seed("seed", seed)
     arguments.flag("direct", direct)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")

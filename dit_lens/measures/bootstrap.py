@@ -31,13 +31,13 @@ def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
         Array: [resample, pair].
 
     Raises:
-        InvalidValue: for fewer than 8 pairs or 2 resamples.
+        InvalidValue: for fewer than 8 pairs or no resample.
 
     >>> resample(10, 3).sum(1).tolist()
     [10.0, 10.0, 10.0]
     """
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
-    resamples = arguments.whole("resamples", resamples, 2)
+    resamples = arguments.whole("resamples", resamples, 1)
     seed = arguments.seed("seed", seed)
     return (
         np.random.default_rng(seed)

@@ -115,6 +115,20 @@ class Patch:
                     "expected a vector [d] of finite length above 0."
                 )
 
+    def check(self, model: HookedDiT, steps: int, items: int) -> None:
+        """Refuse a patch that does not fit a model, or a run of so many steps and items.
+
+        Args:
+            model: a `HookedDiT`.
+            steps: of the run that is patched.
+            items: of that run.
+
+        Raises:
+            ValueError: for what does not fit, in one sentence.
+            UnknownName: for a site that the model does not have.
+        """
+        plan(self, model, arguments.whole("steps", steps, 1), arguments.whole("items", items, 1))
+
     @property
     def window(self) -> str:
         """The steps as text: "20-24", "0-48 by 2", "all" or "none"."""
