@@ -258,7 +258,7 @@ def index(name: str, value: Any) -> int | slice | Tensor:
     """
     expected = "a whole number, a slice, a list of whole numbers, or a mask"
     if is_whole(value):
-        return operator.index(value)
+        return whole(name, value, -MANY)
     if isinstance(value, slice):
         for part in (value.start, value.stop, value.step):
             if part is not None and (not is_whole(part) or operator.index(part) == 0 == value.step):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
 from dit_lens.errors import InvalidState
-from dit_lens.patching import Kind, Patch, as_grid, grid, sweep, tiles
+from dit_lens.patching import Kind, Patch, as_grid, check_patches, grid, sweep, tiles
 
 
 class TwinPatching(Probe):
@@ -79,12 +79,10 @@ class TwinPatching(Probe):
             pairs = 16 if labels is None else len(model.conditions.numbers(labels))
         # What is asked for fits the model, before the twins run.
         patches = self._patches(model, layers, sites, windows, kind, settings)
-        for patch in patches:
-            patch.check(model, settings.get("steps", 50), pairs)
+        options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
+        check_patches(patches, model, settings.get("steps", 50), pairs, outcome, **options)
         made = twins(model, pairs, labels, **settings)
-        swept = sweep(
-            made.a, made.b, patches, outcome, batch=batch, progress=progress, resume=resume
-        )
+        swept = sweep(made.a, made.b, patches, outcome, **options)
         self.found = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
         return self.found
 

@@ -156,7 +156,7 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     """
     if names_filter is None:
         return list(names)
-    if callable(names_filter):
+    if callable(names_filter) and not isinstance(names_filter, type):
         chosen = {n for n in names if names_filter(n)}
         if not chosen:
             raise UnknownName(

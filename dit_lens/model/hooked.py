@@ -90,7 +90,7 @@ class HookedDiT:
         pipe = pipe_or_transformer
         conditions: Conditions | None = None
         if isinstance(pipe, HookedDiT):
-            conditions, size = pipe.conditions, size or pipe.size
+            conditions, size = pipe.conditions, pipe.size if size is None else size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
         self.instrumentation = Instrumentation.of(self.transformer)
@@ -182,6 +182,8 @@ class HookedDiT:
 
     def _condition(self, y: Any, x: Tensor) -> Condition:
         if isinstance(y, dict):
+            for name in y:
+                arguments.text("y: the name of an argument", name)
             return y if isinstance(y, Condition) else Condition(y)
         if self.cfg.n_classes:
             return Condition({self.family.labels_name: self._classes(y, x)})

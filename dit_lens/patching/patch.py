@@ -93,8 +93,8 @@ class Patch:
         )
         if self.steps is not None and not isinstance(self.steps, range):
             raise InvalidType(
-                f"steps={self.steps!r} is not a window; expected a range, such as range(20, 25), "
-                "or None for every step."
+                f"steps={arguments.shown(self.steps)} is not a window; expected a range, such as "
+                "range(20, 25), or None for every step."
             )
         if self.steps is not None and self.steps.step < 0:
             checked["steps"] = self.steps[::-1]  # a window has no order
@@ -102,8 +102,8 @@ class Patch:
             object.__setattr__(self, name, value)
         if (self.bands is None) != (self.band is None):
             raise InvalidValue(
-                f"band={self.band!r} with bands={self.bands!r}; expected both or neither: "
-                "bands=Bands.radial(...), band='low'."
+                f"band={arguments.shown(self.band)} with bands={self.bands!r}; expected both or "
+                "neither: bands=Bands.radial(...), band='low'."
             )
         if self.bands is not None and self.band is not None:
             object.__setattr__(self, "band", self.bands.number(self.band))
@@ -114,20 +114,6 @@ class Patch:
                     f"The direction has shape {list(self.direction.shape)} and length {norm:.3g}; "
                     "expected a vector [d] of finite length above 0."
                 )
-
-    def check(self, model: HookedDiT, steps: int, items: int) -> None:
-        """Refuse a patch that does not fit a model, or a run of so many steps and items.
-
-        Args:
-            model: a `HookedDiT`.
-            steps: of the run that is patched.
-            items: of that run.
-
-        Raises:
-            ValueError: for what does not fit, in one sentence.
-            UnknownName: for a site that the model does not have.
-        """
-        plan(self, model, arguments.whole("steps", steps, 1), arguments.whole("items", items, 1))
 
     @property
     def window(self) -> str:

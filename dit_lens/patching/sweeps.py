@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xarray as xr
@@ -25,6 +26,7 @@ import xarray as xr
 from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import site_of
+from ..model.hooked import HookedDiT
 from ..sampling.run import Run
 from ..sampling.settings import Progress
 from .checkpoint import Store, scheduler_text, sweep_key
@@ -90,15 +92,10 @@ def sweep(
     Frozen({'patch': 2, 'band': 2})
     """
     # What is asked for fits the runs.
-    several = "one or more patches, see dit_lens.patching.grid"
-    for patch in arguments.listed("patches", patches, several):
-        arguments.instance("patches", patch, Patch, several)
-    batch = arguments.whole("batch", batch, 1)
-    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    check_measure(outcome)
     check_kind_of_runs(source, target)
-    steps = target.settings.steps
-    planned = [plan(patch, target.model, steps, len(target.labels)) for patch in patches]
+    steps, items = target.settings.steps, len(target.labels)
+    options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
+    planned = _planned(patches, target.model, steps, items, outcome, **options)
     tied = max(source.tied_until, target.tied_until)
     early = [p.patch for p in planned if len(p.steps) and min(p.steps) < tied]
     if early:
@@ -147,6 +144,66 @@ def sweep(
         "items": len(target.labels),
     }
     return result.assign_coords(coords).assign_attrs(attrs)
+
+
+def check_patches(
+    patches: Sequence[Patch],
+    model: HookedDiT,
+    steps: int,
+    items: int,
+    outcome: Measure = None,
+    *,
+    batch: int = 16,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> None:
+    """Refuse what `sweep` would, before there are runs to sweep.
+
+    Args:
+        patches: as for `sweep`.
+        model: of the runs.
+        steps: of the runs.
+        items: of the runs.
+        outcome: as for `sweep`.
+        batch: as for `sweep`.
+        progress: as for `sweep`.
+        resume: as for `sweep`.
+
+    Raises:
+        ValueError: for what does not fit, in one sentence.
+        UnknownName: for a site that the model does not have.
+
+    >>> import dit_lens; from dit_lens.patching import grid; model = dit_lens.load("digits")
+    >>> try: check_patches(grid([99], "attn_out", [None]), model, steps=3, items=2)
+    ... except ValueError as error: print(error)
+    'swap attn_out, layer 99, every step': there is no layer 99; the model has 28, 0 to 27.
+    """
+    steps, items = arguments.whole("steps", steps, 1), arguments.whole("items", items, 1)
+    _planned(patches, model, steps, items, outcome, batch=batch, progress=progress, resume=resume)
+
+
+def _planned(
+    patches: Sequence[Patch],
+    model: HookedDiT,
+    steps: int,
+    items: int,
+    outcome: Measure,
+    *,
+    batch: int,
+    progress: Progress | None,
+    resume: str | Path | None,
+) -> list[Planned]:
+    """The patches, checked as all else is."""
+    several = "one or more patches, see dit_lens.patching.grid"
+    for patch in arguments.listed("patches", patches, several):
+        arguments.instance("patches", patch, Patch, several)
+    arguments.whole("batch", batch, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    if resume is not None and (not isinstance(resume, (str, Path)) or not str(resume)):
+        wrong_type = not isinstance(resume, str)
+        raise arguments.refusal("resume", resume, "the path of a file", wrong_type=wrong_type)
+    check_measure(outcome)
+    return [plan(patch, model, steps, items) for patch in patches]
 
 
 def as_grid(result: xr.Dataset) -> xr.Dataset:

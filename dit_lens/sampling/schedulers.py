@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ..arguments import shown
 from ..errors import InvalidType, InvalidValue
 from ..model.noise_schedule import CLIPPING, is_flow
 from .flow_sde import FlowSDE
@@ -82,8 +83,8 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
     if not isinstance(name, str):
         if isinstance(name, type) or not hasattr(name, "config"):
             raise InvalidType(
-                f"scheduler={name!r} is no scheduler; expected an object of diffusers, or one of "
-                f"{', '.join(map(repr, SAMPLERS))}."
+                f"scheduler={shown(name)} is no scheduler; expected an object of diffusers, or one "
+                f"of {', '.join(map(repr, SAMPLERS))}."
             )
         _refuse_other_kind(type(name).__name__, is_flow(name), base)
         return _plain_variance(type(name).from_config(name.config), learned_sigma)

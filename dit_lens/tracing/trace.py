@@ -272,7 +272,8 @@ class Trace:
             site: a hook point without its layer, such as "resid_post".
             steps: which steps; by default those that were recorded.
         """
-        chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
+        found_names = select(arguments.text("site", site), self.names)
+        chosen = [n for n in found_names if layer_of(n) is not None]
         if not chosen:
             raise InvalidValue(f"site={site!r} is in no layer; expected one such as 'resid_post'.")
         found = self.read(chosen, steps)

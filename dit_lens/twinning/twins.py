@@ -129,6 +129,7 @@ def twins(
     steps, pairs = settings.steps, arguments.whole("pairs", pairs, 1)
     release = arguments.whole("release", release, 0, steps, "the last of them never")
     seed = arguments.seed("seed", seed)
+    probes = arguments.listed("probes", probes, "a list of probes", fewest=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     _check_parting(model, settings, held, release)
     chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
