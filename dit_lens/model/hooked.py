@@ -153,7 +153,8 @@ class HookedDiT:
         self.require_installed()
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
-        self._check_inputs(x, t)
+        if not arguments.tensor("x", x).ndim:
+            raise arguments.refusal("x", x, "a batch")
         stream = None
         if start is not None:
             self._check_restart(x, start)
@@ -186,7 +187,9 @@ class HookedDiT:
                 arguments.text("y: the name of an argument", name)
             return y if isinstance(y, Condition) else Condition(y)
         if self.cfg.n_classes:
-            return Condition({self.family.labels_name: self._classes(y, x)})
+            if y is not None and not isinstance(y, Tensor):
+                y = self.conditions.numbers(y, x.device)
+            return Condition({self.family.labels_name: y})
         if y is None:
             raise InvalidValue(
                 f"The condition is None; {type(self.transformer).__name__} expects prompts, in "
@@ -201,31 +204,6 @@ class HookedDiT:
                 "item."
             )
         return self.conditions.of(labels)
-
-    def _classes(self, y: Any, x: Tensor) -> Tensor:
-        """Labels [batch]; a tensor on another device is taken as it is, since to look at its
-        values would wait for the device.
-        """
-        if not isinstance(y, Tensor):
-            y = self.conditions.numbers(y, x.device)
-        elif y.device.type == "cpu":
-            self.conditions.numbers(y.reshape(-1))
-        elif y.is_floating_point() or y.dtype == torch.bool or y.ndim > 1:
-            raise arguments.refusal("y", y, "labels [batch], whole numbers", wrong_type=True)
-        if y.ndim > 1 or len(y.reshape(-1)) not in (1, len(x)):
-            raise InvalidValue(
-                f"There are {y.numel()} labels for a batch of {len(x)}; expected one for each item."
-            )
-        return y
-
-    def _check_inputs(self, x: Tensor, t: Tensor) -> None:
-        """Refuse what is no batch of latents (or streams) with their timesteps."""
-        arguments.tensor("x", x)
-        if not x.ndim:
-            raise arguments.refusal("x", x, "a batch")
-        arguments.instance("t", t, Tensor, "a tensor of timesteps [batch]")
-        if t.ndim > 1 or t.dtype == torch.bool or t.is_complex() or t.numel() not in (1, len(x)):
-            raise arguments.refusal("t", t, f"a tensor of {len(x)} timesteps, one for each item")
 
     def _check_restart(self, x: Tensor, start: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.cfg.d_model:
