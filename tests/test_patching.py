@@ -570,7 +570,7 @@ def test_bad_input(model, pair):
         sweep(a.select([0]), b.select([0]), [Patch("attn_out", 0, kind="resample")])
     for options, text in [
         (dict(patches=[]), "expected one or more patches"),
-        (dict(batch=0), "batch=0 images at once; expected a whole number"),
+        (dict(batch=0), "batch=0 can.t be used; expected a whole number"),
         (dict(outcome=Bands.radial((4, 4))), "bands are of a 4x4 grid; expected the latents' 8x8"),
         (
             dict(outcome=lambda x: x[:1]),
