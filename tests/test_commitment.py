@@ -276,10 +276,13 @@ def broken(**change):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: resample(7), "There are 7 pairs; an interval needs 8 or more."),
+        (
+            lambda: resample(7),
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an interval",
+        ),
         (
             lambda: broken(stats=Agreement(*np.ones((3, 3, 7, 2)))),
-            "There are 7 pairs; an interval needs 8 or more.",
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an interval",
         ),
         (
             lambda: broken(log_snr=[0, 1, 1, 2]),
@@ -295,7 +298,7 @@ def broken(**change):
         ),
         (
             lambda: broken(releases=[1, 2]),
-            "releases is [1, 2]; expected 3 step numbers, one for each release",
+            "releases is [1.0, 2.0]; expected 3 step numbers, one for each release",
         ),
         (
             lambda: broken(releases=[1, 2, 5]),
@@ -309,7 +312,10 @@ def broken(**change):
             lambda: broken(stats=Agreement(*np.ones((3, 3, 9)))),
             "The statistics have shapes [(3, 9)]; expected one",
         ),
-        (lambda: broken(groups=9), "groups is 9; 16 pairs can have been in 1 to 8 groups."),
+        (
+            lambda: broken(groups=9),
+            "groups=9 can't be used; expected a whole number from 1 to 8, of 16 pairs",
+        ),
         (lambda: broken(names=["low"]), "names are ['low']; expected one for each of the 2 bands."),
         (
             lambda: agreement(torch.ones(3, 4), torch.ones(3, 5)),

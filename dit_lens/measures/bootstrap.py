@@ -7,10 +7,11 @@ as row 0 of the first axis.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidValue
+from .. import arguments
 from .arrays import Array
 
 FEWEST_PAIRS = 8
@@ -30,13 +31,14 @@ def resample(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
         Array: [resample, pair].
 
     Raises:
-        InvalidValue: for fewer than 8 pairs.
+        InvalidValue: for fewer than 8 pairs or no resample.
 
     >>> resample(10, 3).sum(1).tolist()
     [10.0, 10.0, 10.0]
     """
-    if pairs < FEWEST_PAIRS:
-        raise InvalidValue(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    resamples = arguments.whole("resamples", resamples, 1)
+    seed = arguments.seed("seed", seed)
     return (
         np.random.default_rng(seed)
         .multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
@@ -61,7 +63,13 @@ def draws(pairs: int, resamples: int = 1000, seed: int = 0) -> Array:
     >>> draws(10, 3)[0].tolist() == [1.0] * 10, draws(10, 3).shape
     (True, (4, 10))
     """
-    return np.concatenate([np.ones((1, pairs)), resample(pairs, resamples, seed)])
+    counts = resample(pairs, resamples, seed)
+    return np.concatenate([np.ones((1, counts.shape[1])), counts])
+
+
+def checked_level(level: Any) -> float:
+    """The level of an interval, such as 0.95; raises InvalidValue unless it is between 0 and 1."""
+    return arguments.number("level", level, above=0, most=1 - 1e-6, why="such as 0.95")
 
 
 def interval(values: Array, skip_nan: bool = True) -> Array:
