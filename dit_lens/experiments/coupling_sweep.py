@@ -81,8 +81,8 @@ def couplings(
         xr.Dataset: `parting` [g, band], in steps; `difference` [g, step, band], the energy of the
             difference of the predicted x0 as a share of the finished images'; `gap` [g, sense] and
             `change` [g, sense] from the first strength, each with its `_interval` [..., bound] (95
-            %, percentile bootstrap over pairs); `rho` [g]; `response` and its first-order
-            prediction `linear` [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
+            %, bootstrap over pairs); `rho` [g]; `response` and its first-order prediction `linear`
+            [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
             attrs["sentence_size"] say whether the gap collapses.
 
     Raises:
@@ -133,6 +133,7 @@ def couplings(
             progress(done, len(gs))
 
     # a band that does not part in some resample has no interval
+    rows = pairs - len(set(labels))
     gap = np.stack(gaps, 1)  # [resample, g, sense]
     change = gap - gap[:, :1]
     measured, linear = (np.stack([r[i] for r in responses]) for i in (0, 1))
@@ -141,9 +142,9 @@ def couplings(
             "parting": (("g", "band"), np.stack(parted)),
             "difference": (("g", "step", "band"), np.stack(energy)),
             "gap": (("g", "sense"), gap[0]),
-            "gap_interval": (("g", "sense", "bound"), interval(gap, skip_nan=False)),
+            "gap_interval": (("g", "sense", "bound"), interval(gap, rows, skip_nan=False)),
             "change": (("g", "sense"), change[0]),
-            "change_interval": (("g", "sense", "bound"), interval(change, skip_nan=False)),
+            "change_interval": (("g", "sense", "bound"), interval(change, rows, skip_nan=False)),
             "rho": ("g", [(1 - g) / (1 + g) for g in gs]),
             "response": (("g", "layer"), measured),
             "linear": (("g", "layer"), linear),

@@ -15,8 +15,9 @@ What is compared is an `Outcome` of the finished latents (`dit_lens.experiments.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,15 +27,21 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.agreement import Agreement, curve
-from ..measures.commitment import fit_commitment
+from ..measures.bootstrap import draws, interval
+from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..sampling.run import Run
 from ..twinning.twins import Twins, twin_seeds
 from .outcomes import Outcome, compared
 
-SLACK = 0.5
-"""Steps: what the sampler's finite steps and the fitted logistic can make of nothing. A smaller
-difference is none of the model's.
+SLACK = 0.01
+"""A share of the run's steps: what the fitted logistic can make of nothing. A smaller difference of
+two estimators is none of the model's (`tests/checks.py`, part `coverage`: exact curves differ by at
+most 0.5 % of the steps).
+"""
+MISFIT = 0.1
+"""How far from 1 the slope of the finished image on the predicted x0 must surely be for the
+denoiser to be called wrong by it. An exact one's is 1 at any number of steps (on Gaussian data).
 """
 
 
@@ -49,8 +56,9 @@ class Curves:
         log_snr: [step], of the whole run.
         stats: for each outcome's name its statistics [release, pair, band].
         bands: for each outcome's name its band names.
-        groups: how many labels' means were taken off.
         model: the transformer that they come from.
+        source: a digest of the finished latents, by which curves of the same runs are known.
+        quantity: what one pass compared with the finished image.
 
     >>> import dit_lens
     >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
@@ -65,8 +73,9 @@ class Curves:
     log_snr: Array
     stats: Mapping[str, Agreement]
     bands: Mapping[str, tuple[str, ...]]
-    groups: int
     model: Any
+    source: str
+    quantity: Literal["x0", "x_t"] = "x0"
 
     @classmethod
     def of(
@@ -92,8 +101,8 @@ class Curves:
             run.log_snr.numpy().astype(np.float64),
             {o.name: Agreement.stack([stats[o.name] for stats in found]) for o in outcomes},
             {o.name: o.band_names for o in outcomes},
-            len(set(run.labels.tolist())),
             run.model.transformer,
+            hashlib.sha256(run.latents[-1].float().cpu().numpy().tobytes()).hexdigest(),
         )
 
     def agreement(self, outcome: str) -> Array:
@@ -108,7 +117,7 @@ class Curves:
         Raises:
             InvalidValue: for an outcome that was not compared.
         """
-        return curve(self._stats(outcome), squared=self.estimator == "one_pass")
+        return curve(self.statistics(outcome), squared=self.estimator == "one_pass")
 
     def commitment(
         self, outcome: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
@@ -129,18 +138,28 @@ class Curves:
             InvalidValue: for an outcome that was not compared, or fewer than 8 pairs.
         """
         return fit_commitment(
-            self._stats(outcome),
+            self.statistics(outcome),
             self.releases,
             self.log_snr,
             names=self.bands[outcome],
-            groups=self.groups,
             squared=self.estimator == "one_pass",
             resamples=resamples,
             seed=seed,
             level=level,
         )
 
-    def _stats(self, outcome: str) -> Agreement:
+    def statistics(self, outcome: str) -> Agreement:
+        """The statistics of the finished twins.
+
+        Args:
+            outcome: the name of one, such as "latents".
+
+        Returns:
+            Agreement: [release, pair, band].
+
+        Raises:
+            InvalidValue: for an outcome that was not compared.
+        """
         return self.stats[arguments.choice("outcome", outcome, self.stats)]
 
 
@@ -189,7 +208,8 @@ def one_pass(
         found.append({o.name: _by_pair(o.compare(x, run.latents[-1], groups)) for o in outcomes})
         if progress is not None:
             progress(done, len(seen))
-    return Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, found)
+    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, found)
+    return replace(curves, quantity=quantity)
 
 
 def release_sweep(
@@ -305,9 +325,11 @@ def commitment_difference(
     """How much later `one` puts the commitment of every band, and the gap, than `other`, in steps.
 
     One pass and clones estimate the same curve if the denoiser is exact, so a difference between
-    them is an error of the model (or of a coarse sampler), never of the data. The intervals are
-    made as if the two were independent: where they share runs they move together, and the intervals
-    are too wide.
+    them is an error of the model (or of a coarse sampler), never of the data. Where they share
+    their runs the same pairs are resampled in both, so that what moves them together cancels.
+
+    Two wrong estimates can agree, so the denoiser is also judged by the slope of the finished image
+    on the predicted x0 at the commitment step: 1 if the prediction is an expectation, E[x0 | x_t].
 
     Args:
         one: curves of one estimator.
@@ -317,8 +339,9 @@ def commitment_difference(
         seed: of the resamples.
 
     Returns:
-        xr.Dataset: `commitment` [band], `gap`, and their `_interval` [..., bound], 95 %;
-            attrs["sentence"] says what they mean.
+        xr.Dataset: `commitment` [band], `gap`, in steps, and, of `one` if it is one pass on x0,
+            `calibration` [band], the slope, each with its `_interval` [..., bound], 95 %;
+            attrs["sentence"] says what they mean, attrs["paired"] whether the runs are shared.
 
     Raises:
         InvalidValue: for curves of different models, or of runs with other steps.
@@ -340,50 +363,113 @@ def commitment_difference(
             f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; "
             "expected the same steps."
         )
-    fits = [
-        c.commitment(outcome, resamples=resamples, seed=seed).sel(quantity="step")
-        for c in (one, other)
+    paired = one.source == other.source
+    steps = [
+        commitment_draws(
+            c.statistics(outcome),
+            c.releases,
+            c.log_snr,
+            squared=c.estimator == "one_pass",
+            resamples=resamples,
+            seed=seed if paired else seed + number,
+        )
+        for number, c in enumerate((one, other))
     ]
 
-    # the bounds of a difference from those of its terms
-    parts: dict[str, Any] = {}
-    for name in ("commitment", "gap"):
-        dims = fits[0][name].dims
-        value = fits[0][name].values - fits[1][name].values
-        down, up = (
-            np.abs(
-                np.stack([f[f"{name}_interval"].values[..., side] - f[name].values for f in fits])
-            )
-            for side in (0, 1)
-        )
-        ends = np.stack([value - np.hypot(down[0], up[1]), value + np.hypot(up[0], down[1])], -1)
-        parts[name], parts[f"{name}_interval"] = (dims, value), ((*dims, "bound"), ends)
-    result = xr.Dataset(parts, coords={"band": fits[0].band.values, "bound": ["low", "high"]})
-
-    # the sentence
-    found = {
-        str(band): Estimate.of(value, ends)
-        for band, value, ends in zip(
-            result.band.values,
-            result.commitment.values,
-            result.commitment_interval.values,
-            strict=True,
-        )
+    # [1 + resample, band], and the gap behind the bands
+    apart = steps[0] - steps[1]
+    apart = np.concatenate([apart, apart[:, -1:] - apart[:, :1]], 1)
+    rows = min(c.statistics(outcome).xy.shape[1] for c in (one, other))
+    ends = interval(apart, rows)
+    parts: dict[str, Any] = {
+        "commitment": ("band", apart[0, :-1]),
+        "commitment_interval": (("band", "bound"), ends[:-1]),
+        "gap": ((), apart[0, -1]),
+        "gap_interval": ("bound", ends[-1]),
     }
-    apart = [band for band, e in found.items() if abs(e.value) > SLACK and e.sign]
-    if not any(e.known for e in found.values()):
-        verdict = "no band commits in both estimates, so nothing can be said about the denoiser."
-    elif apart:
+    if (one.estimator, one.quantity) == ("one_pass", "x0"):
+        slope = _calibration(one.statistics(outcome), steps[0][0], resamples, seed)
+        parts["calibration"] = ("band", slope[0])
+        parts["calibration_interval"] = (("band", "bound"), interval(slope, rows))
+    result = xr.Dataset(parts, {"band": list(one.bands[outcome]), "bound": ["low", "high"]})
+    result.attrs |= {
+        "paired": int(paired),
+        "steps": len(one.log_snr),
+        "pairs": one.statistics(outcome).xy.shape[1],
+        "of": f"{one.estimator.replace('_', ' ')} less {other.estimator.replace('_', ' ')}",
+    }
+    result.attrs["sentence"] = difference_sentence(result)
+    return result
+
+
+def _calibration(stats: Agreement, at: Array, resamples: int, seed: int) -> Array:
+    """Slope of the finished image on x0 at each band's commitment step, [1 + resample, band]; NaN
+    for a band without one.
+    """
+    counts = draws(stats.xy.shape[1], resamples, seed)
+    found = np.full((len(counts), len(at)), np.nan)
+    for band in np.flatnonzero(np.isfinite(at)):
+        step = round(float(at[band]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[:, band] = (counts @ stats.xy[step, :, band]) / (counts @ stats.xx[step, :, band])
+    return found
+
+
+def difference_sentence(result: xr.Dataset) -> str:
+    """What two estimators' difference says of the denoiser.
+
+    Args:
+        result: of `commitment_difference`.
+    """
+
+    def of(name: str) -> dict[str, Estimate]:
+        return {
+            str(band): Estimate.of(value, ends)
+            for band, value, ends in zip(
+                result.band.values,
+                result[name].values,
+                result[f"{name}_interval"].values,
+                strict=True,
+            )
+        }
+
+    found, slack = of("commitment"), SLACK * result.attrs["steps"]
+    slopes = of("calibration") if "calibration" in result else {}
+    gap = Estimate.of(result.gap, result.gap_interval)
+    differing = [band for band, e in found.items() if e.sign and abs(e.value) > slack]
+    wrong = [b for b, e in slopes.items() if e.low > 1 + MISFIT or e.high < 1 - MISFIT]
+    known = [e for e in found.values() if e.known]
+
+    # the difference is evidence against exactness, and never for it
+    judged = "measurably not the exact one"
+    if not known:
         verdict = (
-            f"they differ in {', '.join(apart)}: the denoiser is measurably not the exact one "
-            "there."
+            "no band has both with an interval, so this difference says nothing about the denoiser"
         )
-    else:
+    elif differing:
         verdict = (
-            f"no band differs: by this measure, with {one.stats[outcome].xy.shape[1]} pairs, the "
-            "denoiser can't be told from an exact one."
+            f"they differ in {', '.join(differing)} (by more than {slack:g} steps, 1 % of the "
+            f"run): the denoiser is {judged} there"
+        )
+    elif len(known) < len(found):
+        verdict = "some bands can't be compared; in the others no difference can be told"
+    else:
+        reach = max(max(abs(e.low), abs(e.high)) for e in found.values())
+        verdict = (
+            f"no difference can be told with {result.attrs['pairs']} pairs, and one of up to "
+            f"{reach:.1f} steps is not excluded"
+        )
+    slope = ", ".join(f"{b} {e:.2f}" for b, e in slopes.items() if np.isfinite(e.value))
+    if wrong:
+        verdict += (
+            f". The finished image changes {slope} times as much as the predicted x0 at "
+            f"commitment, an exact denoiser's once: by this the denoiser is {judged} in "
+            f"{', '.join(wrong)}"
+        )
+    elif slope:
+        verdict += (
+            f". The finished image changes {slope} times as much as the predicted x0 at "
+            "commitment (an exact denoiser's: once)"
         )
     bands = ", ".join(f"{band} {e:+.1f}" for band, e in found.items())
-    what = f"Commitment by {one.estimator.replace('_', ' ')} less {other.estimator}"
-    result.attrs["sentence"] = f"{what}, in steps: {bands}; {verdict}"
-    return result
+    return f"Commitment by {result.attrs['of']}, in steps: {bands}, the gap {gap:+.1f}; {verdict}."

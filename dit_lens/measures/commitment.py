@@ -39,7 +39,6 @@ def fit_commitment(
     *,
     names: Sequence[str] | None = None,
     squared: bool = False,
-    groups: int = 1,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -53,7 +52,6 @@ def fit_commitment(
         log_snr: [step] of the whole run, rising.
         names: of the bands; by default their numbers.
         squared: the agreement is the squared correlation (see `curve`).
-        groups: how many groups' means `agreement` removed; each costs a degree of freedom.
         resamples: of the pairs.
         level: of the intervals.
         seed: of the resamples.
@@ -86,11 +84,12 @@ def fit_commitment(
         raise InvalidValue(f"names are {labels}; expected one for each of the {n_bands} bands.")
     order = np.argsort(at)
     stats, x = Agreement(*(part[order] for part in stats)), snr[at[order]]
-    groups = arguments.whole("groups", groups, 1, pairs // 2, f"of {pairs} pairs, two in each")
 
-    # fit the sample and every resample
-    counts = draws(pairs, resamples, seed)
-    centre, slope, influence = _fits(stats, x, counts, squared)
+    # fit the sample and every resample, of the rows that hold anything (see `agreement`)
+    kept = stats.independent()
+    rows = kept.xy.shape[1]
+    counts = draws(pairs, resamples, seed, rows)
+    centre, slope, influence = _fits(kept, x, counts, squared)
     observed = curve(stats, squared)
     reason = [
         _why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)
@@ -105,9 +104,7 @@ def fit_commitment(
     error = np.sqrt(np.einsum("rbp,rp->rb", influence**2, counts))
     # pairs exactly alike: 0 / 0 is no spread
     t = np.abs(centre[1:] - centre[0]) / np.maximum(error[1:], 1e-9)
-    # the residuals of n pairs about their groups' means
-    freedom = np.sqrt(pairs / (pairs - groups))
-    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0] * freedom
+    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
     # [band, bound]
     bound = np.stack([centre[0] - width, centre[0] + width], -1)
     for b in np.flatnonzero(known).tolist():
@@ -153,7 +150,7 @@ def fit_commitment(
         },
         attrs={
             "pairs": pairs,
-            "groups": groups,
+            "rows": rows,
             "resamples": resamples,
             "level": level,
             "seed": seed,
@@ -184,7 +181,9 @@ def commitment_draws(
         seed: of the resamples.
 
     Returns:
-        Array: [1 + resample, band], in steps, the sample first; NaN outside the releases.
+        Array: [1 + resample, band], in steps, the sample first. The sample's is NaN outside the
+            releases, a resample's only where its curve does not rise; beyond the run it is the
+            run's end.
 
     Raises:
         InvalidValue: as `fit_commitment`.
@@ -194,8 +193,9 @@ def commitment_draws(
     order = np.argsort(at)
     stats, x, pairs = Agreement(*(part[order] for part in stats)), snr[at[order]], stats.xy.shape[1]
     centre, slope, _ = _fits(stats, x, draws(pairs, resamples, seed), squared)
-    inside = (centre >= x[0]) & (centre <= x[-1]) & (slope > 0)
-    return np.where(inside, np.interp(centre, snr, np.arange(len(snr))), np.nan)
+    fine = slope > 0
+    fine[0] &= (centre[0] >= x[0]) & (centre[0] <= x[-1])
+    return np.where(fine, np.interp(centre, snr, np.arange(len(snr))), np.nan)
 
 
 def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Array, Array, Array]:
