@@ -319,10 +319,13 @@ def broken(**change):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: resample(7), "There are 7 pairs; an interval needs 8 or more."),
+        (
+            lambda: resample(7),
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an interval",
+        ),
         (
             lambda: broken(stats=Agreement(*np.ones((3, 3, 7, 2)))),
-            "There are 7 pairs; an interval needs 8 or more.",
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an interval",
         ),
         (
             lambda: broken(log_snr=[0, 1, 1, 2]),
@@ -338,7 +341,7 @@ def broken(**change):
         ),
         (
             lambda: broken(releases=[1, 2]),
-            "releases is [1, 2]; expected 3 step numbers, one for each release",
+            "releases is [1.0, 2.0]; expected 3 step numbers, one for each release",
         ),
         (
             lambda: broken(releases=[1, 2, 5]),

@@ -255,15 +255,15 @@ def test_bad_input():
     for call, text in [
         (
             lambda: knock_outs(model, [2], pairs=16, steps=8, cut=0.1),
-            "There is no layer 2 to knock out; the model has 2, counted from 0.",
+            "layers[0]=2 can't be used; expected a whole number from -2 to 1",
         ),
         (
             lambda: knock_outs(model, part="ff", pairs=16, steps=8, cut=0.1),
-            "unknown part 'ff' of a layer; expected 'layer', 'attn' or 'mlp'.",
+            "part='ff' can't be used; expected one of 'layer', 'attn', 'mlp'",
         ),
         (
             lambda: knock_outs(model, pairs=8),
-            "There are 8 pairs; intervals over pairs with class means removed need 16 or more.",
+            "pairs=8 can't be used; expected a whole number of 16 or more, for intervals",
         ),
         (
             lambda: knock_outs(never, pairs=16, steps=3, cut=0.1),

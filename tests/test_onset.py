@@ -194,7 +194,7 @@ flat = np.zeros(5)
     [
         (
             lambda: onset(flat, np.zeros((300, 5)), pairs=7),
-            "There are 7 pairs; an onset needs 8 or more.",
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an onset",
         ),
         (
             lambda: onset(flat[:2], np.zeros((300, 2)), pairs=8),
@@ -210,7 +210,7 @@ flat = np.zeros(5)
         ),
         (
             lambda: onset(flat, np.zeros((300, 5)), pairs=8, last=0),
-            "last is 0; expected a number of layers, 1",
+            "last=0 can't be used; expected a whole number of 1 or more",
         ),
         (
             lambda: onset([0, 1, np.nan, 1, 1], np.zeros((300, 5)), pairs=8),

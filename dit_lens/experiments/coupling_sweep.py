@@ -28,12 +28,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..families.parts.attention import Kernel
 from ..measures import Array
 from ..measures.agreement import Agreement, agreement
 from ..measures.bands import CUT, Bands
-from ..measures.bootstrap import draws, interval
+from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
@@ -93,7 +94,11 @@ def couplings(
     >>> found.gap.dims, found.rho.values.tolist()
     (('g', 'sense'), [1.0, 0.0])
     """
-    gs = checked_strengths(strengths, form)
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    steps = arguments.whole("steps", steps, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     labels = paired_labels(model, pairs)
@@ -180,9 +185,8 @@ def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[flo
     >>> checked_strengths([0, 1])
     [0.0, 1.0]
     """
-    gs = [float(g) for g in strengths]
-    for g in gs:
-        check_coupling(g, form)
+    expected = "two or more strengths in increasing order, such as 0, 0.5, 1"
+    gs = [check_coupling(g, form)[0] for g in arguments.listed("strengths", strengths, expected)]
     if len(gs) < 2 or sorted(set(gs)) != gs:
         raise InvalidValue(
             f"strengths is {gs}; expected two or more in increasing order, the weakest first, such "

@@ -16,7 +16,7 @@ All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import xarray as xr
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dit_lens.probes import LayerLens, TwinDivergence
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.agreement import Agreement
@@ -41,6 +42,7 @@ from .release import Curves, commitment_difference, one_pass, release_sweep
 BandKind = Literal["radial", "dct", "pooling", "eigen"]
 RELEASES = 8
 MOST_RINGS = 24
+CLASS_MEANS = "for intervals over pairs with class means removed"
 ESTIMATORS = {"one_pass": "One pass", "clones": "Clones"}
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
@@ -126,15 +128,15 @@ def measure_gap(
     >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
     (29, True)
     """
-    if pairs < 2 * FEWEST_PAIRS:
-        raise InvalidValue(
-            f"There are {pairs} pairs; intervals over pairs with class means removed need "
-            f"{2 * FEWEST_PAIRS} or more."
-        )
-    if steps < 4:
-        raise InvalidValue(
-            f"steps={steps} is too short a run to see anything settle in; expected 4 or more."
-        )
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
+    steps = arguments.whole("steps", steps, 4, why="to see anything settle in")
+    seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
+    arguments.choice("bands", bands, get_args(BandKind))
+    arguments.optional(arguments.function, "feature", feature, "of images in [0, 1]")
+    arguments.text("name", name)
+    resamples = arguments.whole("resamples", resamples, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     releases = min(RELEASES, steps - 1)
     runs = 4 if bands == "eigen" else 2
     # a clone's run is half as long as a twin's on average

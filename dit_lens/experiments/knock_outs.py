@@ -23,6 +23,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import additions, site_of
 from ..measures import Array
@@ -33,9 +34,10 @@ from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..sampling.run import Run
-from ..twinning.coupling import CouplingForm
+from ..twinning.coupling import CouplingForm, check_coupling
 from ..twinning.twins import Twins, paired_labels, twins
 from .coupling_sweep import difference_curves
+from .gap import CLASS_MEANS
 from .outcomes import latents
 from .release import Curves, one_pass
 
@@ -52,7 +54,7 @@ def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
 
     Args:
         model: the opened model.
-        layer: from 0.
+        layer: the block; negative ones count from the end.
         part: "layer" for everything; "attn" or "mlp" for those additions alone.
 
     Returns:
@@ -64,13 +66,8 @@ def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
     >>> import dit_lens; added_by(dit_lens.load("digits"), 5)
     ['blocks.5.hook_attn_out', 'blocks.5.hook_mlp_out']
     """
-    n = model.cfg.n_layers
-    if not 0 <= layer < n:
-        raise InvalidValue(
-            f"There is no layer {layer} to knock out; the model has {n}, counted from 0."
-        )
-    if part not in get_args(Part):
-        raise InvalidValue(f"unknown part {part!r} of a layer; expected 'layer', 'attn' or 'mlp'.")
+    (layer,) = arguments.layers([layer], model.cfg.n_layers)
+    arguments.choice("part", part, get_args(Part))
     found = [
         name
         for stream in STREAMS
@@ -99,7 +96,7 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
 
     Args:
         run: from `dit_lens.sample`, or a twin.
-        layers: from 0; none gives the run itself.
+        layers: the blocks, negative ones from the end; none gives the run itself.
         part: "layer" for everything that a layer adds; "attn" or "mlp" for those additions alone.
         direct: take the additions off the image's stream after the last layer only, so that the
             layers between work on as if nothing were missing: the direct effect. What the whole
@@ -115,6 +112,9 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
     >>> bool((knocked_out(run, [5]).x0 != run.x0).any())
     True
     """
+    arguments.instance("run", run, Run, "a run of dit_lens.sample, or a twin")
+    arguments.flag("direct", direct)
+    layers = arguments.layers(layers, run.model.cfg.n_layers, fewest=0)
     names = [name for layer in layers for name in added_by(run.model, layer, part)]
     if not direct:
         return run.replay(0, [(name, _zero) for name in names])
@@ -132,6 +132,13 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
     own = [name for name in names if site_of(name).startswith("hook_")]
     last = f"blocks.{run.model.cfg.n_layers - 1}.hook_resid_post"
     return run.replay(0, [*((name, keep) for name in own), (last, take_off)])
+
+
+def _chosen(model: HookedDiT, layers: Sequence[int] | None) -> list[int]:
+    """The layers to go through; by default all."""
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    n = model.cfg.n_layers
+    return list(range(n)) if layers is None else arguments.layers(layers, n)
 
 
 def knock_outs(
@@ -180,12 +187,13 @@ def knock_outs(
     >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
     ({'layer': 1, 'bound': 2}, True)
     """
-    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-    if pairs < 2 * FEWEST_PAIRS:
-        raise InvalidValue(
-            f"There are {pairs} pairs; intervals over pairs with class means removed need "
-            f"{2 * FEWEST_PAIRS} or more."
-        )
+    chosen = _chosen(model, layers)
+    pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
+    steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
+    resamples = arguments.whole("resamples", resamples, 1)
+    seed = arguments.seed("seed", seed)
+    arguments.flag("direct", direct)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     for layer in chosen:
         added_by(model, layer, part)  # refuses what is not there, before anything runs
 
@@ -284,7 +292,11 @@ def couple_alone(
     >>> dict(found.gap.sizes), found.attrs["g"]
     ({'layer': 1}, 1.0)
     """
-    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    chosen = _chosen(model, layers)
+    check_coupling(g, form)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    seed = arguments.seed("seed", seed)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     counts = draws(pairs, resamples, seed)
     labels = paired_labels(model, pairs)

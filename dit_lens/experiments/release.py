@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.agreement import Agreement, curve
@@ -31,7 +32,7 @@ from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..sampling.run import Run
 from ..twinning.twins import Twins, twin_seeds
-from .outcomes import Outcome
+from .outcomes import Outcome, compared
 
 SLACK = 0.01
 """A share of the run's steps: what the fitted logistic can make of nothing. A smaller difference of
@@ -159,11 +160,7 @@ class Curves:
         Raises:
             InvalidValue: for an outcome that was not compared.
         """
-        if outcome not in self.stats:
-            raise InvalidValue(
-                f"There is no outcome {outcome!r} here; these curves have {list(self.stats)}."
-            )
-        return self.stats[outcome]
+        return self.stats[arguments.choice("outcome", outcome, self.stats)]
 
 
 def one_pass(
@@ -195,6 +192,10 @@ def one_pass(
     >>> one_pass(pair, [low_high]).agreement("latents").shape  # [step, band]
     (6, 2)
     """
+    arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
+    outcomes = compared(outcomes)
+    arguments.choice("quantity", quantity, ["x0", "x_t"])
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if twins.release:
         raise InvalidValue(
             f"These twins were tied up to step {twins.release}; one pass needs independent runs, "
@@ -246,6 +247,9 @@ def release_sweep(
     >>> release_sweep(tied, [low_high], [1, 3, 5]).agreement("latents").shape  # [release, band]
     (3, 2)
     """
+    arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
+    outcomes, seed = compared(outcomes), arguments.seed("seed", seed)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
         raise InvalidValue(
@@ -255,6 +259,8 @@ def release_sweep(
     planned = _planned(releases, steps)
     a, b = twins.a, twins.b
     labels = a.labels.tolist()
+    for each in outcomes:  # bands of another grid are refused before anything is run
+        each.compare(a.latents[-1], b.latents[-1], labels)
     found: dict[int, dict[str, Agreement]] = {}
 
     def part_at(release: int) -> None:
@@ -269,8 +275,7 @@ def release_sweep(
             )
         found[release] = {o.name: o.compare(*ends, labels) for o in outcomes}
 
-    total = len(planned) if planned else releases
-    assert isinstance(total, int)
+    total = len(planned) if planned else arguments.whole("releases", releases)
     while len(found) < total:
         if planned:
             part_at(planned[len(found)])
@@ -286,19 +291,11 @@ def release_sweep(
 
 def _planned(releases: int | Sequence[int], steps: int) -> list[int]:
     """The releases that were asked for by step; none if only their number was."""
-    if isinstance(releases, int):
-        if not 3 <= releases <= steps:
-            raise InvalidValue(
-                f"releases={releases}; a curve needs from 3 releases to {steps}, the run's steps."
-            )
+    if arguments.is_whole(releases):
+        arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
         return []
-    planned = list(releases)
-    inside = all(0 <= r < steps for r in planned)
-    if len(set(planned)) != len(planned) or len(planned) < 3 or not inside:
-        raise InvalidValue(
-            f"releases is {planned}; expected 3 or more different steps from 0 to {steps - 1}."
-        )
-    return planned
+    planned = arguments.wholes("releases", releases, 0, steps - 1, fewest=3, why="steps of the run")
+    return arguments.unlike("releases", planned)
 
 
 def _steepest(curves: Mapping[int, Array], steps: int) -> int:
@@ -356,6 +353,9 @@ def commitment_difference(
     >>> commitment_difference(*curves, "latents", resamples=100).commitment.sizes["band"]
     2
     """
+    for name, curves in (("one", one), ("other", other)):
+        arguments.instance(name, curves, Curves, "what one_pass or release_sweep gave")
+        arguments.choice("outcome", outcome, curves.stats)
     if one.model is not other.model:
         raise InvalidValue("The curves come from different models; compare curves of one.")
     if not np.array_equal(one.log_snr, other.log_snr):

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from .arrays import Array
 from .bands import Bands
@@ -86,12 +87,17 @@ def agreement(
     >>> curve(agreement(a, a, Bands.radial((8, 8), cut=0.25))).round(6).tolist()
     [1.0, 1.0]
     """
+    for name, twin in (("a", a), ("b", b)):
+        arguments.tensor(name, twin)
+    arguments.optional(
+        arguments.instance, "bands", bands, Bands, "Bands of the images' grid, or None"
+    )
     if a.shape != b.shape or a.ndim < 2:
         raise InvalidValue(
             f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
             "[pair, ...]."
         )
-    labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
+    labels = np.zeros(len(a)) if groups is None else arguments.array("groups", groups)
     if labels.shape != (len(a),):
         raise InvalidValue(
             f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
@@ -132,7 +138,7 @@ def contrasts(x: Tensor, groups: ArrayLike) -> Tensor:
         n = len(here)
         if n < 2:
             raise InvalidValue(
-                f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
+                f"Group {label:g} has 1 pair; to remove a group's mean it needs 2 or more."
             )
         z = x[here]
         count = torch.arange(n, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
@@ -155,6 +161,8 @@ def curve(stats: Agreement, squared: bool = False) -> Array:
     >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
     [0.5]
     """
+    arguments.instance("stats", stats, Agreement, "an Agreement")
+    arguments.flag("squared", squared)
     xy, xx, yy = (part.sum(-2) for part in stats)
     with np.errstate(invalid="ignore", divide="ignore"):
         r: Array = xy / np.sqrt(xx * yy)

@@ -9,11 +9,12 @@ truth in 84 to 90 %; `tests/checks.py` prints the coverage of these here).
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from ..errors import InvalidValue
+from .. import arguments
 from .arrays import Array
 
 FEWEST_PAIRS = 8
@@ -35,13 +36,14 @@ def resample(pairs: int, resamples: int = 1000, seed: int = 0, rows: int | None 
         Array: [resample, pair].
 
     Raises:
-        InvalidValue: for fewer than 8 pairs.
+        InvalidValue: for fewer than 8 pairs or no resample.
 
     >>> resample(10, 3).sum(1).tolist()
     [10.0, 10.0, 10.0]
     """
-    if pairs < FEWEST_PAIRS:
-        raise InvalidValue(f"There are {pairs} pairs; an interval needs {FEWEST_PAIRS} or more.")
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    resamples = arguments.whole("resamples", resamples, 1)
+    seed = arguments.seed("seed", seed)
     n = pairs if rows is None else rows
     return (
         np.random.default_rng(seed)
@@ -70,6 +72,11 @@ def draws(pairs: int, resamples: int = 1000, seed: int = 0, rows: int | None = N
     """
     drawn = resample(pairs, resamples, seed, rows)
     return np.concatenate([np.ones((1, drawn.shape[1])), drawn])
+
+
+def checked_level(level: Any) -> float:
+    """The level of an interval, such as 0.95; raises InvalidValue unless it is between 0 and 1."""
+    return arguments.number("level", level, above=0, most=1 - 1e-6, why="such as 0.95")
 
 
 def interval(values: Array, rows: int, skip_nan: bool = True) -> Array:

@@ -20,16 +20,16 @@ Med. 27), which stays right where a step is worth little log SNR at one band and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from .. import arguments
 from ..errors import InvalidValue
 from .agreement import Agreement, curve
 from .arrays import Array
-from .bootstrap import draws
+from .bootstrap import checked_level, draws
 
 
 def fit_commitment(
@@ -74,10 +74,12 @@ def fit_commitment(
     >>> round(float(found.commitment.sel(quantity="step")[0]))
     4
     """
-    at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
-    _check(stats, at, snr)
+    at, snr = _checked(stats, releases, log_snr)
+    level, squared = checked_level(level), arguments.flag("squared", squared)
     pairs, n_bands = stats.xy.shape[1:]
-    labels = [str(b) for b in range(n_bands)] if names is None else list(names)
+    labels = [str(b) for b in range(n_bands)]
+    if names is not None:
+        labels = [arguments.text("names", n) for n in arguments.listed("names", names, "names")]
     if len(labels) != n_bands:
         raise InvalidValue(f"names are {labels}; expected one for each of the {n_bands} bands.")
     order = np.argsort(at)
@@ -186,8 +188,8 @@ def commitment_draws(
     Raises:
         InvalidValue: as `fit_commitment`.
     """
-    at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
-    _check(stats, at, snr)
+    at, snr = _checked(stats, releases, log_snr)
+    squared = arguments.flag("squared", squared)
     order = np.argsort(at)
     stats, x, pairs = Agreement(*(part[order] for part in stats)), snr[at[order]], stats.xy.shape[1]
     centre, slope, _ = _fits(stats, x, draws(pairs, resamples, seed), squared)
@@ -274,7 +276,15 @@ def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
     )
 
 
-def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
+def _checked(
+    stats: Agreement, steps: ArrayLike, log_snrs: ArrayLike
+) -> tuple[NDArray[np.int64], Array]:
+    """Releases and log SNR as arrays; raises InvalidValue where they don't fit the statistics."""
+    arguments.instance("stats", stats, Agreement, "an Agreement [release, pair, band]")
+    given, log_snr = arguments.array("releases", steps), arguments.array("log_snr", log_snrs)
+    releases = np.asarray([], dtype=np.int64)
+    if np.isfinite(given).all() and (given == np.round(given)).all():
+        releases = given.astype(np.int64)
     shapes = {np.shape(part) for part in stats}
     if len(shapes) != 1 or np.ndim(stats.xy) != 3:
         raise InvalidValue(
@@ -293,10 +303,10 @@ def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
             f"({log_snr[s + 1]:.4g}); "
             "expected the steps in the order they are run, the noisiest first."
         )
-    if releases.shape != stats.xy.shape[:1] or not np.issubdtype(releases.dtype, np.integer):
+    if releases.shape != stats.xy.shape[:1]:
         raise InvalidValue(
-            f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for "
-            "each release."
+            f"releases is {arguments.shown(given)}; expected {stats.xy.shape[0]} step numbers, one "
+            "for each release."
         )
     outside = [int(s) for s in releases if not 0 <= s < len(log_snr)]
     if outside or len(set(releases.tolist())) < max(3, len(releases)):
@@ -304,3 +314,4 @@ def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
             f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to "
             f"{len(log_snr) - 1}."
         )
+    return releases, log_snr

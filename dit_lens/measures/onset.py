@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from .. import arguments
 from ..errors import InvalidValue
 from .arrays import Array
-from .bootstrap import FEWEST_PAIRS
+from .bootstrap import FEWEST_PAIRS, checked_level
 from .estimate import Estimate
 
 
@@ -104,8 +105,14 @@ def onset(
     >>> onset(p + rng.normal(size=28), p + rng.normal(size=(500, 28)), pairs=64).layer
     20
     """
-    p, draws = np.asarray(profile, dtype=np.float64), np.asarray(boot, dtype=np.float64)
-    draws = _check(p, draws, pairs, last, first)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an onset")
+    first = arguments.whole("first", first, -1)
+    last = arguments.whole("last", last, 1)
+    matters = arguments.number("matters", matters, 0)
+    material = arguments.number("material", material, 0, 1)
+    level = checked_level(level)
+    p, draws = arguments.array("profile", profile), arguments.array("boot", boot)
+    draws = _check(p, draws, first)
     last = min(last, len(p) - 1)
     unit = unit and f" {unit}"
 
@@ -251,10 +258,8 @@ def _share(profiles: Array, layer: int, last: int) -> Array:
         )
 
 
-def _check(profile: Array, boot: Array, pairs: int, last: int, first: int) -> Array:
+def _check(profile: Array, boot: Array, first: int) -> Array:
     """The resamples that are finite throughout."""
-    if pairs < FEWEST_PAIRS:
-        raise InvalidValue(f"There are {pairs} pairs; an onset needs {FEWEST_PAIRS} or more.")
     if profile.ndim != 1 or len(profile) < 3:
         raise InvalidValue(
             f"profile has shape {profile.shape}; expected [layer], with 3 layers or more."
@@ -264,8 +269,6 @@ def _check(profile: Array, boot: Array, pairs: int, last: int, first: int) -> Ar
             f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples "
             "or more."
         )
-    if last < 1:
-        raise InvalidValue(f"last is {last}; expected a number of layers, 1 or more.")
     finite = np.isfinite(np.vstack([profile, boot]))
     if not finite[0].all() or finite[1:].all(1).mean() < 0.9:
         bad = (np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)) + first).tolist()
