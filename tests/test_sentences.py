@@ -195,10 +195,11 @@ def test_estimators_that_agree_are_no_proof_of_an_exact_denoiser():
     text = difference_sentence(difference((0.1, -1, 1), (0.2, -1, 2.0), (0, -2, 3), wrong))
     assert text == (
         "Commitment by one pass less clones, in steps: low +0.1 [-1.0, +1.0], high +0.2 [-1.0, "
-        "+2.0], the gap +0.0 [-2.0, +3.0]; no difference can be told with 16 pairs, and one of up "
-        "to 2.0 steps is not excluded. The finished image changes low 3.00 [2.50, 3.50], high 3.00 "
-        "[2.50, 3.50] times as much as the predicted x0 at commitment, an exact denoiser's once: "
-        "by this the denoiser is measurably not the exact one in low, high."
+        "+2.0], the gap +0.0 [-2.0, +3.0]; no difference above 0.5 steps (1 % of the run) can be "
+        "told with 16 pairs, and one of up to 2.0 steps is not excluded. The finished image "
+        "changes low 3.00 [2.50, 3.50], high 3.00 [2.50, 3.50] times as much as the predicted x0 "
+        "at commitment, an exact denoiser's once: by this the denoiser is measurably not the "
+        "exact one in low, high."
     )
 
 

@@ -456,7 +456,8 @@ def difference_sentence(result: xr.Dataset) -> str:
     else:
         reach = max(max(abs(e.low), abs(e.high)) for e in found.values())
         verdict = (
-            f"no difference can be told with {result.attrs['pairs']} pairs, and one of up to "
+            f"no difference above {slack:g} steps (1 % of the run) can be told with "
+            f"{result.attrs['pairs']} pairs, and one of up to "
             f"{reach:.1f} steps is not excluded"
         )
     slope = ", ".join(f"{b} {e:.2f}" for b, e in slopes.items() if np.isfinite(e.value))
