@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
-from .names import layer_of
+from .names import NamesFilter, layer_of
 
 HookFunction = Callable[..., Any]
 _order = count()
@@ -58,6 +59,24 @@ class Hearing:
         if listener.scope is None:
             return not self.alone
         return any(listener.scope is scope for scope in self.scopes)
+
+
+def pairs_of(name: str, hooks: Any) -> list[tuple[NamesFilter, HookFunction]]:
+    """Hooks or edits, pairs of a names filter and a function; raises InvalidType for anything else.
+
+    Args:
+        name: of the argument.
+        hooks: the argument.
+    """
+    expected = "a list of pairs (names, fn(activation, hook))"
+    found = arguments.listed(name, hooks, expected, fewest=0)
+    for pair in found:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise arguments.refusal(
+                name, pair, "pairs (names, fn(activation, hook))", wrong_type=True
+            )
+        arguments.function(f"{name}: fn", pair[1], "fn(activation, hook)")
+    return [(names, fn) for names, fn in found]
 
 
 class HookPoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import select
-from ..hooks.points import Editor, Listener, Observer, StopForward
+from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
@@ -24,7 +26,7 @@ from ..model.witness import Departure, Proof, Witness, until
 from .guidance import model_inputs, n_passes
 from .loop import Step, advance, denoise, prepared
 from .noise import START, noise
-from .schedulers import default_name, make_scheduler
+from .schedulers import default_name
 from .settings import (
     Change,
     Edits,
@@ -32,8 +34,8 @@ from .settings import (
     Progress,
     Seeds,
     Settings,
-    check_settings,
     check_step,
+    checked_settings,
     edits_at,
     item_seeds,
     seeds_at,
@@ -67,6 +69,7 @@ class Run:
         history: where its noise comes from and what was edited, from step 0 and from each replay's
             step on.
         witnesses: checksums of the streams in each step's pass, which prove a recomputation.
+        scheduler: as it was before the first step, with the run's timesteps set.
         kernels: the settings that chose the kernels.
         state: a glance at the model, to name what changed since.
         selected: whether these are some of the items of a larger batch.
@@ -83,6 +86,7 @@ class Run:
     x0: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     witnesses: tuple[Witness, ...] = field(repr=False)
+    scheduler: Any = field(repr=False)
     kernels: Kernels = field(repr=False)
     state: State = field(repr=False)
     tied_until: int = 0
@@ -91,9 +95,7 @@ class Run:
     @property
     def log_snr(self) -> Tensor:
         """log SNR at each step, [steps], rising."""
-        return log_snr(
-            make_scheduler(self.settings.scheduler, self.model.scheduler), self.timesteps
-        )
+        return log_snr(self.scheduler, self.timesteps)
 
     @cached_property
     def images(self) -> Tensor:
@@ -123,7 +125,7 @@ class Run:
         torch.Size([1, 64, 64])
         """
         if step is not None:
-            check_step(step, self.settings.steps)
+            step = check_step(step, self.settings.steps)
         self.require_released(0 if step is None else step)
         key: Any = name if layer is None else (name, layer)
         full = self.model.resolve(key)
@@ -148,7 +150,7 @@ class Run:
             ValueError: for a step outside the run, or while it was coupled.
             NotReproduced: if the pass is no longer what it was.
         """
-        check_step(step, self.settings.steps)
+        step = check_step(step, self.settings.steps)
         self.require_released(step)
         proof = Proof(self.witnesses[step], self.model.names, "hook_sample")
         with (
@@ -203,20 +205,23 @@ class Run:
         Args:
             step: 0 is the noisiest.
         """
-        if step < self.tied_until:
+        if arguments.whole("step", step, 0) < self.tied_until:
             raise InvalidValue(
                 f"Until step {self.tied_until} this run was coupled to its twin, and step {step} "
                 f"alone would be another; expected a step from {self.tied_until} on, or new twins: "
                 "dit_lens.twins(..., probes=[...])."
             )
 
-    def select(self, items: slice | Sequence[int] | Tensor) -> Run:
+    def select(self, items: arguments.Index) -> Run:
         """The same run for some of its items only.
 
         Args:
-            items: a slice, indices or a boolean mask of the batch.
+            items: a number, a slice, indices or a boolean mask of the batch.
+
+        Raises:
+            ValueError: for items that are not there, or none.
         """
-        chosen = torch.arange(len(self.labels))[items]
+        chosen = arguments.positions("items", items, len(self.labels))
         parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
         whole = len(self.labels)
         passes = n_passes(self.model, self.settings.guidance)
@@ -266,22 +271,26 @@ class Run:
         True
         """
         # What is asked for fits the run.
-        check_step(from_step, self.settings.steps)
-        if not released:
+        from_step = check_step(from_step, self.settings.steps, "from_step")
+        edits = pairs_of("edits", edits)
+        for names, _ in edits:
+            select(names, self.model.names)
+        if not arguments.flag("released", released):
             self.require_released(from_step)
         start = self.latents[from_step] if latents is None else latents
+        arguments.tensor("latents", start, finite=latents is not None)
         if start.shape != self.latents[0].shape:
             raise InvalidValue(
                 f"The latents have shape {list(start.shape)}; expected "
                 f"{list(self.latents[0].shape)}."
             )
+        fresh = None if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
         if max(from_step, self.tied_until) < self.settings.steps:
             self._recomputed(max(from_step, self.tied_until), "hook_sample")
 
         # The history that the new run will have.
         history = self.history
-        if seeds is not None:
-            fresh = tuple(item_seeds(seeds, len(self.labels)))
+        if fresh is not None:
             history = (
                 *(c if c.from_step < from_step else replace(c, seeds=fresh) for c in history),
                 Change(from_step, fresh),
@@ -308,14 +317,20 @@ class Run:
             tied_until=min(self.tied_until, from_step),
         )
 
+    def fresh_scheduler(self) -> Any:
+        """A copy of the scheduler as it was before the run's first step, whatever became of the
+        model's own since.
+        """
+        return copy.deepcopy(self.scheduler)
+
     def scheduler_at(self, step: int) -> Any:
         """A scheduler that remembers this run's earlier steps, as multistep ones need.
 
         Args:
             step: the next step to be made.
         """
-        scheduler = prepared(self.model, self.settings)
-        for s in range(step):
+        scheduler = self.fresh_scheduler()
+        for s in range(arguments.whole("step", step, 0, self.settings.steps)):
             seeds, eta = self.seeds_at(s), self.settings.eta
             advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
         return scheduler
@@ -326,7 +341,7 @@ class Run:
         Args:
             step: 0 is the noisiest.
         """
-        return seeds_at(self.history, step)
+        return seeds_at(self.history, arguments.whole("step", step, 0))
 
 
 def sample(
@@ -397,8 +412,8 @@ def _sample(
     # What is asked for fits the model.
     model.require_eval()
     scheduler = default_name(model.scheduler) if scheduler is None else scheduler
-    settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
-    check_settings(settings)
+    settings = checked_settings(steps, guidance, guided_channels, scheduler, eta)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
         raise InvalidValue(
             "guided_channels='first3' is the original DiT's; a video model guides all channels: "
@@ -407,9 +422,11 @@ def _sample(
     y = model.conditions.numbers(labels, model.device)
     own_seeds = item_seeds(seeds, len(y))
     plan = prepared(model, settings)
+    fresh = copy.deepcopy(plan)
 
     # Where it starts.
     shape = model.cfg.latent_shape
+    arguments.optional(arguments.tensor, "latents", latents, finite=True)
     if latents is None:
         latents = noise(own_seeds, START, shape, model.device)
     elif latents.shape != (len(y), *shape):
@@ -425,8 +442,8 @@ def _sample(
     for step in denoise(model, latents, y, history, settings, plan):
         seen.append(step)
         if progress is not None:
-            progress(len(seen), steps)
-    return made_of(seen, model, y, history, settings, plan, latents, kernels, state)
+            progress(len(seen), settings.steps)
+    return made_of(seen, model, y, history, settings, fresh, latents, kernels, state)
 
 
 def made_of(
@@ -452,6 +469,7 @@ def made_of(
         x0=torch.stack([s.x0 for s in steps]),
         outputs=torch.stack([s.output for s in steps]),
         witnesses=tuple(s.witness for s in steps),
+        scheduler=scheduler,
         kernels=kernels,
         state=state,
         tied_until=tied_until,

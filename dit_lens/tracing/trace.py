@@ -22,9 +22,19 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Axes, Config
-from ..hooks.edits import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
+from ..families.config import Config
+from ..families.parts.sites import Axes
+from ..hooks.edits import (
+    Steps,
+    ablation,
+    checked_steps,
+    patch_from_steps,
+    patch_from_tensor,
+    step_test,
+    within,
+)
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
@@ -35,7 +45,7 @@ from ..model.state import State
 from ..model.taken import Taken
 from . import files
 from .dataset import to_dataset
-from .recompute import read
+from .recompute import read, stacked
 from .record import Record
 from .site import Observing, Site
 
@@ -63,7 +73,7 @@ class Trace:
     def __init__(
         self, model: HookedDiT | None, record: Record, probes: Sequence[Observing] = ()
     ) -> None:
-        for probe in probes:
+        for probe in arguments.listed("probes", probes, "a list of probes", fewest=0):
             if isinstance(probe, type) or not isinstance(probe, Observing):
                 raise InvalidType(
                     f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
@@ -162,9 +172,11 @@ class Trace:
             ValueError: for an axis that the hook point does not have.
         """
         model = self._traced_model()
-        chosen, part, active = select(name, self.names), Region(**region), step_test(steps)
+        arguments.function("fn", fn, "fn(activation, hook)")
+        chosen, part, steps = select(name, self.names), Region.of(**region), checked_steps(steps)
+        active, sizes = step_test(steps), model.cfg.axis_sizes()
         for each in chosen:
-            part.check(each, model.sites[each])
+            part.check(each, model.sites[each], sizes)
         self._edit_steps.append((chosen[0], steps))
         recorder = self._recorder
         for each in chosen:
@@ -211,8 +223,8 @@ class Trace:
             return self.edit(name, patch_from_tensor(source), steps, **region)
         if not callable(source):
             raise InvalidType(
-                f"Can't patch from {source!r}; expected a trace, a tensor or a function "
-                "fn(activation, hook)."
+                f"Can't patch from {arguments.shown(source)}; expected a trace, a tensor or a "
+                "function fn(activation, hook)."
             )
         return self.edit(name, source, steps, **region)
 
@@ -265,8 +277,14 @@ class Trace:
             site: a hook point without its layer, such as "resid_post".
             steps: which steps; by default those that were recorded.
         """
-        chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
-        found = self.read(chosen, steps)
+        found_names = select(arguments.text("site", site), self.names)
+        chosen = [n for n in found_names if layer_of(n) is not None]
+        if not chosen:
+            raise InvalidValue(f"site={site!r} is in no layer; expected one such as 'resid_post'.")
+        whole = stacked(self.record, self.model, chosen, steps)
+        if whole is not None:
+            return whole
+        found = self.read(chosen, steps)  # says what can't be stacked
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
@@ -279,7 +297,9 @@ class Trace:
             steps: which steps; by default those that were recorded.
             branch: only the items of one branch of guidance.
         """
-        return read(self.record, self.model, names, steps, branch)
+        if branch is not None:
+            arguments.choice("branch", branch, ["cond", "uncond", "skip"])
+        return read(self.record, self.model, select(names, self.names), steps, branch)
 
     @property
     def names(self) -> list[str]:
@@ -468,6 +488,12 @@ def trace(
         TypeError: if it is no DiT, or a probe is none.
         RuntimeError: in train mode, or in use by another thread.
     """
+    steps = checked_steps(steps)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        wrong_type = not isinstance(dtype, torch.dtype)
+        expected = "a floating-point dtype, such as torch.float16"
+        raise arguments.refusal("dtype", dtype, expected, wrong_type=wrong_type)
+    device = None if device is None else arguments.device("device", device)
     model = HookedDiT.of(model_or_pipe)
     try:
         model.require_eval()
@@ -510,7 +536,7 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     if model is None:
         return Trace(None, record)
     owner = HookedDiT.of(model)
-    if owner.cfg != record.cfg:
+    if owner.cfg != record.cfg or dict(owner.sites) != dict(record.sites):
         raise InvalidValue(
             f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
         )
