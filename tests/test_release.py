@@ -139,11 +139,11 @@ def test_bad_input(exact):
     for call, text in [
         (
             lambda: release_sweep(pair, outcome, releases=2),
-            "releases=2; a curve needs from 3 releases to 16, the run's steps.",
+            "releases=2 can't be used; expected a whole number from 3 to 16",
         ),
         (
             lambda: release_sweep(pair, outcome, releases=[1, 2, 16]),
-            "releases is [1, 2, 16]; expected 3 or more different steps from 0 to 15.",
+            "releases[2]=16 can't be used; expected a whole number from 0 to 15",
         ),
         (
             lambda: release_sweep(tied, outcome),
@@ -156,7 +156,7 @@ def test_bad_input(exact):
         ),
         (
             lambda: one_pass(pair, outcome).agreement("image"),
-            "There is no outcome 'image' here; these curves have ['latents'].",
+            "outcome='image' can't be used; expected one of 'latents'",
         ),
         (
             lambda: one_pass(pair, [features(model, lambda x: x.mean((1, 2, 3)))]),

@@ -11,7 +11,19 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate, number
-from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console, whole_numbers
+from ..storage import save_dataset
+from .style import (
+    HIGH,
+    INK,
+    LOW,
+    beside,
+    error_bars,
+    files,
+    legend,
+    picture,
+    plain_console,
+    whole_numbers,
+)
 
 CAPTION = (
     "stream: the step at which the twins' difference in the layer's residual stream has reached "
@@ -28,25 +40,34 @@ VIEWS = {
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
-    """Print the tables and the sentences; write gap.nc and three pictures.
+    """Store gap.nc; then print the tables and the sentences, and draw three pictures.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
         folder: for the files; it is made if need be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    stored = save_dataset(folder / "gap.nc", "gap.nc", results)
+    show(results, stored)
+
+
+def show(results: xr.Dataset, stored: Path) -> None:
+    """Print the tables and the sentences, and draw three pictures beside the stored result.
+
+    Args:
+        results: of `dit_lens.experiments.measure_gap`.
+        stored: the file that holds them.
+    """
     console = plain_console(110)
     console.print(table(results))
     console.print(band_table(results))
     for line in sentences(results):
         console.print(line, soft_wrap=True)
-    results.to_netcdf(folder / "gap.nc", engine="scipy")
     pictures = [
-        draw_profile(results, folder / "layer_profile.png"),
-        draw_frequencies(results, folder / "frequencies.png"),
-        draw_spectrum(results, folder / "spectrum.png"),
+        draw_profile(results, beside(stored, "gap.nc", "layer_profile.png")),
+        draw_frequencies(results, beside(stored, "gap.nc", "frequencies.png")),
+        draw_spectrum(results, beside(stored, "gap.nc", "spectrum.png")),
     ]
-    files(console, [*pictures, folder / "gap.nc"])
+    files(console, [*pictures, stored])
 
 
 def table(results: xr.Dataset) -> Table:
@@ -110,11 +131,10 @@ def sentences(results: xr.Dataset) -> list[str]:
     others = {
         "in log SNR": Estimate.of(snr.split_gap, snr.split_gap_interval),
         "in steps on x_t": Estimate.of(step.x_t_gap, step.x_t_gap_interval),
-        "on the image": Estimate.of(
-            step.image_gap.sel(estimator="one_pass"),
-            step.image_gap_interval.sel(estimator="one_pass"),
-        ),
     }
+    if results.attrs["vae"]:  # without one the image is the latents, shifted
+        image = step.sel(estimator="one_pass")
+        others["on the image"] = Estimate.of(image.image_gap, image.image_gap_interval)
     same = ", ".join(f"{where} {gap:+.2f}" for where, gap in others.items())
     cut = results.cut_gap.values[np.isfinite(results.cut_gap.values)]
     spread = (
@@ -125,9 +145,21 @@ def sentences(results: xr.Dataset) -> list[str]:
     lines = [
         results.attrs["headline"],
         f"The same gap {same}{spread}.",
+        f"Steps are those of this sampler in {results.attrs['steps']} steps, which decides a band "
+        "a little earlier than endlessly many would; `dit_lens.experiments.step_doubling` says by "
+        "how much.",
         results.attrs["estimators"],
+        *results.attrs["notes"].splitlines(),
     ]
-    return lines + [f"{title}: {results.attrs[f'onset_{view}']}" for view, title in VIEWS.items()]
+    if (np.abs(results.layer_gap_interval.values) > results.attrs["steps"]).any():
+        lines.append(
+            f"A layer's interval that reaches beyond {results.attrs['steps']} steps is longer than "
+            "the run: it says that nothing is known there."
+        )
+    return lines + [
+        f"{title[0].upper()}{title[1:]}: {results.attrs[f'onset_{view}']}"
+        for view, title in VIEWS.items()
+    ]
 
 
 def onsets(results: xr.Dataset) -> dict[str, int]:
@@ -152,13 +184,19 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
         for ax, (view, title) in zip(axes.flat, VIEWS.items(), strict=True):
             if view in results.view.values:
                 one, unit = results.sel(view=view), "gap, steps (high minus low)"
-                value, ends = one.layer_gap, one.layer_gap_interval
+                value, ends, together = (
+                    one[f"layer_gap{end}"] for end in ("", "_interval", "_together")
+                )
                 ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
             else:
                 one, unit = results.sel(energy=view), "log low $-$ log high"
-                value, ends = one.log_ratio, one.log_ratio_interval
+                value, ends, together = (
+                    one[f"log_ratio{end}"] for end in ("", "_interval", "_together")
+                )
                 title = f"{title}, step {at}"
-            ax.fill_between(layers, *ends.values.T, color=INK, alpha=0.15, linewidth=0)
+            # of each layer by itself, and of all at once
+            for shown in (ends, together):
+                ax.fill_between(layers, *shown.values.T, color=INK, alpha=0.12, linewidth=0)
             ax.plot(layers, value, color=INK, marker="o", markersize=2.5, linewidth=1)
             ax.set(title=title, ylabel=unit, xlim=(layers[0] - 0.5, layers[-1] + 0.5))
             if (onset := int(results.attrs[f"onset_layer_{view}"])) >= 0:

@@ -7,19 +7,20 @@ the batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidState, InvalidValue
+from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.edits import Steps, step_test
 from ..hooks.points import HookPoint, Listener, Observer, StopForward
 from ..model.call import Call
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.taken import Taken
 from ..model.witness import Departure, Proof, until
 from .record import Record
 
@@ -179,11 +180,11 @@ def recompute(
     """
     if not names:
         return
-    if record.lost_edits:
+    lost = [record.lost[c] for c in calls if c in record.lost]
+    if lost:
         raise InvalidState(
-            f"{names[0]!r} was not recorded, and this trace was edited at "
-            f"{record.lost_edits[0]!r} by a function that the file can't hold; trace again with "
-            "names= for what you will read."
+            f"{names[0]!r} was not recorded, and this trace was {lost[0]} that the file can't "
+            "hold; trace again with names= for what you will read."
         )
     if model is None:
         raise InvalidState(
@@ -194,11 +195,10 @@ def recompute(
     order = list(record.sites)
     furthest = max(names, key=order.index)
     steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
-    with ExitStack() as stack:
-        if not model.instrumentation.installed:
-            model.instrumentation = Instrumentation.of(model.transformer)
-            model.instrumentation.retain()
-            stack.callback(model.instrumentation.let_go)
+    with Taken() as taken:
+        reader = object()
+        taken.undo(Instrumentation.let_go, model.transformer, reader)
+        model.instrumentation = Instrumentation.of(model.transformer, reader)
         for c in calls:
 
             def see(value: Tensor, point: HookPoint, c: int = c) -> None:
@@ -210,7 +210,8 @@ def recompute(
             observers: list[tuple[str, Listener]] = [*proof.listeners]
             observers += [(name, Observer(see)) for name in names]
             observers += model.instrumentation.stopping(last)
-            _again(model, record.calls[c], observers)
+            with _understood(record, c):
+                _again(model, record.calls[c], observers)
             _judge(proof.departure(), steps[c], record, model)
 
 
@@ -225,6 +226,23 @@ def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener
         suppress(StopForward),
     ):
         model.transformer(**call.inputs, return_dict=False)
+
+
+@contextmanager
+def _understood(record: Record, c: int) -> Iterator[None]:
+    """Of a call out of a file: that the model can't be called so is the file's mistake."""
+    try:
+        yield
+    except DitLensError:
+        raise
+    except Exception as error:
+        if not record.file:
+            raise
+        reason = str(error).strip().partition("\n")[0] or repr(error)
+        raise InvalidValue(
+            f"Call {c} of {record.file} can't be run on this model ({reason}); expected the model "
+            "that was traced."
+        ) from error
 
 
 def _judge(departure: Departure | None, step: int, record: Record, model: HookedDiT) -> None:
