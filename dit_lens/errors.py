@@ -31,4 +31,15 @@ class MissingFile(DitLensError, FileNotFoundError):
     """A file that should be there and is not."""
 
 
-__all__ = ["DitLensError", "InvalidState", "InvalidType", "InvalidValue", "MissingFile"]
+class UnwritableFile(DitLensError, OSError):
+    """A file or folder that can't be written."""
+
+
+__all__ = [
+    "DitLensError",
+    "InvalidState",
+    "InvalidType",
+    "InvalidValue",
+    "MissingFile",
+    "UnwritableFile",
+]

@@ -351,12 +351,13 @@ def test_honoured_or_refused(inputs):
     model.remove()
     assert torch.allclose(raw(dit, *inputs), want, atol=1e-5)
     with pytest.raises(ValueError, match="cross_attention_kwargs={'scale': 1.0} is not honoured"):
-        HookedDiT(d := fresh()) and d(
+        (opened := HookedDiT(d := fresh())) and d(
             inputs[0],
             timestep=inputs[1],
             class_labels=inputs[2],
             cross_attention_kwargs={"scale": 1.0},
         )
+    opened.remove()
     with pytest.raises(RuntimeError, match="The model is compiled"):
         HookedDiT(torch.compile(fresh()))
     dit = fresh()

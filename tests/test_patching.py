@@ -317,7 +317,7 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="of another sweep"):
             sweep(*other, resume=file)
     (tmp_path / "junk").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="is not a file of a sweep"):
+    with pytest.raises(ValueError, match="junk' has no seal .*; expected the file of a sweep"):
         sweep(pair.a, pair.b, patches, resume=tmp_path / "junk")
 
 

@@ -17,6 +17,7 @@ from dit_lens.report import gap as gap_report
 from dit_lens.report import knock_outs as cause_report
 from dit_lens.report.stored import read, show
 from dit_lens.report.style import picture
+from dit_lens.storage import save_dataset
 
 torch.set_num_threads(1)
 PICTURES = (
@@ -112,22 +113,23 @@ def test_brackets_are_printed_as_they_stand(results, tmp_path, capsys):
     assert "expected [resample, 5]" in shown and "[bold] folder: 2 layers" in shown
 
 
-def test_what_cannot_be_shown(tmp_path):
+def test_what_cannot_be_shown(results, tmp_path):
     with pytest.raises(MissingFile, match="There are no results at .*; expected the folder that"):
         show(tmp_path)
     with pytest.raises(MissingFile, match="There are no results at "):
         show(tmp_path / "gap.nc")
     (tmp_path / "gap.nc").write_text("no")
     with pytest.raises(
-        InvalidValue, match=r"gap.nc' is not a result of `dit-lens gap` or `patch` \(.*\); exp"
+        InvalidValue, match=r"gap.nc' has no seal of this version of dit_lens.*; expected one of"
     ):
         show(tmp_path)
     other = tmp_path / "other.nc"
     xr.Dataset({"energy": ("step", [1.0])}).to_netcdf(other, engine="scipy")
-    with pytest.raises(
-        InvalidValue, match="is netCDF but not a result of `dit-lens gap` or `patch`: "
-    ):
+    with pytest.raises(InvalidValue, match="other.nc' has no seal of this version of dit_lens"):
         show(other)
-    xr.Dataset({"effect": ("layer", [1.0])}).to_netcdf(tmp_path / "knock_outs.nc", engine="scipy")
+    save_dataset(other, "probe SpectralSplit", xr.Dataset({"energy": ("step", [1.0])}))
+    with pytest.raises(InvalidValue, match="is of the kind 'probe SpectralSplit'; expected one"):
+        show(other)
+    cause_report.store_knock_outs(results[2], tmp_path)
     with pytest.raises(MissingFile, match="There is no file '.*patches.nc'"):
         show(tmp_path / "knock_outs.nc")

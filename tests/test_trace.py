@@ -46,6 +46,36 @@ def test_recomputed_is_recorded_bit_for_bit(pipe):
     assert torch.equal(lazy["hook_sample"][2], eager.get("hook_sample", steps=2)["hook_sample"][0])
 
 
+@pytest.mark.parametrize("names", [None, "resid_post"])
+@pytest.mark.parametrize("kept", [{}, {"dtype": torch.float16}])
+def test_a_stack_is_its_names_one_by_one(pipe, names, kept):
+    with dit_lens.trace(pipe, names=names, **kept) as t:
+        run(pipe)
+    stack, layers = t.stack("resid_post", steps=[2, 0]), range(t.cfg.n_layers)
+    one_by_one = [t.get(f"blocks.{i}.hook_resid_post", steps=[0, 2]) for i in layers]
+    assert torch.equal(stack, torch.stack([v for each in one_by_one for v in each.values()]))
+    assert stack.dtype == kept.get("dtype", torch.float32)
+
+
+def test_a_stack_of_batches_of_different_sizes_says_so(dit, inputs):
+    x, t, y = inputs
+    model = HookedDiT(dit)
+    with dit_lens.trace(model) as trace, torch.no_grad():
+        model.transformer(x, t, class_labels=y)
+        model.transformer(x[:1], t[:1], class_labels=y[:1])
+    with pytest.raises(ValueError, match=r"has different shapes at different steps \(.*steps=3"):
+        trace.stack("resid_post")
+
+
+def test_what_was_recorded_twice_in_one_place_is_saved_twice(pipe, tmp_path):
+    with dit_lens.trace(pipe, names=["resid_pre", "resid_post"]) as t:
+        run(pipe)
+    assert t["resid_pre", 1].equal(t["resid_post", 0])  # one tensor under two names
+    found = dit_lens.load_trace(t.save(tmp_path / "t.safetensors"))
+    for name in t.recorded_names:
+        assert torch.equal(found[name], t[name])
+
+
 def test_reading_stops_at_the_layer_needed_and_shares_passes(pipe):
     with dit_lens.trace(pipe) as t:
         run(pipe)
@@ -258,9 +288,9 @@ def test_threads_are_refused_and_idle_ones_work(dit, inputs):
         elsewhere(lambda: dit_lens.trace(model).__enter__())
         elsewhere(lambda: HookedDiT(copied)(*inputs))  # a copy is another model
     assert [p.split(";")[0] for p in problems] == [
-        "This model is being traced or hooked in another thread",
-        "This model is in use by another thread",
-        "This model is in use by another thread",
+        "This model is being traced or hooked in another thread or task",
+        "This model is in use by another thread or task",
+        "This model is in use by another thread or task",
     ]
     elsewhere(lambda: model.run_with_cache(*inputs))
     assert len(problems) == 3
@@ -319,16 +349,16 @@ def test_save_and_load(pipe, tmp_path):
         dit_lens.load_trace(path, pipe)["hook_sample"]
     pipe.transformer.proj_out_1.bias.data -= 1
 
-    (tmp_path / "cut").write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cut' is not a whole safetensors file"):
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut' is damaged: it is not what was written"):
         dit_lens.load_trace(tmp_path / "cut")
     torch.save({"a": 1}, tmp_path / "pickle.pt")
-    with pytest.raises(ValueError, match="pickle.pt' is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="pickle.pt' has no seal of this version"):
         dit_lens.load_trace(tmp_path / "pickle.pt")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="is safetensors but no trace"):
+    with pytest.raises(ValueError, match="other' has no seal of this version .*; expected a trace"):
         dit_lens.load_trace(tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="There is no trace at"):
+    with pytest.raises(FileNotFoundError, match="There is no file .*nowhere'; expected a trace"):
         dit_lens.load_trace(tmp_path / "nowhere")
 
 

@@ -407,3 +407,26 @@ def test_select_reads_some_items_of_a_run():
     one = run.select([1])
     whole = run.activations("resid_post", 2, step=1)
     assert torch.allclose(one.activations("resid_post", 2, step=1), whole[[1, 4]], atol=1e-5)
+
+
+def test_a_run_keeps_its_own_scheduler(model):
+    run = dit_lens.sample(model, [3], steps=4, eta=1.0)
+    snr = run.log_snr
+    model.scheduler = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    assert torch.equal(run.replay(1).latents, run.latents)
+    assert torch.equal(run.log_snr, snr)
+    assert not torch.equal(dit_lens.sample(model, [3], steps=4, eta=1.0).log_snr, snr)
+
+
+def test_masks_and_arrays_that_change_later_are_not_meant(model, inputs):
+    mask = torch.tensor([True] + [False] * 15)
+    with dit_lens.trace(model) as t:
+        t.edit("blocks.1.hook_resid_post", zero, tokens=mask)
+        call(model, *inputs)
+    mask.logical_not_()
+    assert (t["resid_post", 1][0, :, 0] == 0).all() and (t["resid_post", 1][0, :, 1:] != 0).all()
+
+
+def test_data_parallel_is_refused_with_the_way_out(dit):
+    with pytest.raises(TypeError, match=r"DataParallel runs copies .* HookedDiT\(model.module\)"):
+        HookedDiT(torch.nn.DataParallel(dit))

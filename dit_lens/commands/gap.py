@@ -60,12 +60,14 @@ def run(args: argparse.Namespace) -> None:
     from ..experiments.coupling_sweep import checked_strengths
     from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
+    from ..storage import file_name, try_folder
 
     pairs, steps = sizes(args)
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
+    out = args.out or Path(f"gap-{file_name(str(args.model))}")
+    try_folder(out)  # as well
     model = open_model(args)
-    out = args.out or Path(f"gap-{Path(str(args.model)).name}")
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)

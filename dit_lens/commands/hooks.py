@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .common import add_model, console
 
 if TYPE_CHECKING:
-    from ..families.base import Axes, Config
+    from ..families.config import Config
+    from ..families.parts.sites import Axes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,8 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Knock out every layer, and patch every layer of twin A into twin B."""
+    from ..storage import file_name, try_folder
+
     pairs, steps = sizes(args)
-    out = args.out or Path(f"patch-{Path(str(args.model)).name}")
+    out = args.out or Path(f"patch-{file_name(str(args.model))}")
+    try_folder(out)  # before minutes are spent
     find_causes(open_model(args), pairs, steps, args.seed, args.cut, out)
 
 
@@ -75,7 +78,6 @@ def find_causes(
     from ..measures.bands import Bands
     from ..report import knock_outs as knock_out_report
 
-    out.mkdir(parents=True, exist_ok=True)
     with progress_bar() as bar:
         first = bar.add_task("knock-outs", total=None)
         knocked = knock_outs(
@@ -87,6 +89,7 @@ def find_causes(
             cut=cut,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
+        stored = knock_out_report.store_knock_outs(knocked, out)
         second = bar.add_task("patches", total=None)
         patched = probes.TwinPatching().run(
             model,
@@ -99,4 +102,5 @@ def find_causes(
             resume=out / "sweep.safetensors",
             progress=lambda done, total: bar.update(second, completed=done, total=total),
         )
-    knock_out_report.write(knocked, patched, out, onsets)
+    both = stored, knock_out_report.store_patches(patched, out)
+    knock_out_report.show(knocked, patched, both, onsets)

@@ -21,9 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
+    from ..storage import file_name, save_dataset, try_folder
     from ..testing.probe_checks import find_probe
 
     found = find_probe(args.name)
+    out = args.out or Path(f"{file_name(found.__name__)}.nc")
+    try_folder(out.parent)  # before minutes are spent
     model, probe = open_model(args), found()
     if found.of_twins:  # two images a pair
         pairs = max(1, args.items // 2)
@@ -31,8 +34,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         labels = [i % model.conditions.n for i in range(args.items)]
         result = probe.run(model, labels, seeds=args.seed, steps=args.steps)
-    print(result)
+    save_dataset(out, f"probe {found.__name__}", result)
 
-    out = args.out or Path(f"{found.__name__}.nc")
-    result.to_netcdf(out, engine="scipy")
+    print(result)
     print(f"stored in {out}")

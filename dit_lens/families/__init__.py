@@ -8,19 +8,9 @@ examples/new_family.py a whole family.
 """
 
 from ..hooks.passes import Pass
-from .base import (
-    BlockForward,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    TransformerForward,
-    image_config,
-    shift_of,
-)
+from .base import Family, shift_of
+from .config import Condition, Config, Size, image_config
+from .forwards import BlockForward, Forward, Points, Tap, TransformerForward
 from .parts.attention import Attend, HeadsOut, Kernel, dispatched, sdpa
 from .parts.joint import (
     AnyPoints,

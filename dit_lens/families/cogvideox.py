@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, image_config
+from .base import Family
+from .config import Condition, Config, Size, image_config
+from .forwards import BlockForward, Forward, Points
 from .parts.attention import Attend, HeadsOut
 from .parts.joint import AnyPoints, joint_points, text_first
 from .parts.layers import check_processor, gated, neurons, refuse_processors

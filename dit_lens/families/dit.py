@@ -18,17 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import (
-    BlockForward,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    Tap,
-    image_config,
-)
+from .base import Family
+from .config import Condition, Config, Size, image_config
+from .forwards import BlockForward, Forward, Points, Tap
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import AdaNormForward, check_processor, neurons, refuse_chunks, refuse_processors
 from .parts.sites import BLOCK_SITES, Sites

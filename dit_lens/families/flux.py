@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import Condition, Forward, Points, Size
+from .config import Condition, Size
+from .forwards import Forward, Points
 from .parts.joint import AnyPoints, joint_points, text_first
 from .parts.layers import AdaNormForward, final_norm, neurons, refuse_processors
 from .parts.sites import (

@@ -24,17 +24,9 @@ from diffusers.models.embeddings import apply_rotary_emb, get_2d_rotary_pos_embe
 from torch import Tensor, nn
 
 from ..hooks.passes import Pass
-from .base import (
-    BlockForward,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    TransformerForward,
-    image_config,
-)
+from .base import Family
+from .config import Condition, Config, Size, image_config
+from .forwards import BlockForward, Forward, Points, TransformerForward
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import check_processor, final_norm, gated, neurons, refuse_processors
 from .parts.sites import COND, RESID, Sites, attention_sites, cross_sites, mlp_sites

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import Condition, Config, Forward, Points, Size, image_config, shift_of
+from .base import shift_of
+from .config import Condition, Config, Size, image_config
+from .forwards import Forward, Points
 from .parts.attention import Kernel
 from .parts.joint import AnyPoints, Joint
 from .parts.layers import refuse_processors

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import Condition, Forward, Points, Size
+from .config import Condition, Size
+from .forwards import Forward, Points
 from .parts.layers import final_norm, neurons, refuse_processors
 from .parts.sites import Sites, adaln_sites
 from .parts.two_streams import (

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from ..errors import InvalidState, InvalidType
 from ..hooks.passes import Pass
 from ..hooks.points import BackwardEditor, HookPoint
-from .base import Condition, Config, Family, Forward, Points, Size, TransformerForward
+from .base import Family
 from .boundaries import argument_of, given, main_blocks, parts, registered_output
+from .config import Condition, Config, Size
+from .forwards import Forward, Points, TransformerForward
 from .parts.sites import BLOCK_SITES, FINAL_SITES, Axes, Sites
 
 SEQUENCE: Axes = ("batch", "sequence", "d_model")

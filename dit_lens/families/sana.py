@@ -39,7 +39,9 @@ from torch import Tensor, nn
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
-from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, image_config
+from .base import Family
+from .config import Condition, Config, Size, image_config
+from .forwards import BlockForward, Forward, Points
 from .parts.attention import Attend, HeadsOut, Kernel, sdpa
 from .parts.layers import check_processor, refuse_processors
 from .parts.sites import (

@@ -19,7 +19,9 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from ..hooks.passes import Pass
-from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, image_config
+from .base import Family
+from .config import Condition, Config, Size, image_config
+from .forwards import BlockForward, Forward, Points
 from .parts.attention import Attend, HeadsOut
 from .parts.joint import image_first, joint_points
 from .parts.layers import (

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Family, Size
+from .base import Family
+from .config import Condition, Size
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -23,7 +23,8 @@ from torch import nn
 
 from ..errors import InvalidState
 from ..hooks.points import Observer
-from .base import Family, Forward
+from .base import Family
+from .forwards import Forward
 from .small import flat, small_inputs
 
 

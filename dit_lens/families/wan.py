@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
-from .base import BlockForward, Condition, Config, Family, Forward, Points, Size, Tap
+from .base import Family
+from .config import Condition, Config, Size
+from .forwards import BlockForward, Forward, Points, Tap
 from .parts.attention import Attend, HeadsOut, dispatched
 from .parts.layers import LastTableForward, check_processor, neurons, refuse_processors
 from .parts.sites import (

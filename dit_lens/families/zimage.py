@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import Condition, Config, Forward, Points, Size, TransformerForward, shift_of
+from .base import shift_of
+from .config import Condition, Config, Size
+from .forwards import Forward, Points, TransformerForward
 from .parts.attention import Kernel, dispatched
 from .parts.joint import Joint
 from .parts.layers import refuse_processors

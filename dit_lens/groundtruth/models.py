@@ -25,6 +25,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ..errors import InvalidValue
+from ..storage import replacing
 from . import construction as build
 from .closed_forms import commitment_log_snr, commitment_timestep, planted_gain
 from .measured import denoiser_error, gain_error
@@ -68,7 +69,8 @@ class GroundTruth:
         self.transformer.save_pretrained(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
         text = json.dumps({**self.answer, "description": self.description}, indent=2)
-        (folder / "answer.json").write_text(text + "\n")
+        with replacing(folder / "answer.json") as part:
+            part.write_text(text + "\n")
         return folder
 
 

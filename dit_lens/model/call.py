@@ -7,10 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..families.base import Condition
+from ..families.config import Condition
 from ..hooks.passes import PassContext
 from ..hooks.points import Editor
 from .kernels import Kernels
@@ -76,6 +77,8 @@ class Call:
             if isinstance(value, Condition):
                 items = {k: copy(v) for k, v in value.items()}
                 return Condition.numbered(items, copy(value.labels))
+            if isinstance(value, np.ndarray):
+                return value.copy()
             if isinstance(value, dict):
                 return {k: copy(v) for k, v in value.items()}
             return type(value)(map(copy, value)) if type(value) in (list, tuple) else value

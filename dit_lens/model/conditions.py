@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..families.base import Condition, Config, Family
+from ..families.base import Family
+from ..families.config import Condition, Config
 
 PROMPTS = (
     "a photograph of a red fox in snow",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Condition, Size
+from ..families.config import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
 from ..hooks.points import (
@@ -28,6 +29,7 @@ from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
 from .partial import StoppedAtLayer
+from .taken import Taken
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 
@@ -55,7 +57,7 @@ class HookedDiT:
     units. `y` is the condition: labels [batch] (classes; for models that are given text, prompts in
     words or by number, see `model.conditions`), `model.cfg.null_class` for none; or a dict of the
     transformer's own further arguments. Wrapping a model twice gives two views of the same hook
-    points.
+    points. They stay until `remove()`, or until nobody holds a view any longer.
 
     Attributes:
         transformer: the wrapped module.
@@ -93,12 +95,27 @@ class HookedDiT:
             conditions, size = pipe.conditions, pipe.size if size is None else size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
-        self.instrumentation = Instrumentation.of(self.transformer)
-        self.instrumentation.retain()
-        with ExitStack() as undo:
-            undo.callback(self.instrumentation.let_go)
+        taken = Taken()
+        try:
+            self._open(taken)
             self._describe(pipe, conditions, scheduler, vae, size)
-            undo.pop_all()
+            taken.keep(None)
+        except BaseException:
+            taken.close()
+            raise
+
+    def _open(self, taken: Taken) -> None:
+        """Look at the transformer's hook points, made if need be, for as long as this lives."""
+        self.place = object()
+        taken.undo(Instrumentation.let_go, self.transformer, self.place)
+        self.instrumentation = Instrumentation.of(self.transformer, self.place)
+        for _ in range(2):  # twice, as all that gives something back
+            dropped = weakref.finalize(self, _dropped, weakref.ref(self.transformer), self.place)
+            dropped.atexit = False
+
+    def close(self) -> None:
+        """Look no more: the hook points are taken out, unless somebody else looks at them too."""
+        Instrumentation.let_go(self.transformer, self.place)
 
     def _describe(
         self, pipe: Any, conditions: Conditions | None, scheduler: Any, vae: Any, size: Size | None
@@ -127,6 +144,22 @@ class HookedDiT:
             model: a `HookedDiT`, a pipeline or a transformer.
         """
         return model if isinstance(model, HookedDiT) else cls(model)
+
+    @classmethod
+    @contextmanager
+    def opening(cls, model: Any) -> Iterator[HookedDiT]:
+        """The same for a `with` block; if that fails, what was opened for it is closed again.
+
+        Args:
+            model: a `HookedDiT`, a pipeline or a transformer.
+        """
+        found = cls.of(model)
+        try:
+            yield found
+        except BaseException:
+            if found is not model:
+                found.close()
+            raise
 
     # Running.
 
@@ -403,14 +436,19 @@ class HookedDiT:
         arguments.choice("dir", dir, ["fwd", "bwd"])
         arguments.function("fn", fn, "fn(activation, hook)")
         make = Editor if dir == "fwd" else BackwardEditor
-        handles: list[Handle] = []
-        with ExitStack() as undo:
-            for each in select(name, self.names):
-                handles.append(self.instrumentation.attach(each, make(fn)))
-                undo.callback(handles[-1].remove)
-            undo.pop_all()
-        self.handles += handles
-        return handles
+        wanted = [(each, make(fn)) for each in select(name, self.names)]
+        taken = Taken()
+        try:
+            handles = [self._attach(each, listener, taken) for each, listener in wanted]
+            self.handles += handles
+            return taken.keep(handles)
+        except BaseException:
+            taken.close()
+            raise
+
+    def _attach(self, name: str, listener: Listener, taken: Taken) -> Handle:
+        taken.undo(self.instrumentation.detach, name, listener)
+        return self.instrumentation.attach(name, listener)
 
     def reset_hooks(self) -> None:
         """Remove the hooks that `add_hook` of this object added, and no one else's."""
@@ -464,9 +502,9 @@ class HookedDiT:
             listeners: (hook name, listener).
         """
         self.require_eval()
-        with ExitStack() as stack:
+        with Taken() as taken:
             for name, listener in listeners:
-                stack.callback(self.instrumentation.attach(name, listener).remove)
+                self._attach(name, listener, taken)
             yield
 
     @property
@@ -505,7 +543,7 @@ class HookedDiT:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is one more that looks at its own copy of the transformer."""
         self.__dict__ |= state
-        self.instrumentation.retain()
+        self._open(Taken())
 
     @property
     def device(self) -> torch.device:
@@ -568,6 +606,14 @@ class HookedDiT:
             )
 
 
+def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:
+    """Nobody holds a HookedDiT any longer."""
+    found = transformer()
+    if found is not None:
+        with suppress(InvalidState):  # another tool sits on our forwards
+            Instrumentation.let_go(found, place)
+
+
 def _checked_size(size: Any, axes: int) -> Size:
     """Height and width, for video maybe with frames first; raises InvalidValue otherwise."""
     frames = "(height, width) or (frames, height, width)" if axes == 3 else "(height, width)"
@@ -581,6 +627,11 @@ def transformer_of(model: Any) -> Any:
     """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything
     else.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidType(
+            f"{type(model).__name__} runs copies of the model in threads or processes of its own, "
+            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
+        )
     found = getattr(model, "transformer", None if hasattr(model, "components") else model)
     if found is None and hasattr(model, "unet"):
         found = model.unet

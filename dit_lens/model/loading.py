@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from ..errors import InvalidValue, MissingFile
+from ..errors import InvalidType, InvalidValue, MissingFile
 from ..families import family_of
-from ..families.base import Family, Size
+from ..families.base import Family
+from ..families.config import Size
 from .hooked import HookedDiT
+from .saved import check_config, check_part, check_pipeline, named_class, read_json, skeleton
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
 
 def load(
     model: Any,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     size: Size | None = None,
 ) -> HookedDiT:
@@ -29,17 +31,19 @@ def load(
 
     A folder is either a saved pipeline (`model_index.json`) or a saved transformer (`config.json`),
     which may have `scheduler/` and `vae/` inside. Weights are safetensors; a pickle is not opened.
+    Their names and shapes must be those that the configuration asks for.
 
     Args:
         model: "digits", a folder, "owner/name", or what is a pipeline or transformer already.
-        dtype: of the weights.
-        device: where they go.
+        dtype: of the weights, such as torch.float16 or "float16".
+        device: where they go, such as "cpu" or "cuda".
         size: (height, width) of the latents, if not the model's own.
 
     Raises:
         FileNotFoundError: if there is no such bundled model or folder.
-        ValueError: for damaged or pickled weights.
-        TypeError: if the model is no DiT that dit_lens knows.
+        ValueError: for damaged, missing, unexpected, misshapen or pickled weights, a configuration
+            with numbers out of bounds, and a device that is not there.
+        TypeError: if the model is no DiT that dit_lens knows, or the dtype none of floating point.
 
     >>> import dit_lens
     >>> dit_lens.load("digits").cfg.n_layers
@@ -47,14 +51,12 @@ def load(
     """
     if not isinstance(model, (str, Path)):
         return HookedDiT(model, size=size)
+    dtype, device = _dtype(dtype), _device(device)
     folder = _folder_of(model)
-    if folder.is_dir():
+    if str(model) and _is_folder(folder):
         return _load_folder(folder, dtype, device, size)
     if _is_hub_id(model):
-        pipe = _from_pretrained(
-            diffusers.DiffusionPipeline, model, dtype=dtype, use_safetensors=True
-        )
-        return HookedDiT(pipe.to(device), size=size)
+        return _load_folder(_downloaded(str(model)), dtype, device, size)
     bundled = _bundled()
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = (
@@ -74,13 +76,55 @@ def _bundled() -> list[str]:
 
 def _folder_of(model: str | Path) -> Path:
     """Where a bundled model lies, or the folder that was named, which may not be there."""
-    return BUNDLED / model if model in _bundled() else Path(model)
+    if isinstance(model, str) and model.endswith("/") and _is_folder(Path(model)):
+        return Path(model)
+    name = str(model).rstrip("/")
+    return BUNDLED / name if name in _bundled() else Path(model)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long for any
+        return False
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    """A dtype of floating point, given as itself or by its name."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidType(
+            f"dtype={dtype!r} is none that weights can have; expected one of floating point, such "
+            "as torch.float32, torch.bfloat16 or 'float16'."
+        )
+    return found
+
+
+def _device(device: Any) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidValue(
+            f"device={device!r:.60} can't be used ({reason}); expected 'cpu', or one that is here, "
+            "such as 'cuda'."
+        ) from None
+
+
+def _downloaded(name: str) -> Path:
+    """The folder into which the hub's client puts a pipeline; nothing of it is built yet."""
+    return Path(
+        _tried(name, "a pipeline", diffusers.DiffusionPipeline.download, name, use_safetensors=True)
+    )
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype, device: str | torch.device, size: Size | None
+    folder: Path, dtype: torch.dtype, device: torch.device, size: Size | None
 ) -> HookedDiT:
     if (folder / "model_index.json").exists():
+        _refuse_pickles(folder)
+        check_pipeline(folder)
         pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
@@ -90,9 +134,9 @@ def _load_folder(
             f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a "
             "transformer)."
         )
-    transformer = _part(folder, "config.json", dtype)
-    scheduler = _part(folder / "scheduler", "scheduler_config.json")
-    vae = _part(folder / "vae", "config.json", dtype)
+    transformer = _part(folder, "config.json", diffusers.ModelMixin, dtype=dtype)
+    scheduler = _part(folder / "scheduler", "scheduler_config.json", diffusers.SchedulerMixin)
+    vae = _part(folder / "vae", "config.json", diffusers.ModelMixin, dtype=dtype)
     return HookedDiT(
         transformer.to(device).eval(),
         scheduler=scheduler,
@@ -102,46 +146,49 @@ def _load_folder(
 
 
 def _is_hub_id(model: str | Path) -> bool:
-    return isinstance(model, str) and model.count("/") == 1 and model[0] not in "./~"
+    return isinstance(model, str) and bool(re.fullmatch(r"[^./~][^/]*/[^/]+", model))
 
 
-def _part(folder: Path, config: str, dtype: torch.dtype | None = None) -> Any:
+def _part(folder: Path, config: str, base: type, **kwargs: Any) -> Any:
     """A pipeline's part from its own folder, by the class that its config names; None where there
     is no such folder.
     """
     if not (folder / config).exists():
         return None
-    try:
-        cls = getattr(diffusers, _read_json(folder / config)["_class_name"])
-    except (KeyError, TypeError, AttributeError) as error:
+    cls = named_class(read_json(folder / config), base, repr(str(folder / config)))
+    if base is not diffusers.SchedulerMixin:
+        _refuse_pickles(folder)
+    check_part(folder, cls)
+    return _weights(cls, folder, **kwargs)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
+    if pickles:
         raise InvalidValue(
-            f"{str(folder / config)!r} does not name a diffusers class ({error!r})."
-        ) from None
-    return _weights(cls, folder, **({} if dtype is None else {"dtype": dtype}))
+            f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model as "
+            "safetensors."
+        )
 
 
 def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
     if not issubclass(cls, diffusers.SchedulerMixin):
-        pickles = [p for p in folder.rglob("*.bin") if not p.with_suffix(".safetensors").exists()]
-        if pickles:
-            raise InvalidValue(
-                f"{str(pickles[0])!r} is a pickle, which can run code when opened; save the model "
-                "as safetensors."
-            )
         kwargs |= {
             "use_safetensors": True,
             "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None,
         }
-    return _from_pretrained(cls, folder, local_files_only=True, **kwargs)
+    return _tried(
+        folder, cls.__name__, cls.from_pretrained, str(folder), local_files_only=True, **kwargs
+    )
 
 
-def _from_pretrained(cls: Any, where: str | Path, **kwargs: Any) -> Any:
+def _tried(where: str | Path, what: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     try:
-        return cls.from_pretrained(str(where), **kwargs)
+        return load(*args, **kwargs)
     except Exception as error:  # diffusers and safetensors raise many kinds for damaged files
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InvalidValue(
-            f"The model in {str(where)!r} can't be loaded as {cls.__name__}: {first}"
+            f"The model in {str(where)!r} can't be loaded as {what}: {first}"
         ) from error
 
 
@@ -155,8 +202,8 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
     if (folder / "config.json").exists():
-        where, config = str(folder / "config.json"), _read_json(folder / "config.json")
-    elif folder.is_dir() or not _is_hub_id(model):
+        where, config = str(folder / "config.json"), read_json(folder / "config.json")
+    elif _is_folder(folder) or not _is_hub_id(model):
         raise MissingFile(
             f"There is no model at {str(model)!r}; expected a bundled name, a folder with "
             "config.json, or a hub id."
@@ -164,23 +211,12 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     else:
         # the config's own class is not known yet; every model class reads any model's config.json
         reader = diffusers.DiTTransformer2DModel
-        where, config = str(model), reader.load_config(str(model), subfolder="transformer")
+        read = reader.load_config
+        where = str(model)
+        config = _tried(where, "a transformer", read, where, subfolder="transformer")
 
-    # Build the modules without memory for their weights.
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    cls: Any = getattr(diffusers, str(name), None)
-    if not hasattr(cls, "from_config"):
-        raise InvalidValue(f"{where!r} names the class {name!r}, which diffusers does not have.")
-    try:
-        with torch.device("meta"):
-            skeleton = cls.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidValue(f"{where!r} is not a configuration of {name}: {error}") from error
-    return family_of(skeleton), skeleton
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidValue(f"{str(path)!r} is not JSON: {error}") from None
+    where = repr(where)
+    cls = named_class(config, diffusers.ModelMixin, where)
+    check_config(config, where)
+    made = skeleton(cls, config, where)
+    return family_of(made), made

@@ -14,6 +14,8 @@ from torch import nn
 from ..hooks.points import version
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+TENSORS = ("_parameters", "_buffers")
+NUMBERS = (bool, int, float)
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,21 @@ class State:
     @classmethod
     def of(cls, transformer: nn.Module) -> State:
         """A glance at it now."""
-        tensors = dict(transformer.named_parameters()) | dict(transformer.named_buffers())
-        hooks, adapters, settings = {}, {}, {}
+        tensors, hooks, adapters, settings = {}, {}, {}, {}
         for name, module in transformer.named_modules():
-            own = [key for kind in HOOKS for key in getattr(module, kind)]
-            if own:
-                hooks[name] = tuple(own)
-            active = getattr(module, "active_adapters", None)
-            if isinstance(active, (list, tuple)):
-                merged = getattr(module, "merged", None)
-                scaling = getattr(module, "scaling", None)
-                off = getattr(module, "disable_adapters", None)
-                adapters[name] = f"{list(active)} {off} {merged} {scaling}"
-            for key, value in vars(module).items():
-                if isinstance(value, (bool, int, float)) and not key.startswith("_"):
-                    settings[f"{name}.{key}"] = value
-        places = {name: (value.data_ptr(), version(value)) for name, value in tensors.items()}
-        return cls(places, hooks, adapters, settings)
+            own, prefix = vars(module), f"{name}." if name else ""
+            for kind in TENSORS:
+                for key, value in own[kind].items():
+                    if value is not None:
+                        tensors[prefix + key] = (value.data_ptr(), version(value))
+            if attached := [key for kind in HOOKS for key in own[kind]]:
+                hooks[name] = tuple(attached)
+            for key, value in own.items():
+                if type(value) in NUMBERS and key[0] != "_":
+                    settings[prefix + key] = value
+            if hasattr(type(module), "active_adapters"):  # asking the module itself is slow
+                adapters[name] = _adapters(module)
+        return cls(tensors, hooks, adapters, settings)
 
     def changes(self, now: State) -> list[str]:
         """What is different now, each in a few words."""
@@ -67,3 +67,10 @@ class State:
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
                 found.append(f"the {what} at {odd[0]!r}{more} changed")
         return found
+
+
+def _adapters(module: nn.Module) -> str:
+    """Which adapters of a layer are active, and how."""
+    active = getattr(module, "active_adapters", None)
+    how = [getattr(module, each, None) for each in ("disable_adapters", "merged", "scaling")]
+    return f"{active} {how}" if isinstance(active, (list, tuple)) else ""

@@ -60,16 +60,17 @@ def checksum(x: Tensor) -> Checksum:
     >>> (checksum(a).bits == checksum(b).bits).tolist()
     [True, False]
     """
-    flat = x.detach().reshape(len(x), -1)
-    words = 8 // flat.element_size()
-    whole = flat.shape[1] - flat.shape[1] % words
-    bits = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    if whole:
-        bits = _as_integers(flat[:, :whole], torch.int64)
-    if whole < flat.shape[1]:
-        narrow = {1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()]
-        bits = bits + _as_integers(flat[:, whole:], narrow)
-    return Checksum(bits, flat.sum(1, dtype=torch.float32))
+    flat = (x.detach() if x.requires_grad else x).reshape(len(x), -1)
+    total = flat.sum(1, dtype=torch.float32)
+    size, length = flat.element_size(), flat.shape[1]
+    rest = length % (8 // size)
+    if not rest:
+        return Checksum(_as_integers(flat, torch.int64), total)
+    narrow = {1: torch.int8, 2: torch.int16, 4: torch.int32}[size]
+    bits = _as_integers(flat[:, length - rest :], narrow)
+    if length > rest:
+        bits = bits + _as_integers(flat[:, : length - rest], torch.int64)
+    return Checksum(bits, total)
 
 
 def _as_integers(x: Tensor, kind: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..families.base import Condition
+from ..families.config import Condition
 from ..hooks.cache import ActivationCache
 from ..hooks.points import HookPoint
 from ..model.hooked import HookedDiT

@@ -31,7 +31,7 @@ from ..hooks.names import layer_of, select
 from ..hooks.points import HookPoint
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
-from ..sampling.loop import advance, model_output, prepared
+from ..sampling.loop import advance, model_output
 from ..sampling.run import Run
 from ..sampling.settings import Progress, edits_at
 from .measure import energy, latent_bands
@@ -94,7 +94,7 @@ def attribute(
     window = arguments.whole("window", window, 1, settings.steps if check else arguments.MANY)
     seed = arguments.seed("seed", seed)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    if getattr(prepared(model, settings).config, "solver_order", 1) > 1:
+    if getattr(target.scheduler.config, "solver_order", 1) > 1:
         raise InvalidValue(
             f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here "
             "do not; use 'ddim' or 'ddpm'."
@@ -213,7 +213,7 @@ def _activations(
         seen[point.name] = value
 
     model, settings = run.model, run.settings
-    scheduler = prepared(model, settings)
+    scheduler = run.fresh_scheduler()
     wanted = [name for some in names for name in some]
     with (
         torch.set_grad_enabled(graph),

@@ -1,29 +1,33 @@
 """The file of an interrupted sweep: finished latents by patch, and which sweep they are of.
 
-One safetensors file, always whole: it is written under another name and then renamed. A file of
-another sweep is refused.
+One safetensors file, always whole and sealed (`dit_lens.storage`). A file of another sweep is
+refused, and so is one that another process is filling.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..sampling.loop import prepared
 from ..sampling.run import Run
+from ..storage import Whole, conform, load_tensors, locked, save_tensors
 from .patch import Planned
+
+FORMAT = "dit_lens.sweep/2"
+EXPECTED = "the file of a sweep"
+SCHEMA = {"sweep": str, "blocks": Whole(), "patches": Whole(1)}
 
 
 def scheduler_text(run: Run) -> str:
     """The class of a run's scheduler and a digest of its settings."""
-    scheduler = prepared(run.model, run.settings)
+    scheduler = run.scheduler
     config = sorted((k, str(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
     return f"{type(scheduler).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
 
@@ -48,47 +52,71 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:
 
 
 class Store:
-    """Finished latents [item, c, h, w] by the patch's number, in a file if a path is given.
+    """Finished latents [item, c, h, w] by the patch's number, in a file if a path is given. In a
+    `with` block the file is this process's alone.
+
+        with Store(path, key, len(patches), target.latents) as store:
+            store.add([0, 1], found, blocks)
 
     Args:
         path: where; None keeps them in memory.
         key: of the sweep, see `sweep_key`.
         patches: how many there are.
+        like: latents as a patch has them.
 
     Raises:
-        ValueError: for a file of another sweep, or of none.
+        ValueError: on entering, for a file of another sweep, or of none, or a damaged one.
+        RuntimeError: on entering, if another process is at the same sweep.
+        OSError: where the file can't be written.
     """
 
-    def __init__(self, path: str | Path | None, key: str, patches: int) -> None:
+    def __init__(self, path: str | Path | None, key: str, patches: int, like: Tensor) -> None:
         self.path, self.key = None if path is None else Path(path), key
+        self.patches, self.like = patches, like
         self.done: dict[int, Tensor] = {}
         self.blocks = 0
-        if self.path is not None and self.path.exists():
-            try:
-                with safe_open(self.path, "pt") as file:
-                    meta = file.metadata() or {}
-                    mine = meta.get("sweep") == key
-                    self.done = {int(p): file.get_tensor(p) for p in file.keys()} if mine else {}
-            except SafetensorError as error:
+        self.kept = ExitStack()
+
+    def __enter__(self) -> Store:
+        if self.path is not None:
+            with ExitStack() as stack:
+                stack.enter_context(locked(self.path))
+                if self.path.exists():
+                    self._read(self.path)
+                self.kept = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kept.close()
+
+    def _read(self, path: Path) -> None:
+        """What is in the file."""
+        advice = f"{EXPECTED}; give another path, or delete it"
+        about, tensors = load_tensors(path, FORMAT, advice)
+        conform(about, SCHEMA, repr(str(path)))
+        if about["sweep"] != self.key or about["patches"] != self.patches:
+            raise InvalidValue(
+                f"{path} is of another sweep ({about['patches']} patches): other runs, settings or "
+                f"patches than these {self.patches}; give another path."
+            )
+        for name, found in tensors.items():
+            number = int(name) if re.fullmatch("[0-9]{1,9}", name) else self.patches
+            if number >= self.patches or found.shape != self.like.shape:
                 raise InvalidValue(
-                    f"{self.path} is not a file of a sweep ({error}); give another path, or delete "
-                    "it."
-                ) from None
-            if not mine:
-                what = (
-                    f"of another sweep ({meta['patches']} patches)"
-                    if "patches" in meta
-                    else "not a file of a sweep"
+                    f"{path} has {list(found.shape)} for patch {name!r:.40}; expected "
+                    f"{list(self.like.shape)} for each of {self.patches}: {advice}."
                 )
+            if found.dtype != self.like.dtype or not bool(torch.isfinite(found).all()):
                 raise InvalidValue(
-                    f"{self.path} is {what}: other runs, settings or patches than these {patches}; "
-                    "give another path."
+                    f"{path} has {found.dtype} latents for patch {number}, or some that are not "
+                    f"finite; expected finite {self.like.dtype}: {advice}."
                 )
-            self.blocks = int(meta["blocks"])
-        self.patches = patches
+            self.done[number] = found
+        self.blocks = about["blocks"]
 
     def add(self, numbers: list[int], found: Tensor, blocks: int) -> None:
-        """Keep the finished latents [patch, item, c, h, w] of these patches.
+        """Keep the finished latents [patch, item, c, h, w] of these patches. Those that are not
+        finite are not put into the file: they are run again.
 
         Args:
             numbers: which patches they are.
@@ -98,8 +126,6 @@ class Store:
         self.done |= dict(zip(numbers, found.cpu(), strict=True))
         self.blocks += blocks
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(self.path.name + ".part")
-            meta = {"sweep": self.key, "blocks": str(self.blocks), "patches": str(self.patches)}
-            save_file({str(p): x.clone().contiguous() for p, x in self.done.items()}, part, meta)
-            os.replace(part, self.path)
+            about = {"sweep": self.key, "blocks": self.blocks, "patches": self.patches}
+            finite = {str(p): x for p, x in self.done.items() if bool(torch.isfinite(x).all())}
+            save_tensors(self.path, FORMAT, about, finite, self.like.device)

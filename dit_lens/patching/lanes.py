@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import InvalidValue
 from ..hooks.points import HookFunction, HookPoint
 from ..sampling.guidance import guided, model_inputs, n_passes
-from ..sampling.loop import advance, model_output, prepared
+from ..sampling.loop import advance, model_output
 from ..sampling.run import Run
 from ..sampling.schedulers import learns_variance
 from ..sampling.settings import Edits, edits_at
@@ -88,7 +88,7 @@ class Lanes:
         self.items = len(target.labels)
         self.blocks = 0
         self.same_labels = torch.equal(source.labels, target.labels)
-        self.scheduler = prepared(self.model, self.settings)
+        self.scheduler = target.fresh_scheduler()
 
     @torch.no_grad()
     def run(self, patches: Sequence[Planned], tick: Callable[[int], object]) -> Tensor:
@@ -99,7 +99,7 @@ class Lanes:
             tick: called with each finished step.
         """
         target = self.target
-        scheduler = prepared(self.model, self.settings)
+        scheduler = target.fresh_scheduler()
         trunk = Lane(target.latents[0], scheduler, list(range(len(patches))))
         lanes: list[Lane] = []
         for step in range(self.settings.steps):

@@ -82,9 +82,10 @@ def sweep(
 
     Raises:
         ValueError: before anything is run, for runs that do not fit each other, patches that do not
-            fit the runs, and a file of another sweep.
+            fit the runs, and a file of another sweep or a damaged one.
         UnknownName: for a site that the model does not have.
-        RuntimeError: if the weights have changed since.
+        RuntimeError: if the weights have changed since, or another process is at this sweep.
+        OSError: before anything is run, where the file can't be written.
 
     >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=3)
     >>> patches = dit_lens.patching.grid([9], "attn_out", [range(1, 2), range(2, 3)])
@@ -107,22 +108,23 @@ def sweep(
     check_runs(source, target)
 
     # The patches are run, those of a wave together.
-    store = Store(resume, sweep_key(source, target, planned), len(patches))
-    lanes = Lanes(source, target, batch)
-    for wave in _waves(planned):
-        if all(p in store.done for p in wave):
-            continue
+    key, like = sweep_key(source, target, planned), target.latents[-1]
+    with Store(resume, key, len(patches), like) as store:
+        lanes = Lanes(source, target, batch)
+        for wave in _waves(planned):
+            if all(p in store.done for p in wave):
+                continue
 
-        def tick(step: int, size: int = len(wave)) -> None:
-            # the last step counts when its patches are stored
-            if progress is not None and step < steps - 1:
-                progress(len(store.done) * steps + size * (step + 1), len(patches) * steps)
+            def tick(step: int, size: int = len(wave)) -> None:
+                # the last step counts when its patches are stored
+                if progress is not None and step < steps - 1:
+                    progress(len(store.done) * steps + size * (step + 1), len(patches) * steps)
 
-        before = lanes.blocks
-        found = lanes.run([planned[p] for p in wave], tick)
-        store.add(wave, found, lanes.blocks - before)
-        if progress is not None:
-            progress(len(store.done) * steps, len(patches) * steps)
+            before = lanes.blocks
+            found = lanes.run([planned[p] for p in wave], tick)
+            store.add(wave, found, lanes.blocks - before)
+            if progress is not None:
+                progress(len(store.done) * steps, len(patches) * steps)
 
     # What became of the target.
     finished = torch.stack([store.done[p] for p in range(len(patches))]).to(target.latents)

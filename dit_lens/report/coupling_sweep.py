@@ -11,17 +11,28 @@ from rich.table import Table
 
 from ..experiments.coupling_sweep import SENSES
 from ..measures.estimate import Estimate, number
-from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console
+from ..storage import save_dataset
+from .style import HIGH, INK, LOW, beside, error_bars, files, legend, picture, plain_console
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
-    """Print the table and the sentences; write coupling_sweep.nc and coupling_sweep.png.
+    """Store coupling_sweep.nc; then print the table and the sentences, and draw
+    coupling_sweep.png.
 
     Args:
         results: of `dit_lens.experiments.couplings`.
         folder: for the files; it is made if need be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    show(results, save_dataset(folder / "coupling_sweep.nc", "coupling_sweep.nc", results))
+
+
+def show(results: xr.Dataset, stored: Path) -> None:
+    """Print the table and the sentences, and draw the picture beside the stored result.
+
+    Args:
+        results: of `dit_lens.experiments.couplings`.
+        stored: the file that holds them.
+    """
     console = plain_console(110)
     form, eps = results.attrs["form"], results.attrs["eps"]
     title = f"Twins coupled throughout ({form} form, eps {eps:g})"
@@ -49,9 +60,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
     console.print(table)
     for sense in SENSES:
         console.print(results.attrs[f"sentence_{sense}"], soft_wrap=True)
-    stored = folder / "coupling_sweep.nc"
-    results.to_netcdf(stored, engine="scipy")
-    drawn = draw(results, stored.with_suffix(".png"))
+    drawn = draw(results, beside(stored, "coupling_sweep.nc", "coupling_sweep.png"))
     files(console, [drawn, stored])
 
 

@@ -11,7 +11,19 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate, number
-from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console, whole_numbers
+from ..storage import save_dataset
+from .style import (
+    HIGH,
+    INK,
+    LOW,
+    beside,
+    error_bars,
+    files,
+    legend,
+    picture,
+    plain_console,
+    whole_numbers,
+)
 
 CAPTION = (
     "stream: the step at which the twins' difference in the layer's residual stream has reached "
@@ -28,25 +40,34 @@ VIEWS = {
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
-    """Print the tables and the sentences; write gap.nc and three pictures.
+    """Store gap.nc; then print the tables and the sentences, and draw three pictures.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
         folder: for the files; it is made if need be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    stored = save_dataset(folder / "gap.nc", "gap.nc", results)
+    show(results, stored)
+
+
+def show(results: xr.Dataset, stored: Path) -> None:
+    """Print the tables and the sentences, and draw three pictures beside the stored result.
+
+    Args:
+        results: of `dit_lens.experiments.measure_gap`.
+        stored: the file that holds them.
+    """
     console = plain_console(110)
     console.print(table(results))
     console.print(band_table(results))
     for line in sentences(results):
         console.print(line, soft_wrap=True)
-    results.to_netcdf(folder / "gap.nc", engine="scipy")
     pictures = [
-        draw_profile(results, folder / "layer_profile.png"),
-        draw_frequencies(results, folder / "frequencies.png"),
-        draw_spectrum(results, folder / "spectrum.png"),
+        draw_profile(results, beside(stored, "gap.nc", "layer_profile.png")),
+        draw_frequencies(results, beside(stored, "gap.nc", "frequencies.png")),
+        draw_spectrum(results, beside(stored, "gap.nc", "spectrum.png")),
     ]
-    files(console, [*pictures, folder / "gap.nc"])
+    files(console, [*pictures, stored])
 
 
 def table(results: xr.Dataset) -> Table:

@@ -12,14 +12,27 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate, number
+from ..storage import save_dataset
 from .gap import VIEWS
-from .style import HIGH, INK, LOW, error_bars, files, legend, picture, plain_console, whole_numbers
+from .style import (
+    HIGH,
+    INK,
+    LOW,
+    beside,
+    error_bars,
+    files,
+    legend,
+    picture,
+    plain_console,
+    whole_numbers,
+)
 
 
 def write(
     knocked: xr.Dataset, patched: xr.Dataset, folder: Path, onsets: Mapping[str, int] | None = None
 ) -> None:
-    """Print the table and the sentences; write knock_outs.nc, patches.nc and causes.png.
+    """Store knock_outs.nc and patches.nc; then print the table and the sentences, and draw
+    causes.png.
 
     Args:
         knocked: of `dit_lens.experiments.knock_outs`, with direct effects.
@@ -27,7 +40,44 @@ def write(
         folder: for the files; it is made if need be.
         onsets: the layer profiles' onset by view, -1 for none, to compare the causes with.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    stored = store_knock_outs(knocked, folder), store_patches(patched, folder)
+    show(knocked, patched, stored, onsets)
+
+
+def store_knock_outs(knocked: xr.Dataset, folder: Path) -> Path:
+    """Store knock_outs.nc.
+
+    Args:
+        knocked: of `dit_lens.experiments.knock_outs`, with direct effects.
+        folder: for the file; it is made if need be.
+    """
+    return save_dataset(folder / "knock_outs.nc", "knock_outs.nc", knocked)
+
+
+def store_patches(patched: xr.Dataset, folder: Path) -> Path:
+    """Store patches.nc.
+
+    Args:
+        patched: of `dit_lens.probes.TwinPatching`.
+        folder: for the file; it is made if need be.
+    """
+    return save_dataset(folder / "patches.nc", "patches.nc", patched)
+
+
+def show(
+    knocked: xr.Dataset,
+    patched: xr.Dataset,
+    stored: tuple[Path, Path],
+    onsets: Mapping[str, int] | None = None,
+) -> None:
+    """Print the table and the sentences, and draw the picture beside the stored knock-outs.
+
+    Args:
+        knocked: of `dit_lens.experiments.knock_outs`, with direct effects.
+        patched: of `dit_lens.probes.TwinPatching`.
+        stored: the files that hold them.
+        onsets: the layer profiles' onset by view, -1 for none, to compare the causes with.
+    """
     console = plain_console(120)
     table = Table(
         title="Knocked out one by one (gap, steps) and patched from twin A into twin B "
@@ -59,10 +109,8 @@ def write(
     console.print(table)
     for line in sentences(knocked, patched) + ([against(knocked, onsets)] if onsets else []):
         console.print(line, soft_wrap=True)
-    knocked.to_netcdf(folder / "knock_outs.nc", engine="scipy")
-    patched.to_netcdf(folder / "patches.nc", engine="scipy")
-    drawn = draw(knocked, patched, folder / "causes.png")
-    files(console, [drawn, folder / "knock_outs.nc", folder / "patches.nc"])
+    drawn = draw(knocked, patched, beside(stored[0], "knock_outs.nc", "causes.png"))
+    files(console, [drawn, *stored])
 
 
 def carries(patched: xr.Dataset) -> xr.DataArray:

@@ -1,21 +1,105 @@
-"""Stored results, read back and shown again: what `dit-lens report` does."""
+"""Stored results, read back and shown again: what `dit-lens report` does. Nothing that is stored is
+written again.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
+from ..storage import load_dataset
 from . import coupling_sweep, gap, knock_outs
 
-FILES = {
-    "gap.nc": "layer_gap",
-    "coupling_sweep.nc": "parting",
-    "knock_outs.nc": "effect",
-    "patches.nc": "move",
+ENDS = "bound"
+"""The axis of an interval's ends."""
+FILES: dict[str, dict[str, tuple[str, ...]]] = {
+    "gap.nc": {
+        "layer_commitment": ("view", "layer", "split"),
+        "layer_gap": ("view", "layer"),
+        "layer_gap_interval": ("view", "layer", ENDS),
+        "band_commitment": ("estimator", "band"),
+        "band_commitment_interval": ("estimator", "band", ENDS),
+        "split_commitment": ("estimator", "split"),
+        "split_commitment_interval": ("estimator", "split", ENDS),
+        "split_gap": ("estimator", "quantity"),
+        "split_gap_interval": ("estimator", "quantity", ENDS),
+        "image_gap": ("estimator", "quantity"),
+        "image_gap_interval": ("estimator", "quantity", ENDS),
+        "x_t_gap": ("quantity",),
+        "x_t_gap_interval": ("quantity", ENDS),
+        "cut_gap": ("cut",),
+        "cut_gap_interval": ("cut", ENDS),
+        "log_ratio": ("energy", "layer"),
+        "log_ratio_interval": ("energy", "layer", ENDS),
+        "spectrum_commitment": ("frequency",),
+        "spectrum_commitment_interval": ("frequency", ENDS),
+        "difference_spectrum": ("layer", "token_frequency"),
+        "agreement_one_pass": ("step", "band"),
+        "agreement_clones": ("release", "band"),
+    },
+    "coupling_sweep.nc": {
+        "parting": ("g", "band"),
+        "gap": ("g", "sense"),
+        "gap_interval": ("g", "sense", ENDS),
+        "rho": ("g",),
+        "response": ("g", "layer"),
+        "linear": ("g", "layer"),
+    },
+    "knock_outs.nc": {
+        "gap": ("layer",),
+        "effect": ("layer",),
+        "effect_interval": ("layer", ENDS),
+        "direct_effect": ("layer",),
+        "mediated_effect": ("layer",),
+    },
+    "patches.nc": {"move": ("layer", "site", "window", "band")},
 }
-"""The files that the commands write, and a variable by which each is known."""
+"""The files that the commands write, and the figures in each that a report shows, with their
+axes."""
+
+LABELS: dict[str, dict[str, set[Any]]] = {
+    "gap.nc": {
+        "view": {"divergence", "lens"},
+        "energy": {"ratio", "growth"},
+        "split": {"low", "high"},
+        "estimator": {"one_pass", "clones"},
+        "quantity": {"step", "log_snr"},
+        ENDS: {"low", "high"},
+    },
+    "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"parting", "size"}},
+    "knock_outs.nc": {ENDS: {"low", "high"}},
+    "patches.nc": {"band": {"low", "high"}},
+}
+"""Labels that an axis must have."""
+
+NUMBERS, TEXTS = "numbers", "texts"
+ATTRS: dict[str, dict[str, str]] = {
+    "gap.nc": {
+        **dict.fromkeys(("headline", "estimators", "title", "bands"), TEXTS),
+        **dict.fromkeys(("commitment_step", "cut"), NUMBERS),
+        **{f"onset_{view}": TEXTS for view in gap.VIEWS},
+        **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
+    },
+    "coupling_sweep.nc": {
+        **dict.fromkeys(("form", "sentence_parting", "sentence_size"), TEXTS),
+        **dict.fromkeys(("eps", "step"), NUMBERS),
+    },
+    "knock_outs.nc": {"sentence": TEXTS, "gap": NUMBERS},
+    "patches.nc": {},
+}
+"""What else a report shows."""
+
+COORDINATES = {
+    **dict.fromkeys(("layer", "step", "release"), "i"),
+    **dict.fromkeys(("g", "cut", "frequency", "token_frequency"), "f"),
+}
+"""Axes whose labels are numbers, and of which kind."""
+
+EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap` and `dit-lens patch` write them"
 
 
 def show(path: Path) -> None:
@@ -23,11 +107,11 @@ def show(path: Path) -> None:
 
     Args:
         path: a folder that `dit-lens gap` or `dit-lens patch` wrote, for all that is in it, or one
-            of the files in it.
+            of the files in it, by whatever name.
 
     Raises:
         MissingFile: if there is nothing at the path, or no result in the folder.
-        InvalidValue: for a file that is no result.
+        InvalidValue: for a file that is no result, or is damaged.
     """
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).exists()]
@@ -41,47 +125,86 @@ def show(path: Path) -> None:
     kinds = {kind: (file, results) for file in found for kind, results in [read(file)]}
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
-            gap.write(results, file.parent)
+            gap.show(results, file)
         elif kind == "coupling_sweep.nc":
-            coupling_sweep.write(results, file.parent)
+            coupling_sweep.show(results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
-            _show_causes(file.parent)
+            _show_causes(kind, file)
 
 
 def read(path: Path) -> tuple[str, xr.Dataset]:
-    """One stored result, and which of `FILES` it is by what is in it.
+    """One stored result, and which of `FILES` it is.
 
     Args:
         path: of the file, by any name.
 
     Raises:
         MissingFile: if it is not there.
-        InvalidValue: for a file that is no result of dit_lens.
+        InvalidValue: for a file that is no result of dit_lens, or is not as it was written.
     """
-    if not path.exists():
-        raise MissingFile(f"There is no file {str(path)!r}; expected a stored result.")
-    try:
-        results = xr.load_dataset(path, engine="scipy")
-    except Exception as error:  # scipy raises several kinds for files that are not netCDF
-        reason = str(error).partition("\n")[0]
+    kind, results = load_dataset(path, EXPECTED)
+    if kind not in FILES:
+        raise InvalidValue(f"{str(path)!r} is of the kind {kind!r:.60}; expected {EXPECTED}.")
+    for name, axes in FILES[kind].items():
+        if name not in results or results[name].dims != axes or results[name].dtype.kind != "f":
+            raise InvalidValue(f"{str(path)!r} has no {name} {list(axes)}; expected {EXPECTED}.")
+    for axis in {axis for axes in FILES[kind].values() for axis in axes}:
+        if not _labelled(results, axis, LABELS[kind].get(axis, set())):
+            raise InvalidValue(
+                f"{str(path)!r} has no such labels on its axis {axis!r} as it was written with; "
+                f"expected {EXPECTED}."
+            )
+    for name, what in ATTRS[kind].items():
+        value = results.attrs.get(name)
+        number = isinstance(value, (int, float, np.number)) and bool(np.isfinite(value))
+        if not (number if what == NUMBERS else isinstance(value, str)):
+            raise InvalidValue(f"{str(path)!r} has {name}={value!r:.60}; expected {EXPECTED}.")
+    if kind == "knock_outs.nc":
+        causes = np.atleast_1d(results.attrs.get("causes", "none"))
+        if causes.dtype.kind not in "if" or not np.isin(causes, results.layer.values).all():
+            raise InvalidValue(f"{str(path)!r} has causes={causes}; expected some of its layers.")
+    return kind, results
+
+
+def _labelled(results: xr.Dataset, axis: str, wanted: set[Any]) -> bool:
+    """Whether an axis has labels, of the right kind, each once, and among them those wanted."""
+    if axis not in results.coords or not results.sizes[axis]:
+        return False
+    values = results[axis].values
+    kind = COORDINATES.get(axis)
+    if kind is not None and values.dtype.kind != kind:
+        return False
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        return False
+    labels = values.tolist()
+    return len(set(labels)) == len(labels) and wanted <= set(labels)
+
+
+def _show_causes(kind: str, file: Path) -> None:
+    """Knock-outs and patches together, compared with the layer profiles where they are known: of a
+    file by whatever name, and the other by its usual name in the same folder.
+    """
+    names = ("knock_outs.nc", "patches.nc")
+    first, second = (file if name == kind else file.with_name(name) for name in names)
+    (_, knocked), (_, patched) = _read_as(first, names[0]), _read_as(second, names[1])
+    layers = [one.layer.values.tolist() for one in (knocked, patched)]
+    steps = [one.attrs.get("steps") for one in (knocked, patched)]
+    if layers[0] != layers[1] or steps[0] != steps[1]:
         raise InvalidValue(
-            f"{str(path)!r} is not a result of `dit-lens gap` or `patch` ({reason}); expected "
-            f"one of {', '.join(FILES)}."
-        ) from None
-    for kind, variable in FILES.items():
-        if variable in results:
-            return kind, results
-    raise InvalidValue(
-        f"{str(path)!r} is netCDF but not a result of `dit-lens gap` or `patch`: it has none of "
-        f"the variables {', '.join(FILES.values())}."
-    )
-
-
-def _show_causes(folder: Path) -> None:
-    """Knock-outs and patches together, compared with the layer profiles where they are known."""
-    _, knocked = read(folder / "knock_outs.nc")
-    _, patched = read(folder / "patches.nc")
+            f"{str(first)!r} and {str(second)!r} are of different experiments: {len(layers[0])} "
+            f"and {len(layers[1])} layers, {steps[0]} and {steps[1]} steps; expected those of one "
+            "run."
+        )
     onsets = None
-    if (folder / "gap.nc").exists():
-        onsets = gap.onsets(read(folder / "gap.nc")[1])
-    knock_outs.write(knocked, patched, folder, onsets)
+    beside = file.with_name("gap.nc")
+    if beside.exists():
+        onsets = gap.onsets(_read_as(beside, "gap.nc")[1])
+    knock_outs.show(knocked, patched, (first, second), onsets)
+
+
+def _read_as(path: Path, kind: str) -> tuple[str, xr.Dataset]:
+    """A stored result that must be of one kind, whatever its name."""
+    found, results = read(path)
+    if found != kind:
+        raise InvalidValue(f"{str(path)!r} holds what {found} does; expected what {kind} does.")
+    return found, results

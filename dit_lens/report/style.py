@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
 
+from ..storage import replacing, versions
+
 LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
 STYLE = {
     "font.size": 9,
@@ -40,7 +42,31 @@ def picture(path: Path, size: tuple[float, float], **axes: Any) -> Iterator[tupl
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(**axes)
-        figure.savefig(path, dpi=200)
+        with replacing(path) as part:
+            figure.savefig(part, dpi=200, format="png", metadata=_made_with())
+
+
+def _made_with() -> dict[str, str]:
+    """For a picture's metadata; its checksums are PNG's own."""
+    made = versions()
+    return {"Software": ", ".join(f"{name} {made[name]}" for name in ("dit_lens", "torch"))}
+
+
+def beside(stored: Path, kind: str, picture: str) -> Path:
+    """Where a picture of a stored result goes: into its folder, and where the file has a name of
+    its own, under that name too, so that no other result's picture is overwritten.
+
+    Args:
+        stored: the result's file.
+        kind: the name that it usually has.
+        picture: the name that its picture usually has.
+
+    >>> beside(Path("a/gap.nc"), "gap.nc", "x.png").name
+    'x.png'
+    >>> beside(Path("a/mine.nc"), "gap.nc", "x.png").name
+    'mine_x.png'
+    """
+    return stored.with_name(picture if stored.name == kind else f"{stored.stem}_{picture}")
 
 
 def whole_numbers(*axes: Any) -> None:

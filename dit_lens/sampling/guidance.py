@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..families.base import Condition
+from ..families.config import Condition
 from ..model.hooked import HookedDiT
 from .settings import Settings
 

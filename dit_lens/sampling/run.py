@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from ..model.witness import Departure, Proof, Witness, until
 from .guidance import model_inputs, n_passes
 from .loop import Step, advance, denoise, prepared
 from .noise import START, noise
-from .schedulers import default_name, make_scheduler
+from .schedulers import default_name
 from .settings import (
     Change,
     Edits,
@@ -68,6 +69,7 @@ class Run:
         history: where its noise comes from and what was edited, from step 0 and from each replay's
             step on.
         witnesses: checksums of the streams in each step's pass, which prove a recomputation.
+        scheduler: as it was before the first step, with the run's timesteps set.
         kernels: the settings that chose the kernels.
         state: a glance at the model, to name what changed since.
         selected: whether these are some of the items of a larger batch.
@@ -84,6 +86,7 @@ class Run:
     x0: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     witnesses: tuple[Witness, ...] = field(repr=False)
+    scheduler: Any = field(repr=False)
     kernels: Kernels = field(repr=False)
     state: State = field(repr=False)
     tied_until: int = 0
@@ -92,9 +95,7 @@ class Run:
     @property
     def log_snr(self) -> Tensor:
         """log SNR at each step, [steps], rising."""
-        return log_snr(
-            make_scheduler(self.settings.scheduler, self.model.scheduler), self.timesteps
-        )
+        return log_snr(self.scheduler, self.timesteps)
 
     @cached_property
     def images(self) -> Tensor:
@@ -316,13 +317,19 @@ class Run:
             tied_until=min(self.tied_until, from_step),
         )
 
+    def fresh_scheduler(self) -> Any:
+        """A copy of the scheduler as it was before the run's first step, whatever became of the
+        model's own since.
+        """
+        return copy.deepcopy(self.scheduler)
+
     def scheduler_at(self, step: int) -> Any:
         """A scheduler that remembers this run's earlier steps, as multistep ones need.
 
         Args:
             step: the next step to be made.
         """
-        scheduler = prepared(self.model, self.settings)
+        scheduler = self.fresh_scheduler()
         for s in range(arguments.whole("step", step, 0, self.settings.steps)):
             seeds, eta = self.seeds_at(s), self.settings.eta
             advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
@@ -374,8 +381,35 @@ def sample(
     Raises:
         ValueError: for what is out of range, in one sentence.
     """
+    with HookedDiT.opening(model) as opened:
+        return _sample(
+            opened,
+            labels,
+            seeds,
+            steps,
+            guidance,
+            scheduler,
+            eta,
+            guided_channels,
+            latents,
+            progress,
+        )
+
+
+def _sample(
+    model: HookedDiT,
+    labels: Labels,
+    seeds: Seeds,
+    steps: int,
+    guidance: float,
+    scheduler: Any,
+    eta: float,
+    guided_channels: GuidedChannels,
+    latents: Tensor | None,
+    progress: Progress | None,
+) -> Run:
+    """The same on an opened model."""
     # What is asked for fits the model.
-    model = HookedDiT.of(model)
     model.require_eval()
     scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     settings = checked_settings(steps, guidance, guided_channels, scheduler, eta)
@@ -388,6 +422,7 @@ def sample(
     y = model.conditions.numbers(labels, model.device)
     own_seeds = item_seeds(seeds, len(y))
     plan = prepared(model, settings)
+    fresh = copy.deepcopy(plan)
 
     # Where it starts.
     shape = model.cfg.latent_shape
@@ -408,7 +443,7 @@ def sample(
         seen.append(step)
         if progress is not None:
             progress(len(seen), settings.steps)
-    return made_of(seen, model, y, history, settings, plan, latents, kernels, state)
+    return made_of(seen, model, y, history, settings, fresh, latents, kernels, state)
 
 
 def made_of(
@@ -434,6 +469,7 @@ def made_of(
         x0=torch.stack([s.x0 for s in steps]),
         outputs=torch.stack([s.output for s in steps]),
         witnesses=tuple(s.witness for s in steps),
+        scheduler=scheduler,
         kernels=kernels,
         state=state,
         tied_until=tied_until,

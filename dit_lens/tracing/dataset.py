@@ -9,8 +9,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..hooks.names import layer_of, site_of
-from ..model.noise_schedule import log_snr
 from .recompute import rows_of
 from .record import Record
 
@@ -28,7 +28,12 @@ def to_dataset(record: Record, read: Mapping[str, Mapping[int, Tensor]]) -> xr.D
     for name in read:
         by_site.setdefault(site_of(name), []).append(name)
     variables = {site: _variable(record, members, read, at) for site, members in by_site.items()}
-    return xr.Dataset(variables, coords=_coordinates(record, at))
+    try:
+        return xr.Dataset(variables, coords=_coordinates(record, at))
+    except ValueError as error:  # an axis with two lengths
+        raise InvalidValue(
+            f"These activations have no axes in common ({error}); read fewer names at once."
+        ) from None
 
 
 def _variable(
@@ -58,6 +63,7 @@ def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
     known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
     if len(known) == len(calls):
         coords["label"] = ("batch", torch.cat(known).tolist())
-    if record.scheduler is not None:
-        coords["log_snr"] = ("step", log_snr(record.scheduler, torch.tensor(timesteps)).tolist())
+    noise_levels = record.noise_levels(at)
+    if noise_levels is not None:
+        coords["log_snr"] = ("step", noise_levels)
     return coords

@@ -1,64 +1,59 @@
 """Records on disk.
 
 The file is one safetensors file: the inputs of every call, the recorded activations, and JSON
-metadata (sizes, names, scheduler). Together with the model it can
-recompute every name, like the trace it came from.
+metadata (sizes, names, noise levels). Together with the model it can recompute every name, like the
+trace it came from; where something acted that the file can't hold, such as a function, it says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import numpy as np
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor
 
-from ..errors import InvalidValue, MissingFile
-from ..families.base import Condition, Config
+from ..errors import InvalidValue
+from ..families.config import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
-from ..model.kernels import Kernels
+from ..model.kernels import SDPA, Kernels
 from ..model.witness import Checksum, Witness
+from ..storage import Among, Named, Whole, conform, load_tensors, save_tensors
 from .record import Record
 
-FORMAT = "dit_lens.trace/3"
+FORMAT = "dit_lens.trace/4"
+EXPECTED = "a trace written by Trace.save"
 OF_CALL = ("inputs", "x", "t", "labels", "branch", "place", "grid", "condition")
-OF_CONTEXT = ("span", "stream", "labels", "twin")
+OF_CONTEXT = ("span", "stream", "labels", "twin", "step")
+DEPTH = 8
+"""So many dicts and lists may lie in each other in the arguments of a call."""
 
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record; see `Trace.save`."""
-    path = Path(path)
-    tensors: dict[str, torch.Tensor] = {}
-    written: dict[int, str] = {}
-    calls = [_packed(c, f"call/{i}", tensors, written) for i, c in enumerate(record.calls)]
+    tensors: dict[str, Tensor] = {}
+    packer = _Packer(tensors)
+    calls = [_packed(c, record.lost.get(i), i, packer) for i, c in enumerate(record.calls)]
     for name, activations in record.activations.items():
         tensors |= {f"record/{c}/{name}": value for c, value in activations.items()}
-    edited = {name for call in record.calls for name, _ in call.edits}
-    edited |= {f"blocks.{i}.attn.hook_z" for call in record.calls for i in call.context.couplings}
-    scheduler = record.scheduler
-    meta = {
-        "format": FORMAT,
+    steps = sorted(record.calls_at)
+    about = {
         "cfg": dataclasses.asdict(record.cfg),
-        "sites": record.sites,
-        "names": record.names,
+        "sites": {name: list(axes) for name, axes in record.sites.items()},
+        "names": list(record.names),
         "calls": calls,
-        "calls_at": sorted(record.calls_at.items()),
-        "edits": sorted(edited | set(record.lost_edits)),
-        "scheduler": scheduler
-        and {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
+        "calls_at": [[step, record.calls_at[step]] for step in steps],
+        "log_snr": record.noise_levels(steps),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.detach().clone().contiguous() for k, v in tensors.items()},
-        path,
-        {"dit_lens": json.dumps(meta, default=str)},
-    )
-    return path
+    device = record.calls[0].x.device if record.calls else None
+    return save_tensors(path, FORMAT, about, tensors, device)
 
 
 def load(path: str | Path) -> Record:
@@ -66,47 +61,33 @@ def load(path: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that is no trace.
+        ValueError: for a file that is no trace, or is damaged.
     """
-    path = Path(path)
-    if not path.exists():
-        raise MissingFile(
-            f"There is no trace at {str(path)!r}; expected a file written by Trace.save."
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("dit_lens", "{}"))
-            # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on
-            # unaligned memory
-            keys = list(file.keys())
-            tensors = {key: file.get_tensor(key).clone() for key in keys}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InvalidValue(
-            f"{str(path)!r} is not a whole safetensors file ({error}); expected one written by "
-            "Trace.save."
-        ) from None
-    if meta.get("format") != FORMAT:
-        raise InvalidValue(
-            f"{str(path)!r} is safetensors but no trace of this format; expected {FORMAT!r}, found "
-            f"{meta.get('format')!r}."
-        )
-    return _record(meta, tensors)
+    about, tensors = load_tensors(path, FORMAT, EXPECTED)
+    where = repr(str(path))
+    conform(about, SCHEMA, where)
+    problem = next(_problems(about, tensors), None)
+    if problem is not None:
+        raise InvalidValue(f"{where} has {problem}; expected {EXPECTED}.")
+    return _record(about, tensors, where)
 
 
-def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
+def _record(about: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Record:
     sizes: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in meta["cfg"].items()
+        k: tuple(v) if isinstance(v, list) else v for k, v in about["cfg"].items()
     }
     record = Record(
-        sites={name: tuple(axes) for name, axes in meta["sites"].items()},
+        sites={name: tuple(axes) for name, axes in about["sites"].items()},
         cfg=Config(**sizes),
-        scheduler=_scheduler(meta["scheduler"]),
-        names=meta["names"],
-        calls=[_unpacked(how, f"call/{i}", tensors) for i, how in enumerate(meta["calls"])],
-        calls_at=dict(meta["calls_at"]),
-        activations={name: {} for name in meta["names"]},
-        lost_edits=meta["edits"],
+        names=about["names"],
+        calls=[_unpacked(how, i, tensors) for i, how in enumerate(about["calls"])],
+        calls_at=dict(about["calls_at"]),
+        activations={name: {} for name in about["names"]},
+        lost={i: how["lost"] for i, how in enumerate(about["calls"]) if how["lost"]},
+        file=where,
     )
+    if about["log_snr"] is not None:
+        record.log_snr = dict(zip(record.calls_at, about["log_snr"], strict=True))
     for key, value in tensors.items():
         kind, call, name = key.split("/", 2)
         if kind == "record":
@@ -118,47 +99,111 @@ def _record(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Record:
     return record
 
 
-def _scheduler(saved: dict[str, Any] | None) -> Any:
-    return saved and getattr(diffusers, saved["class"]).from_config(saved["config"])
+# Calls.
 
 
-def _packed(
-    call: Call, key: str, tensors: dict[str, torch.Tensor], written: dict[int, str]
-) -> dict[str, Any]:
-    """A call as JSON, with its tensors put beside under names; a tensor that several calls share is
+class _Lost(Exception):
+    """Something that the file can't hold, in words."""
+
+
+class _Packer:
+    """Values as JSON, with their tensors put beside under names; a tensor that comes again is
     written once.
     """
 
-    def pack(value: Any, at: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in written:
-                written[id(value)] = at
-                tensors[at] = value
-            return {"tensor": written[id(value)]}
-        if isinstance(value, dict):
-            return {"dict": {k: pack(v, f"{at}/{k}") for k, v in value.items()}}
-        if isinstance(value, (list, tuple)):
-            return {type(value).__name__: [pack(v, f"{at}/{i}") for i, v in enumerate(value)]}
-        return {"value": value}
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.written: dict[int, str] = {}
 
+    def pack(self, value: Any, at: str, depth: int = 0) -> Any:
+        """A value, or _Lost."""
+        if isinstance(value, Tensor):
+            return {"tensor": self._put(value, at)}
+        if isinstance(value, np.ndarray):
+            return {"array": self._put(_as_tensor(value, at), at)}
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if depth == DEPTH:
+            raise _Lost(_words(at, value))
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            return {"dict": {k: self.pack(v, f"{at}/{k}", depth + 1) for k, v in value.items()}}
+        if isinstance(value, (list, tuple)):
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [self.pack(v, f"{at}/{i}", depth + 1) for i, v in enumerate(value)]}
+        small = not isinstance(value, int) or abs(value) < 1 << 63
+        if small and (value is None or isinstance(value, (bool, int, float, str))):
+            return {"value": value}
+        raise _Lost(_words(at, value))
+
+    def _put(self, value: Tensor, at: str) -> str:
+        if id(value) not in self.written:
+            try:
+                safetensors.torch.save({"": value.detach().reshape(-1)[:0].contiguous()})
+            except (KeyError, ValueError, TypeError, RuntimeError, AttributeError):
+                # a layout or dtype that safetensors does not have
+                raise _Lost(_words(at, value)) from None
+            self.written[id(value)] = at
+            self.tensors[at] = value
+        return self.written[id(value)]
+
+
+def _as_tensor(value: np.ndarray, at: str) -> Tensor:
+    try:
+        return torch.from_numpy(value.copy())
+    except TypeError:  # of objects or texts
+        raise _Lost(_words(at, value)) from None
+
+
+def _words(at: str, value: Any) -> str:
+    _, _, part, *names = at.split("/")
+    return f"called with {'.'.join(names) or part}, a {type(value).__name__}"
+
+
+def _packed(call: Call, lost: str | None, number: int, packer: _Packer) -> dict[str, Any]:
+    """A call as JSON."""
+    key = f"call/{number}"
     if call.witness:
-        tensors[f"{key}/bits"] = torch.stack([c.bits for c in call.witness.values()])
-        tensors[f"{key}/totals"] = torch.stack([c.total for c in call.witness.values()])
+        packer.tensors[f"{key}/bits"] = torch.stack([c.bits for c in call.witness.values()])
+        packer.tensors[f"{key}/totals"] = torch.stack([c.total for c in call.witness.values()])
+    missing = [*([lost] if lost else []), *_functions(call)]
+
+    def pack(owner: Any, name: str, at: str) -> Any:
+        try:
+            return packer.pack(getattr(owner, name), at)
+        except _Lost as what:
+            missing.append(str(what))
+            return {"dict": {}} if name in ("inputs", "condition") else {"value": None}
+
     return {
-        "call": {name: pack(getattr(call, name), f"{key}/{name}") for name in OF_CALL},
-        "context": {
-            name: pack(getattr(call.context, name), f"{key}/context/{name}") for name in OF_CONTEXT
-        },
+        "call": {name: pack(call, name, f"{key}/{name}") for name in OF_CALL},
+        "context": {name: pack(call.context, name, f"{key}/context/{name}") for name in OF_CONTEXT},
         "kernels": call.kernels.as_json(),
         "witness": list(call.witness),
+        "lost": " and ".join(missing),
     }
 
 
-def _unpacked(how: dict[str, Any], key: str, tensors: dict[str, torch.Tensor]) -> Call:
+def _functions(call: Call) -> Iterator[str]:
+    """What acted in a call and is a function, in words that follow "this trace was"."""
+    if call.edits:
+        yield f"edited at {call.edits[0][0]!r} by a function"
+    layers = sorted(call.context.couplings)
+    if layers:
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        yield f"of twins coupled inside the attention of {which} by a function"
+
+
+def _unpacked(how: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> Call:
     def unpack(value: Any) -> Any:
         ((kind, inside),) = value.items()
         if kind == "tensor":
             return tensors[inside]
+        if kind == "array":
+            return tensors[inside].numpy()
+        if kind == "dtype":
+            return getattr(torch, inside)
         if kind == "dict":
             return {k: unpack(v) for k, v in inside.items()}
         if kind in ("list", "tuple"):
@@ -170,7 +215,191 @@ def _unpacked(how: dict[str, Any], key: str, tensors: dict[str, torch.Tensor]) -
     context = PassContext(**{name: unpack(how["context"][name]) for name in OF_CONTEXT})
     witness: Witness = {}
     if how["witness"]:
+        key = f"call/{number}"
         sums = zip(tensors[f"{key}/bits"], tensors[f"{key}/totals"], strict=True)
         witness = {n: Checksum(*both) for n, both in zip(how["witness"], sums, strict=True)}
     kernels = Kernels.from_json(how["kernels"])
     return Call(**parts, context=context, kernels=kernels, witness=witness)
+
+
+# What a file may say.
+
+DTYPES = {
+    str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)
+}
+NAMES = frozenset(DTYPES)
+
+
+def _value(depth: int) -> tuple[Any, ...]:
+    """The schema of a packed value."""
+    leaves: tuple[Any, ...] = (
+        {"tensor": str},
+        {"array": str},
+        {"dtype": Among(NAMES, "a dtype of torch")},
+        {"value": (None, bool, Whole(-(1 << 63), 1 << 63), float, str)},
+    )
+    if not depth:
+        return leaves
+    inner = _value(depth - 1)
+    return (*leaves, {"dict": Named(inner)}, {"list": [inner]}, {"tuple": [inner]})
+
+
+VALUE = _value(DEPTH)
+SIZE = Whole(0, 1 << 32)
+SCHEMA = {
+    "cfg": {
+        **dict.fromkeys((f.name for f in dataclasses.fields(Config)), SIZE),
+        **dict.fromkeys(("latent_shape", "grid"), [SIZE]),
+        **dict.fromkeys(("restartable", "distilled_guidance", "joint"), bool),
+        "own_axes": Named(SIZE),
+    },
+    "sites": Named([str]),
+    "names": [str],
+    "calls": [
+        {
+            "call": dict.fromkeys(OF_CALL, VALUE),
+            "context": dict.fromkeys(OF_CONTEXT, VALUE),
+            "kernels": {
+                "grad": bool,
+                "autocast": (None, Among(NAMES, "a dtype of torch")),
+                "sdpa": [bool],
+                "attention": Among(
+                    frozenset(b.value for b in AttentionBackendName), "an attention backend"
+                ),
+                "matmul": Among(frozenset(("highest", "high", "medium")), "a precision"),
+                "mkldnn": bool,
+            },
+            "witness": [str],
+            "lost": str,
+        }
+    ],
+    "calls_at": [[(SIZE, [SIZE])]],
+    "log_snr": (None, [float]),
+}
+
+
+def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """What does not fit together, in words that follow "the file has"."""
+    sites, names, calls = about["sites"], about["names"], about["calls"]
+
+    # names
+    for name, axes in sites.items():
+        if not re.fullmatch(r"(blocks\.\d{1,9}\.)?[a-z_]\w*(\.\w+)*", name) or name == "blocks":
+            yield f"the hook point {name!r:.60}"
+        if len(set(axes)) < len(axes) or {"step", "layer"} & set(axes):
+            yield f"the axes {axes} at {name!r:.60}"
+    if len(set(names)) < len(names) or not set(names) <= sites.keys():
+        yield "recorded names that are none of its hook points"
+
+    # steps
+    for pair in about["calls_at"]:
+        if len(pair) != 2 or not isinstance(pair[0], int) or not isinstance(pair[1], list):
+            yield f"the step {pair!r:.60}"
+            return
+    steps = [step for step, _ in about["calls_at"]]
+    placed = [c for _, made in about["calls_at"] for c in made]
+    if steps != sorted(set(steps)) or sorted(placed) != list(range(len(calls))):
+        yield "steps that are not in order, or calls that are of no step or of two"
+    if any(not made for _, made in about["calls_at"]):
+        yield "a step without calls"
+    if about["log_snr"] is not None and len(about["log_snr"]) != len(steps):
+        yield f"{len(about['log_snr'])} noise levels for {len(steps)} steps"
+
+    # calls
+    batch: list[int] = []
+    for i, how in enumerate(calls):
+        try:
+            call = _unpacked(how, i, tensors)
+        except (KeyError, ValueError, TypeError):
+            yield f"a call {i} of which tensors are missing"
+            return
+        problem = next(_problems_of(call, how, sites), None)
+        if problem is not None:
+            yield f"{problem} in call {i}"
+            return
+        batch.append(len(call.x))
+
+    # recorded activations
+    for key, value in tensors.items():
+        kind, call_number, name = [*key.split("/", 2), "", ""][:3]
+        if kind not in ("call", "record") or not call_number.isdecimal():
+            yield f"a tensor {key!r:.60}"
+            return
+        if kind == "call":
+            continue
+        if name not in names or int(call_number) >= len(calls):
+            yield f"a record {key!r:.60} of no hook point or call"
+        elif (
+            not value.is_floating_point()
+            or value.ndim != len(sites[name])
+            or (sites[name][:1] == ["batch"] and value.shape[0] != batch[int(call_number)])
+        ):
+            yield f"{value.dtype} {list(value.shape)} recorded at {name!r}"
+
+
+def _problems_of(call: Call, how: dict[str, Any], sites: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(call.x, Tensor) or not call.x.is_floating_point() or call.x.ndim < 2:
+        yield "no latents"
+        return
+    items = len(call.x)
+    if not (
+        isinstance(call.t, Tensor)
+        and call.t.ndim == 1
+        and len(call.t) in (1, items)
+        and not call.t.is_complex()
+        and bool(torch.isfinite(call.t).all())
+    ):
+        yield "no diffusion time"
+    if not isinstance(call.inputs, dict) or not isinstance(
+        how["call"]["condition"].get("dict"), dict
+    ):
+        yield "no arguments"
+    for labels in (call.labels, call.context.labels):
+        if labels is not None and not (
+            isinstance(labels, Tensor)
+            and not labels.is_floating_point()
+            and not labels.is_complex()
+            and labels.ndim == 1
+            and len(labels) in (1, items)
+        ):
+            yield "labels that are no numbers"
+    for words in (call.branch, call.context.twin):
+        if words is not None and not (
+            isinstance(words, tuple)
+            and len(words) == items
+            and all(isinstance(w, str) for w in words)
+        ):
+            yield f"words for {items} items that are not as many"
+    if not _whole(call.grid) or not (call.place is None or _whole(call.place, 2)):
+        yield "a grid or a place that are no whole numbers"
+    span, stream, step = call.context.span, call.context.stream, call.context.step
+    if (
+        not isinstance(span, tuple)
+        or len(span) != 2
+        or not _whole(n for n in span if n is not None)
+    ):
+        yield "no span of blocks"
+    if stream is not None and not (isinstance(stream, Tensor) and stream.ndim == 3):
+        yield "no residual stream"
+    if step is not None and not _whole((step,)):
+        yield "no step"
+    if len(how["kernels"]["sdpa"]) != len(SDPA):
+        yield "other attention kernels"
+    if not set(how["witness"]) <= sites.keys() or len(set(how["witness"])) < len(how["witness"]):
+        yield "checksums of what are no hook points"
+    for sums in call.witness.values():
+        if sums.bits.shape != (items,) or sums.bits.dtype != torch.int64:
+            yield "checksums that are none"
+        elif sums.total.shape != (items,) or sums.total.dtype != torch.float32:
+            yield "checksums that are none"
+
+
+def _whole(values: Any, length: int | None = None) -> bool:
+    found = (
+        tuple(values) if not isinstance(values, tuple) and hasattr(values, "__next__") else values
+    )
+    return (
+        isinstance(found, tuple)
+        and all(type(n) is int and 0 <= n < 1 << 32 for n in found)
+        and length in (None, len(found))
+    )

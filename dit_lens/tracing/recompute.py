@@ -7,19 +7,20 @@ the batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidState, InvalidValue
+from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.edits import Steps, step_test
 from ..hooks.points import HookPoint, Listener, Observer, StopForward
 from ..model.call import Call
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.taken import Taken
 from ..model.witness import Departure, Proof, until
 from .record import Record
 
@@ -43,6 +44,73 @@ def read(
         steps: which steps; None is those that were recorded.
         branch: only the items of one branch of guidance, "cond", "uncond" or "skip".
     """
+    rows = {s: rows_of(record, s, branch) for s in steps_of(record, steps)}
+    found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+
+    def keep(name: str, call: int, value: Tensor) -> None:
+        found[name][call] = record.kept(name, value)
+
+    calls = [c for of_step in rows.values() for c in of_step]
+    recorded, missing = split(record, names, calls)
+    found |= {name: record.activations[name] for name in recorded}
+    recompute(record, model, missing, calls, keep)
+    return {n: {s: joined(n, found[n], rows[s]) for s in rows} for n in names}
+
+
+def stacked(
+    record: Record, model: HookedDiT | None, names: Sequence[str], steps: Steps = None
+) -> Tensor | None:
+    """[name, step, batch, ...]: what `read` gives as one tensor, which is filled as the activations
+    come, so that nothing is in memory twice. None where they can't be stacked.
+
+    Args:
+        record: of the trace.
+        model: that was traced, or None if only the record is at hand.
+        names: full hook names.
+        steps: which steps; None is those that were recorded.
+    """
+    rows = {s: rows_of(record, s, None) for s in steps_of(record, steps)}
+    place: dict[int, tuple[int, slice]] = {}  # of each call: its step, and its items in the batch
+    for i, of_step in enumerate(rows.values()):
+        start = 0
+        for c, items in of_step.items():
+            stop = start + len(record.calls[c].x if items is None else items)
+            place[c], start = (i, slice(start, stop)), stop
+    items_of = {c: items for of_step in rows.values() for c, items in of_step.items()}
+    whole: Tensor | None = None
+    filled = 0
+
+    def put(name: str, call: int, value: Tensor) -> None:
+        nonlocal whole, filled
+        (i, batch), items = place[call], items_of[call]
+        part = value.detach() if items is None else value.detach()[items]
+        if whole is None:
+            size = max(b.stop for j, b in place.values() if j == i)
+            shape = len(names), len(rows), size, *part.shape[1:]
+            whole = part.new_empty(shape, dtype=record.dtype, device=record.device or part.device)
+        target = whole[names.index(name), i, batch]
+        if target.shape == part.shape:
+            target.copy_(part)
+            filled += part.numel()
+
+    recorded, missing = split(record, names, list(place))
+    for name in recorded:
+        for c in place:
+            put(name, c, record.activations[name][c])
+    recompute(record, model, missing, list(place), put)
+    return whole if whole is not None and filled == whole.numel() else None
+
+
+def split(
+    record: Record, names: Sequence[str], calls: Sequence[int]
+) -> tuple[list[str], list[str]]:
+    """The names that were recorded in all of these calls, and the others."""
+    recorded = [n for n in names if all(c in record.activations.get(n, {}) for c in calls)]
+    return recorded, [n for n in names if n not in recorded]
+
+
+def steps_of(record: Record, steps: Steps) -> list[int]:
+    """The steps of a trace that are asked for; None is those that were recorded."""
     if not record.calls:
         raise InvalidState(
             "Nothing was traced: no forward of the model finished inside the `with` block."
@@ -55,13 +123,7 @@ def read(
         raise InvalidValue(
             f"No step matches {asked!r}; the trace has {len(seen)} steps, {seen[0]} to {seen[-1]}."
         )
-    rows = {s: rows_of(record, s, branch) for s in wanted}
-    calls = [c for s in wanted for c in rows[s]]
-    missing = [n for n in names if not all(c in record.activations.get(n, {}) for c in calls)]
-    found = {n: record.activations[n] for n in names if n not in missing}
-    if missing:
-        found |= recompute(record, model, missing, calls)
-    return {n: {s: joined(n, found[n], rows[s]) for s in wanted} for n in names}
+    return wanted
 
 
 def rows_of(record: Record, step: int, branch: str | None) -> Rows:
@@ -101,16 +163,28 @@ def joined(name: str, found: dict[int, Tensor], rows: Rows) -> Tensor:
 
 
 def recompute(
-    record: Record, model: HookedDiT | None, names: list[str], calls: Sequence[int]
-) -> dict[str, dict[int, Tensor]]:
-    """`{name: {call: activation}}`: each call once more, with its own inputs, edits and couplings,
-    up to the last name asked for.
+    record: Record,
+    model: HookedDiT | None,
+    names: Sequence[str],
+    calls: Sequence[int],
+    keep: Callable[[str, int, Tensor], None],
+) -> None:
+    """Each call once more, with its own inputs, edits and couplings, up to the last name asked for.
+
+    Args:
+        record: of the trace.
+        model: that was traced.
+        names: full hook names.
+        calls: which calls.
+        keep: is given name, call and live activation, which it must copy or detach.
     """
-    if record.lost_edits:
+    if not names:
+        return
+    lost = [record.lost[c] for c in calls if c in record.lost]
+    if lost:
         raise InvalidState(
-            f"{names[0]!r} was not recorded, and this trace was edited at "
-            f"{record.lost_edits[0]!r} by a function that the file can't hold; trace again with "
-            "names= for what you will read."
+            f"{names[0]!r} was not recorded, and this trace was {lost[0]} that the file can't "
+            "hold; trace again with names= for what you will read."
         )
     if model is None:
         raise InvalidState(
@@ -118,28 +192,27 @@ def recompute(
             "load_trace(path, model)."
         )
     model.require_eval()  # in train mode labels are dropped at random: it would be another run
-    found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     order = list(record.sites)
+    furthest = max(names, key=order.index)
     steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
-    with ExitStack() as stack:
-        if not model.instrumentation.installed:
-            model.instrumentation = Instrumentation.of(model.transformer)
-            model.instrumentation.retain()
-            stack.callback(model.instrumentation.let_go)
+    with Taken() as taken:
+        reader = object()
+        taken.undo(Instrumentation.let_go, model.transformer, reader)
+        model.instrumentation = Instrumentation.of(model.transformer, reader)
         for c in calls:
 
-            def keep(value: Tensor, point: HookPoint, c: int = c) -> None:
-                found[point.name][c] = record.kept(point.name, value)
+            def see(value: Tensor, point: HookPoint, c: int = c) -> None:
+                keep(point.name, c, value)
 
             witness = record.calls[c].witness
-            last = max((until(name, order, witness) for name in names), key=order.index)
+            last = until(furthest, order, witness)
             proof = Proof(witness, order, last)
             observers: list[tuple[str, Listener]] = [*proof.listeners]
-            observers += [(name, Observer(keep)) for name in names]
+            observers += [(name, Observer(see)) for name in names]
             observers += model.instrumentation.stopping(last)
-            _again(model, record.calls[c], observers)
+            with _understood(record, c):
+                _again(model, record.calls[c], observers)
             _judge(proof.departure(), steps[c], record, model)
-    return found
 
 
 def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener]]) -> None:
@@ -153,6 +226,23 @@ def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener
         suppress(StopForward),
     ):
         model.transformer(**call.inputs, return_dict=False)
+
+
+@contextmanager
+def _understood(record: Record, c: int) -> Iterator[None]:
+    """Of a call out of a file: that the model can't be called so is the file's mistake."""
+    try:
+        yield
+    except DitLensError:
+        raise
+    except Exception as error:
+        if not record.file:
+            raise
+        reason = str(error).strip().partition("\n")[0] or repr(error)
+        raise InvalidValue(
+            f"Call {c} of {record.file} can't be run on this model ({reason}); expected the model "
+            "that was traced."
+        ) from error
 
 
 def _judge(departure: Departure | None, step: int, record: Record, model: HookedDiT) -> None:

@@ -5,17 +5,20 @@ A trace fills it, recomputation and files read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..families.base import Axes, Config
+from ..errors import InvalidValue
+from ..families.config import Config
+from ..families.parts.sites import Axes
 from ..hooks.edits import Steps, step_test
 from ..hooks.names import layer_of
 from ..model.call import Call
+from ..model.noise_schedule import log_snr
 from ..model.state import State
 
 
@@ -38,7 +41,10 @@ class Record:
         activations: what was recorded, by hook name and call.
         state: a glance at the model when the trace opened, to name what changed since.
         exact: whether all that was recomputed so far was so bit for bit.
-        lost_edits: of a trace from a file: where functions acted that the file can't hold.
+        file: of a trace from a file: which.
+        lost: of a trace from a file: what acted in a call and is not in the file, in words that
+            follow "this trace was".
+        log_snr: of a trace from a file: the noise level of each step, if it is known.
     """
 
     sites: dict[str, Axes]
@@ -54,13 +60,31 @@ class Record:
     activations: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     state: State | None = None
     exact: bool = True
-    lost_edits: list[str] = field(default_factory=list)
+    file: str = ""
+    lost: dict[int, str] = field(default_factory=dict)
+    log_snr: dict[int, float] = field(default_factory=dict)
 
     @property
     def timesteps(self) -> Tensor:
         """The diffusion timestep of each step, [step]."""
         first = [self.calls[self.calls_at[s][0]].t[0] for s in sorted(self.calls_at)]
         return torch.stack(first) if first else torch.zeros(0)
+
+    def noise_levels(self, steps: Sequence[int]) -> list[float] | None:
+        """The log SNR of each of these steps; None where the scheduler's noise levels are not
+        known.
+
+        Args:
+            steps: denoising steps of the record.
+        """
+        if self.file or self.scheduler is None:
+            return [self.log_snr[s] for s in steps] if self.log_snr else None
+        times = [float(self.calls[self.calls_at[s][0]].t[0]) for s in steps]
+        try:
+            found: list[float] = log_snr(self.scheduler, torch.tensor(times)).tolist()
+        except InvalidValue:  # a scheduler of a kind of its own
+            return None
+        return found
 
     def kept(self, name: str, value: Tensor) -> Tensor:
         """An activation as it is kept: what leaves the model, and so the library, as a copy."""

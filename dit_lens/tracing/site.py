@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ..families.base import Condition
+from ..families.config import Condition
 from ..hooks.names import NamesFilter, layer_of
 from ..model.call import Call
 

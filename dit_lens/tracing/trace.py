@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
-from ..families.base import Axes, Config
+from ..families.config import Config
+from ..families.parts.sites import Axes
 from ..hooks.edits import (
     Steps,
     ablation,
@@ -42,9 +42,10 @@ from ..model.call import Call, Copies
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.taken import Taken
 from . import files
 from .dataset import to_dataset
-from .recompute import read
+from .recompute import read, stacked
 from .record import Record
 from .site import Observing, Site
 
@@ -80,7 +81,7 @@ class Trace:
                 )
         self.model, self.record, self.probes = model, record, list(probes)
         self._recorder = _Recorder(record)
-        self._undo: ExitStack | None = None  # while the trace is open
+        self._undo: Taken | None = None  # while the trace is open
         self._waiting: list[tuple[str, Listener]] = []
         self._edit_steps: list[tuple[str, Steps]] = []
 
@@ -94,37 +95,43 @@ class Trace:
             )
         model = self._traced_model()
         model.require_eval()
-        with ExitStack() as undo:
-            # A pipeline or bare transformer is opened for the length of the block only.
-            if not model.instrumentation.installed:
-                model.instrumentation = Instrumentation.of(model.transformer)
-            model.instrumentation.retain()
-            undo.callback(model.instrumentation.let_go)
+        self._undo = taken = Taken()
+        try:
+            self._open(model, taken)
+            return self
+        except BaseException:
+            self._undo = None
+            taken.close()
+            raise
 
-            # Watch every call, then let editors, recorders and probes listen, in this order.
-            self.record.state = State.of(model.transformer)
-            model.instrumentation.watch(self._recorder)
-            undo.callback(self._forget_call, model.instrumentation)
-            for name, listener in self._waiting:
-                self._attach(name, listener, undo)
-            for name in self.record.names:
-                self._attach(name, Observer(self._recorder.keep), undo)
-            for probe in self.probes:
-                probe.start(model)
-                if isinstance(probe.names, (list, tuple)) and not probe.names:
-                    raise InvalidValue(
-                        f"{type(probe).__name__} observes no hook point, its names are empty; use "
-                        "its run(model, ...)."
-                    )
-                for name in select(probe.names, self.names):
-                    self._attach(name, Observer(self._recorder.showing(probe)), undo)
-            self._undo = undo.pop_all()
-        return self
+    def _open(self, model: HookedDiT, taken: Taken) -> None:
+        # A pipeline or bare transformer is opened for the length of the block only.
+        taken.undo(Instrumentation.let_go, model.transformer, self._recorder)
+        model.instrumentation = Instrumentation.of(model.transformer, self._recorder)
+
+        # Watch every call, then let editors, recorders and probes listen, in this order.
+        self.record.state = State.of(model.transformer)
+        taken.undo(self._recorder.forget)
+        taken.undo(model.instrumentation.unwatch, self._recorder)
+        model.instrumentation.watch(self._recorder)
+        for name, listener in self._waiting:
+            self._attach(name, listener, taken)
+        for name in self.record.names:
+            self._attach(name, Observer(self._recorder.keep), taken)
+        for probe in self.probes:
+            probe.start(model)
+            if isinstance(probe.names, (list, tuple)) and not probe.names:
+                raise InvalidValue(
+                    f"{type(probe).__name__} observes no hook point, its names are empty; use "
+                    "its run(model, ...)."
+                )
+            for name in select(probe.names, self.names):
+                self._attach(name, Observer(self._recorder.showing(probe)), taken)
 
     def __exit__(self, *exc: object) -> None:
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo.close()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
         for name, steps in self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
@@ -133,12 +140,10 @@ class Trace:
                     stacklevel=2,
                 )
 
-    def _attach(self, name: str, listener: Listener, undo: ExitStack) -> None:
-        undo.callback(self._traced_model().instrumentation.attach(name, listener).remove)
-
-    def _forget_call(self, instrumentation: Instrumentation) -> None:
-        instrumentation.unwatch(self._recorder)
-        self._recorder.forget()
+    def _attach(self, name: str, listener: Listener, taken: Taken) -> None:
+        instrumentation = self._traced_model().instrumentation
+        taken.undo(instrumentation.detach, name, listener)
+        instrumentation.attach(name, listener)
 
     def _traced_model(self) -> HookedDiT:
         if self.model is None:
@@ -276,7 +281,10 @@ class Trace:
         chosen = [n for n in found_names if layer_of(n) is not None]
         if not chosen:
             raise InvalidValue(f"site={site!r} is in no layer; expected one such as 'resid_post'.")
-        found = self.read(chosen, steps)
+        whole = stacked(self.record, self.model, chosen, steps)
+        if whole is not None:
+            return whole
+        found = self.read(chosen, steps)  # says what can't be stacked
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
@@ -416,16 +424,22 @@ class _Recorder:
         elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
             self.offset = last + 1 - step  # another run: its steps come behind
         self.run, self.step, self.row, self.call = run, step, step + self.offset, call
+        self._drop_unfinished()
 
     def end(self, call: Call, finished: bool) -> None:
         """Keep the call; one that failed is no step."""
-        record = self.record
         if not finished:
-            for activations in record.activations.values():
-                activations.pop(len(record.calls), None)
+            self._drop_unfinished()
             return
-        record.calls_at.setdefault(self.row, []).append(len(record.calls))
-        record.calls.append(call.kept(self.copies))
+        record, kept = self.record, call.kept(self.copies)
+        # in this order: an interrupt in between leaves a call that is no step's
+        record.calls.append(kept)
+        record.calls_at.setdefault(self.row, []).append(len(record.calls) - 1)
+
+    def _drop_unfinished(self) -> None:
+        """Forget what was recorded of a call that was not finished."""
+        for activations in self.record.activations.values():
+            activations.pop(len(self.record.calls), None)
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
@@ -498,7 +512,7 @@ def trace(
         return Trace(model, record, probes)
     finally:
         if model is not model_or_pipe:
-            model.instrumentation.let_go()  # until the `with` block
+            model.close()  # until the `with` block
 
 
 def load_trace(path: str | Path, model: Any = None) -> Trace:
@@ -522,7 +536,7 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     if model is None:
         return Trace(None, record)
     owner = HookedDiT.of(model)
-    if owner.cfg != record.cfg:
+    if owner.cfg != record.cfg or dict(owner.sites) != dict(record.sites):
         raise InvalidValue(
             f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
         )

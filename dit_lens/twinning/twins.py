@@ -8,6 +8,7 @@ The batch is [A | B]; with guidance [A | B | A null | B null]. How they are tied
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,54 +118,55 @@ def twins(
     >>> bool((pair.a.latents[2] == pair.b.latents[2]).all())
     True
     """
-    # What is asked for fits the model, and the twins can part.
-    model = HookedDiT.of(model)
-    model.require_eval()
-    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
-    if layers is not None:
-        layers = arguments.layers(layers, model.cfg.n_layers)
-    held = make_tie(tie, g, form, layers, eps)
-    eta = held.eta(scheduler) if eta is None else eta
-    settings = checked_settings(steps, guidance, "all", scheduler, eta)
-    steps, pairs = settings.steps, arguments.whole("pairs", pairs, 1)
-    release = arguments.whole("release", release, 0, steps, "the last of them never")
-    seed = arguments.seed("seed", seed)
-    probes = arguments.listed("probes", probes, "a list of probes", fewest=0)
-    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    _check_parting(model, settings, held, release)
-    chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
-    y = model.conditions.numbers(chosen, model.device)
-    if len(y) != pairs:
-        raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
+    with HookedDiT.opening(model) as model:
+        # What is asked for fits the model, and the twins can part.
+        model.require_eval()
+        scheduler = default_name(model.scheduler) if scheduler is None else scheduler
+        if layers is not None:
+            layers = arguments.layers(layers, model.cfg.n_layers)
+        held = make_tie(tie, g, form, layers, eps)
+        eta = held.eta(scheduler) if eta is None else eta
+        settings = checked_settings(steps, guidance, "all", scheduler, eta)
+        steps, pairs = settings.steps, arguments.whole("pairs", pairs, 1)
+        release = arguments.whole("release", release, 0, steps, "the last of them never")
+        seed = arguments.seed("seed", seed)
+        probes = arguments.listed("probes", probes, "a list of probes", fewest=0)
+        arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+        _check_parting(model, settings, held, release)
+        chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
+        y = model.conditions.numbers(chosen, model.device)
+        if len(y) != pairs:
+            raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
 
-    # Where they start, and where their noise comes from.
-    own, other = twin_seeds(seed, pairs)
-    x, both = held.start(model, own, other), torch.cat([y, y])
-    history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
-    kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
+        # Where they start, and where their noise comes from.
+        own, other = twin_seeds(seed, pairs)
+        x, both = held.start(model, own, other), torch.cat([y, y])
+        history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
+        kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
 
-    # Tied to the release, alone from there on.
-    plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
-    seen: list[Step] = []
+        # Tied to the release, alone from there on.
+        plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
+        fresh = copy.deepcopy(plan)
+        seen: list[Step] = []
 
-    def go(first: int, last: int) -> None:
-        start = seen[-1].following if seen else x
-        for each in denoise(model, start, both, history, settings, plan, first, last):
-            seen.append(each)
-            if progress is not None:
-                progress(len(seen), steps)
+        def go(first: int, last: int) -> None:
+            start = seen[-1].following if seen else x
+            for each in denoise(model, start, both, history, settings, plan, first, last):
+                seen.append(each)
+                if progress is not None:
+                    progress(len(seen), steps)
 
-    names = (("A",) * pairs + ("B",) * pairs) * passes
-    watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
-    with watch, model.instrumentation.under(twin=names):
-        with held.holding(model, passes):
-            go(0, release)
-        go(release, steps)
-    tied_until = release if held.g else 0
-    run = made_of(
-        seen, model, both, history, settings, plan, x, kernels, state, tied_until=tied_until
-    )
-    return Twins(run, pairs, release, held.name, held.g)
+        names = (("A",) * pairs + ("B",) * pairs) * passes
+        watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
+        with watch, model.instrumentation.under(twin=names):
+            with held.holding(model, passes):
+                go(0, release)
+            go(release, steps)
+        tied_until = release if held.g else 0
+        run = made_of(
+            seen, model, both, history, settings, fresh, x, kernels, state, tied_until=tied_until
+        )
+        return Twins(run, pairs, release, held.name, held.g)
 
 
 def paired_labels(model: HookedDiT, pairs: int) -> list[int]:

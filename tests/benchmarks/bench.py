@@ -1,6 +1,7 @@
-"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 20]`.
+"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 12]`.
 
-Prints, stores nothing.
+Prints, stores nothing. Below the tables described here come those of `costs.py`: what witnesses,
+reads, edits and runs cost, beside their targets.
 
 Each row is one way to watch a forward. In every repeat all rows run once, in an order drawn anew,
 so that drift of the machine falls on all alike; times are process time on one thread, which other
@@ -14,16 +15,15 @@ attention, among other things, inspects its processor's signature at every call.
 """
 
 import argparse
-import copy
 import platform
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import nnsight
 import torch
+from costs import STREAMS, Forward, Row, make_model, seconds, show_costs, spread, twin_of
 from diffusers import DiTTransformer2DModel
 from rich.console import Console
 from rich.progress import track
@@ -33,28 +33,6 @@ from torch import Tensor
 import dit_lens
 from dit_lens.probes import SpectralSplit
 
-STREAMS = "blocks.*.hook_resid_post"
-Forward = Callable[[], object]
-Row = Callable[[], AbstractContextManager[Forward]]
-
-
-def make_model(
-    layers: int, heads: int, d_head: int, channels: int, size: int, classes: int
-) -> DiTTransformer2DModel:
-    """A DiT with random weights; time does not depend on them."""
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=d_head,
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=layers,
-        sample_size=size,
-        patch_size=2,
-        num_embeds_ada_norm=classes,
-        norm_num_groups=1,
-    ).eval()
-
 
 def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     """The ways to watch, each a context manager that sets up and gives the forward to time."""
@@ -62,13 +40,10 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
     t, y = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.long)
     inputs = {"timestep": t, "class_labels": y}
-    # the same weights: no copy is luckier in the cache
-    shared = {id(p): p for p in model.parameters()}
-    hooked = dit_lens.HookedDiT(copy.deepcopy(model, dict(shared)))
-    plain = copy.deepcopy(model, dict(shared))
-    watched = nnsight.NNsight(copy.deepcopy(model, dict(shared)))
-    bridged = dit_lens.to_nnsight(copy.deepcopy(model, dict(shared)))
-    lensed = dit_lens.to_transformer_lens(copy.deepcopy(model, dict(shared)))
+    hooked, plain = dit_lens.HookedDiT(twin_of(model)), twin_of(model)
+    watched = nnsight.NNsight(twin_of(model))
+    bridged = dit_lens.to_nnsight(twin_of(model))
+    lensed = dit_lens.to_transformer_lens(twin_of(model))
     bands = dit_lens.Bands.radial(hooked.cfg.grid)
 
     @contextmanager
@@ -145,14 +120,6 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     }
 
 
-def seconds(forward: Forward, inner: int) -> float:
-    """Process time of one forward."""
-    began = time.process_time()
-    for _ in range(inner):
-        forward()
-    return (time.process_time() - began) / inner
-
-
 def measure(
     ways: dict[str, Row], repeats: int, inner: int, title: str
 ) -> tuple[dict[str, list[float]], list[float]]:
@@ -173,12 +140,6 @@ def measure(
     return times, opening
 
 
-def spread(values: list[float], form: str) -> str:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:{form}}  ({low:{form}} to {high:{form}})"
-
-
 def show(title: str, times: dict[str, list[float]], opening: list[float], console: Console) -> None:
     table = Table("", "ms", "added, ms", "ratio to bare", title=title)
     base = times["bare forward"]
@@ -197,7 +158,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ap.add_argument("--repeats", type=int, default=20)
+    ap.add_argument("--repeats", type=int, default=12)
     args = ap.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -213,6 +174,7 @@ def main() -> None:
     ):
         title = f"{what}, batch {batch}"
         show(title, *measure(rows(model, batch), args.repeats, inner, title), console)
+    show_costs(args.repeats, console)
 
 
 if __name__ == "__main__":

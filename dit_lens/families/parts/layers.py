@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidState, InvalidValue
 from ...hooks.points import HookPoint
-from ..base import Forward, Points
+from ..forwards import Forward, Points
 from .joint import AnyPoints
 from .sites import adaln_sites
 

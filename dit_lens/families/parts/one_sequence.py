@@ -17,7 +17,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ...hooks.passes import Pass
-from ..base import Family, Forward, Points
+from ..base import Family
+from ..forwards import Forward, Points
 from .attention import Attend, HeadsOut, Kernel
 from .joint import AnyPoints, Joint, Point, joint_points
 from .layers import check_processor

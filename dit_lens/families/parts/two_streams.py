@@ -15,17 +15,9 @@ from torch import Tensor
 
 from ...errors import InvalidState, InvalidValue
 from ...hooks.passes import Pass
-from ..base import (
-    BlockForward,
-    Condition,
-    Config,
-    Family,
-    Forward,
-    Points,
-    Size,
-    image_config,
-    shift_of,
-)
+from ..base import Family, shift_of
+from ..config import Condition, Config, Size, image_config
+from ..forwards import BlockForward, Forward, Points
 from .attention import Attend, HeadsOut, dispatched
 from .joint import joint_points, text_first
 from .layers import check_processor

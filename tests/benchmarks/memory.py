@@ -1,0 +1,68 @@
+"""What reading and saving a trace takes in memory: `python tests/benchmarks/memory.py`.
+
+Prints one line of JSON a case: how far resident memory rose above what it was before, at its
+highest, and how many bytes were returned or written. It is a process of its own, so that nothing
+else is in its memory; Linux only, which can set the high-water mark back (`/proc/self/clear_refs`).
+Run it with `MALLOC_MMAP_THRESHOLD_` set, as `make bench` does: then memory that is freed leaves the
+process, and is not reused unseen.
+"""
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import dit_lens
+
+PROC = Path("/proc/self")
+STEPS, BATCH = 30, 4
+STREAMS = "blocks.*.hook_resid_post"
+
+
+def resident(field: str) -> int:
+    """VmRSS, or its highest, VmHWM, in bytes."""
+    lines = (PROC / "status").read_text().splitlines()
+    (found,) = (line.split()[1] for line in lines if line.startswith(field + ":"))
+    return 1024 * int(found)
+
+
+def case(name: str, work: Callable[[], int]) -> None:
+    """Print how far memory rose during `work`, and what it says it gave."""
+    gc.collect()
+    (PROC / "clear_refs").write_text("5")
+    before = resident("VmRSS")
+    given = work()
+    print(json.dumps({"name": name, "taken": resident("VmHWM") - before, "given": given}))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = dit_lens.load("digits")
+    t, y = torch.full((BATCH,), 500), torch.zeros(BATCH, dtype=torch.long)
+
+    def traced(names: str | None) -> dit_lens.Trace:
+        with dit_lens.trace(model, names=names) as trace:
+            for _ in range(STEPS):
+                model.transformer(torch.randn(BATCH, 1, 16, 16), timestep=t, class_labels=y)
+        return trace
+
+    def stacked(trace: dit_lens.Trace) -> int:
+        return trace.stack("resid_post").nbytes
+
+    def saved(trace: dit_lens.Trace) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            return trace.save(Path(folder) / "trace.safetensors").stat().st_size
+
+    recorded, lazy = traced(STREAMS), traced(None)
+    stacked(traced(None))  # all code has run once
+    case("t.stack, recorded", lambda: stacked(recorded))
+    case("t.stack, recomputed", lambda: stacked(lazy))
+    case("save, 28 streams", lambda: saved(recorded))
+
+
+if __name__ == "__main__":
+    main()
