@@ -242,6 +242,6 @@ def test_gaps():
     wide["layer_gap_interval"][:] = [-99, 99]
     assert any("is longer than the run" in line for line in gap_report.sentences(wide))
     noted = found.assign_attrs(
-        notes="one pass: The interval of band low is cut off at the first release."
+        notes="One pass: The interval of band low is cut off at the first release."
     )
     assert "One pass: The interval of band low is cut off" in " ".join(gap_report.sentences(noted))
