@@ -83,6 +83,13 @@ class LayerLens(Probe):
         model = HookedDiT.of(model)
         if labels is None:
             labels = [i // 2 % model.conditions.n for i in range(16)]
+        given = model.conditions.numbers(labels).tolist()
+        alone = [label for label in given if given.count(label) == 1]
+        if alone:
+            raise InvalidValue(
+                f"Label {alone[0]} stands once; expected each two times or more, since the mean of "
+                "a label's images is taken off."
+            )
         with trace(model, probes=[self]):
             run = sample(model, labels, **settings)
         return self.result(finished(run, len(self.x0[-1, 0])))

@@ -45,6 +45,7 @@ class TwinDivergence(Probe):
     """
 
     channels = ("raw", "standardised", "trimmed")
+    of_twins = True
 
     def __init__(
         self, bands: Bands | None = None, names: Sequence[str] = ("hook_embed", "resid_post")
@@ -104,7 +105,9 @@ class TwinDivergence(Probe):
             labels: one a pair; by default those of `dit_lens.twins`.
             **settings: those of `dit_lens.twins`: pairs, release, steps, guidance, ...
         """
+        model = HookedDiT.of(model)
         if labels is not None:
+            labels = model.conditions.numbers(labels)
             settings = {"pairs": len(labels), "labels": labels} | settings
         twins(model, probes=[self], **settings)
         return self.result()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
 from dit_lens.errors import InvalidState
-from dit_lens.patching import Kind, as_grid, grid, sweep, tiles
+from dit_lens.patching import Kind, Patch, as_grid, check_patches, grid, sweep, tiles
 
 
 class TwinPatching(Probe):
@@ -31,6 +31,7 @@ class TwinPatching(Probe):
     """
 
     names = ()
+    of_twins = True
 
     def __init__(self) -> None:
         self.found: xr.Dataset | None = None
@@ -75,18 +76,30 @@ class TwinPatching(Probe):
         """
         model = HookedDiT.of(model)
         if pairs is None:
-            pairs = 16 if labels is None else len(labels)
+            pairs = 16 if labels is None else len(model.conditions.numbers(labels))
+        # What is asked for fits the model, before the twins run.
+        patches = self._patches(model, layers, sites, windows, kind, settings)
+        options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
+        check_patches(patches, model, settings.get("steps", 50), pairs, outcome, **options)
         made = twins(model, pairs, labels, **settings)
-        steps = made.run.settings.steps
-        chosen = tiles(made.release, steps, windows) if isinstance(windows, int) else windows
-        patches = grid(
-            range(model.cfg.n_layers) if layers is None else layers, sites, chosen, kind=kind
-        )
-        swept = sweep(
-            made.a, made.b, patches, outcome, batch=batch, progress=progress, resume=resume
-        )
+        swept = sweep(made.a, made.b, patches, outcome, **options)
         self.found = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
         return self.found
+
+    def _patches(
+        self,
+        model: HookedDiT,
+        layers: Sequence[int] | None,
+        sites: str | Sequence[str],
+        windows: int | Sequence[range | None],
+        kind: Kind,
+        settings: dict[str, Any],
+    ) -> list[Patch]:
+        """Every combination of layer, site and window."""
+        if not isinstance(windows, Sequence):
+            windows = tiles(settings.get("release", 0), settings.get("steps", 50), windows)
+        layers = range(model.cfg.n_layers) if layers is None else layers
+        return grid(layers, sites, windows, kind=kind)
 
     def result(self) -> xr.Dataset:
         """What the latest `run` gave.

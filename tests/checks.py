@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import test_commitment
+import test_intervals
 import test_knock_outs
 import test_layer_profile
 import test_mixture
@@ -30,7 +31,8 @@ TITLE = """# Checks against exact answers
 tests. Behind a share stands its 95 % interval (Wilson). "Wanted" was set before measuring; the last
 column says whether the measured value is inside. How a crossing of half is found and what departure
 counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted
-here.
+here, and the degrees of freedom of the intervals (`measures.bootstrap.freedom`) on profiles like
+those of the part `intervals`.
 
 ## Exact answers
 
@@ -129,6 +131,29 @@ def coverage(scale: float) -> Iterator[Row]:
                     "92 % to 98 %",
                     share(value * repeats, repeats),
                     bool(0.92 <= value <= 0.98),
+                )
+
+
+def intervals(scale: float) -> Iterator[Row]:
+    """95 % intervals of every kind at the sizes of `--quick` (16 pairs), `patch` (24) and the
+    default (48), in the sampler's own steps; no model is run.
+    """
+    repeats = max(20, round(300 * scale))
+    for case in test_intervals.cases():
+        rates = {name: hit.mean() for name, hit in case.rates(repeats).items()}
+        alarms = {name: rates.pop(name) for name in test_intervals.FALSE_ALARMS if name in rates}
+        for wanted, found, ok in (
+            ("92 % to 98 %", rates, all(0.92 <= r <= 0.98 for r in rates.values())),
+            ("at most 5 %", alarms, all(r <= 0.05 for r in alarms.values())),
+        ):
+            if found:
+                shown = ", ".join(f"{name} {rate:.1%}" for name, rate in found.items())
+                yield Row(
+                    f"{'false alarms' if found is alarms else 'coverage'}, {case.what}",
+                    f"{case.sizes}; {repeats} repeats",
+                    wanted,
+                    shown,
+                    bool(ok),
                 )
 
 
@@ -231,7 +256,7 @@ def causes(scale: float) -> Iterator[Row]:
     )
 
 
-PARTS = (sampled, coverage, profiles, models, causes)
+PARTS = (sampled, coverage, intervals, profiles, models, causes)
 
 
 def main() -> None:

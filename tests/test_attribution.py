@@ -162,7 +162,7 @@ def test_bad_input(model, pair):
         ),
         (
             lambda: path_patch(a, b, ("attn_out", 1), None, range(5, 7)),
-            "Step 6 is outside the run; it has 6 steps",
+            "step=6 can't be used; expected a whole number from 0 to 5, a step of the run",
         ),
         (
             lambda: path_patch(a, other, ("attn_out", 1), None, range(2)),
@@ -175,7 +175,7 @@ def test_bad_input(model, pair):
         ),
         (
             lambda: attribute(a, b, integrate=0),
-            "integrate=0, check=0, window=5; expected integrate >= 1",
+            "integrate=0 can't be used; expected a whole number of 1 or more",
         ),
         (
             lambda: attribute(fast, fast),

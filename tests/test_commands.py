@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -66,9 +67,12 @@ def test_hooks_of_a_hub_id(folder, tmp_path):
             ["gap", "--couple", "1", "0"],
             "strengths is [1.0, 0.0]; expected two or more in increasing order",
         ),
-        (["gap", "--pairs", "8"], "There are 8 pairs; intervals over pairs"),
-        (["gap", "--steps", "2"], "steps=2 is too short a run"),
-        (["gap", "--size", "7"], "size=(7,) is no size of latents; expected (height, width)"),
+        (["gap", "--pairs", "8"], "pairs=8 can't be used; expected a whole number of 16 or more"),
+        (["gap", "--steps", "2"], "steps=2 can't be used; expected a whole number of 4 or more"),
+        (
+            ["gap", "--size", "7"],
+            "size=(7,) can't be used; expected (height, width) of the latents",
+        ),
         (["patch", "/nowhere"], "'/nowhere' is neither a bundled model nor a folder nor a hub id"),
         (["report", "/nowhere"], "There are no results at '/nowhere'"),
         (
@@ -186,6 +190,69 @@ def test_a_bug_shows_its_traceback(bug, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_probe_that_ends_the_program_has_not_succeeded(monkeypatch, capsys):
+    monkeypatch.setattr("dit_lens.commands.probe.run", raising(SystemExit(0)))
+    assert main(["probe", "LayerLens"]) == 2
+    assert capsys.readouterr().err == "dit-lens: the program was ended by SystemExit(0)\n"
+
+
+@pytest.mark.slow
+def test_a_probe_that_ends_the_program_fails_its_check(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import sys, dit_lens\n"
+        "class Mine(dit_lens.Probe):\n"
+        "    names = 'resid_post'\n"
+        "    def observe(self, activation, site): sys.exit(0)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "mine.py:Mine"]) == 1
+    assert "SystemExit: 0" in capsys.readouterr().out
+
+
+def test_a_broken_entry_point_is_one_line(monkeypatch, capsys):
+    broken = EntryPoint("Mine", "no_such_module:Mine", "dit_lens.probes")
+    monkeypatch.setattr("dit_lens.tracing.probe.registered_probes", lambda: {"Mine": broken})
+    assert main(["probe", "Mine"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "dit-lens: The entry point 'Mine' (no_such_module:Mine) can't be loaded: "
+    )
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_an_output_that_nobody_reads_is_no_success(folder):
+    """As behind `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dit_lens", "hooks", str(folder)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 2
+    assert done.stderr == "dit-lens: the output was closed before all of it was written\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SpectralSplit", "TwinDivergence", "LayerLens", "TwinPatching"])
+def test_every_built_in_probe_runs_from_the_command_line(name, folder, tmp_path):
+    out = tmp_path / "r.nc"
+    command = ["probe", f"dit_lens.probes:{name}", str(folder), "--steps", "6", "--out", str(out)]
+    assert main(command) == 0 and out.exists()
+
+
+@pytest.mark.slow
+def test_a_probe_that_makes_its_own_runs_passes_its_check(capsys):
+    assert main(["check", "dit_lens.probes:TwinPatching"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs of its own" in shown and "FAIL" not in shown
+
+
+def test_help_says_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Exit codes: 0 done, 1 a check failed, 2 a mistake" in capsys.readouterr().out
+
+
 def test_an_interruption_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("dit_lens.commands.hooks.run", raising(KeyboardInterrupt()))
     assert main(["hooks"]) == 130
@@ -232,7 +299,7 @@ def test_gap_end_to_end(folder, tmp_path, capsys):
     assert not np.array_equal(first.difference_energy.values, other.difference_energy.values)
     with pytest.raises(
         ValueError,
-        match="There are 8 pairs; intervals over pairs with class means removed need 16 or more",
+        match="pairs=8 can't be used; expected a whole number of 16 or more",
     ):
         measure_gap(dit_lens.load(folder), pairs=8)
     (tmp_path / "gap.nc").write_text("no")

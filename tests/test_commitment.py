@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy import stats as student
 
-from dit_lens.measures.agreement import Agreement, agreement, curve
+from dit_lens.measures.agreement import Agreement, agreement, contrasts, curve
 from dit_lens.measures.bands import Bands
-from dit_lens.measures.bootstrap import draws, interval, resample
+from dit_lens.measures.bootstrap import draws, interval, resample, simultaneous
 from dit_lens.measures.commitment import fit_commitment
 from dit_lens.measures.crossing import half_crossing
 from dit_lens.measures.estimate import Estimate
@@ -34,6 +35,7 @@ def gaussian_twins(rng, lam, pairs, releases=RELEASES, shared=False, groups=1):
     trajectory, all releases.
     """
     stats = np.empty((3, len(releases), pairs, len(lam)))
+    labels = np.arange(pairs) % groups
     for b, spectrum in enumerate(lam):
         v = np.asarray(spectrum, dtype=float)
         root = np.sqrt(v)
@@ -45,10 +47,9 @@ def gaussian_twins(rng, lam, pairs, releases=RELEASES, shared=False, groups=1):
                 root * (np.sqrt(r) * z + np.sqrt(1 - r) * rng.standard_normal((pairs, len(v))))
                 for _ in range(2)
             )
-            x, y = (p.reshape(groups, -1, len(v)) for p in (x, y))
-            x, y = ((p - p.mean(1, keepdims=True)).reshape(pairs, -1) for p in (x, y))
+            x, y = (contrasts(torch.as_tensor(p), labels).numpy() for p in (x, y))
             stats[:, i, :, b] = [(p * q).sum(-1) for p, q in ((x, y), (x, x), (y, y))]
-    return Agreement(*stats * pairs / (pairs - groups))
+    return Agreement(*stats)
 
 
 def true_commitment(spectrum):
@@ -74,7 +75,7 @@ def coverage(lam, pairs, repeats, shared=False, groups=1, seed=0, resamples=500)
         stats = gaussian_twins(
             np.random.default_rng([seed, i]), lam, pairs, shared=shared, groups=groups
         )
-        out = fit_commitment(stats, RELEASES, LOG_SNR, groups=groups, resamples=resamples, seed=i)
+        out = fit_commitment(stats, RELEASES, LOG_SNR, resamples=resamples, seed=i)
         ends = np.concatenate(
             [out.commitment_interval.values[[0, -1], 2], out.gap_interval.values[[2, 0]]]
         )
@@ -238,14 +239,56 @@ def test_half_crossing():
 def test_draws_have_the_sample_as_their_first_row():
     counts = draws(9, 5, seed=2)
     assert (counts[0] == 1).all() and (counts[1:] == resample(9, 5, seed=2)).all()
-    values = np.arange(401.0)[:, None] + [0, 10]
-    np.testing.assert_allclose(interval(values), [[10.975, 390.025], [20.975, 400.025]])
-    values[0] = 1e9  # the sample is none of its resamples
-    np.testing.assert_allclose(interval(values)[0], [10.975, 390.025])
+    assert draws(9, 5, rows=4).shape == (6, 4)
+
+
+def test_an_interval_is_students_t():
+    """Standard error times sqrt(n / (n - 1)) and t of 2.5 sqrt(n - 1) degrees of freedom; unknown
+    where more than a tenth of the resamples are.
+    """
+    values = np.concatenate([[3.0], np.random.default_rng(0).normal(size=400)])[:, None] + [0, 10]
+    half = values[1:, 0].std(ddof=1) * np.sqrt(16 / 15) * student.t.ppf(0.975, 2.5 * np.sqrt(15))
+    np.testing.assert_allclose(interval(values, 16), [[3 - half, 3 + half], [13 - half, 13 + half]])
     values[3, 0] = np.nan
-    assert np.isfinite(interval(values)).all()
-    assert np.isnan(interval(values, skip_nan=False)).tolist() == [[True, True], [False, False]]
-    assert np.isnan(interval(np.full((9, 1), np.nan))).all()
+    assert np.isfinite(interval(values, 16)).all()
+    one = interval(values, 16, skip_nan=False)
+    assert np.isnan(one).tolist() == [[True, True], [False, False]]
+    values[3:60, 0] = np.nan
+    assert np.isnan(interval(values, 16)).tolist() == [[True, True], [False, False]]
+    assert np.isnan(interval(np.full((9, 1), np.nan), 16)).all()
+
+
+def test_simultaneous_intervals_are_wider_and_know_what_is_unknown():
+    values = np.random.default_rng(0).normal(size=(1001, 28))
+    values[:, 5], values[1:, 7] = np.nan, 2.0
+    one, all_of_them = interval(values, 48), simultaneous(values, 48)
+    assert np.isnan(all_of_them[5]).all() and all_of_them[7].tolist() == [values[0, 7]] * 2
+    others = np.delete(np.arange(28), [5, 7])
+    ratio = np.ptp(all_of_them[others], axis=1) / np.ptp(one[others], axis=1)
+    assert np.allclose(ratio, ratio[0]) and 1.4 < ratio[0] < 1.9
+    # a single one has the same interval as by itself, but for the quantile of few resamples
+    alone = simultaneous(values[:, :1], 48)
+    assert np.ptp(alone) == pytest.approx(np.ptp(one[0]), rel=0.08)
+
+
+def test_contrasts_are_independent_and_have_the_deviations_products():
+    """Of a group of two both deviations are one number, which two rows would count twice."""
+    gen = torch.Generator().manual_seed(0)
+    labels = [0, 1, 0, 1, 1, 2, 2, 0, 0]
+    x, y = (torch.randn(9, 3, generator=gen, dtype=torch.float64) + 5 for _ in range(2))
+    u, v = (contrasts(z, labels) for z in (x, y))
+    for label in range(3):
+        here = np.flatnonzero(np.array(labels) == label)
+        n = len(here)
+        p, q = (z[here] - z[here].mean(0) for z in (x, y))
+        assert torch.allclose((u[here] * v[here]).sum(0), (p * q).sum(0) * n / (n - 1))
+        assert (u[here[0]] == 0).all() and (u[here[1:]] != 0).all()
+    kept = Agreement.stack([agreement(x, y, groups=labels)]).independent()
+    assert kept.xy.shape == (1, 6, 1)
+    # uncorrelated and of x's variance, over many draws
+    many = torch.randn(5, 40000, generator=gen, dtype=torch.float64) + 3
+    covariance = torch.cov(contrasts(many, [0] * 5))[1:, 1:]
+    assert torch.allclose(covariance, torch.eye(4, dtype=torch.float64) * 5 / 4, atol=0.04)
 
 
 def test_an_estimate_is_written_one_way():
@@ -276,10 +319,13 @@ def broken(**change):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: resample(7), "There are 7 pairs; an interval needs 8 or more."),
+        (
+            lambda: resample(7),
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an interval",
+        ),
         (
             lambda: broken(stats=Agreement(*np.ones((3, 3, 7, 2)))),
-            "There are 7 pairs; an interval needs 8 or more.",
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an interval",
         ),
         (
             lambda: broken(log_snr=[0, 1, 1, 2]),
@@ -295,7 +341,7 @@ def broken(**change):
         ),
         (
             lambda: broken(releases=[1, 2]),
-            "releases is [1, 2]; expected 3 step numbers, one for each release",
+            "releases is [1.0, 2.0]; expected 3 step numbers, one for each release",
         ),
         (
             lambda: broken(releases=[1, 2, 5]),
@@ -309,7 +355,6 @@ def broken(**change):
             lambda: broken(stats=Agreement(*np.ones((3, 3, 9)))),
             "The statistics have shapes [(3, 9)]; expected one",
         ),
-        (lambda: broken(groups=9), "groups is 9; 16 pairs can have been in 1 to 8 groups."),
         (lambda: broken(names=["low"]), "names are ['low']; expected one for each of the 2 bands."),
         (
             lambda: agreement(torch.ones(3, 4), torch.ones(3, 5)),

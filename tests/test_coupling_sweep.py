@@ -118,16 +118,19 @@ def test_bad_input():
         ),
         (
             dict(strengths=[0, -1]),
-            "The coupling g=-1.0 is not a strength; expected a finite number of at least 0.",
+            "g=-1 can't be used; expected a finite number of 0 or more",
         ),
-        (dict(strengths=[0, np.inf]), "The coupling g=inf is not a strength"),
-        (dict(pairs=4), "There are 4 pairs; an interval needs 8 or more."),
+        (dict(strengths=[0, np.inf]), "g=inf can't be used; expected a finite number"),
+        (
+            dict(pairs=4),
+            "pairs=4 can't be used; expected a whole number of 8 or more, for an interval",
+        ),
         (
             dict(eps=0),
             "The twins can't part: the sampler 'ddim' with eta=0.0 draws no noise and they start "
             "equal",
         ),
-        (dict(form="max"), "Unknown coupling form 'max'; expected 'mix' or 'joint'."),
+        (dict(form="max"), "form='max' can't be used; expected one of 'mix', 'joint'"),
     ]:
         with pytest.raises(ValueError) as error:
             couplings(model, **{"pairs": 8, "steps": 4} | kwargs)

@@ -29,6 +29,7 @@ FLOORS = [  # high to low; folders of one line do not import each other
     ["hooks"],
     ["measures", "groundtruth"],
     ["storage"],
+    ["arguments"],
     ["errors"],
 ]
 FLOOR = {folder: -i for i, line in enumerate(FLOORS) for folder in line}
@@ -100,7 +101,7 @@ def folder(module):
 
 def test_every_folder_has_its_floor():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
-    assert folders | {"probes", "storage", "errors"} == set(FLOOR)
+    assert folders | {"probes", "storage", "errors", "arguments"} == set(FLOOR)
 
 
 @pytest.mark.parametrize(

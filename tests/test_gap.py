@@ -67,13 +67,15 @@ def test_bad_input():
     for kwargs, text in [
         (
             dict(pairs=8),
-            "There are 8 pairs; intervals over pairs with class means removed need 16 or more",
+            "pairs=8 can't be used; expected a whole number of 16 or more, for intervals",
         ),
-        (dict(steps=3), "steps=3 is too short a run to see anything settle in; expected 4 or more"),
+        (
+            dict(steps=3),
+            "steps=3 can't be used; expected a whole number of 4 or more, to see anything",
+        ),
         (
             dict(bands="wavelet"),
-            "bands=.wavelet. is no partition of modes; expected .radial., .dct., .pooling. or "
-            ".eigen.",
+            "bands=.wavelet. can't be used; expected one of .radial., .dct., .pooling., .eigen.",
         ),
         (dict(cut=0.9), "Band 1 \\(high\\) with inner edges"),
     ]:

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 import dit_lens
 from dit_lens import HookedDiT, families
 from dit_lens.errors import InvalidValue
-from dit_lens.experiments.knock_outs import _sentence, couple_alone, knock_outs, knocked_out
+from dit_lens.experiments.knock_outs import couple_alone, effects_sentence, knock_outs, knocked_out
 from dit_lens.groundtruth import gaussian, planted
 
 torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def test_without_the_layer_there_is_no_gap_left():
     low, high = found.effect_interval.sel(layer=1).values + found.attrs["gap"]
     assert low < 0 < high and abs(without) < 0.6 < abs(found.attrs["gap"])
     assert found.sentence.startswith(
-        f"Knocked out one by one, 1 of 3 layers move the gap of {found.attrs['gap']:+.2f} steps ["
+        f"Knocked out one by one, 1 of 3 layers moves the gap of {found.attrs['gap']:+.2f} steps ["
     )
 
 
@@ -225,7 +225,7 @@ def test_coupling_one_layer_alone():
         and found.attrs["gap"] > 2
     )
     assert np.abs(found.effect.sel(layer=[0, 1, 3])).max() < 1e-3
-    assert found.sentence.startswith("Coupled one by one, 1 of 4 layers move the gap of ")
+    assert found.sentence.startswith("Coupled one by one, 1 of 4 layers moves the gap of ")
 
 
 def _inputs(run):
@@ -236,7 +236,7 @@ def test_a_layer_without_which_nothing_commits_is_said():
     found = knock_outs(_small(), [1], pairs=16, steps=12, cut=0.1, resamples=200)
     found.effect[0] = np.nan
     found.attrs["causes"] = []
-    assert _sentence(found).endswith("Without layer 1 a band does not commit at all.")
+    assert effects_sentence(found).endswith("Without layer 1 a band does not commit at all.")
 
 
 def _small():
@@ -255,15 +255,15 @@ def test_bad_input():
     for call, text in [
         (
             lambda: knock_outs(model, [2], pairs=16, steps=8, cut=0.1),
-            "There is no layer 2 to knock out; the model has 2, counted from 0.",
+            "layers[0]=2 can't be used; expected a whole number from -2 to 1",
         ),
         (
             lambda: knock_outs(model, part="ff", pairs=16, steps=8, cut=0.1),
-            "unknown part 'ff' of a layer; expected 'layer', 'attn' or 'mlp'.",
+            "part='ff' can't be used; expected one of 'layer', 'attn', 'mlp'",
         ),
         (
             lambda: knock_outs(model, pairs=8),
-            "There are 8 pairs; intervals over pairs with class means removed need 16 or more.",
+            "pairs=8 can't be used; expected a whole number of 16 or more, for intervals",
         ),
         (
             lambda: knock_outs(never, pairs=16, steps=3, cut=0.1),

@@ -271,7 +271,9 @@ def test_start_and_stop(dit, inputs):
         cache["resid_pre", 1], t, y, start_at_layer=1, stop_at_layer=2
     )
     assert {n.split(".")[1] for n in partial} == {"1"}
-    with pytest.raises(ValueError, match="There is no layer 9; the model has 3, 0 to 2"):
+    with pytest.raises(
+        ValueError, match="stop_at_layer=9 can't be used; expected a whole number from -3 to 3"
+    ):
         model(*inputs, stop_at_layer=9)
     with pytest.raises(
         ValueError, match=r"takes the residual stream \[batch, token, 16\] in place of latents"
@@ -290,7 +292,9 @@ def test_add_and_reset_hooks_are_ones_own(dit, inputs):
     two.remove()
     with pytest.raises(RuntimeError, match="hook points were removed; wrap it again"):
         one(*inputs)
-    with pytest.raises(ValueError, match="dir='forward' is not a direction"):
+    with pytest.raises(
+        ValueError, match="dir='forward' can't be used; expected one of 'fwd', 'bwd'"
+    ):
         HookedDiT(dit).add_hook("hook_embed", print, dir="forward")
 
 
@@ -347,12 +351,13 @@ def test_honoured_or_refused(inputs):
     model.remove()
     assert torch.allclose(raw(dit, *inputs), want, atol=1e-5)
     with pytest.raises(ValueError, match="cross_attention_kwargs={'scale': 1.0} is not honoured"):
-        HookedDiT(d := fresh()) and d(
+        (opened := HookedDiT(d := fresh())) and d(
             inputs[0],
             timestep=inputs[1],
             class_labels=inputs[2],
             cross_attention_kwargs={"scale": 1.0},
         )
+    opened.remove()
     with pytest.raises(RuntimeError, match="The model is compiled"):
         HookedDiT(torch.compile(fresh()))
     dit = fresh()

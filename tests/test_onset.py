@@ -6,6 +6,7 @@ python tests/test_onset.py 1000        # the table of error rates
 """
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -121,11 +122,44 @@ def test_a_profile_that_comes_back_has_none():
     assert onset(p, p + 0.1 * rng.normal(size=(400, LAYERS)), pairs=64).layer == 20
 
 
+def test_an_onset_that_could_be_anywhere_is_not_named():
+    """A weak step: no layer is named from an interval over most of the depth."""
+    said = 0
+    for i in range(60):
+        p, boot, _ = planted(np.random.default_rng([5, i]), "step", size=3.0)
+        found = onset(p, boot, 64)
+        if found.layer is not None:
+            assert found.interval[1] - found.interval[0] <= LAYERS / 2
+        if "anywhere" in found.message:
+            said += 1
+            assert found.verdict == "cannot tell" and found.message.endswith(
+                "over more than half of the depth: no onset can be named with 64 pairs."
+            )
+    assert said >= 2
+
+
+@pytest.mark.parametrize("until", [12, LAYERS])
+def test_a_departure_that_is_certain_and_too_small(until):
+    """It used to read "departs at layer 8 but is at its early level in layer 8"."""
+    depth = np.arange(LAYERS)
+    p = 0.3 * ((depth >= 8) & (depth < until))
+    boot = p + 1e-3 * np.random.default_rng(0).normal(size=(300, LAYERS))
+    found = onset(p, boot, 64, unit="steps")
+    back = re.search(r"departs at layer 8 but is at its early level in layer (\d+)", found.message)
+    assert found.verdict == "none" and (not back or int(back[1]) >= 12)
+    if until == LAYERS:
+        assert found.message == (
+            "The profile departs at layer 8 by less than the 1 step that count, and no larger "
+            "departure stays: no onset."
+        )
+
+
 def test_none_when_quiet_and_cannot_tell_when_noisy():
     rng = np.random.default_rng(1)
     p, draws = rng.normal(size=LAYERS), rng.normal(size=(400, LAYERS))
     quiet = onset(0.05 * p, 0.05 * (p + draws), pairs=32)
     assert quiet.verdict == "none" and quiet.pairs_needed is None and math.isnan(quiet.share_last)
+    assert quiet.message.endswith("; one of 1 would count): no onset.")
     assert quiet.message.startswith("No layer leaves the early level: every departure is below 0.")
     noisy = onset(p, p + draws, pairs=32)
     assert noisy.verdict == "cannot tell" and noisy.layer is None
@@ -160,7 +194,7 @@ flat = np.zeros(5)
     [
         (
             lambda: onset(flat, np.zeros((300, 5)), pairs=7),
-            "There are 7 pairs; an onset needs 8 or more.",
+            "pairs=7 can't be used; expected a whole number of 8 or more, for an onset",
         ),
         (
             lambda: onset(flat[:2], np.zeros((300, 2)), pairs=8),
@@ -176,7 +210,7 @@ flat = np.zeros(5)
         ),
         (
             lambda: onset(flat, np.zeros((300, 5)), pairs=8, last=0),
-            "last is 0; expected a number of layers, 1",
+            "last=0 can't be used; expected a whole number of 1 or more",
         ),
         (
             lambda: onset([0, 1, np.nan, 1, 1], np.zeros((300, 5)), pairs=8),

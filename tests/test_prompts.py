@@ -77,7 +77,7 @@ def test_labels_are_prompts_by_number(sd3):
         torch.testing.assert_close(by_number, sd3.transformer(x, timestep=t, **condition).sample)
         for labels, text in [
             ([11], "Label 11 is out of range; expected 0 to 10, or -1 for no prompt"),
-            ([0.5], "The labels are torch.float32, starting with 0.5; expected whole numbers"),
+            ([0.5], r"labels\[0\]=0.5 can't be used; expected a whole number"),
             (["a fox", 3], "3 stands among prompts; expected all in words, or all by number"),
             ([], "There are no labels; expected 0 to 10"),
         ]:

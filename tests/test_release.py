@@ -56,7 +56,15 @@ def test_clones_and_one_pass_are_the_exact_curve(exact):
             range(STEPS)
         )
     apart = commitment_difference(one, clones, "latents")
-    assert "can't be told from an exact one" in apart.attrs["sentence"]
+    assert "no difference can be told with 96 pairs" in apart.attrs["sentence"]
+    assert apart.attrs["paired"] and "(an exact denoiser's: once)" in apart.attrs["sentence"]
+    # the slope of an exact denoiser is 1 in any number of steps
+    assert np.abs(apart.calibration - 1).max() < 0.1
+    # the same runs move both: the interval is narrower than that of independent ones
+    alone = commitment_difference(replace(one, source="another"), clones, "latents")
+    assert not alone.attrs["paired"]
+    width, wide = (np.ptp(d.commitment_interval.values, axis=1) for d in (apart, alone))
+    assert (width < wide).all()
 
 
 def test_a_wrong_denoiser_is_seen_by_the_difference():
@@ -71,11 +79,12 @@ def test_a_wrong_denoiser_is_seen_by_the_difference():
         for order in (np.arange(STEPS)[::-1], np.clip(np.arange(STEPS) - 4, 0, None))
     )
     assert (
-        "nothing can be said"
+        "this difference says nothing about the denoiser"
         in commitment_difference(backwards, clones, "latents").attrs["sentence"]
     )
     assert (
-        "they differ in low, high: the denoiser is measurably not the exact one"
+        "they differ in low, high (by more than 0.16 steps, 1 % of the run): the denoiser is "
+        "measurably not the exact one there"
         in commitment_difference(late, clones, "latents").attrs["sentence"]
     )
 
@@ -139,11 +148,11 @@ def test_bad_input(exact):
     for call, text in [
         (
             lambda: release_sweep(pair, outcome, releases=2),
-            "releases=2; a curve needs from 3 releases to 16, the run's steps.",
+            "releases=2 can't be used; expected a whole number from 3 to 16",
         ),
         (
             lambda: release_sweep(pair, outcome, releases=[1, 2, 16]),
-            "releases is [1, 2, 16]; expected 3 or more different steps from 0 to 15.",
+            "releases[2]=16 can't be used; expected a whole number from 0 to 15",
         ),
         (
             lambda: release_sweep(tied, outcome),
@@ -156,7 +165,7 @@ def test_bad_input(exact):
         ),
         (
             lambda: one_pass(pair, outcome).agreement("image"),
-            "There is no outcome 'image' here; these curves have ['latents'].",
+            "outcome='image' can't be used; expected one of 'latents'",
         ),
         (
             lambda: one_pass(pair, [features(model, lambda x: x.mean((1, 2, 3)))]),

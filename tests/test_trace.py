@@ -193,7 +193,7 @@ def test_regions(dit, inputs):
     with pytest.raises(ValueError, match="head index 5 is out of range; expected 0 to 1"):
         change("blocks.1.attn.hook_z", heads=5)
     with pytest.raises(
-        ValueError, match="'mode' is no way to ablate; expected one of 'zero', 'mean', 'resample'"
+        ValueError, match="mode='mode' can't be used; expected one of 'zero', 'mean', 'resample'"
     ):
         dit_lens.trace(model).ablate("hook_embed", "mode")
 
@@ -288,9 +288,9 @@ def test_threads_are_refused_and_idle_ones_work(dit, inputs):
         elsewhere(lambda: dit_lens.trace(model).__enter__())
         elsewhere(lambda: HookedDiT(copied)(*inputs))  # a copy is another model
     assert [p.split(";")[0] for p in problems] == [
-        "This model is being traced or hooked in another thread",
-        "This model is in use by another thread",
-        "This model is in use by another thread",
+        "This model is being traced or hooked in another thread or task",
+        "This model is in use by another thread or task",
+        "This model is in use by another thread or task",
     ]
     elsewhere(lambda: model.run_with_cache(*inputs))
     assert len(problems) == 3
@@ -406,7 +406,9 @@ def test_steps_device_and_dtype(pipe):
         run(pipe)
     with pytest.raises(ValueError, match="No step matches 9; the trace has 4 steps, 0 to 3"):
         t["resid_post", 0]
-    with pytest.raises(ValueError, match=r"steps=\[-1\] names no step"):
+    with pytest.raises(
+        ValueError, match=r"steps\[0\]=-1 can't be used; expected a whole number of 0"
+    ):
         dit_lens.trace(pipe, steps=[-1])
     with (
         pytest.warns(UserWarning, match="never acted: the run had 4 steps"),

@@ -187,22 +187,28 @@ def test_bad_input(model):
         ),
         (dict(scheduler="dpm++"), "The twins can't part: the sampler 'dpm"),
         (dict(release=5), r"never released \(release=5 of 5 steps\)"),
-        (dict(release=6), "release=6 is outside the run; expected a step from 0 to 5"),
+        (dict(release=6), "release=6 can't be used; expected a whole number from 0 to 5"),
         (dict(tie="attention", eps=0.0), "they start equal"),
-        (dict(tie="attention", eps=1.5), "eps=1.5 is out of range"),
+        (
+            dict(tie="attention", eps=1.5),
+            "eps=1.5 can't be used; expected a finite number from 0 to 1",
+        ),
         (
             dict(tie="attention", g=-1),
-            "The coupling g=-1 is not a strength; expected a finite number of at least 0",
+            "g=-1 can't be used; expected a finite number of 0 or more",
         ),
-        (dict(tie="attention", g=float("inf")), "g=inf is not a strength"),
+        (dict(tie="attention", g=float("inf")), "g=inf can't be used"),
         (
             dict(tie="attention", g=1, form="sum"),
-            "Unknown coupling form 'sum'; expected 'mix' or 'joint'",
+            "form='sum' can't be used; expected one of 'mix', 'joint'",
         ),
-        (dict(tie="attention", g=1, layers=[3]), "There is no layer 3 to couple; the model has 3"),
+        (
+            dict(tie="attention", g=1, layers=[3]),
+            r"layers\[0\]=3 can't be used; expected a whole number from -3 to 2",
+        ),
         (dict(g=0.5), "use tie='attention'"),
-        (dict(tie="rope"), "tie='rope' is unknown"),
-        (dict(pairs=0), "pairs=0 is no number of pairs"),
+        (dict(tie="rope"), "tie='rope' can't be used; expected one of 'noise', 'attention'"),
+        (dict(pairs=0), "pairs=0 can't be used; expected a whole number of 1 or more"),
         (dict(labels=[1]), "There are 1 labels for 2 pairs"),
     ]:
         with pytest.raises(ValueError, match=text):

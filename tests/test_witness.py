@@ -375,7 +375,9 @@ def test_a_saved_trace_of_coupled_twins_is_not_read_uncoupled(model, tmp_path):
     path = trace.save(tmp_path / "t.safetensors")
     again = dit_lens.load_trace(path, model)
     assert torch.equal(again["resid_post", 2], trace["resid_post", 2])
-    with pytest.raises(RuntimeError, match="edited at 'blocks.0.attn.hook_z' by a function that"):
+    with pytest.raises(
+        RuntimeError, match="twins coupled inside the attention of layers 0 to 2 by a"
+    ):
         again["attn_out", 1]
 
 

@@ -182,7 +182,7 @@ class PointListeners:
     def start(self) -> None:
         self.dit.require_eval()
         # refused here, before nnsight has begun, and not by `attach` in the midst of its beginning
-        self.dit.instrumentation.claim_thread()
+        self.dit.instrumentation.claim()
         self.forward_hook = self.dit.transformer.register_forward_hook(self.step)
 
     def stop(self) -> None:
@@ -191,7 +191,6 @@ class PointListeners:
         self.forward_hook = None
         self.keep(())
         self.served.clear()
-        self.dit.instrumentation.release_thread()
 
     def listen(self, places: Collection[str]) -> None:
         """Listen where nnsight's code waits.

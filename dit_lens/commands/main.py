@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dit-lens",
         description="Open up Diffusion Transformers: hook points, twins, and which layer creates "
         "the synchronization gap.",
+        epilog="Exit codes: 0 done, 1 a check failed, 2 a mistake (one line on stderr says which), "
+        "130 interrupted.",
     )
     subcommands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -51,10 +54,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     try:
-        return int(args.run(args) or 0)
+        code = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _cut_off()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich makes one of the other
+            return _cut_off()
+        # a probe of the user's ended the program: whatever its code, nothing was done
+        print(f"dit-lens: the program was ended by SystemExit({error.code!r})", file=sys.stderr)
+        return 2
     except (DitLensError, OSError) as error:
         print(f"dit-lens: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dit-lens: interrupted", file=sys.stderr)
         return 130
+
+
+def _cut_off() -> int:
+    """What is left to do when nobody reads the output any more, as behind `| head -1`."""
+    # what is still in the buffer has nowhere to go, and Python would say so once more at its exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("dit-lens: the output was closed before all of it was written", file=sys.stderr)
+    return 2

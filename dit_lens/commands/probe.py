@@ -23,18 +23,17 @@ def run(args: argparse.Namespace) -> None:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
     from ..storage import file_name, save_dataset, try_folder
     from ..testing.probe_checks import find_probe
-    from ..tracing.probe import Probe
 
     found = find_probe(args.name)
     out = args.out or Path(f"{file_name(found.__name__)}.nc")
     try_folder(out.parent)  # before minutes are spent
     model, probe = open_model(args), found()
-    if found.observe is Probe.observe:  # it makes pairs of twins, two images each
+    if found.of_twins:  # two images a pair
         pairs = max(1, args.items // 2)
         result = probe.run(model, pairs=pairs, seed=args.seed, steps=args.steps)
     else:
         labels = [i % model.conditions.n for i in range(args.items)]
-        result = Probe.run(probe, model, labels, seeds=args.seed, steps=args.steps)
+        result = probe.run(model, labels, seeds=args.seed, steps=args.steps)
     save_dataset(out, f"probe {found.__name__}", result)
 
     print(result)

@@ -9,6 +9,7 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
   `commitment_difference` of two of them.
 - `latents`, `images`, `features`: the `Outcome` that is compared.
 - `couplings`: the gap against the strength of the coupling.
+- `step_doubling`: whether the gap depends on the number of steps.
 - `knock_outs`, `couple_alone`: how far each layer moves the gap; `knocked_out`: one run without
   some layers.
 """
@@ -18,6 +19,7 @@ from .gap import measure_gap
 from .knock_outs import couple_alone, knock_outs, knocked_out
 from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
+from .step_doubling import step_doubling
 
 __all__ = [
     "Curves",
@@ -33,4 +35,5 @@ __all__ = [
     "measure_gap",
     "one_pass",
     "release_sweep",
+    "step_doubling",
 ]

@@ -28,12 +28,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..families.parts.attention import Kernel
 from ..measures import Array
 from ..measures.agreement import Agreement, agreement
 from ..measures.bands import CUT, Bands
-from ..measures.bootstrap import draws, interval
+from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
@@ -80,8 +81,8 @@ def couplings(
         xr.Dataset: `parting` [g, band], in steps; `difference` [g, step, band], the energy of the
             difference of the predicted x0 as a share of the finished images'; `gap` [g, sense] and
             `change` [g, sense] from the first strength, each with its `_interval` [..., bound] (95
-            %, percentile bootstrap over pairs); `rho` [g]; `response` and its first-order
-            prediction `linear` [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
+            %, bootstrap over pairs); `rho` [g]; `response` and its first-order prediction `linear`
+            [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
             attrs["sentence_size"] say whether the gap collapses.
 
     Raises:
@@ -93,7 +94,11 @@ def couplings(
     >>> found.gap.dims, found.rho.values.tolist()
     (('g', 'sense'), [1.0, 0.0])
     """
-    gs = checked_strengths(strengths, form)
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    steps = arguments.whole("steps", steps, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     labels = paired_labels(model, pairs)
@@ -128,6 +133,7 @@ def couplings(
             progress(done, len(gs))
 
     # a band that does not part in some resample has no interval
+    rows = pairs - len(set(labels))
     gap = np.stack(gaps, 1)  # [resample, g, sense]
     change = gap - gap[:, :1]
     measured, linear = (np.stack([r[i] for r in responses]) for i in (0, 1))
@@ -136,9 +142,9 @@ def couplings(
             "parting": (("g", "band"), np.stack(parted)),
             "difference": (("g", "step", "band"), np.stack(energy)),
             "gap": (("g", "sense"), gap[0]),
-            "gap_interval": (("g", "sense", "bound"), interval(gap, skip_nan=False)),
+            "gap_interval": (("g", "sense", "bound"), interval(gap, rows, skip_nan=False)),
             "change": (("g", "sense"), change[0]),
-            "change_interval": (("g", "sense", "bound"), interval(change, skip_nan=False)),
+            "change_interval": (("g", "sense", "bound"), interval(change, rows, skip_nan=False)),
             "rho": ("g", [(1 - g) / (1 + g) for g in gs]),
             "response": (("g", "layer"), measured),
             "linear": (("g", "layer"), linear),
@@ -179,9 +185,8 @@ def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[flo
     >>> checked_strengths([0, 1])
     [0.0, 1.0]
     """
-    gs = [float(g) for g in strengths]
-    for g in gs:
-        check_coupling(g, form)
+    expected = "two or more strengths in increasing order, such as 0, 0.5, 1"
+    gs = [check_coupling(g, form)[0] for g in arguments.listed("strengths", strengths, expected)]
     if len(gs) < 2 or sorted(set(gs)) != gs:
         raise InvalidValue(
             f"strengths is {gs}; expected two or more in increasing order, the weakest first, such "

@@ -9,13 +9,14 @@ One run of twins released at step 0 serves every question, each shown under its 
 - layers (`dit_lens.experiments.layer_profile`): in which layer do low and high come apart, in four
   views.
 
-All intervals are bootstraps over pairs.
+All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for commitments
+`dit_lens.measures.commitment`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import xarray as xr
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from dit_lens.probes import LayerLens, TwinDivergence
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.agreement import Agreement
@@ -40,6 +42,8 @@ from .release import Curves, commitment_difference, one_pass, release_sweep
 BandKind = Literal["radial", "dct", "pooling", "eigen"]
 RELEASES = 8
 MOST_RINGS = 24
+CLASS_MEANS = "for intervals over pairs with class means removed"
+ESTIMATORS = {"one_pass": "One pass", "clones": "Clones"}
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
 
@@ -86,13 +90,18 @@ def measure_gap(
             and `image_gap` [estimator, quantity], with `_interval`; `x_t_gap` [quantity], the
             split's read on x_t, with `_interval`; `spectrum_commitment` [frequency], in steps by
             one pass, with `_interval`; `cut_gap` [cut], in steps by one pass, with `_interval`;
-            `estimator_difference` [split], commitment by one pass less clones, in steps, with
-            `_interval`; `variance_ratio` [step, band], Var(predicted x0) / Var(finished image),
-            equal to the agreement for an exact denoiser.
+            `estimator_difference` [split], commitment by one pass less clones, in steps, and
+            `estimator_gap_difference` [], the same of the gap, each with `_interval`;
+            `calibration` [split], the slope of the finished image on the predicted x0 at the
+            commitment step, 1 for an exact denoiser, with `_interval`; `variance_ratio` [step,
+            band], Var(predicted x0) / Var(finished image), equal to the agreement for an exact
+            denoiser.
 
             Layers: `layer_commitment` [view, layer, split] and `layer_gap` [view, layer], in steps,
             the gap with `_interval`; `log_ratio` [energy, layer], log low less log high at the
-            commitment step, with `_interval`; `difference_energy` [channels, layer, step, split]
+            commitment step, with `_interval`; `layer_gap_together` [view, layer, bound] and
+            `log_ratio_together` [energy, layer, bound], intervals that hold for all layers at
+            once; `difference_energy` [channels, layer, step, split]
             and, at the commitment step, `difference_spectrum` [layer, token_frequency], the
             difference of twins as a share of their energy.
 
@@ -104,9 +113,11 @@ def measure_gap(
             cycles per token (pooling: levels, eigen: ranks); `bound`, low and high.
 
             Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `channels`, the
-            weighing that the views use; `commitment_step`, of `log_ratio`; for each of the four
-            views `onset_{view}`, a sentence, `onset_layer_{view}`, -1 for none, and
-            `onset_verdict_{view}`; the sentences `title`, `headline` and `estimators`.
+            weighing that the views use; `commitment_step`, of `log_ratio`; `vae`, whether one
+            decodes the images; for each of the four views `onset_{view}`, a sentence,
+            `onset_layer_{view}`, -1 for none, and `onset_verdict_{view}`; the sentences `title`,
+            `headline` and `estimators`, and `notes`, a line for each commitment that is missing
+            or whose interval is cut off.
 
     Raises:
         InvalidValue: for too few pairs or steps, unknown bands, or a cut with no mode below or
@@ -117,15 +128,15 @@ def measure_gap(
     >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
     (29, True)
     """
-    if pairs < 2 * FEWEST_PAIRS:
-        raise InvalidValue(
-            f"There are {pairs} pairs; intervals over pairs with class means removed need "
-            f"{2 * FEWEST_PAIRS} or more."
-        )
-    if steps < 4:
-        raise InvalidValue(
-            f"steps={steps} is too short a run to see anything settle in; expected 4 or more."
-        )
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
+    steps = arguments.whole("steps", steps, 4, why="to see anything settle in")
+    seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
+    arguments.choice("bands", bands, get_args(BandKind))
+    arguments.optional(arguments.function, "feature", feature, "of images in [0, 1]")
+    arguments.text("name", name)
+    resamples = arguments.whole("resamples", resamples, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     releases = min(RELEASES, steps - 1)
     runs = 4 if bands == "eigen" else 2
     # a clone's run is half as long as a twin's on average
@@ -171,7 +182,7 @@ def measure_gap(
     # when the finished image is decided
     options = {"resamples": resamples, "seed": seed}
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
-    behaviour, sentence = _behaviour(curves, x_t, modes, options)
+    behaviour = _behaviour(curves, x_t, modes, options)
     decided = behaviour.split_commitment.sel(estimator="one_pass").values
     known = decided[np.isfinite(decided)]
     # at step 0 the twins are one
@@ -196,7 +207,7 @@ def measure_gap(
         bands=bands,
         channels=CHANNELS,
         commitment_step=at,
-        estimators=sentence,
+        vae=int(model.vae is not None),
         title=f"{name}: {model.cfg.n_layers} layers, {pairs} pairs of twins, {steps} steps of "
         f"{sampler} (eta 1); commitment in steps",
     )
@@ -224,7 +235,9 @@ def headline(results: xr.Dataset) -> str:
             f"On {name} no gap can be given: a band does not commit within the run (see the "
             "frequency picture)."
         )
-    if found.sign:
+    if not found.known:
+        verdict = f"With {pairs} pairs the gap has no interval"
+    elif found.sign:
         verdict = f"{'Low' if found.sign > 0 else 'High'} frequencies commit first"
     else:
         # a width falls as 1 / sqrt(pairs)
@@ -360,8 +373,10 @@ def _outcomes(
 
 def _behaviour(
     curves: dict[str, Curves], x_t: Curves, modes: _Modes, options: dict[str, Any]
-) -> tuple[xr.Dataset, str]:
-    """Agreement, commitment and gap by both estimators, and what their difference says."""
+) -> xr.Dataset:
+    """Agreement, commitment and gap by both estimators; their difference's sentence and notes as
+    attributes.
+    """
     one, clones = curves["one_pass"], curves["clones"]
     variables: dict[str, Any] = {
         "agreement_one_pass": (("step", "band"), one.agreement("band")),
@@ -371,8 +386,13 @@ def _behaviour(
     }
 
     # commitment and gap of each outcome by both estimators
+    notes: list[str] = []
     for outcome in clones.stats:
         fits = [c.commitment(outcome, **options) for c in curves.values()]
+        if outcome in ("band", "split"):
+            for estimator, fit in zip(curves, fits, strict=True):
+                said = (str(reason) for reason in fit.reason.values)
+                notes += [f"{ESTIMATORS[estimator]}: {line}" for line in said if line]
         dims = {"band": ("band",), "features": ()}.get(outcome, ("split",))
         for value, ends in (("commitment", ()), ("commitment_interval", ("bound",))):
             found = np.stack([fit[value].sel(quantity="step").values for fit in fits])
@@ -400,11 +420,12 @@ def _behaviour(
 
     # one pass less clones
     apart = commitment_difference(one, clones, "split", **options)
-    variables["estimator_difference"] = ("split", apart.commitment.values)
-    variables["estimator_difference_interval"] = (
-        ("split", "bound"),
-        apart.commitment_interval.values,
-    )
+    for name, of in (("estimator_difference", "commitment"), ("calibration", "calibration")):
+        variables[name] = ("split", apart[of].values)
+        variables[f"{name}_interval"] = (("split", "bound"), apart[f"{of}_interval"].values)
+    for end in ("", "_interval"):
+        dims = ("bound",) if end else ()
+        variables[f"estimator_gap_difference{end}"] = (dims, apart[f"gap{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
         "release": list(clones.releases),
@@ -416,7 +437,8 @@ def _behaviour(
         "frequency": modes.spectrum.middles(),
         "cut": list(modes.spectrum.edges[1:-1]),
     }
-    return xr.Dataset(variables, coords=coords), apart.attrs["sentence"]
+    attrs = {"estimators": apart.attrs["sentence"], "notes": "\n".join(notes)}
+    return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
 def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> Estimate:
@@ -427,9 +449,9 @@ def _at_cut(curves: Curves, k: int, options: dict[str, Any]) -> Estimate:
             for part in curves.stats["spectrum"]
         )
     )
-    fit = fit_commitment(
-        stats, curves.releases, curves.log_snr, squared=True, groups=curves.groups, **options
-    ).sel(quantity="step")
+    fit = fit_commitment(stats, curves.releases, curves.log_snr, squared=True, **options).sel(
+        quantity="step"
+    )
     return Estimate.of(fit.gap, fit.gap_interval)
 
 

@@ -8,15 +8,12 @@ pass, on the same starts and the same noise as without, so that the two gaps can
 by pair. A layer that merely shows the difference between the bands, without anything reading it,
 moves nothing.
 
-All layers are tested at once. Their intervals are simultaneous: effect +- c * standard error, c the
-95 % quantile of the largest |t| of all layers over the bootstrap (the studentised maximum, Romano &
-Wolf 2005, "Exact and approximate stepdown methods for multiple hypothesis testing", JASA 100,
-without its stepdown).
+All layers are tested at once, and their intervals hold for all of them together
+(`dit_lens.measures.bootstrap.simultaneous`).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -26,27 +23,29 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import additions, site_of
 from ..measures import Array
 from ..measures.bands import CUT, Bands
-from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
+from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
 from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..sampling.run import Run
-from ..twinning.coupling import CouplingForm
+from ..twinning.coupling import CouplingForm, check_coupling
 from ..twinning.twins import Twins, paired_labels, twins
 from .coupling_sweep import difference_curves
+from .gap import CLASS_MEANS
 from .outcomes import latents
-from .release import one_pass
+from .release import Curves, one_pass
 
 Part = Literal["layer", "attn", "mlp"]
 STREAMS = ("", "text.")
-MATTERS = 0.25
-"""Steps: a smaller effect is named no cause, however certain, since finite steps and the fitted
-logistic make as much of nothing.
+MATTERS = 0.01
+"""A share of the run's steps: a smaller effect is named no cause, however certain, since finite
+steps and the fitted logistic make as much of nothing.
 """
 
 
@@ -55,7 +54,7 @@ def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
 
     Args:
         model: the opened model.
-        layer: from 0.
+        layer: the block; negative ones count from the end.
         part: "layer" for everything; "attn" or "mlp" for those additions alone.
 
     Returns:
@@ -67,13 +66,8 @@ def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
     >>> import dit_lens; added_by(dit_lens.load("digits"), 5)
     ['blocks.5.hook_attn_out', 'blocks.5.hook_mlp_out']
     """
-    n = model.cfg.n_layers
-    if not 0 <= layer < n:
-        raise InvalidValue(
-            f"There is no layer {layer} to knock out; the model has {n}, counted from 0."
-        )
-    if part not in get_args(Part):
-        raise InvalidValue(f"unknown part {part!r} of a layer; expected 'layer', 'attn' or 'mlp'.")
+    (layer,) = arguments.layers([layer], model.cfg.n_layers)
+    arguments.choice("part", part, get_args(Part))
     found = [
         name
         for stream in STREAMS
@@ -102,7 +96,7 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
 
     Args:
         run: from `dit_lens.sample`, or a twin.
-        layers: from 0; none gives the run itself.
+        layers: the blocks, negative ones from the end; none gives the run itself.
         part: "layer" for everything that a layer adds; "attn" or "mlp" for those additions alone.
         direct: take the additions off the image's stream after the last layer only, so that the
             layers between work on as if nothing were missing: the direct effect. What the whole
@@ -118,6 +112,9 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
     >>> bool((knocked_out(run, [5]).x0 != run.x0).any())
     True
     """
+    arguments.instance("run", run, Run, "a run of dit_lens.sample, or a twin")
+    arguments.flag("direct", direct)
+    layers = arguments.layers(layers, run.model.cfg.n_layers, fewest=0)
     names = [name for layer in layers for name in added_by(run.model, layer, part)]
     if not direct:
         return run.replay(0, [(name, _zero) for name in names])
@@ -135,6 +132,13 @@ def knocked_out(run: Run, layers: Sequence[int], part: Part = "layer", direct: b
     own = [name for name in names if site_of(name).startswith("hook_")]
     last = f"blocks.{run.model.cfg.n_layers - 1}.hook_resid_post"
     return run.replay(0, [*((name, keep) for name in own), (last, take_off)])
+
+
+def _chosen(model: HookedDiT, layers: Sequence[int] | None) -> list[int]:
+    """The layers to go through; by default all."""
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    n = model.cfg.n_layers
+    return list(range(n)) if layers is None else arguments.layers(layers, n)
 
 
 def knock_outs(
@@ -183,12 +187,13 @@ def knock_outs(
     >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
     ({'layer': 1, 'bound': 2}, True)
     """
-    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-    if pairs < 2 * FEWEST_PAIRS:
-        raise InvalidValue(
-            f"There are {pairs} pairs; intervals over pairs with class means removed need "
-            f"{2 * FEWEST_PAIRS} or more."
-        )
+    chosen = _chosen(model, layers)
+    pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
+    steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
+    resamples = arguments.whole("resamples", resamples, 1)
+    seed = arguments.seed("seed", seed)
+    arguments.flag("direct", direct)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     for layer in chosen:
         added_by(model, layer, part)  # refuses what is not there, before anything runs
 
@@ -197,7 +202,9 @@ def knock_outs(
     whole = twins(model, pairs, paired_labels(model, pairs), steps=steps, seed=seed)
 
     def taus(pair: Twins) -> Array:  # [resample, band], in steps
-        curves = one_pass(pair, [outcome])
+        return drawn(one_pass(pair, [outcome]))
+
+    def drawn(curves: Curves) -> Array:
         return commitment_draws(
             curves.stats[outcome.name],
             curves.releases,
@@ -207,7 +214,9 @@ def knock_outs(
             seed=seed,
         )
 
-    before = taus(whole)
+    curves = one_pass(whole, [outcome])
+    before = drawn(curves)
+    own = curves.commitment(outcome.name, resamples=resamples, seed=seed).sel(quantity="step")
     if not np.isfinite(before[0]).all():
         raise InvalidValue(
             "The model's low or high band does not commit within the run, so it has no gap to find "
@@ -223,16 +232,18 @@ def knock_outs(
             straight.append(taus(replace(whole, run=missed)))
         if progress is not None:
             progress(done, len(chosen))
-    settings = {"part": part, "pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
-    result = _effects(before, np.stack(after), chosen, "knocked out", settings)
+    settings: dict[str, Any] = {"part": part, "n_layers": model.cfg.n_layers}
+    settings |= {"pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
+    gap = Estimate.of(own.gap, own.gap_interval)  # as `measure_gap` gives it
+    result = _effects(gap, before, np.stack(after), chosen, "knocked out", settings, pairs)
     if direct:
-        gap = before[:, 1] - before[:, 0]
+        was = before[:, 1] - before[:, 0]
         total, alone = (
-            tau[..., 1] - tau[..., 0] - gap for tau in (np.stack(after), np.stack(straight))
+            tau[..., 1] - tau[..., 0] - was for tau in (np.stack(after), np.stack(straight))
         )
         for name, effect in (("direct_effect", alone), ("mediated_effect", total - alone)):
             result[name] = ("layer", effect[:, 0])
-            result[f"{name}_interval"] = (("layer", "bound"), _simultaneous(effect))
+            result[f"{name}_interval"] = (("layer", "bound"), simultaneous(effect.T, pairs))
     return result
 
 
@@ -281,7 +292,11 @@ def couple_alone(
     >>> dict(found.gap.sizes), found.attrs["g"]
     ({'layer': 1}, 1.0)
     """
-    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    chosen = _chosen(model, layers)
+    check_coupling(g, form)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    seed = arguments.seed("seed", seed)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     counts = draws(pairs, resamples, seed)
     labels = paired_labels(model, pairs)
@@ -313,24 +328,32 @@ def couple_alone(
         after.append(taus(g, [layer]))
         if progress is not None:
             progress(done, len(chosen))
-    settings = {"g": g, "form": form, "eps": eps}
+    settings: dict[str, Any] = {"g": g, "form": form, "eps": eps, "n_layers": model.cfg.n_layers}
     settings |= {"pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
-    return _effects(before, np.stack(after), chosen, "coupled", settings)
+    was, rows = before[:, 1] - before[:, 0], pairs - len(set(labels))
+    gap = Estimate.of(was[0], interval(was, rows))
+    return _effects(gap, before, np.stack(after), chosen, "coupled", settings, rows)
 
 
 def _effects(
-    before: Array, after: Array, layers: list[int], done: str, settings: dict[str, Any]
+    whole: Estimate,
+    before: Array,
+    after: Array,
+    layers: list[int],
+    done: str,
+    settings: dict[str, Any],
+    rows: int,
 ) -> xr.Dataset:
     """What became of the gap, from commitments before [resample, band] and after [layer, resample,
-    band].
+    band], of so many independent rows.
     """
     gap, was = after[..., 1] - after[..., 0], before[:, 1] - before[:, 0]
     effect = gap - was
-    ends = _simultaneous(effect)
+    ends, matters = simultaneous(effect.T, rows), MATTERS * settings["steps"]
     causes = [
         layer
         for layer, value, bound in zip(layers, effect[:, 0], ends, strict=True)
-        if Estimate.of(value, bound).sign and abs(value) > MATTERS
+        if Estimate.of(value, bound).sign and abs(value) > matters
     ]
     result = xr.Dataset(
         {
@@ -341,14 +364,15 @@ def _effects(
         },
         coords={"layer": layers, "band": ["low", "high"], "bound": ["low", "high"]},
         attrs={
-            "gap": float(was[0]),
-            "gap_interval": interval(was).tolist(),
+            "gap": whole.value,
+            "gap_interval": [whole.low, whole.high],
             "causes": causes,
+            "matters": matters,
             "done": done,
         }
         | settings,
     )
-    result.attrs["sentence"] = _sentence(result)
+    result.attrs["sentence"] = effects_sentence(result)
     return result
 
 
@@ -356,27 +380,12 @@ def _zero(activation: Tensor, hook: Any) -> Tensor:
     return torch.zeros_like(activation)
 
 
-def _simultaneous(effect: Array) -> Array:
-    """95 % intervals [layer, bound] that hold for all layers at once, from effects [layer, 1 +
-    resample]; NaN where unknown.
+def effects_sentence(result: xr.Dataset) -> str:
+    """Which layers move the gap, the largest effects first.
+
+    Args:
+        result: of `knock_outs` or `couple_alone`.
     """
-    with warnings.catch_warnings():
-        # a layer without which nothing commits is NaN throughout
-        warnings.simplefilter("ignore", RuntimeWarning)
-        known = np.isfinite(effect[:, 0]) & (np.isfinite(effect[:, 1:]).mean(1) > 0.9)
-        wobble = effect[:, 1:] - np.nanmean(effect[:, 1:], axis=1, keepdims=True)
-        error = np.where(known, np.nanstd(effect[:, 1:], axis=1, ddof=1), np.nan)
-        largest = (
-            np.nanmax(np.abs(wobble[known] / np.maximum(error[known, None], 1e-9)), axis=0)
-            if known.any()
-            else np.array([np.nan])
-        )
-        width = np.nanquantile(largest, 0.95) * error
-    return np.stack([effect[:, 0] - width, effect[:, 0] + width], -1)
-
-
-def _sentence(result: xr.Dataset) -> str:
-    """Which layers move the gap, the largest effects first."""
     done, causes, n = result.attrs["done"], result.attrs["causes"], len(result.layer)
     whole = (
         f"the gap of {Estimate.of(result.attrs['gap'], result.attrs['gap_interval']):+.2f steps}"
@@ -388,8 +397,11 @@ def _sentence(result: xr.Dataset) -> str:
         if lost
         else ""
     )
+    matters = f"{result.attrs['matters']:.2g} steps, {MATTERS:.0%} of the run"
     if not causes:
-        return f"No layer of {n}, {done} by itself, moves {whole} measurably.{undecided}"
+        who = f"No layer of {n}, {done} by itself," if n > 1 else f"The layer, {done}, does not"
+        verb = "moves" if n > 1 else "move"
+        return f"{who} {verb} {whole} measurably and by {matters}, or more.{undecided}"
     effects = {
         layer: Estimate.of(one.effect, one.effect_interval)
         for layer in causes
@@ -398,5 +410,9 @@ def _sentence(result: xr.Dataset) -> str:
     order = sorted(causes, key=lambda layer: -abs(effects[layer].value))
     largest = ", ".join(f"{layer} ({effects[layer]:+.2f})" for layer in order[:5])
     more = f" and {len(order) - 5} more" if len(order) > 5 else ""
-    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers move {whole}"
-    return f"{head}: {largest}{more}, largest first; 95 % for all layers at once.{undecided}"
+    move = "moves" if len(causes) == 1 else "move"
+    head = f"{done.capitalize()} one by one, {len(causes)} of {n} layers {move} {whole}"
+    return (
+        f"{head}: {largest}{more}, largest first; 95 % for all layers at once, and {matters}, or "
+        f"more.{undecided}"
+    )

@@ -21,7 +21,7 @@ import xarray as xr
 
 from ..measures import Array
 from ..measures.bands import Bands
-from ..measures.bootstrap import interval
+from ..measures.bootstrap import interval, simultaneous
 from ..measures.crossing import half_crossing
 from ..measures.onset import Onset, onset
 
@@ -30,16 +30,16 @@ CHANNELS = "standardised"
 variance, since a few massive ones would otherwise be all that is seen.
 """
 STEP_VIEWS, ENERGY_VIEWS = ("divergence", "lens"), ("ratio", "growth")
-MATTERS = {"divergence": 1.0, "lens": 1.0, "ratio": 1.0, "growth": 0.25}
-"""What a profile must come to depart by for an onset: one step, or in log energy more than 28
-random layers drift by (`make checks`).
+MATTERS = {"divergence": 0.02, "lens": 0.02, "ratio": 1.0, "growth": 0.25}
+"""What a profile must come to depart by for an onset: a share of the run's steps, or in log energy
+more than 28 random layers drift by (`make checks`).
 """
 
 
 def profiles(
     seen: xr.Dataset, lensed: xr.Dataset, coarse: Bands, fine: Bands, counts: Array, at: int
 ) -> tuple[xr.Dataset, dict[str, Onset | str]]:
-    """Every view with its 95 % interval, and its onset.
+    """Every view with its 95 % intervals, and its onset.
 
     Args:
         seen: `TwinDivergence` in the bands `fine`.
@@ -76,18 +76,25 @@ def profiles(
         with np.errstate(divide="ignore", invalid="ignore"):
             values[view] = np.log(parts[..., 0]) - np.log(parts[..., 1])
 
-    onsets = {view: _onset(value, counts.shape[1], MATTERS[view]) for view, value in values.items()}
+    pairs, steps = counts.shape[1], seen.sizes["step"]
+    onsets = {
+        view: _onset(value, pairs, view, MATTERS[view] * (steps if view in STEP_VIEWS else 1))
+        for view, value in values.items()
+    }
     now = seen.sel(channels=CHANNELS).isel(step=at).sum("pair")
     whole = {name: value.sum("pair") for name, value in merged.items()}
 
-    def stacked(views: tuple[str, ...]) -> tuple[Array, Array]:
+    # of layers by themselves, and of all of them at once; the lens takes label means off, of both
+    # twins of a pair, which leaves each pair a row
+    def stacked(views: tuple[str, ...]) -> tuple[Array, Array, Array]:
         return (
             np.stack([values[view][0] for view in views]),
-            np.stack([interval(values[view]) for view in views]),
+            np.stack([interval(values[view], pairs) for view in views]),
+            np.stack([simultaneous(values[view], pairs) for view in views]),
         )
 
-    gap, gap_interval = stacked(STEP_VIEWS)
-    ratio, ratio_interval = stacked(ENERGY_VIEWS)
+    gap, gap_interval, gap_together = stacked(STEP_VIEWS)
+    ratio, ratio_interval, ratio_together = stacked(ENERGY_VIEWS)
     dataset = xr.Dataset(
         {
             "layer_commitment": (
@@ -96,8 +103,10 @@ def profiles(
             ),
             "layer_gap": (("view", "layer"), gap),
             "layer_gap_interval": (("view", "layer", "bound"), gap_interval),
+            "layer_gap_together": (("view", "layer", "bound"), gap_together),
             "log_ratio": (("energy", "layer"), ratio),
             "log_ratio_interval": (("energy", "layer", "bound"), ratio_interval),
+            "log_ratio_together": (("energy", "layer", "bound"), ratio_together),
             "difference_energy": (
                 ("channels", "layer", "step", "split"),
                 (whole["difference"] / whole["common"]).values,
@@ -154,8 +163,14 @@ def _lens_curves(lensed: xr.Dataset, counts: Array) -> Array:
         return np.asarray(sums[0] ** 2 / (sums[1] * sums[2]))
 
 
-def _onset(profile: Array, pairs: int, matters: float) -> Onset | str:
+def _onset(profile: Array, pairs: int, view: str, matters: float) -> Onset | str:
+    unit = "steps" if view in STEP_VIEWS else "in log energy"
     try:
-        return onset(profile[0], profile[1:], pairs, matters=matters, first=-1)
+        # the paper's last five of 28, in a model of any depth
+        last = max(1, round((profile.shape[1] - 1) * 5 / 28))
+        found = onset(
+            profile[0], profile[1:], pairs, matters=matters, first=-1, last=last, unit=unit
+        )
     except ValueError as error:  # a band that does not cross half its final value in some layer
         return str(error)
+    return found

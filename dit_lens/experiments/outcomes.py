@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..measures.agreement import Agreement, agreement
 from ..measures.bands import CUT, Bands
@@ -34,6 +35,11 @@ class Outcome:
     name: str
     of: Callable[[Tensor], Tensor]
     bands: Bands | None
+
+    def __post_init__(self) -> None:
+        arguments.text("name", self.name)
+        arguments.function("of", self.of, "of finished latents")
+        arguments.optional(arguments.instance, "bands", self.bands, Bands, "Bands, or None")
 
     @property
     def band_names(self) -> tuple[str, ...]:
@@ -64,7 +70,20 @@ def latents(bands: Bands, name: str = "latents") -> Outcome:
     >>> import dit_lens; latents(dit_lens.Bands.radial((16, 16), cut=0.25)).band_names
     ('low', 'high')
     """
+    arguments.instance("bands", bands, Bands, "Bands of the latents' grid")
     return Outcome(name, lambda x: x, bands)
+
+
+def compared(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Outcomes to be compared, one or more, each with a name of its own; raises InvalidValue or
+    InvalidType otherwise.
+    """
+    expected = "one or more of dit_lens.experiments.latents, images, features"
+    found = arguments.listed("outcomes", outcomes, expected)
+    for outcome in found:
+        arguments.instance("outcomes", outcome, Outcome, expected)
+    arguments.unlike("outcomes", [outcome.name for outcome in found])
+    return found
 
 
 def images(
@@ -82,6 +101,9 @@ def images(
     >>> import dit_lens; images(dit_lens.load("digits")).bands.edges[1]
     0.25
     """
+
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    cut = arguments.number("cut", cut, above=0)
 
     def of(x: Tensor) -> Tensor:
         return decode(model, x)
@@ -109,6 +131,9 @@ def features(
     >>> features(model, lambda x: x.mean((2, 3))).of(torch.zeros(3, 1, 16, 16)).shape
     torch.Size([3, 1])
     """
+
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    arguments.function("function", function, "of images [n, channel, height, width]")
 
     def of(x: Tensor) -> Tensor:
         with torch.no_grad():

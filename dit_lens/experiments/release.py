@@ -15,25 +15,33 @@ What is compared is an `Outcome` of the finished latents (`dit_lens.experiments.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.agreement import Agreement, curve
-from ..measures.commitment import fit_commitment
+from ..measures.bootstrap import draws, interval
+from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..sampling.run import Run
 from ..twinning.twins import Twins, twin_seeds
-from .outcomes import Outcome
+from .outcomes import Outcome, compared
 
-SLACK = 0.5
-"""Steps: what the sampler's finite steps and the fitted logistic can make of nothing. A smaller
-difference is none of the model's.
+SLACK = 0.01
+"""A share of the run's steps: what the fitted logistic can make of nothing. A smaller difference of
+two estimators is none of the model's (`tests/checks.py`, part `coverage`: exact curves differ by at
+most 0.5 % of the steps).
+"""
+MISFIT = 0.1
+"""How far from 1 the slope of the finished image on the predicted x0 must surely be for the
+denoiser to be called wrong by it. An exact one's is 1 at any number of steps (on Gaussian data).
 """
 
 
@@ -48,8 +56,9 @@ class Curves:
         log_snr: [step], of the whole run.
         stats: for each outcome's name its statistics [release, pair, band].
         bands: for each outcome's name its band names.
-        groups: how many labels' means were taken off.
         model: the transformer that they come from.
+        source: a digest of the finished latents, by which curves of the same runs are known.
+        quantity: what one pass compared with the finished image.
 
     >>> import dit_lens
     >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
@@ -64,8 +73,9 @@ class Curves:
     log_snr: Array
     stats: Mapping[str, Agreement]
     bands: Mapping[str, tuple[str, ...]]
-    groups: int
     model: Any
+    source: str
+    quantity: Literal["x0", "x_t"] = "x0"
 
     @classmethod
     def of(
@@ -91,8 +101,8 @@ class Curves:
             run.log_snr.numpy().astype(np.float64),
             {o.name: Agreement.stack([stats[o.name] for stats in found]) for o in outcomes},
             {o.name: o.band_names for o in outcomes},
-            len(set(run.labels.tolist())),
             run.model.transformer,
+            hashlib.sha256(run.latents[-1].float().cpu().numpy().tobytes()).hexdigest(),
         )
 
     def agreement(self, outcome: str) -> Array:
@@ -107,7 +117,7 @@ class Curves:
         Raises:
             InvalidValue: for an outcome that was not compared.
         """
-        return curve(self._stats(outcome), squared=self.estimator == "one_pass")
+        return curve(self.statistics(outcome), squared=self.estimator == "one_pass")
 
     def commitment(
         self, outcome: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
@@ -128,23 +138,29 @@ class Curves:
             InvalidValue: for an outcome that was not compared, or fewer than 8 pairs.
         """
         return fit_commitment(
-            self._stats(outcome),
+            self.statistics(outcome),
             self.releases,
             self.log_snr,
             names=self.bands[outcome],
-            groups=self.groups,
             squared=self.estimator == "one_pass",
             resamples=resamples,
             seed=seed,
             level=level,
         )
 
-    def _stats(self, outcome: str) -> Agreement:
-        if outcome not in self.stats:
-            raise InvalidValue(
-                f"There is no outcome {outcome!r} here; these curves have {list(self.stats)}."
-            )
-        return self.stats[outcome]
+    def statistics(self, outcome: str) -> Agreement:
+        """The statistics of the finished twins.
+
+        Args:
+            outcome: the name of one, such as "latents".
+
+        Returns:
+            Agreement: [release, pair, band].
+
+        Raises:
+            InvalidValue: for an outcome that was not compared.
+        """
+        return self.stats[arguments.choice("outcome", outcome, self.stats)]
 
 
 def one_pass(
@@ -176,6 +192,10 @@ def one_pass(
     >>> one_pass(pair, [low_high]).agreement("latents").shape  # [step, band]
     (6, 2)
     """
+    arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
+    outcomes = compared(outcomes)
+    arguments.choice("quantity", quantity, ["x0", "x_t"])
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if twins.release:
         raise InvalidValue(
             f"These twins were tied up to step {twins.release}; one pass needs independent runs, "
@@ -188,7 +208,8 @@ def one_pass(
         found.append({o.name: _by_pair(o.compare(x, run.latents[-1], groups)) for o in outcomes})
         if progress is not None:
             progress(done, len(seen))
-    return Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, found)
+    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, found)
+    return replace(curves, quantity=quantity)
 
 
 def release_sweep(
@@ -226,6 +247,9 @@ def release_sweep(
     >>> release_sweep(tied, [low_high], [1, 3, 5]).agreement("latents").shape  # [release, band]
     (3, 2)
     """
+    arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
+    outcomes, seed = compared(outcomes), arguments.seed("seed", seed)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
         raise InvalidValue(
@@ -235,6 +259,8 @@ def release_sweep(
     planned = _planned(releases, steps)
     a, b = twins.a, twins.b
     labels = a.labels.tolist()
+    for each in outcomes:  # bands of another grid are refused before anything is run
+        each.compare(a.latents[-1], b.latents[-1], labels)
     found: dict[int, dict[str, Agreement]] = {}
 
     def part_at(release: int) -> None:
@@ -249,8 +275,7 @@ def release_sweep(
             )
         found[release] = {o.name: o.compare(*ends, labels) for o in outcomes}
 
-    total = len(planned) if planned else releases
-    assert isinstance(total, int)
+    total = len(planned) if planned else arguments.whole("releases", releases)
     while len(found) < total:
         if planned:
             part_at(planned[len(found)])
@@ -266,19 +291,11 @@ def release_sweep(
 
 def _planned(releases: int | Sequence[int], steps: int) -> list[int]:
     """The releases that were asked for by step; none if only their number was."""
-    if isinstance(releases, int):
-        if not 3 <= releases <= steps:
-            raise InvalidValue(
-                f"releases={releases}; a curve needs from 3 releases to {steps}, the run's steps."
-            )
+    if arguments.is_whole(releases):
+        arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
         return []
-    planned = list(releases)
-    inside = all(0 <= r < steps for r in planned)
-    if len(set(planned)) != len(planned) or len(planned) < 3 or not inside:
-        raise InvalidValue(
-            f"releases is {planned}; expected 3 or more different steps from 0 to {steps - 1}."
-        )
-    return planned
+    planned = arguments.wholes("releases", releases, 0, steps - 1, fewest=3, why="steps of the run")
+    return arguments.unlike("releases", planned)
 
 
 def _steepest(curves: Mapping[int, Array], steps: int) -> int:
@@ -308,9 +325,11 @@ def commitment_difference(
     """How much later `one` puts the commitment of every band, and the gap, than `other`, in steps.
 
     One pass and clones estimate the same curve if the denoiser is exact, so a difference between
-    them is an error of the model (or of a coarse sampler), never of the data. The intervals are
-    made as if the two were independent: where they share runs they move together, and the intervals
-    are too wide.
+    them is an error of the model (or of a coarse sampler), never of the data. Where they share
+    their runs the same pairs are resampled in both, so that what moves them together cancels.
+
+    Two wrong estimates can agree, so the denoiser is also judged by the slope of the finished image
+    on the predicted x0 at the commitment step: 1 if the prediction is an expectation, E[x0 | x_t].
 
     Args:
         one: curves of one estimator.
@@ -320,8 +339,9 @@ def commitment_difference(
         seed: of the resamples.
 
     Returns:
-        xr.Dataset: `commitment` [band], `gap`, and their `_interval` [..., bound], 95 %;
-            attrs["sentence"] says what they mean.
+        xr.Dataset: `commitment` [band], `gap`, in steps, and, of `one` if it is one pass on x0,
+            `calibration` [band], the slope, each with its `_interval` [..., bound], 95 %;
+            attrs["sentence"] says what they mean, attrs["paired"] whether the runs are shared.
 
     Raises:
         InvalidValue: for curves of different models, or of runs with other steps.
@@ -333,6 +353,9 @@ def commitment_difference(
     >>> commitment_difference(*curves, "latents", resamples=100).commitment.sizes["band"]
     2
     """
+    for name, curves in (("one", one), ("other", other)):
+        arguments.instance(name, curves, Curves, "what one_pass or release_sweep gave")
+        arguments.choice("outcome", outcome, curves.stats)
     if one.model is not other.model:
         raise InvalidValue("The curves come from different models; compare curves of one.")
     if not np.array_equal(one.log_snr, other.log_snr):
@@ -340,50 +363,113 @@ def commitment_difference(
             f"The curves come from runs of {len(one.log_snr)} and {len(other.log_snr)} steps; "
             "expected the same steps."
         )
-    fits = [
-        c.commitment(outcome, resamples=resamples, seed=seed).sel(quantity="step")
-        for c in (one, other)
+    paired = one.source == other.source
+    steps = [
+        commitment_draws(
+            c.statistics(outcome),
+            c.releases,
+            c.log_snr,
+            squared=c.estimator == "one_pass",
+            resamples=resamples,
+            seed=seed if paired else seed + number,
+        )
+        for number, c in enumerate((one, other))
     ]
 
-    # the bounds of a difference from those of its terms
-    parts: dict[str, Any] = {}
-    for name in ("commitment", "gap"):
-        dims = fits[0][name].dims
-        value = fits[0][name].values - fits[1][name].values
-        down, up = (
-            np.abs(
-                np.stack([f[f"{name}_interval"].values[..., side] - f[name].values for f in fits])
-            )
-            for side in (0, 1)
-        )
-        ends = np.stack([value - np.hypot(down[0], up[1]), value + np.hypot(up[0], down[1])], -1)
-        parts[name], parts[f"{name}_interval"] = (dims, value), ((*dims, "bound"), ends)
-    result = xr.Dataset(parts, coords={"band": fits[0].band.values, "bound": ["low", "high"]})
-
-    # the sentence
-    found = {
-        str(band): Estimate.of(value, ends)
-        for band, value, ends in zip(
-            result.band.values,
-            result.commitment.values,
-            result.commitment_interval.values,
-            strict=True,
-        )
+    # [1 + resample, band], and the gap behind the bands
+    apart = steps[0] - steps[1]
+    apart = np.concatenate([apart, apart[:, -1:] - apart[:, :1]], 1)
+    rows = min(c.statistics(outcome).xy.shape[1] for c in (one, other))
+    ends = interval(apart, rows)
+    parts: dict[str, Any] = {
+        "commitment": ("band", apart[0, :-1]),
+        "commitment_interval": (("band", "bound"), ends[:-1]),
+        "gap": ((), apart[0, -1]),
+        "gap_interval": ("bound", ends[-1]),
     }
-    apart = [band for band, e in found.items() if abs(e.value) > SLACK and e.sign]
-    if not any(e.known for e in found.values()):
-        verdict = "no band commits in both estimates, so nothing can be said about the denoiser."
-    elif apart:
+    if (one.estimator, one.quantity) == ("one_pass", "x0"):
+        slope = _calibration(one.statistics(outcome), steps[0][0], resamples, seed)
+        parts["calibration"] = ("band", slope[0])
+        parts["calibration_interval"] = (("band", "bound"), interval(slope, rows))
+    result = xr.Dataset(parts, {"band": list(one.bands[outcome]), "bound": ["low", "high"]})
+    result.attrs |= {
+        "paired": int(paired),
+        "steps": len(one.log_snr),
+        "pairs": one.statistics(outcome).xy.shape[1],
+        "of": f"{one.estimator.replace('_', ' ')} less {other.estimator.replace('_', ' ')}",
+    }
+    result.attrs["sentence"] = difference_sentence(result)
+    return result
+
+
+def _calibration(stats: Agreement, at: Array, resamples: int, seed: int) -> Array:
+    """Slope of the finished image on x0 at each band's commitment step, [1 + resample, band]; NaN
+    for a band without one.
+    """
+    counts = draws(stats.xy.shape[1], resamples, seed)
+    found = np.full((len(counts), len(at)), np.nan)
+    for band in np.flatnonzero(np.isfinite(at)):
+        step = round(float(at[band]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[:, band] = (counts @ stats.xy[step, :, band]) / (counts @ stats.xx[step, :, band])
+    return found
+
+
+def difference_sentence(result: xr.Dataset) -> str:
+    """What two estimators' difference says of the denoiser.
+
+    Args:
+        result: of `commitment_difference`.
+    """
+
+    def of(name: str) -> dict[str, Estimate]:
+        return {
+            str(band): Estimate.of(value, ends)
+            for band, value, ends in zip(
+                result.band.values,
+                result[name].values,
+                result[f"{name}_interval"].values,
+                strict=True,
+            )
+        }
+
+    found, slack = of("commitment"), SLACK * result.attrs["steps"]
+    slopes = of("calibration") if "calibration" in result else {}
+    gap = Estimate.of(result.gap, result.gap_interval)
+    differing = [band for band, e in found.items() if e.sign and abs(e.value) > slack]
+    wrong = [b for b, e in slopes.items() if e.low > 1 + MISFIT or e.high < 1 - MISFIT]
+    known = [e for e in found.values() if e.known]
+
+    # the difference is evidence against exactness, and never for it
+    judged = "measurably not the exact one"
+    if not known:
         verdict = (
-            f"they differ in {', '.join(apart)}: the denoiser is measurably not the exact one "
-            "there."
+            "no band has both with an interval, so this difference says nothing about the denoiser"
         )
-    else:
+    elif differing:
         verdict = (
-            f"no band differs: by this measure, with {one.stats[outcome].xy.shape[1]} pairs, the "
-            "denoiser can't be told from an exact one."
+            f"they differ in {', '.join(differing)} (by more than {slack:g} steps, 1 % of the "
+            f"run): the denoiser is {judged} there"
+        )
+    elif len(known) < len(found):
+        verdict = "some bands can't be compared; in the others no difference can be told"
+    else:
+        reach = max(max(abs(e.low), abs(e.high)) for e in found.values())
+        verdict = (
+            f"no difference can be told with {result.attrs['pairs']} pairs, and one of up to "
+            f"{reach:.1f} steps is not excluded"
+        )
+    slope = ", ".join(f"{b} {e:.2f}" for b, e in slopes.items() if np.isfinite(e.value))
+    if wrong:
+        verdict += (
+            f". The finished image changes {slope} times as much as the predicted x0 at "
+            f"commitment, an exact denoiser's once: by this the denoiser is {judged} in "
+            f"{', '.join(wrong)}"
+        )
+    elif slope:
+        verdict += (
+            f". The finished image changes {slope} times as much as the predicted x0 at "
+            "commitment (an exact denoiser's: once)"
         )
     bands = ", ".join(f"{band} {e:+.1f}" for band, e in found.items())
-    what = f"Commitment by {one.estimator.replace('_', ' ')} less {other.estimator}"
-    result.attrs["sentence"] = f"{what}, in steps: {bands}; {verdict}"
-    return result
+    return f"Commitment by {result.attrs['of']}, in steps: {bands}, the gap {gap:+.1f}; {verdict}."

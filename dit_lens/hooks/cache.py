@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .names import Key, layer_of, resolve, select
+from ..arguments import text
+from .names import Key, UnknownName, layer_of, resolve, select
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -52,7 +53,10 @@ class ActivationCache(Mapping[str, Tensor]):
         Args:
             site: a hook point without its layer, such as "resid_post".
         """
-        names = [n for n in select(site, list(self._activations)) if layer_of(n) is not None]
+        found = select(text("site", site), list(self._activations))
+        names = [n for n in found if layer_of(n) is not None]
+        if not names:
+            raise UnknownName(f"{site!r} is in no layer; expected a site such as 'resid_post'.")
         return torch.stack([self._activations[n] for n in names])
 
     def to(self, device: str | torch.device) -> ActivationCache:

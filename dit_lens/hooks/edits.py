@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from .points import Editor, HookFunction, HookPoint
 from .regions import Region
@@ -16,28 +17,41 @@ from .regions import Region
 Steps = None | int | slice | range | Iterable[int]
 
 
-def step_test(steps: Steps) -> Callable[[int], bool]:
-    """Whether a step is among these.
+def checked_steps(steps: Steps) -> Steps:
+    """Steps as they can be asked again and again.
 
-    Raises ValueError for steps that count from the end, or none at all.
+    Raises ValueError for steps that count from the end, or none at all, TypeError for what is none.
     """
+    expected = "None, a whole number of 0 (the noisiest) or more, or a slice, range or list of them"
     if steps is None:
-        return lambda _: True
+        return None
     if isinstance(steps, slice):
-        if any(v is not None and v < 0 for v in (steps.start, steps.stop, steps.step)):
+        parts = (steps.start, steps.stop, steps.step)
+        if any(v is not None and arguments.is_whole(v) and v < 0 for v in parts):
             raise InvalidValue(
                 f"{steps} counts steps from the end, which is not known while a run is under way; "
                 "count from 0."
             )
+        chosen = arguments.index("steps", steps)
+        assert isinstance(chosen, slice)
+        if chosen.step == 0 or (chosen.stop is not None and chosen.stop <= (chosen.start or 0)):
+            raise arguments.refusal("steps", steps, "a slice with a step in it")
+        return chosen
+    if arguments.is_whole(steps):
+        return arguments.whole("steps", steps, 0)
+    found = arguments.listed("steps", steps, expected)
+    return [arguments.whole(f"steps[{i}]", s, 0) for i, s in enumerate(found)]
+
+
+def step_test(steps: Steps) -> Callable[[int], bool]:
+    """Whether a step is among these; raises as `checked_steps` does."""
+    steps = checked_steps(steps)
+    if steps is None:
+        return lambda _: True
+    if isinstance(steps, slice):
         first, last, by = steps.start or 0, steps.stop, steps.step or 1
         return lambda s: s >= first and (last is None or s < last) and (s - first) % by == 0
-    chosen = {steps} if isinstance(steps, int) else {int(s) for s in steps}
-    if not chosen or min(chosen) < 0:
-        raise InvalidValue(
-            f"steps={steps!r} names no step; expected numbers from 0 (the noisiest), a slice or a "
-            "range."
-        )
-    return chosen.__contains__
+    return ({steps} if isinstance(steps, int) else set(steps)).__contains__
 
 
 def within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFunction:
@@ -91,10 +105,7 @@ def ablation(mode: str) -> HookFunction:
         "mean": lambda a: a.mean(0, keepdim=True).expand_as(a).clone(),
         "resample": lambda a: a.roll(1, 0),
     }
-    if mode not in modes:
-        raise InvalidValue(
-            f"{mode!r} is no way to ablate; expected one of {', '.join(map(repr, modes))}."
-        )
+    mode = arguments.choice("mode", mode, modes)
     return lambda activation, hook: modes[mode](activation)
 
 

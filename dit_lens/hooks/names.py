@@ -16,10 +16,11 @@ like a result is worse.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from ..arguments import is_whole, shown
 from ..errors import DitLensError
 
 ASIDE = ("text.", "cross_attn.", "attn2.")
@@ -121,12 +122,14 @@ def resolve(key: Key, names: Sequence[str]) -> str:
         isinstance(key, tuple)
         and len(key) in (2, 3)
         and isinstance(key[0], str)
-        and isinstance(key[1], int)
+        and is_whole(key[1])
+        and all(isinstance(part, str) for part in key[2:])
     ):
         raise UnknownName(
-            f"{key!r} is not a hook name; use a string, or a shorthand such as ('resid_post', 5)."
+            f"{shown(key)} is not a hook name; use a string, or a shorthand such as "
+            "('resid_post', 5)."
         )
-    short, layer = key[0], key[1]
+    short, layer = key[0], int(key[1])
     found = _by_shorthand(f"{key[2]}.{short}" if len(key) == 3 else short, names)
     if not found:
         raise _unknown(short, names)
@@ -153,7 +156,7 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     """
     if names_filter is None:
         return list(names)
-    if callable(names_filter):
+    if callable(names_filter) and not isinstance(names_filter, type):
         chosen = {n for n in names if names_filter(n)}
         if not chosen:
             raise UnknownName(
@@ -162,14 +165,15 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
             )
     elif isinstance(names_filter, str):
         chosen = set(_match(names_filter, names))
-    elif (
-        isinstance(names_filter, tuple)
-        and len(names_filter) >= 2
-        and isinstance(names_filter[1], int)
-    ):
+    elif isinstance(names_filter, tuple) and len(names_filter) >= 2 and is_whole(names_filter[1]):
         chosen = {resolve(names_filter, names)}
     else:
         chosen = set()
+        if not isinstance(names_filter, (Sequence, Set)):
+            raise UnknownName(
+                f"{shown(names_filter)} is no filter of names; expected a name, a pattern, a list "
+                "of them, a function on names, or None for every hook point."
+            )
         for item in names_filter:
             chosen |= set(_match(item, names)) if isinstance(item, str) else {resolve(item, names)}  # type: ignore[arg-type]
         if not chosen:

@@ -19,17 +19,64 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
-from .names import layer_of
+from .names import NamesFilter, layer_of
 
 HookFunction = Callable[..., Any]
 _order = count()
+
+LOCK = RLock()
+"""Held while it changes who listens; one for all models, as whoever holds it may let another go."""
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """Which listeners a pass goes through.
+
+    Attributes:
+        scopes: of those who listen to passes of one scope only, those of these.
+        alone: whether all others stay silent.
+    """
+
+    scopes: tuple[object, ...] = ()
+    alone: bool = False
+
+    def hears(self, listener: Listener) -> bool:
+        """Whether a pass goes through a listener.
+
+        Args:
+            listener: at some hook point.
+        """
+        if listener.scope is None:
+            return not self.alone
+        return any(listener.scope is scope for scope in self.scopes)
+
+
+def pairs_of(name: str, hooks: Any) -> list[tuple[NamesFilter, HookFunction]]:
+    """Hooks or edits, pairs of a names filter and a function; raises InvalidType for anything else.
+
+    Args:
+        name: of the argument.
+        hooks: the argument.
+    """
+    expected = "a list of pairs (names, fn(activation, hook))"
+    found = arguments.listed(name, hooks, expected, fewest=0)
+    for pair in found:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise arguments.refusal(
+                name, pair, "pairs (names, fn(activation, hook))", wrong_type=True
+            )
+        arguments.function(f"{name}: fn", pair[1], "fn(activation, hook)")
+    return [(names, fn) for names, fn in found]
 
 
 class HookPoint:
@@ -41,24 +88,37 @@ class HookPoint:
         step: within a trace, the denoising step of the call under way (0 the noisiest); otherwise
             None.
         changed: whether an editor has replaced the value in the latest call.
+        attached: all listeners, whoever's passes they listen to.
+        hearing: says which of them are heard in this thread and task; None is all.
     """
 
-    __slots__ = ("name", "ctx", "step", "changed", "listeners")
+    __slots__ = ("name", "ctx", "step", "changed", "attached", "hearing")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.ctx: dict[str, Any] = {}
         self.step: int | None = None
         self.changed = False
-        self.listeners: list[Listener] = []
+        self.attached: tuple[Listener, ...] = ()
+        self.hearing: Callable[[], Hearing] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.listeners:
+        if not self.attached:
             return x
-        self.changed = False
-        for listener in tuple(self.listeners):
+        listeners = self.listeners
+        if listeners:
+            self.changed = False
+        for listener in listeners:
             x = listener(x, self)
         return x
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """Those who listen to the pass under way in this thread and task."""
+        if not self.attached:
+            return ()
+        hearing = EVERYBODY if self.hearing is None else self.hearing()
+        return tuple(filter(hearing.hears, self.attached))
 
     def layer(self) -> int | None:
         """The block this point belongs to, or None for the points before and after the blocks."""
@@ -66,8 +126,13 @@ class HookPoint:
 
     def add(self, listener: Listener) -> None:
         """Insert in its place: editors before observers, older before younger."""
-        self.listeners.append(listener)
-        self.listeners.sort(key=lambda each: each.order)
+        with LOCK:
+            self.attached = tuple(sorted((*self.attached, listener), key=lambda each: each.order))
+
+    def drop(self, listener: Listener) -> None:
+        """Take a listener off, if it is there."""
+        with LOCK:
+            self.attached = tuple(each for each in self.attached if each is not listener)
 
     def wants(self, kind: type) -> bool:
         return any(isinstance(listener, kind) for listener in self.listeners)
@@ -80,16 +145,23 @@ class HookPoint:
         return bool(self.listeners) and (self.changed or self.wants(BackwardEditor))
 
     def __repr__(self) -> str:
-        return f"HookPoint({self.name!r}, {len(self.listeners)} listening)"
+        return f"HookPoint({self.name!r}, {len(self.attached)} listening)"
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return HookPoint, (self.name,)  # a copied or unpickled model starts with nobody listening
 
 
+EVERYBODY = Hearing()
+"""What a plain pass goes through."""
+
+
 class Listener:
-    """Something attached to a hook point; `order` is its place among the listeners there."""
+    """Something attached to a hook point; `order` is its place among the listeners there. With a
+    `scope` it listens to passes of that scope only.
+    """
 
     late = False
+    scope: object = None
 
     def __init__(self) -> None:
         self.order = (self.late, next(_order))
@@ -119,7 +191,9 @@ class Editor(Listener):
     `now` says whether the edit applies to the call under way, and at which step; None means always.
     """
 
-    def __init__(self, fn: HookFunction, now: Callable[[], tuple[bool, int]] | None = None) -> None:
+    def __init__(
+        self, fn: HookFunction, now: Callable[[], tuple[bool, int | None]] | None = None
+    ) -> None:
         super().__init__()
         self.fn, self.now, self.by_keyword = fn, now, _takes_hook_by_keyword(fn)
 
@@ -147,12 +221,10 @@ class Editor(Listener):
         """This edit as it acts in the call under way, to be replayed later; None if it does not
         act.
         """
-        if self.now is None:
-            return self
-        active, step = self.now()
+        active, step = (True, None) if self.now is None else self.now()
         if not active:
             return None
-        twin = Editor(self.fn, lambda: (True, step))
+        twin = Editor(self.fn, None if self.now is None else lambda: (True, step))
         twin.order = self.order
         return twin
 

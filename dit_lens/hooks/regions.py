@@ -7,19 +7,20 @@ names, so `heads=` works wherever there is a head axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue
+from .. import arguments
+from ..arguments import Index
+from ..errors import InvalidType, InvalidValue
 
 if TYPE_CHECKING:
     from ..measures.bands import Bands
-
-Index = int | slice | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,42 @@ class Region:
     band: tuple[Bands, int | str] | None = None
 
     def __post_init__(self) -> None:
-        for part in ("items", "heads", "tokens"):
-            index = getattr(self, part)
-            if isinstance(index, Tensor):  # what happens to the caller's tensor later is not meant
-                object.__setattr__(self, part, index.detach().clone())
+        for name in ("items", "heads", "tokens"):
+            chosen = arguments.optional(arguments.index, name, getattr(self, name))
+            if isinstance(chosen, Tensor):  # what happens to the caller's tensor later is not meant
+                chosen = chosen.detach().clone()
+            object.__setattr__(self, name, chosen)
+        if self.band is not None:
+            is_pair = isinstance(self.band, tuple) and len(self.band) == 2
+            if not is_pair or not hasattr(self.band[0], "project_tokens"):
+                raise arguments.refusal(
+                    "band", self.band, "(bands, a number or a name)", wrong_type=True
+                )
+            self.band[0].number(self.band[1])
+
+    @classmethod
+    def of(cls, **parts: Any) -> Region:
+        """A region by keyword.
+
+        Raises TypeError for a keyword that is none, with the nearest.
+        """
+        for name in parts:
+            if name not in cls.__dataclass_fields__:
+                near = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0)[0]
+                raise InvalidType(
+                    f"{name!r} is no part of an activation; expected 'items', 'heads', 'tokens' or "
+                    f"'band' (nearest: {near!r})."
+                )
+        return cls(**parts)
 
     @property
     def everything(self) -> bool:
         return all(v is None for v in (self.items, self.heads, self.tokens, self.band))
 
-    def check(self, name: str, axes: tuple[str, ...]) -> None:
-        """Raise ValueError if the hook point has no such axis."""
+    def check(self, name: str, axes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
+        """Raise ValueError if the hook point has no such axis, or no such place on it where
+        `sizes` says how long it is.
+        """
         wanted = {"head": self.heads, "token": self.tokens, "frequency band": self.band}
         for axis, value in wanted.items():
             has = axis in axes or (
@@ -59,6 +85,11 @@ class Region:
             )
             if value is not None and not has:
                 raise InvalidValue(f"{name!r} has no {axis} axis; its axes are {', '.join(axes)}.")
+        token = "token" if "token" in axes else "query"
+        for field, axis in (("items", "batch"), ("heads", "head"), ("tokens", token)):
+            value = getattr(self, field)
+            if value is not None and axis in sizes:
+                arguments.positions(field, value, sizes[axis], axis=axis)
 
     def merge(self, old: Tensor, new: Tensor, axes: tuple[str, ...]) -> Tensor:
         """`new` inside the region, `old` outside; both of the hook point's shape."""
@@ -75,26 +106,16 @@ class Region:
                 new = old + bands.project_tokens(new - old, b)
         inside = torch.ones((), dtype=torch.bool, device=old.device)
         token_axis = "token" if "token" in axes else "query"
-        for axis, index in (("batch", self.items), ("head", self.heads), (token_axis, self.tokens)):
-            if index is not None:
-                inside = inside & _mask(old, axes.index(axis), index, axis)
+        chosen = {
+            "items": ("batch", self.items),
+            "heads": ("head", self.heads),
+            "tokens": (token_axis, self.tokens),
+        }
+        for field, (axis, value) in chosen.items():
+            if value is not None:
+                dim = axes.index(axis)
+                places = arguments.positions(field, value, old.shape[dim], axis=axis)
+                mask = torch.zeros(old.shape[dim], dtype=torch.bool, device=old.device)
+                mask[places.to(old.device)] = True
+                inside = inside & mask.view([-1 if d == dim else 1 for d in range(old.ndim)])
         return torch.where(inside, new, old)
-
-
-def _mask(x: Tensor, dim: int, index: Any, axis: str) -> Tensor:
-    size = x.shape[dim]
-    mask = torch.zeros(size, dtype=torch.bool, device=x.device)
-    where = (
-        torch.as_tensor(index).flatten().to(x.device)
-        if not isinstance(index, (int, slice))
-        else index
-    )
-    if isinstance(where, Tensor) and where.dtype == torch.bool and len(where) != size:
-        raise InvalidValue(f"The {axis} mask has {len(where)} entries; expected {size}.")
-    try:
-        mask[where] = True
-    except IndexError:
-        raise InvalidValue(
-            f"{axis} index {index!r} is out of range; expected 0 to {size - 1}."
-        ) from None
-    return mask.view([-1 if d == dim else 1 for d in range(x.ndim)])

@@ -1,7 +1,10 @@
 """Agreement: what twins share, band by band, as sums over pairs.
 
-Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|²: the pairs are
-the independent units, so resampling the pairs is resampling these numbers.
+Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|², and intervals
+resample these. So they must be independent, which the deviations of n pairs from their own mean are
+not: they sum to 0, and of two pairs both are the same but for the sign. Helmert contrasts are: each
+pair less the mean of those before it in its group, scaled to the same variance. Their products
+have the same sum as those of the deviations, exactly; a group's first pair has none and is 0.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from .arrays import Array
 from .bands import Bands
@@ -20,6 +25,9 @@ from .bands import Bands
 
 class Agreement(NamedTuple):
     """Sufficient statistics of twins, each [..., pair, band], with the mean over pairs removed.
+
+    Of each group n - 1 rows are independent and one, the first pair's, is 0 (see this module's
+    docstring).
 
     Attributes:
         xy: <a, b>.
@@ -43,6 +51,14 @@ class Agreement(NamedTuple):
         """
         return cls(*(np.stack([part[i] for part in releases]) for i in range(3)))
 
+    def independent(self) -> Agreement:
+        """Without the rows that are 0 throughout, the first pair of each group; all if none holds
+        anything.
+        """
+        held = (self.xx + self.yy).any(-1)
+        held = held.reshape(-1, held.shape[-1]).any(0)
+        return Agreement(*(part[..., held, :] for part in self)) if held.any() else self
+
 
 def agreement(
     a: Tensor, b: Tensor, bands: Bands | None = None, groups: ArrayLike | None = None
@@ -52,7 +68,8 @@ def agreement(
     The mean over the pairs is removed first, for each group by itself: a class's mean image is
     shared by all its samples, which is no agreement. The means of A and of B are removed
     separately, which takes the same share (n - 1)/n of <a, b> as of the energies; the factor
-    n/(n - 1) puts it back, so that sums over pairs are unbiased.
+    n/(n - 1) puts it back, so that sums over pairs are unbiased. The rows are `contrasts`, so only
+    sums over pairs mean anything.
 
     Args:
         a: twin A, images [pair, ..., h, w], or features of any shape [pair, ...] without `bands`.
@@ -70,30 +87,64 @@ def agreement(
     >>> curve(agreement(a, a, Bands.radial((8, 8), cut=0.25))).round(6).tolist()
     [1.0, 1.0]
     """
+    for name, twin in (("a", a), ("b", b)):
+        arguments.tensor(name, twin)
+    arguments.optional(
+        arguments.instance, "bands", bands, Bands, "Bands of the images' grid, or None"
+    )
     if a.shape != b.shape or a.ndim < 2:
         raise InvalidValue(
             f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
             "[pair, ...]."
         )
-    labels = np.zeros(len(a), dtype=np.int64) if groups is None else np.asarray(groups)
+    labels = np.zeros(len(a)) if groups is None else arguments.array("groups", groups)
     if labels.shape != (len(a),):
         raise InvalidValue(
             f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
         )
-    x, y = a.detach().double(), b.detach().double()
-    parts = [np.empty((len(a), bands.n if bands else 1)) for _ in range(3)]
+    x, y = (contrasts(z.detach().double(), labels) for z in (a, b))
+
+    def inner(p: Tensor, q: Tensor) -> Array:
+        found = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
+        products: Array = found.reshape(len(p), -1, bands.n if bands else 1).sum(1).cpu().numpy()
+        return products
+
+    return Agreement(inner(x, y), inner(x, x), inner(y, y))
+
+
+def contrasts(x: Tensor, groups: ArrayLike) -> Tensor:
+    """Helmert contrasts of each group over the first axis, scaled to the variance of x.
+
+    sqrt(k / (k + 1)) (x[k] - mean(x[:k])) times sqrt(n / (n - 1)): of n independent values with
+    any mean, n - 1 uncorrelated ones of mean 0, and the first is 0. Their squares sum to those of
+    the deviations from the mean, times n / (n - 1).
+
+    Args:
+        x: [pair, ...].
+        groups: [pair], the labels.
+
+    Returns:
+        Tensor: of x's shape.
+
+    Raises:
+        InvalidValue: if a group has only one pair.
+
+    >>> contrasts(torch.tensor([1.0, 3.0, 5.0]), [0, 0, 0]).square().sum().item()  # 3 / 2 * 8
+    12.0
+    """
+    labels, found = np.asarray(groups), torch.empty_like(x)
     for label in np.unique(labels):
         here = np.flatnonzero(labels == label)
-        if len(here) < 2:
+        n = len(here)
+        if n < 2:
             raise InvalidValue(
-                f"Group {label} has 1 pair; to remove a group's mean it needs 2 or more."
+                f"Group {label:g} has 1 pair; to remove a group's mean it needs 2 or more."
             )
-        u, v = (z[here] - z[here].mean(0) for z in (x, y))
-        for part, (p, q) in zip(parts, ((u, v), (u, u), (v, v)), strict=True):
-            inner = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
-            inner = inner.reshape(len(p), -1, part.shape[1]).sum(1)
-            part[here] = inner.cpu().numpy() * len(here) / (len(here) - 1)
-    return Agreement(*parts)
+        z = x[here]
+        count = torch.arange(n, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
+        before = (z.cumsum(0) - z) / count.clamp_min(1)
+        found[here] = (count / (count + 1) * n / (n - 1)).sqrt() * (z - before)
+    return found
 
 
 def curve(stats: Agreement, squared: bool = False) -> Array:
@@ -110,6 +161,8 @@ def curve(stats: Agreement, squared: bool = False) -> Array:
     >>> curve(Agreement(np.ones((9, 1)), np.full((9, 1), 2.0), np.full((9, 1), 2.0))).tolist()
     [0.5]
     """
+    arguments.instance("stats", stats, Agreement, "an Agreement")
+    arguments.flag("squared", squared)
     xy, xx, yy = (part.sum(-2) for part in stats)
     with np.errstate(invalid="ignore", divide="ignore"):
         r: Array = xy / np.sqrt(xx * yy)

@@ -19,12 +19,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 
 CUT = 0.25
 """The usual cut between "low" and "high", cycles per token: half the Nyquist frequency of an axis
 (4 tokens a wave).
 """
+LONGEST = 2**12
+"""The longest side of a grid: an orthonormal basis of it is a matrix of this size."""
 
 
 class Bands:
@@ -170,7 +173,7 @@ class Bands:
         >>> Bands.temporal((4, 2, 2), cut=0.25).sizes
         (4, 12)
         """
-        if len(grid) != 3:
+        if len(_grid(grid)) != 3:
             raise InvalidValue(
                 f"grid is {tuple(grid)}; bands in time need a video's: (frames, height, width)."
             )
@@ -198,7 +201,7 @@ class Bands:
         >>> Bands.pooling((8, 8)).names, Bands.pooling((8, 8)).sizes
         (('mean', '2x2', '4x4', '8x8'), (1, 3, 12, 48))
         """
-        if len(grid) != 2:
+        if len(_grid(grid)) != 2:
             raise InvalidValue(
                 f"grid is {tuple(grid)}; the pooling pyramid is of images, (height, width)."
             )
@@ -235,7 +238,7 @@ class Bands:
         (2, 2)
         """
         sides = _grid(grid)
-        t, x = math.prod(sides), x.detach().double().cpu()
+        t, x = math.prod(sides), arguments.tensor("x", x).detach().double().cpu()
         if x.ndim == 2 and x.shape == (t, t):
             covariance = x
         elif x.ndim >= 3 and x.shape[-len(sides) :] == sides:
@@ -254,12 +257,10 @@ class Bands:
                 "differences that differ."
             )
         if sizes is None:
-            if not 1 <= n <= t:
-                raise InvalidValue(
-                    f"n is {n}; a {_sides(sides)} grid has {t} modes, so n must be from 1 to {t}."
-                )
+            n = arguments.whole("n", n, 1, t, f"the modes of a {_sides(sides)} grid")
             sizes = [t // n + (b < t % n) for b in range(n)]
-        if sum(sizes) != t or min(sizes) < 1:
+        sizes = arguments.wholes("sizes", sizes, 1, t)
+        if sum(sizes) != t:
             raise InvalidValue(
                 f"sizes are {list(sizes)}; expected numbers above 0 that sum to {t}, the modes of "
                 f"a {_sides(sides)} grid."
@@ -287,8 +288,9 @@ class Bands:
         >>> Bands.pooling((8, 8)).split(2).sizes
         (4, 60)
         """
-        if not 0 < at < self.n:
-            raise InvalidValue(f"at is {at}; {self.n} bands can be split at 1 to {self.n - 1}.")
+        if self.n < 2:
+            raise InvalidValue(f"There is {self.n} band; a split needs 2 or more.")
+        at = arguments.whole("at", at, 1, self.n - 1)
         edges = self.edges[0], self.edges[at], self.edges[-1]
         return Bands(self.grid, self.kind, self._basis, self.frequency, edges, ("low", "high"))
 
@@ -308,19 +310,20 @@ class Bands:
         top, size = frequency.max().item(), _sides(grid)
         if edges is not None and cut is not None:
             raise InvalidValue(
-                f"Both edges={list(edges)} and cut={cut} are given; expected one of them."
+                f"Both edges={arguments.shown(edges)} and cut={arguments.shown(cut)} are given; "
+                "expected one of them."
             )
         if cut is not None:
-            edges = [cut]
+            edges = [arguments.number("cut", cut, above=0)]
         if n is None:
             n = _most_bands(frequency, 6)
+        n = arguments.whole("n", n, 1, frequency.numel(), "no more than there are modes")
         if edges is None:
-            if not isinstance(n, int) or n < 1:
-                raise InvalidValue(f"n is {n!r}; expected a number of bands, 1 or more.")
             inner = [top * b / n for b in range(1, n)]
         else:
-            inner = [float(e) for e in edges]
-            if not all(math.isfinite(e) for e in inner) or sorted(set(inner)) != inner:
+            edges = arguments.listed("edges", edges, "frequencies in increasing order", fewest=0)
+            inner = [arguments.number(f"edges[{i}]", e) for i, e in enumerate(edges)]
+            if sorted(set(inner)) != inner:
                 raise InvalidValue(
                     f"The edges are {inner}; expected finite frequencies in increasing order, in "
                     "cycles per token."
@@ -550,11 +553,11 @@ class Bands:
         """
         if isinstance(band, str) and band in self.names:
             return self.names.index(band)
-        if isinstance(band, int) and 0 <= band < self.n:
-            return band
+        if arguments.is_whole(band) and 0 <= band < self.n:
+            return int(band)
         near = difflib.get_close_matches(str(band), self.names, n=3, cutoff=0.4) or self.names
         raise InvalidValue(
-            f"There is no band {band!r}; expected 0 to {self.n - 1} or a name: "
+            f"There is no band {arguments.shown(band)}; expected 0 to {self.n - 1} or a name: "
             f"{', '.join(map(repr, near))}."
         )
 
@@ -614,7 +617,8 @@ class Bands:
         return self._cache[key]
 
     def _image(self, x: Tensor) -> Tensor:
-        if x.shape[-len(self.grid) :] != self.grid:
+        arguments.instance("x", x, Tensor, "a tensor of images")
+        if x.is_complex() or x.shape[-len(self.grid) :] != self.grid:
             raise InvalidValue(
                 f"x has shape {tuple(x.shape)}; expected images [..., "
                 f"{', '.join(map(str, self.grid))}] "
@@ -624,7 +628,8 @@ class Bands:
 
     def _tokens(self, x: Tensor) -> Tensor:
         places = math.prod(self.grid)
-        if x.ndim < 2 or x.shape[-2] != places:
+        arguments.instance("x", x, Tensor, "a tensor of activations")
+        if x.is_complex() or x.ndim < 2 or x.shape[-2] != places:
             raise InvalidValue(
                 f"x has shape {tuple(x.shape)}; expected activations [..., {places}, d], tokens of "
                 f"a {_sides(self.grid)} grid."
@@ -633,11 +638,11 @@ class Bands:
 
 
 def _grid(grid: Sequence[int]) -> tuple[int, ...]:
-    if len(grid) not in (2, 3) or min(grid) < 1:
-        raise InvalidValue(
-            f"grid is {grid!r}; expected (height, width) or (frames, height, width), all 1 or more."
-        )
-    return tuple(int(side) for side in grid)
+    expected = "(height, width) or (frames, height, width)"
+    sides = arguments.listed("grid", grid, expected)
+    if len(sides) not in (2, 3):
+        raise arguments.refusal("grid", grid, expected)
+    return tuple(arguments.whole(f"grid[{i}]", n, 1, LONGEST) for i, n in enumerate(sides))
 
 
 def _sides(sides: Sequence[int]) -> str:

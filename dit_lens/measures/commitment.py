@@ -20,16 +20,16 @@ Med. 27), which stays right where a step is worth little log SNR at one band and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from .. import arguments
 from ..errors import InvalidValue
 from .agreement import Agreement, curve
 from .arrays import Array
-from .bootstrap import draws
+from .bootstrap import checked_level, draws
 
 
 def fit_commitment(
@@ -39,7 +39,6 @@ def fit_commitment(
     *,
     names: Sequence[str] | None = None,
     squared: bool = False,
-    groups: int = 1,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -53,7 +52,6 @@ def fit_commitment(
         log_snr: [step] of the whole run, rising.
         names: of the bands; by default their numbers.
         squared: the agreement is the squared correlation (see `curve`).
-        groups: how many groups' means `agreement` removed; each costs a degree of freedom.
         resamples: of the pairs.
         level: of the intervals.
         seed: of the resamples.
@@ -76,22 +74,22 @@ def fit_commitment(
     >>> round(float(found.commitment.sel(quantity="step")[0]))
     4
     """
-    at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
-    _check(stats, at, snr)
+    at, snr = _checked(stats, releases, log_snr)
+    level, squared = checked_level(level), arguments.flag("squared", squared)
     pairs, n_bands = stats.xy.shape[1:]
-    labels = [str(b) for b in range(n_bands)] if names is None else list(names)
+    labels = [str(b) for b in range(n_bands)]
+    if names is not None:
+        labels = [arguments.text("names", n) for n in arguments.listed("names", names, "names")]
     if len(labels) != n_bands:
         raise InvalidValue(f"names are {labels}; expected one for each of the {n_bands} bands.")
     order = np.argsort(at)
     stats, x = Agreement(*(part[order] for part in stats)), snr[at[order]]
-    if not 1 <= groups <= pairs // 2:
-        raise InvalidValue(
-            f"groups is {groups}; {pairs} pairs can have been in 1 to {pairs // 2} groups."
-        )
 
-    # fit the sample and every resample
-    counts = draws(pairs, resamples, seed)
-    centre, slope, influence = _fits(stats, x, counts, squared)
+    # fit the sample and every resample, of the rows that hold anything (see `agreement`)
+    kept = stats.independent()
+    rows = kept.xy.shape[1]
+    counts = draws(pairs, resamples, seed, rows)
+    centre, slope, influence = _fits(kept, x, counts, squared)
     observed = curve(stats, squared)
     reason = [
         _why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)
@@ -106,9 +104,7 @@ def fit_commitment(
     error = np.sqrt(np.einsum("rbp,rp->rb", influence**2, counts))
     # pairs exactly alike: 0 / 0 is no spread
     t = np.abs(centre[1:] - centre[0]) / np.maximum(error[1:], 1e-9)
-    # the residuals of n pairs about their groups' means
-    freedom = np.sqrt(pairs / (pairs - groups))
-    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0] * freedom
+    width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
     # [band, bound]
     bound = np.stack([centre[0] - width, centre[0] + width], -1)
     for b in np.flatnonzero(known).tolist():
@@ -154,7 +150,7 @@ def fit_commitment(
         },
         attrs={
             "pairs": pairs,
-            "groups": groups,
+            "rows": rows,
             "resamples": resamples,
             "level": level,
             "seed": seed,
@@ -185,18 +181,21 @@ def commitment_draws(
         seed: of the resamples.
 
     Returns:
-        Array: [1 + resample, band], in steps, the sample first; NaN outside the releases.
+        Array: [1 + resample, band], in steps, the sample first. The sample's is NaN outside the
+            releases, a resample's only where its curve does not rise; beyond the run it is the
+            run's end.
 
     Raises:
         InvalidValue: as `fit_commitment`.
     """
-    at, snr = np.asarray(releases), np.asarray(log_snr, dtype=np.float64)
-    _check(stats, at, snr)
+    at, snr = _checked(stats, releases, log_snr)
+    squared = arguments.flag("squared", squared)
     order = np.argsort(at)
     stats, x, pairs = Agreement(*(part[order] for part in stats)), snr[at[order]], stats.xy.shape[1]
     centre, slope, _ = _fits(stats, x, draws(pairs, resamples, seed), squared)
-    inside = (centre >= x[0]) & (centre <= x[-1]) & (slope > 0)
-    return np.where(inside, np.interp(centre, snr, np.arange(len(snr))), np.nan)
+    fine = slope > 0
+    fine[0] &= (centre[0] >= x[0]) & (centre[0] <= x[-1])
+    return np.where(fine, np.interp(centre, snr, np.arange(len(snr))), np.nan)
 
 
 def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Array, Array, Array]:
@@ -277,7 +276,15 @@ def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
     )
 
 
-def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
+def _checked(
+    stats: Agreement, steps: ArrayLike, log_snrs: ArrayLike
+) -> tuple[NDArray[np.int64], Array]:
+    """Releases and log SNR as arrays; raises InvalidValue where they don't fit the statistics."""
+    arguments.instance("stats", stats, Agreement, "an Agreement [release, pair, band]")
+    given, log_snr = arguments.array("releases", steps), arguments.array("log_snr", log_snrs)
+    releases = np.asarray([], dtype=np.int64)
+    if np.isfinite(given).all() and (given == np.round(given)).all():
+        releases = given.astype(np.int64)
     shapes = {np.shape(part) for part in stats}
     if len(shapes) != 1 or np.ndim(stats.xy) != 3:
         raise InvalidValue(
@@ -296,10 +303,10 @@ def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
             f"({log_snr[s + 1]:.4g}); "
             "expected the steps in the order they are run, the noisiest first."
         )
-    if releases.shape != stats.xy.shape[:1] or not np.issubdtype(releases.dtype, np.integer):
+    if releases.shape != stats.xy.shape[:1]:
         raise InvalidValue(
-            f"releases is {releases.tolist()}; expected {stats.xy.shape[0]} step numbers, one for "
-            "each release."
+            f"releases is {arguments.shown(given)}; expected {stats.xy.shape[0]} step numbers, one "
+            "for each release."
         )
     outside = [int(s) for s in releases if not 0 <= s < len(log_snr)]
     if outside or len(set(releases.tolist())) < max(3, len(releases)):
@@ -307,3 +314,4 @@ def _check(stats: Agreement, releases: NDArray[Any], log_snr: Array) -> None:
             f"releases is {releases.tolist()}; expected 3 or more different steps from 0 to "
             f"{len(log_snr) - 1}."
         )
+    return releases, log_snr

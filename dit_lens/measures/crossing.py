@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 
+from .. import arguments
 from .arrays import Array
 
 
@@ -26,7 +27,9 @@ def half_crossing(curves: ArrayLike) -> Array:
     >>> half_crossing([[0, 0, 1, 2, 2], [0, 0, 3, 1, 2]]).tolist()
     [2.0, 1.5]
     """
-    c = np.asarray(curves, dtype=np.float64)
+    c = arguments.array("curves", curves)
+    if not c.ndim or not c.shape[-1]:
+        raise arguments.refusal("curves", curves, "one step or more, [..., step]")
     fine = np.asarray(np.isfinite(c).all(-1))
     rising = np.where(fine[..., None], c, 0.0).reshape(-1, c.shape[-1])
     falls = (np.diff(rising) < 0).any(-1)

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from .. import arguments
 from ..errors import InvalidValue
 from .arrays import Array
-from .bootstrap import FEWEST_PAIRS
+from .bootstrap import FEWEST_PAIRS, checked_level
 from .estimate import Estimate
 
 
@@ -42,7 +43,7 @@ class Onset:
         share_last: the change over the last five layers, as a share of that from the early level to
             the last layer (NaN unless found).
         share_interval: its bootstrap interval.
-        pairs_needed: about how many pairs would settle it, when it cannot tell.
+        pairs_needed: about how many pairs would settle it, when it cannot tell and that is known.
         message: all this in a sentence.
     """
 
@@ -58,6 +59,9 @@ class Onset:
         return self.message
 
 
+_ABSENT = Onset("none", None, None, math.nan, (math.nan, math.nan), None, "")
+
+
 def onset(
     profile: ArrayLike,
     boot: ArrayLike,
@@ -68,11 +72,13 @@ def onset(
     material: float = 0.05,
     last: int = 5,
     level: float = 0.95,
+    unit: str = "",
 ) -> Onset:
     """The onset of a profile over depth, given the same profile for bootstrap resamples.
 
     The first layer of the profile is the first early one, so the onset is the second at the
-    earliest. A profile that leaves and comes back has none.
+    earliest. A profile that leaves and comes back has none, and neither has one whose interval for
+    the layer is longer than half of the depth.
 
     Args:
         profile: [layer].
@@ -86,6 +92,7 @@ def onset(
             with enough pairs any real profile drifts.
         last: the layers of `share_last`.
         level: of the test and the intervals.
+        unit: of the profile, for the message: "steps".
 
     Returns:
         Onset: the verdict, and what it rests on.
@@ -98,9 +105,16 @@ def onset(
     >>> onset(p + rng.normal(size=28), p + rng.normal(size=(500, 28)), pairs=64).layer
     20
     """
-    p, draws = np.asarray(profile, dtype=np.float64), np.asarray(boot, dtype=np.float64)
-    draws = _check(p, draws, pairs, last, first)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an onset")
+    first = arguments.whole("first", first, -1)
+    last = arguments.whole("last", last, 1)
+    matters = arguments.number("matters", matters, 0)
+    material = arguments.number("material", material, 0, 1)
+    level = checked_level(level)
+    p, draws = arguments.array("profile", profile), arguments.array("boot", boot)
+    draws = _check(p, draws, first)
     last = min(last, len(p) - 1)
+    unit = unit and f" {unit}"
 
     # how large a departure noise makes
     noise = draws - draws.mean(0)
@@ -116,26 +130,38 @@ def onset(
     # a place in the profile, `layer` what it is called
     at = int(_first(d, error, critical, material, matters)[0])
     if at < 0:
-        return _without(d[0], error, critical, pairs, matters, level, first)
+        return _without(d[0], error, critical, pairs, matters, level, first, unit)
     refits = _first(_departures(draws), error, critical, material, matters)
     refits, layer = np.append(refits[refits > 0], at) + first, at + first
     low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], method="nearest")
     interval = min(int(low), int(layer)), max(int(high), int(layer))
+    if interval[1] - interval[0] > len(p) / 2:
+        message = (
+            f"The profile leaves its early level, but anywhere from layer {interval[0]} to "
+            f"{interval[1]} ({level:.0%} interval), over more than half of the depth: no onset can "
+            f"be named with {pairs} pairs."
+        )
+        return replace(_ABSENT, verdict="cannot tell", message=message)
 
     # what the last layers have of the change
     ends = np.quantile(_share(draws, at, last), [(1 - level) / 2, (1 + level) / 2])
     share = Estimate.of(_share(p[None], at, last)[0], ends)
+    make = "make" if last > 1 else "makes"
     made = (
-        f"make {share:.0%} of the change"
+        f"{make} {share:.0%} of the change"
         if share.high - share.low < 2
-        else "make a share of the change that can't be told"
+        else f"{make} a share of the change that can't be told"
     )
     where = f"layer {layer} ({level:.0%} interval {interval[0]} to {interval[1]})"
-    message = (
-        f"The profile leaves its early level at {where}; the last {last} of "
-        f"{len(p) + min(first, 0)} layers {made}."
-    )
+    depth = len(p) + min(first, 0)
+    ending = f"the last {last} of {depth} layers" if last > 1 else f"the last of {depth} layers"
+    message = f"The profile leaves its early level at {where}; {ending} {made}."
     return Onset("found", int(layer), interval, share.value, (share.low, share.high), None, message)
+
+
+def _amount(value: float, unit: str) -> str:
+    """A value with its unit; 1 has none of several."""
+    return f"{value:g}{unit.removesuffix('s') if value == 1 else unit}"
 
 
 def _departures(profiles: Array) -> Array:
@@ -176,37 +202,50 @@ def _first(
 
 
 def _without(
-    d: Array, error: Array, critical: float, pairs: int, matters: float, level: float, first: int
+    d: Array,
+    error: Array,
+    critical: float,
+    pairs: int,
+    matters: float,
+    level: float,
+    first: int,
+    unit: str,
 ) -> Onset:
     """The verdict when no candidate has left for good: "none" or "cannot tell"."""
     size, width = np.abs(d), critical * error
     inside = np.triu(np.ones_like(d, dtype=bool))
-    absent = Onset("none", None, None, math.nan, (math.nan, math.nan), None, "")
     for k in np.flatnonzero(np.diagonal(size > width))[:1]:
-        back = k + np.argmin((size + width)[k, k:])  # that it came back must be shown: surely small
-        if (size + width)[k, back] < matters:
+        # that it came back must be shown: surely small
+        small = (size + width)[k, k:] < matters
+        back = np.flatnonzero(small & (size <= width)[k, k:])
+        leaves = f"The profile departs at layer {k + 1 + first}"
+        if len(back):
+            layer = k + back[0] + 1 + first
+            message = f"{leaves} but is at its early level in layer {layer}: no onset."
+            return replace(_ABSENT, message=message)
+        if small.any():
             message = (
-                f"The profile departs at layer {k + 1 + first} but is at its early level in layer "
-                f"{back + 1 + first}: no onset."
+                f"{leaves} by less than the {_amount(matters, unit)} that count, and no larger "
+                "departure stays: no onset."
             )
-            return replace(absent, message=message)
+            return replace(_ABSENT, message=message)
     reach = np.where(inside, size + width, 0).max()
     if reach < matters:
         message = (
-            f"No layer leaves the early level: every departure is below {reach:.2g} "
-            f"({level:.0%} confidence)."
+            f"No layer leaves the early level: every departure is below {reach:.2g}{unit} "
+            f"({level:.0%} confidence; one of {matters:g} would count): no onset."
         )
-        return replace(absent, message=message)
+        return replace(_ABSENT, message=message)
     # to show the departure seen, or to exclude one that matters: the nearer
     margin = np.maximum(size, matters - size)
     needed = np.where(inside & (size + width >= matters), (width / margin) ** 2, 0).max()
     more = max(pairs + 1, math.ceil(pairs * needed))
     message = (
-        f"Cannot tell with {pairs} pairs: a departure of {matters:g} is neither shown nor "
-        "excluded; "
+        f"Cannot tell with {pairs} pairs: a departure of {_amount(matters, unit)} is neither shown "
+        "nor excluded; "
         f"about {more} pairs would be needed."
     )
-    return replace(absent, verdict="cannot tell", pairs_needed=more, message=message)
+    return replace(_ABSENT, verdict="cannot tell", pairs_needed=more, message=message)
 
 
 def _share(profiles: Array, layer: int, last: int) -> Array:
@@ -219,10 +258,8 @@ def _share(profiles: Array, layer: int, last: int) -> Array:
         )
 
 
-def _check(profile: Array, boot: Array, pairs: int, last: int, first: int) -> Array:
+def _check(profile: Array, boot: Array, first: int) -> Array:
     """The resamples that are finite throughout."""
-    if pairs < FEWEST_PAIRS:
-        raise InvalidValue(f"There are {pairs} pairs; an onset needs {FEWEST_PAIRS} or more.")
     if profile.ndim != 1 or len(profile) < 3:
         raise InvalidValue(
             f"profile has shape {profile.shape}; expected [layer], with 3 layers or more."
@@ -232,8 +269,6 @@ def _check(profile: Array, boot: Array, pairs: int, last: int, first: int) -> Ar
             f"boot has shape {boot.shape}; expected [resample, {len(profile)}], with 200 resamples "
             "or more."
         )
-    if last < 1:
-        raise InvalidValue(f"last is {last}; expected a number of layers, 1 or more.")
     finite = np.isfinite(np.vstack([profile, boot]))
     if not finite[0].all() or finite[1:].all(1).mean() < 0.9:
         bad = (np.flatnonzero(~finite[0] | (finite[1:].mean(0) < 0.9)) + first).tolist()

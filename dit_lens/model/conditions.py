@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..families.base import Family
 from ..families.config import Condition, Config
@@ -79,28 +80,17 @@ class Conditions:
         >>> dit_lens.load("digits").conditions.numbers([3, 7])
         tensor([3, 7])
         """
-        if isinstance(labels, str) or (
-            not isinstance(labels, (int, Tensor)) and any(isinstance(v, str) for v in labels)
-        ):
-            labels = [self._number(v) for v in ([labels] if isinstance(labels, str) else labels)]
-        y = torch.as_tensor(list(labels) if isinstance(labels, range) else labels).reshape(-1)
-        if len(y) and y.dtype in (
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-            torch.bool,
-        ):
-            raise InvalidValue(
-                f"The labels are {y.dtype}, starting with {y[0].item()}; expected whole numbers."
-            )
-        y = y.to(device, torch.long)
-        bad = [int(v) for v in y.tolist() if not 0 <= v < self.n and v != self.null]
-        if not len(y) or bad:
+        given = [labels] if isinstance(labels, str) or arguments.is_whole(labels) else labels
+        found = arguments.listed("labels", given, "a label, or a list of them", fewest=0)
+        if any(isinstance(v, str) for v in found):
+            found = [self._number(v) for v in found]
+        found = [arguments.whole(f"labels[{i}]", v, most=None) for i, v in enumerate(found)]
+        bad = [v for v in found if not 0 <= v < self.n and v != self.null]
+        if not found or bad:
             got = f"Label {bad[0]} is out of range" if bad else "There are no labels"
             what = "class" if self.cfg.n_classes else "prompt"
             raise InvalidValue(f"{got}; expected 0 to {self.n - 1}, or {self.null} for no {what}.")
-        return y
+        return torch.tensor(found, device=device)
 
     def _number(self, prompt: Any) -> int:
         if self.cfg.n_classes:

@@ -37,15 +37,23 @@ def slot(module: nn.Module) -> Slot:
     return next(places(module))
 
 
+def find(module: nn.Module, forward: Any) -> Slot | None:
+    """The place where `forward` lies now, if it lies anywhere."""
+    for holder, key in places(module):
+        if holder.get(key) is forward:
+            return holder, key
+    return None
+
+
 def held(module: nn.Module, forward: Any) -> Slot:
     """The place where `forward` lies now.
 
     Raises:
         RuntimeError: if somebody has replaced it.
     """
-    for holder, key in places(module):
-        if holder.get(key) is forward:
-            return holder, key
+    place = find(module, forward)
+    if place is not None:
+        return place
     theirs = module.__dict__.get("forward")
     raise InvalidState(
         f"The forward of {type(module).__name__} was replaced by {theirs!r} after dit_lens; "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.config import Condition, Size
 from ..hooks.cache import ActivationCache
@@ -21,11 +23,13 @@ from ..hooks.points import (
     Listener,
     Observer,
     StopForward,
+    pairs_of,
 )
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
 from .partial import StoppedAtLayer
+from .taken import Taken
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 
@@ -53,7 +57,7 @@ class HookedDiT:
     units. `y` is the condition: labels [batch] (classes; for models that are given text, prompts in
     words or by number, see `model.conditions`), `model.cfg.null_class` for none; or a dict of the
     transformer's own further arguments. Wrapping a model twice gives two views of the same hook
-    points.
+    points. They stay until `remove()`, or until nobody holds a view any longer.
 
     Attributes:
         transformer: the wrapped module.
@@ -88,15 +92,30 @@ class HookedDiT:
         pipe = pipe_or_transformer
         conditions: Conditions | None = None
         if isinstance(pipe, HookedDiT):
-            conditions, size = pipe.conditions, size or pipe.size
+            conditions, size = pipe.conditions, pipe.size if size is None else size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
-        self.instrumentation = Instrumentation.of(self.transformer)
-        self.instrumentation.retain()
-        with ExitStack() as undo:
-            undo.callback(self.instrumentation.let_go)
+        taken = Taken()
+        try:
+            self._open(taken)
             self._describe(pipe, conditions, scheduler, vae, size)
-            undo.pop_all()
+            taken.keep(None)
+        except BaseException:
+            taken.close()
+            raise
+
+    def _open(self, taken: Taken) -> None:
+        """Look at the transformer's hook points, made if need be, for as long as this lives."""
+        self.place = object()
+        taken.undo(Instrumentation.let_go, self.transformer, self.place)
+        self.instrumentation = Instrumentation.of(self.transformer, self.place)
+        for _ in range(2):  # twice, as all that gives something back
+            dropped = weakref.finalize(self, _dropped, weakref.ref(self.transformer), self.place)
+            dropped.atexit = False
+
+    def close(self) -> None:
+        """Look no more: the hook points are taken out, unless somebody else looks at them too."""
+        Instrumentation.let_go(self.transformer, self.place)
 
     def _describe(
         self, pipe: Any, conditions: Conditions | None, scheduler: Any, vae: Any, size: Size | None
@@ -105,10 +124,10 @@ class HookedDiT:
             scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         )
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
-        self.size: Size | None = size
         self.family = self.instrumentation.family
         if size is not None:
-            _check_size(size, axes=len(self.family.config(self.transformer).grid))
+            size = _checked_size(size, axes=len(self.family.config(self.transformer).grid))
+        self.size: Size | None = size
         self.cfg = self.family.config(self.transformer, size)
         self.conditions: Conditions = conditions or Conditions(
             self.family, self.cfg, pipe if pipe is not self.transformer else None
@@ -125,6 +144,22 @@ class HookedDiT:
             model: a `HookedDiT`, a pipeline or a transformer.
         """
         return model if isinstance(model, HookedDiT) else cls(model)
+
+    @classmethod
+    @contextmanager
+    def opening(cls, model: Any) -> Iterator[HookedDiT]:
+        """The same for a `with` block; if that fails, what was opened for it is closed again.
+
+        Args:
+            model: a `HookedDiT`, a pipeline or a transformer.
+        """
+        found = cls.of(model)
+        try:
+            yield found
+        except BaseException:
+            if found is not model:
+                found.close()
+            raise
 
     # Running.
 
@@ -149,12 +184,15 @@ class HookedDiT:
                 returned, as in TransformerLens.
         """
         self.require_installed()
-        start, stop = self._layer(start_at_layer), self._layer(stop_at_layer)
+        start = self._layer("start_at_layer", start_at_layer)
+        stop = self._layer("stop_at_layer", stop_at_layer)
+        if not arguments.tensor("x", x).ndim:
+            raise arguments.refusal("x", x, "a batch")
         stream = None
         if start is not None:
             self._check_restart(x, start)
             stream, x = x, self._blank(x)
-        condition = self._condition(y, len(x))
+        condition = self._condition(y, x)
         beside = [
             name for name, value in condition.items() if "controlnet" in name and value is not None
         ]
@@ -176,10 +214,14 @@ class HookedDiT:
         answer = answer if isinstance(answer, Tensor) else answer[0]
         return self.family.output(self.transformer, answer, inputs)
 
-    def _condition(self, y: Any, items: int) -> Condition:
+    def _condition(self, y: Any, x: Tensor) -> Condition:
         if isinstance(y, dict):
+            for name in y:
+                arguments.text("y: the name of an argument", name)
             return y if isinstance(y, Condition) else Condition(y)
         if self.cfg.n_classes:
+            if y is not None and not isinstance(y, Tensor):
+                y = self.conditions.numbers(y, x.device)
             return Condition({self.family.labels_name: y})
         if y is None:
             raise InvalidValue(
@@ -189,9 +231,9 @@ class HookedDiT:
             )
         # on the CPU: offloaded weights have no device to put them on
         labels = self.conditions.numbers(y)
-        if len(labels) != items:
+        if len(labels) != len(x):
             raise InvalidValue(
-                f"There are {len(labels)} prompts for a batch of {items}; expected one for each "
+                f"There are {len(labels)} prompts for a batch of {len(x)}; expected one for each "
                 "item."
             )
         return self.conditions.of(labels)
@@ -343,6 +385,8 @@ class HookedDiT:
                 "The model has no scheduler, so x0 is unknown; give one: "
                 "HookedDiT(transformer, scheduler=...)."
             )
+        arguments.tensor("x", x)
+        arguments.tensor("output", output, (*x.shape[:1], None, *x.shape[2:]))
         return predict_x0(self.scheduler, x, self.without_variance(output), t)
 
     def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
@@ -374,7 +418,7 @@ class HookedDiT:
         if x is None or len(x) != len(stream):
             x = self._blank(stream)
         return self.instrumentation.unembed(
-            stream, self.family.inputs(self.transformer, x, t, self._condition(y, len(x)))
+            stream, self.family.inputs(self.transformer, x, t, self._condition(y, x))
         )
 
     # Hooks.
@@ -389,17 +433,22 @@ class HookedDiT:
             fn: fn(activation, hook), or fn(gradient, hook); what it returns, if anything, goes on.
             dir: "fwd" or "bwd".
         """
-        if dir not in ("fwd", "bwd"):
-            raise InvalidValue(f"dir={dir!r} is not a direction; expected 'fwd' or 'bwd'.")
+        arguments.choice("dir", dir, ["fwd", "bwd"])
+        arguments.function("fn", fn, "fn(activation, hook)")
         make = Editor if dir == "fwd" else BackwardEditor
-        handles: list[Handle] = []
-        with ExitStack() as undo:
-            for each in select(name, self.names):
-                handles.append(self.instrumentation.attach(each, make(fn)))
-                undo.callback(handles[-1].remove)
-            undo.pop_all()
-        self.handles += handles
-        return handles
+        wanted = [(each, make(fn)) for each in select(name, self.names)]
+        taken = Taken()
+        try:
+            handles = [self._attach(each, listener, taken) for each, listener in wanted]
+            self.handles += handles
+            return taken.keep(handles)
+        except BaseException:
+            taken.close()
+            raise
+
+    def _attach(self, name: str, listener: Listener, taken: Taken) -> Handle:
+        taken.undo(self.instrumentation.detach, name, listener)
+        return self.instrumentation.attach(name, listener)
 
     def reset_hooks(self) -> None:
         """Remove the hooks that `add_hook` of this object added, and no one else's."""
@@ -416,8 +465,9 @@ class HookedDiT:
             bwd_hooks: (names, fn(gradient, hook)).
         """
         wanted: list[tuple[str, Listener]] = []
-        wanted += [(n, Editor(fn)) for f, fn in fwd_hooks for n in select(f, self.names)]
-        wanted += [(n, BackwardEditor(fn)) for f, fn in bwd_hooks for n in select(f, self.names)]
+        for make, hooks in ((Editor, fwd_hooks), (BackwardEditor, bwd_hooks)):
+            for names, fn in pairs_of("hooks", hooks):
+                wanted += [(name, make(fn)) for name in select(names, self.names)]
         with self.attached(wanted):
             yield self
 
@@ -440,6 +490,7 @@ class HookedDiT:
         >>> len(seen)
         28
         """
+        arguments.function("fn", fn, "fn(activation, hook)")
         with self.attached([(name, Observer(fn)) for name in select(names, self.names)]):
             yield self
 
@@ -451,9 +502,9 @@ class HookedDiT:
             listeners: (hook name, listener).
         """
         self.require_eval()
-        with ExitStack() as stack:
+        with Taken() as taken:
             for name, listener in listeners:
-                stack.callback(self.instrumentation.attach(name, listener).remove)
+                self._attach(name, listener, taken)
             yield
 
     @property
@@ -492,7 +543,7 @@ class HookedDiT:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is one more that looks at its own copy of the transformer."""
         self.__dict__ |= state
-        self.instrumentation.retain()
+        self._open(Taken())
 
     @property
     def device(self) -> torch.device:
@@ -532,11 +583,12 @@ class HookedDiT:
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
 
-    def _layer(self, layer: int | None) -> int | None:
+    def _layer(self, name: str, layer: int | None) -> int | None:
         n = self.cfg.n_layers
-        if layer is not None and not -n <= layer <= n:
-            raise InvalidValue(f"There is no layer {layer}; the model has {n}, 0 to {n - 1}.")
-        return layer + n if layer is not None and layer < 0 else layer
+        if layer is None:
+            return None
+        layer = arguments.whole(name, layer, -n, n)
+        return layer + n if layer < 0 else layer
 
     def require_eval(self) -> None:
         """Raise RuntimeError if the model is in train mode, where labels are dropped at random."""
@@ -554,12 +606,21 @@ class HookedDiT:
             )
 
 
-def _check_size(size: Size, axes: int) -> None:
-    """Raise InvalidValue unless this is height and width, for video maybe with frames first."""
-    whole = all(isinstance(n, int) and n >= 1 for n in size)
-    if not whole or not 2 <= len(size) <= max(2, axes):
-        frames = "(height, width) or (frames, height, width)" if axes == 3 else "(height, width)"
-        raise InvalidValue(f"size={size} is no size of latents; expected {frames}, each 1 or more.")
+def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:
+    """Nobody holds a HookedDiT any longer."""
+    found = transformer()
+    if found is not None:
+        with suppress(InvalidState):  # another tool sits on our forwards
+            Instrumentation.let_go(found, place)
+
+
+def _checked_size(size: Any, axes: int) -> Size:
+    """Height and width, for video maybe with frames first; raises InvalidValue otherwise."""
+    frames = "(height, width) or (frames, height, width)" if axes == 3 else "(height, width)"
+    if not isinstance(size, (tuple, list)) or not 2 <= len(size) <= max(2, axes):
+        wrong_type = not isinstance(size, (tuple, list))
+        raise arguments.refusal("size", size, f"{frames} of the latents", wrong_type=wrong_type)
+    return tuple(arguments.whole(f"size[{i}]", n, 1, 2**15) for i, n in enumerate(size))
 
 
 def transformer_of(model: Any) -> Any:

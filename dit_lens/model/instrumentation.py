@@ -3,39 +3,71 @@
 One `Instrumentation` belongs to one transformer, however many `HookedDiT`s and traces look at it.
 It puts the family's `Forward`s into the module instances (at the bottom of accelerate's and
 diffusers' own hooks, so offloading stays in force), keeps the list of who listens, and guards what
-would otherwise go silently wrong: a second thread running through the first one's hooks, a hook
-that calls its own model, compiled or checkpointed forwards that skip or repeat hooks.
+would otherwise go silently wrong: another thread or task running through hooks that are not its
+own, a hook that calls its own model, compiled or checkpointed forwards that skip or repeat hooks.
+
+What belongs to one pass (couplings, which blocks run, checksums, who is heard) lies in `Layers`,
+which each thread and each asyncio task has for itself. All that is put into the model is noted in a
+`Taken` before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
-from threading import get_ident
+from copy import copy
+from dataclasses import dataclass, replace
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidState
+from ..errors import InvalidState, InvalidValue
 from ..families import family_of
 from ..families.config import Condition
 from ..families.forwards import Forward
 from ..families.upstream import check_sources
 from ..hooks.passes import Coupling, PassContext, Span
-from ..hooks.points import Editor, HookPoint, Listener, Observer, stop
+from ..hooks.points import EVERYBODY, LOCK, Editor, Hearing, HookPoint, Listener, Observer, stop
 from .call import Call, Watcher
-from .forward_slot import held, places, put_back, refuse_replaced, slot
+from .forward_slot import find, held, places, put_back, refuse_replaced, slot
 from .kernels import Kernels
-from .partial import StoppedAtLayer, only
+from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
 from .pipeline_frame import PipelineFrame, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
+from .taken import Layers, Taken
 from .witness import Witness, checksum, witnessed
 
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
+
+OPENING = RLock()
+"""Held while a model is opened; two threads that open one model get one instrumentation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Here:
+    """Who runs: a thread, and within it an asyncio task, if any."""
+
+    thread: int
+    task: asyncio.Task[Any] | None
+
+    @classmethod
+    def now(cls) -> Here:
+        """Who runs this."""
+        try:
+            return cls(get_ident(), asyncio.current_task())
+        except RuntimeError:  # no event loop runs here
+            return cls(get_ident(), None)
+
+    def lets(self, other: Here) -> bool:
+        """Whether hooks that this one set may act on the other's passes: the same task, or any task
+        if the hooks were set outside of all, or by one that is over.
+        """
+        anywhere = self.task is None or self.task.done()
+        return self.thread == other.thread and (anywhere or self.task is other.task)
 
 
 class Handle:
@@ -52,24 +84,22 @@ class Handle:
 class Instrumentation:
     """The hook points of one transformer; `Instrumentation.of(transformer)` finds or makes them."""
 
-    def __init__(self, transformer: nn.Module, trusted: bool = False) -> None:
+    def __init__(
+        self, transformer: nn.Module, trusted: bool = False, user: object | None = None
+    ) -> None:
         refuse_unfit(transformer)
         self.family = family_of(transformer)
         self.family.check_model(transformer)
         self.transformer = transformer
         self.sites = self.family.sites(transformer)
         self.points = {name: HookPoint(name) for name in self.sites}
-        self.watchers: list[Watcher] = []
-        self.listening = 0
-        self.users = 0  # HookedDiTs and open traces; the last one to go takes the points out
         # Of a model that is only seen from outside not every stream can be read.
         streams = [] if self.family.read_only else witnessed(list(self.sites))
         self.witnessed = streams or ["hook_sample"]
-        self.pipeline = PipelineFrame()
-        self.owner: int | None = None  # the thread whose hooks are on
-        self.running: list[int] = []
         self.replaced: list[tuple[Forward, Any]] = []
-        self._fresh_context()
+        self._fresh()
+        if user is not None:
+            self.users.add(user)
 
         # What is put in must still be what diffusers computes, and nobody else may sit there.
         forwards = self.family.forwards(transformer, self.points, self)
@@ -77,116 +107,187 @@ class Instrumentation:
             check_sources(self.family, forwards, lambda other: Instrumentation(other, trusted=True))
         for forward in forwards:
             refuse_replaced(forward.module)
-        for forward in forwards:
-            holder, key = slot(forward.module)
-            self.replaced.append((forward, holder.get(key)))
-            holder[key] = forward
-        listen_to(transformer)
+        try:
+            for forward in forwards:
+                holder, key = slot(forward.module)
+                self.replaced.append((forward, holder.get(key)))
+                holder[key] = forward
+            listen_to(transformer)
+        except BaseException:
+            self._take_out()
+            raise
+
+    def _fresh(self) -> None:
+        """Nobody listens, and no pass is under way."""
+        self.watchers: list[Watcher] = []
+        self.ears: set[tuple[str, Listener]] = set()  # who listens to every pass
+        self.readers: set[object] = set()  # passes beside the user's own
+        self.users: set[object] = set()  # HookedDiTs and open traces; the last takes the points out
+        self.running: list[Here] = []
+        self.leaving = False
+        self.pipeline = PipelineFrame()
+        self._owner: Here | None = None  # whose hooks are on
+        self._stand_ins: dict[int, StandIn] = {}
+        self._witness: Layers[Witness | None] = Layers("witness", None)
+        self._context = Layers("context", NOTHING)
+        self._inputs: Layers[dict[str, Any] | None] = Layers("inputs", None)
+        self._hearing = Layers("hearing", EVERYBODY)
+        for point in self.points.values():
+            point.hearing = self._heard
+
+    def _heard(self) -> Hearing:
+        return self._hearing.top
 
     @classmethod
-    def of(cls, transformer: nn.Module) -> Instrumentation:
-        """The transformer's instrumentation, made if it has none."""
+    def found(cls, transformer: nn.Module) -> Instrumentation | None:
+        """The transformer's instrumentation, if it has one."""
         for holder, key in places(transformer):
             found = getattr(holder.get(key), "current_pass", None)
             if isinstance(found, Instrumentation):
                 return found
-        return cls(transformer)
+        return None
+
+    @classmethod
+    def of(cls, transformer: nn.Module, user: object | None = None) -> Instrumentation:
+        """The transformer's instrumentation, made if it has none.
+
+        Args:
+            transformer: the transformer.
+            user: who looks at it from now on, until `let_go(transformer, user)`.
+        """
+        with OPENING:
+            with LOCK:
+                found = cls.found(transformer)
+                if found is not None and user is not None:
+                    found.users.add(user)
+            return cls(transformer, user=user) if found is None else found
+
+    @classmethod
+    def let_go(cls, transformer: nn.Module, user: object) -> None:
+        """One less looks at this transformer; the last one takes the hook points out.
+
+        Args:
+            transformer: the transformer.
+            user: who was given to `of`.
+        """
+        with LOCK:
+            found = cls.found(transformer)
+            if found is not None:
+                found.users.discard(user)
+                if not (found.users or found.busy or found.running):
+                    found.remove()
 
     @property
     def installed(self) -> bool:
         return bool(self.replaced)
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody listens or watches."""
+        return bool(self.ears or self.watchers or self.readers)
+
     def remove(self) -> None:
         """Give every module its own forward back.
 
         Raises:
-            RuntimeError: if somebody has replaced ours; then nothing is removed.
+            RuntimeError: if somebody has replaced ours, or a pass is under way elsewhere; then
+                nothing is removed.
         """
-        found = [
-            (forward.module, held(forward.module, forward), original)
-            for forward, original in self.replaced
-        ]
-        for module, place, original in found:
-            put_back(module, place, original)
-        listen_no_more(self.transformer)
-        self.replaced = []
+        with LOCK:
+            me = get_ident()
+            if any(each.thread != me for each in self.running):
+                raise InvalidState(
+                    "This model is in use by another thread or task; wait for it to finish, then "
+                    "remove the hook points."
+                )
+            if not self.leaving:
+                for forward, _ in self.replaced:
+                    held(forward.module, forward)
+            self.leaving = True
+            self._take_out()
+
+    def _take_out(self) -> None:
+        """Give back whatever of ours is there; begun again, it goes on. The transformer's own
+        forward comes last, as by it what is left is found again.
+        """
         for point in self.points.values():
-            point.listeners.clear()
-        self.listening, self.watchers, self.owner, self.users = 0, [], None, 0
-
-    def retain(self) -> None:
-        """One more looks at this model; each `let_go()` is one less."""
-        self.users += 1
-
-    def let_go(self) -> None:
-        """One less looks at this model; the last one takes the hook points out."""
-        self.users = max(0, self.users - 1)
-        if self.installed and not (self.users or self.watchers or self.listening):
-            self.remove()
+            point.attached = ()
+        listen_no_more(self.transformer)
+        for forward, original in reversed(self.replaced):
+            place = find(forward.module, forward)
+            if place is not None:
+                put_back(forward.module, place, original)
+        self.replaced = []
+        self._fresh()
 
     # Who listens.
 
     def attach(self, name: str, listener: Listener) -> Handle:
         """Add a listener at a hook point."""
-        self.claim_thread()
-        self.points[name].add(listener)
-        self.listening += 1
-        return Handle(self, name, listener)
+        point, handle = self.points[name], Handle(self, name, listener)
+        with LOCK:
+            self.claim()
+            self.ears.add((name, listener))
+            point.add(listener)
+        return handle
 
     def detach(self, name: str, listener: Listener) -> None:
         """Take a listener off, if it is there."""
-        listeners = self.points[name].listeners
-        for i, each in enumerate(listeners):
-            if each is listener:
-                del listeners[i]
-                self.listening -= 1
-                self.points[name].step = None
-        self.release_thread()
+        with LOCK:
+            point = self.points[name]
+            point.drop(listener)
+            point.step = None
+            self.ears.discard((name, listener))
 
     def watch(self, watcher: Watcher) -> None:
         """Show every call to a watcher."""
-        self.claim_thread()
-        self.watchers.append(watcher)
+        with LOCK:
+            self.claim()
+            self.watchers = [*self.watchers, watcher]
 
     def unwatch(self, watcher: Watcher) -> None:
         """No longer show calls to a watcher."""
-        self.watchers = [w for w in self.watchers if w is not watcher]
-        if not self.watchers:
-            self.pipeline.forget()
-        self.release_thread()
+        with LOCK:
+            self.watchers = [w for w in self.watchers if w is not watcher]
+            if not self.watchers:
+                self.pipeline.forget()
 
-    def claim_thread(self) -> None:
-        """Hooks belong to the thread that set them: another thread's forward would run through them
-        unasked.
+    def claim(self) -> None:
+        """Hooks belong to the thread and task that set them: another's forward would run through
+        them unasked.
         """
         if not self.installed:
             raise InvalidState(
                 "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
             )
-        me = get_ident()
-        if (self.owner or me) != me or any(thread != me for thread in self.running):
+        me = Here.now()
+        theirs = self.busy and self._owner is not None and not self._owner.lets(me)
+        if theirs or any(each.thread != me.thread for each in self.running):
             raise InvalidState(
-                "This model is in use by another thread; hooks belong to one thread at a time. "
+                "This model is in use by another thread or task; hooks belong to one at a time. "
                 "Trace a copy (copy.deepcopy), or wait for the other to finish."
             )
-        self.owner = me
+        if not (self.busy and self._owner is not None):
+            self._owner = me
 
-    def release_thread(self) -> None:
-        """Let other threads set hooks, once nobody listens."""
-        if not self.listening and not self.watchers:
-            self.owner = None
+    @property
+    def owner(self) -> Here | None:
+        """Whose hooks are on; None if nobody listens."""
+        return self._owner if self.busy else None
+
+    @property
+    def listening(self) -> int:
+        """How many listeners to every pass are attached, and how many passes beside the user's own
+        are under way.
+        """
+        return len(self.ears) + len(self.readers)
 
     # What a pass is run under.
-
-    def _fresh_context(self) -> None:
-        self._witness: Witness | None = None
-        self._context: ContextVar[PassContext] = ContextVar("context", default=NOTHING)
-        self._inputs: ContextVar[dict[str, Any] | None] = ContextVar("inputs", default=None)
 
     @property
     def context(self) -> PassContext:
         """What a pass is run under in this thread and task."""
-        return self._context.get()
+        return self._context.top
 
     @property
     def couplings(self) -> Mapping[int, Coupling]:
@@ -196,7 +297,7 @@ class Instrumentation:
     @property
     def now(self) -> dict[str, Any] | None:
         """The transformer's arguments in the call under way, if one is."""
-        return self._inputs.get()
+        return self._inputs.top
 
     @contextmanager
     def under(self, **changes: Any) -> Iterator[None]:
@@ -205,24 +306,41 @@ class Instrumentation:
         Args:
             changes: fields of `PassContext`.
         """
-        token = self._context.set(replace(self.context, **changes))
-        try:
+        with Taken() as taken:
+            self._context.put(taken, replace(self.context, **changes))
             yield
-        finally:
-            self._context.reset(token)
 
     @contextmanager
     def part(self, span: Span, stream: Tensor | None = None) -> Iterator[None]:
         """Run only the blocks start..end-1, from a given stream [batch, token, d_model] and up to
         `StoppedAtLayer`.
         """
-        blocks = self.family.blocks(self.transformer)
-        embed = self.points["hook_embed"]
-        with (
-            self.under(span=span, stream=stream),
-            only(span, stream, self.family, blocks, embed, lambda: self.now or {}),
-        ):
+        with Taken() as taken:
+            self._context.put(taken, replace(self.context, span=span, stream=stream))
+            blocks = self.family.blocks(self.transformer)
+            user = object()
+            for layer in replaced(span, len(blocks)):
+                stand_in = self._stand_in(layer, blocks)
+                taken.undo(stand_in.leave, user)
+                stand_in.enter(user)
+            if stream is not None and span[0] == 0:
+                heard = self._hearing.top
+                self._hearing.put(taken, replace(heard, scopes=(*heard.scopes, user)))
+                put_in = InjectStream(stream, user)
+                taken.undo(self.points["hook_embed"].drop, put_in)
+                self.points["hook_embed"].add(put_in)
             yield
+
+    def _stand_in(self, layer: int, blocks: list[nn.Module]) -> StandIn:
+        """What stands in for a block: the one that is there, or else a new one, as another tool may
+        have put its own on top.
+        """
+        with LOCK:
+            found = self._stand_ins.get(layer)
+            if found is None or not found.there:
+                found = StandIn(self.family, blocks, layer, lambda: (self.context, self.now or {}))
+                self._stand_ins[layer] = found
+            return found
 
     # What a forward goes through.
 
@@ -230,47 +348,55 @@ class Instrumentation:
     def forward(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Surrounds each forward of the transformer: checks the inputs, tells the watchers."""
         self.family.check_input(self.transformer, inputs)
-        me = get_ident()
-        self._refuse_unhookable(me)
-        self.running.append(me)
-        token = self._inputs.set(inputs)
+        me = Here.now()
+        with Taken() as taken:
+            taken.undo(self._ended, me)
+            with LOCK:
+                self._refuse_unhookable(me)
+                self.running.append(me)
+            self._inputs.put(taken, inputs)
+            watchers = () if self._hearing.top.alone else tuple(self.watchers)
+            with self._watched(self._describe(inputs), watchers) if watchers else taken:
+                yield
+
+    def _ended(self, me: Here) -> None:
+        with LOCK:
+            self.running = [each for each in self.running if each is not me]
+
+    @contextmanager
+    def _watched(self, call: Call, watchers: Sequence[Watcher]) -> Iterator[None]:
+        """Show a call to the watchers, and whether it was finished."""
         begun: list[Watcher] = []
         finished = False
-        call = self._describe(inputs) if self.watchers else None
         try:
-            if call is None:
+            for watcher in watchers:
+                watcher.begin(call)
+                begun.append(watcher)
+            call.edits = list(self._edits_now())
+            with self.witnessing() as call.witness:
                 yield
-            else:
-                for watcher in tuple(self.watchers):
-                    watcher.begin(call)
-                    begun.append(watcher)
-                call.edits = list(self._edits_now())
-                with self.witnessing() as call.witness:
-                    yield
             finished = True
         except StoppedAtLayer:
             finished = True
             raise
         finally:
-            self.running.remove(me)
-            self._inputs.reset(token)
             for watcher in begun:
-                assert call is not None
                 watcher.end(call, finished)
 
-    def _refuse_unhookable(self, me: int) -> None:
+    def _refuse_unhookable(self, me: Here) -> None:
         """Raise RuntimeError where somebody listens, and hooks would see something else than they
         should.
         """
-        if not (self.listening or self.watchers):
+        owner = self.owner
+        if owner is None:
             return
         refuse_cache(self.transformer)
-        if self.owner != me:
+        if not owner.lets(me):
             raise InvalidState(
-                "This model is being traced or hooked in another thread; run a copy "
+                "This model is being traced or hooked in another thread or task; run a copy "
                 "(copy.deepcopy) here."
             )
-        if me in self.running:
+        if any(each.thread == me.thread for each in self.running):
             raise InvalidState(
                 "The model was called from inside one of its own hooks; call a copy, or call "
                 "it afterwards."
@@ -285,6 +411,12 @@ class Instrumentation:
     def _describe(self, inputs: dict[str, Any]) -> Call:
         """The call under way, as watchers are shown it."""
         family, context = self.family, self.context
+        missing = [name for name in (family.x_name, family.t_name) if name not in inputs]
+        if missing:
+            raise InvalidValue(
+                f"{type(self.transformer).__name__} was called without {missing[0]!r}, and can't "
+                f"be traced so; got {', '.join(map(repr, inputs)) or 'no arguments'}."
+            )
         x, t = family.latents(self.transformer, inputs), family.timesteps(self.transformer, inputs)
         classes = inputs.get(family.labels_name)
         labels = classes if isinstance(classes, Tensor) else context.labels
@@ -306,21 +438,31 @@ class Instrumentation:
     @contextmanager
     def witnessing(self) -> Iterator[Witness]:
         """Take the checksums of the streams of one pass; gives the dict that they go to."""
-        if self._witness is not None:  # whoever runs the pass takes them already
-            yield self._witness
+        if self._witness.top is not None:  # whoever runs the pass takes them already
+            yield self._witness.top
             return
-        witness = self._witness = {}
+        witness: Witness = {}
+
         observer = Observer(lambda value, point: witness.update({point.name: checksum(value)}))
-        points = [self.points[name] for name in self.witnessed]
-        try:
-            for point in points:
-                point.listeners.append(observer)  # last, so after all edits
+        observer.scope = witness
+        with Taken() as taken:
+            self._witness.put(taken, witness)
+            heard = self._hearing.top
+            self._hearing.put(taken, replace(heard, scopes=(*heard.scopes, witness)))
+            self._put_on(taken, [(name, observer) for name in self.witnessed])
             yield witness
-        finally:
-            self._witness = None
-            for point in points:
-                if observer in point.listeners:
-                    point.listeners.remove(observer)
+
+    def _put_on(self, taken: Taken, listeners: Iterable[tuple[str, Listener]]) -> None:
+        """Add listeners that have a scope of their own, until `taken` gives them back."""
+        added = [(self.points[name], listener) for name, listener in listeners]
+
+        def take_off() -> None:
+            for point, listener in added:
+                point.drop(listener)
+
+        taken.undo(take_off)
+        for point, listener in added:
+            point.add(listener)
 
     def _edits_now(self) -> Iterator[tuple[str, Editor]]:
         for name, point in self.points.items() if self.listening else ():
@@ -340,31 +482,32 @@ class Instrumentation:
         Raises:
             RuntimeError: inside a hook, while the model runs.
         """
-        if get_ident() in self.running:
+        if any(each.thread == get_ident() for each in self.running):
             raise InvalidState(
                 "Activations can't be recomputed inside a hook, while the model runs; read them "
                 "afterwards."
             )
-        self.claim_thread()
-        points = self.points
-        kept = {name: (p.listeners, p.step) for name, p in points.items() if p.listeners}
-        state = self.watchers, self.listening
-        token = self._context.set(NOTHING)
-        for name in kept:
-            points[name].listeners = []
-        self.watchers, self.listening = [], 0
-        try:
-            for name, listener in listeners:
-                points[name].add(listener)
-                self.listening += 1
+        scope = object()
+        mine = [(name, copy(listener)) for name, listener in listeners]
+        for _, listener in mine:
+            listener.scope = scope
+        steps = {name: self.points[name].step for name, _ in mine}
+
+        def restore_steps() -> None:
+            for name, step in steps.items():
+                self.points[name].step = step
+
+        with Taken() as taken:
+            taken.undo(self.readers.discard, scope)
+            with LOCK:
+                self.claim()
+                self.readers.add(scope)
+            taken.undo(restore_steps)
+            self._context.put(taken, NOTHING)
+            self._witness.put(taken, None)
+            self._hearing.put(taken, Hearing((scope,), alone=True))
+            self._put_on(taken, mine)
             yield
-        finally:
-            for name, point in points.items():
-                if point.listeners or name in kept:
-                    point.listeners, point.step = kept.get(name, ([], None))
-            self.watchers, self.listening = state
-            self._context.reset(token)
-            self.release_thread()
 
     def stopping(self, name: str) -> list[tuple[str, Listener]]:
         """What ends a pass at a hook point, for a pass of which nothing later is wanted.
@@ -384,19 +527,13 @@ class Instrumentation:
         """What follows the last block, alone, with the conditioning of these arguments and all hook
         points silent.
         """
-        kept = [(p, p.listeners) for p in self.points.values() if p.layer() is None]
-        for point, _ in kept:
-            point.listeners = []
-        token = self._inputs.set(inputs)
-        try:
+        with Taken() as taken:
+            self._hearing.put(taken, Hearing(alone=True))
+            self._inputs.put(taken, inputs)
             with self.part((len(self.family.blocks(self.transformer)), None), stream):
                 own = self.replaced[0][0]
                 answer = own.answer(own.own(**inputs, return_dict=False)[0])  # type: ignore[attr-defined]
             return self.family.output(self.transformer, answer, inputs)
-        finally:
-            self._inputs.reset(token)
-            for point, listeners in kept:
-                point.listeners = listeners
 
     # Copies.
 
@@ -407,7 +544,4 @@ class Instrumentation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.watchers, self.listening, self.users = [], 0, 0
-        self.owner, self.running = None, []
-        self.pipeline = PipelineFrame()
-        self._fresh_context()
+        self._fresh()

@@ -1,24 +1,26 @@
-"""Running a part of the blocks: what stands in the place of the others' forwards meanwhile.
+"""Running a part of the blocks: what stands in the place of their forwards meanwhile.
 
 Blocks before the start hand on what they are given, the last of them a stream that is put in; the
 pass ends before the block where it should, with an exception that carries the stream. Embedders and
 the last layer are diffusers' own as ever, so this works for every family.
+
+A module has one forward, and all threads see it. So what stands in asks the context of whoever
+calls, and lets every pass but a partial one through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..families.base import Family
-from ..hooks.passes import Span
-from ..hooks.points import HookPoint, Listener, StopForward
+from ..hooks.passes import PassContext, Span
+from ..hooks.points import LOCK, HookPoint, Listener, StopForward
 
-Inputs = Callable[[], dict[str, Any]]
-"""The transformer's arguments in the call under way."""
+Now = Callable[[], tuple[PassContext, dict[str, Any]]]
+"""What the pass of whoever calls is run under, and the transformer's arguments in it."""
 
 
 class StoppedAtLayer(StopForward):
@@ -30,88 +32,89 @@ class StoppedAtLayer(StopForward):
 
 
 class InjectStream(Listener):
-    """Replaces the activation before anybody else sees it."""
+    """Replaces the activation before anybody else sees it, in passes of one scope."""
 
-    def __init__(self, stream: Tensor) -> None:
+    def __init__(self, stream: Tensor, scope: object) -> None:
         super().__init__()
-        self.order, self.stream = (False, -1), stream
+        self.order, self.stream, self.scope = (False, -1), stream, scope
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:  # noqa: ARG002 (replaced unseen)
         return self.stream
 
 
-class SkippedBlock:
-    """In place of a block's forward: hands on what it is given, or the given stream."""
+class StandIn:
+    """In place of a block's forward while somebody runs a part of the blocks.
 
-    def __init__(self, family: Family, inputs: Inputs, stream: Tensor | None) -> None:
-        self.family, self.inputs, self.stream = family, inputs, stream
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, returned = self.family.skip_block(self.inputs(), args, kwargs)
-        return returned(x if self.stream is None else self.stream)
-
-
-class StopBefore:
-    """In place of a block's forward: ends the pass with the stream that enters it, or that leaves
-    `after` it.
+    Args:
+        family: of the model.
+        blocks: its blocks, in forward order.
+        layer: the block's number.
+        now: the pass of whoever calls.
     """
 
-    def __init__(self, family: Family, inputs: Inputs, block: nn.Module, after: Any) -> None:
-        self.family, self.inputs, self.block, self.after = family, inputs, block, after
+    def __init__(self, family: Family, blocks: list[nn.Module], layer: int, now: Now) -> None:
+        self.family, self.now = family, now
+        self.block, self.layer, self.n_layers = blocks[layer], layer, len(blocks)
+        self.users: set[object] = set()
+        self.before: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.after is None:
-            raise StoppedAtLayer(self.family.stream_in(self.block, self.inputs(), args, kwargs))
-        returned = self.after(*args, **kwargs)
-        raise StoppedAtLayer(self.family.stream_out(self.block, self.inputs(), returned))
+        context, inputs = self.now()
+        (start, end), i = context.span, self.layer
+        if start is not None and i < start:
+            x, returned = self.family.skip_block(inputs, args, kwargs)
+            stream = context.stream if i == start - 1 else None
+            return returned(x if stream is None else stream)
+        if i == end:
+            raise StoppedAtLayer(self.family.stream_in(self.block, inputs, args, kwargs))
+        found = self.own(*args, **kwargs)
+        if end == self.n_layers and i == end - 1:
+            raise StoppedAtLayer(self.family.stream_out(self.block, inputs, found))
+        return found
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block computes."""
+        before = self.before or type(self.block).forward.__get__(self.block)
+        return before(*args, **kwargs)
+
+    @property
+    def there(self) -> bool:
+        """Whether it stands on top of whatever else was put on the block."""
+        return self.block.__dict__.get("forward") is self
+
+    def enter(self, user: object) -> None:
+        """Stand in, for one more who wants it."""
+        with LOCK:
+            self.users.add(user)
+            if not self.there:
+                self.before = self.block.__dict__.get("forward")
+                self.block.__dict__["forward"] = self
+
+    def leave(self, user: object) -> None:
+        """One less wants it; after the last one the block has its own forward back."""
+        with LOCK:
+            self.users.discard(user)
+            if self.users or not self.there:
+                return
+            if self.before is not None:
+                self.block.__dict__["forward"] = self.before
+            else:
+                self.block.__dict__.pop("forward", None)
 
 
-@contextmanager
-def only(
-    span: Span,
-    stream: Tensor | None,
-    family: Family,
-    blocks: list[nn.Module],
-    embed: HookPoint,
-    inputs: Inputs,
-) -> Iterator[None]:
-    """Run only the blocks of `span`, from a given stream and up to `StoppedAtLayer`.
+def replaced(span: Span, n_layers: int) -> list[int]:
+    """The layers whose blocks do not run, or end the pass.
 
     Args:
         span: (start, end); None is the model's own.
-        stream: [batch, token, d_model], what enters the first block that runs.
-        family: of the model.
-        blocks: its blocks, in forward order.
-        embed: the hook point ahead of the first block.
-        inputs: gives the transformer's arguments in the call under way.
+        n_layers: how many the model has.
+
+    >>> replaced((2, 4), 6), replaced((None, 6), 6)
+    ([0, 1, 4], [5])
     """
     start, end = span
-    with ExitStack() as stack:
-        for i, block in enumerate(blocks if span != (None, None) else ()):
-            if start is not None and i < start:
-                put_in = stream if i == start - 1 else None
-                stack.enter_context(_standing_in(block, SkippedBlock(family, inputs, put_in)))
-            elif i == end:
-                stack.enter_context(_standing_in(block, StopBefore(family, inputs, block, None)))
-            elif end == len(blocks) and i == end - 1:
-                last = StopBefore(family, inputs, block, block.forward)
-                stack.enter_context(_standing_in(block, last))
-        if stream is not None and start == 0:
-            put = InjectStream(stream)
-            embed.add(put)
-            stack.callback(embed.listeners.remove, put)
-        yield
-
-
-@contextmanager
-def _standing_in(block: nn.Module, forward: Any) -> Iterator[None]:
-    """A forward in place of a block's, which gets its own back."""
-    before = block.__dict__.get("forward")
-    block.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is not None:
-            block.__dict__["forward"] = before
-        else:
-            block.__dict__.pop("forward", None)
+    skipped = list(range(start or 0))
+    if end is None or end in skipped:
+        return skipped
+    last = min(end, n_layers - 1)
+    return skipped if last in skipped else [*skipped, last]

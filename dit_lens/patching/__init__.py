@@ -25,13 +25,14 @@ from .act_patch import (
 from .attribution import attribute
 from .patch import Kind, Patch, grid, tiles
 from .paths import path_patch
-from .sweeps import as_grid, check_runs, sweep
+from .sweeps import as_grid, check_patches, check_runs, sweep
 
 __all__ = [
     "Kind",
     "Patch",
     "as_grid",
     "attribute",
+    "check_patches",
     "check_runs",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",

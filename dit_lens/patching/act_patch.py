@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..families.config import Condition
 from ..hooks.cache import ActivationCache
@@ -76,6 +77,19 @@ def generic_activation_patch(
     torch.Size([2, 2])
     """
     # Which axes of the activation are gone through.
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    arguments.instance(
+        "clean_cache", clean_cache, ActivationCache, "an ActivationCache, from run_with_cache"
+    )
+    arguments.function("patching_metric", patching_metric, "of the output, [batch, ...]")
+    arguments.text("activation_name", activation_name)
+    batch = arguments.whole("batch", batch, 1)
+    if not isinstance(corrupted_inputs, (tuple, list)) or len(corrupted_inputs) != 3:
+        raise arguments.refusal("corrupted_inputs", corrupted_inputs, "(x, t, y)", wrong_type=True)
+    arguments.tensor("x", corrupted_inputs[0], (None, *[None] * len(model.cfg.latent_shape)))
+    index_axis_names = tuple(
+        arguments.listed("index_axis_names", index_axis_names, "'layer', 'pos', 'head'")
+    )
     if index_axis_names[:1] != ("layer",) or not set(index_axis_names[1:]) <= set(AXES):
         raise InvalidValue(
             f"index_axis_names is {index_axis_names}; expected 'layer' first, then 'pos' and/or "

@@ -25,6 +25,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import layer_of, select
 from ..hooks.points import HookPoint
@@ -35,7 +36,7 @@ from ..sampling.run import Run
 from ..sampling.settings import Progress, edits_at
 from .measure import energy, latent_bands
 from .patch import Patch
-from .sweeps import check_runs, sweep
+from .sweeps import check_kind_of_runs, check_runs, sweep
 
 
 def attribute(
@@ -81,17 +82,18 @@ def attribute(
     Frozen({'layer': 28, 'site': 2, 'step': 3, 'band': 2})
     """
     # What is asked for fits the runs.
+    check_kind_of_runs(source, target)
     model, settings = target.model, target.settings
     if torch.is_inference_mode_enabled() or target.latents.is_inference():
         raise InvalidValue(
             "Gradients are asked of a model in torch.inference_mode(); leave it, or use "
             "torch.no_grad() for what comes before."
         )
-    if integrate < 1 or check < 0 or (check and not 1 <= window <= settings.steps):
-        raise InvalidValue(
-            f"integrate={integrate}, check={check}, window={window}; expected integrate >= 1, "
-            f"check >= 0, window 1 to {settings.steps}."
-        )
+    integrate = arguments.whole("integrate", integrate, 1)
+    check = arguments.whole("check", check, 0)
+    window = arguments.whole("window", window, 1, settings.steps if check else arguments.MANY)
+    seed = arguments.seed("seed", seed)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if getattr(target.scheduler.config, "solver_order", 1) > 1:
         raise InvalidValue(
             f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here "
@@ -99,10 +101,11 @@ def attribute(
         )
     for run in (source, target):
         run.require_released(0)  # the derivative goes back to the first step
-    sites = [sites] if isinstance(sites, str) else list(sites)
-    names = [_in_every_layer(model, site) for site in sites]
-    check_runs(source, target)
+    sites = [sites] if isinstance(sites, str) else arguments.listed("sites", sites, "hook points")
+    names = [_in_every_layer(model, arguments.text("sites", site)) for site in sites]
+    arguments.unlike("sites", list(sites))
     bands = latent_bands(bands, target)
+    check_runs(source, target)
 
     # The derivative at the end, of the distance |P_b(x - source)|²: 2 P_b(x - source).
     away = target.latents[-1] - source.latents[-1]

@@ -13,6 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..measures.agreement import Agreement, agreement, curve
 from ..measures.bands import CUT, Bands
@@ -24,6 +25,12 @@ Measure = Bands | Callable[[Tensor], Any] | None
 RESAMPLES = 1000
 
 
+def check_measure(outcome: Any) -> None:
+    """Raise InvalidType for what is neither bands nor a function."""
+    if outcome is not None and not isinstance(outcome, Bands):
+        arguments.function("outcome", outcome, "of finished latents, Bands or None")
+
+
 def latent_bands(bands: Bands | None, run: Run) -> Bands:
     """The bands, or "low" and "high".
 
@@ -31,6 +38,7 @@ def latent_bands(bands: Bands | None, run: Run) -> Bands:
     """
     side = (run.latents.shape[-2], run.latents.shape[-1])
     bands = Bands.radial(side, cut=CUT) if bands is None else bands
+    arguments.instance("bands", bands, Bands, "Bands of the latents' grid, or None")
     if bands.grid != side:
         raise InvalidValue(
             f"The outcome's bands are of a {bands.grid[0]}x{bands.grid[1]} grid; expected the "

@@ -12,10 +12,8 @@ interventions that read alike are two.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -23,10 +21,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import arguments
+from ..arguments import Index
 from ..errors import InvalidType, InvalidValue
 from ..hooks.edits import ablation
 from ..hooks.names import layer_of, select, site_of
-from ..hooks.regions import Index, Region
+from ..hooks.regions import Region
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
 
@@ -79,25 +79,34 @@ class Patch:
 
     def __post_init__(self) -> None:
         # NumPy's and PyTorch's whole numbers become Python's.
-        for name in ("layer", "band", "seed"):
-            object.__setattr__(self, name, _as_int(getattr(self, name)))
-
-        if self.kind not in KINDS:
-            near = difflib.get_close_matches(str(self.kind), KINDS, n=1, cutoff=0)[0]
-            raise InvalidValue(
-                f"Unknown kind of patch {self.kind!r}; expected one of "
-                f"{', '.join(map(repr, KINDS))} (nearest: {near!r})."
-            )
+        checked: dict[str, Any] = {
+            "site": arguments.text("site", self.site),
+            "layer": arguments.whole("layer", self.layer),
+            "kind": arguments.choice("kind", self.kind, KINDS),
+            "seed": arguments.seed("seed", self.seed),
+            "heads": arguments.optional(arguments.index, "heads", self.heads),
+            "region": arguments.optional(arguments.index, "region", self.region),
+        }
+        arguments.optional(arguments.tensor, "direction", self.direction)
+        arguments.optional(
+            arguments.instance, "bands", self.bands, Bands, "a Bands of the token grid"
+        )
         if self.steps is not None and not isinstance(self.steps, range):
             raise InvalidType(
-                f"steps={self.steps!r} is not a window; expected a range, such as range(20, 25), "
-                "or None for every step."
+                f"steps={arguments.shown(self.steps)} is not a window; expected a range, such as "
+                "range(20, 25), or None for every step."
             )
+        if self.steps is not None and self.steps.step < 0:
+            checked["steps"] = self.steps[::-1]  # a window has no order
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if (self.bands is None) != (self.band is None):
             raise InvalidValue(
-                f"band={self.band!r} with bands={self.bands!r}; expected both or neither: "
-                "bands=Bands.radial(...), band='low'."
+                f"band={arguments.shown(self.band)} with bands={self.bands!r}; expected both or "
+                "neither: bands=Bands.radial(...), band='low'."
             )
+        if self.bands is not None and self.band is not None:
+            object.__setattr__(self, "band", self.bands.number(self.band))
         if self.direction is not None:
             norm = float(self.direction.detach().norm())
             if self.direction.ndim != 1 or not 0 < norm < float("inf"):
@@ -156,10 +165,12 @@ def grid(
     >>> [str(p) for p in grid([3], ["attn_out", "mlp_out"], [range(0, 5)])]
     ['swap attn_out, layer 3, steps 0-4', 'swap mlp_out, layer 3, steps 0-4']
     """
-    names = [sites] if isinstance(sites, str) else list(sites)
+    names = [sites] if isinstance(sites, str) else arguments.listed("sites", sites, "hook points")
+    layers = arguments.listed("layers", layers, "whole numbers")
+    windows = arguments.listed("windows", windows, "ranges of steps, or None for every step")
     return [
         Patch(site, layer, steps, **options)
-        for layer, site, steps in itertools.product(layers, names, list(windows))
+        for layer, site, steps in itertools.product(layers, names, windows)
     ]
 
 
@@ -180,6 +191,10 @@ def tiles(first: int, stop: int, n: int) -> list[range]:
     >>> tiles(20, 30, 3)
     [range(20, 23), range(23, 26), range(26, 30)]
     """
+    first, stop, n = (
+        arguments.whole(name, value, 0)
+        for name, value in (("first", first), ("stop", stop), ("n", n))
+    )
     if not 1 <= n <= stop - first:
         raise InvalidValue(
             f"n={n} windows over {stop - first} steps ({first} to {stop - 1}); expected 1 to "
@@ -312,7 +327,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
     """
     # Where it is.
     cfg = model.cfg
-    if not isinstance(patch.layer, int) or not -cfg.n_layers <= patch.layer < cfg.n_layers:
+    if not -cfg.n_layers <= patch.layer < cfg.n_layers:
         raise InvalidValue(
             f"{str(patch)!r}: there is no layer {patch.layer}; the model has {cfg.n_layers}, 0 to "
             f"{cfg.n_layers - 1}."
@@ -345,8 +360,8 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
     band = _band(patch, cfg.grid)
     inside, axes = Region(heads=patch.heads, tokens=patch.region, band=band), model.sites[name]
     try:
-        inside.check(name, axes)
         sizes = cfg.axis_sizes()
+        inside.check(name, axes, sizes)
         heads = _chosen("heads", patch.heads, "head", sizes)
         tokens = _chosen("region", patch.region, "token" if "token" in axes else "query", sizes)
     except ValueError as error:
@@ -384,30 +399,12 @@ def _band(patch: Patch, grid: tuple[int, ...]) -> tuple[Bands, int | str] | None
 
 
 def _chosen(field: str, index: Index | None, axis: str, sizes: dict[str, int]) -> Tensor | None:
-    """Which places of an axis an index chooses, as a mask; ValueError if it chooses none, or one
-    that is not there.
-    """
+    """Which places of an axis an index chooses, as a mask."""
     if index is None:
         return None
-    nothing = InvalidValue(
-        f"{field}={index!r} chooses nothing; expected at least one, or None for all."
-    )
-    if not isinstance(index, (int, slice)) and not torch.as_tensor(index).numel():
-        raise nothing
-    zeros = torch.zeros(sizes[axis])
-    part = Region(heads=index) if axis == "head" else Region(tokens=index)
-    mask = part.merge(zeros, zeros + 1, (axis,)).bool()
-    if not mask.any():
-        raise nothing
+    mask = torch.zeros(sizes[axis], dtype=torch.bool)
+    mask[arguments.positions(field, index, sizes[axis], axis=axis)] = True
     return mask
-
-
-def _as_int(value: Any) -> Any:
-    """Python's whole number for any library's; anything else as it is."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return value
 
 
 def _grid_text(sides: Sequence[int]) -> str:

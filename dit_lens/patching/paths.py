@@ -17,10 +17,12 @@ from there on everything runs freely, as in any patch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import additions, site_of
 from ..hooks.points import HookFunction, HookPoint
@@ -29,7 +31,7 @@ from ..sampling.guidance import model_inputs
 from ..sampling.loop import denoise
 from ..sampling.run import Run
 from ..sampling.settings import check_step, edits_at
-from .sweeps import check_runs
+from .sweeps import check_kind_of_runs, check_runs
 
 Point = tuple[str, int]
 """What a layer adds to the image's stream, such as "attn_out" or "mlp_out", and the layer."""
@@ -61,8 +63,8 @@ def path_patch(
     torch.Size([2, 1, 16, 16])
     """
     # What is asked for fits the runs and the model.
+    check_kind_of_runs(source, target)
     model = target.model
-    check_runs(source, target)
     if not model.cfg.restartable:
         raise InvalidValue(
             f"The blocks of {type(model.transformer).__name__} hand on more than the image's "
@@ -74,6 +76,8 @@ def path_patch(
         for layer, _, added, _ in additions(model.names)
         for name in added
     ]
+    sender = _point("sender", sender)
+    receiver = None if receiver is None else _point("receiver", receiver)
     for point in (sender, *([receiver] if receiver is not None else [])):
         if point not in points:
             sites = " or ".join(map(repr, dict.fromkeys(site for site, _ in points)))
@@ -88,11 +92,13 @@ def path_patch(
             f"The receiver {receiver!r} does not come after the sender {sender!r}, so nothing goes "
             "from one to the other."
         )
+    steps = arguments.instance("steps", steps, range, "a range of steps, such as range(20, 25)")
     for step in steps:
         check_step(step, target.settings.steps)
     begin = min(steps, default=target.settings.steps)
     for run in (source, target):
         run.require_released(begin)
+    check_runs(source, target)
 
     # The target's run from there on, each step of the window with one path patched.
     between = [_name(point) for point in points[first + 1 : last]]
@@ -111,6 +117,14 @@ def path_patch(
             past = (target.labels, target.history, target.settings, scheduler)
             x = next(denoise(model, x, *past, step, step + 1)).following
     return x
+
+
+def _point(name: str, given: Any) -> Point:
+    """One end of a path, its layer in Python's type."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2 or not arguments.is_whole(given[1]):
+        expected = "a site and a layer, such as ('attn_out', 5)"
+        raise arguments.refusal(name, given, expected, wrong_type=True)
+    return arguments.text(name, given[0]), int(given[1])
 
 
 def _name(point: Point) -> str:

@@ -18,17 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xarray as xr
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import site_of
+from ..model.hooked import HookedDiT
 from ..sampling.run import Run
 from ..sampling.settings import Progress
 from .checkpoint import Store, scheduler_text, sweep_key
 from .lanes import Lanes
-from .measure import Measure, applied, compared, latent_bands
+from .measure import Measure, applied, check_measure, compared, latent_bands
 from .patch import Patch, Planned, plan
 
 IN_FLIGHT = 64
@@ -90,15 +93,10 @@ def sweep(
     Frozen({'patch': 2, 'band': 2})
     """
     # What is asked for fits the runs.
-    check_runs(source, target)
-    if not patches:
-        raise InvalidValue(
-            "There are no patches to make; expected one or more, see dit_lens.patching.grid."
-        )
-    if not isinstance(batch, int) or batch < 1:
-        raise InvalidValue(f"batch={batch!r} images at once; expected a whole number, 1 or more.")
-    steps = target.settings.steps
-    planned = [plan(patch, target.model, steps, len(target.labels)) for patch in patches]
+    check_kind_of_runs(source, target)
+    steps, items = target.settings.steps, len(target.labels)
+    options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
+    planned = _planned(patches, target.model, steps, items, outcome, **options)
     tied = max(source.tied_until, target.tied_until)
     early = [p.patch for p in planned if len(p.steps) and min(p.steps) < tied]
     if early:
@@ -107,6 +105,7 @@ def sweep(
             f"{tied}; expected windows from there on."
         )
     bands = None if callable(outcome) else latent_bands(outcome, target)
+    check_runs(source, target)
 
     # The patches are run, those of a wave together.
     key, like = sweep_key(source, target, planned), target.latents[-1]
@@ -149,6 +148,66 @@ def sweep(
     return result.assign_coords(coords).assign_attrs(attrs)
 
 
+def check_patches(
+    patches: Sequence[Patch],
+    model: HookedDiT,
+    steps: int,
+    items: int,
+    outcome: Measure = None,
+    *,
+    batch: int = 16,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> None:
+    """Refuse what `sweep` would, before there are runs to sweep.
+
+    Args:
+        patches: as for `sweep`.
+        model: of the runs.
+        steps: of the runs.
+        items: of the runs.
+        outcome: as for `sweep`.
+        batch: as for `sweep`.
+        progress: as for `sweep`.
+        resume: as for `sweep`.
+
+    Raises:
+        ValueError: for what does not fit, in one sentence.
+        UnknownName: for a site that the model does not have.
+
+    >>> import dit_lens; from dit_lens.patching import grid; model = dit_lens.load("digits")
+    >>> try: check_patches(grid([99], "attn_out", [None]), model, steps=3, items=2)
+    ... except ValueError as error: print(error)
+    'swap attn_out, layer 99, every step': there is no layer 99; the model has 28, 0 to 27.
+    """
+    steps, items = arguments.whole("steps", steps, 1), arguments.whole("items", items, 1)
+    _planned(patches, model, steps, items, outcome, batch=batch, progress=progress, resume=resume)
+
+
+def _planned(
+    patches: Sequence[Patch],
+    model: HookedDiT,
+    steps: int,
+    items: int,
+    outcome: Measure,
+    *,
+    batch: int,
+    progress: Progress | None,
+    resume: str | Path | None,
+) -> list[Planned]:
+    """The patches, checked as all else is."""
+    several = "one or more patches, see dit_lens.patching.grid"
+    for patch in arguments.listed("patches", patches, several):
+        arguments.instance("patches", patch, Patch, several)
+    arguments.whole("batch", batch, 1)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    if resume is not None and (not isinstance(resume, (str, Path)) or not str(resume)):
+        wrong_type = not isinstance(resume, str)
+        raise arguments.refusal("resume", resume, "the path of a file", wrong_type=wrong_type)
+    check_measure(outcome)
+    return [plan(patch, model, steps, items) for patch in patches]
+
+
 def as_grid(result: xr.Dataset) -> xr.Dataset:
     """A sweep over a full grid as [layer, site, window, ...] in place of [patch, ...], each in the
     order of the patches.
@@ -168,7 +227,10 @@ def as_grid(result: xr.Dataset) -> xr.Dataset:
     >>> as_grid(sweep(pair.a, pair.b, patches)).move.sizes
     Frozen({'layer': 1, 'site': 1, 'window': 2, 'band': 2})
     """
+    arguments.instance("result", result, xr.Dataset, "what dit_lens.patching.sweep gave")
     axes = ("layer", "site", "window")
+    if any(axis not in result for axis in axes):
+        raise arguments.refusal("result", list(map(str, result.variables)), "a sweep's")
     places = list(zip(*(result[axis].values.tolist() for axis in axes), strict=True))
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)
@@ -198,6 +260,14 @@ def check_runs(source: Run, target: Run) -> None:
     ... except ValueError as error: print(error)
     The source has steps=1 and the target steps=2; expected the same: sample both alike.
     """
+    check_kind_of_runs(source, target)
+    target.forward(min(target.tied_until, target.settings.steps - 1))
+
+
+def check_kind_of_runs(source: Run, target: Run) -> None:
+    """What `check_runs` refuses without a forward of the model."""
+    for name, run in (("source", source), ("target", target)):
+        arguments.instance(name, run, Run, "a run of dit_lens.sample, or a twin")
     if source.model.transformer is not target.model.transformer:
         raise InvalidValue("The runs are of different models; expected two of one model.")
     for name in ("steps", "guidance", "guided_channels"):
@@ -219,7 +289,6 @@ def check_runs(source: Run, target: Run) -> None:
             f"{list(target.latents.shape[1:])}; expected the same, source item i goes into target "
             "item i (run.select chooses items)."
         )
-    target.forward(min(target.tied_until, target.settings.steps - 1))
 
 
 def _waves(planned: Sequence[Planned]) -> list[list[int]]:

@@ -131,11 +131,10 @@ def sentences(results: xr.Dataset) -> list[str]:
     others = {
         "in log SNR": Estimate.of(snr.split_gap, snr.split_gap_interval),
         "in steps on x_t": Estimate.of(step.x_t_gap, step.x_t_gap_interval),
-        "on the image": Estimate.of(
-            step.image_gap.sel(estimator="one_pass"),
-            step.image_gap_interval.sel(estimator="one_pass"),
-        ),
     }
+    if results.attrs["vae"]:  # without one the image is the latents, shifted
+        image = step.sel(estimator="one_pass")
+        others["on the image"] = Estimate.of(image.image_gap, image.image_gap_interval)
     same = ", ".join(f"{where} {gap:+.2f}" for where, gap in others.items())
     cut = results.cut_gap.values[np.isfinite(results.cut_gap.values)]
     spread = (
@@ -146,9 +145,21 @@ def sentences(results: xr.Dataset) -> list[str]:
     lines = [
         results.attrs["headline"],
         f"The same gap {same}{spread}.",
+        f"Steps are those of this sampler in {results.attrs['steps']} steps, which decides a band "
+        "a little earlier than endlessly many would; `dit_lens.experiments.step_doubling` says by "
+        "how much.",
         results.attrs["estimators"],
+        *results.attrs["notes"].splitlines(),
     ]
-    return lines + [f"{title}: {results.attrs[f'onset_{view}']}" for view, title in VIEWS.items()]
+    if (np.abs(results.layer_gap_interval.values) > results.attrs["steps"]).any():
+        lines.append(
+            f"A layer's interval that reaches beyond {results.attrs['steps']} steps is longer than "
+            "the run: it says that nothing is known there."
+        )
+    return lines + [
+        f"{title[0].upper()}{title[1:]}: {results.attrs[f'onset_{view}']}"
+        for view, title in VIEWS.items()
+    ]
 
 
 def onsets(results: xr.Dataset) -> dict[str, int]:
@@ -173,13 +184,19 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
         for ax, (view, title) in zip(axes.flat, VIEWS.items(), strict=True):
             if view in results.view.values:
                 one, unit = results.sel(view=view), "gap, steps (high minus low)"
-                value, ends = one.layer_gap, one.layer_gap_interval
+                value, ends, together = (
+                    one[f"layer_gap{end}"] for end in ("", "_interval", "_together")
+                )
                 ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
             else:
                 one, unit = results.sel(energy=view), "log low $-$ log high"
-                value, ends = one.log_ratio, one.log_ratio_interval
+                value, ends, together = (
+                    one[f"log_ratio{end}"] for end in ("", "_interval", "_together")
+                )
                 title = f"{title}, step {at}"
-            ax.fill_between(layers, *ends.values.T, color=INK, alpha=0.15, linewidth=0)
+            # of each layer by itself, and of all at once
+            for shown in (ends, together):
+                ax.fill_between(layers, *shown.values.T, color=INK, alpha=0.12, linewidth=0)
             ax.plot(layers, value, color=INK, marker="o", markersize=2.5, linewidth=1)
             ax.set(title=title, ylabel=unit, xlim=(layers[0] - 0.5, layers[-1] + 0.5))
             if (onset := int(results.attrs[f"onset_layer_{view}"])) >= 0:

@@ -149,22 +149,24 @@ def sentences(knocked: xr.Dataset, patched: xr.Dataset) -> list[str]:
         for layer in causes
         if abs(float(knocked.gap.sel(layer=layer))) < abs(knocked.attrs["gap"]) / 2
     ]
-    last = [layer for layer in causes if layer >= int(knocked.layer[-1]) - 4]
+    # the paper's last five of 28, in a model of any depth
+    depth = int(knocked.attrs["n_layers"])
+    end = max(1, round(depth * 5 / 28))
+    last = [layer for layer in causes if layer >= depth - end]
     lines = ["Necessity: " + knocked.attrs["sentence"]]
     lines.append(
         "Sufficiency: patched at one window, what A decided is carried into B, "
         f"{' and '.join(most_by)}."
     )
+    lost = int(np.isnan(knocked.effect.values).sum())
+    measured = f" of the {knocked.sizes['layer'] - lost} that can be measured" if lost else ""
     whole = (
-        f"Without layer {', '.join(map(str, removing))} at most half of the gap is left"
+        f"Without layer {' or '.join(map(str, removing))} at most half of the gap is left"
         if removing
-        else "No single layer takes away half of the gap"
+        else f"No single layer{measured} takes away half of the gap"
     )
-    late = (
-        f"; of the layers that move it, {len(last)} of {len(causes)} are among the last five"
-        if causes
-        else ""
-    )
+    where = f"the last {end} of {depth} layers" if end > 1 else f"the last of {depth} layers"
+    late = f"; in {where} lie {len(last)} of the {len(causes)} that move it" if causes else ""
     lines.append(f"{whole}{late}.")
     return lines
 

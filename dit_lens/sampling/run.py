@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import select
-from ..hooks.points import Editor, Listener, Observer, StopForward
+from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
@@ -33,8 +34,8 @@ from .settings import (
     Progress,
     Seeds,
     Settings,
-    check_settings,
     check_step,
+    checked_settings,
     edits_at,
     item_seeds,
     seeds_at,
@@ -124,7 +125,7 @@ class Run:
         torch.Size([1, 64, 64])
         """
         if step is not None:
-            check_step(step, self.settings.steps)
+            step = check_step(step, self.settings.steps)
         self.require_released(0 if step is None else step)
         key: Any = name if layer is None else (name, layer)
         full = self.model.resolve(key)
@@ -149,7 +150,7 @@ class Run:
             ValueError: for a step outside the run, or while it was coupled.
             NotReproduced: if the pass is no longer what it was.
         """
-        check_step(step, self.settings.steps)
+        step = check_step(step, self.settings.steps)
         self.require_released(step)
         proof = Proof(self.witnesses[step], self.model.names, "hook_sample")
         with (
@@ -204,20 +205,23 @@ class Run:
         Args:
             step: 0 is the noisiest.
         """
-        if step < self.tied_until:
+        if arguments.whole("step", step, 0) < self.tied_until:
             raise InvalidValue(
                 f"Until step {self.tied_until} this run was coupled to its twin, and step {step} "
                 f"alone would be another; expected a step from {self.tied_until} on, or new twins: "
                 "dit_lens.twins(..., probes=[...])."
             )
 
-    def select(self, items: slice | Sequence[int] | Tensor) -> Run:
+    def select(self, items: arguments.Index) -> Run:
         """The same run for some of its items only.
 
         Args:
-            items: a slice, indices or a boolean mask of the batch.
+            items: a number, a slice, indices or a boolean mask of the batch.
+
+        Raises:
+            ValueError: for items that are not there, or none.
         """
-        chosen = torch.arange(len(self.labels))[items]
+        chosen = arguments.positions("items", items, len(self.labels))
         parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
         whole = len(self.labels)
         passes = n_passes(self.model, self.settings.guidance)
@@ -267,22 +271,26 @@ class Run:
         True
         """
         # What is asked for fits the run.
-        check_step(from_step, self.settings.steps)
-        if not released:
+        from_step = check_step(from_step, self.settings.steps, "from_step")
+        edits = pairs_of("edits", edits)
+        for names, _ in edits:
+            select(names, self.model.names)
+        if not arguments.flag("released", released):
             self.require_released(from_step)
         start = self.latents[from_step] if latents is None else latents
+        arguments.tensor("latents", start, finite=latents is not None)
         if start.shape != self.latents[0].shape:
             raise InvalidValue(
                 f"The latents have shape {list(start.shape)}; expected "
                 f"{list(self.latents[0].shape)}."
             )
+        fresh = None if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
         if max(from_step, self.tied_until) < self.settings.steps:
             self._recomputed(max(from_step, self.tied_until), "hook_sample")
 
         # The history that the new run will have.
         history = self.history
-        if seeds is not None:
-            fresh = tuple(item_seeds(seeds, len(self.labels)))
+        if fresh is not None:
             history = (
                 *(c if c.from_step < from_step else replace(c, seeds=fresh) for c in history),
                 Change(from_step, fresh),
@@ -322,7 +330,7 @@ class Run:
             step: the next step to be made.
         """
         scheduler = self.fresh_scheduler()
-        for s in range(step):
+        for s in range(arguments.whole("step", step, 0, self.settings.steps)):
             seeds, eta = self.seeds_at(s), self.settings.eta
             advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
         return scheduler
@@ -333,7 +341,7 @@ class Run:
         Args:
             step: 0 is the noisiest.
         """
-        return seeds_at(self.history, step)
+        return seeds_at(self.history, arguments.whole("step", step, 0))
 
 
 def sample(
@@ -373,12 +381,39 @@ def sample(
     Raises:
         ValueError: for what is out of range, in one sentence.
     """
+    with HookedDiT.opening(model) as opened:
+        return _sample(
+            opened,
+            labels,
+            seeds,
+            steps,
+            guidance,
+            scheduler,
+            eta,
+            guided_channels,
+            latents,
+            progress,
+        )
+
+
+def _sample(
+    model: HookedDiT,
+    labels: Labels,
+    seeds: Seeds,
+    steps: int,
+    guidance: float,
+    scheduler: Any,
+    eta: float,
+    guided_channels: GuidedChannels,
+    latents: Tensor | None,
+    progress: Progress | None,
+) -> Run:
+    """The same on an opened model."""
     # What is asked for fits the model.
-    model = HookedDiT.of(model)
     model.require_eval()
     scheduler = default_name(model.scheduler) if scheduler is None else scheduler
-    settings = Settings(steps, float(guidance), guided_channels, scheduler, float(eta))
-    check_settings(settings)
+    settings = checked_settings(steps, guidance, guided_channels, scheduler, eta)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
         raise InvalidValue(
             "guided_channels='first3' is the original DiT's; a video model guides all channels: "
@@ -391,6 +426,7 @@ def sample(
 
     # Where it starts.
     shape = model.cfg.latent_shape
+    arguments.optional(arguments.tensor, "latents", latents, finite=True)
     if latents is None:
         latents = noise(own_seeds, START, shape, model.device)
     elif latents.shape != (len(y), *shape):
@@ -406,7 +442,7 @@ def sample(
     for step in denoise(model, latents, y, history, settings, plan):
         seen.append(step)
         if progress is not None:
-            progress(len(seen), steps)
+            progress(len(seen), settings.steps)
     return made_of(seen, model, y, history, settings, fresh, latents, kernels, state)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import diffusers
 import torch
 
-from ..errors import InvalidValue
+from ..arguments import shown
+from ..errors import InvalidType, InvalidValue
 from ..model.noise_schedule import CLIPPING, is_flow
 from .flow_sde import FlowSDE
 
@@ -80,6 +81,11 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
         ValueError: for an unknown name, with the nearest.
     """
     if not isinstance(name, str):
+        if isinstance(name, type) or not hasattr(name, "config"):
+            raise InvalidType(
+                f"scheduler={shown(name)} is no scheduler; expected an object of diffusers, or one "
+                f"of {', '.join(map(repr, SAMPLERS))}."
+            )
         _refuse_other_kind(type(name).__name__, is_flow(name), base)
         return _plain_variance(type(name).from_config(name.config), learned_sigma)
     if name not in SAMPLERS:

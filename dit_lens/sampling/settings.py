@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import NamesFilter
 from ..hooks.points import HookFunction
@@ -63,51 +62,39 @@ def edits_at(history: tuple[Change, ...], step: int) -> Edits:
     return [edit for change in history if change.from_step <= step for edit in change.edits]
 
 
-def check_settings(settings: Settings) -> None:
-    if (
-        not isinstance(settings.steps, int)
-        or isinstance(settings.steps, bool)
-        or settings.steps < 1
-    ):
-        raise InvalidValue(
-            f"steps={settings.steps!r} is no number of denoising steps; expected 1 or more."
-        )
-    if not math.isfinite(settings.guidance):
-        raise InvalidValue(
-            f"guidance={settings.guidance} is not a number to scale with; expected 1 (none) or "
-            "more."
-        )
-    if not 0 <= settings.eta <= 1:
-        raise InvalidValue(
-            f"eta={settings.eta} is out of range; expected 0 (deterministic) to 1 (as stochastic "
-            "as DDPM)."
-        )
-    if settings.guided_channels not in ("all", "first3"):
-        near = difflib.get_close_matches(
-            str(settings.guided_channels), ["all", "first3"], n=1, cutoff=0
-        )[0]
-        raise InvalidValue(
-            f"guided_channels={settings.guided_channels!r} is no convention; did you mean {near!r}?"
-        )
+def checked_settings(
+    steps: Any, guidance: Any, guided_channels: Any, scheduler: Any, eta: Any
+) -> Settings:
+    """The settings, each of its type and within its bounds.
 
-
-def check_step(step: int, steps: int) -> None:
-    if not 0 <= step < steps:
-        raise InvalidValue(
-            f"Step {step} is outside the run; it has {steps} steps, 0 (the noisiest) to "
-            f"{steps - 1}."
-        )
-
-
-def item_seeds(seeds: Seeds, items: int) -> list[int]:
-    """One seed an item: seed, seed + 1, ...
-
-    of an int; ValueError for another number of them than of items.
+    Raises InvalidValue or InvalidType otherwise.
     """
-    own = [seeds + i for i in range(items)] if isinstance(seeds, int) else [int(s) for s in seeds]
-    if len(own) != items or min(own) < 0:
-        raise InvalidValue(
-            f"There are {len(own)} seeds, {own[:3]}...; expected {items}, one for each label, none "
-            "negative."
-        )
-    return own
+    return Settings(
+        arguments.whole("steps", steps, 1),
+        arguments.number("guidance", guidance, why="1 for none"),
+        arguments.choice("guided_channels", guided_channels, get_args(GuidedChannels)),
+        scheduler,
+        arguments.number("eta", eta, 0, 1, why="as stochastic as DDPM"),
+    )
+
+
+def check_step(step: Any, steps: int, name: str = "step") -> int:
+    """A step of a run of so many; 0 is the noisiest.
+
+    Raises InvalidValue or InvalidType otherwise.
+    """
+    return arguments.whole(name, step, 0, steps - 1, "a step of the run, 0 the noisiest")
+
+
+def item_seeds(seeds: Any, items: int) -> list[int]:
+    """One seed an item: seed, seed + 1, ... of a single one.
+
+    Raises InvalidValue for another number of them than of items.
+    """
+    if arguments.is_whole(seeds):
+        first = arguments.seed("seeds", seeds)
+        return [first + i for i in range(items)]
+    own = arguments.listed("seeds", seeds, "a whole number of 0 or more, or a list of them")
+    if len(own) != items:
+        raise InvalidValue(f"There are {len(own)} seeds; expected {items}, one for each label.")
+    return [arguments.seed(f"seeds[{i}]", s) for i, s in enumerate(own)]

@@ -75,11 +75,19 @@ class Bench:
     """
 
     def __init__(self, probe_class: type[Probe]) -> None:
-        self.probe_class, self.twin = probe_class, False
+        self.probe_class, self.twin = probe_class, probe_class.of_twins
         self.result: Any = None  # of the contract's first run
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether the probe observes no run but makes its own."""
+        names = self.probe_class.names
+        return isinstance(names, (list, tuple)) and not names
 
     def obstacle(self, name: str) -> str:
         """Why a variable of a known name can't be compared, or nothing."""
+        if self.by_itself:
+            return "the probe makes its own runs; the answers are known for runs that it observes"
         have = self.result[name].dims
         if set(have) not in map(set, KNOWN[name]):
             expected = " or ".join(map(dims, KNOWN[name]))
@@ -113,13 +121,18 @@ class Bench:
     ) -> tuple[Run, Any]:
         """A run under a trace, and that trace.
 
-        `apart`: twins that start apart, else clones; `order` -1: items in reverse.
+        `apart`: twins that start apart, else clones; `order` -1: items in reverse. A probe that
+        runs by itself does so first, and the run is a plain one behind it.
         """
+        how: dict[str, Any]
+        if self.by_itself:
+            if probe is not None:
+                how = {"pairs": items // 2, "seed": seed} if self.twin else {"seeds": seed}
+                probe.run(model, steps=steps, **how)
+            return sample(model, [0] * items, seed, steps, eta=1.0), None
         with trace(model, names=names, probes=[] if probe is None else [probe]) as t:
             if self.twin if twin is None else twin:
-                how: dict[str, Any] = (
-                    {"tie": "attention", "eps": 0.3} if apart else {"tie": "noise"}
-                )
+                how = {"tie": "attention", "eps": 0.3} if apart else {"tie": "noise"}
                 return twins(
                     model, items // 2, [0] * (items // 2), steps=steps, seed=seed, **how
                 ).run, t

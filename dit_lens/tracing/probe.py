@@ -43,9 +43,12 @@ class Probe:
 
     Attributes:
         names: which hook points are observed; None is all, () none.
+        of_twins: whether `run` makes pairs of twins and takes the settings of `dit_lens.twins`
+            (`pairs`, `seed`), and not those of `dit_lens.sample` (`labels`, `seeds`).
     """
 
     names: NamesFilter = None
+    of_twins: bool = False
 
     def start(self, model: HookedDiT) -> None:
         """Called when a trace opens: forget earlier runs, look up sizes.
@@ -103,7 +106,13 @@ def load_probe(name: str) -> type[Probe]:
     if name not in probes:
         near = difflib.get_close_matches(name, probes, n=3, cutoff=0.3) or sorted(probes)
         raise InvalidValue(f"No probe is called {name!r}; installed: {', '.join(map(repr, near))}.")
-    probe: type[Probe] = probes[name].load()
+    try:
+        probe: type[Probe] = probes[name].load()
+    except (Exception, SystemExit) as error:  # a stranger's package, broken in any way
+        raise InvalidValue(
+            f"The entry point {name!r} ({probes[name].value}) can't be loaded: "
+            f"{type(error).__name__}: {error}."
+        ) from error
     if not (isinstance(probe, type) and issubclass(probe, Probe)):
         raise InvalidValue(
             f"The entry point {name!r} is {probe!r}, which is not a subclass of dit_lens.Probe."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..model.call import Call
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.taken import Taken
 from ..model.witness import Departure, Proof, until
 from .record import Record
 
@@ -194,11 +195,10 @@ def recompute(
     order = list(record.sites)
     furthest = max(names, key=order.index)
     steps = {c: step for step, calls_of in record.calls_at.items() for c in calls_of}
-    with ExitStack() as stack:
-        if not model.instrumentation.installed:
-            model.instrumentation = Instrumentation.of(model.transformer)
-            model.instrumentation.retain()
-            stack.callback(model.instrumentation.let_go)
+    with Taken() as taken:
+        reader = object()
+        taken.undo(Instrumentation.let_go, model.transformer, reader)
+        model.instrumentation = Instrumentation.of(model.transformer, reader)
         for c in calls:
 
             def see(value: Tensor, point: HookPoint, c: int = c) -> None:

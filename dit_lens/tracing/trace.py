@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +22,19 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.config import Config
 from ..families.parts.sites import Axes
-from ..hooks.edits import Steps, ablation, patch_from_steps, patch_from_tensor, step_test, within
+from ..hooks.edits import (
+    Steps,
+    ablation,
+    checked_steps,
+    patch_from_steps,
+    patch_from_tensor,
+    step_test,
+    within,
+)
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
@@ -34,6 +42,7 @@ from ..model.call import Call, Copies
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.taken import Taken
 from . import files
 from .dataset import to_dataset
 from .recompute import read, stacked
@@ -64,7 +73,7 @@ class Trace:
     def __init__(
         self, model: HookedDiT | None, record: Record, probes: Sequence[Observing] = ()
     ) -> None:
-        for probe in probes:
+        for probe in arguments.listed("probes", probes, "a list of probes", fewest=0):
             if isinstance(probe, type) or not isinstance(probe, Observing):
                 raise InvalidType(
                     f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
@@ -72,7 +81,7 @@ class Trace:
                 )
         self.model, self.record, self.probes = model, record, list(probes)
         self._recorder = _Recorder(record)
-        self._undo: ExitStack | None = None  # while the trace is open
+        self._undo: Taken | None = None  # while the trace is open
         self._waiting: list[tuple[str, Listener]] = []
         self._edit_steps: list[tuple[str, Steps]] = []
 
@@ -86,37 +95,43 @@ class Trace:
             )
         model = self._traced_model()
         model.require_eval()
-        with ExitStack() as undo:
-            # A pipeline or bare transformer is opened for the length of the block only.
-            if not model.instrumentation.installed:
-                model.instrumentation = Instrumentation.of(model.transformer)
-            model.instrumentation.retain()
-            undo.callback(model.instrumentation.let_go)
+        self._undo = taken = Taken()
+        try:
+            self._open(model, taken)
+            return self
+        except BaseException:
+            self._undo = None
+            taken.close()
+            raise
 
-            # Watch every call, then let editors, recorders and probes listen, in this order.
-            self.record.state = State.of(model.transformer)
-            model.instrumentation.watch(self._recorder)
-            undo.callback(self._forget_call, model.instrumentation)
-            for name, listener in self._waiting:
-                self._attach(name, listener, undo)
-            for name in self.record.names:
-                self._attach(name, Observer(self._recorder.keep), undo)
-            for probe in self.probes:
-                probe.start(model)
-                if isinstance(probe.names, (list, tuple)) and not probe.names:
-                    raise InvalidValue(
-                        f"{type(probe).__name__} observes no hook point, its names are empty; use "
-                        "its run(model, ...)."
-                    )
-                for name in select(probe.names, self.names):
-                    self._attach(name, Observer(self._recorder.showing(probe)), undo)
-            self._undo = undo.pop_all()
-        return self
+    def _open(self, model: HookedDiT, taken: Taken) -> None:
+        # A pipeline or bare transformer is opened for the length of the block only.
+        taken.undo(Instrumentation.let_go, model.transformer, self._recorder)
+        model.instrumentation = Instrumentation.of(model.transformer, self._recorder)
+
+        # Watch every call, then let editors, recorders and probes listen, in this order.
+        self.record.state = State.of(model.transformer)
+        taken.undo(self._recorder.forget)
+        taken.undo(model.instrumentation.unwatch, self._recorder)
+        model.instrumentation.watch(self._recorder)
+        for name, listener in self._waiting:
+            self._attach(name, listener, taken)
+        for name in self.record.names:
+            self._attach(name, Observer(self._recorder.keep), taken)
+        for probe in self.probes:
+            probe.start(model)
+            if isinstance(probe.names, (list, tuple)) and not probe.names:
+                raise InvalidValue(
+                    f"{type(probe).__name__} observes no hook point, its names are empty; use "
+                    "its run(model, ...)."
+                )
+            for name in select(probe.names, self.names):
+                self._attach(name, Observer(self._recorder.showing(probe)), taken)
 
     def __exit__(self, *exc: object) -> None:
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo.close()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
         for name, steps in self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
@@ -125,12 +140,10 @@ class Trace:
                     stacklevel=2,
                 )
 
-    def _attach(self, name: str, listener: Listener, undo: ExitStack) -> None:
-        undo.callback(self._traced_model().instrumentation.attach(name, listener).remove)
-
-    def _forget_call(self, instrumentation: Instrumentation) -> None:
-        instrumentation.unwatch(self._recorder)
-        self._recorder.forget()
+    def _attach(self, name: str, listener: Listener, taken: Taken) -> None:
+        instrumentation = self._traced_model().instrumentation
+        taken.undo(instrumentation.detach, name, listener)
+        instrumentation.attach(name, listener)
 
     def _traced_model(self) -> HookedDiT:
         if self.model is None:
@@ -159,9 +172,11 @@ class Trace:
             ValueError: for an axis that the hook point does not have.
         """
         model = self._traced_model()
-        chosen, part, active = select(name, self.names), Region(**region), step_test(steps)
+        arguments.function("fn", fn, "fn(activation, hook)")
+        chosen, part, steps = select(name, self.names), Region.of(**region), checked_steps(steps)
+        active, sizes = step_test(steps), model.cfg.axis_sizes()
         for each in chosen:
-            part.check(each, model.sites[each])
+            part.check(each, model.sites[each], sizes)
         self._edit_steps.append((chosen[0], steps))
         recorder = self._recorder
         for each in chosen:
@@ -208,8 +223,8 @@ class Trace:
             return self.edit(name, patch_from_tensor(source), steps, **region)
         if not callable(source):
             raise InvalidType(
-                f"Can't patch from {source!r}; expected a trace, a tensor or a function "
-                "fn(activation, hook)."
+                f"Can't patch from {arguments.shown(source)}; expected a trace, a tensor or a "
+                "function fn(activation, hook)."
             )
         return self.edit(name, source, steps, **region)
 
@@ -262,7 +277,10 @@ class Trace:
             site: a hook point without its layer, such as "resid_post".
             steps: which steps; by default those that were recorded.
         """
-        chosen = [n for n in select(site, self.names) if layer_of(n) is not None]
+        found_names = select(arguments.text("site", site), self.names)
+        chosen = [n for n in found_names if layer_of(n) is not None]
+        if not chosen:
+            raise InvalidValue(f"site={site!r} is in no layer; expected one such as 'resid_post'.")
         whole = stacked(self.record, self.model, chosen, steps)
         if whole is not None:
             return whole
@@ -279,7 +297,9 @@ class Trace:
             steps: which steps; by default those that were recorded.
             branch: only the items of one branch of guidance.
         """
-        return read(self.record, self.model, names, steps, branch)
+        if branch is not None:
+            arguments.choice("branch", branch, ["cond", "uncond", "skip"])
+        return read(self.record, self.model, select(names, self.names), steps, branch)
 
     @property
     def names(self) -> list[str]:
@@ -404,16 +424,22 @@ class _Recorder:
         elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
             self.offset = last + 1 - step  # another run: its steps come behind
         self.run, self.step, self.row, self.call = run, step, step + self.offset, call
+        self._drop_unfinished()
 
     def end(self, call: Call, finished: bool) -> None:
         """Keep the call; one that failed is no step."""
-        record = self.record
         if not finished:
-            for activations in record.activations.values():
-                activations.pop(len(record.calls), None)
+            self._drop_unfinished()
             return
-        record.calls_at.setdefault(self.row, []).append(len(record.calls))
-        record.calls.append(call.kept(self.copies))
+        record, kept = self.record, call.kept(self.copies)
+        # in this order: an interrupt in between leaves a call that is no step's
+        record.calls.append(kept)
+        record.calls_at.setdefault(self.row, []).append(len(record.calls) - 1)
+
+    def _drop_unfinished(self) -> None:
+        """Forget what was recorded of a call that was not finished."""
+        for activations in self.record.activations.values():
+            activations.pop(len(self.record.calls), None)
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
@@ -462,6 +488,12 @@ def trace(
         TypeError: if it is no DiT, or a probe is none.
         RuntimeError: in train mode, or in use by another thread.
     """
+    steps = checked_steps(steps)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        wrong_type = not isinstance(dtype, torch.dtype)
+        expected = "a floating-point dtype, such as torch.float16"
+        raise arguments.refusal("dtype", dtype, expected, wrong_type=wrong_type)
+    device = None if device is None else arguments.device("device", device)
     model = HookedDiT.of(model_or_pipe)
     try:
         model.require_eval()
@@ -480,7 +512,7 @@ def trace(
         return Trace(model, record, probes)
     finally:
         if model is not model_or_pipe:
-            model.instrumentation.let_go()  # until the `with` block
+            model.close()  # until the `with` block
 
 
 def load_trace(path: str | Path, model: Any = None) -> Trace:

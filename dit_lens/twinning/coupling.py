@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..families.parts.attention import Kernel, sdpa
 from ..model.hooked import HookedDiT
@@ -45,7 +46,7 @@ def coupled(
         model: the hooked model.
         g: strength of the coupling, 0 or more.
         form: "mix" or "joint"; see the module.
-        layers: the layers that are coupled; None is all.
+        layers: the layers that are coupled, negative ones from the end; None is all.
         passes: 2 with guidance, where the batch is [A | B | A null | B null].
 
     Raises:
@@ -55,14 +56,10 @@ def coupled(
     >>> x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([500, 500]), torch.tensor([3, 3])
     >>> with coupled(model, g=0.5): out = model(x, t, y)
     """
-    check_coupling(g, form)
-    chosen = range(model.cfg.n_layers) if layers is None else layers
-    for layer in chosen:
-        if not 0 <= layer < model.cfg.n_layers:
-            raise InvalidValue(
-                f"There is no layer {layer} to couple; the model has {model.cfg.n_layers}, counted "
-                "from 0."
-            )
+    g, form = check_coupling(g, form)
+    passes = arguments.whole("passes", passes, 1)
+    n = model.cfg.n_layers
+    chosen = range(n) if layers is None else arguments.layers(layers, n)
 
     def coupling_of(
         own: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel
@@ -74,14 +71,10 @@ def coupled(
         yield
 
 
-def check_coupling(g: float, form: str) -> None:
-    """Raise ValueError for a strength or a form that is none."""
-    if not (math.isfinite(g) and g >= 0):
-        raise InvalidValue(
-            f"The coupling g={g} is not a strength; expected a finite number of at least 0."
-        )
-    if form not in ("mix", "joint"):
-        raise InvalidValue(f"Unknown coupling form {form!r}; expected 'mix' or 'joint'.")
+def check_coupling(g: Any, form: Any) -> tuple[float, CouplingForm]:
+    """The strength and the form; raises InvalidValue or InvalidType for what is none."""
+    form = arguments.choice("form", form, get_args(CouplingForm))
+    return arguments.number("g", g, 0), form
 
 
 def partners(batch: int, passes: int = 1) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
 from ..sampling.noise import START, noise
@@ -68,11 +69,10 @@ class AttentionTie:
     name = "attention"
 
     def __post_init__(self) -> None:
-        check_coupling(self.g, self.form)
-        if not 0 <= self.eps <= 1:
-            raise InvalidValue(
-                f"eps={self.eps} is out of range; expected 0 (equal starts) to 1 (opposite ones)."
-            )
+        g, form = check_coupling(self.g, self.form)
+        eps = arguments.number("eps", self.eps, 0, 1, why="equal starts to opposite ones")
+        for name, value in (("g", g), ("form", form), ("eps", eps)):
+            object.__setattr__(self, name, value)
 
     @property
     def starts_equal(self) -> bool:
@@ -105,12 +105,11 @@ def make_tie(
     Raises:
         ValueError: for an unknown name, a coupling that is none, or a coupling of clones.
     """
-    if name == "attention":
-        return AttentionTie(g, form, layers, eps)
-    if name != "noise":
-        raise InvalidValue(f"tie={name!r} is unknown; expected 'noise' or 'attention'.")
-    AttentionTie(g, form, layers, eps)  # what is said of a coupling is checked all the same
-    if g:
+    # what is said of a coupling is checked with the other tie too
+    coupling = AttentionTie(g, form, layers, eps)
+    if arguments.choice("tie", name, ["noise", "attention"]) == "attention":
+        return coupling
+    if coupling.g:
         raise InvalidValue(
             f"g={g} is a coupling through attention; use tie='attention', or g=0 with tie='noise'."
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
@@ -26,7 +27,7 @@ from ..sampling.guidance import n_passes
 from ..sampling.loop import Step, denoise, is_stochastic, prepared
 from ..sampling.run import Run, made_of
 from ..sampling.schedulers import default_name
-from ..sampling.settings import Change, Progress, Settings, check_settings
+from ..sampling.settings import Change, Progress, Settings, checked_settings
 from ..tracing.probe import Probe
 from ..tracing.trace import trace
 from .coupling import CouplingForm
@@ -97,7 +98,7 @@ def twins(
         tie: "noise" (clones) or "attention"; see `dit_lens.twinning.ties`.
         g: strength of the coupling, of the attention tie only.
         form: of the coupling, "mix" or "joint".
-        layers: which layers are coupled; None is all.
+        layers: which layers are coupled, negative ones from the end; None is all.
         eps: how far apart the attention tie starts its twins, 0 to 1.
         release: the first step without the tie, 0 to `steps`; `steps` never releases.
         steps: denoising steps.
@@ -117,49 +118,55 @@ def twins(
     >>> bool((pair.a.latents[2] == pair.b.latents[2]).all())
     True
     """
-    # What is asked for fits the model, and the twins can part.
-    model = HookedDiT.of(model)
-    model.require_eval()
-    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
-    held = make_tie(tie, g, form, layers, eps)
-    eta = held.eta(scheduler) if eta is None else eta
-    settings = Settings(steps, float(guidance), "all", scheduler, float(eta))
-    check_settings(settings)
-    _check(model, settings, pairs, held, release)
-    chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
-    y = model.conditions.numbers(chosen, model.device)
-    if len(y) != pairs:
-        raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
+    with HookedDiT.opening(model) as model:
+        # What is asked for fits the model, and the twins can part.
+        model.require_eval()
+        scheduler = default_name(model.scheduler) if scheduler is None else scheduler
+        if layers is not None:
+            layers = arguments.layers(layers, model.cfg.n_layers)
+        held = make_tie(tie, g, form, layers, eps)
+        eta = held.eta(scheduler) if eta is None else eta
+        settings = checked_settings(steps, guidance, "all", scheduler, eta)
+        steps, pairs = settings.steps, arguments.whole("pairs", pairs, 1)
+        release = arguments.whole("release", release, 0, steps, "the last of them never")
+        seed = arguments.seed("seed", seed)
+        probes = arguments.listed("probes", probes, "a list of probes", fewest=0)
+        arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+        _check_parting(model, settings, held, release)
+        chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
+        y = model.conditions.numbers(chosen, model.device)
+        if len(y) != pairs:
+            raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
 
-    # Where they start, and where their noise comes from.
-    own, other = twin_seeds(seed, pairs)
-    x, both = held.start(model, own, other), torch.cat([y, y])
-    history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
-    kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
+        # Where they start, and where their noise comes from.
+        own, other = twin_seeds(seed, pairs)
+        x, both = held.start(model, own, other), torch.cat([y, y])
+        history = (Change(0, tuple(own + own)), Change(release, tuple(own + other)))
+        kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
 
-    # Tied to the release, alone from there on.
-    plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
-    fresh = copy.deepcopy(plan)
-    seen: list[Step] = []
+        # Tied to the release, alone from there on.
+        plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
+        fresh = copy.deepcopy(plan)
+        seen: list[Step] = []
 
-    def go(first: int, last: int) -> None:
-        start = seen[-1].following if seen else x
-        for each in denoise(model, start, both, history, settings, plan, first, last):
-            seen.append(each)
-            if progress is not None:
-                progress(len(seen), steps)
+        def go(first: int, last: int) -> None:
+            start = seen[-1].following if seen else x
+            for each in denoise(model, start, both, history, settings, plan, first, last):
+                seen.append(each)
+                if progress is not None:
+                    progress(len(seen), steps)
 
-    names = (("A",) * pairs + ("B",) * pairs) * passes
-    watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
-    with watch, model.instrumentation.under(twin=names):
-        with held.holding(model, passes):
-            go(0, release)
-        go(release, steps)
-    tied_until = release if held.g else 0
-    run = made_of(
-        seen, model, both, history, settings, fresh, x, kernels, state, tied_until=tied_until
-    )
-    return Twins(run, pairs, release, held.name, held.g)
+        names = (("A",) * pairs + ("B",) * pairs) * passes
+        watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
+        with watch, model.instrumentation.under(twin=names):
+            with held.holding(model, passes):
+                go(0, release)
+            go(release, steps)
+        tied_until = release if held.g else 0
+        run = made_of(
+            seen, model, both, history, settings, fresh, x, kernels, state, tied_until=tied_until
+        )
+        return Twins(run, pairs, release, held.name, held.g)
 
 
 def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
@@ -175,14 +182,8 @@ def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:
     return words[:pairs].tolist(), words[pairs:].tolist()
 
 
-def _check(model: HookedDiT, settings: Settings, pairs: int, tie: Tie, release: int) -> None:
-    if not isinstance(pairs, int) or pairs < 1:
-        raise InvalidValue(f"pairs={pairs!r} is no number of pairs; expected 1 or more.")
-    if not 0 <= release <= settings.steps:
-        raise InvalidValue(
-            f"release={release} is outside the run; expected a step from 0 to {settings.steps} "
-            "(never)."
-        )
+def _check_parting(model: HookedDiT, settings: Settings, tie: Tie, release: int) -> None:
+    """Raise InvalidValue for twins that can't part."""
     draws = is_stochastic(model, settings)
     if not tie.starts_equal or (draws and release < settings.steps):
         return

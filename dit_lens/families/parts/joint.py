@@ -144,7 +144,7 @@ class JointPoint:
         return joined if joined is x or self.changed else laid_out(joined, x)
 
     @property
-    def listeners(self) -> list[Listener]:
+    def listeners(self) -> tuple[Listener, ...]:
         """Who listens: at the image's point, or else at the text's."""
         return self.image.listeners or self.text.listeners
 

@@ -1,0 +1,247 @@
+"""Every sentence, over a grid of extreme results: what was found, in grammar, without "nan"."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from dit_lens import HookedDiT
+from dit_lens.experiments import measure_gap
+from dit_lens.experiments.coupling_sweep import SENSES, collapse
+from dit_lens.experiments.gap import headline
+from dit_lens.experiments.knock_outs import MATTERS, effects_sentence
+from dit_lens.experiments.release import difference_sentence
+from dit_lens.experiments.step_doubling import doubling_sentence
+from dit_lens.groundtruth import gaussian
+from dit_lens.measures.onset import onset
+from dit_lens.report import gap as gap_report
+from dit_lens.report import knock_outs as cause_report
+
+torch.set_num_threads(1)
+BOUND = ["low", "high"]
+ESTIMATES = [
+    (0.0, -0.1, 0.1),
+    (3.0, 2.0, 4.0),
+    (-3.0, -4.0, -2.0),
+    (0.3, 0.2, 0.4),
+    (2.0, -50.0, 60.0),
+    (1.0, np.nan, np.nan),
+    (np.nan, np.nan, np.nan),
+]
+
+
+def check(sentence: str) -> str:
+    """What holds for every sentence."""
+    assert sentence[0].isupper() and sentence.endswith("."), sentence
+    for wrong in ("nan", "inf", "None", "  ", "+-", " ,", "..", " .", "[]"):
+        assert not re.search(rf"(?<![a-z]){re.escape(wrong)}(?![a-z])", sentence), (wrong, sentence)
+    assert not re.search(r"(?<![0-9.])1 steps", sentence), sentence
+    assert not re.search(r"\b1 (layers|bands)\b(?! move)", sentence.replace("of 1 layers", "")), (
+        sentence
+    )
+    return sentence
+
+
+@pytest.mark.parametrize("layers", [3, 6, 7, 28])
+def test_onsets(layers):
+    rng, depth, seen = np.random.default_rng(0), np.arange(layers), set()
+    shapes = [
+        0 * depth,
+        1.0 * (depth >= layers // 2),
+        1.0 * (depth >= 1),
+        1.0 * (depth == layers - 1),
+        depth / layers,
+        1.0 * (depth == 1),
+        np.sin(depth),
+        rng.normal(size=layers).cumsum(),
+    ]
+    for shape, size, noise, matters in itertools.product(
+        shapes, (0.1, 3.0, 1e6), (0.0, 0.02, 1.0), (0.25, 1.0)
+    ):
+        p = size * shape + noise * rng.normal(size=layers)
+        boot = p + noise * rng.normal(size=(200, layers))
+        last = max(1, round(layers * 5 / 28))
+        found = onset(p, boot, 24, matters=matters, first=-1, unit="steps", last=last)
+        said = check(found.message)
+        seen.add(found.verdict)
+        back = re.search(
+            r"departs at layer (-?\d+) but is at its early level in layer (-?\d+)", said
+        )
+        assert not back or int(back[2]) > int(back[1]), said
+        # an onset is in the words if and only if it is in the verdict
+        assert ("leaves its early level at layer" in said) == (found.layer is not None)
+        if found.layer is not None:
+            assert found.interval[1] - found.interval[0] <= layers / 2
+            ending = f"the last {last} of" if last > 1 else "the last of"
+            assert f"{ending} {layers - 1} layers make" in said
+        elif found.verdict == "none":
+            assert said.endswith("no onset.")
+        else:
+            assert said.startswith(("Cannot tell with", "The profile leaves its early level, but"))
+    assert seen == {"found", "none", "cannot tell"}
+
+
+def knocked(effects, n_layers=6, steps=25):
+    """A dataset as `knock_outs` gives it."""
+    values = np.array(effects, dtype=float)
+    layers = np.arange(len(values))
+    matters = MATTERS * steps
+    value, low, high = values.T
+    causes = [int(i) for i in layers if (low[i] > 0 or high[i] < 0) and abs(value[i]) > matters]
+    found = xr.Dataset(
+        {
+            "gap": ("layer", 2.0 + value),
+            "effect": ("layer", value),
+            "effect_interval": (("layer", "bound"), values[:, 1:]),
+        },
+        {"layer": layers, "bound": BOUND},
+        {
+            "gap": 2.0,
+            "gap_interval": [1.0, 3.0],
+            "causes": causes,
+            "matters": matters,
+            "done": "knocked out",
+            "n_layers": n_layers,
+            "steps": steps,
+        },
+    )
+    return found.assign_attrs(sentence=effects_sentence(found))
+
+
+def patched(layers, value):
+    shape = (layers, 2, 2, 2)
+    dims = ("layer", "site", "window", "band")
+    coords = {"layer": np.arange(layers), "band": ["low", "high"]}
+    return xr.Dataset({"move": (dims, np.full(shape, value))}, coords)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 28])
+def test_knock_outs(layers):
+    for one, other, move in itertools.product(ESTIMATES, ESTIMATES, (0.0, 0.3, -2.0)):
+        found = knocked([one] + [other] * (layers - 1), layers)
+        lines = cause_report.sentences(found, patched(layers, move))
+        for line in lines:
+            check(line)
+        causes, text = found.attrs["causes"], found.attrs["sentence"]
+        assert "0.25 steps, 1% of the run, or more" in text
+        assert ("move" in text and "measurably" in text) == (not causes)
+        end = max(1, round(layers * 5 / 28))
+        if causes:
+            late = sum(layer >= layers - end for layer in causes)
+            where = f"the last {end} of" if end > 1 else "the last of"
+            assert f"in {where} {layers} layers lie {late} of the {len(causes)} that" in lines[2]
+        if np.isnan(one[0]):
+            assert "Without layer" in text and "does not commit at all." in text
+        for onsets in ({}, {"lens": -1}, {"lens": 0, "growth": -1}):
+            check(cause_report.against(found, onsets))
+
+
+def test_layer_2_of_6_is_not_among_the_last():
+    found = knocked([(0.0, -0.1, 0.1)] * 2 + [(2.0, 1.0, 3.0)] + [(0.0, -0.1, 0.1)] * 3)
+    line = cause_report.sentences(found, patched(6, 0.0))[2]
+    assert line == (
+        "No single layer takes away half of the gap; in the last of 6 layers lie 0 of the 1 that "
+        "move it."
+    )
+
+
+def test_coupling_sweeps():
+    for first, last, change in itertools.product(ESTIMATES, repeat=3):
+        found = xr.Dataset(
+            {
+                "gap": (("g", "sense"), [[first[0]] * 2, [last[0]] * 2]),
+                "gap_interval": (("g", "sense", "bound"), [[first[1:]] * 2, [last[1:]] * 2]),
+                "change": (("g", "sense"), [[0.0] * 2, [change[0]] * 2]),
+                "change_interval": (("g", "sense", "bound"), [[(0, 0)] * 2, [change[1:]] * 2]),
+            },
+            {"g": [0.0, 1.0], "sense": list(SENSES), "bound": BOUND},
+        )
+        for sense in SENSES:
+            check(collapse(found, sense))
+
+
+def difference(low, high, gap, slope, steps=50):
+    bands = np.array([low, high], dtype=float)
+    slopes = np.array([slope, slope], dtype=float)
+    return xr.Dataset(
+        {
+            "commitment": ("band", bands[:, 0]),
+            "commitment_interval": (("band", "bound"), bands[:, 1:]),
+            "gap": ((), gap[0]),
+            "gap_interval": ("bound", list(gap[1:])),
+            "calibration": ("band", slopes[:, 0]),
+            "calibration_interval": (("band", "bound"), slopes[:, 1:]),
+        },
+        {"band": ["low", "high"], "bound": BOUND},
+        {"of": "one pass less clones", "pairs": 16, "steps": steps, "paired": 1},
+    )
+
+
+def test_estimators_that_agree_are_no_proof_of_an_exact_denoiser():
+    right, wrong = (1.0, 0.9, 1.1), (3.0, 2.5, 3.5)
+    for low, high, slope in itertools.product(ESTIMATES, ESTIMATES, (right, wrong, ESTIMATES[-1])):
+        text = check(difference_sentence(difference(low, high, low, slope)))
+        assert "can't be told from an exact one" not in text
+        blamed = {
+            band
+            for band, (value, lo, up) in (("low", low), ("high", high))
+            if (lo > 0 or up < 0) and abs(value) > 0.5
+        }
+        assert ("they differ in" in text) == bool(blamed)
+        assert ("by this the denoiser is measurably not the exact one" in text) == (slope is wrong)
+    text = difference_sentence(difference((0.1, -1, 1), (0.2, -1, 2.0), (0, -2, 3), wrong))
+    assert text == (
+        "Commitment by one pass less clones, in steps: low +0.1 [-1.0, +1.0], high +0.2 [-1.0, "
+        "+2.0], the gap +0.0 [-2.0, +3.0]; no difference can be told with 16 pairs, and one of up "
+        "to 2.0 steps is not excluded. The finished image changes low 3.00 [2.50, 3.50], high 3.00 "
+        "[2.50, 3.50] times as much as the predicted x0 at commitment, an exact denoiser's once: "
+        "by this the denoiser is measurably not the exact one in low, high."
+    )
+
+
+def test_step_doublings():
+    for first, second, shift in itertools.product(ESTIMATES, repeat=3):
+        runs = np.array([first, second, second], dtype=float)
+        found = xr.Dataset(
+            {
+                "gap": ("run", runs[:, 0]),
+                "gap_interval": (("run", "bound"), runs[:, 1:]),
+                "shift": ((), shift[0]),
+                "shift_interval": ("bound", list(shift[1:])),
+            },
+            attrs={"steps": 50},
+        )
+        text = check(doubling_sentence(found))
+        known = np.isfinite([*first, *second, *shift]).all()
+        assert ("can be compared" in text) == (not known)
+
+
+def test_gaps():
+    """The headline and all that is printed below it."""
+    truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2, sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = measure_gap(model, pairs=16, steps=8, cut=0.1, resamples=200)
+    for one, clones, vae in itertools.product(ESTIMATES, ESTIMATES, (0, 1)):
+        made = found.copy(deep=True)
+        for kind in ("split", "band", "image"):
+            made[f"{kind}_gap"][:] = np.array([[one[0]], [clones[0]]])
+            made[f"{kind}_gap_interval"][:] = np.array([[one[1:]], [clones[1:]]])
+        if np.isnan(one[0]):
+            made["cut_gap"][:] = np.nan
+            made["x_t_gap"][:] = np.nan
+        made.attrs["vae"] = vae
+        made.attrs["headline"] = headline(made)
+        lines = gap_report.sentences(made)
+        for line in lines:
+            check(line)
+        assert any("on the image" in line for line in lines) == bool(vae)
+    wide = found.copy(deep=True)
+    wide["layer_gap_interval"][:] = [-99, 99]
+    assert any("is longer than the run" in line for line in gap_report.sentences(wide))
+    noted = found.assign_attrs(
+        notes="One pass: The interval of band low is cut off at the first release."
+    )
+    assert "One pass: The interval of band low is cut off" in " ".join(gap_report.sentences(noted))
