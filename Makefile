@@ -4,6 +4,7 @@
 #   make test     all checks: ruff, mypy, every test, with nnsight and TransformerLens installed
 #   make quick    the same without the slow tests, under 90 seconds: for every day
 #   make bench    what hook points cost, and exact sweeps against loops of full runs
+#   make attack   attempts to break it, some ten minutes; docs/reliability.md says what must hold
 #   make checks   the long checks against exact answers, half an hour; their table goes to docs/checks.md
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 IN := .venv/bin/python -m
 LINT = $(IN) ruff check && $(IN) ruff format --check && $(IN) mypy
 
-.PHONY: demo test quick bench checks
+.PHONY: demo test quick bench attack checks
 demo: .venv/core.stamp
 	.venv/bin/dit-lens gap --out gap-digits
 
@@ -30,6 +31,10 @@ quick: .venv/dev.stamp
 bench: .venv/dev.stamp
 	.venv/bin/python tests/benchmarks/bench.py
 	.venv/bin/python tests/benchmarks/bench_patching.py --scale 7
+
+attack: .venv/dev.stamp
+	DIT_LENS_ATTACK_FUZZ=300 DIT_LENS_ATTACK_RACES=500 DIT_LENS_ATTACK_LINES=250 DIT_LENS_ATTACK_INTERRUPTS=1200 \
+		$(IN) pytest -s -W ignore tests/test_attack_*.py
 
 checks: .venv/dev.stamp
 	.venv/bin/python tests/checks.py

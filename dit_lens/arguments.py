@@ -284,10 +284,10 @@ def index(name: str, value: Any) -> int | slice | Tensor:
             f"{name}={shown(value)} chooses nothing; expected at least one, or None for all."
         )
     if found.dtype == torch.bool and found.ndim:
-        return found
+        return found.clone()  # what happens to the caller's tensor later is not meant
     if found.ndim != 1 or found.is_floating_point() or found.is_complex():
         raise refusal(name, value, expected, wrong_type=True)
-    return found.long()
+    return found.long().clone()
 
 
 def positions(name: str, value: Any, size: int, *, axis: str = "") -> Tensor:

@@ -592,6 +592,12 @@ def state():
     return MODEL.instrumentation.listening, hooks, "forward" in vars(module), module.training
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Some of the values are paths, and some calls write: not in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def forwards():
     """How often the model has run to its end."""

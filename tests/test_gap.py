@@ -75,8 +75,7 @@ def test_bad_input():
         ),
         (
             dict(bands="wavelet"),
-            "bands=.wavelet. is no partition of modes; expected .radial., .dct., .pooling. or "
-            ".eigen.",
+            "bands=.wavelet. can't be used; expected one of .radial., .dct., .pooling., .eigen.",
         ),
         (dict(cut=0.9), "Band 1 \\(high\\) with inner edges"),
     ]:

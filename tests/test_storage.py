@@ -619,3 +619,18 @@ def test_names_and_types(monkeypatch, tmp_path):
     make_dit(classes=4).save_pretrained(tmp_path / "digits")
     assert dit_lens.load("digits/").cfg.n_layers == 3
     assert Path("digits").is_dir() and dit_lens.load("digits").cfg.n_layers == 28
+
+
+def test_text_encoders_have_their_weights(tmp_path):
+    """transformers would fill in random ones."""
+    from transformers import T5Config, T5EncoderModel
+
+    make_pipe().save_pretrained(tmp_path)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path / "text_encoder")
+    reconfigure(tmp_path, "model_index.json", text_encoder=["transformers", "T5EncoderModel"])
+    assert set(loading._text_parts(tmp_path, torch.float32)) == {"text_encoder"}
+    name = "encoder.final_layer_norm.weight"
+    rewrite(tmp_path / "text_encoder", lambda w: w.pop(name), "model.safetensors")
+    with pytest.raises(InvalidValue, match=rf"T5EncoderModel .*\(missing or misshapen: {name}\)"):
+        dit_lens.load(tmp_path)

@@ -543,7 +543,9 @@ class HookedDiT:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is one more that looks at its own copy of the transformer."""
         self.__dict__ |= state
-        self._open(Taken())
+        taken = Taken()
+        self._open(taken)
+        taken.keep(None)
 
     @property
     def device(self) -> torch.device:

@@ -125,7 +125,8 @@ def _load_folder(
     if (folder / "model_index.json").exists():
         _refuse_pickles(folder)
         check_pipeline(folder)
-        pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype)
+        texts = _text_parts(folder, dtype)
+        pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype, **texts)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device), size=size)
@@ -147,6 +148,33 @@ def _load_folder(
 
 def _is_hub_id(model: str | Path) -> bool:
     return isinstance(model, str) and bool(re.fullmatch(r"[^./~][^/]*/[^/]+", model))
+
+
+def _text_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts of a pipeline that are models of transformers, which fills what is missing with
+    random weights and only warns.
+    """
+    parts = {}
+    for part, entry in read_json(folder / "model_index.json").items():
+        if part.startswith("_") or not isinstance(entry, list) or entry[0] != "transformers":
+            continue
+        import transformers
+
+        cls = getattr(transformers, entry[1], None)
+        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+            continue  # a tokenizer
+        options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        where = str(folder / part)
+        made, info = _tried(where, cls.__name__, cls.from_pretrained, where, dtype=dtype, **options)
+        odd = [*info["missing_keys"], *(str(each[0]) for each in info["mismatched_keys"])]
+        if odd:
+            more = f" and {len(odd) - 3} more" if odd[3:] else ""
+            raise InvalidValue(
+                f"The weights in {where!r} are not those of the {cls.__name__} that its "
+                f"config.json describes (missing or misshapen: {', '.join(sorted(odd)[:3])}{more})."
+            )
+        parts[part] = made.eval()
+    return parts
 
 
 def _part(folder: Path, config: str, base: type, **kwargs: Any) -> Any:

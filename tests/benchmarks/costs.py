@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dit_lens
+from dit_lens.model.witness import checksum
 from dit_lens.probes import LayerLens
 
 STREAMS = "blocks.*.hook_resid_post"
@@ -123,6 +124,7 @@ class Bench:
         }
         with dit_lens.trace(self.model) as self.traced:
             self.forward()
+        self.stream = self.traced["resid_post", 0][0]
 
     def bare_forward(self, batch: int = 1) -> object:
         x, inputs = self.inputs[batch]
@@ -160,6 +162,11 @@ class Bench:
         with self.model.hooks([(name, lambda a, hook: 0.5 * a)]):
             yield self.forward
 
+    def sums(self) -> None:
+        """The checksums that one watched pass takes."""
+        for _ in range(self.layers + 1):
+            checksum(self.stream)
+
     def patterns(self) -> object:
         x, inputs = self.inputs[1]
         return self.model.run_with_cache(x, *inputs.values(), names_filter="attn.hook_pattern")
@@ -183,6 +190,7 @@ def common(b: Bench, witness: float) -> dict[str, Cost]:
         "watched: witness, inputs kept": Cost(
             b.watching, "hook points, idle", turns=2, target=witness
         ),
+        "the witness's sums alone": Cost(simply(b.sums), target=witness - 1, once=True),
         f"{n} streams kept: plain hooks": Cost(b.plain_hooks),
         f"{n} streams kept: trace(names=...)": Cost(
             lambda: b.watching(STREAMS), f"{n} streams kept: plain hooks", turns=1, target=1.0
@@ -280,7 +288,7 @@ def show(
         own = 1e3 * statistics.median(times[name])
         figure = "1" if name == cost.of else spread(ratios[name], ".3f")
         base = cost.of.replace("bare forward", "bare")
-        base = "" if name == cost.of else f"{cost.times:g} x {base}" if cost.times > 1 else base
+        base = "" if name == cost.of else f"{cost.times:.3g} x {base}" if cost.times > 1 else base
         table.add_row(name, f"{own:.2f}", figure, base, *verdict(ratios[name], cost.target))
     out.print(table)
     out.print("")
