@@ -30,9 +30,9 @@ CHANNELS = "standardised"
 variance, since a few massive ones would otherwise be all that is seen.
 """
 STEP_VIEWS, ENERGY_VIEWS = ("divergence", "lens"), ("ratio", "growth")
-MATTERS = {"divergence": 0.02, "lens": 0.02, "ratio": 1.0, "growth": 0.25}
+MATTERS = {"divergence": 1 / 16, "lens": 1 / 16, "ratio": 1.0, "growth": 0.25}
 """What a profile must come to depart by for an onset: a share of the run's steps, or in log energy
-more than 28 random layers drift by (`make checks`).
+more than 28 random layers drift by: the size at which `make checks` counts false alarms.
 """
 
 
