@@ -436,7 +436,8 @@ def difference_sentence(result: xr.Dataset) -> str:
     found, slack = of("commitment"), SLACK * result.attrs["steps"]
     slopes = of("calibration") if "calibration" in result else {}
     gap = Estimate.of(result.gap, result.gap_interval)
-    differing = [band for band, e in found.items() if e.sign and abs(e.value) > slack]
+    compared = found | {"the gap": gap}
+    differing = [name for name, e in compared.items() if e.sign and abs(e.value) > slack]
     wrong = [b for b, e in slopes.items() if e.low > 1 + MISFIT or e.high < 1 - MISFIT]
     known = [e for e in found.values() if e.known]
 
