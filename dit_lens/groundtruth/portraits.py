@@ -55,7 +55,11 @@ FACTORS = tuple(VARIANTS)
 HEADS = ("none", "glasses", "beard", "hat")
 HEAD_KIND = (0, 1, 1, 2, 3, 3)  # which of HEADS each variant of `head` is
 FIRST_HAT = HEAD_KIND.index(3)
-CLASSES = tuple(f"{length} hair, {head}" for length in ("short", "long") for head in HEADS)
+CLASSES = tuple(
+    f"{length} hair" + (f", {head}" if head != "none" else "")
+    for length in ("short", "long")
+    for head in HEADS
+)
 
 _AT = {name: i for i, name in enumerate(FACTORS)}
 # Every single variant, as columns and what goes into them: a hat comes with its colour.
