@@ -207,13 +207,16 @@ def judge_digits(made: Tensor, asked: Tensor, args: argparse.Namespace) -> dict[
 def judge_portraits(made: Tensor, asked: Tensor) -> dict[str, Any]:
     """The figures of `portraits`, by the exact reader, beside what is wanted."""
     reading = portraits.read(made)
-    legal = {name: proportion(reading.legal[:, i], wanted=0.95) for i, name in enumerate(FACTORS)}
+    read = dict(zip(FACTORS, reading.factors.T, strict=True))
+    legal = {  # the colour of the hat among those with a hat
+        name: proportion(reading.legal[read[name] >= 0, i], wanted=0.95)
+        for i, name in enumerate(FACTORS)
+    }
 
     # Frequencies against uniform ones, the variants of one factor together
     frequencies = {}
     for name in ("background", "skin", "hair_color", "clothing_color", "eyes", "mouth", "clothing"):
-        read = reading.factors[:, FACTORS.index(name)]
-        counts = torch.bincount(read, minlength=len(VARIANTS[name])).tolist()
+        counts = torch.bincount(read[name], minlength=len(VARIANTS[name])).tolist()
         frequencies[name] = {
             "counts": dict(zip(VARIANTS[name], counts, strict=True)),
             "p": float(chisquare(counts).pvalue),
@@ -341,19 +344,19 @@ def main() -> None:
 
 def report(figures: dict[str, Any]) -> None:
     """The figures as a table."""
-    table = Table(
-        "measure",
-        "value",
-        "uncertainty",
-        "wanted",
-        title=f"{figures['model']}: {figures['sampler']}",
-    )
+    title = f"{figures['model']}: {figures['sampler']}"
+    table = Table("measure", "value", "uncertainty", title=title)
+    if figures["model"] == "portraits":
+        table.add_column("wanted")
+
+    def row(*cells: str) -> None:
+        table.add_row(*cells[: len(table.columns)])
 
     def share(name: str, part: dict[str, Any]) -> None:
         wanted = (
             f"{part['wanted']:.0%}: {'met' if part['met'] else 'missed'}" if "met" in part else ""
         )
-        table.add_row(
+        row(
             name,
             f"{part['right']} of {part['of']} ({part['right'] / max(1, part['of']):.1%})",
             "{:.1%} to {:.1%} (95 %)".format(*part["interval"]),
@@ -372,7 +375,7 @@ def report(figures: dict[str, Any]) -> None:
             total = sum(part["counts"].values())
             shares = ", ".join(f"{count / total:.1%}" for count in part["counts"].values())
             met = "met" if part["met"] else "missed"
-            table.add_row(f"{name}, how often each", shares, f"p {part['p']:.2g}", f"5 %: {met}")
+            row(f"{name}, how often each", shares, f"p {part['p']:.2g}", f"5 %: {met}")
         copies = figures["copies"]
         share("samples whose combination is in training", copies["samples_in_training"])
         share("avatars among them whose combination is", copies["avatars_in_training"])
@@ -381,14 +384,12 @@ def report(figures: dict[str, Any]) -> None:
             spread = (
                 f"{copies[key]['quarter']:.3f} to {copies[key]['three_quarters']:.3f} (middle half)"
             )
-            table.add_row(
-                f"nearest training image, {name}", f"{copies[key]['half']:.3f}", spread, ""
-            )
+            row(f"nearest training image, {name}", f"{copies[key]['half']:.3f}", spread, "")
     distance = figures["frechet"]
     size = distance["images_per_set"]
     for key, name in (("samples_to_real", "samples"), ("real_to_real", "real")):
         spread = f"sd {distance[key]['sd']:.2g} over {distance['splits']} random halves"
-        table.add_row(
+        row(
             f"Fréchet distance, {size} {name} to {size} real",
             f"{distance[key]['mean']:.3g}",
             spread,
