@@ -1,16 +1,19 @@
 """Portraits are drawn as DiceBear draws them, and read back, or said to be wrong."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 
+import dit_lens
 from dit_lens.errors import InvalidType, InvalidValue
 from dit_lens.groundtruth import portraits
 from dit_lens.groundtruth.portraits import FACTORS, FIRST_HAT, VARIANTS, draw, random_factors, read
 
 AT = {name: i for i, name in enumerate(FACTORS)}
 N = 1_000
+BUNDLED = Path(dit_lens.__file__).parent / "bundled"
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +193,16 @@ def test_wrong_input_is_refused():
 def test_no_images_are_read_as_nothing():
     reading = read(torch.zeros(0, 3, 16, 16))
     assert reading.factors.shape == (0, 10) and reading.is_avatar.shape == (0,)
+
+
+def test_the_bundled_model_draws_portraits_as_asked():
+    model = dit_lens.load("portraits")
+    cfg = model.cfg
+    assert (cfg.n_layers, cfg.d_model, cfg.null_class, cfg.grid) == (28, 64, 8, (8, 8))
+    size = sum(f.stat().st_size for f in BUNDLED.rglob("*") if f.is_file())
+    assert size < 14e6  # of both reference models
+
+    asked = torch.arange(8)
+    reading = read(dit_lens.sample(model, asked, steps=25, eta=1.0).images)
+    assert int((reading.labels == asked).sum()) >= 7
+    assert reading.legal.float().mean() > 0.8
