@@ -32,8 +32,8 @@ from dit_lens.groundtruth import portraits
 # Digits never seen in training: the evaluation's classifier and Fréchet distance need real images
 # of their own.
 HELD_OUT = 2_000
-# The portraits that training sees. Of the 248,832 that could be drawn a fifth, so that a copy can
-# be told from a portrait that happens to be there.
+# The portraits that training sees. Of new draws only a quarter is among them, so that a copy can be
+# told from chance.
 N_PORTRAITS = 50_000
 
 
