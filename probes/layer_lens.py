@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Run, Site, sample, trace
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.measures import agreement
 
 
 class LayerLens(Probe):
@@ -142,24 +141,23 @@ class LayerLens(Probe):
             if by_label and self.labels is not None
             else None
         )
-        stats = [
+        found = np.array(
             [
-                agreement(
-                    self.x0[i, s],
-                    self.x0[layers[-1], s] if target is None else target,
-                    self.bands,
-                    groups,
-                )
-                for s in steps
+                [
+                    products(
+                        self.x0[i, s],
+                        self.x0[layers[-1], s] if target is None else target,
+                        self.bands,
+                        groups,
+                    )
+                    for s in steps
+                ]
+                for i in layers
             ]
-            for i in layers
-        ]
+        )
         variables: dict[str, Any] = {
-            name: (
-                ("layer", "step", "batch", "band"),
-                np.array([[getattr(s, name) for s in row] for row in stats]),
-            )
-            for name in ("xy", "xx", "yy")
+            name: (("layer", "step", "batch", "band"), found[:, :, i])
+            for i, name in enumerate(("xy", "xx", "yy"))
         }
         xy, xx, yy = (variables[name][1].sum(2) for name in ("xy", "xx", "yy"))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -181,3 +179,28 @@ def finished(run: Run, batch: int) -> Tensor:
     for each half.
     """
     return torch.cat([run.latents[-1]] * (batch // len(run.labels)))
+
+
+def products(a: Tensor, b: Tensor, bands: Bands, groups: Any) -> np.ndarray[Any, Any]:
+    """<a, b>, |a|², |b|² of each item and band, [3, batch, band], less the mean of the item's
+    group.
+
+    n / (n - 1) puts back what a group of n loses with its mean, so that sums over items are those
+    of `dit_lens.measures.agreement`; its rows are made for resampling, these are the items' own.
+    """
+    labels = torch.zeros(len(a)) if groups is None else torch.as_tensor(groups)
+    x, y = a.detach().double().clone(), b.detach().double().clone()
+    share = torch.ones(len(a), dtype=torch.float64)
+    for label in labels.unique():
+        here = (labels == label).nonzero().flatten()
+        if len(here) < 2:
+            raise InvalidValue(
+                f"Label {int(label)} has one image; to remove a label's mean it needs two or more "
+                "(by_label=False removes the mean of all)."
+            )
+        for z in (x, y):
+            z[here] -= z[here].mean(0)
+        share[here] = len(here) / (len(here) - 1)
+    pairs = ((x, y), (x, x), (y, y))
+    found = [bands.cross(p, q).reshape(len(a), -1, bands.n).sum(1).cpu() for p, q in pairs]
+    return np.stack([(each * share[:, None]).numpy() for each in found])

@@ -484,7 +484,6 @@ def table():
                 "releases": [range(4), np.arange(4)],
                 "names": [None, ["a", "b"]],
                 "squared": [False, True],
-                "groups": whole(1),
                 "level": HALF,
                 **COUNT,
             },

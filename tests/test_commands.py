@@ -415,10 +415,10 @@ def test_patch_end_to_end(tmp_path, capsys):
         == 0
     )
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Necessity: Knocked out one by one, 1 of 3 layers move the gap" in shown
+    assert "Necessity: Knocked out one by one, 1 of 3 layers moves the gap" in shown
     assert (
-        "Without layer 1 at most half of the gap is left; of the layers that move it, 1 of 1 are "
-        "among the last five." in shown
+        "Without layer 1 at most half of the gap is left; in the last of 3 layers lie 0 of the 1 "
+        "that move it." in shown
     )
     assert (out / "causes.png").read_bytes()[:4] == b"\x89PNG" and (
         out / "sweep.safetensors"

