@@ -78,28 +78,13 @@ class TwinPatching(Probe):
         if pairs is None:
             pairs = 16 if labels is None else len(model.conditions.numbers(labels))
         # What is asked for fits the model, before the twins run.
-        patches = self._patches(model, layers, sites, windows, kind, settings)
+        patches = combinations(model, layers, sites, windows, kind, settings)
         options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
         check_patches(patches, model, settings.get("steps", 50), pairs, outcome, **options)
         made = twins(model, pairs, labels, **settings)
         swept = sweep(made.a, made.b, patches, outcome, **options)
         self.found = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
         return self.found
-
-    def _patches(
-        self,
-        model: HookedDiT,
-        layers: Sequence[int] | None,
-        sites: str | Sequence[str],
-        windows: int | Sequence[range | None],
-        kind: Kind,
-        settings: dict[str, Any],
-    ) -> list[Patch]:
-        """Every combination of layer, site and window."""
-        if not isinstance(windows, Sequence):
-            windows = tiles(settings.get("release", 0), settings.get("steps", 50), windows)
-        layers = range(model.cfg.n_layers) if layers is None else layers
-        return grid(layers, sites, windows, kind=kind)
 
     def result(self) -> xr.Dataset:
         """What the latest `run` gave.
@@ -110,3 +95,18 @@ class TwinPatching(Probe):
         if self.found is None:
             raise InvalidState("TwinPatching has seen nothing: use its run(model, ...).")
         return self.found
+
+
+def combinations(
+    model: HookedDiT,
+    layers: Sequence[int] | None,
+    sites: str | Sequence[str],
+    windows: int | Sequence[range | None],
+    kind: Kind,
+    settings: dict[str, Any],
+) -> list[Patch]:
+    """Every combination of layer, site and window."""
+    if not isinstance(windows, Sequence):
+        windows = tiles(settings.get("release", 0), settings.get("steps", 50), windows)
+    layers = range(model.cfg.n_layers) if layers is None else layers
+    return grid(layers, sites, windows, kind=kind)

@@ -309,7 +309,7 @@ def test_a_joint_point_of_the_image_alone_leaves_the_rest():
     x = torch.arange(4.0).view(1, 4, 1)
     image.add(Editor(lambda value, hook: value * 0 - 1))
     assert point(x).flatten().tolist() == [-1, -1, 2, 3]
-    image.listeners.clear()
+    image.drop(*image.attached)
     assert point(x) is x and not point.changed
 
 

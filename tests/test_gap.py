@@ -193,7 +193,7 @@ def test_every_variable_is_documented_with_its_dimensions(with_features):
             if dims.startswith("["):
                 table[name] = dims
                 if "+ interval" in names:
-                    table[f"{name}_interval"] = f"{dims[:-1]}, bound]"
+                    table[f"{name}_interval"] = f"{dims[:-1]}, bound]".replace("[, ", "[")
     dims = {name: f"[{', '.join(map(str, value.dims))}]" for name, value in result.items()}
     assert table == dims
     words = set(re.findall(r"`([\w{}]+)`", page[page.index("## What `gap.nc` holds") :]))
