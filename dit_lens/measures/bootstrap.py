@@ -123,12 +123,11 @@ def simultaneous(values: Array, rows: int) -> Array:
     3.0
     """
     error = _errors(values, rows)
-    known = np.isfinite(error) & (error > 0)
+    known = np.isfinite(error) & (error > 1e-12 * (1 + np.abs(values[0])))  # rounding is no spread
     if not known.any():
         return np.stack([values[0] - error, values[0] + error], -1)
     part = values[1:, known]
-    with np.errstate(invalid="ignore"):  # a statistic without spread is 0 / 0, and left out
-        t = np.abs(part - np.nanmean(part, 0)) / np.nanstd(part, 0, ddof=1)
+    t = np.abs(part - np.nanmean(part, 0)) / np.nanstd(part, 0, ddof=1)
     normal = max(float(np.quantile(np.nanmax(t, axis=1), 0.95)), 1.96)
     width = float(stats.t.isf(stats.norm.sf(normal), freedom(rows))) * error
     return np.stack([values[0] - width, values[0] + width], -1)

@@ -132,7 +132,7 @@ def sentences(results: xr.Dataset) -> list[str]:
         "in log SNR": Estimate.of(snr.split_gap, snr.split_gap_interval),
         "in steps on x_t": Estimate.of(step.x_t_gap, step.x_t_gap_interval),
     }
-    if results.attrs["vae"]:  # without one the image is the latents, shifted
+    if results.attrs.get("vae"):  # without one the image is the latents, shifted
         image = step.sel(estimator="one_pass")
         others["on the image"] = Estimate.of(image.image_gap, image.image_gap_interval)
     same = ", ".join(f"{where} {gap:+.2f}" for where, gap in others.items())
