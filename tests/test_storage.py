@@ -247,7 +247,7 @@ def test_other_peoples_files_are_refused(trace, pair, gap_results, tmp_path):
 def test_a_store_with_other_tensors(pair, tmp_path):
     patches, path = [Patch("attn_out", 1), Patch("mlp_out", 1)], tmp_path / "sweep"
     whole = sweep(pair.a, pair.b, patches, resume=path)
-    about, tensors = load_tensors(path, "dit_lens.sweep/2", "")
+    about, tensors = load_tensors(path, "dit_lens.patching.sweep/2", "")
     x = tensors["0"]
     for name, value, text in (
         ("0", x.to(torch.int8), "has torch.int8 latents for patch 0"),
@@ -258,14 +258,14 @@ def test_a_store_with_other_tensors(pair, tmp_path):
         ("-1", x, "for patch '-1'"),
         ("x", x, "for patch 'x'"),
     ):
-        save_tensors(path, "dit_lens.sweep/2", about, tensors | {name: value})
+        save_tensors(path, "dit_lens.patching.sweep/2", about, tensors | {name: value})
         with pytest.raises(InvalidValue, match=text):
             sweep(pair.a, pair.b, patches, resume=path)
     for key, value in (("blocks", -1), ("blocks", 1.5), ("patches", True), ("sweep", None)):
-        save_tensors(path, "dit_lens.sweep/2", about | {key: value}, tensors)
+        save_tensors(path, "dit_lens.patching.sweep/2", about | {key: value}, tensors)
         with pytest.raises(InvalidValue, match=f"has {key} = .*; expected"):
             sweep(pair.a, pair.b, patches, resume=path)
-    save_tensors(path, "dit_lens.sweep/2", about, {"1": tensors["1"]})
+    save_tensors(path, "dit_lens.patching.sweep/2", about, {"1": tensors["1"]})
     assert sweep(pair.a, pair.b, patches, resume=path).move.equals(whole.move)
 
 

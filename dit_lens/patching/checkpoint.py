@@ -20,7 +20,7 @@ from ..sampling.run import Run
 from ..storage import Whole, conform, load_tensors, locked, save_tensors
 from .patch import Planned
 
-FORMAT = "dit_lens.sweep/2"
+FORMAT = "dit_lens.patching.sweep/2"
 EXPECTED = "the file of a sweep"
 SCHEMA = {"sweep": str, "blocks": Whole(), "patches": Whole(1)}
 
