@@ -23,6 +23,7 @@ import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.families import family_named, small_inputs
 from dit_lens.families.registry import OURS as FAMILIES
+from dit_lens.hooks.points import LOCK
 from dit_lens.model.instrumentation import Instrumentation
 
 # What is thrown while something is given back because nobody holds it, Python only prints.
@@ -109,6 +110,16 @@ def samples(dit):
 def twins(dit):
     model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
     dit_lens.twins(model, pairs=1, steps=2, release=1, tie="attention", g=0.5)
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    """An exception thrown by a trace function at the line that leaves `with LOCK` leaves it locked,
+    which no signal can do; other threads of later tests would wait for it.
+    """
+    yield
+    while LOCK._is_owned():
+        LOCK.release()
 
 
 ACTIONS = [

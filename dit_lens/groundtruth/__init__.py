@@ -17,6 +17,7 @@ Belongs here: models and formulas whose answer is known. Does not: what is held 
 (`testing`). docs/checks.md derives the exact answers, which it and the docstrings number E1 to E6.
 """
 
+from . import portraits
 from .closed_forms import (
     commitment_log_snr,
     commitment_timestep,
@@ -47,6 +48,7 @@ __all__ = [
     "mixture_eps",
     "planted",
     "planted_gain",
+    "portraits",
     "random_planted",
     "random_weights",
     "shuffle_layers",

@@ -120,7 +120,7 @@ def simultaneous(values: Array, rows: int) -> Array:
 
     >>> values = np.random.default_rng(0).normal(size=(1001, 28)); values[0] = 0
     >>> float(simultaneous(values, rows=64)[0, 1].round(0))
-    3.0
+    4.0
     """
     error = _errors(values, rows)
     known = np.isfinite(error) & (error > 1e-12 * (1 + np.abs(values[0])))  # rounding is no spread

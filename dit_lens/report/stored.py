@@ -21,6 +21,7 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "layer_commitment": ("view", "layer", "split"),
         "layer_gap": ("view", "layer"),
         "layer_gap_interval": ("view", "layer", ENDS),
+        "layer_gap_together": ("view", "layer", ENDS),
         "band_commitment": ("estimator", "band"),
         "band_commitment_interval": ("estimator", "band", ENDS),
         "split_commitment": ("estimator", "split"),
@@ -79,8 +80,8 @@ LABELS: dict[str, dict[str, set[Any]]] = {
 NUMBERS, TEXTS = "numbers", "texts"
 ATTRS: dict[str, dict[str, str]] = {
     "gap.nc": {
-        **dict.fromkeys(("headline", "estimators", "title", "bands"), TEXTS),
-        **dict.fromkeys(("commitment_step", "cut"), NUMBERS),
+        **dict.fromkeys(("headline", "estimators", "title", "bands", "notes"), TEXTS),
+        **dict.fromkeys(("commitment_step", "cut", "steps"), NUMBERS),
         **{f"onset_{view}": TEXTS for view in gap.VIEWS},
         **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
     },
