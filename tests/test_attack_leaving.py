@@ -26,6 +26,10 @@ from dit_lens.families.registry import OURS as FAMILIES
 from dit_lens.hooks.points import LOCK
 from dit_lens.model.instrumentation import Instrumentation
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("DIT_LENS_ATTACK"), reason="long and sensitive to load: `make attack`"
+)
+
 # What is thrown while something is given back because nobody holds it, Python only prints.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -36,6 +36,7 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "cut_gap_interval": ("cut", ENDS),
         "log_ratio": ("energy", "layer"),
         "log_ratio_interval": ("energy", "layer", ENDS),
+        "log_ratio_together": ("energy", "layer", ENDS),
         "spectrum_commitment": ("frequency",),
         "spectrum_commitment_interval": ("frequency", ENDS),
         "difference_spectrum": ("layer", "token_frequency"),
