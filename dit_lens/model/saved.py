@@ -5,6 +5,7 @@ weights are those of the model that it describes.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,7 +97,8 @@ def check_config(config: Mapping[str, Any], where: str, layers: int = MOST["laye
             least, most = 1, MOST["timesteps"]
         elif name in SIDES:
             least, most = 1, MOST["side"]
-        odd = [n for n in numbers if not least <= n <= most]
+        # -inf is diffusers' own default of lambda_min_clipped
+        odd = [n for n in numbers if not least <= n <= most and n != -math.inf]
         if odd or len(numbers) > MOST["timesteps"]:
             shown = f"{odd[0]:.4g}" if odd and abs(odd[0]) < 1e300 else "a list or number too long"
             raise InvalidValue(

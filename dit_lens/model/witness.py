@@ -74,7 +74,7 @@ def checksum(x: Tensor) -> Checksum:
 
 
 def _as_integers(x: Tensor, kind: torch.dtype) -> Tensor:
-    return x.contiguous().view(kind).sum(1)
+    return x.contiguous().flatten().view(kind).view(len(x), -1).sum(1)
 
 
 def witnessed(names: list[str]) -> list[str]:
