@@ -19,10 +19,6 @@ import dit_lens
 from dit_lens import HookedDiT, errors
 from dit_lens.twinning.coupling import coupled
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("DIT_LENS_ATTACK"), reason="long and sensitive to load: `make attack`"
-)
-
 TRIES = int(os.environ.get("DIT_LENS_ATTACK_RACES", "60"))
 
 
