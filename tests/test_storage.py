@@ -14,6 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -396,13 +397,12 @@ def test_hostile_traces(trace, model, tmp_path):
         dit_lens.load_trace(path, model).get("blocks.1.hook_resid_post")
         alone.save(tmp_path / "again")
 
-    begun = time.monotonic()
     for _ in range(TRIES):
         save_tensors(path, trace_files.FORMAT, mutated(about, rng), tensors)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kept += not refused(use)
-    assert kept < TRIES // 2 and time.monotonic() - begun < 0.1 * TRIES
+    assert kept < TRIES // 2
     for odd in ([], None, "x", 3, {"cfg": 1}):
         save_tensors(path, trace_files.FORMAT, odd, tensors)
         assert refused(use)
@@ -572,19 +572,24 @@ def test_parts_of_other_libraries(tmp_path):
         ("scheduler/scheduler_config.json", {"_class_name": "UNet2DModel"}, "a SchedulerMixin"),
     ],
 )
-def test_hostile_configurations(file, entries, text, folder):
+def test_hostile_configurations(file, entries, text, folder, monkeypatch):
+    """Refused before anything is built, whatever it would have cost."""
     reconfigure(folder, file, **entries)
-    begun = time.monotonic()
+
+    def built(*args, **kwargs):
+        raise AssertionError("something was built")
+
+    for make in ("from_pretrained", "__init__"):
+        monkeypatch.setattr(diffusers.ModelMixin, make, built)
     with pytest.raises(InvalidValue, match=text):
         dit_lens.load(folder)
     if file == "config.json":
         assert main(["hooks", str(folder)]) == 2
-    assert time.monotonic() - begun < 2
 
 
 def test_mutated_configurations(folder):
-    """Refused, or loaded; never a raw error, and none takes long."""
-    rng, slowest, kept = random.Random(2), 0.0, 0
+    """Refused, or loaded; never a raw error."""
+    rng, kept = random.Random(2), 0
     make_dit(layers=1, classes=4).save_pretrained(folder)
     names = ("config.json", "scheduler/scheduler_config.json")
     whole = {name: json.loads((folder / name).read_text()) for name in names}
@@ -593,14 +598,12 @@ def test_mutated_configurations(folder):
             (folder / file).write_text(json.dumps(config))
         file = rng.choice(list(whole))
         (folder / file).write_text(json.dumps(mutated(whole[file], rng)))
-        begun = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kept += not refused(lambda: dit_lens.load(folder))
             if i % 4 == 0:
                 refused(lambda: loading.load_skeleton(folder))
-        slowest = max(slowest, time.monotonic() - begun)
-    assert kept < TRIES // 2 and slowest < 5
+    assert kept < TRIES // 2
 
 
 def test_names_and_types(monkeypatch, tmp_path):

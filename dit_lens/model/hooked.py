@@ -452,8 +452,9 @@ class HookedDiT:
 
     def reset_hooks(self) -> None:
         """Remove the hooks that `add_hook` of this object added, and no one else's."""
-        for handle in self.handles:
-            handle.remove()
+        with Taken() as taken:  # all of them, whatever happens at one
+            for handle in self.handles:
+                taken.undo(handle.remove)
         self.handles = []
 
     @contextmanager
