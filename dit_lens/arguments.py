@@ -48,8 +48,8 @@ def shown(value: Any) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         if value.ndim == 0 or (value.ndim == 1 and len(value) <= 8):
             return str(value.tolist())
-        kind = "tensor" if isinstance(value, Tensor) else "array"
-        return f"a {kind} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     try:
         text = " ".join(repr(value).split())
     except Exception:  # a stranger's repr

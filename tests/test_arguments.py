@@ -558,12 +558,6 @@ def table():
                 {"model": model},
                 {"layers": layers, "part": ["layer"], "direct": [False], **small_gap},
             ),
-            (
-                "couple_alone",
-                couple_alone,
-                {"model": model},
-                {"layers": layers, "g": HALF, "form": ["mix"], "eps": HALF, **small_gap},
-            ),
         ]
     return rows
 

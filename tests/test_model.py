@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_dit, raw
@@ -453,6 +454,7 @@ def test_bad_input(dit, inputs):
             r"timesteps are shape \[\]; expected a tensor of shape \[2\], one for each item",
         ),
         ((x, 5, y), r"timesteps are 5; expected a tensor of shape \[2\]"),
+        ((x, np.zeros((2, 2)), y), r"timesteps are an array \[2, 2\] of float64; expected"),
         ((x, t, None), r"class labels are None; expected a tensor of shape \[2\]"),
         (
             (x, t, torch.tensor([3, 1001])),

@@ -87,8 +87,8 @@ def test_a_wrong_denoiser_is_seen_by_the_difference():
         in commitment_difference(backwards, clones, "latents").attrs["sentence"]
     )
     assert (
-        "they differ in low, high (by more than 0.16 steps, 1 % of the run): the denoiser is "
-        "measurably not the exact one there"
+        "they differ in low, high (0 is outside the interval and the estimate beyond 0.16 steps, "
+        "1 % of the run): the denoiser is measurably not the exact one there"
         in commitment_difference(late, clones, "latents").attrs["sentence"]
     )
 

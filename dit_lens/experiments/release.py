@@ -449,8 +449,8 @@ def difference_sentence(result: xr.Dataset) -> str:
         )
     elif differing:
         verdict = (
-            f"they differ in {', '.join(differing)} (by more than {slack:g} steps, 1 % of the "
-            f"run): the denoiser is {judged} there"
+            f"they differ in {', '.join(differing)} (0 is outside the interval and the "
+            f"estimate beyond {slack:g} steps, 1 % of the run): the denoiser is {judged} there"
         )
     elif len(known) < len(found):
         verdict = "some bands can't be compared; in the others no difference can be told"

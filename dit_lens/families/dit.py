@@ -16,6 +16,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
 from .base import Family
@@ -62,8 +63,8 @@ class DiTBlockForward(BlockForward):
     ) -> Tensor:
         if cross_attention_kwargs:
             raise InvalidValue(
-                f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
-                "DiT, which has no cross-attention; pass None."
+                f"cross_attention_kwargs={shown(cross_attention_kwargs)} is not honoured by a "
+                "hooked DiT, which has no cross-attention; pass None."
             )
         block, hook = self.module, self.points
         x = self.enter(hidden_states)
@@ -189,7 +190,7 @@ class DiTFamily(Family):
                 or value.ndim != 1
                 or value.shape[0] not in (1, x.shape[0])
             ):
-                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
                 raise InvalidValue(
                     f"The {name} are {got}; expected a tensor of shape [{x.shape[0]}], one for "
                     "each item."

@@ -20,6 +20,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
 from .base import Family
@@ -65,8 +66,8 @@ class PixArtBlockForward(BlockForward):
     ) -> Tensor:
         if cross_attention_kwargs:
             raise InvalidValue(
-                f"cross_attention_kwargs={cross_attention_kwargs!r} is not honoured by a hooked "
-                "PixArt, whose attention takes no further arguments; pass None."
+                f"cross_attention_kwargs={shown(cross_attention_kwargs)} is not honoured by a "
+                "hooked PixArt, whose attention takes no further arguments; pass None."
             )
         block, hook = self.module, self.points
         x = self.enter(hidden_states)

@@ -36,6 +36,7 @@ from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
@@ -380,7 +381,7 @@ class SanaFamily(Family):
         if (guidance is not None) != c.guidance_embeds:
             wanted = "its strength as a tensor [batch]" if c.guidance_embeds else "None"
             raise InvalidValue(
-                f"guidance is {guidance!r}, and guidance_embeds={c.guidance_embeds}; expected "
+                f"guidance is {shown(guidance)}, and guidance_embeds={c.guidance_embeds}; expected "
                 f"{wanted}."
             )
 

@@ -304,7 +304,9 @@ def checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
 def _takes_hook_by_keyword(fn: HookFunction) -> bool:
     """TransformerLens passes `hook=`; other argument names still work, by position."""
     if not callable(fn):
-        raise InvalidType(f"{fn!r} is not a hook; expected a function fn(activation, hook).")
+        raise InvalidType(
+            f"{arguments.shown(fn)} is not a hook; expected a function fn(activation, hook)."
+        )
     try:
         return "hook" in inspect.signature(fn).parameters
     except (TypeError, ValueError):  # builtins and some C functions have no signature

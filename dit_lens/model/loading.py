@@ -135,13 +135,21 @@ def _load_folder(
             f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a "
             "transformer)."
         )
-    transformer = _part(folder, "config.json", diffusers.ModelMixin, dtype=dtype)
-    scheduler = _part(folder / "scheduler", "scheduler_config.json", diffusers.SchedulerMixin)
-    vae = _part(folder / "vae", "config.json", diffusers.ModelMixin, dtype=dtype)
+    # every part is looked at before any is built: a wrong scheduler costs no gigabytes of weights
+    classes = {
+        "": _checked(folder, "config.json", diffusers.ModelMixin),
+        "scheduler": _checked(
+            folder / "scheduler", "scheduler_config.json", diffusers.SchedulerMixin
+        ),
+        "vae": _checked(folder / "vae", "config.json", diffusers.ModelMixin),
+    }
+    made: dict[str, Any] = {
+        name: cls and _weights(cls, folder / name, dtype=dtype) for name, cls in classes.items()
+    }
     return HookedDiT(
-        transformer.to(device).eval(),
-        scheduler=scheduler,
-        vae=vae.to(device) if vae is not None else None,
+        made[""].to(device).eval(),
+        scheduler=made["scheduler"],
+        vae=made["vae"] and made["vae"].to(device),
         size=size,
     )
 
@@ -177,9 +185,9 @@ def _text_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     return parts
 
 
-def _part(folder: Path, config: str, base: type, **kwargs: Any) -> Any:
-    """A pipeline's part from its own folder, by the class that its config names; None where there
-    is no such folder.
+def _checked(folder: Path, config: str, base: type) -> type | None:
+    """The class that a part's config names, with all that is on disk checked; None where there is
+    no such folder.
     """
     if not (folder / config).exists():
         return None
@@ -187,7 +195,7 @@ def _part(folder: Path, config: str, base: type, **kwargs: Any) -> Any:
     if base is not diffusers.SchedulerMixin:
         _refuse_pickles(folder)
     check_part(folder, cls)
-    return _weights(cls, folder, **kwargs)
+    return cls
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -200,7 +208,9 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _weights(cls: Any, folder: Path, **kwargs: Any) -> Any:
-    if not issubclass(cls, diffusers.SchedulerMixin):
+    if issubclass(cls, diffusers.SchedulerMixin):
+        kwargs = {}  # it has no weights
+    else:
         kwargs |= {
             "use_safetensors": True,
             "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None,

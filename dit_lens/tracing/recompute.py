@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.edits import Steps, step_test
 from ..hooks.points import HookPoint, Listener, Observer, StopForward
@@ -121,7 +122,8 @@ def steps_of(record: Record, steps: Steps) -> list[int]:
     if not wanted:
         asked = record.steps if steps is None else steps
         raise InvalidValue(
-            f"No step matches {asked!r}; the trace has {len(seen)} steps, {seen[0]} to {seen[-1]}."
+            f"No step matches {shown(asked)}; the trace has {len(seen)} steps, "
+            f"{seen[0]} to {seen[-1]}."
         )
     return wanted
 

@@ -76,7 +76,7 @@ class Trace:
         for probe in arguments.listed("probes", probes, "a list of probes", fewest=0):
             if isinstance(probe, type) or not isinstance(probe, Observing):
                 raise InvalidType(
-                    f"{probe!r} is not a dit_lens.Probe; pass instances, as in "
+                    f"{arguments.shown(probe)} is not a dit_lens.Probe; pass instances, as in "
                     "probes=[SpectralSplit()]."
                 )
         self.model, self.record, self.probes = model, record, list(probes)
