@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import patch
+from . import attributes, patch
 from .common import (
     add_model,
     add_quick,
@@ -20,7 +20,9 @@ from .common import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and what `dit_lens.experiments.gap` takes; --couple and --causes do more."""
+    """MODEL, and what `dit_lens.experiments.gap` takes; --couple, --causes and --attributes do
+    more.
+    """
     add_model(parser)
     add_quick(parser, pairs=(48, 16), steps=(50, 25))
     add_seed(parser)
@@ -48,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what `dit-lens patch` does: the layers that cause the gap",
     )
+    parser.add_argument(
+        "--attributes",
+        nargs="?",
+        const=attributes.OWN,
+        metavar="FUNCTION",
+        help="also when each attribute is decided that a function reads off the images: that of "
+        f"the bundled model ({', '.join(attributes.BUNDLED)}), or {attributes.EXPECTED}",
+    )
     add_size(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
@@ -57,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments import couplings, measure_gap
+    from ..experiments.attributes import attribute_names
     from ..experiments.coupling_sweep import checked_strengths
     from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
@@ -65,9 +76,12 @@ def run(args: argparse.Namespace) -> None:
     pairs, steps = sizes(args)
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
+    read = args.attributes and attributes.find(args.attributes, str(args.model))
     out = args.out or Path(f"gap-{file_name(str(args.model))}")
     try_folder(out)  # as well
     model = open_model(args)
+    if read:
+        attribute_names(model, read)  # as well
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
@@ -96,6 +110,11 @@ def run(args: argparse.Namespace) -> None:
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
         coupling_report.write(swept, out)
+
+    if read:
+        many = pairs if args.quick else args.pairs  # categories need more pairs than fields
+        name = str(args.model)
+        attributes.measure(model, read, many, steps, args.seed, args.cut, name, out)
 
     if args.causes:
         onsets = gap_report.onsets(results)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
@@ -219,6 +220,7 @@ def release_sweep(
     *,
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
+    ends: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Curves:
     """Agreement of finished twins for each of several releases of one tied run.
 
@@ -231,6 +233,7 @@ def release_sweep(
             by bisection.
         seed: of the noise after the release.
         progress: called with (done, total) releases.
+        ends: called with (release, A, B), the finished latents of both twins.
 
     Returns:
         Curves: the releases in increasing order.
@@ -250,6 +253,7 @@ def release_sweep(
     arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
     outcomes, seed = compared(outcomes), arguments.seed("seed", seed)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    arguments.optional(arguments.function, "ends", ends, "ends(release, a, b)")
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
         raise InvalidValue(
@@ -267,13 +271,15 @@ def release_sweep(
         own = a.seeds_at(steps - 1)
         fresh = twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1]
         if twins.tie == "noise":  # twin A's future is already there
-            ends = a.latents[-1], a.replay(release, seeds=fresh).latents[-1]
+            finished = a.latents[-1], a.replay(release, seeds=fresh).latents[-1]
         else:
-            ends = (
+            finished = (
                 a.replay(release, seeds=own, released=True).latents[-1],
                 b.replay(release, seeds=fresh, released=True).latents[-1],
             )
-        found[release] = {o.name: o.compare(*ends, labels) for o in outcomes}
+        found[release] = {o.name: o.compare(*finished, labels) for o in outcomes}
+        if ends is not None:
+            ends(release, *finished)
 
     total = len(planned) if planned else arguments.whole("releases", releases)
     while len(found) < total:
