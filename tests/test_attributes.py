@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 from conftest import make_dit
 from diffusers import DDIMScheduler
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 import dit_lens
@@ -185,6 +186,25 @@ def test_clones_and_predictions_agree_as_the_mixture_says(mixture, bits):
             assert decided[part].mean() == pytest.approx(2 * phi - 1, abs=within)
             assert seen[part].mean() == pytest.approx(2 * right - 1, abs=within)
             assert right >= phi
+
+
+def test_a_bit_is_readable_before_it_is_decided():
+    """By how much says docs/attributes.md."""
+
+    def crossing(m, curve):
+        return brentq(lambda snr: curve(m, 1 / (1 + np.exp(-snr))) - 0.5, -8, 2)
+
+    def decided(m, abar):
+        return 2 * mixture_agreement(m, 0.25, abar) - 1
+
+    def readable(m, abar):
+        return 2 * norm.cdf(m * (abar / (1 - abar + 0.25**2 * abar)) ** 0.5) - 1
+
+    level = 1 / (1 + 1 - 0.25**2)  # sqrt(abar) = sqrt(Gamma)
+    assert decided(1.0, level) == pytest.approx(0.55, abs=0.005)
+    assert readable(1.0, level) == pytest.approx(0.68, abs=0.005)
+    for m in (1.0, 4.0):
+        assert crossing(m, decided) - crossing(m, readable) == pytest.approx(0.6, abs=0.06)
 
 
 # The whole measurement.

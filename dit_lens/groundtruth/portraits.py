@@ -223,7 +223,7 @@ def attributes(images: Tensor) -> dict[str, Tensor]:
     Unlike `read` it judges nothing: every image has a nearest avatar, also a blurred one.
 
     >>> attributes(draw(random_factors(2)))["head"]
-    tensor([3, 2])
+    tensor([1, 5])
 
     Args:
         images: [n, 3, 16, 16] in [0, 1].
