@@ -226,6 +226,7 @@ def test_every_flipped_bit_is_noticed(trace, pair, gap_results, tmp_path):
         assert refused(lambda path=path, read=read: read(path))
         path.write_bytes(whole)
         read(path)
+    print(f"{tries} files with a flipped bit, {len(silent)} read in silence")
     assert tries >= 200 and not silent
 
 
@@ -405,6 +406,7 @@ def test_hostile_traces(trace, model, tmp_path):
     for odd in ([], None, "x", 3, {"cfg": 1}):
         save_tensors(path, trace_files.FORMAT, odd, tensors)
         assert refused(use)
+    print(f"{TRIES} traces with other metadata, {kept} still a trace, the rest refused")
 
 
 class Said(Schema):
@@ -626,6 +628,7 @@ def test_mutated_configurations(folder):
             kept += not refused(lambda: dit_lens.load(folder))
             if i % 4 == 0:
                 refused(lambda: loading.load_skeleton(folder))
+    print(f"{TRIES // 2} models with other configurations, {kept} loaded, the rest refused")
     assert kept < TRIES // 2
 
 
