@@ -19,13 +19,14 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..errors import InvalidState, InvalidValue
 from ..families.config import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
 from ..model.kernels import SDPA, Kernels
 from ..model.witness import Checksum, Witness
 from ..storage import Among, Named, Whole, conform, load_tensors, save_tensors
+from .recompute import order_of
 from .record import Record
 
 FORMAT = "dit_lens.trace/4"
@@ -38,6 +39,12 @@ DEPTH = 8
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record; see `Trace.save`."""
+    for step in record.calls_at:
+        if order_of(record, dict.fromkeys(record.calls_at[step])) is not None:
+            raise InvalidState(
+                f"Step {step} went through the model in parts that are not in the batch's order, "
+                "which a file can't hold; trace a run without batch= to save it."
+            )
     tensors: dict[str, Tensor] = {}
     packer = _Packer(tensors)
     calls = [_packed(c, record.lost.get(i), i, packer) for i, c in enumerate(record.calls)]
