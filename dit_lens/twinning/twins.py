@@ -185,6 +185,31 @@ def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
     return [i % max(1, min(model.conditions.n, pairs // 2)) for i in range(pairs)]
 
 
+def chosen_labels(model: HookedDiT, pairs: int, labels: Labels | None) -> list[int]:
+    """One label a pair, each of them two times or more, by number: as given, or `paired_labels`.
+
+    Args:
+        model: whose labels.
+        pairs: how many pairs.
+        labels: one a pair, or fewer, which are then taken in turn; None is the model's own.
+
+    Raises:
+        InvalidValue: for labels that the model does not have, or more of them than pairs allow.
+    """
+    if labels is None:
+        return paired_labels(model, pairs)
+    given: list[int] = model.conditions.numbers(labels).tolist()
+    found = [given[i % len(given)] for i in range(pairs)]
+    alone = [label for label in given if found.count(label) < 2]
+    if alone:
+        raise InvalidValue(
+            f"Label {alone[0]} would have {found.count(alone[0])} of {pairs} pairs; expected two "
+            "or more for each, since the mean of a label's images is taken off: fewer labels, or "
+            "more pairs."
+        )
+    return found
+
+
 def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:
     """The seeds of twin A and twin B of every pair, all different, from one seed."""
     words = np.random.SeedSequence(seed).generate_state(2 * pairs, np.uint64) >> np.uint64(2)
