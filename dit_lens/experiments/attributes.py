@@ -20,7 +20,7 @@ the exact answer E3). With more categories a blurred image may read as one that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +28,22 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
-from ..measures.agreement import Agreement, agreement
+from ..measures.agreement import Agreement, Contrasts, sums
 from ..measures.bands import CUT
 from ..measures.bootstrap import FEWEST_PAIRS, simultaneous
 from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..sampling.run import decode
-from ..twinning.twins import Twins, paired_labels, twins
+from ..twinning.twins import Twins, chosen_labels, twins
 from .gap import CLASS_MEANS, SAMPLERS, partition
-from .outcomes import Outcome, latents
+from .outcomes import Decoder, Outcome, latents
 from .release import release_sweep
 
 Reader = Callable[[Tensor], Mapping[str, Tensor]]
@@ -76,12 +77,9 @@ class Categories(Outcome):
         """The attributes' names."""
         return self.names
 
-    def compare(self, a: Tensor, b: Tensor, groups: Any) -> Agreement:
+    def compare(self, a: Tensor, b: Tensor, groups: Sequence[int]) -> Agreement:
         """Agreement statistics of finished latents, attribute by attribute, beyond what the label
         and chance give.
-
-        A category is a unit vector, so that <a, b> less its label's mean counts agreement beyond
-        chance; it is divided by the mean of both variances, since one of them may have none.
 
         Args:
             a: of the twins A, [pair, channel, height, width].
@@ -91,13 +89,41 @@ class Categories(Outcome):
         Returns:
             Agreement: [pair, attribute].
         """
-        one, other = self.categories(a), self.categories(b)
-        parts = [
-            agreement(*_unit_vectors(one[:, i], other[:, i]), groups=groups)
-            for i in range(len(self.names))
-        ]
-        xy, xx, yy = (np.concatenate([part[i] for part in parts], -1) for i in range(3))
-        return Agreement(xy, (xx + yy) / 2, (xx + yy) / 2)
+        contrasts = Contrasts(groups, len(a))
+        return Agreement.of(
+            self.sums(self.modes(a, contrasts), self.modes(b, contrasts), contrasts)
+        )
+
+    def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
+        """One side of a comparison: the categories, [pair, attribute].
+
+        Args:
+            x: finished latents, [pair, channel, height, width].
+            contrasts: of the labels.
+        """
+        return self.categories(x)
+
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:
+        """The statistics of both sides, [3, pair, attribute].
+
+        A category is a unit vector, so that <x, y> less its label's mean counts agreement beyond
+        chance; it is divided by the mean of both variances, since one of them may have none.
+
+        Args:
+            x: categories of twin A.
+            y: of twin B.
+            contrasts: of the labels.
+        """
+        parts = []
+        for one, other in zip(x.T, y.T, strict=True):
+            kinds, numbers = torch.unique(torch.cat([one, other]), return_inverse=True)
+            units = one_hot(numbers, len(kinds)).double()
+            a, b = (contrasts.modes(side, None) for side in units.split([len(one), len(other)]))
+            found = sums(a, b)
+            # of what never varies rounding is left over
+            parts.append(torch.where(found.abs() < 1e-9, 0, found))
+        xy, xx, yy = torch.cat(parts, -1)
+        return torch.stack([xy, (xx + yy) / 2, (xx + yy) / 2])
 
     def categories(self, latents: Tensor) -> Tensor:
         """What finished latents [n, ...] are read as, [n, attribute]."""
@@ -115,6 +141,8 @@ def attributes(
     name: str = "model",
     resamples: int = 400,
     progress: Callable[[int, int], object] | None = None,
+    batch: int | None = None,
+    labels: Labels | None = None,
 ) -> xr.Dataset:
     """The step at which each attribute of the finished image is decided, beside the bands;
     `dit_lens.report.attributes` shows it.
@@ -134,6 +162,8 @@ def attributes(
         resamples: of the pairs.
         progress: called with (done, total) images that have gone through the model once, those of
             clones estimated.
+        batch: images that go through the model, or its VAE, at once; None is all.
+        labels: one a pair, each two times or more; by default classes or prompts in turn.
 
     Returns:
         xr.Dataset: intervals are 95 %.
@@ -181,14 +211,15 @@ def attributes(
     arguments.text("name", name)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    chosen = chosen_labels(model, pairs, labels)
     _, fine, split = partition("radial", model.cfg.pixels, cut)
-    compared = Categories(
-        "attribute", lambda x: decode(model, x), None, read, attribute_names(model, read)
-    )
+    names = attribute_names(model, read)
+    compared = Categories("attribute", Decoder(model, batch), None, read, names)
 
     # one run of twins, and clones of it
-    each, sweep = 2 * pairs, pairs * steps // 2  # a clone's run is half as long on average
-    total = each * steps + releases * sweep
+    run, sweep = 2 * pairs, pairs * steps // 2  # a clone's run is half as long on average
+    total = run * steps + releases * sweep
 
     def count(done: int) -> None:
         if progress is not None:
@@ -197,10 +228,11 @@ def attributes(
     pair = twins(
         model,
         pairs,
-        paired_labels(model, pairs),
+        chosen,
         steps=steps,
         seed=seed,
-        progress=lambda done, _: count(done * each),
+        progress=lambda done, _: count(done * run),
+        batch=batch,
     )
     ends: dict[int, tuple[Tensor, Tensor]] = {}
     curves = release_sweep(
@@ -208,8 +240,9 @@ def attributes(
         [compared, latents(fine, "band"), latents(split, "split")],
         releases,
         seed=seed,
-        progress=lambda done, _: count(steps * each + done * sweep),
-        ends=lambda release, a, b: ends.update({release: (a, b)}),
+        progress=lambda done, _: count(steps * run + done * sweep),
+        batch=batch,
+        each=lambda release, a, b: ends.update({release: (a, b)}),
     )
 
     # when they are decided, in which order, and when they can be read
@@ -352,22 +385,15 @@ def _read(read: Reader, images: Tensor, names: tuple[str, ...] | None) -> dict[s
     return {key: torch.as_tensor(values).cpu().long() for key, values in found.items()}
 
 
-def _unit_vectors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Categories [n] of both as unit vectors [n, category]; of those alone that occur."""
-    _, number = torch.unique(torch.cat([a, b]), return_inverse=True)
-    one, other = torch.nn.functional.one_hot(number).double().split([len(a), len(b)])
-    return one, other
-
-
 def _read_stats(pair: Twins, compared: Categories) -> Agreement:
     """Predicted x0 against finished image at every step, both twins of a pair added up, [step,
     pair, attribute].
     """
-    run, groups, found = pair.run, pair.run.labels.tolist(), []
-    for x in run.x0:
-        stats = compared.compare(x, run.latents[-1], groups)
-        found.append(Agreement(*(part.reshape(2, pair.pairs, -1).sum(0) for part in stats)))
-    return Agreement.stack(found)
+    run = pair.run
+    contrasts = Contrasts(run.labels.tolist(), len(run.labels))
+    finished = compared.modes(run.latents[-1], contrasts)
+    found = [compared.sums(compared.modes(x, contrasts), finished, contrasts) for x in run.x0]
+    return Agreement.of(torch.stack(found, 1).unflatten(2, (2, -1)).sum(2))
 
 
 # What comes out.
