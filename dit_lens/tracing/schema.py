@@ -197,7 +197,6 @@ class TraceFile(Schema):
 class Recorded(Schema):
     """What a folder of activations says of itself: all that decides what is in its shards."""
 
-    model: str
     names: HookNames
     axes: Listed[Listed[str]]
     shapes: Listed[Listed[Size]]
@@ -215,6 +214,7 @@ class Recorded(Schema):
     passes: Annotated[int, Field(ge=1, le=2)]
     batch: Annotated[int, Field(ge=1)]
     shard_steps: Annotated[int, Field(ge=1)]
+    model: str  # last: its first answer depends on the other settings
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Recorded:
