@@ -6,6 +6,7 @@ was.
 """
 
 import os
+import tempfile
 import warnings
 from functools import cache
 from itertools import product
@@ -94,7 +95,11 @@ def world():
     curves = one_pass(pair, [latents(bands)])
     swept = sweep(small.a, small.b, grid([1], "attn_out", [range(1, 2)]))
     _, kept = model.run_with_cache(x, t, y)
+    folder = tempfile.mkdtemp()
+    recorded = dit_lens.record(model, ("resid_post", 1), [0, 1], f"{folder}/first", steps=3)
     return dict(
+        folder=folder,
+        recorded=recorded,
         model=model,
         x=x,
         t=t,
@@ -193,6 +198,34 @@ def table():
             run.activations,
             {"name": "resid_post"},
             {"layer": [*whole(1), -1], "step": [*whole(1), None]},
+        ),
+        (
+            "record",
+            lambda **k: dit_lens.record(out=tempfile.mkdtemp(dir=w["folder"]), **k),
+            {"model": model, "names": "resid_post"},
+            {
+                "labels": labels,
+                "dtype": [None, torch.bfloat16, "float16"],
+                "tokens": INDEX,
+                "at": [None, *INDEX],
+                "batch": whole(2),
+                "shard": whole(1),
+                "seeds": [0, *whole(5), [1, 2]],
+                "eta": [0, 1, *HALF],
+                **RUN,
+            },
+        ),
+        (
+            "Activations.take",
+            w["recorded"].take,
+            {},
+            {"places": INDEX[1:]},
+        ),
+        (
+            "Activations.batches",
+            lambda **k: list(w["recorded"].batches(**k)),
+            {},
+            {"size": whole(5), "seed": [None, *whole(3)], "window": whole(2)},
         ),
         ("Run.forward", run.forward, {}, {"step": whole(1)}),
         ("Run.select", run.select, {}, {"items": INDEX[1:]}),

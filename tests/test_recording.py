@@ -6,7 +6,11 @@ import gc
 import multiprocessing
 import os
 import pickle
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,3 +448,18 @@ def test_the_command(tmp_path, capsys):
 
 def test_it_is_in_the_open():
     assert {"record", "Activations"} <= set(dit_lens.__all__)
+
+
+@pytest.mark.slow
+def test_the_example_trains_and_splices_in(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "sparse_autoencoder.py"
+    shown = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (explained,) = re.findall(r"unseen images: ([\d.]+)% of the variance", shown)
+    own, mean = map(float, re.findall(r"moves the images by ([\d.]+)%", shown))
+    assert float(explained) > 85 and own < 10 < mean

@@ -18,7 +18,7 @@ from ..storage import check_seal, load_tensors, mapped_tensors
 from ..storage.schema import conform
 from .schema import DTYPES, Recorded
 
-FORMAT = "dit_lens.recording/1"
+FORMAT = "dit_lens.record/1"
 INDEX = "recording.safetensors"
 EXPECTED = "a file that dit_lens.record wrote"
 BRANCHES = ("cond", "uncond")
