@@ -49,6 +49,16 @@ def a_run(model: dit_lens.HookedDiT) -> None:
     assert_type(run.activations("resid_post", 5, step=12), Tensor)
 
 
+def on_disk(model: dit_lens.HookedDiT) -> None:
+    data = dit_lens.record(model, ("resid_post", 14), [0, 1], "acts", at=range(4), dtype="bfloat16")
+    assert_type(data, dit_lens.Activations)
+    assert_type(data[0], dict[str, Tensor])
+    assert_type(data.of("resid_mid"), dit_lens.Activations)
+    for batch in data.batches(64, seed=0):
+        assert_type(batch, dict[str, Tensor])
+    dit_lens.record(model, "resid_post", [0])  # type: ignore[call-arg]
+
+
 def pairs(model: dit_lens.HookedDiT) -> None:
     twins = dit_lens.twins(model, pairs=4, tie="noise", release=25)
     assert_type(twins, dit_lens.Twins)
