@@ -16,6 +16,10 @@ MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al.
 2024, arXiv 2402.17762).
 """
+CONSTANT = 1e-9
+"""A channel whose variance is below this share of its mean square is constant: rounding makes as
+much.
+"""
 
 
 class TwinDivergence(Probe):
@@ -25,8 +29,9 @@ class TwinDivergence(Probe):
     The stream grows with depth and a few massive channels hold most of its energy, so a raw
     |P_b(h_A - h_B)|² shows those and not the twins. Hence the common-mode normalisation, and three
     weightings of the channels: "raw" takes them as they are, "standardised" divides each by its
-    variance over tokens and items, "trimmed" leaves the massive ones out. With any of them E is 0
-    for equal twins, 1 for unrelated ones.
+    variance over tokens and items and leaves constant ones out, "trimmed" leaves the massive ones
+    out. With any of them E is 0 for equal twins. It is 1 for unrelated ones only where they have no
+    mean in common: what a position or a label adds to every stream counts as shared.
 
     Layer -1 is the embedding, before any layer: what layer 0 does is seen against it.
 
@@ -83,9 +88,10 @@ class TwinDivergence(Probe):
         mean_square = torch.cat([a, b]).square().mean((0, 1))
         variance = torch.cat([a, b]).var((0, 1))
         kept = mean_square <= MASSIVE * mean_square.median()
-        weights = torch.stack(
-            [torch.ones_like(variance), 1 / variance.clamp_min(1e-12), kept.to(variance)]
-        )
+        # a constant channel has no difference, and divided by its variance would drown the others
+        varies = variance > CONSTANT * mean_square
+        even = torch.where(varies, 1 / variance.clamp_min(1e-30), 0)
+        weights = torch.stack([torch.ones_like(variance), even, kept.to(variance)])
         band = torch.nn.functional.one_hot(self.bands.index, self.bands.n).to(a)
 
         def energy(h: Tensor) -> Tensor:  # [pair, token, d] -> [channels, pair, band]

@@ -27,6 +27,7 @@ from .closed_forms import (
     gaussian_eps,
     mixture_agreement,
     planted_gain,
+    sampler_agreement,
     token_mean,
 )
 from .measured import stream_gains
@@ -51,6 +52,7 @@ __all__ = [
     "portraits",
     "random_planted",
     "random_weights",
+    "sampler_agreement",
     "shuffle_layers",
     "sides",
     "stream_gains",

@@ -42,6 +42,14 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "difference_spectrum": ("layer", "token_frequency"),
         "agreement_one_pass": ("step", "band"),
         "agreement_clones": ("release", "band"),
+        "band_gap": ("estimator", "quantity"),
+        "band_gap_interval": ("estimator", "quantity", ENDS),
+        "band_variance": ("band",),
+        "band_variance_interval": ("band", ENDS),
+        "split_variance": ("split",),
+        "split_variance_interval": ("split", ENDS),
+        "estimator_band_difference": (),
+        "estimator_band_difference_interval": (ENDS,),
     },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
@@ -65,7 +73,7 @@ axes."""
 
 LABELS: dict[str, dict[str, set[Any]]] = {
     "gap.nc": {
-        "view": {"divergence", "lens"},
+        "view": {"stream", "lens"},
         "energy": {"ratio", "growth"},
         "split": {"low", "high"},
         "estimator": {"one_pass", "clones"},
@@ -81,7 +89,7 @@ LABELS: dict[str, dict[str, set[Any]]] = {
 NUMBERS, TEXTS = "numbers", "texts"
 ATTRS: dict[str, dict[str, str]] = {
     "gap.nc": {
-        **dict.fromkeys(("headline", "estimators", "title", "bands", "notes"), TEXTS),
+        **dict.fromkeys(("headline", "estimators", "data", "title", "bands", "notes"), TEXTS),
         **dict.fromkeys(("commitment_step", "cut", "steps"), NUMBERS),
         **{f"onset_{view}": TEXTS for view in gap.VIEWS},
         **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
