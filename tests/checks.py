@@ -32,7 +32,8 @@ tests. Behind a share stands its 95 % interval (Wilson). "Wanted" was set before
 column says whether the measured value is inside. How a crossing of half is found and what departure
 counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted
 here, and the degrees of freedom of the intervals (`measures.bootstrap.freedom`) on profiles like
-those of the part `intervals`.
+those of the part `intervals`. The late share, which null models are compared by, was settled before
+any was measured.
 
 ## Exact answers
 
@@ -230,6 +231,30 @@ def models(scale: float) -> Iterator[Row]:
             )
 
 
+def nulls(scale: float) -> Iterator[Row]:
+    """Profiles over depth held against 19 null models, where no order of layers is special, and
+    clones in the stream where there is no gap.
+    """
+    found = list(test_layer_profile.late_claims(max(4, round(60 * scale))))
+    for view in test_layer_profile.VIEWS:
+        claims = sum(p[view] <= 0.05 for p in found)
+        yield Row(
+            "late share, random weights",
+            f"{view}: p of 0.05 or less",
+            "at most 5 %",
+            share(claims, len(found)),
+            claims <= 0.05 * len(found),
+        )
+    white = list(test_layer_profile.white_streams(max(4, round(100 * scale))))
+    yield Row(
+        "clones agree in the stream, white data (E1)",
+        "a gap is seen in some layer",
+        "at most 5 %",
+        share(sum(white), len(white)),
+        sum(white) <= 0.05 * len(white),
+    )
+
+
 def causes(scale: float) -> Iterator[Row]:
     """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the
     difference and cause nothing.
@@ -256,7 +281,7 @@ def causes(scale: float) -> Iterator[Row]:
     )
 
 
-PARTS = (sampled, coverage, intervals, profiles, models, causes)
+PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes)
 
 
 def main() -> None:

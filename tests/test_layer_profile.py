@@ -8,16 +8,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.experiments import latents
 from dit_lens.experiments.layer_profile import VIEWS, Streams, profile_values, profiles
-from dit_lens.experiments.null_profiles import Modes, null_profiles, rank_p
+from dit_lens.experiments.null_profiles import Modes, null_profiles, rank_p, shuffled
 from dit_lens.experiments.release import release_sweep
 from dit_lens.groundtruth import gaussian, planted, random_planted, random_weights, shuffle_layers
 from dit_lens.measures.agreement import curve
-from dit_lens.measures.bootstrap import draws, interval
+from dit_lens.measures.bootstrap import draws, interval, simultaneous
 from dit_lens.measures.commitment import commitment_draws
 from dit_lens.probes import LayerLens, TwinDivergence
 
@@ -138,15 +139,28 @@ def test_late_planted_layers_are_later_than_shuffled_ones_would_be():
     truth = planted([10, 11], 0.4, 12, noise=0.01)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     before = {name: value.clone() for name, value in model.transformer.state_dict().items()}
-    found = null_profiles(model, 19, modes_of(model, 0.1), steps=6)
+    found = null_profiles(model, 19, modes_of(model, 0.1), steps=6, seed=1)
     growth = found.sel(profile="growth")
     assert float(growth.null_p) == 0.05 and float(growth.late_share) > 0.9
     assert (growth.null_late_share < growth.late_share).all()
     # a gain is no delay: neither view in steps says anything of depth
     assert (found.null_p.sel(profile=["stream", "lens"]) > 0.05).all()
-    # the model is as it was, and the null is the same again
+    # the model is as it was
     assert all(torch.equal(before[k], v) for k, v in model.transformer.state_dict().items())
-    assert found.identical(null_profiles(model, 19, modes_of(model, 0.1), steps=6))
+
+
+def test_a_null_model_is_the_same_again_and_has_the_same_layers_in_another_order():
+    model = HookedDiT(random_weights(0, n_layers=4).transformer, scheduler=DDIMScheduler(1000))
+    a, b, c = (shuffled(model, seed).transformer.transformer_blocks for seed in (1, 1, 2))
+
+    def weights(blocks):
+        return [block.attn1.to_q.weight for block in blocks]
+
+    assert all(torch.equal(*both) for both in zip(weights(a), weights(b), strict=True))
+    own = weights(model.transformer.transformer_blocks)
+    for null in (weights(a), weights(c)):
+        where = [[torch.equal(one, other) for other in own].index(True) for one in null]
+        assert sorted(where) == [0, 1, 2, 3] and where != [0, 1, 2, 3]
 
 
 def late_claims(models: int, nulls: int = 19, layers: int = 6) -> Iterator[dict[str, float]]:
@@ -158,6 +172,21 @@ def late_claims(models: int, nulls: int = 19, layers: int = 6) -> Iterator[dict[
         yield {view: float(found.null_p.sel(profile=view)) for view in VIEWS}
 
 
+def white_streams(models: int, pairs: int = 16, steps: int = 12) -> Iterator[bool]:
+    """Whether clones of white data are said to have a gap in the stream of any layer, at once."""
+    truth = gaussian(1.0, 1.0, layers=(1,), n_layers=3)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    split = Bands.radial(model.cfg.grid, cut=0.1)
+    for seed in range(models):
+        pair = dit_lens.twins(model, pairs, [0] * pairs, steps=steps, seed=seed)
+        clones = release_sweep(pair, [Streams.of_run(pair.run, split)], 6, seed=seed)
+        stats = clones.stats["stream"]
+        taus = commitment_draws(stats, clones.releases, clones.log_snr, resamples=300, seed=seed)
+        # the finite steps' own gap is 0 too: both bands have the same curve
+        ends = simultaneous(taus[:, 1::2] - taus[:, ::2], pairs)
+        yield bool((ends[:, 0] > 0).any() or (ends[:, 1] < 0).any())
+
+
 def test_a_rank_is_a_p_value():
     null = np.arange(19.0)
     assert rank_p(20, null) == 0.05 and rank_p(18, null) == 0.1 and rank_p(-1, null) == 1
@@ -165,28 +194,28 @@ def test_a_rank_is_a_p_value():
     assert rank_p(20, np.append(null[1:], np.nan)) == 0.1 and np.isnan(rank_p(np.nan, null))
 
 
-@pytest.mark.parametrize("lam", [(4.0, 0.25), (1.0, 1.0), (0.25, 4.0)])
+@pytest.mark.parametrize("lam", [(4.0, 0.25), (1.0, 1.0)])
 def test_clones_agree_in_every_stream_as_in_the_image(lam):
     """E1: on Gaussian data the stream is linear in the image, so the image's commitment is that of
     every layer; a white spectrum has no gap in any.
     """
     truth = gaussian(*lam, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    pair = dit_lens.twins(model, 48, [0] * 48, steps=16)
+    pair = dit_lens.twins(model, 32, [0] * 32, steps=12)
     split = Bands.radial(model.cfg.grid, cut=0.1)
     outcomes = [latents(split), Streams.of_run(pair.run, split)]
-    clones = release_sweep(pair, outcomes, 8, by=["latents"])
+    clones = release_sweep(pair, outcomes, 6, by=["latents"])
     image, stream = (clones.agreement(name) for name in ("latents", "stream"))
-    assert stream.shape == (8, 2 * 4) and clones.bands["stream"][2] == "layer 0, low"
+    assert stream.shape == (6, 2 * 4) and clones.bands["stream"][2] == "layer 0, low"
     np.testing.assert_allclose(
-        stream.reshape(8, 4, 2)[..., 1], image[:, 1:] + np.zeros(4), atol=0.02
+        stream.reshape(6, 4, 2)[..., 1], image[:, 1:] + np.zeros(4), atol=0.02
     )
     np.testing.assert_allclose(
-        stream.reshape(8, 4, 2)[..., 0], image[:, :1] + np.zeros(4), atol=0.2
+        stream.reshape(6, 4, 2)[..., 0], image[:, :1] + np.zeros(4), atol=0.2
     )
     taus = commitment_draws(clones.stats["stream"], clones.releases, clones.log_snr, resamples=300)
     gap = (taus[..., 1::2] - taus[..., ::2]) * np.sign(lam[0] - lam[1] or 1)
-    ends = interval(gap, 48)
+    ends = interval(gap, 32)
     assert (ends[:, 0] < 0.5).all() if lam[0] == lam[1] else (ends[:, 0] > 0).all()
 
 

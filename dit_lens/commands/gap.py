@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
                 steps=steps,
                 seed=args.seed,
                 cut=args.cut,
+                reader=reader_of(args.model),
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
         coupling_report.write(swept, out)
@@ -130,6 +132,13 @@ def run(args: argparse.Namespace) -> None:
     if args.causes:
         onsets = gap_report.onsets(results)
         patch.find_causes(model, min(pairs, 24), min(steps, 25), args.seed, args.cut, out, onsets)
+
+
+def reader_of(name: str) -> Callable[[Tensor], Tensor] | None:
+    """The exact reader of a bundled model's labels, if it has one."""
+    from ..groundtruth import portraits
+
+    return (lambda images: portraits.read(images).labels) if name == "portraits" else None
 
 
 def read_images(path: Path) -> tuple[Tensor, list[int] | None]:

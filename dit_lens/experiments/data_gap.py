@@ -71,12 +71,14 @@ def data_gap(
     counts = draws(pairs, resamples, seed)
     if latents is None:
         labels = pair.a.labels.tolist()
-        energy = sum(_energies(one.latents[-1], labels, bands) for one in (pair.a, pair.b)) / 2
+        a, b = (_energies(one.latents[-1], labels, bands) for one in (pair.a, pair.b))
+        energy = (a + b) / 2
     else:
         known = _energies(latents, [0] * len(latents) if groups is None else groups, bands)
         energy = np.broadcast_to(known.mean(0), (pairs, *known.shape[1:]))
 
-    levels = (*schedule(pair.run), pair.run.settings.eta)
+    signal, noise = schedule(pair.run)
+    levels = signal, noise, pair.run.settings.eta
     exact = spectrum_commitment(
         energy, counts, bands.index.numpy(), levels, releases, log_snr, sampled=latents is None
     )

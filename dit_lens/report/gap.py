@@ -175,8 +175,8 @@ def sentences(results: xr.Dataset) -> list[str]:
         pairs, steps = (int(results.attrs[f"null_{what}"]) for what in ("pairs", "steps"))
         depth.insert(
             0,
-            f"Depth, held against {results.sizes['null']} null models, each view by itself, "
-            f"measured in {pairs} pairs and {steps} steps as they are:",
+            f"Depth is held against {results.sizes['null']} null models, each view by itself, "
+            f"measured in {pairs} pairs and {steps} steps as they are.",
         )
     # without null models one sentence stands for all views
     return [line for line in [*lines, *dict.fromkeys(depth)] if line]
