@@ -3,6 +3,7 @@ tests/checks.py` does it at length.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from dit_lens.experiments.layer_profile import VIEWS, Streams, profile_values, p
 from dit_lens.experiments.null_profiles import Modes, null_profiles, rank_p, shuffled
 from dit_lens.experiments.release import release_sweep
 from dit_lens.groundtruth import gaussian, planted, random_planted, random_weights, shuffle_layers
-from dit_lens.measures.agreement import curve
+from dit_lens.measures.agreement import Agreement, curve
 from dit_lens.measures.bootstrap import draws, interval, simultaneous
 from dit_lens.measures.commitment import commitment_draws
 from dit_lens.probes import LayerLens, TwinDivergence
@@ -43,7 +44,7 @@ def named(model: HookedDiT, seed: int, cut: float, pairs: int, steps: int) -> di
     divergence, lens = TwinDivergence(fine), LayerLens(Bands.radial(model.cfg.pixels, cut=cut))
     labels = [i % min(model.cfg.n_classes, pairs // 2) for i in range(pairs)]
     pair = dit_lens.twins(model, pairs, labels, steps=steps, seed=seed, probes=[divergence, lens])
-    clones = release_sweep(pair, [Streams.of_run(pair.run, split)], min(6, steps - 1), seed=seed)
+    clones = release_sweep(pair, [Streams.of_twins(pair, split)], min(6, steps - 1), seed=seed)
     stats, at = clones.stats["stream"], 2 * steps // 3
     commits = commitment_draws(stats, clones.releases, clones.log_snr, resamples=300, seed=seed)
     seen, counts = divergence.result(), draws(pairs, 300, seed)
@@ -179,7 +180,7 @@ def white_streams(models: int, pairs: int = 16, steps: int = 12) -> Iterator[boo
     split = Bands.radial(model.cfg.grid, cut=0.1)
     for seed in range(models):
         pair = dit_lens.twins(model, pairs, [0] * pairs, steps=steps, seed=seed)
-        clones = release_sweep(pair, [Streams.of_run(pair.run, split)], 6, seed=seed)
+        clones = release_sweep(pair, [Streams.of_twins(pair, split)], 6, seed=seed)
         stats = clones.stats["stream"]
         taus = commitment_draws(stats, clones.releases, clones.log_snr, resamples=300, seed=seed)
         # the finite steps' own gap is 0 too: both bands have the same curve
@@ -203,7 +204,7 @@ def test_clones_agree_in_every_stream_as_in_the_image(lam):
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     pair = dit_lens.twins(model, 32, [0] * 32, steps=12)
     split = Bands.radial(model.cfg.grid, cut=0.1)
-    outcomes = [latents(split), Streams.of_run(pair.run, split)]
+    outcomes = [latents(split), Streams.of_twins(pair, split)]
     clones = release_sweep(pair, outcomes, 6, by=["latents"])
     image, stream = (clones.agreement(name) for name in ("latents", "stream"))
     assert stream.shape == (6, 2 * 4) and clones.bands["stream"][2] == "layer 0, low"
@@ -222,9 +223,12 @@ def test_clones_agree_in_every_stream_as_in_the_image(lam):
 def test_strangers_agree_in_nothing_and_constant_channels_do_not_count():
     truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    run = dit_lens.sample(model, [0] * 128, steps=8)
-    stream = Streams.of_run(run, Bands.radial(model.cfg.grid, cut=0.1))
-    a, b = run.latents[-1].chunk(2)
-    strangers, twins = (curve(stream.compare(a, other, [0] * 64)) for other in (b, a))
+    pair = dit_lens.twins(model, 64, [0] * 64, steps=8, seed=1)
+    stream = Streams.of_twins(pair, Bands.radial(model.cfg.grid, cut=0.1))
+    other = dit_lens.twins(model, 64, [0] * 64, steps=8, seed=2)
+    a, b = pair.a.latents[-1], other.a.latents[-1]
+    strangers, same = (curve(Agreement.of(stream.sums(a, x))) for x in (b, a))
     assert (np.abs(strangers) < 4 / np.sqrt(64 * 3)).all()
-    np.testing.assert_allclose(twins, 1, atol=1e-6)
+    np.testing.assert_allclose(same, 1, atol=1e-6)
+    parts = replace(stream, batch=48).sums(a, b)
+    np.testing.assert_allclose(parts, stream.sums(a, b), rtol=1e-3, atol=1e-3)

@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "makes: a folder of pictures, one subfolder a class, or an array [n, channel, height, "
         "width] in [0, 1] as .npy",
     )
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="without clones, in a third of the time: the behaviour as an exact denoiser has it",
+    )
     add_size(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
             images=images,
             image_labels=labels,
             name=str(args.model),
+            clones=not args.one_pass,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
     gap_report.write(results, out)

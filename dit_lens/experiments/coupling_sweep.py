@@ -127,9 +127,8 @@ def couplings(
     fewer = min(pairs, RELEASED_PAIRS)
     parted, gaps, curves_of, energies, committed, finished = [], [], [], [], [], []
     for done, g in enumerate(gs, start=1):
-        tie: dict[str, Any] = {"tie": "attention", "g": g, "form": form, "layers": layers}
-        tie |= {"eps": eps, "steps": steps, "release": steps, "seed": seed}
-        pair = twins(model, pairs, labels, **tie)
+        tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
+        pair = coupled_twins(model, labels, g, form, **tie)
         curves = difference_curves(pair, bands, counts)
         tau, last = half_crossing(curves), np.log(np.maximum(curves[..., -1], 1e-30))
         parted.append(tau[0])
@@ -137,7 +136,7 @@ def couplings(
         curves_of.append(curves[0].T)
         finished.append((pair.a.latents[-1], pair.b.latents[-1]))
         energies.append(_energy(*finished[-1], labels, bands, counts))
-        tied = twins(model, fewer, paired_labels(model, fewer), **tie, eta=1.0)
+        tied = coupled_twins(model, paired_labels(model, fewer), g, form, **tie, eta=1.0)
         sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed)
         committed.append(_committed(sweep, resamples, seed))
         # the same twins, coupled by every g in turn; at the step by which the weakest have parted
@@ -349,6 +348,47 @@ def _read(
         names = torch.arange(len(n))[known]
         hits[i] = sum(float(names[d.argmin()] == label) for d in distance) / 2
     return hits.numpy()
+
+
+def coupled_twins(
+    model: HookedDiT,
+    labels: Sequence[int],
+    g: float,
+    form: CouplingForm,
+    *,
+    layers: Sequence[int] | None,
+    eps: float,
+    steps: int,
+    seed: int,
+    eta: float = 0.0,
+) -> Twins:
+    """Twins that start `eps` apart and are coupled for the whole run, a pair a label.
+
+    Args:
+        model: the opened model.
+        labels: one a pair.
+        g: the strength of the coupling.
+        form: "mix" or "joint".
+        layers: in which they are coupled; None is all.
+        eps: how far apart they start.
+        steps: of denoising.
+        seed: decides all noise.
+        eta: how stochastic the sampler is.
+    """
+    return twins(
+        model,
+        len(labels),
+        labels,
+        tie="attention",
+        g=g,
+        form=form,
+        layers=layers,
+        eps=eps,
+        steps=steps,
+        release=steps,
+        seed=seed,
+        eta=eta,
+    )
 
 
 def difference_curves(pair: Twins, bands: Bands, counts: Array) -> Array:

@@ -55,7 +55,7 @@ def data_gap(
 
     Args:
         pair: twins with release=0, whose finished samples have the spectrum.
-        clones: of these twins.
+        clones: of these twins; or one pass, where there are no clones.
         bands: that the outcome is split into.
         outcome: the finished latents in these bands.
         latents: data [n, *latent_shape] in place of the model's samples; they count as known.
@@ -83,7 +83,12 @@ def data_gap(
         energy, counts, bands.index.numpy(), levels, releases, log_snr, sampled=latents is None
     )
     measured = commitment_draws(
-        clones.statistics(outcome), releases, log_snr, resamples=resamples, seed=seed
+        clones.statistics(outcome),
+        releases,
+        log_snr,
+        squared=clones.estimator == "one_pass",
+        resamples=resamples,
+        seed=seed,
     )
     gap = exact[:, -1] - exact[:, 0]
     beyond = measured[:, -1] - measured[:, 0] - gap
@@ -206,12 +211,13 @@ def data_sentence(results: xr.Dataset) -> str:
     of = results.attrs["spectrum_of"]
     data = Estimate.of(results["data_gap"], results.data_gap_interval)
     beyond = Estimate.of(results.beyond_data, results.beyond_data_interval)
+    whose = "clones'" if results.sizes["release"] else "one pass's"
     who = f"An exact denoiser of the spectrum of {of}, in this sampler and these steps,"
     if not np.isfinite(data.value):
         return f"{who} would not commit within the releases in both bands."
     would = f"{who} would have a gap of {data:+.1f steps}"
     if not beyond.known:
-        return f"{would}; the clones' can't be held against it."
+        return f"{would}; the {whose} can't be held against it."
     if not beyond.sign:
         verdict = "no difference can be told: the spectrum alone may make the gap"
     else:
@@ -219,4 +225,4 @@ def data_sentence(results: xr.Dataset) -> str:
             "this the spectrum does not explain: it is the model's, or comes of what the data "
         )
         verdict += "have beyond their spectrum"
-    return f"{would}; the clones' less that is {beyond:+.1f steps}: {verdict}."
+    return f"{would}; the {whose} less that is {beyond:+.1f steps}: {verdict}."

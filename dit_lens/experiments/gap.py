@@ -35,13 +35,14 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..measures.onset import Onset
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..twinning.twins import Twins, paired_labels, twins
+from ..twinning.twins import Twins, chosen_labels, twins
 from .data_gap import as_latents, data_gap, data_sentence
 from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
 from .null_profiles import PAIRS, STEPS, Modes, checked_nulls, depth_sentence, null_profiles
 from .null_profiles import RELEASES as NULL_RELEASES
-from .outcomes import Outcome, features, latents
+from .outcomes import Outcome, features, latents, once
 from .outcomes import images as images_of
 from .release import RELEASES, Curves, commitment_difference, one_pass, release_sweep
 
@@ -58,6 +59,10 @@ TITLES = {
 NO_DEPTH = (
     "In which layers low and high come apart is drawn and stored, and no claim is made about "
     "depth: the same layers in another order may look alike, and `--null 19` compares them."
+)
+ONE_PASS = (
+    "Read in one pass only (clones were not run): these commitments are right as far as the "
+    "denoiser is the exact one, which only clones can test."
 )
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
@@ -76,6 +81,9 @@ def measure_gap(
     name: str = "model",
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
+    batch: int | None = None,
+    clones: bool = True,
+    labels: Labels | None = None,
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
@@ -101,6 +109,10 @@ def measure_gap(
         resamples: of the pairs.
         progress: called with (done, total) images that have gone through the model once, those of
             clones estimated.
+        batch: images that go through the model, or its VAE, at once; None is all.
+        clones: whether the behaviour is also measured with clones; without them it is read in one
+            pass only, and what is said of clones is NaN.
+        labels: one a pair, each two times or more; by default classes or prompts in turn.
 
     Returns:
         xr.Dataset: intervals are 95 %. "Commits" is when the agreement of finished twins passes
@@ -176,7 +188,9 @@ def measure_gap(
     groups = _image_labels(image_labels, known)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    releases = min(RELEASES, steps - 1)
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    releases = min(RELEASES, steps - 1) if arguments.flag("clones", clones) else 0
+    chosen = chosen_labels(model, pairs, labels)
     runs = 4 if bands == "eigen" else 2
     # a clone's run is half as long as a twin's on average; so are the null models'
     each = PAIRS * (2 + NULL_RELEASES // 2) * min(steps, STEPS)
@@ -191,51 +205,58 @@ def measure_gap(
         pilot = twins(
             model,
             pairs,
-            paired_labels(model, pairs),
+            chosen,
             steps=steps,
             seed=seed + 1,
+            batch=batch,
             progress=lambda *_: count(2 * pairs),
         )
     modes = _Modes.of(model, bands, cut, pilot)
 
     # one run of twins, seen by the probes, and clones of it
-    outcomes = _outcomes(model, modes, cut, feature)
+    outcomes = _outcomes(model, modes, cut, feature, batch)
     divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
     pair = twins(
         model,
         pairs,
-        paired_labels(model, pairs),
+        chosen,
         steps=steps,
         seed=seed,
+        batch=batch,
         probes=[divergence, lens],
         progress=lambda *_: count(2 * pairs),
     )
-    # the spectrum is read in one pass only: its rings are too noisy to steer clones by
-    one, streams = one_pass(pair, outcomes), Streams.of_run(pair.run, modes.token_split)
-    clones = release_sweep(
-        pair,
-        [*outcomes[1:], streams],
-        releases,
-        by=[outcome.name for outcome in outcomes[1:]],
-        seed=seed,
-        progress=lambda *_: count(pairs * steps // 2),
-    )
+    with once():
+        # the spectrum is read in one pass only: its rings are too noisy to steer clones by
+        one, sweep = one_pass(pair, outcomes), None
+        if clones:
+            sweep = release_sweep(
+                pair,
+                [*outcomes[1:], Streams.of_twins(pair, modes.token_split, batch)],
+                releases,
+                by=[outcome.name for outcome in outcomes[1:]],
+                seed=seed,
+                batch=batch,
+                progress=lambda *_: count(pairs * steps // 2),
+            )
 
     # when the finished image is decided, and how much of it the data's spectrum explains
     options = {"resamples": resamples, "seed": seed}
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
-    behaviour = _behaviour(one, clones, x_t, modes, options)
-    of_data = data_gap(pair, clones, modes.split, "split", known, groups, **options)
-    decided = behaviour.split_commitment.sel(estimator="clones").values
+    behaviour = _behaviour(one, sweep, x_t, modes, options)
+    of_data = data_gap(pair, sweep or one, modes.split, "split", known, groups, **options)
+    decided = behaviour.split_commitment.sel(estimator="clones" if clones else "one_pass").values
     decided = decided[np.isfinite(decided)]
     # at step 0 the twins are one
     at = int(np.clip(np.round(decided.mean() if len(decided) else steps / 2), 1, steps - 1))
 
     # and in which layers
     seen = divergence.result()
-    commits = commitment_draws(
-        clones.stats["stream"], clones.releases, clones.log_snr, resamples=resamples, seed=seed
-    )
+    commits = np.full((1 + resamples, modes.token_split.n * (model.cfg.n_layers + 1)), np.nan)
+    if sweep is not None:
+        commits = commitment_draws(
+            sweep.stats["stream"], sweep.releases, sweep.log_snr, resamples=resamples, seed=seed
+        )
     token_modes = modes.token_split, modes.token_spectrum
     values = profile_values(
         seen,
@@ -251,7 +272,13 @@ def measure_gap(
         three = Modes(modes.split, modes.token_spectrum, modes.token_split)
         parts.append(
             null_profiles(
-                model, nulls, three, steps=steps, seed=seed, progress=lambda _: count(each)
+                model,
+                nulls,
+                three,
+                steps=steps,
+                seed=seed,
+                batch=batch,
+                progress=lambda _: count(each),
             )
         )
     sampler = SAMPLERS[pair.run.settings.scheduler]
@@ -291,18 +318,22 @@ def gap_of(results: xr.Dataset, kind: str, estimator: str) -> Estimate:
 
 
 def headline(results: xr.Dataset) -> str:
-    """The behavioural gap by clones in one sentence, with its uncertainty, and one pass beside it.
+    """The behavioural gap by clones in one sentence, with its uncertainty, and one pass beside it;
+    by one pass where clones were not run.
 
     Args:
         results: of `measure_gap`.
     """
     name, steps, pairs = (results.attrs[key] for key in ("model", "steps", "pairs"))
-    found, other = (gap_of(results, "split", estimator) for estimator in ("clones", "one_pass"))
+    estimator = "clones" if results.sizes["release"] else "one_pass"
+    found, other = (gap_of(results, "split", one) for one in (estimator, "one_pass"))
+    by = ESTIMATORS[estimator]
     if not np.isfinite(found.value):
         beside = f"; one pass gives {other:+.1f steps}" if other.known else ""
         return (
-            f"On {name} no gap can be given by clones: a band does not commit within their "
-            f"releases (see the frequency picture){beside}."
+            f"On {name} no gap can be given by {by}: a band does not commit within "
+            f"{'their releases' if estimator == 'clones' else 'the run'} (see the frequency "
+            f"picture){beside}."
         )
     if not found.known:
         verdict = f"With {pairs} pairs the gap has no interval"
@@ -316,10 +347,11 @@ def headline(results: xr.Dataset) -> str:
             else ""
         )
         verdict = f"With {pairs} pairs no gap can be told from zero{enough}"
-    low, high = results.split_commitment.sel(estimator="clones").values
+    low, high = results.split_commitment.sel(estimator=estimator).values
+    beside = beside_clones(results, "split") if estimator == "clones" else ""
     return (
         f"{verdict}: on {name} low commits at step {low:.1f} and high at {high:.1f} of {steps}, "
-        f"a gap of {found:+.1f steps} (95 %, clones){beside_clones(results, 'split')}."
+        f"a gap of {found:+.1f steps} (95 %, {by}){beside}."
     )
 
 
@@ -356,13 +388,14 @@ def bands_sentence(results: xr.Dataset) -> str:
     Args:
         results: of `measure_gap`.
     """
-    found, n = gap_of(results, "band", "clones"), results.sizes["band"]
+    estimator = "clones" if results.sizes["release"] else "one_pass"
+    found, n = gap_of(results, "band", estimator), results.sizes["band"]
     if not np.isfinite(found.value):
         return ""
     number = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, str(n))
     return (
-        f"From the lowest to the highest of {number} bands the gap is {found:+.1f steps} by clones"
-        f"{beside_clones(results, 'band')}."
+        f"From the lowest to the highest of {number} bands the gap is {found:+.1f steps} by "
+        f"{ESTIMATORS[estimator]}{beside_clones(results, 'band') if estimator == 'clones' else ''}."
     )
 
 
@@ -490,7 +523,11 @@ def _ring_edges(split: Bands, cut: float) -> list[float]:
 
 
 def _outcomes(
-    model: HookedDiT, modes: _Modes, cut: float, feature: Callable[[Tensor], Tensor] | None
+    model: HookedDiT,
+    modes: _Modes,
+    cut: float,
+    feature: Callable[[Tensor], Tensor] | None,
+    batch: int | None,
 ) -> list[Outcome]:
     """What of the finished twins is compared; the spectrum first."""
     return [
@@ -498,31 +535,36 @@ def _outcomes(
         latents(modes.fine, "band"),
         latents(modes.split, "split"),
         # without a VAE the grids are the same
-        images_of(model, modes.split if model.vae is None else None, "image", cut),
-        *([features(model, feature)] if feature else []),
+        images_of(model, modes.split if model.vae is None else None, "image", cut, batch),
+        *([features(model, feature, batch=batch)] if feature else []),
     ]
 
 
 def _behaviour(
-    one: Curves, clones: Curves, x_t: Curves, modes: _Modes, options: dict[str, Any]
+    one: Curves, clones: Curves | None, x_t: Curves, modes: _Modes, options: dict[str, Any]
 ) -> xr.Dataset:
     """Agreement, commitment and gap by both estimators; their difference's sentence and notes as
     attributes.
     """
-    curves = {"one_pass": one, "clones": clones}
+    curves = {"one_pass": one} | ({} if clones is None else {"clones": clones})
     variables: dict[str, Any] = {
         "agreement_one_pass": (("step", "band"), one.agreement("band")),
-        "agreement_clones": (("release", "band"), clones.agreement("band")),
+        "agreement_clones": (
+            ("release", "band"),
+            clones.agreement("band") if clones else np.empty((0, modes.fine.n)),
+        ),
         "log_snr": ("step", one.log_snr),
         "variance_ratio": (("step", "band"), _variance_ratio(one)),
     }
 
     # commitment and gap of each outcome by both estimators
     notes: list[str] = []
-    for outcome in (name for name in clones.stats if name in one.stats):
+    for outcome in (name for name in one.stats if name != "spectrum"):
         fits = [c.commitment(outcome, **options) for c in curves.values()]
+        if clones is None:  # not known
+            fits += [xr.full_like(fits[0].drop_vars("reason"), np.nan)]
         if outcome in ("band", "split"):
-            for estimator, fit in zip(curves, fits, strict=True):
+            for estimator, fit in zip(curves, fits, strict=False):
                 said = (str(reason) for reason in fit.reason.values)
                 notes += [f"{ESTIMATORS[estimator].capitalize()}: {line}" for line in said if line]
         dims = {"band": ("band",), "features": ()}.get(outcome, ("split",))
@@ -550,10 +592,18 @@ def _behaviour(
     variables["cut_gap"] = ("cut", [e.value for e in by_cut])
     variables["cut_gap_interval"] = (("cut", "bound"), [[e.low, e.high] for e in by_cut])
 
-    # one pass less clones, and the denoiser's quality
+    # one pass less clones, and the denoiser's quality; not known of one pass alone
     apart = {
-        kind: commitment_difference(one, clones, kind, **options) for kind in ("split", "band")
+        kind: commitment_difference(one, clones or one, kind, **options)
+        for kind in ("split", "band")
     }
+    if clones is None:
+        for kind, alone in apart.items():
+            alone["variance"], alone["variance_interval"] = (
+                alone.commitment,
+                alone.commitment_interval,
+            )
+            apart[kind] = (alone * np.nan).assign_attrs(sentence=ONE_PASS)
     for end, dims in (("", ()), ("_interval", ("bound",))):
         variables[f"estimator_difference{end}"] = (
             ("split", *dims),
@@ -565,10 +615,10 @@ def _behaviour(
             variables[f"{kind}_variance{end}"] = ((kind, *dims), compared[f"variance{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
-        "release": list(clones.releases),
+        "release": list(clones.releases) if clones else [],
         "band": list(modes.fine.names),
         "split": list(modes.split.names),
-        "estimator": list(curves),
+        "estimator": list(ESTIMATORS),
         "quantity": ["step", "time", "log_snr"],
         "bound": ["low", "high"],
         "frequency": modes.spectrum.middles(),

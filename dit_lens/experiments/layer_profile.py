@@ -18,7 +18,6 @@ layer, so that layer 0 can be named too. No profile says anything about depth by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,14 +27,14 @@ import xarray as xr
 from torch import Tensor
 
 from ..measures import Array
-from ..measures.agreement import Agreement, contrasts
+from ..measures.agreement import Contrasts
 from ..measures.bands import Bands
 from ..measures.bootstrap import interval, simultaneous
 from ..measures.crossing import half_crossing
 from ..measures.onset import Onset, onset
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
-from ..sampling.run import Run
+from ..twinning.twins import Twins
 from .outcomes import Outcome
 
 CHANNELS = "standardised"
@@ -66,20 +65,26 @@ class Streams(Outcome):
     Attributes:
         model: whose streams.
         t: the timestep at which they are looked at.
+        labels: of the pairs.
+        batch: so many images go through the model at once; None is all.
     """
 
     model: HookedDiT
     t: Tensor
+    labels: tuple[int, ...]
+    batch: int | None = None
 
     @classmethod
-    def of_run(cls, run: Run, split: Bands) -> Streams:
-        """At the last timestep of a run.
+    def of_twins(cls, pair: Twins, split: Bands, batch: int | None = None) -> Streams:
+        """At the last timestep of twins' run.
 
         Args:
-            run: of the model.
+            pair: the twins.
             split: "low" and "high" of the stream.
+            batch: so many images go through the model at once; None is all.
         """
-        return cls("stream", lambda x: x, split, run.model, run.timesteps[-1])
+        run, labels = pair.run, tuple(pair.a.labels.tolist())
+        return cls("stream", _latents, split, run.model, run.timesteps[-1], labels, batch)
 
     @property
     def band_names(self) -> tuple[str, ...]:
@@ -88,34 +93,55 @@ class Streams(Outcome):
         layers = range(-1, self.model.cfg.n_layers)
         return tuple(f"layer {layer}, {name}" for layer in layers for name in self.bands.names)
 
-    def compare(self, a: Tensor, b: Tensor, groups: Sequence[int]) -> Agreement:
-        """Agreement statistics [pair, layer x band], without the mean of each label, position and
-        channel; each channel divided by its variance, those that are constant left out.
+    def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
+        """The latents as they are: streams of both sides are looked at together, layer by layer.
 
         Args:
-            a: finished latents of the twins A, [pair, *latent_shape].
-            b: of the twins B.
-            groups: [pair], the labels.
+            x: finished latents, [pair, *latent_shape].
+            contrasts: of the labels.
         """
-        found: list[Agreement] = []
-        bands = self.bands
+        return x
+
+    def sums(self, x: Tensor, y: Tensor) -> Tensor:
+        """<a, b>, |a|² and |b|² in every layer, [3, pair, layer x band], without the mean of each
+        label, position and channel; each channel is divided by its variance, constant ones are left
+        out.
+
+        Args:
+            x: finished latents of the twins A, [pair, *latent_shape].
+            y: of the twins B.
+        """
+        bands, contrasts = self.bands, Contrasts(self.labels, len(x))
         assert bands is not None
+        both, labels = torch.cat([x, y]), torch.as_tensor([*self.labels, *self.labels])
+        size = self.batch or len(both)
+        waiting: dict[str, list[Tensor]] = {}
+        found: list[Tensor] = []
 
         def look(stream: Tensor, hook: Any) -> None:
-            u, v = (contrasts(part.double(), groups) for part in stream[: 2 * len(a)].chunk(2))
+            parts = waiting.setdefault(hook.name, [])
+            parts.append(stream)
+            if sum(map(len, parts)) < len(both):
+                return
+            u, v = (
+                contrasts.of(half.double()) for half in torch.cat(waiting.pop(hook.name)).chunk(2)
+            )
             variance = u.square().mean((0, 1))
             varies = variance > CONSTANT * variance.max()
             weight = torch.where(varies, 1 / variance.clamp_min(1e-300), 0).sqrt()
-            u, v = u * weight, v * weight
-            found.append(
-                Agreement(*(bands.cross_tokens(*p).cpu().numpy() for p in ((u, v), (u, u), (v, v))))
-            )
+            p, q = (bands.coefficients_tokens(side * weight) for side in (u, v))
+            per_mode = torch.stack([(a * b).sum(-1) for a, b in ((p, q), (p, p), (q, q))])
+            found.append(bands.total(per_mode))
 
-        labels = torch.as_tensor([*groups, *groups])
         hooks = [(name, look) for name in ("hook_embed", "resid_post")]
         with torch.no_grad(), self.model.hooks(hooks):
-            self.model(*model_inputs(self.model, torch.cat([a, b]), self.t, labels, 1.0))
-        return Agreement(*(np.concatenate(parts, -1) for parts in zip(*found, strict=True)))
+            for part, of in zip(both.split(size), labels.split(size), strict=True):
+                self.model(*model_inputs(self.model, part, self.t, of, 1.0))
+        return torch.cat(found, -1)
+
+
+def _latents(x: Tensor) -> Tensor:
+    return x
 
 
 class Profiles(NamedTuple):

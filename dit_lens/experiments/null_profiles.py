@@ -67,6 +67,7 @@ def null_profiles(
     *,
     steps: int = STEPS,
     seed: int = 0,
+    batch: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> xr.Dataset:
     """The profiles of a model and of null models made from it, and how late they change.
@@ -77,6 +78,7 @@ def null_profiles(
         modes: of the views.
         steps: of denoising, 12 or fewer.
         seed: of the twins, the same for all models; null model i has the layers of seed + i.
+        batch: images that go through a model at once; None is all.
         progress: called with how many models are done.
 
     Returns:
@@ -87,7 +89,9 @@ def null_profiles(
     steps = min(steps, STEPS)
     found = []
     for i in range(nulls + 1):
-        found.append(_profiles(shuffled(model, seed + i) if i else model, modes, steps, seed))
+        found.append(
+            _profiles(shuffled(model, seed + i) if i else model, modes, steps, seed, batch)
+        )
         if progress is not None:
             progress(i + 1)
     own, null = found[0], found[1:]
@@ -137,14 +141,16 @@ def rank_p(own: float, null: Array) -> float:
     return float((1 + (~(null < own)).sum()) / (1 + len(null)))
 
 
-def _profiles(model: HookedDiT, modes: Modes, steps: int, seed: int) -> dict[str, Array]:
+def _profiles(
+    model: HookedDiT, modes: Modes, steps: int, seed: int, batch: int | None
+) -> dict[str, Array]:
     """Every view of one model, [layer], without intervals; those in energy at two thirds."""
     divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
     probes = [divergence, lens]
     labels = paired_labels(model, PAIRS)
-    pair = twins(model, PAIRS, labels, steps=steps, seed=seed, probes=probes)
-    streams = Streams.of_run(pair.run, modes.token_split)
-    clones = release_sweep(pair, [streams], min(RELEASES, steps - 1), seed=seed)
+    pair = twins(model, PAIRS, labels, steps=steps, seed=seed, probes=probes, batch=batch)
+    streams = Streams.of_twins(pair, modes.token_split, batch)
+    clones = release_sweep(pair, [streams], min(RELEASES, steps - 1), seed=seed, batch=batch)
     ones = np.ones((1, PAIRS))
     commits = commitment_draws(
         clones.stats["stream"], clones.releases, clones.log_snr, resamples=1, seed=seed

@@ -140,7 +140,8 @@ def sentences(results: xr.Dataset) -> list[str]:
     Args:
         results: of `dit_lens.experiments.measure_gap`.
     """
-    snr = results.sel(quantity="log_snr", estimator="clones")
+    estimator = "clones" if results.sizes["release"] else "one_pass"
+    snr = results.sel(quantity="log_snr", estimator=estimator)
     others = {
         "in log SNR": Estimate.of(snr.split_gap, snr.split_gap_interval),
         "in steps on x_t, one pass": Estimate.of(
@@ -148,7 +149,7 @@ def sentences(results: xr.Dataset) -> list[str]:
         ),
     }
     if results.attrs.get("vae"):  # without one the image is the latents, shifted
-        others["on the image"] = gap_of(results, "image", "clones")
+        others["on the image"] = gap_of(results, "image", estimator)
     same = ", ".join(f"{where} {gap:+.2f}" for where, gap in others.items() if gap.known)
     cut = results.cut_gap.values[np.isfinite(results.cut_gap.values)]
     lines = [
