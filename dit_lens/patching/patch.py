@@ -50,6 +50,7 @@ class Patch:
         bands: a partition of the token grid, for `band`.
         band: only this frequency band, P_band h_source + (1 - P_band) h_target.
         direction: [d] of the activation's last axis; only the component along it is replaced.
+        dose: how much of the change is made: 0 is none, 1 all of it, 2 twice as far.
         kind: what comes in: the source's activation ("swap"), 0 ("zero"), the mean over the
             source's items ("mean"), the source's activation of another item ("resample", a
             permutation drawn from `seed` that moves every item), or the stream that entered the
@@ -74,6 +75,7 @@ class Patch:
     bands: Bands | None = None
     band: int | str | None = None
     direction: Tensor | None = field(default=None, repr=False)
+    dose: float = field(default=1.0, kw_only=True)
     kind: Kind = "swap"
     seed: int = 0
 
@@ -84,6 +86,7 @@ class Patch:
             "layer": arguments.whole("layer", self.layer),
             "kind": arguments.choice("kind", self.kind, KINDS),
             "seed": arguments.seed("seed", self.seed),
+            "dose": arguments.number("dose", self.dose),
             "heads": arguments.optional(arguments.index, "heads", self.heads),
             "region": arguments.optional(arguments.index, "region", self.region),
         }
@@ -142,6 +145,8 @@ class Patch:
             parts.append(f"band {name!r} ({size} modes) of {self.bands.kind} at {edges}")
         if self.direction is not None:
             parts.append(f"direction [{len(self.direction)}] {_digest(self.direction)[:8]}")
+        if self.dose != 1:
+            parts.append(f"dose {self.dose:g}")
         return ", ".join(parts)
 
 
@@ -246,6 +251,7 @@ class Planned:
             and site_of(self.name) in STREAMS
             and self.inside.everything
             and self.patch.direction is None
+            and self.patch.dose == 1
         )
 
     def new(
@@ -282,6 +288,8 @@ class Planned:
             self.check_direction(old.shape[-1])
             unit = torch.nn.functional.normalize(self.patch.direction.detach().to(old), dim=0)
             coming = old + ((coming - old) @ unit)[..., None] * unit
+        if self.patch.dose != 1:
+            coming = old + self.patch.dose * (coming - old)
         return self.inside.merge(old, coming, self.axes)
 
     def _of_items(self, source: Tensor) -> Tensor:
@@ -374,6 +382,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
         tokens,
         None if band is None else band[0].digest(band[1]),
         patch.direction,
+        *([] if patch.dose == 1 else [patch.dose]),
     )
     planned = Planned(patch, name, layer, axes, inside, window, key)
     planned.check_direction(sizes.get(axes[-1]))
