@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_lens.experiments.knock_outs import MATTERS
+from dit_lens.experiments.effects import MATTERS
 from dit_lens.experiments.release import SLACK
 from dit_lens.groundtruth import ddim_agreement
 from dit_lens.measures.agreement import Agreement, contrasts
