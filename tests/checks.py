@@ -305,7 +305,8 @@ def circuits(rows: list[test_circuits.Found]) -> Iterator[Row]:
             hits = sum(row.named for row in some)
             yield Row(
                 check,
-                f"layers whose effect is {least:g} to {most:g} steps of 16 named (power)",
+                f"layers whose effect is {least:g} steps of 16 or more"
+                f"{f', up to {most:g}' if np.isfinite(most) else ''}: named (power)",
                 f"at least {wanted:.0%}" if wanted else "",
                 share(hits, len(some)),
                 hits >= wanted * len(some) if wanted else None,

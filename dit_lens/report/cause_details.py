@@ -17,6 +17,7 @@ from ..experiments.effects import moves
 from ..measures.estimate import Estimate, number
 from ..storage import save_dataset
 from .style import (
+    DOT,
     HIGH,
     INK,
     LOW,
@@ -121,7 +122,7 @@ def _windows(result: xr.Dataset, path: Path) -> None:
             extent=(first - 0.5, last + 0.5, -0.5, result.sizes["window"] - 0.5),
         )
         column, row = np.nonzero(sure)
-        ax.plot(result.layer.values[column], row, "o", color=INK, markersize=3)
+        ax.plot(result.layer.values[column], row, **DOT)
         column, row = np.nonzero(np.isnan(values))
         ax.plot(result.layer.values[column], row, "x", color=HIGH, markersize=4)
         ax.set_yticks(range(result.sizes["window"]), result.window.values)
@@ -135,29 +136,35 @@ def _windows(result: xr.Dataset, path: Path) -> None:
 
 
 def _interchange(result: xr.Dataset, path: Path) -> None:
-    """A panel a band taken and a band of the image, lines by dose, the move's mean over layers and
-    heads by window, and the single ones as dots.
+    """A column a band taken and a band of the image; above the move at full dose by layer, below
+    its mean over layers by dose, a line a window.
     """
-    with picture(path, (10, 2.8), ncols=4, sharey=True) as (_, axes):
-        panels = [(taken, band) for taken in ("low", "high") for band in ("low", "high")]
-        over = "layer" if result.sizes["head"] == 1 else "layer and head"
-        for ax, (taken, band) in zip(axes, panels, strict=True):
-            one = result.move.sel(taken=taken, band=band)
-            shades = np.linspace(0.35, 1, result.sizes["dose"])
-            for dose, shade in zip(result.dose.values, shades, strict=True):
-                at = one.sel(dose=dose).transpose("window", ...)
-                flat = at.values.reshape(at.sizes["window"], -1)
-                color = LOW if taken == "low" else HIGH
-                ax.plot(flat.mean(1), color=color, alpha=float(shade), label=f"dose {dose:g}")
-                for x, column in enumerate(flat):
-                    ax.plot([x] * len(column), column, ".", color=color, markersize=2, alpha=0.4)
-            ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-            ax.set_xticks(range(result.sizes["window"]), result.window.values)
-            ax.set(xlabel="steps", title=f"{taken} band from A:\nthe image's {band} band")
-        axes[0].set(ylabel="share of the way to A")
+    panels = [(taken, band) for taken in ("low", "high") for band in ("low", "high")]
+    windows = [str(window) for window in result.window.values]
+    shades = np.linspace(0.3, 1, len(windows))
+    mean = "mean over layers" + (" and heads" if result.sizes["head"] > 1 else "")
+    with picture(path, (10, 4.6), nrows=2, ncols=4, sharey=True) as (_, axes):
+        for (taken, band), (by_layer, by_dose) in zip(panels, axes.T, strict=True):
+            color = LOW if taken == "low" else HIGH
+            for window, shade in zip(windows, shades, strict=True):
+                one = result.move.sel(taken=taken, band=band, window=window)
+                full, options = one.isel(dose=-1), {"color": color, "alpha": float(shade)}
+                by_layer.plot(full.layer, full.mean("head"), ".-", label=window, **options)
+                if result.sizes["head"] > 1:
+                    for head in full["head"].values:
+                        by_layer.plot(full.layer, full.sel(head=head), ".", markersize=2, **options)
+                doses = [0.0, *one.dose.values]
+                by_dose.plot(doses, [0.0, *one.mean(("layer", "head")).values], ".-", **options)
+            for ax in (by_layer, by_dose):
+                ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+            by_layer.set(xlabel="layer", title=f"{taken} band from A:\nthe image's {band} band")
+            by_dose.set(xlabel=f"dose ({mean})")
+            whole_numbers(by_layer.xaxis)
+        for ax in axes[:, 0]:
+            ax.set(ylabel="share of the way to A")
         # a window in which the exchange leads away would leave the rest without room
-        axes[0].set_ylim(bottom=max(axes[0].get_ylim()[0], -0.6))
-        legend(axes[0], title=f"mean over every {over}", title_fontsize=7)
+        axes[0, 0].set_ylim(bottom=max(axes[0, 0].get_ylim()[0], -0.6))
+        legend(axes[0, 0], title="steps", title_fontsize=7)
 
 
 PICTURES: dict[str, Callable[[xr.Dataset, Path], None]] = {

@@ -16,6 +16,7 @@ from ..measures.estimate import Estimate, number
 from ..storage import save_dataset
 from .gap import VIEWS
 from .style import (
+    DOT,
     HIGH,
     INK,
     LOW,
@@ -348,7 +349,7 @@ def draw(knocked: xr.Dataset, patched: xr.Dataset, path: Path) -> Path:
             )
             known = np.isfinite(np.stack([_row(sure, band, *row) for row in rows]))
             at, column = np.nonzero(known)
-            ax.plot(patched.layer.values[column], at, "o", color=INK, markersize=2)
+            ax.plot(patched.layer.values[column], at, **DOT)
             labels = [f"{site.removesuffix('_out')} {window}" for site, window in rows]
             ax.set_yticks(range(len(rows)), labels if ax is axes[1] else [""] * len(rows))
             ax.set(xlabel="layer patched (dot: surely towards A)", title=f"B's {band} band to A")
