@@ -11,6 +11,7 @@ that have nothing to do with each other? Takes two minutes on one core.
 
 import sys
 import tempfile
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ DIRECTIONS, ACTIVE = 512, 16
 class TopK(nn.Module):
     """Vectors [..., d] as sums of `ACTIVE` of `DIRECTIONS` directions, around a mean and scale."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
@@ -38,12 +42,13 @@ class TopK(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """How much of each direction, [..., DIRECTIONS]; all but the largest few are 0."""
-        strength = self.encoder((x - self.mean) / self.scale).relu()
+        strength: Tensor = self.encoder((x - self.mean) / self.scale).relu()
         largest = strength.topk(ACTIVE, dim=-1)
         return torch.zeros_like(strength).scatter(-1, largest.indices, largest.values)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.codes(x)) * self.scale + self.mean
+        found: Tensor = self.decoder(self.codes(x)) * self.scale + self.mean
+        return found
 
 
 def unexplained(sae: TopK, x: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ print(f"directions that are ever active there: {used}")
 
 
 # In the layer's place, at the steps that it has learnt from, on seeds that it has not.
-def sampled(edit=None) -> Tensor:
+def sampled(edit: Callable[[Tensor, object], Tensor] | None = None) -> Tensor:
     with dit_lens.trace(model) as t:
         if edit is not None:
             t.edit(NAME, edit, steps=AT)
@@ -89,17 +94,21 @@ def sampled(edit=None) -> Tensor:
     return run.latents[-1]
 
 
-def spliced(activation, hook):
+def spliced(activation: Tensor, _: object) -> Tensor:
+    """What the autoencoder makes of the layer's stream."""
     with torch.no_grad():
-        return sae(activation)
+        found: Tensor = sae(activation)
+    return found
+
+
+def levelled(activation: Tensor, _: object) -> Tensor:
+    """The mean of the layer's stream, at each token."""
+    return sae.mean.expand_as(activation)
 
 
 plain = sampled()
 strangers = (plain[:10] - plain[10:]).square().mean()
-for what, edit in (
-    ("the autoencoder", spliced),
-    ("the mean", lambda activation, hook: sae.mean.expand_as(activation)),
-):
+for what, edit in (("the autoencoder", spliced), ("the mean", levelled)):
     moved = (sampled(edit) - plain).square().mean() / strangers
     print(
         f"{what} in the layer's place moves the images by {moved:.1%} of what strangers differ by"

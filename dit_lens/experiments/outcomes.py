@@ -72,13 +72,12 @@ class Outcome:
         """
         return contrasts.modes(self.of(x), self.bands)
 
-    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
-        """The statistics of both sides, [3, pair, band]: <x, y>, |x|² and |y|².
+    def sums(self, x: Tensor, y: Tensor) -> Tensor:
+        """<x, y>, |x|² and |y|² of two sides that `modes` gave, [3, pair, band].
 
         Args:
-            x: of twin A, from `modes`.
+            x: of twin A.
             y: of twin B.
-            contrasts: of the labels.
         """
         return sums(x, y, self.bands)
 
