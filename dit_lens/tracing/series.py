@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Series:
         self._rooms: dict[Any, Tensor] = {}
         self._waiting: dict[tuple[Any, int], Tensor] = {}  # on disk: what the step under way has
         self._file: Any = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        if on_disk:
+            weakref.finalize(self, self._file.close)
         self._shapes: dict[tuple[Any, int], tuple[int, ...]] = {}
 
     @property
