@@ -24,6 +24,7 @@ from dit_lens import arguments
 from dit_lens.errors import DitLensError, InvalidType, InvalidValue
 from dit_lens.experiments import (
     Outcome,
+    attributes,
     commitment_difference,
     couple_alone,
     couplings,
@@ -415,6 +416,7 @@ def table():
                 "outcomes": [w["outcomes"]],
                 "releases": [*whole(3), [0, 1, 2], range(3), np.arange(3)],
                 "seed": whole(0),
+                "each": [None, lambda release, a, b: None],
             },
         ),
         (
@@ -560,6 +562,12 @@ def table():
                     **small_gap,
                     "resamples": whole(200),
                 },
+            ),
+            (
+                "attributes",
+                attributes,
+                {"model": model, "read": lambda x: {"a": (x.mean((1, 2, 3)) > 0.5).long()}},
+                {"releases": [None, *whole(3)], "name": ["m"], **small_gap},
             ),
             (
                 "knock_outs",

@@ -277,7 +277,7 @@ def check_kind_of_runs(source: Run, target: Run) -> None:
                 f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: "
                 "sample both alike."
             )
-    a, b = scheduler_text(source), scheduler_text(target)
+    a, b = scheduler_text(source.scheduler), scheduler_text(target.scheduler)
     if a != b:
         raise InvalidValue(
             f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at "
