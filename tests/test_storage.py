@@ -13,6 +13,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import diffusers
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 import dit_lens
@@ -412,6 +414,7 @@ def test_hostile_traces(trace, model, tmp_path):
 class Said(Schema):
     a: Listed[Size] | str = ""
     inner: dict[str, "Said"] = {}
+    pair: Annotated[tuple[int, int], Field(strict=False)] = (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -422,6 +425,8 @@ class Said(Schema):
         ({"a": [True]}, "a[0] = True; expected it to be a valid integer."),
         ({"a": True}, "a = True; expected it to be a valid tuple or be a valid string."),
         ({"inner": {"x": {"b": 1}}}, "inner.x.b, which is not known here."),
+        ({"pair": [1]}, "no 1 in pair."),
+        ({"pair": [1, 2, 3]}, "pair = [1, 2, 3]; expected it to have at most 2 items after"),
         ([], "metadata = []; expected it to be a valid dictionary or instance of Said."),
     ],
 )

@@ -98,6 +98,7 @@ def couplings(
     gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
     steps = arguments.whole("steps", steps, 1)
+    cut = arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)

@@ -191,7 +191,7 @@ def knock_outs(
     pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
     steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
     resamples = arguments.whole("resamples", resamples, 1)
-    seed = arguments.seed("seed", seed)
+    seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
     arguments.flag("direct", direct)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     for layer in chosen:
@@ -295,7 +295,7 @@ def couple_alone(
     chosen = _chosen(model, layers)
     check_coupling(g, form)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
-    seed = arguments.seed("seed", seed)
+    seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     counts = draws(pairs, resamples, seed)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import DiTTransformer2DModel
 
+from .. import arguments
 from ..errors import InvalidValue
 from . import construction as build
 from .models import GroundTruth, plain_scheduler
@@ -37,6 +39,8 @@ def random_weights(
     >>> random_weights(0, n_layers=2).description
     'Random weights, seed 0: no layer makes a gap.'
     """
+    seed = arguments.seed("seed", seed)
+    build.check_dtype(dtype)
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
     draw = torch.Generator().manual_seed(seed)
     for parameter in transformer.parameters():
@@ -72,6 +76,8 @@ def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
     3
     """
+    arguments.instance("transformer", transformer, DiTTransformer2DModel, "a DiTTransformer2DModel")
+    seed = arguments.seed("seed", seed)
     blocks = list(transformer.transformer_blocks)
     if len(blocks) < 2:
         raise InvalidValue(f"transformer has {len(blocks)} block; expected 2 or more to shuffle.")
