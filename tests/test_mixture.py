@@ -352,17 +352,17 @@ def test_clones_of_mixtures_end_on_the_same_side_as_e3_says() -> None:
         ),
         (
             lambda: gt.two_scale(m_low=0.2),
-            "m_low=0.2 can't be used; expected a finite number above 0.25, sigma, or no side",
+            "m_low=0.2 can't be used; expected a finite number above 0.25",
         ),
         (
             lambda: gt.two_scale(m_high=float("nan")),
-            "m_high=nan can't be used; expected a finite number above 0.25, sigma",
+            "m_high=nan can't be used; expected a finite number above 0.25",
         ),
         (
-            (lambda: gt.two_scale(high_layer=-29), "high_layer=-29 can't be used; expected"),
+            lambda: gt.two_scale(low_layer=28),
             "low_layer=28 can't be used; expected a whole number from -28 to 27",
         ),
-        (lambda: gt.two_scale(high_layer=-1), "high_layer is -1; expected a layer from 0 to 27."),
+        (lambda: gt.two_scale(high_layer=-29), "high_layer=-29 can't be used; expected a whole"),
         (
             lambda: gt.two_scale(patch_size=1),
             "patch_size is 1; expected an even one, for a checkerboard",

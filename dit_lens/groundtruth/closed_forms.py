@@ -18,6 +18,8 @@ from .. import arguments
 from ..errors import InvalidValue
 
 Array = NDArray[np.float64]
+MOST_WIDTH = 1e9
+"""Sides and widths of mixtures are no larger: their squares have to be numbers."""
 
 
 def _spectrum(lam: ArrayLike) -> Array:
@@ -205,8 +207,15 @@ def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
     >>> float(deterministic_ratio(4.0, 1.0))
     1.0
     """
-    spectrum = _spectrum(lam)
-    return np.sqrt((1 + (spectrum - 1) * _alphas(abar)) / spectrum)
+    spectrum, alpha = _spectrum(lam), _alphas(abar)
+    try:
+        spectrum, alpha = np.broadcast_arrays(spectrum, alpha)
+    except ValueError:
+        raise InvalidValue(
+            f"lam has shape {list(spectrum.shape)} and abar {list(alpha.shape)}; expected shapes "
+            "that broadcast."
+        ) from None
+    return np.sqrt((1 + (spectrum - 1) * alpha) / spectrum)
 
 
 def mixture_agreement(m: float, sigma: float, abar: float) -> float:
@@ -230,7 +239,7 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
     >>> round(mixture_agreement(m=1.0, sigma=1.0, abar=1.0), 4)
     0.7752
     """
-    m, sigma = arguments.number("m", m), arguments.number("sigma", sigma, 0)
+    m, sigma = arguments.number("m", m), arguments.number("sigma", sigma, 0, MOST_WIDTH)
     abar = arguments.number("abar", abar, 0, 1)
     width = np.sqrt(1 - abar + sigma**2 * abar)
     if width == 0:

@@ -68,7 +68,7 @@ def checked_sizes(
 
 def check_dtype(dtype: torch.dtype) -> None:
     """Refuse what can't hold a signal next to LayerNorm's large constants."""
-    if dtype not in (torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise arguments.refusal(
             "dtype",
             dtype,

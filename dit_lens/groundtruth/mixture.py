@@ -33,7 +33,7 @@ from torch.nn.functional import fold, gelu, unfold
 from .. import arguments
 from ..errors import InvalidValue
 from . import construction as build
-from .closed_forms import alphas_of, commitment_timestep
+from .closed_forms import MOST_WIDTH, alphas_of, commitment_timestep
 from .models import GroundTruth, plain_scheduler
 
 UNITS = 128  # neurons of one tanh: half of what a block has, so that one block can carry both bits
@@ -68,7 +68,7 @@ def mixture_eps(
     [1.0, 1.0]
     """
     m_low, m_high = arguments.number("m_low", m_low), arguments.number("m_high", m_high)
-    sigma = arguments.number("sigma", sigma, above=0)
+    sigma = arguments.number("sigma", sigma, above=0, most=MOST_WIDTH)
     patch_size = arguments.whole("patch_size", patch_size, 2)
     low, high = coefficients(x, patch_size)
     flat, checkers = _patterns(x.shape[1], patch_size, x)
@@ -199,7 +199,9 @@ def two_scale(
     """
     sigma = arguments.number("sigma", sigma, above=0, why="the width of a side")
     m_low, m_high = (
-        arguments.number(name, size, above=sigma, why="sigma, or no side is decided")
+        arguments.number(
+            name, size, above=sigma, most=MOST_WIDTH, why="over sigma, or no side is decided"
+        )
         for name, size in (("m_low", m_low), ("m_high", m_high))
     )
     n_layers, *sizes = build.checked_sizes(n_layers, sample_size, patch_size, in_channels)
