@@ -26,6 +26,7 @@ _HOME = {
     "NotReproduced": "model.witness",
     "Probe": "tracing.probe",
     "Run": "sampling.run",
+    "Series": "tracing.series",
     "Site": "tracing.site",
     "Trace": "tracing.trace",
     "Twins": "twinning.twins",

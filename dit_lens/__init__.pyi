@@ -24,6 +24,7 @@ from .model.witness import NotReproduced as NotReproduced
 from .sampling.run import Run as Run
 from .sampling.run import sample as sample
 from .tracing.probe import Probe as Probe
+from .tracing.series import Series as Series
 from .tracing.site import Site as Site
 from .tracing.trace import Trace as Trace
 from .tracing.trace import load_trace as load_trace

@@ -626,6 +626,17 @@ def rest():
         few = {"steps": whole(4), "cut": [0.25], "seed": whole(3), "resamples": whole(20)}
         yield "step_doubling", step_doubling, {"model": model}, {"pairs": whole(16), **few}
         yield (
+            "cumulative",
+            experiments.cumulative,
+            {"model": model},
+            {"pairs": whole(16), **few}
+            | {
+                "depths": [[1], range(1, 3)],
+                "part": ["layer"],
+                "how": ["zero"],
+            },
+        )
+        yield (
             "couple_alone",
             couple_alone,
             {"model": model},
@@ -721,6 +732,8 @@ def known_answers():
         | {
             "shares": [None, [1.0]],
             "decoys": [[], [0]],
+            "noise": [0, *HALF],
+            "seed": whole(0),
             "sample_size": whole(4),
         },
     )
@@ -749,6 +762,21 @@ def known_answers():
             "high_layer": [*whole(1), -1],
             **BUILT,
             "patch_size": whole(2),
+        },
+    )
+    two = {"layers": [[0, 1], (0, -1)], "n_layers": whole(2), **sizes, **BUILT}
+    for name in ("redundant", "relayed"):
+        more = {"direct": [0.5, 0, *HALF]} if name == "relayed" else {}
+        yield name, getattr(gt, name), {}, two | {"patch_size": whole(1)} | more
+    linear = gt.redundant(layers=(0, 1), n_layers=2)
+    yield (
+        "exact_agreement",
+        gt.exact_agreement,
+        {},
+        {"truth": [linear], "steps": whole(4)}
+        | {
+            "removed": [[], [1], range(2)],
+            "window": [None, range(1, 2)],
         },
     )
     if ATTACK:
@@ -862,8 +890,8 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """measure_gap knock_outs couple_alone step_doubling random_planted to_nnsight
-to_transformer_lens""".split()
+ONLY_IN_THE_ATTACK = """cumulative measure_gap knock_outs couple_alone step_doubling random_planted
+to_nnsight to_transformer_lens""".split()
 
 
 def test_every_public_function_is_tried():

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what `dit-lens patch` does: the layers that cause the gap",
     )
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="without clones, in a third of the time: the behaviour as an exact denoiser has it",
+    )
     add_size(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
@@ -79,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
             cut=args.cut,
             bands=args.bands,
             name=str(args.model),
+            clones=not args.one_pass,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
     gap_report.write(results, out)

@@ -33,10 +33,11 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.commitment import fit_commitment
 from ..measures.estimate import Estimate
 from ..measures.onset import Onset
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..twinning.twins import Twins, paired_labels, twins
+from ..twinning.twins import Twins, chosen_labels, twins
 from .layer_profile import CHANNELS, profiles
-from .outcomes import Outcome, features, images, latents
+from .outcomes import Outcome, features, images, latents, once
 from .release import Curves, commitment_difference, one_pass, release_sweep
 
 BandKind = Literal["radial", "dct", "pooling", "eigen"]
@@ -44,6 +45,10 @@ RELEASES = 8
 MOST_RINGS = 24
 CLASS_MEANS = "for intervals over pairs with class means removed"
 ESTIMATORS = {"one_pass": "One pass", "clones": "Clones"}
+ONE_PASS = (
+    "Read in one pass only (clones were not run): these commitments are right as far as the "
+    "denoiser is the exact one, which only clones can test."
+)
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
 
@@ -58,6 +63,9 @@ def measure_gap(
     name: str = "model",
     resamples: int = 400,
     progress: Callable[[int, int], object] | None = None,
+    batch: int | None = None,
+    clones: bool = True,
+    labels: Labels | None = None,
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
@@ -78,6 +86,10 @@ def measure_gap(
         resamples: of the pairs.
         progress: called with (done, total) images that have gone through the model once, those of
             clones estimated.
+        batch: images that go through the model, or its VAE, at once; None is all.
+        clones: whether the behaviour is also measured with clones; without them it is read in one
+            pass only, and what is said of clones is NaN.
+        labels: one a pair, each two times or more; by default classes or prompts in turn.
 
     Returns:
         xr.Dataset: intervals are 95 %. "Commits" is when the agreement of finished twins passes
@@ -137,7 +149,9 @@ def measure_gap(
     arguments.text("name", name)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    releases = min(RELEASES, steps - 1)
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    releases = min(RELEASES, steps - 1) if arguments.flag("clones", clones) else 0
+    chosen = chosen_labels(model, pairs, labels)
     runs = 4 if bands == "eigen" else 2
     # a clone's run is half as long as a twin's on average
     count = _counting(pairs * steps * runs + releases * (pairs * steps // 2), progress)
@@ -148,36 +162,40 @@ def measure_gap(
         pilot = twins(
             model,
             pairs,
-            paired_labels(model, pairs),
+            chosen,
             steps=steps,
             seed=seed + 1,
+            batch=batch,
             progress=lambda *_: count(2 * pairs),
         )
     modes = _Modes.of(model, bands, cut, pilot)
 
     # one run of twins, seen by the probes, and clones of it
-    outcomes = _outcomes(model, modes, cut, feature)
+    outcomes = _outcomes(model, modes, cut, feature, batch)
     divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
     pair = twins(
         model,
         pairs,
-        paired_labels(model, pairs),
+        chosen,
         steps=steps,
         seed=seed,
+        batch=batch,
         probes=[divergence, lens],
         progress=lambda *_: count(2 * pairs),
     )
-    curves = {
-        "one_pass": one_pass(pair, outcomes),
+    curves = {}
+    with once():
+        curves["one_pass"] = one_pass(pair, outcomes)
         # the spectrum is read in one pass only: its rings are too noisy to steer clones by
-        "clones": release_sweep(
-            pair,
-            outcomes[1:],
-            releases,
-            seed=seed,
-            progress=lambda *_: count(pairs * steps // 2),
-        ),
-    }
+        if clones:
+            curves["clones"] = release_sweep(
+                pair,
+                outcomes[1:],
+                releases,
+                seed=seed,
+                batch=batch,
+                progress=lambda *_: count(pairs * steps // 2),
+            )
 
     # when the finished image is decided
     options = {"resamples": resamples, "seed": seed}
@@ -358,7 +376,11 @@ def _ring_edges(split: Bands, cut: float) -> list[float]:
 
 
 def _outcomes(
-    model: HookedDiT, modes: _Modes, cut: float, feature: Callable[[Tensor], Tensor] | None
+    model: HookedDiT,
+    modes: _Modes,
+    cut: float,
+    feature: Callable[[Tensor], Tensor] | None,
+    batch: int | None,
 ) -> list[Outcome]:
     """What of the finished twins is compared; the spectrum first."""
     return [
@@ -366,8 +388,8 @@ def _outcomes(
         latents(modes.fine, "band"),
         latents(modes.split, "split"),
         # without a VAE the grids are the same
-        images(model, modes.split if model.vae is None else None, "image", cut),
-        *([features(model, feature)] if feature else []),
+        images(model, modes.split if model.vae is None else None, "image", cut, batch),
+        *([features(model, feature, batch=batch)] if feature else []),
     ]
 
 
@@ -377,20 +399,25 @@ def _behaviour(
     """Agreement, commitment and gap by both estimators; their difference's sentence and notes as
     attributes.
     """
-    one, clones = curves["one_pass"], curves["clones"]
+    one, clones = curves["one_pass"], curves.get("clones")
     variables: dict[str, Any] = {
         "agreement_one_pass": (("step", "band"), one.agreement("band")),
-        "agreement_clones": (("release", "band"), clones.agreement("band")),
+        "agreement_clones": (
+            ("release", "band"),
+            clones.agreement("band") if clones else np.empty((0, modes.fine.n)),
+        ),
         "log_snr": ("step", one.log_snr),
         "variance_ratio": (("step", "band"), _variance_ratio(one)),
     }
 
     # commitment and gap of each outcome by both estimators
     notes: list[str] = []
-    for outcome in clones.stats:
+    for outcome in (name for name in one.stats if name != "spectrum"):
         fits = [c.commitment(outcome, **options) for c in curves.values()]
+        if clones is None:  # not known
+            fits += [xr.full_like(fits[0].drop_vars("reason"), np.nan)]
         if outcome in ("band", "split"):
-            for estimator, fit in zip(curves, fits, strict=True):
+            for estimator, fit in zip(curves, fits, strict=False):
                 said = (str(reason) for reason in fit.reason.values)
                 notes += [f"{ESTIMATORS[estimator]}: {line}" for line in said if line]
         dims = {"band": ("band",), "features": ()}.get(outcome, ("split",))
@@ -418,8 +445,12 @@ def _behaviour(
     variables["cut_gap"] = ("cut", [e.value for e in by_cut])
     variables["cut_gap_interval"] = (("cut", "bound"), [[e.low, e.high] for e in by_cut])
 
-    # one pass less clones
-    apart = commitment_difference(one, clones, "split", **options)
+    # one pass less clones; of one pass alone there is the slope
+    apart = commitment_difference(one, clones or one, "split", **options)
+    if clones is None:
+        unknown = ["commitment", "commitment_interval", "gap", "gap_interval"]
+        apart = apart.assign({v: xr.full_like(apart[v], np.nan) for v in unknown})
+        apart.attrs["sentence"] = ONE_PASS
     for name, of in (("estimator_difference", "commitment"), ("calibration", "calibration")):
         variables[name] = ("split", apart[of].values)
         variables[f"{name}_interval"] = (("split", "bound"), apart[f"{of}_interval"].values)
@@ -428,10 +459,10 @@ def _behaviour(
         variables[f"estimator_gap_difference{end}"] = (dims, apart[f"gap{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
-        "release": list(clones.releases),
+        "release": list(clones.releases) if clones else [],
         "band": list(modes.fine.names),
         "split": list(modes.split.names),
-        "estimator": list(curves),
+        "estimator": list(ESTIMATORS),
         "quantity": ["step", "time", "log_snr"],
         "bound": ["low", "high"],
         "frequency": modes.spectrum.middles(),

@@ -21,18 +21,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
-from ..measures.agreement import Agreement, curve
+from ..measures.agreement import Agreement, Contrasts, curve, sums
 from ..measures.bootstrap import draws, interval
 from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
+from ..sampling.branches import Branch, ends
 from ..sampling.run import Run
 from ..twinning.twins import Twins, twin_seeds
-from .outcomes import Outcome, compared
+from .outcomes import Outcome, compared, once
 
 SLACK = 0.01
 """A share of the run's steps: what the fitted logistic can make of nothing. A smaller difference of
@@ -84,22 +87,22 @@ class Curves:
         releases: tuple[int, ...],
         run: Run,
         outcomes: Sequence[Outcome],
-        found: Sequence[Mapping[str, Agreement]],
+        stats: Mapping[str, Agreement],
     ) -> Curves:
-        """From the statistics found at each release.
+        """From the statistics found.
 
         Args:
             estimator: "one_pass", "clones" or "coupled".
             releases: steps.
             run: the twins' run.
             outcomes: what was compared.
-            found: for each release its statistics [pair, band] by outcome.
+            stats: by outcome, [release, pair, band].
         """
         return cls(
             estimator,
             releases,
             run.log_snr.numpy().astype(np.float64),
-            {o.name: Agreement.stack([stats[o.name] for stats in found]) for o in outcomes},
+            stats,
             {o.name: o.band_names for o in outcomes},
             run.model.transformer,
             hashlib.sha256(run.latents[-1].float().cpu().numpy().tobytes()).hexdigest(),
@@ -201,14 +204,23 @@ def one_pass(
             f"These twins were tied up to step {twins.release}; one pass needs independent runs, "
             "release=0."
         )
-    run, groups = twins.run, twins.run.labels.tolist()
+    run = twins.run
     seen = run.x0 if quantity == "x0" else run.latents[:-1]
-    found = []
-    for done, x in enumerate(seen, start=1):
-        found.append({o.name: _by_pair(o.compare(x, run.latents[-1], groups)) for o in outcomes})
-        if progress is not None:
-            progress(done, len(seen))
-    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, found)
+    contrasts = Contrasts(run.labels.tolist(), len(run.labels))
+    found: dict[str, list[Tensor]] = {o.name: [] for o in outcomes}
+    with once():
+        ends = [o.modes(run.latents[-1], contrasts) for o in outcomes]
+        for done, x in enumerate(seen, start=1):
+            if done == len(seen) and torch.equal(x, run.latents[-1]):
+                x = run.latents[-1]  # decoded already
+            for o, end in zip(outcomes, ends, strict=True):
+                stats = sums(o.modes(x, contrasts), end, o.bands)
+                # both twins of a pair add up
+                found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
+            if progress is not None:
+                progress(done, len(seen))
+    stacked = {name: Agreement.of(torch.stack(each, 1)) for name, each in found.items()}
+    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, stacked)
     return replace(curves, quantity=quantity)
 
 
@@ -219,6 +231,7 @@ def release_sweep(
     *,
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
+    batch: int | None = None,
 ) -> Curves:
     """Agreement of finished twins for each of several releases of one tied run.
 
@@ -231,6 +244,8 @@ def release_sweep(
             by bisection.
         seed: of the noise after the release.
         progress: called with (done, total) releases.
+        batch: images that go through the model at once; None is all. Branches of different releases
+            go together where it allows.
 
     Returns:
         Curves: the releases in increasing order.
@@ -257,43 +272,58 @@ def release_sweep(
             f"throughout, release={steps}."
         )
     planned = _planned(releases, steps)
-    a, b = twins.a, twins.b
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    a, b, clones = twins.a, twins.b, twins.tie == "noise"
     labels = a.labels.tolist()
-    for each in outcomes:  # bands of another grid are refused before anything is run
-        each.compare(a.latents[-1], b.latents[-1], labels)
+    contrasts = Contrasts(labels, len(labels))
+    finished = twins.run.latents[-1]
     found: dict[int, dict[str, Agreement]] = {}
+    with once():
+        # bands of another grid are refused before anything is run, and so is another model
+        shared = {o.name: o.modes(finished[: twins.pairs], contrasts) for o in outcomes}
+        if clones:
+            a.check(steps - 1)
 
-    def part_at(release: int) -> None:
-        own = a.seeds_at(steps - 1)
-        fresh = twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1]
-        if twins.tie == "noise":  # twin A's future is already there
-            ends = a.latents[-1], a.replay(release, seeds=fresh).latents[-1]
-        else:
-            ends = (
-                a.replay(release, seeds=own, released=True).latents[-1],
-                b.replay(release, seeds=fresh, released=True).latents[-1],
-            )
-        found[release] = {o.name: o.compare(*ends, labels) for o in outcomes}
+        def part_at(chosen: Sequence[int]) -> None:
+            branches: list[Branch] = []
+            for release in chosen:
+                fresh = tuple(twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1])
+                if not clones:  # twin A's future is not there yet
+                    branches.append(Branch(a, release, a.seeds_at(steps - 1)))
+                branches.append(Branch(a if clones else b, release, fresh))
+            done = ends(branches, batch)
+            for i, release in enumerate(chosen):
+                mine, theirs = (None, done[i]) if clones else done[2 * i : 2 * i + 2]
+                found[release] = {
+                    o.name: Agreement.of(
+                        sums(
+                            shared[o.name] if mine is None else o.modes(mine, contrasts),
+                            o.modes(theirs, contrasts),
+                            o.bands,
+                        )
+                    )
+                    for o in outcomes
+                }
+                if progress is not None:
+                    progress(len(found), total)
 
-    total = len(planned) if planned else arguments.whole("releases", releases)
-    while len(found) < total:
+        total = len(planned) if planned else arguments.whole("releases", releases)
         if planned:
-            part_at(planned[len(found)])
-        else:
+            part_at(planned)
+        while len(found) < total:
             seen = {r: np.concatenate([curve(s) for s in of.values()]) for r, of in found.items()}
-            part_at(_steepest(seen, steps))
-        if progress is not None:
-            progress(len(found), total)
+            part_at([_steepest(seen, steps)])
     order = tuple(sorted(found))
-    estimator = "clones" if twins.tie == "noise" else "coupled"
-    return Curves.of(estimator, order, twins.run, outcomes, [found[r] for r in order])
+    estimator = "clones" if clones else "coupled"
+    stacked = {o.name: Agreement.stack([found[r][o.name] for r in order]) for o in outcomes}
+    return Curves.of(estimator, order, twins.run, outcomes, stacked)
 
 
 def _planned(releases: int | Sequence[int], steps: int) -> list[int]:
     """The releases that were asked for by step; none if only their number was."""
     if arguments.is_whole(releases):
-        arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
-        return []
+        many = arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
+        return list(range(steps)) if many == steps else []
     planned = arguments.wholes("releases", releases, 0, steps - 1, fewest=3, why="steps of the run")
     return arguments.unlike("releases", planned)
 
@@ -312,11 +342,6 @@ def _steepest(curves: Mapping[int, Array], steps: int) -> int:
                 np.nanmax(np.abs(np.asarray(there) - np.asarray(here)), initial=0.0)
             )
     return max(rise, key=lambda r: rise[r])
-
-
-def _by_pair(stats: Agreement) -> Agreement:
-    """Both twins' statistics added up: [A | B, band] -> [pair, band]."""
-    return Agreement(*(part.reshape(2, -1, part.shape[-1]).sum(0) for part in stats))
 
 
 def commitment_difference(

@@ -84,6 +84,8 @@ def gaussian(
     *,
     shares: Sequence[float] | None = None,
     decoys: Sequence[int] = (),
+    noise: float = 0.0,
+    seed: int = 0,
     sample_size: int = 8,
     patch_size: int = 1,
     in_channels: int = 3,
@@ -104,6 +106,10 @@ def gaussian(
         shares: of each of `layers`, summing to 1; one may be negative. By default equal ones.
         decoys: layers that write the low band, at full strength, where it is never read: they show
             a difference and cause nothing.
+        noise: every other layer multiplies both bands alike by 1 + f(t), f a random smooth function
+            of about this size. That is no difference between the bands, and makes the denoiser
+            inexact: `exact_agreement` says what each of them does to the gap.
+        seed: of the noise.
         sample_size: height and width of the latents.
         patch_size: rows and columns of a patch.
         in_channels: channels of the latents.
@@ -132,6 +138,8 @@ def gaussian(
     if shares is not None:
         given = arguments.listed("shares", shares, "a number for each layer")
         split = [arguments.number(f"shares[{i}]", share) for i, share in enumerate(given)]
+    noise = arguments.number("noise", noise, 0, 0.99, why="of the signal")
+    seed = arguments.seed("seed", seed)
     if len(split) != len(layers) or not math.isclose(sum(split), 1.0, abs_tol=1e-9):
         raise InvalidValue(
             f"shares is {split}; expected {len(layers)} numbers, one a layer, that sum to 1."
@@ -157,6 +165,12 @@ def gaussian(
         build.act(
             transformer, layer, {build.LOW: torch.ones_like(abars)}, signal, build.both(unread[0])
         )
+    if noise:
+        draw = torch.Generator().manual_seed(seed)
+        for layer in sorted(set(range(n_layers)) - {*layers, *decoys}):
+            both_alike = noise * _wave(draw)
+            bands = {build.LOW: both_alike, build.HIGH: both_alike}
+            build.act(transformer, layer, bands, signal, write)
     build.unembed(transformer, write, (1 - abars).sqrt() / (lam_high * abars + 1 - abars))
     build.finish(transformer, dtype)
     answer = {
@@ -165,6 +179,7 @@ def gaussian(
         "layers": list(layers),
         "shares": split,
         "decoys": list(decoys),
+        "noise": noise,
         "commitment_log_snr": log_snr,
         "commitment_timestep": commit,
         "gap_log_snr": log_snr["high"] - log_snr["low"],
@@ -323,6 +338,14 @@ def random_planted(
     switch = {band: pick(200, 800)} if gated else None
     layers = range(first, first + count)
     return planted(layers, a, n_layers, band, switch=switch, noise=noise, seed=seed, dtype=dtype)
+
+
+def _wave(draw: torch.Generator) -> torch.Tensor:
+    """A random smooth function of t, [timestep], of mean square 1 and one sign or two."""
+    level, size, phase = torch.rand(3, generator=draw, dtype=torch.float64)
+    time = torch.arange(build.TIMESTEPS, dtype=torch.float64) / build.TIMESTEPS
+    wave = 2 * level - 1 + size * torch.cos(math.pi * (time + 2 * phase))
+    return wave / wave.square().mean().sqrt()
 
 
 def plain_scheduler() -> Any:

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..errors import InvalidState, InvalidValue
 from ..families.config import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
@@ -26,6 +26,7 @@ from ..model.kernels import Kernels
 from ..model.witness import Checksum, Witness
 from ..storage import load_tensors, save_tensors
 from ..storage.schema import conform
+from .recompute import order_of
 from .record import Record
 from .schema import CallParts, ContextParts, KeptCall, TraceFile
 
@@ -37,6 +38,12 @@ DEPTH = 8
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record; see `Trace.save`."""
+    for step in record.calls_at:
+        if order_of(record, dict.fromkeys(record.calls_at[step])) is not None:
+            raise InvalidState(
+                f"Step {step} went through the model in parts that are not in the batch's order, "
+                "which a file can't hold; trace a run without batch= to save it."
+            )
     tensors: dict[str, Tensor] = {}
     packer = _Packer(tensors)
     calls = [_packed(c, record.lost.get(i), i, packer) for i, c in enumerate(record.calls)]
