@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dit_lens.experiments.data_gap import spectrum_commitment
-from dit_lens.experiments.knock_outs import MATTERS
+from dit_lens.experiments.effects import MATTERS
 from dit_lens.experiments.release import SLACK
 from dit_lens.groundtruth import ddim_agreement
 from dit_lens.measures.agreement import Agreement, contrasts

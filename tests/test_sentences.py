@@ -114,37 +114,67 @@ def knocked(effects, n_layers=6, steps=25):
     return found.assign_attrs(sentence=effects_sentence(found))
 
 
-def patched(layers, value):
+def ways(*results):
+    """Results side by side, as `dit-lens patch` stores them."""
+    hows = ("zero", "mean", "resample")
+    return cause_report.side_by_side(
+        [one.assign_attrs(how=how) for one, how in zip(results, hows, strict=False)]
+    )
+
+
+def patched(layers, value, half_width=0.1):
     shape = (layers, 2, 2, 2)
     dims = ("layer", "site", "window", "band")
-    coords = {"layer": np.arange(layers), "band": ["low", "high"]}
-    return xr.Dataset({"move": (dims, np.full(shape, value))}, coords)
+    coords = {"layer": np.arange(layers), "band": ["low", "high"], "bound": BOUND}
+    coords |= {"site": ["attn_out", "mlp_out"], "window": ["4-7", "8-11"]}
+    ends = np.full((*shape, 2), [value - half_width, value + half_width])
+    moved = {"move": (dims, np.full(shape, value)), "move_together": ((*dims, "bound"), ends)}
+    return xr.Dataset(moved, coords)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 28])
 def test_knock_outs(layers):
     for one, other, move in itertools.product(ESTIMATES, ESTIMATES, (0.0, 0.3, -2.0)):
         found = knocked([one] + [other] * (layers - 1), layers)
-        lines = cause_report.sentences(found, patched(layers, move))
+        both = ways(found, knocked([other] * layers, layers))
+        lines = cause_report.sentences(both, patched(layers, move))
         for line in lines:
             check(line)
         causes, text = found.attrs["causes"], found.attrs["sentence"]
+        assert cause_report.causes(both, "zero") == causes
         assert "0.25 steps, 1% of the run, or more" in text
         assert ("move" in text and "measurably" in text) == (not causes)
         end = max(1, round(layers * 5 / 28))
         if causes:
             late = sum(layer >= layers - end for layer in causes)
             where = f"the last {end} of" if end > 1 else "the last of"
-            assert f"in {where} {layers} layers lie {late} of the {len(causes)} that" in lines[2]
+            assert f"in {where} {layers} layers lie {late} of the {len(causes)} that" in lines[-1]
         if np.isnan(one[0]):
             assert "Without layer" in text and "does not commit at all." in text
         for onsets in ({}, {"lens": -1}, {"lens": 0, "growth": -1}):
-            check(cause_report.against(found, onsets))
+            check(cause_report.against(both, onsets))
+        assert ("by none and high by none" in lines[-2]) == (move <= 0.1)
+
+
+def test_one_layer_without_which_half_of_the_gap_is_left_is_sure_or_said_not_to_be():
+    calm = [(0.0, -0.1, 0.1)] * 5
+    for effect, start in (
+        ((-2.0, -2.5, -1.5), "Without layer 0 at most half of the gap is left; "),
+        ((-1.5, -2.5, -0.5), "Without layer 0 less than half of the gap is left, but not for sure"),
+        ((-0.9, -1.0, -0.8), "No single layer takes away half of the gap; "),
+    ):
+        found = ways(knocked([effect, *calm]))
+        assert cause_report.sentences(found, patched(6, 0.0))[-1].startswith(start)
+
+
+def test_with_too_few_pairs_no_patch_is_said_to_carry_anything():
+    line = cause_report.sufficiency(patched(3, 0.9, np.nan))
+    assert line.endswith("no patch has an interval, so none is said to carry anything.")
 
 
 def test_layer_2_of_6_is_not_among_the_last():
     found = knocked([(0.0, -0.1, 0.1)] * 2 + [(2.0, 1.0, 3.0)] + [(0.0, -0.1, 0.1)] * 3)
-    line = cause_report.sentences(found, patched(6, 0.0))[2]
+    line = cause_report.sentences(ways(found), patched(6, 0.0))[-1]
     assert line == (
         "No single layer takes away half of the gap; in the last of 6 layers lie 0 of the 1 that "
         "move it."

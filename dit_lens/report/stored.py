@@ -12,7 +12,7 @@ import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
 from ..storage import load_dataset
-from . import coupling_sweep, gap, knock_outs
+from . import attributes, cause_details, coupling_sweep, gap, knock_outs
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -51,6 +51,19 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "estimator_band_difference": (),
         "estimator_band_difference_interval": (ENDS,),
     },
+    "attributes.nc": {
+        "commitment": ("attribute", "quantity"),
+        "commitment_interval": ("attribute", "quantity", ENDS),
+        "readable": ("attribute", "quantity"),
+        "readable_interval": ("attribute", "quantity", ENDS),
+        "band_commitment": ("band", "quantity"),
+        "band_commitment_interval": ("band", "quantity", ENDS),
+        "split_commitment": ("split", "quantity"),
+        "split_commitment_interval": ("split", "quantity", ENDS),
+        "agreement": ("release", "attribute"),
+        "agrees": ("release", "pair", "attribute"),
+        "end": ("release", "twin", "shown", "channel", "row", "column"),
+    },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
         "gap": ("g", "sense"),
@@ -65,13 +78,30 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "read_interval": ("g", ENDS),
     },
     "knock_outs.nc": {
-        "gap": ("layer",),
-        "effect": ("layer",),
-        "effect_interval": ("layer", ENDS),
-        "direct_effect": ("layer",),
-        "mediated_effect": ("layer",),
+        "gap": ("how", "layer"),
+        "effect": ("how", "layer"),
+        "effect_interval": ("how", "layer", ENDS),
     },
-    "patches.nc": {"move": ("layer", "site", "window", "band")},
+    "patches.nc": {
+        "move": ("layer", "site", "window", "band"),
+        "move_together": ("layer", "site", "window", "band", ENDS),
+    },
+    "cumulative.nc": {
+        "effect": ("end", "depth"),
+        "effect_interval": ("end", "depth", ENDS),
+    },
+    "smallest_set.nc": {"gap": ("tried",), "left": (), "left_interval": (ENDS,)},
+    "shapley.nc": {
+        "share": ("player",),
+        "share_interval": ("player", ENDS),
+        "monte_carlo": ("player",),
+        "interaction": ("one", "other"),
+    },
+    "windows.nc": {
+        "effect": ("layer", "window"),
+        "effect_interval": ("layer", "window", ENDS),
+    },
+    "interchange.nc": {"move": ("layer", "head", "window", "dose", "taken", "band")},
 }
 """The files that the commands write, and the figures in each that a report shows, with their
 axes."""
@@ -85,9 +115,20 @@ LABELS: dict[str, dict[str, set[Any]]] = {
         "quantity": {"step", "log_snr"},
         ENDS: {"low", "high"},
     },
+    "attributes.nc": {
+        "split": {"low", "high"},
+        "quantity": {"step"},
+        "twin": {"A", "B"},
+        ENDS: {"low", "high"},
+    },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
-    "patches.nc": {"band": {"low", "high"}},
+    "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
+    "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
+    "smallest_set.nc": {ENDS: {"low", "high"}},
+    "shapley.nc": {ENDS: {"low", "high"}},
+    "windows.nc": {ENDS: {"low", "high"}},
+    "interchange.nc": {"band": {"low", "high"}, "taken": {"low", "high"}},
 }
 """Labels that an axis must have."""
 
@@ -99,19 +140,28 @@ ATTRS: dict[str, dict[str, str]] = {
         **{f"onset_{view}": TEXTS for view in gap.VIEWS},
         **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
     },
+    "attributes.nc": {
+        **dict.fromkeys(("headline", "title", "notes"), TEXTS),
+        "steps": NUMBERS,
+    },
     "coupling_sweep.nc": {
         **dict.fromkeys(("form", "sentence_quality"), TEXTS),
         **{f"sentence_{sense}": TEXTS for sense in coupling_sweep.SENSES},
         **dict.fromkeys(("eps", "step"), NUMBERS),
     },
-    "knock_outs.nc": {"sentence": TEXTS, "gap": NUMBERS},
+    "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
+    "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
+    "smallest_set.nc": {"sentence": TEXTS},
+    "shapley.nc": {"sentence": TEXTS, "every": NUMBERS, "orders": NUMBERS},
+    "windows.nc": {"sentence": TEXTS, "gap": NUMBERS, "matters": NUMBERS},
+    "interchange.nc": {"sentence": TEXTS},
 }
 """What else a report shows."""
 
 COORDINATES = {
-    **dict.fromkeys(("layer", "step", "release"), "i"),
-    **dict.fromkeys(("g", "cut", "frequency", "token_frequency"), "f"),
+    **dict.fromkeys(("layer", "step", "release", "depth", "head"), "i"),
+    **dict.fromkeys(("g", "cut", "dose", "frequency", "token_frequency"), "f"),
 }
 """Axes whose labels are numbers, and of which kind."""
 
@@ -142,8 +192,12 @@ def show(path: Path) -> None:
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
             gap.show(results, file)
+        elif kind == "attributes.nc":
+            attributes.show(results, file)
         elif kind == "coupling_sweep.nc":
             coupling_sweep.show(results, file)
+        elif kind in cause_details.SHOWN:
+            cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
             _show_causes(kind, file)
 
@@ -176,9 +230,13 @@ def read(path: Path) -> tuple[str, xr.Dataset]:
         if not (number if what == NUMBERS else isinstance(value, str)):
             raise InvalidValue(f"{str(path)!r} has {name}={value!r:.60}; expected {EXPECTED}.")
     if kind == "knock_outs.nc":
-        causes = np.atleast_1d(results.attrs.get("causes", "none"))
-        if causes.dtype.kind not in "if" or not np.isin(causes, results.layer.values).all():
-            raise InvalidValue(f"{str(path)!r} has causes={causes}; expected some of its layers.")
+        for way in results.how.values.tolist():
+            said = results.attrs.get(f"sentence_{way}")
+            if way not in knock_outs.REPLACED or not isinstance(said, str):
+                raise InvalidValue(
+                    f"{str(path)!r} has how={way!r:.60} and the sentence {said!r:.60}; expected "
+                    f"{', '.join(knock_outs.REPLACED)} with a sentence each."
+                )
     return kind, results
 
 
