@@ -615,7 +615,7 @@ def _behaviour(
             variables[f"{kind}_variance{end}"] = ((kind, *dims), compared[f"variance{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
-        "release": list(clones.releases) if clones else [],
+        "release": np.array(clones.releases if clones else [], dtype=np.int64),
         "band": list(modes.fine.names),
         "split": list(modes.split.names),
         "estimator": list(ESTIMATORS),
