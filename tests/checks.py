@@ -37,7 +37,8 @@ tests. Behind a share stands its 95 % interval (Wilson). "Wanted" was set before
 column says whether the measured value is inside. How a crossing of half is found and what departure
 counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted
 here, and the degrees of freedom of the intervals (`measures.bootstrap.freedom`) on profiles like
-those of the part `intervals`.
+those of the part `intervals`. The late share, which null models are compared by, was settled before
+any was measured.
 
 ## Exact answers
 
@@ -238,6 +239,30 @@ def models(scale: float) -> Iterator[Row]:
             )
 
 
+def nulls(scale: float) -> Iterator[Row]:
+    """Profiles over depth held against 19 null models, where no order of layers is special, and
+    clones in the stream where there is no gap.
+    """
+    found = list(test_layer_profile.late_claims(max(4, round(60 * scale))))
+    for view in test_layer_profile.VIEWS:
+        claims = sum(p[view] <= 0.05 for p in found)
+        yield Row(
+            "late share, random weights",
+            f"{view}: p of 0.05 or less",
+            "at most 5 %",
+            share(claims, len(found)),
+            claims <= 0.05 * len(found),
+        )
+    white = list(test_layer_profile.white_streams(max(4, round(100 * scale))))
+    yield Row(
+        "clones agree in the stream, white data (E1)",
+        "a gap is seen in some layer",
+        "at most 5 %",
+        share(sum(white), len(white)),
+        sum(white) <= 0.05 * len(white),
+    )
+
+
 def causes(scale: float) -> Iterator[Row]:
     """Knock-outs on models whose causes are known: exact denoisers with decoys that show the
     difference and cause nothing (E6), and circuits of which the exact effect of taking any layer
@@ -353,7 +378,7 @@ def acting_together(models: int) -> Iterator[Row]:
         yield Row("either of two layers suffices", case, wanted, share(hits, n), ok)
 
 
-PARTS = (sampled, coverage, intervals, profiles, models, causes)
+PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes)
 
 
 def main() -> None:

@@ -42,14 +42,27 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "difference_spectrum": ("layer", "token_frequency"),
         "agreement_one_pass": ("step", "band"),
         "agreement_clones": ("release", "band"),
+        "band_gap": ("estimator", "quantity"),
+        "band_gap_interval": ("estimator", "quantity", ENDS),
+        "band_variance": ("band",),
+        "band_variance_interval": ("band", ENDS),
+        "split_variance": ("split",),
+        "split_variance_interval": ("split", ENDS),
+        "estimator_band_difference": (),
+        "estimator_band_difference_interval": (ENDS,),
     },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
         "gap": ("g", "sense"),
         "gap_interval": ("g", "sense", ENDS),
         "rho": ("g",),
-        "response": ("g", "layer"),
-        "linear": ("g", "layer"),
+        "xi": ("g",),
+        "routing": ("g", "layer"),
+        "pattern": ("g", "layer"),
+        "energy": ("g", "band"),
+        "energy_interval": ("g", "band", ENDS),
+        "read": ("g",),
+        "read_interval": ("g", ENDS),
     },
     "knock_outs.nc": {
         "gap": ("how", "layer"),
@@ -82,14 +95,14 @@ axes."""
 
 LABELS: dict[str, dict[str, set[Any]]] = {
     "gap.nc": {
-        "view": {"divergence", "lens"},
+        "view": {"stream", "lens"},
         "energy": {"ratio", "growth"},
         "split": {"low", "high"},
         "estimator": {"one_pass", "clones"},
         "quantity": {"step", "log_snr"},
         ENDS: {"low", "high"},
     },
-    "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"parting", "size"}},
+    "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
@@ -103,13 +116,14 @@ LABELS: dict[str, dict[str, set[Any]]] = {
 NUMBERS, TEXTS = "numbers", "texts"
 ATTRS: dict[str, dict[str, str]] = {
     "gap.nc": {
-        **dict.fromkeys(("headline", "estimators", "title", "bands", "notes"), TEXTS),
+        **dict.fromkeys(("headline", "estimators", "data", "title", "bands", "notes"), TEXTS),
         **dict.fromkeys(("commitment_step", "cut", "steps"), NUMBERS),
         **{f"onset_{view}": TEXTS for view in gap.VIEWS},
         **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
     },
     "coupling_sweep.nc": {
-        **dict.fromkeys(("form", "sentence_parting", "sentence_size"), TEXTS),
+        **dict.fromkeys(("form", "sentence_quality"), TEXTS),
+        **{f"sentence_{sense}": TEXTS for sense in coupling_sweep.SENSES},
         **dict.fromkeys(("eps", "step"), NUMBERS),
     },
     "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
