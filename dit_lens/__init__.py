@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ActivationCache": "hooks.cache",
+    "Activations": "tracing.activations",
     "Bands": "measures.bands",
     "DitLensError": "errors",
     "HookedDiT": "model.hooked",
@@ -33,6 +34,7 @@ _HOME = {
     "UnknownName": "hooks.names",
     "load": "model.loading",
     "load_trace": "tracing.trace",
+    "record": "tracing.recording",
     "sample": "sampling.run",
     "to_nnsight": "bridges.nnsight",
     "to_transformer_lens": "bridges.transformer_lens",

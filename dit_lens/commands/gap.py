@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidValue, MissingFile
-from . import patch
+from . import attributes, patch
 from .common import (
     add_model,
     add_quick,
@@ -29,7 +29,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and what `dit_lens.experiments.gap` takes; --couple and --causes do more."""
+    """MODEL, and what `dit_lens.experiments.gap` takes; --couple, --causes and --attributes do
+    more.
+    """
     add_model(parser)
     add_quick(parser, pairs=(48, 16), steps=(50, 25))
     add_seed(parser)
@@ -74,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "width] in [0, 1] as .npy",
     )
     parser.add_argument(
+        "--attributes",
+        nargs="?",
+        const=attributes.OWN,
+        metavar="FUNCTION",
+        help="also when each attribute is decided that a function reads off the images: that of "
+        f"the bundled model ({', '.join(attributes.BUNDLED)}), or {attributes.EXPECTED}",
+    )
+    parser.add_argument(
         "--one-pass",
         action="store_true",
         help="without clones, in a third of the time: the behaviour as an exact denoiser has it",
@@ -87,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments import couplings, measure_gap
+    from ..experiments.attributes import attribute_names
     from ..experiments.coupling_sweep import checked_strengths
     from ..experiments.null_profiles import checked_nulls
     from ..report import coupling_sweep as coupling_report
@@ -98,9 +109,12 @@ def run(args: argparse.Namespace) -> None:
         checked_strengths(args.couple)  # before minutes are spent
     checked_nulls(args.null)
     images, labels = read_images(args.images) if args.images else (None, None)
+    read = args.attributes and attributes.find(args.attributes, str(args.model))
     out = args.out or Path(f"gap-{file_name(str(args.model))}")
     try_folder(out)  # as well
     model = open_model(args)
+    if read:
+        attribute_names(model, read)  # as well
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
@@ -134,6 +148,11 @@ def run(args: argparse.Namespace) -> None:
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
         coupling_report.write(swept, out)
+
+    if read:
+        many = pairs if args.quick else args.pairs  # categories need more pairs than fields
+        name = str(args.model)
+        attributes.measure(model, read, many, steps, args.seed, args.cut, name, out)
 
     if args.causes:
         onsets = gap_report.onsets(results)

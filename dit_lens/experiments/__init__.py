@@ -7,6 +7,7 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `measure_gap`: the whole measurement behind `dit-lens gap`.
 - `one_pass`, `release_sweep`: agreement of finished twins by release step, as `Curves`, and
   `commitment_difference` of two of them.
+- `attributes`: when each attribute is decided that a function can read off an image.
 - `latents`, `images`, `features`: the `Outcome` that is compared.
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
@@ -17,6 +18,7 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 """
 
 from .ablation import knocked_out
+from .attributes import attributes
 from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .gap import measure_gap
@@ -31,6 +33,7 @@ from .step_doubling import step_doubling
 __all__ = [
     "Curves",
     "Outcome",
+    "attributes",
     "commitment_difference",
     "couple_alone",
     "couplings",

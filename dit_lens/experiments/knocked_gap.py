@@ -66,8 +66,8 @@ class KnockedGap:
         self.pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
         self.steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
         self.resamples = arguments.whole("resamples", resamples, 1)
-        self.seed, self.cut = arguments.seed("seed", seed), cut
-        self.outcome = latents(Bands.radial(model.cfg.pixels, cut=cut))
+        self.seed, self.cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
+        self.outcome = latents(Bands.radial(model.cfg.pixels, cut=self.cut))
         labels = paired_labels(model, self.pairs)
         self.whole = twins(model, self.pairs, labels, steps=self.steps, seed=self.seed)
         curves = one_pass(self.whole, [self.outcome])

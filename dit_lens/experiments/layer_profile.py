@@ -102,7 +102,7 @@ class Streams(Outcome):
         """
         return x
 
-    def sums(self, x: Tensor, y: Tensor) -> Tensor:
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:
         """<a, b>, |a|² and |b|² in every layer, [3, pair, layer x band], without the mean of each
         label, position and channel; each channel is divided by its variance, constant ones are left
         out.
@@ -110,8 +110,9 @@ class Streams(Outcome):
         Args:
             x: finished latents of the twins A, [pair, *latent_shape].
             y: of the twins B.
+            contrasts: of the labels.
         """
-        bands, contrasts = self.bands, Contrasts(self.labels, len(x))
+        bands = self.bands
         assert bands is not None
         both, labels = torch.cat([x, y]), torch.as_tensor([*self.labels, *self.labels])
         size = self.batch or len(both)

@@ -72,12 +72,13 @@ class Outcome:
         """
         return contrasts.modes(self.of(x), self.bands)
 
-    def sums(self, x: Tensor, y: Tensor) -> Tensor:
-        """<x, y>, |x|² and |y|² of two sides that `modes` gave, [3, pair, band].
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
+        """The statistics of both sides, [3, pair, band]; see `dit_lens.measures.agreement.sums`.
 
         Args:
-            x: of twin A.
+            x: of twin A, from `modes`.
             y: of twin B.
+            contrasts: of the labels.
         """
         return sums(x, y, self.bands)
 

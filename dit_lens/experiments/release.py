@@ -217,7 +217,7 @@ def one_pass(
             if done == len(seen) and torch.equal(x, run.latents[-1]):
                 x = run.latents[-1]  # decoded already
             for o, end in zip(outcomes, ends, strict=True):
-                stats = o.sums(o.modes(x, contrasts), end)
+                stats = o.sums(o.modes(x, contrasts), end, contrasts)
                 # both twins of a pair add up
                 found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
             if progress is not None:
@@ -236,6 +236,7 @@ def release_sweep(
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
     batch: int | None = None,
+    each: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Curves:
     """Agreement of finished twins for each of several releases of one tied run.
 
@@ -252,6 +253,7 @@ def release_sweep(
         progress: called with (done, total) releases.
         batch: images that go through the model at once; None is all. Branches of different releases
             go together where it allows.
+        each: called with (release, A, B), the finished latents of both twins.
 
     Returns:
         Curves: the releases in increasing order.
@@ -275,6 +277,7 @@ def release_sweep(
     for name in steering:
         arguments.choice("by", name, names)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    arguments.optional(arguments.function, "each", each, "each(release, a, b)")
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
         raise InvalidValue(
@@ -309,10 +312,13 @@ def release_sweep(
                         o.sums(
                             shared[o.name] if mine is None else o.modes(mine, contrasts),
                             o.modes(theirs, contrasts),
+                            contrasts,
                         )
                     )
                     for o in outcomes
                 }
+                if each is not None:
+                    each(release, finished[: twins.pairs] if mine is None else mine, theirs)
                 if progress is not None:
                     progress(len(found), total)
 

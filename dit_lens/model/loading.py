@@ -16,7 +16,16 @@ from ..families import family_of
 from ..families.base import Family
 from ..families.config import Size
 from .hooked import HookedDiT
-from .saved import check_config, check_part, check_pipeline, named_class, read_json, skeleton
+from .saved import (
+    check_config,
+    check_part,
+    check_pipeline,
+    check_weights,
+    has_weights,
+    named_class,
+    read_json,
+    skeleton,
+)
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
@@ -127,6 +136,7 @@ def _load_folder(
         check_pipeline(folder)
         texts = _text_parts(folder, dtype)
         pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype, **texts)
+        _refuse_not_finite(getattr(pipe, "transformer", None), folder)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device), size=size)
@@ -146,12 +156,23 @@ def _load_folder(
     made: dict[str, Any] = {
         name: cls and _weights(cls, folder / name, dtype=dtype) for name, cls in classes.items()
     }
+    _refuse_not_finite(made[""], folder)
     return HookedDiT(
         made[""].to(device).eval(),
         scheduler=made["scheduler"],
         vae=made["vae"] and made["vae"].to(device),
         size=size,
     )
+
+
+def _refuse_not_finite(module: Any, folder: Path) -> None:
+    """Refuse weights with which everything that is computed would be NaN."""
+    for name, weight in module.named_parameters() if module is not None else ():
+        if not bool(weight.isfinite().all()):
+            raise InvalidValue(
+                f"The weights in {str(folder)!r} are damaged: {name} has values that are not "
+                "finite."
+            )
 
 
 def _is_hub_id(model: str | Path) -> bool:
@@ -257,4 +278,6 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     cls = named_class(config, diffusers.ModelMixin, where)
     check_config(config, where)
     made = skeleton(cls, config, where)
+    if has_weights(folder):
+        check_weights(cls, folder)
     return family_of(made), made

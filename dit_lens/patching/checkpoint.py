@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,8 @@ class About(Schema):
     patches: Size
 
 
-def scheduler_text(run: Run) -> str:
-    """The class of a run's scheduler and a digest of its settings."""
-    scheduler = run.scheduler
+def scheduler_text(scheduler: Any) -> str:
+    """The class of a scheduler and a digest of its settings."""
     config = sorted((k, str(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
     return f"{type(scheduler).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
 
@@ -50,7 +50,7 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:
     for run in (source, target):
         settings = run.settings
         about = (settings.eta, settings.guidance, settings.guided_channels)
-        digest.update(repr((*about, scheduler_text(run), run.labels.tolist())).encode())
+        digest.update(repr((*about, scheduler_text(run.scheduler), run.labels.tolist())).encode())
         digest.update(repr([(c.from_step, c.seeds, len(c.edits)) for c in run.history]).encode())
         for kept in (run.latents, run.outputs):  # these depend on the weights
             digest.update(kept.cpu().contiguous().numpy().tobytes())

@@ -201,9 +201,7 @@ def _planned(
         arguments.instance("patches", patch, Patch, several)
     arguments.whole("batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    if resume is not None and (not isinstance(resume, (str, Path)) or not str(resume)):
-        wrong_type = not isinstance(resume, str)
-        raise arguments.refusal("resume", resume, "the path of a file", wrong_type=wrong_type)
+    arguments.optional(arguments.path, "resume", resume)
     check_measure(outcome)
     return [plan(patch, model, steps, items) for patch in patches]
 
@@ -277,7 +275,7 @@ def check_kind_of_runs(source: Run, target: Run) -> None:
                 f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: "
                 "sample both alike."
             )
-    a, b = scheduler_text(source), scheduler_text(target)
+    a, b = scheduler_text(source.scheduler), scheduler_text(target.scheduler)
     if a != b:
         raise InvalidValue(
             f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at "

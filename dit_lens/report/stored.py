@@ -12,7 +12,7 @@ import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
 from ..storage import load_dataset
-from . import cause_details, coupling_sweep, gap, knock_outs
+from . import attributes, cause_details, coupling_sweep, gap, knock_outs
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -50,6 +50,19 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "split_variance_interval": ("split", ENDS),
         "estimator_band_difference": (),
         "estimator_band_difference_interval": (ENDS,),
+    },
+    "attributes.nc": {
+        "commitment": ("attribute", "quantity"),
+        "commitment_interval": ("attribute", "quantity", ENDS),
+        "readable": ("attribute", "quantity"),
+        "readable_interval": ("attribute", "quantity", ENDS),
+        "band_commitment": ("band", "quantity"),
+        "band_commitment_interval": ("band", "quantity", ENDS),
+        "split_commitment": ("split", "quantity"),
+        "split_commitment_interval": ("split", "quantity", ENDS),
+        "agreement": ("release", "attribute"),
+        "agrees": ("release", "pair", "attribute"),
+        "end": ("release", "twin", "shown", "channel", "row", "column"),
     },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
@@ -102,6 +115,12 @@ LABELS: dict[str, dict[str, set[Any]]] = {
         "quantity": {"step", "log_snr"},
         ENDS: {"low", "high"},
     },
+    "attributes.nc": {
+        "split": {"low", "high"},
+        "quantity": {"step"},
+        "twin": {"A", "B"},
+        ENDS: {"low", "high"},
+    },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
@@ -120,6 +139,10 @@ ATTRS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("commitment_step", "cut", "steps"), NUMBERS),
         **{f"onset_{view}": TEXTS for view in gap.VIEWS},
         **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
+    },
+    "attributes.nc": {
+        **dict.fromkeys(("headline", "title", "notes"), TEXTS),
+        "steps": NUMBERS,
     },
     "coupling_sweep.nc": {
         **dict.fromkeys(("form", "sentence_quality"), TEXTS),
@@ -169,6 +192,8 @@ def show(path: Path) -> None:
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
             gap.show(results, file)
+        elif kind == "attributes.nc":
+            attributes.show(results, file)
         elif kind == "coupling_sweep.nc":
             coupling_sweep.show(results, file)
         elif kind in cause_details.SHOWN:

@@ -7,6 +7,7 @@ scheduler's memory is rebuilt for a replay by feeding it the stored model output
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -272,6 +273,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             "variance-preserving or flow-matching scheduler, such as "
             f"{', '.join(map(repr, SAMPLERS))}."
         )
+    _refuse_broken(scheduler, settings)
     return scheduler
 
 
@@ -321,6 +323,12 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"{name} has stochastic_sampling=True, whose noise can't be that of the run; expected "
             "scheduler='euler-flow' with eta=1."
         )
+    known = getattr(scheduler, "alphas_cumprod", None)
+    if known is not None and len(known) != scheduler.config.num_train_timesteps:
+        raise InvalidValue(
+            f"{name} has noise levels for {len(known)} timesteps; expected as many as the "
+            f"{scheduler.config.num_train_timesteps} that the model was trained on."
+        )
     levels = log_snr(scheduler, scheduler.timesteps)
     if not bool(levels.isfinite().all() and (levels.diff() >= -1e-6).all()):
         raise InvalidValue(
@@ -328,6 +336,21 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"step, and goes {float(levels[0]):.2f}, ..., {float(levels[-1]):.2f}; expected a "
             "variance-preserving or flow-matching scheduler."
         )
+
+
+def _refuse_broken(scheduler: Any, settings: Settings) -> None:
+    """Raise ValueError for a scheduler that can't take its first step, before the model runs."""
+    trial, x = copy.deepcopy(scheduler), torch.zeros(1, 4, 8, 8)
+    output = torch.cat([x] * (2 if learns_variance(trial) else 1), 1)
+    try:
+        advance(trial, output, x, [0], 0, settings.eta)
+    except DitLensError:
+        raise
+    except Exception as error:  # of settings that only its step looks at
+        raise InvalidValue(
+            f"{type(scheduler).__name__} can't take a step ({type(error).__name__}: {error}); "
+            "expected a variance-preserving or flow-matching scheduler."
+        ) from error
 
 
 def is_stochastic(model: HookedDiT, settings: Settings) -> bool:

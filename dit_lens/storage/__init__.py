@@ -7,7 +7,7 @@ it; the schemas are beside those who write it (`tracing`, `patching`, `report`, 
 from .datasets import load_dataset, save_dataset
 from .locks import locked
 from .seals import check_seal, versions
-from .tensors import load_tensors, save_tensors
+from .tensors import load_tensors, mapped_tensors, save_tensors
 from .writing import file_name, replacing, try_folder
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_dataset",
     "load_tensors",
     "locked",
+    "mapped_tensors",
     "replacing",
     "save_dataset",
     "save_tensors",

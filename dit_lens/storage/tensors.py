@@ -47,8 +47,23 @@ def save_tensors(
     }
     with replacing(path) as part:
         save_file(_separate(tensors), part, metadata)
+        _order_header(part)
         seal(part)
     return Path(path)
+
+
+def _order_header(path: Path) -> None:
+    """Put the header in an order of its own, since safetensors writes the metadata in any: so the
+    same content is the same file.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        content = ordered.encode()
+        if len(content) <= size:  # as long, unless something is written otherwise in Rust
+            file.seek(8)
+            file.write(content.ljust(size))
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,12 +93,27 @@ def load_tensors(path: str | Path, kind: str, expected: str) -> tuple[Any, dict[
         InvalidValue: if it is damaged, or something else.
     """
     check_seal(path, expected)
+    about, tensors = mapped_tensors(path, kind, expected)
+    # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on unaligned
+    # memory
+    return about, {key: value.clone() for key, value in tensors.items()}
+
+
+def mapped_tensors(path: str | Path, kind: str, expected: str) -> tuple[Any, dict[str, Tensor]]:
+    """The same without the checksum, and without reading the tensors: they are mapped into memory.
+
+    Args:
+        path: the file.
+        kind: what it should be.
+        expected: the same in words.
+
+    Raises:
+        InvalidValue: if it is damaged, or something else.
+    """
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            # cloned: in the file tensors lie anywhere, and CPU kernels give other last bits on
-            # unaligned memory
-            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         about = json.loads(metadata.get("about", "null"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InvalidValue(

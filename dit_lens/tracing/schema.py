@@ -192,3 +192,46 @@ class TraceFile(Schema):
     calls: Listed[KeptCall]
     calls_at: Listed[Annotated[tuple[Size, Listed[Size]], Field(strict=False)]]
     log_snr: Listed[float] | None
+
+
+class Recorded(Schema):
+    """What a folder of activations says of itself: all that decides what is in its shards."""
+
+    names: HookNames
+    axes: Listed[Listed[str]]
+    shapes: Listed[Listed[Size]]
+    dtypes: Listed[Dtype]
+    labels: Listed[int]
+    prompts: Listed[str]
+    seeds: Listed[Annotated[int, Field(ge=0, lt=1 << 63)]]
+    steps: Size
+    at: Listed[Size]
+    timesteps: Listed[float]
+    tokens: Listed[Size] | None
+    guidance: float
+    scheduler: str
+    eta: float
+    passes: Annotated[int, Field(ge=1, le=2)]
+    batch: Annotated[int, Field(ge=1)]
+    shard_steps: Annotated[int, Field(ge=1)]
+    model: str  # last: its first answer depends on the other settings
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Recorded:
+        per_name = {len(self.names), len(self.axes), len(self.shapes), len(self.dtypes)}
+        if len(per_name) > 1 or len(self.labels) != len(self.seeds) or not self.labels:
+            raise PydanticCustomError("length", "Input should have lists of one length", {})
+        if len(self.at) != len(self.timesteps) or not self.at or not self.names:
+            raise PydanticCustomError("length", "Input should have lists of one length", {})
+        return self
+
+    @property
+    def shards(self) -> list[tuple[str, range, range]]:
+        """Of each shard its file name, its items, and its steps as places in `at`; in order."""
+        found = []
+        for number, first in enumerate(range(0, len(self.labels), self.batch)):
+            items = range(first, min(first + self.batch, len(self.labels)))
+            for part, start in enumerate(range(0, len(self.at), self.shard_steps)):
+                steps = range(start, min(start + self.shard_steps, len(self.at)))
+                found.append((f"shard-{number:05d}-{part:03d}.safetensors", items, steps))
+        return found
