@@ -42,7 +42,7 @@ def profiles(
     """Every view with its 95 % intervals, and its onset.
 
     Args:
-        seen: `TwinDivergence` in the bands `fine`.
+        seen: `TwinDivergence` in the bands `fine`, or in `coarse` with `fine=fine`.
         lensed: `LayerLens` in "low" and "high".
         coarse: "low" and "high" of the stream.
         fine: bands that refine `coarse`.
@@ -58,7 +58,13 @@ def profiles(
     taus: dict[str, Array] = {}  # [resample, layer, band]
 
     # in steps: half-crossings of the normalised difference, and of the lens
-    merged = {name: _merged(seen[name], fine, coarse) for name in ("difference", "common")}
+    kept = "fine_common" in seen  # pairs in the coarse bands, and only sums in the fine ones
+    merged = {
+        name: seen[name].transpose("channels", "layer", "step", "band", "pair")
+        if kept
+        else _merged(seen[name], fine, coarse)
+        for name in ("difference", "common")
+    }
     difference, common = (
         _pooled(merged[name].sel(channels=CHANNELS), counts) for name in ("difference", "common")
     )
@@ -81,7 +87,13 @@ def profiles(
         view: _onset(value, pairs, view, MATTERS[view] * (steps if view in STEP_VIEWS else 1))
         for view, value in values.items()
     }
-    now = seen.sel(channels=CHANNELS).isel(step=at).sum("pair")
+    now = seen.sel(channels=CHANNELS).isel(step=at)
+    if kept:
+        now = now[["fine_difference", "fine_common"]].rename(
+            fine_difference="difference", fine_common="common", fine="band"
+        )
+    else:
+        now = now.sum("pair")
     whole = {name: value.sum("pair") for name, value in merged.items()}
 
     # of layers by themselves, and of all of them at once; the lens takes label means off, of both

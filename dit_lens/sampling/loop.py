@@ -20,12 +20,12 @@ from torch import Tensor
 from ..errors import DitLensError, InvalidValue
 from ..hooks.passes import Part
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import CLIPPING, log_snr, predict_x0
+from ..model.noise_schedule import log_snr, predict_x0
 from ..model.witness import Checksum, Witness
 from .guidance import guided, model_inputs, n_passes
 from .noise import generators, noise
 from .parts import Split, Splitter, is_out_of_memory, positions
-from .schedulers import SAMPLERS, learns_variance, make_scheduler, takes_eta
+from .schedulers import MEMORYLESS, SAMPLERS, learns_variance, make_scheduler, takes_eta
 from .settings import Change, Edits, Settings, edits_at, seeds_at
 
 
@@ -125,9 +125,9 @@ def advance(
 ) -> Tensor:
     """The next x_t: one step of the scheduler, with each item's own noise."""
     options: dict[str, Any] = {}
-    # a tensor would be looked into several times a step
     t = scheduler.timesteps[step]
-    t = scheduler.timesteps.tolist()[step] if type(scheduler).__name__ in CLIPPING else t
+    if type(scheduler).__name__ in MEMORYLESS:  # which would look into a tensor several times
+        t = scheduler.times[step]
     if type(scheduler) is DDIMScheduler:
         if eta:
             options["variance_noise"] = noise(seeds, step, x.shape[1:], x.device, output.dtype)
@@ -186,7 +186,9 @@ def answered(
         index = positions(part, x.device)
         try:
             with (
-                inst.under(step=step, **_place(inst, split, part, passes, tries)),
+                inst.under(
+                    step=step, steps=settings.steps, **_place(inst, split, part, passes, tries)
+                ),
                 model.hooks(edits),
                 inst.witnessing() as witness,
             ):
@@ -265,6 +267,8 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             f"steps={settings.steps} is more than the {most} timesteps the model was trained on."
         )
     _set_timesteps(model, scheduler, settings.steps)
+    # as numbers, which nobody has to wait for
+    scheduler.times = scheduler.timesteps.tolist()
     _refuse_unfit(scheduler, settings)
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise InvalidValue(

@@ -418,7 +418,10 @@ class Run:
         Args:
             step: the next step to be made.
         """
-        scheduler, step = self.fresh_scheduler(), arguments.whole("step", step, 0, self.settings.steps)
+        scheduler, step = (
+            self.fresh_scheduler(),
+            arguments.whole("step", step, 0, self.settings.steps),
+        )
         for s in range(0 if type(scheduler).__name__ in MEMORYLESS else step):
             seeds, eta = self.seeds_at(s), self.settings.eta
             advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
