@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import patch
+from . import cost, patch
 from .common import (
+    add_device,
+    add_labels,
     add_model,
     add_quick,
     add_seed,
     add_size,
+    batch_of,
     frequency,
+    labels_of,
     open_model,
     progress_bar,
     sizes,
@@ -53,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="without clones, in a third of the time: the behaviour as an exact denoiser has it",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it would cost, and run nothing else"
+    )
+    add_labels(parser)
     add_size(parser)
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
     )
@@ -62,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments import couplings, measure_gap
+    from ..experiments.cost import gap_cost
     from ..experiments.coupling_sweep import checked_strengths
     from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
@@ -71,8 +81,18 @@ def run(args: argparse.Namespace) -> None:
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
     out = args.out or Path(f"gap-{file_name(str(args.model))}")
-    try_folder(out)  # as well
+    labels = labels_of(args)
+    if not args.dry_run:
+        try_folder(out)  # as well
     model = open_model(args)
+    batch = batch_of(args, model, 2 * pairs)
+    planned = gap_cost(
+        model, pairs, steps, batch=batch, clones=not args.one_pass, calibrate=args.dry_run
+    )
+    planned.require_fit()
+    if args.dry_run:
+        cost.show([planned])
+        return
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
@@ -85,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
             bands=args.bands,
             name=str(args.model),
             clones=not args.one_pass,
+            batch=batch,
+            labels=labels,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
     gap_report.write(results, out)

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DitLensError
-from . import check, check_family, gap, hooks, patch, probe, report
+from . import check, check_family, cost, gap, hooks, patch, probe, report
 
 COMMANDS = {
     "hooks": hooks,
     "gap": gap,
     "patch": patch,
     "probe": probe,
+    "cost": cost,
     "check": check,
     "check-family": check_family,
     "report": report,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import (
+    add_device,
     add_model,
     add_quick,
     add_seed,
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="between low and high, in cycles per pixel (default: 0.25)",
     )
     add_size(parser)
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: patch-MODEL)"
     )

@@ -33,8 +33,8 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.commitment import fit_commitment
 from ..measures.estimate import Estimate
 from ..measures.onset import Onset
-from ..model.hooked import HookedDiT
 from ..model.conditions import Labels
+from ..model.hooked import HookedDiT
 from ..twinning.twins import Twins, chosen_labels, twins
 from .layer_profile import CHANNELS, profiles
 from .outcomes import Outcome, features, images, latents, once
