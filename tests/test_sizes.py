@@ -43,19 +43,19 @@ def test_a_run_in_parts_is_the_run(model, guidance):
     settings = {"steps": 4, "guidance": guidance, "eta": 1.0}
     whole = dit_lens.sample(model, labels, **settings)
     parts = dit_lens.sample(model, labels, batch=4, **settings)
-    assert torch.allclose(parts.latents, whole.latents, atol=1e-5)
+    assert torch.allclose(parts.latents, whole.latents, rtol=1e-4, atol=1e-4)
     assert {len(p) for s in parts.splits for p in s.parts} <= ({1, 2} if guidance > 1 else {2, 3})
     # what is recomputed is split alike: bit for bit, proven by the witness without a warning
     assert torch.equal(parts.replay(2).latents, parts.latents)
     assert parts.replay(2).splits == parts.splits
     read = parts.activations("resid_post", 1)
-    assert torch.allclose(read, whole.activations("resid_post", 1), atol=1e-5)
+    assert torch.allclose(read, whole.activations("resid_post", 1), rtol=1e-4, atol=1e-4)
     assert torch.equal(read[2], parts.activations("resid_post", 1, step=2))
-    assert torch.allclose(parts.forward(1), whole.forward(1), atol=1e-5)
+    assert torch.allclose(parts.forward(1), whole.forward(1), rtol=1e-4, atol=1e-4)
     other = whole.replay(1, batch=2)
-    assert torch.allclose(other.latents, whole.latents, atol=1e-5) and other.batch == 2
+    assert torch.allclose(other.latents, whole.latents, rtol=1e-4, atol=1e-4) and other.batch == 2
     some = parts.select([0, 3])
-    assert torch.allclose(some.replay(1).latents, parts.latents[:, [0, 3]], atol=1e-5)
+    assert torch.allclose(some.replay(1).latents, parts.latents[:, [0, 3]], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tie", ["noise", "attention"])
@@ -64,7 +64,7 @@ def test_twins_in_parts_stay_together(model, tie):
     settings = {"steps": 5, "release": 3, "tie": tie, "guidance": 2.0, **more}
     whole = dit_lens.twins(model, 5, **settings)
     parts = dit_lens.twins(model, 5, batch=8, **settings)
-    assert torch.allclose(parts.run.latents, whole.run.latents, atol=1e-5)
+    assert torch.allclose(parts.run.latents, whole.run.latents, rtol=1e-4, atol=1e-4)
     assert all(len(p) in (2, 4) for p in parts.run.splits[-1].parts)
     assert torch.equal(parts.run.replay(3).latents, parts.run.latents)
 
@@ -76,12 +76,12 @@ def test_a_trace_and_probes_see_parts_as_the_whole(model):
             pair = dit_lens.twins(model, 6, [0, 1, 2] * 2, steps=3, guidance=2.0, batch=batch)
         return t, [p.result() for p in probes], pair
 
-    (whole, expected, _), (parts, found, _) = watched(None), watched(6)
-    assert parts.steps == whole.steps and len(parts.record.calls) == 12
-    assert torch.allclose(parts["resid_post", 1], whole["resid_post", 1], atol=1e-5)
-    assert torch.allclose(parts["attn_out", 1], whole["attn_out", 1], atol=1e-5)
-    assert torch.allclose(parts.stack("mlp_out"), whole.stack("mlp_out"), atol=1e-5)
-    assert torch.allclose(parts.latents, whole.latents, atol=1e-5)
+    (whole, expected, _), (parts, found, _) = watched(None), watched(8)
+    assert parts.steps == whole.steps and len(parts.record.calls) == 9
+    assert torch.allclose(parts["resid_post", 1], whole["resid_post", 1], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(parts["attn_out", 1], whole["attn_out", 1], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(parts.stack("mlp_out"), whole.stack("mlp_out"), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(parts.latents, whole.latents, rtol=1e-4, atol=1e-4)
     one, other = parts.to_xarray(), whole.to_xarray()
     for name in ("branch", "twin", "label"):
         assert one[name].values.tolist() == other[name].values.tolist()
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(model):
     handle = too_large(model, 7)
     with pytest.warns(UserWarning, match="Out of memory with 12 images at once; going on with 6."):
         run = dit_lens.twins(model, 6, steps=3).run
-    assert torch.allclose(run.latents, whole.run.latents, atol=1e-5) and run.batch == 6
+    assert torch.allclose(run.latents, whole.run.latents, rtol=1e-4, atol=1e-4) and run.batch == 6
     assert torch.equal(run.replay(1).latents, run.latents)
     with pytest.warns(UserWarning, match="going on with 6"):
         found = TwinDivergence().run(model, pairs=6, steps=3)
@@ -175,7 +175,9 @@ def test_a_release_sweep_runs_nothing_twice(model):
     for r in (0, 5, 11):
         own = pair.a.replay(r, seeds=twin_seeds(1_000_003 * (r + 1), 8)[1]).latents[-1]
         by_hand = latents(SPLIT).compare(pair.a.latents[-1], own, [0, 1] * 4)
-        assert np.allclose(found.stats["latents"].xy[r], by_hand.xy, rtol=1e-3, atol=1e-5)
+        assert np.allclose(
+            found.stats["latents"].xy[r], by_hand.xy, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_a_changed_model_is_noticed_before_a_sweep(model):
@@ -222,8 +224,9 @@ def test_the_vae_decodes_each_image_once():
     decoded.clear()
     with once():
         one_pass(pair, outcomes)
-        release_sweep(pair, outcomes, [1, 2, 3])
-    assert len(decoded) == len(set(decoded)) == 4 * 16 + 3 * 8
+        release_sweep(pair, outcomes, [0, 1, 2])
+    # at step 0 the twins are one, and the last x0 is the finished image
+    assert len(decoded) == len(set(decoded)) == 8 + 3 * 16 + 3 * 8
 
 
 # Waiting, and memory

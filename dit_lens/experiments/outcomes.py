@@ -92,7 +92,10 @@ class Decoder:
         for latents, of, found in known:
             if of is self.model.vae and (rows := _rows_of(x, latents)) is not None:
                 return found[rows]
-        made = decode(self.model, x, self.batch)
+        half = len(x) // 2
+        alike = bool(half) and torch.equal(x[:half], x[half:])  # twins that have not parted yet
+        made = decode(self.model, x[:half] if alike else x, self.batch)
+        made = torch.cat([made, made]) if alike else made
         # what came first, the finished latents of a run, is kept, and what came last
         known[1:] = []
         known.append((x, self.model.vae, made))

@@ -81,13 +81,19 @@ class Kept:
         """The latest x_t."""
         return self.latents[self.done]
 
-    def add(self, step: Step) -> None:
-        """One more step."""
-        at = self.done
-        self._make_room(step.output)
-        self.latents[at + 1], self.x0[at], self.outputs[at] = step.following, step.x0, step.output
-        self.witnesses.append(step.witness)
-        self.splits.append(step.split)
+    def moved(self, x0: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The step under way's x0 and output where they are kept, so that they can be let go of."""
+        self._make_room(output)
+        for kept, value in ((self.x0, x0), (self.outputs, output)):
+            kept[self.done] = value
+        return self.x0[self.done], self.outputs[self.done]
+
+    def finish(self, following: Tensor, witness: Witness, split: Split) -> Tensor:
+        """The step under way ends; gives the next x_t where it is kept."""
+        self.latents[self.done + 1] = following
+        self.witnesses.append(witness)
+        self.splits.append(split)
+        return self.now
 
     def take_over(
         self,
@@ -150,8 +156,11 @@ def denoise(
     first: int = 0,
     last: int | None = None,
     splitter: Splitter | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Step]:
-    """From x_t at step `first` to before step `last`, one step after the other."""
+    """From x_t at step `first` to before step `last`, one step after the other; each goes into
+    `kept`, if that is given.
+    """
     splitter = splitter or Splitter()
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
@@ -160,7 +169,11 @@ def denoise(
             )
             t = scheduler.timesteps[step]
             x0 = predict_x0(scheduler, x, model.without_variance(output), t)
+            if kept is not None:  # nothing is held twice
+                x0, output = kept.moved(x0, output)
             x = advance(scheduler, output, x, seeds_at(history, step), step, settings.eta)
+            if kept is not None:
+                x = kept.finish(x, witness, split)
             yield Step(x0, output, x, witness, split)
 
 

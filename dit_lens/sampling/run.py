@@ -383,7 +383,7 @@ class Run:
         )
         kept.latents[from_step] = start
         scheduler = self.scheduler_at(from_step)
-        for step in denoise(
+        for _ in denoise(
             self.model,
             start,
             self.labels,
@@ -392,8 +392,9 @@ class Run:
             scheduler,
             from_step,
             splitter=splitter,
+            kept=kept,
         ):
-            kept.add(step)
+            pass
         return replace(
             self,
             history=history,
@@ -541,8 +542,7 @@ def _sample(
     kept = Kept(latents, settings.steps)
     splitter = Splitter(batch, n_passes(model, settings.guidance))
     kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
-    for step in denoise(model, latents, y, history, settings, plan, splitter=splitter):
-        kept.add(step)
+    for _ in denoise(model, latents, y, history, settings, plan, splitter=splitter, kept=kept):
         if progress is not None:
             progress(kept.done, settings.steps)
     return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ class Series:
         self._seen: dict[tuple[Any, int], int] = {}  # on disk: where
         self._rooms: dict[Any, Tensor] = {}
         self._waiting: dict[tuple[Any, int], Tensor] = {}  # on disk: what the step under way has
-        self._file: Any = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        self._file: Any = None
+        if on_disk:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (for as long as this lives)
+            weakref.finalize(self, self._file.close)
         self._shapes: dict[tuple[Any, int], tuple[int, ...]] = {}
 
     @property
