@@ -601,6 +601,10 @@ def forwards():
     handle.remove()
 
 
+ONLY_SEEN_BY_RUNNING = ("band does not commit within the run",)
+"""Sentences about what came out; no look at the arguments could have told."""
+
+
 def attempt(row, argument, value, forwards):
     """Nothing where the call worked; the error where it was refused. All else fails the test."""
     before, done = state(), len(forwards)
@@ -611,7 +615,8 @@ def attempt(row, argument, value, forwards):
         text = str(error)
         assert isinstance(error, (ValueError, TypeError, KeyError, RuntimeError)), what
         assert text.endswith(".") and "\n" not in text, f"{what}: {text}"
-        assert len(forwards) == done, f"{what}: refused after the model had run: {text}"
+        late = len(forwards) > done and not any(words in text for words in ONLY_SEEN_BY_RUNNING)
+        assert not late, f"{what}: refused after the model had run: {text}"
         return error
     except Exception as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
@@ -641,10 +646,15 @@ def attack(forwards, place, value):
 def test_every_call_works_or_is_refused(forwards):
     attack(forwards)
     if ATTACK:  # all pairs of a place and a value, and not only those that were drawn
+        failed = []
         for (row, argument), value in product(places(), range(len(POOL))):
             if (row[0], argument, value) not in TRIED:
-                attempt(row, argument, POOL[value], forwards)
+                try:
+                    attempt(row, argument, POOL[value], forwards)
+                except AssertionError as error:
+                    failed.append(str(error).partition("\n")[0])
                 TRIED.add((row[0], argument, value))
+        assert not failed, "\n".join([f"{len(failed)} of {len(TRIED)}:", *failed])
     print(f"{len(TRIED)} calls, {len(places())} arguments of {len(table())} functions")
     assert len(TRIED) >= (2000 if ATTACK else 300)
 

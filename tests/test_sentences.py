@@ -11,8 +11,8 @@ import xarray as xr
 from dit_lens import HookedDiT
 from dit_lens.experiments import measure_gap
 from dit_lens.experiments.coupling_sweep import SENSES, collapse
+from dit_lens.experiments.effects import MATTERS, effects_sentence
 from dit_lens.experiments.gap import headline
-from dit_lens.experiments.knock_outs import MATTERS, effects_sentence
 from dit_lens.experiments.release import difference_sentence
 from dit_lens.experiments.step_doubling import doubling_sentence
 from dit_lens.groundtruth import gaussian

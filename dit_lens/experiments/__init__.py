@@ -10,13 +10,15 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `latents`, `images`, `features`: the `Outcome` that is compared.
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
-- `knock_outs`, `couple_alone`: how far each layer moves the gap; `knocked_out`: one run without
-  some layers.
+- `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
+  layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
 """
 
+from .ablation import knocked_out
+from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .gap import measure_gap
-from .knock_outs import couple_alone, knock_outs, knocked_out
+from .knock_outs import cumulative, knock_outs
 from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
 from .step_doubling import step_doubling
@@ -27,6 +29,7 @@ __all__ = [
     "commitment_difference",
     "couple_alone",
     "couplings",
+    "cumulative",
     "features",
     "images",
     "knock_outs",

@@ -107,19 +107,7 @@ def couplings(
     parted, gaps, energy = [], [], []
     responses: list[tuple[Array, Array]] = []
     for done, g in enumerate(gs, start=1):
-        pair = twins(
-            model,
-            pairs,
-            labels,
-            tie="attention",
-            g=g,
-            form=form,
-            layers=layers,
-            eps=eps,
-            steps=steps,
-            release=steps,
-            seed=seed,
-        )
+        pair = coupled_twins(model, labels, g, form, layers=layers, eps=eps, steps=steps, seed=seed)
         curves = difference_curves(pair, bands, counts)
         tau, last = half_crossing(curves), np.log(np.maximum(curves[..., -1], 1e-30))
         parted.append(tau[0])
@@ -227,6 +215,44 @@ def collapse(results: xr.Dataset, sense: str) -> str:
     return (
         f"{what}: {verdict}; {before:+.2f}{unit} at g = {float(first.g):g}, "
         f"{after:+.2f}{unit} at g = {float(last.g):g}."
+    )
+
+
+def coupled_twins(
+    model: HookedDiT,
+    labels: Sequence[int],
+    g: float,
+    form: CouplingForm,
+    *,
+    layers: Sequence[int] | None,
+    eps: float,
+    steps: int,
+    seed: int,
+) -> Twins:
+    """Twins that start `eps` apart and are coupled for the whole run, a pair a label.
+
+    Args:
+        model: the opened model.
+        labels: one a pair.
+        g: the strength of the coupling.
+        form: "mix" or "joint".
+        layers: in which they are coupled; None is all.
+        eps: how far apart they start.
+        steps: of denoising.
+        seed: decides all noise.
+    """
+    return twins(
+        model,
+        len(labels),
+        labels,
+        tie="attention",
+        g=g,
+        form=form,
+        layers=layers,
+        eps=eps,
+        steps=steps,
+        release=steps,
+        seed=seed,
     )
 
 

@@ -8,7 +8,8 @@ only the layers from the patched one on are run, from the target's own stream be
 stacked along the batch whether or not their windows are over: a patch edits its own rows only.
 
 Each lane carries a scheduler of its own, a copy of its parent's, so that multistep schedulers
-remember the right past.
+remember the right past. It also carries what it has added where it will be held; before it left the
+target that is the target's own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
+from ..hooks.hold import Added, after, before, line
 from ..hooks.points import HookFunction, HookPoint
 from ..sampling.guidance import guided, model_inputs, n_passes
 from ..sampling.loop import advance, model_output
@@ -37,15 +39,20 @@ and no edits.
 """
 
 
+Additions = dict[tuple[int, Added], Tensor]
+"""What was added, by step and place."""
+
+
 @dataclass
 class Lane:
-    """One trajectory: x_t [item, c, h, w] before the step, its scheduler, and the patches that it
-    stands for (numbers).
+    """One trajectory: x_t [item, c, h, w] before the step, its scheduler, the patches that it
+    stands for (numbers), and what it has added that will be held.
     """
 
     x: Tensor
     scheduler: Any
     patches: list[int]
+    added: Additions = field(default_factory=dict)
 
 
 @dataclass
@@ -58,7 +65,11 @@ class Job:
         act: what is done in this step; None is nothing.
         key: what tells `act` apart from other jobs'.
         leaves: whether it leaves the target's trajectory here.
+        keep: where what it adds now will be held later.
+        reach: how many steps back its patches will hold from, at most.
         output: the model's guided answer, once it is known.
+        held: what it is held at now, by place, from earlier steps.
+        added: what it has added at the places of `keep`.
     """
 
     parent: Lane
@@ -66,7 +77,11 @@ class Job:
     act: Planned | None
     key: str | None
     leaves: bool
+    keep: list[Added]
+    reach: int
     output: Tensor | None = field(default=None, repr=False)
+    held: dict[Added, Tensor] = field(default_factory=dict, repr=False)
+    added: dict[Added, Tensor] = field(default_factory=dict, repr=False)
 
 
 class Lanes:
@@ -138,9 +153,11 @@ class Lanes:
                 if lane is trunk and key is None:
                     staying = members
                 else:
-                    jobs.append(
-                        Job(lane, members, patches[members[0]] if key else None, key, lane is trunk)
-                    )
+                    act = patches[members[0]] if key else None
+                    holds = [p for p in map(patches.__getitem__, members) if p.reach]
+                    reach = max((p.reach for p in holds), default=0)
+                    keep = _kept(holds, step)
+                    jobs.append(Job(lane, members, act, key, lane is trunk, keep, reach))
         return jobs, staying
 
     def _key(self, patch: Planned, step: int, plain: bool, alike: bool) -> str | None:
@@ -161,13 +178,17 @@ class Lanes:
         seen: dict[str, Tensor] = {}
         if any(job.act.from_source for job in jobs if job.act):
             names = {
-                job.act.name
+                place.name
                 for job in jobs
                 if job.act and job.act.from_source and job.key != SOURCE
+                for place in job.act.places
             }
             seen, output = self._look(self.source, "source", step, names)
             for job in jobs:
                 job.output = output if job.key == SOURCE else None
+
+        # What is held now, from earlier steps.
+        self._recall([job for job in jobs if job.act and job.act.patch.kind == "hold"], step)
 
         # Lanes that have left the target before run from their own x_t.
         todo = [job for job in jobs if job.output is None]
@@ -190,6 +211,35 @@ class Lanes:
                 self._forward(
                     chunk, edits, step, seen, None if whole else streams[self._stream(chunk)]
                 )
+
+    def _recall(self, jobs: list[Job], step: int) -> None:
+        """Fill in what these jobs are held at: what the lane added itself, or, before it left the
+        target, what the target did.
+        """
+        wanted = {
+            id(job): [(s, place) for place in job.act.places for s in self._sources(job.act, step)]
+            for job in jobs
+            if job.act
+        }
+        trunk: dict[int, set[Added]] = {}
+        for job in jobs:
+            for s, place in wanted[id(job)]:
+                if (s, place) not in job.parent.added:
+                    trunk.setdefault(s, set()).add(place)
+        theirs: Additions = {}
+        for s, places in trunk.items():
+            names = {name for place in places for name in place if name}
+            seen, _ = self._look(self.target, "target", s, names)
+            theirs |= {(s, p): p.of(seen[p.name], seen.get(p.entered)) for p in places}
+        for job in jobs:
+            known = theirs | job.parent.added
+            for place in job.act.places if job.act else ():
+                sources = self._sources(job.act, step)
+                job.held[place] = line([known[s, place] for s in sources])
+
+    def _sources(self, act: Planned | None, step: int) -> list[int]:
+        """The earlier steps that a held one is made of."""
+        return [] if act is None else before(step, act.patch.lag, act.patch.order)
 
     def _stream(self, chunk: list[Job]) -> str:
         """The stream from which these lanes, sorted by layer, leave the target: before the earliest
@@ -242,33 +292,50 @@ class Lanes:
         rows = torch.arange(self.passes * len(jobs) * self.items, device=self.model.device).view(
             self.passes, len(jobs), -1
         )
-        at: dict[str, list[tuple[Any, Planned]]] = {}
+        acting: dict[str, list[tuple[Any, Job, Added]]] = {}
+        keeping: dict[str, list[tuple[Any, Job, Added]]] = {}
         for i, job in enumerate(jobs):
-            if job.act is not None:
-                own: Any = (
-                    slice(i * self.items, (i + 1) * self.items)
-                    if self.passes == 1
-                    else rows[:, i].flatten()
-                )
-                at.setdefault(job.act.name, []).append((own, job.act))
-        entered: dict[int, Tensor] = {}
+            own: Any = (
+                slice(i * self.items, (i + 1) * self.items)
+                if self.passes == 1
+                else rows[:, i].flatten()
+            )
+            for place in job.act.places if job.act else ():
+                acting.setdefault(place.name, []).append((own, job, place))
+            for place in job.keep:
+                keeping.setdefault(place.name, []).append((own, job, place))
+        streams: dict[str, Tensor] = {}
 
-        def keep(activation: Tensor, hook: HookPoint) -> None:
-            entered[hook.layer() or 0] = activation
+        def enter(activation: Tensor, hook: HookPoint) -> None:
+            streams[hook.name] = activation
+
+        def entered(place: Added, own: Any) -> Tensor | None:
+            return streams[place.entered][own] if place.entered else None
 
         def edit(activation: Tensor, hook: HookPoint) -> Tensor:
-            for own, act in at[hook.name]:
-                source = seen[act.name] if act.from_source else None
-                before = entered[act.layer][own] if act.patch.kind == "skip" else None
-                activation[own] = act.new(activation[own], source, before, self.passes)
+            for own, job, place in acting[hook.name]:
+                act, held = job.act, job.held.get(place)
+                assert act is not None
+                source = seen[place.name] if act.from_source else None
+                activation[own] = act.new(
+                    place, activation[own], source, entered(place, own), held, self.passes
+                )
             return activation
 
-        for layer in {
-            act.layer for todo in at.values() for _, act in todo if act.patch.kind == "skip"
-        }:
-            yield f"blocks.{layer}.hook_resid_pre", keep
-        for name in at:
+        def keep(activation: Tensor, hook: HookPoint) -> None:
+            for own, job, place in keeping[hook.name]:
+                # what is held goes on to the bit; a sum less what entered does not
+                added = job.held.get(place) if job.act and job.act.whole else None
+                value = place.of(activation[own], entered(place, own)) if added is None else added
+                job.added[place] = value
+
+        ends = [place for at in (acting, keeping) for on in at.values() for *_, place in on]
+        for name in dict.fromkeys(place.entered for place in ends if place.entered):
+            yield name, enter
+        for name in acting:
             yield name, edit
+        for name in keeping:
+            yield name, keep
 
     def _advanced(self, job: Job, step: int) -> Lane:
         """The lane after this step; the first child goes on with its parent's scheduler only if it
@@ -277,7 +344,10 @@ class Lanes:
         assert job.output is not None
         alone = not job.leaves and len(job.patches) == len(job.parent.patches)
         scheduler = job.parent.scheduler if alone else copy.deepcopy(job.parent.scheduler)
-        return Lane(self._step(scheduler, job.output, job.parent.x, step), scheduler, job.patches)
+        following = self._step(scheduler, job.output, job.parent.x, step)
+        added = {at: value for at, value in job.parent.added.items() if at[0] > step - job.reach}
+        added |= {(step, place): value for place, value in job.added.items()}
+        return Lane(following, scheduler, job.patches, added)
 
     def _step(self, scheduler: Any, output: Tensor, x: Tensor, step: int) -> Tensor:
         seeds, eta = self.target.seeds_at(step), self.settings.eta
@@ -309,6 +379,17 @@ class Lanes:
                 f"answer is off by {off:.1%}; was it made under hooks that are not in its history?"
             )
         return kept, output
+
+
+def _kept(holds: Sequence[Planned], step: int) -> list[Added]:
+    """Where what is added at a step will be held by one of these patches."""
+    found = [
+        place
+        for planned in holds
+        if any(s in planned.steps for s in after(step, planned.patch.lag, planned.patch.order))
+        for place in planned.places
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _layer(job: Job) -> int:

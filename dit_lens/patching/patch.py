@@ -25,12 +25,13 @@ from .. import arguments
 from ..arguments import Index
 from ..errors import InvalidType, InvalidValue
 from ..hooks.edits import ablation
+from ..hooks.hold import Added, check_steps, held_places, parts, stack
 from ..hooks.names import layer_of, select, site_of
 from ..hooks.regions import Region
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
 
-Kind = Literal["swap", "zero", "mean", "resample", "skip"]
+Kind = Literal["swap", "zero", "mean", "resample", "skip", "hold"]
 KINDS: tuple[str, ...] = get_args(Kind)
 STREAMS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
@@ -40,8 +41,9 @@ class Patch:
     """One intervention on the target run: a part of one activation, replaced at some steps.
 
     Args:
-        site: a hook point in a layer, "resid_post", "attn_out", "attn.hook_z", ...; a "skip" is
-            always at "resid_post".
+        site: a hook point in a layer, "resid_post", "attn_out", "attn.hook_z", ...; or a part of
+            it, "attn", "mlp", ..., all that the layer adds by that to the streams of image and
+            text. A "skip" is always at "resid_post"; a "hold" can be at "block".
         layer: the block; negative ones count from the end.
         steps: a range of steps, 0 the noisiest; None is every step.
         heads: only these heads.
@@ -52,9 +54,14 @@ class Patch:
         direction: [d] of the activation's last axis; only the component along it is replaced.
         kind: what comes in: the source's activation ("swap"), 0 ("zero"), the mean over the
             source's items ("mean"), the source's activation of another item ("resample", a
-            permutation drawn from `seed` that moves every item), or the stream that entered the
-            layer ("skip": the layer is knocked out, resid_post = resid_pre).
+            permutation drawn from `seed` that moves every item), the stream that entered the
+            layer ("skip": the layer is knocked out, resid_post = resid_pre), or what the target
+            itself added there at an earlier step ("hold").
         seed: of "resample".
+        lag: of "hold": from how many steps before.
+        order: of "hold": 0, what was added then; 1, the next point of the line through that and
+            what was added `lag` steps before it.
+        depth: of "hold" at "block": so many layers from `layer` on are held as one.
 
     Raises:
         ValueError: for an unknown kind, a band without bands, a direction without length.
@@ -76,6 +83,9 @@ class Patch:
     direction: Tensor | None = field(default=None, repr=False)
     kind: Kind = "swap"
     seed: int = 0
+    lag: int = 1
+    order: int = 0
+    depth: int = 1
 
     def __post_init__(self) -> None:
         # NumPy's and PyTorch's whole numbers become Python's.
@@ -84,6 +94,9 @@ class Patch:
             "layer": arguments.whole("layer", self.layer),
             "kind": arguments.choice("kind", self.kind, KINDS),
             "seed": arguments.seed("seed", self.seed),
+            "lag": arguments.whole("lag", self.lag, 1, 1000),
+            "order": arguments.whole("order", self.order, 0, 1),
+            "depth": arguments.whole("depth", self.depth, 1),
             "heads": arguments.optional(arguments.index, "heads", self.heads),
             "region": arguments.optional(arguments.index, "region", self.region),
         }
@@ -100,6 +113,11 @@ class Patch:
             checked["steps"] = self.steps[::-1]  # a window has no order
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.depth > 1 and (self.kind, self.site) != ("hold", "block"):
+            raise InvalidValue(
+                f"depth={self.depth} at {self.site!r} with kind={self.kind!r}; expected 1: only "
+                "blocks are held as one, Patch('block', 3, kind='hold', depth=5)."
+            )
         if (self.bands is None) != (self.band is None):
             raise InvalidValue(
                 f"band={arguments.shown(self.band)} with bands={self.bands!r}; expected both or "
@@ -128,10 +146,14 @@ class Patch:
         when = {"all": "every step", "none": "no step"}.get(
             self.window
         ) or f"step{'s'[: len(self.steps or ()) > 1]} {self.window}"
-        parts = ["skip" if self.kind == "skip" else f"{self.kind} {self.site}"]
-        parts += [f"layer {self.layer}", when]
+        where = f"layer {self.layer}"
+        if self.depth > 1:
+            where = f"layers {self.layer}-{self.layer + self.depth - 1}"
+        parts = ["skip" if self.kind == "skip" else f"{self.kind} {self.site}", where, when]
         if self.kind == "resample" and self.seed:
             parts.append(f"seed {self.seed}")
+        if self.kind == "hold" and (self.lag, self.order) != (1, 0):
+            parts.append(f"lag {self.lag}, order {self.order}")
         for name, index in (("heads", self.heads), ("tokens", self.region)):
             if index is not None:
                 parts.append(f"{name} {_index_text(index)}")
@@ -210,21 +232,34 @@ class Planned:
 
     Attributes:
         patch: the description.
-        name: the hook point.
-        layer: its block, 0 or more.
-        axes: the hook point's.
+        places: the hook points that are patched, several where a layer writes to several streams;
+            for a "skip" and for held blocks with the stream that enters.
+        layer: its first block, 0 or more.
+        axes: the hook points', by name.
         inside: the part of the activation that is replaced.
         steps: the window.
         key: a digest of what is done; patches of one key differ in their windows only.
     """
 
     patch: Patch
-    name: str
+    places: tuple[Added, ...]
     layer: int
-    axes: tuple[str, ...]
+    axes: dict[str, tuple[str, ...]]
     inside: Region
     steps: range
     key: str
+
+    @property
+    def name(self) -> str:
+        """The first hook point that is patched."""
+        return self.places[0].name
+
+    @property
+    def site(self) -> str:
+        """What is patched in the layer, in the user's words."""
+        site, spelled = self.patch.site, site_of(self.name).replace("hook_", "")
+        words = self.patch.kind != "skip" and (site == "block" or spelled == f"{site}_out")
+        return site if words else spelled
 
     @property
     def digest(self) -> str:
@@ -237,41 +272,57 @@ class Planned:
         return self.patch.kind in ("swap", "mean", "resample")
 
     @property
+    def reach(self) -> int:
+        """How many steps back a "hold" takes from, at most; 0 for other kinds."""
+        return self.patch.lag * (self.patch.order + 1) if self.patch.kind == "hold" else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of the old activation is left."""
+        return self.inside.everything and self.patch.direction is None
+
+    @property
     def whole_stream(self) -> bool:
         """Whether the image's whole residual stream becomes the source's: then nothing before this
         point matters.
         """
-        return (
-            self.patch.kind == "swap"
-            and site_of(self.name) in STREAMS
-            and self.inside.everything
-            and self.patch.direction is None
-        )
+        return self.patch.kind == "swap" and site_of(self.places[0].name) in STREAMS and self.whole
 
     def new(
-        self, old: Tensor, source: Tensor | None, entered: Tensor | None, passes: int
+        self,
+        place: Added,
+        old: Tensor,
+        source: Tensor | None,
+        entered: Tensor | None,
+        held: Tensor | None,
+        passes: int,
     ) -> Tensor:
         """The activation to go on with.
 
         Args:
+            place: which of the hook points.
             old: the target's own, [batch, ...].
             source: the source's, if it is needed.
-            entered: the stream that entered the layer, for "skip".
+            entered: the stream that entered the layer, for "skip" and held blocks.
+            held: what was added earlier, for "hold".
             passes: 2 if the batch is [cond | null].
         """
         # What comes in.
         if self.patch.kind == "skip":
             assert entered is not None
             coming = entered
+        elif self.patch.kind == "hold":
+            assert held is not None
+            coming = place.put(held, entered)
         elif self.patch.kind == "zero":
             coming = ablation("zero")(old, None)
         else:
             assert source is not None
             if source.shape != old.shape:
                 raise InvalidValue(
-                    f"{str(self.patch)!r}: {self.name!r} is {list(source.shape)} in the source and "
-                    f"{list(old.shape)} in the target ({', '.join(self.axes)}); expected the same, "
-                    "prompts of one length."
+                    f"{str(self.patch)!r}: {place.name!r} is {list(source.shape)} in the source "
+                    f"and {list(old.shape)} in the target ({', '.join(self.axes[place.name])}); "
+                    "expected the same, prompts of one length."
                 )
             # [cond | null]: a null item is not another item of the cond half
             halves = source.chunk(passes)
@@ -282,7 +333,7 @@ class Planned:
             self.check_direction(old.shape[-1])
             unit = torch.nn.functional.normalize(self.patch.direction.detach().to(old), dim=0)
             coming = old + ((coming - old) @ unit)[..., None] * unit
-        return self.inside.merge(old, coming, self.axes)
+        return self.inside.merge(old, coming, self.axes[place.name])
 
     def _of_items(self, source: Tensor) -> Tensor:
         if self.patch.kind == "mean":
@@ -302,7 +353,7 @@ class Planned:
         if direction is not None and size is not None and len(direction) != size:
             raise InvalidValue(
                 f"{str(self.patch)!r}: the direction has {len(direction)} entries; {self.name!r} "
-                f"has {size} ({self.axes[-1]})."
+                f"has {size} ({self.axes[self.name][-1]})."
             )
 
 
@@ -333,14 +384,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
             f"{cfg.n_layers - 1}."
         )
     layer = patch.layer % cfg.n_layers
-    site = "resid_post" if patch.kind == "skip" else patch.site
-    found = select(site, model.names)
-    if any(layer_of(n) is None for n in found):
-        raise InvalidValue(
-            f"{str(patch)!r}: the hook point {found[0]!r} is in no layer; expected one that is, "
-            "such as 'resid_post'."
-        )
-    name = model.resolve(site, layer)
+    places = _places(patch, model, layer)
 
     # When, and with what.
     window = range(steps) if patch.steps is None else patch.steps
@@ -350,6 +394,11 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
             f"{str(patch)!r}: step {outside[0]} is outside the run; it has {steps} steps, 0 (the "
             f"noisiest) to {steps - 1}."
         )
+    if patch.kind == "hold":
+        try:
+            check_steps(min(window, default=None), patch.lag, patch.order)
+        except InvalidValue as error:
+            raise InvalidValue(f"{str(patch)!r}: {error}") from None
     if patch.kind == "resample" and items < 2:
         raise InvalidValue(
             f"{str(patch)!r}: resampling takes another item's activation, and the source has "
@@ -358,26 +407,63 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
 
     # Which part of it.
     band = _band(patch, cfg.grid)
-    inside, axes = Region(heads=patch.heads, tokens=patch.region, band=band), model.sites[name]
+    inside = Region(heads=patch.heads, tokens=patch.region, band=band)
+    axes = {place.name: model.sites[place.name] for place in places}
+    first = axes[places[0].name]
     try:
         sizes = cfg.axis_sizes()
-        inside.check(name, axes, sizes)
+        for name, own in axes.items():
+            inside.check(name, own, sizes)
         heads = _chosen("heads", patch.heads, "head", sizes)
-        tokens = _chosen("region", patch.region, "token" if "token" in axes else "query", sizes)
+        tokens = _chosen("region", patch.region, "token" if "token" in first else "query", sizes)
     except ValueError as error:
         raise InvalidValue(f"{str(patch)!r}: {error}") from None
     key = _digest(
         patch.kind,
-        name,
+        [tuple(place) for place in places],
         patch.seed if patch.kind == "resample" else None,
+        (patch.lag, patch.order) if patch.kind == "hold" else None,
         heads,
         tokens,
         None if band is None else band[0].digest(band[1]),
         patch.direction,
     )
-    planned = Planned(patch, name, layer, axes, inside, window, key)
-    planned.check_direction(sizes.get(axes[-1]))
+    planned = Planned(patch, places, layer, axes, inside, window, key)
+    planned.check_direction(sizes.get(first[-1]))
     return planned
+
+
+def _places(patch: Patch, model: HookedDiT, layer: int) -> tuple[Added, ...]:
+    """The hook points of a patch in its layer."""
+    names, n = model.names, model.cfg.n_layers
+    if patch.kind == "skip":
+        return (Added(f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.hook_resid_pre"),)
+    if patch.site == "block":
+        if patch.kind != "hold":
+            raise InvalidValue(
+                f"{str(patch)!r}: a whole block can be held or skipped; expected kind='hold', or "
+                "kind='skip'."
+            )
+        if layer + patch.depth > n:
+            raise InvalidValue(
+                f"{str(patch)!r}: there are {n - layer} layers from layer {layer} on; expected "
+                f"depth={n - layer} or less."
+            )
+        return stack(names, layer, layer + patch.depth)
+    of_layer = parts(names, layer)
+    if patch.site in of_layer:
+        return of_layer[patch.site]
+    found = select(patch.site, names)
+    if any(layer_of(name) is None for name in found):
+        raise InvalidValue(
+            f"{str(patch)!r}: the hook point {found[0]!r} is in no layer; expected one that is, "
+            "such as 'resid_post'."
+        )
+    name = model.resolve(patch.site, layer)
+    try:
+        return tuple(held_places(name, names)) if patch.kind == "hold" else (Added(name),)
+    except InvalidValue as error:
+        raise InvalidValue(f"{str(patch)!r}: {error}") from None
 
 
 def _band(patch: Patch, grid: tuple[int, ...]) -> tuple[Bands, int | str] | None:

@@ -25,7 +25,6 @@ import xarray as xr
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..hooks.names import site_of
 from ..model.hooked import HookedDiT
 from ..sampling.run import Run
 from ..sampling.settings import Progress
@@ -136,7 +135,7 @@ def sweep(
     coords = {
         "patch": [str(patch) for patch in patches],
         "layer": ("patch", [p.layer for p in planned]),
-        "site": ("patch", [site_of(p.name).replace("hook_", "") for p in planned]),
+        "site": ("patch", [p.site for p in planned]),
         "window": ("patch", [patch.window for patch in patches]),
         "kind": ("patch", [patch.kind for patch in patches]),
     }

@@ -311,6 +311,7 @@ class Run:
         from_step: int = 0,
         edits: Edits = (),
         *,
+        until: int | None = None,
         seeds: Seeds | None = None,
         latents: Tensor | None = None,
         released: bool = False,
@@ -323,6 +324,7 @@ class Run:
         Args:
             from_step: the first step that is run again.
             edits: (name, fn(activation, hook)) that act from there on, beside the run's own.
+            until: the first step at which they no longer act; None is the run's end.
             seeds: other ones make clones, which share the past and not the future.
             latents: x_t at `from_step`, [batch, *latent_shape], in place of the stored one.
             released: let twins that were coupled run on alone, also from before their release.
@@ -341,6 +343,9 @@ class Run:
         # What is asked for fits the run.
         from_step = check_step(from_step, self.settings.steps, "from_step")
         edits = pairs_of("edits", edits)
+        if until is not None:
+            last = self.settings.steps
+            until = arguments.whole("until", until, from_step + 1, last, "after from_step")
         for names, _ in edits:
             select(names, self.model.names)
         if not arguments.flag("released", released):
@@ -365,7 +370,7 @@ class Run:
                 Change(from_step, fresh),
             )
         if edits:
-            mine = Change(from_step, seeds_at(history, from_step), tuple(edits))
+            mine = Change(from_step, seeds_at(history, from_step), tuple(edits), until)
             history = tuple(sorted((*history, mine), key=lambda change: change.from_step))
 
         # The steps before are taken over, those after are run, split as they were if nothing is

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..families import Condition, Family, flat, small_inputs
 from ..families.upstream import methods
+from ..hooks.hold import parts, stack
 from ..hooks.names import Addition, additions, layer_of, site_of
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
@@ -261,6 +262,36 @@ def reading_is_recording(case: Case) -> None:
         )
 
 
+def holds_what_was_added(case: Case) -> None:
+    """a part of a block, or the whole of it, that is held adds what it added a step before, to
+    every stream; and reading that again is recording
+    """
+    names, n = case.model.names, case.cfg.n_layers
+    second = case.family.inputs(case.model.transformer, case.x * 0.5, case.t, case.condition)
+    for layer in (0, n - 1):
+        sites = {f"blocks.{layer}.{part}": places for part, places in parts(names, layer).items()}
+        sites[f"blocks.{layer}"] = stack(names, layer, layer + 1)
+        assert sites[f"blocks.{layer}"], f"block {layer} adds to no stream"
+        for site, places in sites.items():
+            read = [name for place in places for name in place if name]
+            seen = []
+            for recorded in (read, None):
+                with trace(case.model, names=recorded) as t, torch.no_grad():
+                    t.hold(site, [1])
+                    for inputs in (case.inputs, second):
+                        case.model.transformer(**inputs, return_dict=False)
+                seen.append(t.get(read))
+            for place in places:
+                values = [at[place.name].double() for at in seen]
+                assert torch.equal(*values), f"a held {place.name} is not read as it was recorded"
+                if place.entered:
+                    values = [values[0] - seen[0][place.entered].double()]
+                off = float((values[0][1] - values[0][0]).abs().max())
+                assert off <= (1e-4 if place.entered else 0.0), (
+                    f"with {site!r} held, what is added at {place.name} is off by {off:.2g}"
+                )
+
+
 def twins_couple(case: Case) -> None:
     """twins coupled with g = 0 are bit for bit the plain model, with g > 0 they are not, and equal
     twins stay as they are
@@ -421,6 +452,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     edits_reach_the_stream,
     attention_is_what_it_says,
     reading_is_recording,
+    holds_what_was_added,
     twins_couple,
     lens_reads_the_last_stream,
     parts_of_a_pass,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..experiments.gap import measure_gap
 from ..families import Family, flat
+from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..model.loading import load
 from ..sampling.run import sample
@@ -119,6 +120,24 @@ def branches_are_right(case: InPipeline) -> None:
         )
 
 
+def holds_each_branch(case: InPipeline) -> None:
+    """held at the second step, the first block's attention adds in each branch of guidance what it
+    added in that branch at the first
+    """
+    names = [place.name for place in parts(case.model.names, 0)["attn"]]
+    for guided in (False, True):
+        with trace(case.pipe) as t:
+            t.hold(names, [1])
+            case.run(guided)
+        told = {word for call in t.record.calls for word in call.branch or ()}
+        assert "cond" in told, f"the branches are {told}"
+        for branch in told & {"cond", "uncond"}:
+            for name, added in t.get(names, branch=branch).items():
+                assert torch.equal(added[0], added[1]), (
+                    f"the {branch} half of {name} is not held from itself"
+                )
+
+
 def _asked(call: Any, i: int) -> Tensor:
     """What the i-th item of a call was asked for with."""
     name = next(
@@ -190,6 +209,7 @@ def gap_is_measured(case: InPipeline) -> None:
 PIPELINE_CHECKS: tuple[Callable[[InPipeline], None], ...] = (
     pipeline_is_left_alone,
     branches_are_right,
+    holds_each_branch,
     sampler_agrees,
     gap_is_measured,
 )

@@ -35,6 +35,7 @@ from ..hooks.edits import (
     step_test,
     within,
 )
+from ..hooks.hold import Clock, Hold, check_steps, held_places
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
@@ -61,7 +62,7 @@ class Trace:
         t.stack("resid_post", steps=[0, 49])   # [layer, step, batch, token, d_model]
         t.get(["q", "k"], branch="cond")       # several names in one pass
 
-    Before the run: `edit`, `patch` and `ablate` say what is changed, at which steps and where.
+    Before the run: `edit`, `patch`, `ablate`, `hold` say what is changed, at which steps and where.
     After it: `t[name]`, `get`, `stack`, `to_xarray` read, `save` writes. A trace watches one run.
 
     Attributes:
@@ -252,6 +253,53 @@ class Trace:
             ValueError: for an unknown mode.
         """
         return self.edit(name, ablation(mode), steps, **region)
+
+    def hold(
+        self,
+        name: NamesFilter,
+        steps: Steps = None,
+        lag: int = 1,
+        order: Literal[0, 1] = 0,
+        **region: Any,
+    ) -> Trace:
+        """Put in, for what is added at these steps, what was added at earlier ones.
+
+        What is held may have been held itself: `steps=range(1, 16)` holds what step 0 added. Each
+        branch of guidance is held from itself, in one batch or in calls of its own.
+
+        Args:
+            name: what is held: hook points, such as "attn_out"; a block, "blocks.5", or all that it
+                adds by its attention, "blocks.5.attn"; each block by itself, "blocks.*"; several
+                blocks as one, "blocks.3:12", all of them, "blocks.:".
+            steps: at which steps; the first ones have nothing to be held from.
+            lag: from how many steps before.
+            order: 0 for what was added `lag` steps before; 1 for the next point of the line through
+                that and what was added `lag` steps before it.
+            **region: which part of a hook point, as for `edit`.
+
+        Raises:
+            UnknownName: if nothing matches.
+            ValueError: for steps that have nothing to be held from.
+        """
+        model = self._traced_model()
+        lag = arguments.whole("lag", lag, 1, 1000)
+        order = 1 if arguments.whole("order", order, 0, 1) else 0
+        part, steps = Region.of(**region), checked_steps(steps)
+        held = step_test(steps)
+        check_steps(next(filter(held, range(2 * lag)), None), lag, order)
+        places, sizes = held_places(name, self.names), model.cfg.axis_sizes()
+        for place in places:
+            part.check(place.name, model.sites[place.name], sizes)
+        self._edit_steps.append((places[0].name, steps))
+        for place in places:
+            axes = model.sites[place.name]
+            hold = Hold(place, held, self._recorder.clock, lag, order, part, axes)
+            for each, listener in hold.listeners:
+                if self._undo is not None:
+                    self._attach(each, listener, self._undo)
+                else:
+                    self._waiting.append((each, listener))
+        return self
 
     # Reading.
 
@@ -456,6 +504,11 @@ class _Recorder:
         """Forget what was recorded of a call that was not finished."""
         for activations in self.record.activations.values():
             activations.pop(len(self.record.calls), None)
+
+    def clock(self) -> Clock:
+        """Where the call under way is."""
+        words = () if self.call is None or self.call.branch is None else self.call.branch
+        return Clock(self.offset, self.step, " | ".join(dict.fromkeys(words)))
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
