@@ -175,9 +175,36 @@ def test_a_release_sweep_runs_nothing_twice(model):
     for r in (0, 5, 11):
         own = pair.a.replay(r, seeds=twin_seeds(1_000_003 * (r + 1), 8)[1]).latents[-1]
         by_hand = latents(SPLIT).compare(pair.a.latents[-1], own, [0, 1] * 4)
-        assert np.allclose(
-            found.stats["latents"].xy[r], by_hand.xy, rtol=1e-3, atol=1e-5
-        )
+        assert np.allclose(found.stats["latents"].xy[r], by_hand.xy, rtol=1e-3, atol=1e-5)
+
+
+def test_edits_in_parts_say_that_they_may_be(model):
+    run = dit_lens.sample(model, [0, 1, 2, 3], steps=3, batch=2)
+
+    def mean(activation, hook):
+        return activation.mean(0, keepdim=True).expand_as(activation)
+
+    def half(activation, hook):
+        return activation / 2
+
+    with pytest.raises(RuntimeError, match="The edit at 'attn_out' sees a step's whole batch at"):
+        run.replay(1, [("attn_out", mean)])
+    run.replay(1, [("attn_out", mean)], batch=4)
+    half.in_parts = True
+    edited = run.replay(1, [("attn_out", half)])
+    whole = run.replay(1, [("attn_out", half)], batch=4)
+    assert torch.allclose(edited.latents, whole.latents, rtol=1e-4, atol=1e-4)
+    read = edited.activations("attn_out", 0, step=2)
+    assert torch.allclose(read, whole.activations("attn_out", 0, step=2), rtol=1e-4, atol=1e-4)
+
+
+def test_knock_outs_in_parts(model):
+    settings = {"pairs": 16, "steps": 4, "resamples": 20, "direct": True}
+    whole = dit_lens.experiments.knock_outs(model, [1], **settings)
+    parts = dit_lens.experiments.knock_outs(model, [1], batch=8, **settings)
+    assert np.allclose(parts.effect, whole.effect, atol=1e-3, equal_nan=True)
+    with pytest.raises(ValueError, match="how='mean' takes what it puts in from the whole batch"):
+        dit_lens.experiments.knock_outs(model, [1], how="mean", batch=8, pairs=16, steps=4)
 
 
 def test_a_changed_model_is_noticed_before_a_sweep(model):
@@ -196,6 +223,13 @@ def test_clones_are_one_trajectory_until_they_part(model):
     assert torch.equal(pair.run.replay(0).latents, pair.run.latents)
     read = pair.run.activations("resid_post", 1, step=2)
     assert torch.equal(read[:4], read[4:])
+    probe = TwinDivergence()
+    with (
+        dit_lens.trace(model, probes=[probe]),
+        model.instrumentation.under(twin=("A",) * 4 + ("B",) * 4),
+    ):
+        assert torch.allclose(pair.run.replay(2).latents, pair.run.latents, atol=1e-4)
+    assert np.abs(probe.result().difference.isel(step=0)).max() < 1e-6
     with forwards(model.transformer) as seen:  # who watches sees both
         TwinDivergence().run(model, pairs=4, steps=3, release=2)
     assert seen["forwards"] == [8] * 3

@@ -127,4 +127,6 @@ def run(args: argparse.Namespace) -> None:
 
     if args.causes:
         onsets = gap_report.onsets(results)
-        patch.find_causes(model, min(pairs, 24), min(steps, 25), args.seed, args.cut, out, onsets)
+        patch.find_causes(
+            model, min(pairs, 24), min(steps, 25), args.seed, args.cut, out, onsets, batch
+        )

@@ -16,6 +16,7 @@ from .common import (
     add_quick,
     add_seed,
     add_size,
+    batch_of,
     frequency,
     open_model,
     progress_bar,
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     pairs, steps = sizes(args)
     out = args.out or Path(f"patch-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
-    find_causes(open_model(args), pairs, steps, args.seed, args.cut, out)
+    model = open_model(args)
+    batch = batch_of(args, model, 2 * pairs)
+    find_causes(model, pairs, steps, args.seed, args.cut, out, batch=batch)
 
 
 def find_causes(
@@ -62,6 +65,7 @@ def find_causes(
     cut: float,
     out: Path,
     onsets: Mapping[str, int] | None = None,
+    batch: int | None = None,
 ) -> None:
     """Both experiments with their progress, and their report in `out`.
 
@@ -74,6 +78,7 @@ def find_causes(
         out: folder for the picture, the results and the patches done so far.
         onsets: the onset layer by each view of `dit-lens gap` (-1: none), to hold the causes
             against.
+        batch: images that go through the model at once; None is all.
     """
     from .. import probes
     from ..experiments import knock_outs
@@ -89,6 +94,7 @@ def find_causes(
             steps=steps,
             seed=seed,
             cut=cut,
+            batch=batch,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
         stored = knock_out_report.store_knock_outs(knocked, out)
@@ -101,6 +107,7 @@ def find_causes(
             steps=steps,
             seed=seed,
             outcome=Bands.radial(model.cfg.pixels, cut=cut),
+            batch=16 if batch is None else batch,
             resume=out / "sweep.safetensors",
             progress=lambda done, total: bar.update(second, completed=done, total=total),
         )

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,  # noqa: PLC2701 (PyTorch documents it under this name)
-)
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 (no public name)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_lens.probes import LayerLens, TwinDivergence

@@ -10,7 +10,6 @@ taken out, are linear in each band, so what their gap becomes is computed and no
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 

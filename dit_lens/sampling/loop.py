@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..errors import DitLensError, InvalidValue
+from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.passes import Part
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import log_snr, predict_x0
@@ -193,7 +193,7 @@ def answered(
     waiting, done = deque(split.parts), list[tuple[int, ...]]()
     outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
     if not split.whole:
-        inst.require_parts()
+        _require_parts(inst, edits)
     while waiting:
         part = waiting.popleft()
         index = positions(part, x.device)
@@ -214,7 +214,7 @@ def answered(
             output = None
         tries += 1
         if output is None:  # the exception is gone by now, and what it held
-            inst.require_parts()
+            _require_parts(inst, edits)
             waiting.extendleft(reversed(splitter.halved(part, splitter.pairs and not split.copied)))
             continue
         done.append(part)
@@ -224,6 +224,18 @@ def answered(
     if split.whole:
         return outputs[0], witnesses[0], split
     return _joined(outputs, witnesses, split, passes)
+
+
+def _require_parts(inst: Any, edits: Edits) -> None:
+    """Raise RuntimeError where a hook, or an edit of the run's own, needs the whole batch."""
+    inst.require_parts()
+    for names, fn in edits:
+        if not getattr(fn, "in_parts", False):
+            raise InvalidState(
+                f"The edit at {names!r:.60} sees a step's whole batch at once, and batch= would "
+                "show it in parts; expected a batch of all images, or fn.in_parts = True on a "
+                "function that treats each item by itself."
+            )
 
 
 def _place(
