@@ -199,7 +199,7 @@ class _Seen(NamedTuple):
     Attributes:
         step: of the run.
         rows: of the part in the step's batch.
-        count: tokens times items.
+        places: tokens times items.
         mean: [d], over tokens and items.
         spread: [d], the sum of squares about the mean.
         difference: |P_b(h_A - h_B)|² by channel, [pair, band, d].
@@ -208,7 +208,7 @@ class _Seen(NamedTuple):
 
     step: int
     rows: tuple[int, ...]
-    count: int
+    places: int
     mean: Tensor
     spread: Tensor
     difference: Tensor
@@ -238,9 +238,9 @@ def _weights(parts: Sequence[_Seen]) -> Tensor:
     """How each of `TwinDivergence.channels` weighs the stream's channels, [3, d]."""
     count, mean, spread = 0, torch.zeros_like(parts[0].mean), torch.zeros_like(parts[0].mean)
     for part in parts:  # moments of parts add up so (Chan et al. 1983)
-        off, both = part.mean - mean, count + part.count
-        mean = mean + off * (part.count / both)
-        spread = spread + part.spread + off.square() * (count * part.count / both)
+        off, both = part.mean - mean, count + part.places
+        mean = mean + off * (part.places / both)
+        spread = spread + part.spread + off.square() * (count * part.places / both)
         count = both
     variance = spread / (count - 1)
     mean_square = spread / count + mean.square()

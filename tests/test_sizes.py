@@ -199,9 +199,10 @@ def test_edits_in_parts_say_that_they_may_be(model):
 
 
 def test_knock_outs_in_parts(model):
-    settings = {"pairs": 16, "steps": 4, "resamples": 20, "direct": True}
-    whole = dit_lens.experiments.knock_outs(model, [1], **settings)
-    parts = dit_lens.experiments.knock_outs(model, [1], batch=8, **settings)
+    settings = {"pairs": 16, "steps": 6, "resamples": 20, "direct": True}
+    digits = dit_lens.load("digits")
+    whole = dit_lens.experiments.knock_outs(digits, [1], **settings)
+    parts = dit_lens.experiments.knock_outs(digits, [1], batch=8, **settings)
     assert np.allclose(parts.effect, whole.effect, atol=1e-3, equal_nan=True)
     with pytest.raises(ValueError, match="how='mean' takes what it puts in from the whole batch"):
         dit_lens.experiments.knock_outs(model, [1], how="mean", batch=8, pairs=16, steps=4)

@@ -198,8 +198,9 @@ def _directly(run: Run, names: Sequence[str], instead: Callable[[Tensor], Tensor
         missing.clear()
         return left
 
+    fn: Any
     for fn in (keep, take_off):
-        fn.in_parts = instead is torch.zeros_like  # type: ignore[attr-defined]
+        fn.in_parts = instead is torch.zeros_like
 
     # the output is read from the image's stream alone
     own = [name for name in names if site_of(name).startswith("hook_")]

@@ -25,7 +25,6 @@ from dit_lens.probes import LayerLens, TwinDivergence
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures.bands import Bands
-from ..measures.bootstrap import FEWEST_PAIRS
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
 from ..sampling.loop import prepared
@@ -33,7 +32,7 @@ from ..sampling.parts import Split, is_out_of_memory
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Settings
 from ..twinning.twins import paired_labels, twins
-from .gap import CLASS_MEANS, RELEASES
+from .gap import RELEASES
 from .outcomes import latents
 from .release import one_pass
 
@@ -109,8 +108,8 @@ def gap_cost(
     320
     """
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
-    pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
-    steps = arguments.whole("steps", steps, 4, why="to see anything settle in")
+    pairs = arguments.whole("pairs", pairs, 2, why="each label two times")
+    steps = arguments.whole("steps", steps, 2)
     arguments.optional(arguments.whole, "batch", batch, 1)
     arguments.flag("clones", clones)
     arguments.flag("calibrate", calibrate)
@@ -240,7 +239,7 @@ def _calibrated(
     model: HookedDiT, pairs: int, steps: int, batch: int, after: int
 ) -> tuple[float, int]:
     """Seconds of the whole measurement, and the bytes that a forward takes."""
-    few = max(4, min(pairs, batch // 2))
+    few = max(2, min(pairs, batch // 2, 8))
     with torch.no_grad():
         inputs = _inputs(model, min(batch, 2 * few))
         active = _most_bytes(model, lambda: model(*inputs)) * batch / len(inputs[0])

@@ -124,7 +124,7 @@ def _rows_of(x: Tensor, known: Tensor) -> slice | None:
         return None
     if x.shape[1:] != known.shape[1:] or x.stride() != known.stride() or not len(x):
         return None
-    first, rest = divmod(x.storage_offset() - known.storage_offset(), known.stride(0))
+    first, rest = divmod(int(x.storage_offset() - known.storage_offset()), known.stride(0))
     fits = not rest and 0 <= first and first + len(x) <= len(known)
     return slice(first, first + len(x)) if fits else None
 
