@@ -16,6 +16,10 @@ MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al.
 2024, arXiv 2402.17762).
 """
+CONSTANT = 1e-9
+"""A channel whose variance is below this share of its mean square is constant: rounding makes as
+much.
+"""
 
 
 class TwinDivergence(Probe):
@@ -25,8 +29,9 @@ class TwinDivergence(Probe):
     The stream grows with depth and a few massive channels hold most of its energy, so a raw
     |P_b(h_A - h_B)|² shows those and not the twins. Hence the common-mode normalisation, and three
     weightings of the channels: "raw" takes them as they are, "standardised" divides each by its
-    variance over tokens and items, "trimmed" leaves the massive ones out. With any of them E is 0
-    for equal twins, 1 for unrelated ones.
+    variance over tokens and items and leaves constant ones out, "trimmed" leaves the massive ones
+    out. With any of them E is 0 for equal twins. It is 1 for unrelated ones only where they have no
+    mean in common: what a position or a label adds to every stream counts as shared.
 
     Layer -1 is the embedding, before any layer: what layer 0 does is seen against it.
 
@@ -245,6 +250,6 @@ def _weights(parts: Sequence[_Seen]) -> Tensor:
     variance = spread / (count - 1)
     mean_square = spread / count + mean.square()
     kept = mean_square <= MASSIVE * mean_square.median()
-    return torch.stack(
-        [torch.ones_like(variance), 1 / variance.clamp_min(1e-12), kept.to(variance)]
-    )
+    # a constant channel has no difference, and divided by its variance would drown the others
+    even = torch.where(variance > CONSTANT * mean_square, 1 / variance.clamp_min(1e-30), 0)
+    return torch.stack([torch.ones_like(variance), even, kept.to(variance)])

@@ -12,15 +12,20 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `step_doubling`: whether the gap depends on the number of steps.
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
+- `interchange`: what the finished image takes from twin A with one band of a layer's stream.
+- `shapley`: each layer's share when they act together; `smallest_set`: the fewest that it takes.
 """
 
 from .ablation import knocked_out
 from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .gap import measure_gap
+from .interchange import interchange
 from .knock_outs import cumulative, knock_outs
 from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
+from .shapley import shapley
+from .smallest_set import smallest_set
 from .step_doubling import step_doubling
 
 __all__ = [
@@ -32,11 +37,14 @@ __all__ = [
     "cumulative",
     "features",
     "images",
+    "interchange",
     "knock_outs",
     "knocked_out",
     "latents",
     "measure_gap",
     "one_pass",
     "release_sweep",
+    "shapley",
+    "smallest_set",
     "step_doubling",
 ]

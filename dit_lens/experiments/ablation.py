@@ -24,7 +24,7 @@ from .. import arguments
 from ..errors import InvalidType, InvalidValue
 from ..hooks.names import additions, site_of
 from ..model.hooked import HookedDiT
-from ..patching.patch import moved
+from ..patching.patch import Patch, moved, tiles
 from ..sampling.guidance import n_passes
 from ..sampling.run import Run
 from ..sampling.settings import Edits
@@ -117,25 +117,53 @@ def knocked_out(
     seed = arguments.seed("seed", seed)
     layers = arguments.layers(layers, run.model.cfg.n_layers, fewest=0)
     names = [name for layer in layers for name in added_by(run.model, layer, part)]
-    first, until = checked_window(window, run.settings.steps)
+    span = checked_window(window, run.settings.steps)
     instead = _instead(run, how, seed) if names else torch.zeros_like
     edits = _directly(run, names, instead) if direct else _wholly(names, instead)
-    return run.replay(first, edits, until=until) if edits else run.replay(0)
+    return run.replay(span[0], edits, until=span[-1] + 1) if edits else run.replay(0)
 
 
-def checked_window(window: Any, steps: int) -> tuple[int, int]:
-    """The first step of a window and the one after its last; raises InvalidValue or InvalidType
-    for anything but a range of steps without gaps.
+def checked_window(window: Any, steps: int, first: int = 0) -> range:
+    """A window of steps without gaps, None being all; raises InvalidValue or InvalidType for
+    anything else.
+
+    Args:
+        window: a range or None.
+        steps: of the run.
+        first: step that it may begin with.
     """
     if window is None:
-        return 0, steps
-    expected = f"a range of steps within 0 to {steps - 1}, such as range(0, {max(1, steps // 2)})"
+        return range(first, steps)
+    expected = f"a range of steps within {first} to {steps - 1}, without gaps"
     if not isinstance(window, range):
         raise InvalidType(f"window={arguments.shown(window)} can't be used; expected {expected}.")
-    inside = len(window) and 0 <= window[0] and window[-1] < steps
+    inside = len(window) and first <= window[0] and window[-1] < steps
     if not inside or (len(window) > 1 and window.step != 1):
         raise InvalidValue(f"window={window} can't be used; expected {expected}.")
-    return window[0], window[-1] + 1
+    return range(window[0], window[-1] + 1)
+
+
+def windows_of(windows: Any, first: int, steps: int) -> list[range]:
+    """Windows of a run from a step on: ranges, or how many equal ones to cut it into.
+
+    Args:
+        windows: ranges, or a number.
+        first: step.
+        steps: of the run.
+    """
+    if arguments.is_whole(windows):
+        return tiles(first, steps, arguments.whole("windows", windows, 1, steps - first))
+    spans = arguments.listed("windows", windows, "ranges of steps, or how many of them")
+    return arguments.unlike("windows", [checked_window(span, steps, first) for span in spans])
+
+
+def window_text(span: range) -> str:
+    """A window's steps as `Patch` writes them.
+
+    >>> window_text(range(3, 6))
+    '3-5'
+    """
+    return Patch("resid_post", 0, span).window
 
 
 def _instead(run: Run, how: How, seed: int) -> Callable[[Tensor], Tensor]:

@@ -96,10 +96,15 @@ def moves(result: xr.Dataset) -> xr.DataArray:
 def named(axes: Mapping[str, Any]) -> str:
     """A cell in words, as "3", or "3 at steps 0-4".
 
-    >>> named({"layer": 3, "window": "0-4"})
-    '3 at steps 0-4'
+    Args:
+        axes: the cell's label on each axis.
+
+    >>> named({"layer": 3, "window": "0-4"}), named({"end": "last", "depth": 5})
+    ('3 at steps 0-4', 'last 5')
     """
     window = axes.get("window")
+    if "end" in axes:
+        return f"{axes['end']} {axes['depth']}"
     what = ", ".join(str(value) for axis, value in axes.items() if axis != "window")
     return what if window is None else f"{what} at steps {window}"
 
@@ -134,7 +139,7 @@ def effects_sentence(result: xr.Dataset) -> str:
     whole = f"the gap of {gap:+.2f steps}"
     lost = [name for name, effect in cells.items() if not np.isfinite(effect.value)]
     undecided = (
-        f" Without {several if len(lost) > 1 else one} {_listed(lost, 12)} a band does not commit "
+        f" Without {several if len(lost) > 1 else one} {listed(lost, 12)} a band does not commit "
         "at all."
         if lost
         else ""
@@ -146,14 +151,17 @@ def effects_sentence(result: xr.Dataset) -> str:
         known = [effect for effect in cells.values() if effect.known]
         reach = max((max(abs(e.low), abs(e.high)) for e in known), default=np.nan)
         missed = f" Effects of up to {reach:.2g} steps are not excluded." if known else ""
-        return f"{who} {verb} {whole} measurably and by {matters}, or more{by and f' (by {by})'}.{missed}{undecided}"
+        return (
+            f"{who} {verb} {whole} measurably and by {matters}, or more{by and f' (by {by})'}."
+            f"{missed}{undecided}"
+        )
     order = sorted(causes, key=lambda name: -abs(cells[name].value))
-    largest = _listed([f"{name} ({cells[name]:+.2f})" for name in order], SHOWN)
+    largest = listed([f"{name} ({cells[name]:+.2f})" for name in order], SHOWN)
     move = "moves" if len(causes) == 1 else "move"
     head = f"{done.capitalize()} one by one, {len(causes)} of {n} {several} {move} {whole}"
     return (
-        f"{head}: {largest}, largest first; {by and f'by {by}, '}95 % for all {several} at once, and "
-        f"{matters}, or more.{undecided}"
+        f"{head}: {largest}, largest first; {by and f'by {by}, '}95 % for all {several} at once, "
+        f"and {matters}, or more.{undecided}"
     )
 
 
@@ -164,10 +172,14 @@ def _nouns(result: xr.Dataset) -> tuple[str, str]:
     return ("layer", "layers") if axes == ("layer",) else ("set", "sets")
 
 
-def _listed(names: Sequence[str], most: int) -> str:
+def listed(names: Sequence[str], most: int) -> str:
     """The first names, and how many more there are.
 
-    >>> _listed(["1", "2", "3"], 2)
+    Args:
+        names: in order.
+        most: how many are named.
+
+    >>> listed(["1", "2", "3"], 2)
     '1, 2 and 1 more'
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""

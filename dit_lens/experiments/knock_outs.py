@@ -23,8 +23,7 @@ from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.bands import CUT
 from ..model.hooked import HookedDiT
-from ..patching.patch import Patch, tiles
-from .ablation import How, Part, added_by, checked_window
+from .ablation import How, Part, added_by, window_text, windows_of
 from .effects import effects, together
 from .knocked_gap import KnockedGap, gap_of
 
@@ -92,7 +91,7 @@ def knock_outs(
     arguments.choice("how", how, get_args(How))
     arguments.flag("direct", direct)
     steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
-    spans = checked_windows(windows, steps)
+    spans = None if windows is None else windows_of(windows, 0, steps)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     known = KnockedGap(
         model,
@@ -259,25 +258,6 @@ def checked_sets(
     return axis, sets
 
 
-def checked_windows(windows: Any, steps: int) -> list[range] | None:
-    """Windows of a run of so many steps; a number cuts the run into as many.
-
-    Args:
-        windows: ranges, a number, or None for the whole run.
-        steps: of the run.
-    """
-    if windows is None:
-        return None
-    if arguments.is_whole(windows):
-        return tiles(0, steps, arguments.whole("windows", windows, 1, steps))
-    spans = arguments.listed("windows", windows, "ranges of steps, or how many of them")
-    found = []
-    for span in spans:
-        first, until = checked_window(span, steps)
-        found.append(range(first, until))
-    return arguments.unlike("windows", found)
-
-
 def checked_depths(depths: Any, n: int) -> list[int]:
     """How many layers are knocked out at an end, in increasing order; None is every number.
 
@@ -294,15 +274,6 @@ def checked_depths(depths: Any, n: int) -> list[int]:
             "in increasing order."
         )
     return found
-
-
-def window_text(span: range) -> str:
-    """A window's steps as `Patch` writes them.
-
-    >>> window_text(range(3, 6))
-    '3-5'
-    """
-    return Patch("resid_post", 0, span).window
 
 
 def set_text(layers: Sequence[int]) -> str:

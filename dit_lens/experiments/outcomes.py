@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..measures.agreement import Agreement, Contrasts, agreement
+from ..measures.agreement import Agreement, Contrasts, agreement, sums
 from ..measures.bands import CUT, Bands
 from ..model.hooked import HookedDiT
 from ..sampling.run import decode
@@ -64,13 +64,22 @@ class Outcome:
 
     def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:
         """One side of a comparison: what is compared, in the modes of the bands; two of these make
-        an Agreement by `dit_lens.measures.agreement.sums`.
+        an Agreement by `sums`.
 
         Args:
             x: finished latents, [pair, channel, height, width].
             contrasts: of the labels.
         """
         return contrasts.modes(self.of(x), self.bands)
+
+    def sums(self, x: Tensor, y: Tensor) -> Tensor:
+        """<x, y>, |x|² and |y|² of two sides that `modes` gave, [3, pair, band].
+
+        Args:
+            x: of twin A.
+            y: of twin B.
+        """
+        return sums(x, y, self.bands)
 
 
 class Decoder:

@@ -28,6 +28,7 @@ from .closed_forms import (
     gaussian_eps,
     mixture_agreement,
     planted_gain,
+    sampler_agreement,
     token_mean,
 )
 from .measured import stream_gains
@@ -55,6 +56,7 @@ __all__ = [
     "random_weights",
     "redundant",
     "relayed",
+    "sampler_agreement",
     "shuffle_layers",
     "sides",
     "stream_gains",

@@ -198,6 +198,29 @@ def commitment_draws(
     return np.where(fine, np.interp(centre, snr, np.arange(len(snr))), np.nan)
 
 
+def curve_commitment(curves: ArrayLike, releases: ArrayLike, log_snr: ArrayLike) -> Array:
+    """Commitment steps of agreement curves that are known, by the fit that is made of measured
+    ones: what `commitment_draws` would give if these were the curves.
+
+    Args:
+        curves: [..., release], 0 to 1.
+        releases: [release], steps in increasing order.
+        log_snr: [step] of the whole run, rising.
+
+    Returns:
+        Array: [...], in steps; NaN where the fit does not rise, or crosses outside the releases.
+
+    >>> x = np.arange(-4, 5.0)
+    >>> round(float(curve_commitment(1 / (1 + np.exp(-x)), range(9), x)), 6)
+    4.0
+    """
+    snr = arguments.array("log_snr", log_snr)
+    x = snr[np.asarray(releases, dtype=np.int64)]
+    centre, slope, _ = _fit_logistic(x, np.asarray(curves, dtype=np.float64))
+    fine = (slope > 0) & (centre >= x[0]) & (centre <= x[-1])
+    return np.where(fine, np.interp(centre, snr, np.arange(len(snr))), np.nan)
+
+
 def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Array, Array, Array]:
     """Place and slope [resample, band] of every resample's logistic, and each pair's influence on
     the place [.., pair].
