@@ -124,7 +124,10 @@ def gap_cost(
             else steps * (steps - 1) // 2
         )
         parts = len(Split.of(pairs, batch).parts)
-        images, forwards = images + pairs * (after + 1), forwards + parts * (after + 1)
+        # each end's streams are read as well, and those of the run's own
+        read = releases + 1
+        images += pairs * (after + 1 + read)
+        forwards += parts * (after + 1 + read)
     layers, latent = model.cfg.n_layers, _bytes_of_latents(model)
     trajectories = 3 * 2 * pairs * (steps + 1) * latent
     kept = (layers + 2) * 2 * pairs * latent  # the lens's, of the step under way
@@ -265,7 +268,8 @@ def _calibrated(
     _wait(model)
     reading = (time.perf_counter() - began) / (CALIBRATION * 2 * few)
     images = 2 * pairs * steps
-    return images * (watched + reading) + pairs * (after + 1) * plain, int(active)
+    unwatched = pairs * (after + 2 + RELEASES) if after else 0
+    return images * (watched + reading) + unwatched * plain, int(active)
 
 
 def _wait(model: HookedDiT) -> None:
