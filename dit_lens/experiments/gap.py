@@ -215,7 +215,10 @@ def measure_gap(
 
     # one run of twins, seen by the probes, and clones of it
     outcomes = _outcomes(model, modes, cut, feature, batch)
-    divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
+    divergence, lens = (
+        TwinDivergence(modes.token_split, fine=modes.token_spectrum),
+        LayerLens(modes.split),
+    )
     pair = twins(
         model,
         pairs,

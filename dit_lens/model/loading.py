@@ -61,6 +61,7 @@ def load(
     if not isinstance(model, (str, Path)):
         return HookedDiT(model, size=size)
     dtype, device = _dtype(dtype), _device(device)
+    _check_computing(dtype, device)
     folder = _folder_of(model)
     if str(model) and _is_folder(folder):
         return _load_folder(folder, dtype, device, size)
@@ -118,6 +119,19 @@ def _device(device: Any) -> torch.device:
         raise InvalidValue(
             f"device={device!r:.60} can't be used ({reason}); expected 'cpu', or one that is here, "
             "such as 'cuda'."
+        ) from None
+
+
+def _check_computing(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise InvalidValue for a dtype that the device can't compute in: seen by trying."""
+    try:
+        x = torch.ones(2, 2, device=device, dtype=dtype)
+        torch.nn.functional.layer_norm(x @ x, (2,))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidValue(
+            f"The device '{device}' can't compute in {dtype} ({reason}); expected torch.float32, "
+            "or another that it has."
         ) from None
 
 
