@@ -4,7 +4,7 @@
 #   make test     all checks: ruff, mypy, every test, with nnsight and TransformerLens installed
 #   make quick    the same without the slow tests, under 90 seconds: for every day
 #   make bench    what hook points cost, and exact sweeps against loops of full runs
-#   make attack   attempts to break it, some ten minutes; docs/reliability.md says what must hold
+#   make attack   attempts to break it, twenty minutes or more; docs/reliability.md says what must hold
 #   make checks   the long checks against exact answers, half an hour; their table goes to docs/checks.md
 
 PYTHON ?= python3

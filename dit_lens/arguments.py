@@ -12,6 +12,7 @@ import difflib
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
@@ -169,6 +170,14 @@ def text(name: str, value: Any) -> str:
         wrong_type = not isinstance(value, str)
         raise refusal(name, value, "a string that is not empty", wrong_type=wrong_type)
     return value
+
+
+def path(name: str, value: Any) -> Path:
+    """Where a file is or goes."""
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        wrong_type = not isinstance(value, (str, Path))
+        raise refusal(name, value, "the path of a file", wrong_type=wrong_type)
+    return Path(value)
 
 
 def function(name: str, value: Any, takes: str) -> Any:

@@ -56,7 +56,8 @@ class LayerLens(Probe):
         self.bands = self.wanted_bands or Bands.radial(model.cfg.pixels)
         self.seen = Series(on_disk=True)
         self.labels: dict[tuple[int, ...], Tensor | None] = {}
-        self.timesteps: dict[int, Tensor] = {}
+        self.timesteps: dict[int, Tensor] = {}  # where the model is
+        self.known_times: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
         """Keep the x0 that the stream stands for.
@@ -72,6 +73,7 @@ class LayerLens(Probe):
         if layer == -1:
             self.seen.put(site, site.x, "x")
             self.timesteps.setdefault(site.step, site.t[0])
+            self.known_times = {}
             self.labels.setdefault(site.rows, site.labels)
 
     @property
@@ -87,7 +89,14 @@ class LayerLens(Probe):
             step: 0 is the noisiest.
         """
         output, x = self.seen.at(layer, step), self.seen.at("x", step)
-        return self.model.predict_x0(output, x, self.timesteps[step].cpu())
+        return self.model.predict_x0(output, x, self.times()[step])
+
+    def times(self) -> dict[int, Tensor]:
+        """The timestep of each step, on the host."""
+        if not self.known_times:
+            seen = torch.stack([self.timesteps[s] for s in self.seen.steps]).cpu()
+            self.known_times = dict(zip(self.seen.steps, seen, strict=True))
+        return self.known_times
 
     def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:
         """Sample under observation, and compare with the finished latents; see `result`.
@@ -170,9 +179,15 @@ class LayerLens(Probe):
             last = own
             if last is None:
                 last = modes(self.x0(layers[-1], step), self.bands, centred)
-            for i, layer in enumerate(layers):
-                x0 = self.x0(layer, step).to(last.device)
-                found[:, i, j] = products(modes(x0, self.bands, centred), last, self.bands)
+            of_step = [
+                products(
+                    modes(self.x0(layer, step).to(last.device), self.bands, centred),
+                    last,
+                    self.bands,
+                )
+                for layer in layers
+            ]
+            found[:, :, j] = torch.stack(of_step, 1).cpu().numpy()  # the device is waited for once
         # what a group of n loses with its mean is put back, so that sums over items are those of
         # `dit_lens.measures.agreement`; its rows are made for resampling, these are the items' own
         found *= (1 / np.diag(centred))[:, None]
@@ -183,7 +198,7 @@ class LayerLens(Probe):
         xy, xx, yy = (variables[name][1].sum(2) for name in ("xy", "xx", "yy"))
         with np.errstate(invalid="ignore", divide="ignore"):
             variables["agreement"] = (("layer", "step", "band"), xy / np.sqrt(xx * yy))
-        timesteps = [float(self.timesteps[s]) for s in steps]
+        timesteps = [float(self.times()[s]) for s in steps]
         return xr.Dataset(
             variables,
             coords={
@@ -224,8 +239,7 @@ def modes(x: Tensor, bands: Bands, centred: np.ndarray[Any, Any]) -> Tensor:
     return bands.coefficients(off.view(x.shape))
 
 
-def products(a: Tensor, b: Tensor, bands: Bands) -> np.ndarray[Any, Any]:
+def products(a: Tensor, b: Tensor, bands: Bands) -> Tensor:
     """<a, b>, |a|², |b|² of each item and band, from `modes`, [3, batch, band]."""
     found = torch.stack([(p * q).flatten(1, -2).sum(1) for p, q in ((a, b), (a, a), (b, b))])
-    values: np.ndarray[Any, Any] = bands.total(found).cpu().numpy()
-    return values
+    return bands.total(found)

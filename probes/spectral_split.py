@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -81,6 +82,6 @@ class SpectralSplit(Probe):
                 "name": self.energy.keys,
                 "step": steps,
                 "band": list(self.bands.names),
-                "timestep": ("step", [float(self.timesteps[s]) for s in steps]),
+                "timestep": ("step", torch.stack([self.timesteps[s] for s in steps]).tolist()),
             },
         )

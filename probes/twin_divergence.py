@@ -41,6 +41,8 @@ class TwinDivergence(Probe):
         names: hook points with the axes [batch, token, d], one a layer, and at most one that is in
             none (layer -1).
 
+        fine: more bands of the same modes, of which only sums over pairs are kept.
+
     Raises:
         ValueError: if the batch is not made of twins (use `dit_lens.twins`, or this class's `run`).
 
@@ -54,9 +56,12 @@ class TwinDivergence(Probe):
     in_parts = True
 
     def __init__(
-        self, bands: Bands | None = None, names: Sequence[str] = ("hook_embed", "resid_post")
+        self,
+        bands: Bands | None = None,
+        names: Sequence[str] = ("hook_embed", "resid_post"),
+        fine: Bands | None = None,
     ) -> None:
-        self.wanted_bands, self.names = bands, names
+        self.wanted_bands, self.names, self.fine = bands, names, fine
 
     def start(self, model: HookedDiT) -> None:
         """Forget earlier runs.
@@ -66,9 +71,11 @@ class TwinDivergence(Probe):
         """
         self.bands = self.wanted_bands or Bands.radial(model.cfg.grid, cut=0.25)
         self.difference, self.common = Series(), Series()
+        self.fine_difference, self.fine_common = Series(), Series()
         self.waiting: dict[int, list[_Seen]] = {}  # by layer: the parts of the step under way
         self.timesteps: dict[int, Tensor] = {}
         self.band: Tensor | None = None  # of each mode, where the model is
+        self.within = torch.empty(0)
 
     def observe(self, activation: Tensor, site: Site) -> None:
         """Keep the twins' difference and common energies.
@@ -88,8 +95,8 @@ class TwinDivergence(Probe):
             activation[site.where(branch="cond", twin="B")],
         )
         if self.band is None:
-            onehot = torch.nn.functional.one_hot(self.bands.index, self.bands.n)
-            self.band = onehot.T.to(a)
+            # of the finer bands, and which of them make up each band
+            self.band, self.within = (each.to(a) for each in _indicators(self.bands, self.fine))
         self.timesteps.setdefault(site.step, site.t[0])
         mine = _Seen.of(a, b, self.band, self.bands, site)
 
@@ -100,8 +107,14 @@ class TwinDivergence(Probe):
             return
         self.waiting[layer] = []
         weights = _weights(parts)  # [channels, d]
-        for kept, name in ((self.difference, "difference"), (self.common, "common")):
+        for kept, pooled, name in (
+            (self.difference, self.fine_difference, "difference"),
+            (self.common, self.fine_common, "common"),
+        ):
             energy = torch.cat([getattr(part, name) for part in parts]) @ weights.T
+            if self.fine is not None:
+                pooled.put(site, energy.sum(0), layer, whole=True)  # [fine, channels]
+                energy = self.within @ energy
             if len(parts) > 1:  # pairs in the batch's order
                 pairs = [row for part in parts for row in part.rows if row < len(energy)]
                 order = torch.tensor(pairs).argsort().to(energy.device)
@@ -128,7 +141,8 @@ class TwinDivergence(Probe):
 
         Returns:
             Dataset with `difference`, `common` [channels, layer, step, pair, band] and their ratio
-            `energy` [channels, layer, step, band], pooled over pairs.
+            `energy` [channels, layer, step, band], pooled over pairs; with `fine` also
+            `fine_difference` and `fine_common` [channels, layer, step, fine], summed over pairs.
 
         Raises:
             RuntimeError: if nothing was seen.
@@ -144,9 +158,16 @@ class TwinDivergence(Probe):
             name: kept.stacked(layers).movedim(-1, 0)
             for name, kept in (("difference", self.difference), ("common", self.common))
         }
+        if self.fine is not None:
+            for name, kept in (("difference", self.fine_difference), ("common", self.fine_common)):
+                arrays[f"fine_{name}"] = kept.stacked(layers).movedim(-1, 0)
         dims = ("channels", "layer", "step", "pair", "band")
         variables: dict[str, Any] = {
-            name: (dims, value.float().cpu().numpy()) for name, value in arrays.items()
+            name: (
+                (*dims[:3], "fine") if name.startswith("fine") else dims,
+                value.float().cpu().numpy(),
+            )
+            for name, value in arrays.items()
         }
         pooled = arrays["difference"].sum(3) / arrays["common"].sum(3)
         variables["energy"] = (("channels", "layer", "step", "band"), pooled.float().cpu().numpy())
@@ -157,9 +178,24 @@ class TwinDivergence(Probe):
                 "layer": layers,
                 "step": steps,
                 "band": list(self.bands.names),
-                "timestep": ("step", [float(self.timesteps[s]) for s in steps]),
+                "timestep": ("step", torch.stack([self.timesteps[s] for s in steps]).tolist()),
             },
         )
+
+
+def _indicators(bands: Bands, fine: Bands | None) -> tuple[Tensor, Tensor]:
+    """[finer band, mode], and which finer bands each band holds, [band, finer band]."""
+    of_mode = torch.nn.functional.one_hot(bands.index, bands.n).T
+    if fine is None:
+        return of_mode, torch.eye(bands.n)
+    of_fine = torch.nn.functional.one_hot(fine.index, fine.n).T
+    shared = of_mode @ of_fine.T
+    if not torch.equal((shared > 0).sum(0), torch.ones(fine.n, dtype=torch.long)):
+        raise InvalidValue(
+            f"The fine bands {list(fine.names)} do not refine the bands {list(bands.names)}; "
+            "expected each of them to lie in one band."
+        )
+    return of_fine, (shared > 0).long()
 
 
 class _Seen(NamedTuple):
@@ -168,7 +204,7 @@ class _Seen(NamedTuple):
     Attributes:
         step: of the run.
         rows: of the part in the step's batch.
-        count: tokens times items.
+        places: tokens times items.
         mean: [d], over tokens and items.
         spread: [d], the sum of squares about the mean.
         difference: |P_b(h_A - h_B)|² by channel, [pair, band, d].
@@ -177,7 +213,7 @@ class _Seen(NamedTuple):
 
     step: int
     rows: tuple[int, ...]
-    count: int
+    places: int
     mean: Tensor
     spread: Tensor
     difference: Tensor
@@ -207,9 +243,9 @@ def _weights(parts: Sequence[_Seen]) -> Tensor:
     """How each of `TwinDivergence.channels` weighs the stream's channels, [3, d]."""
     count, mean, spread = 0, torch.zeros_like(parts[0].mean), torch.zeros_like(parts[0].mean)
     for part in parts:  # moments of parts add up so (Chan et al. 1983)
-        off, both = part.mean - mean, count + part.count
-        mean = mean + off * (part.count / both)
-        spread = spread + part.spread + off.square() * (count * part.count / both)
+        off, both = part.mean - mean, count + part.places
+        mean = mean + off * (part.places / both)
+        spread = spread + part.spread + off.square() * (count * part.places / both)
         count = both
     variance = spread / (count - 1)
     mean_square = spread / count + mean.square()

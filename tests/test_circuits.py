@@ -23,6 +23,7 @@ from dit_lens.experiments import (
 from dit_lens.experiments.ablation import others
 from dit_lens.experiments.shapley import drawn_orders, monte_carlo, shapley_sentence
 from dit_lens.groundtruth import GroundTruth, exact_agreement, gaussian, redundant, relayed
+from dit_lens.groundtruth.closed_forms import sampler_agreement
 from dit_lens.measures import Agreement
 from dit_lens.measures.commitment import commitment_draws
 from dit_lens.patching import Patch, grid, sweep, tiles
@@ -123,6 +124,15 @@ def test_the_exact_gap_is_what_many_pairs_give():
         assert low - 0.02 <= exact <= high + 0.02, layer
     assert abs(exact_gap(truth, 12, [1])) < 1e-4  # noise is the same in both bands
     assert exact_gap(truth, 12, [0]) != exact_gap(truth, 12)
+
+
+def test_the_exact_agreement_of_an_exact_denoiser_is_that_of_the_formula():
+    """Measured on the model, against what the data's spectrum alone gives."""
+    truth = gaussian(4.0, 0.25, (1,), 2, sample_size=4)
+    found, log_snr = exact_agreement(truth, 20)
+    signal = np.append(1 / np.sqrt(1 + np.exp(-log_snr)), 1.0)
+    formula = sampler_agreement([4.0, 0.25], signal, np.sqrt(1 - signal**2))[1]
+    assert np.allclose(found, formula[:-1], atol=1e-3)
 
 
 def test_decoys_and_empty_layers_are_inert_and_causes_are_not():

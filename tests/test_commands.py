@@ -389,6 +389,29 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_patch_with_all_that_can_be_asked_for(tmp_path, capsys):
+    """Either of two layers suffices: no single one is named, the two are found together."""
+    from dit_lens.groundtruth import redundant
+
+    folder = redundant(layers=(0, 2), n_layers=3).save(tmp_path / "model")
+    size = ["--pairs", "16", "--steps", "8", "--cut", "0.1", "--out", str(tmp_path / "out")]
+    more = ["--how", "zero", "resample", "--direct", "--sets", "--shapley", "3", "--windows", "2"]
+    assert main(["patch", str(folder), *size, *more, "--interchange", "stream"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "Necessity: No layer of 3, knocked out by itself, moves the gap of ",
+        "No single layer takes away half of the gap.",
+        "The smallest set found that takes 50% of the gap away has 2 layers, layers 0, 2",
+        "Together they do more or less than by themselves: 0 and 2 (",
+        "No cell (layer and window) of 6, knocked out by itself, moves the gap of ",
+        "With the low band of one layer's stream from twin A, ",
+    ):
+        assert text in shown, text
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == shown
+
+
+@pytest.mark.slow
 def test_patch_end_to_end(tmp_path, capsys):
     """On a saved model with a known cause: its layer is named, and `gap --causes --couple` finds
     the same after the rest.

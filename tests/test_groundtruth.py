@@ -333,18 +333,27 @@ def test_saved_models_load_as_plain_diffusers(tmp_path: Path, dtype: torch.dtype
         ),
         (
             lambda: gt.ddim_agreement(1.0, [0.1, 0.9], 3),
-            "release is 3; expected a step from 0 to 2",
+            "release=3 can't be used; expected a whole number from 0 to 2",
         ),
-        (lambda: gt.mixture_agreement(1.0, -1.0, 0.5), "sigma at least 0"),
-        (lambda: gt.planted_gain(0.3, 5, -1.0), "g is -1.0; expected a finite coupling strength"),
+        (
+            lambda: gt.mixture_agreement(1.0, -1.0, 0.5),
+            "sigma=-1.0 can't be used; expected a finite number from 0 to 1e+09",
+        ),
+        (
+            lambda: gt.planted_gain(0.3, 5, -1.0),
+            "g=-1.0 can't be used; expected a finite number of 0 or more",
+        ),
         (
             lambda: gt.gaussian(layers=()),
-            "layers is []; expected different layers from 0 to 27.",
+            "layers=() can't be used; expected 1 or more whole numbers",
         ),
-        (lambda: gt.gaussian(layers=(1,), decoys=(1,)), "from 0 to 27 that are not among [1]."),
+        (
+            lambda: gt.gaussian(layers=(1,), decoys=(1,)),
+            "decoys is [1]; expected layers that are not among [1].",
+        ),
         (
             lambda: gt.gaussian(layers=(1, 2), shares=(0.5, 0.4)),
-            "shares is (0.5, 0.4); expected 2 numbers",
+            "shares is [0.5, 0.4]; expected 2 numbers",
         ),
         (
             lambda: gt.gaussian(in_channels=20),
@@ -356,19 +365,25 @@ def test_saved_models_load_as_plain_diffusers(tmp_path: Path, dtype: torch.dtype
         ),
         (
             lambda: gt.gaussian(n_layers=15, dtype=torch.float16),
-            "dtype is torch.float16; expected torch.float32 or",
+            "dtype=torch.float16 can't be used; expected torch.float32 or",
         ),
         (
             lambda: gt.planted((3, 28)),
-            "layers is [3, 28]; expected different layers from 0 to 27.",
+            "layers[1]=28 can't be used; expected a whole number from -28 to 27",
         ),
-        (lambda: gt.planted(band="mid"), "band is 'mid'; expected 'low', 'high' or 'both'."),
-        (lambda: gt.planted(a=-1.0), "a is -1.0; expected a gain 1 + a that is finite and above 0"),
+        (
+            lambda: gt.planted(band="mid"),
+            "band='mid' can't be used; expected one of 'low', 'high', 'both'",
+        ),
+        (lambda: gt.planted(a=-1.0), "a=-1.0 can't be used; expected a finite number above -1"),
         (
             lambda: gt.planted(switch={"high": 1}),
             "switch is {'high': 1}; expected a timestep for",
         ),
-        (lambda: gt.planted(noise=-1.0), "noise is -1.0; expected a fraction of the signal"),
+        (
+            lambda: gt.planted(noise=-1.0),
+            "noise=-1.0 can't be used; expected a finite number from 0 to 1, of the signal",
+        ),
         (
             lambda: gt.shuffle_layers(gt.random_weights(0, 1).transformer, 0),
             "transformer has 1 block",

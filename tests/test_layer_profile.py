@@ -18,7 +18,7 @@ from dit_lens.experiments.layer_profile import VIEWS, Streams, profile_values, p
 from dit_lens.experiments.null_profiles import Modes, null_profiles, rank_p, shuffled
 from dit_lens.experiments.release import release_sweep
 from dit_lens.groundtruth import gaussian, planted, random_planted, random_weights, shuffle_layers
-from dit_lens.measures.agreement import Agreement, curve
+from dit_lens.measures.agreement import Agreement, Contrasts, curve
 from dit_lens.measures.bootstrap import draws, interval, simultaneous
 from dit_lens.measures.commitment import commitment_draws
 from dit_lens.probes import LayerLens, TwinDivergence
@@ -227,8 +227,9 @@ def test_strangers_agree_in_nothing_and_constant_channels_do_not_count():
     stream = Streams.of_twins(pair, Bands.radial(model.cfg.grid, cut=0.1))
     other = dit_lens.twins(model, 64, [0] * 64, steps=8, seed=2)
     a, b = pair.a.latents[-1], other.a.latents[-1]
-    strangers, same = (curve(Agreement.of(stream.sums(a, x))) for x in (b, a))
+    contrasts = Contrasts([0] * 64, 64)
+    strangers, same = (curve(Agreement.of(stream.sums(a, x, contrasts))) for x in (b, a))
     assert (np.abs(strangers) < 4 / np.sqrt(64 * 3)).all()
     np.testing.assert_allclose(same, 1, atol=1e-6)
-    parts = replace(stream, batch=48).sums(a, b)
-    np.testing.assert_allclose(parts, stream.sums(a, b), rtol=1e-3, atol=1e-3)
+    parts = replace(stream, batch=48).sums(a, b, contrasts)
+    np.testing.assert_allclose(parts, stream.sums(a, b, contrasts), rtol=1e-3, atol=1e-3)

@@ -348,18 +348,21 @@ def test_clones_of_mixtures_end_on_the_same_side_as_e3_says() -> None:
     [
         (
             lambda: gt.two_scale(sigma=0.0),
-            "sigma is 0.0; expected a width of a side, finite and above 0",
+            "sigma=0.0 can't be used; expected a finite number above 0, the width of a side",
         ),
         (
             lambda: gt.two_scale(m_low=0.2),
-            "m_low is 0.2; expected a finite size above sigma, 0.25, or no side",
+            "m_low=0.2 can't be used; expected a finite number above 0.25",
         ),
         (
             lambda: gt.two_scale(m_high=float("nan")),
-            "m_high is nan; expected a finite size above sigma",
+            "m_high=nan can't be used; expected a finite number above 0.25",
         ),
-        (lambda: gt.two_scale(low_layer=28), "low_layer is 28; expected a layer from 0 to 27."),
-        (lambda: gt.two_scale(high_layer=-1), "high_layer is -1; expected a layer from 0 to 27."),
+        (
+            lambda: gt.two_scale(low_layer=28),
+            "low_layer=28 can't be used; expected a whole number from -28 to 27",
+        ),
+        (lambda: gt.two_scale(high_layer=-29), "high_layer=-29 can't be used; expected a whole"),
         (
             lambda: gt.two_scale(patch_size=1),
             "patch_size is 1; expected an even one, for a checkerboard",
@@ -370,7 +373,7 @@ def test_clones_of_mixtures_end_on_the_same_side_as_e3_says() -> None:
         ),
         (
             lambda: gt.two_scale(dtype=torch.float16),
-            "dtype is torch.float16; expected torch.float32 or",
+            "dtype=torch.float16 can't be used; expected torch.float32 or",
         ),
         (lambda: gt.two_scale(m_low=1e4), "expected one in the schedule's"),
         (

@@ -437,13 +437,17 @@ def test_where_no_recording_is(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     argv = ["record", "digits", RESID, OTHER, "--items", "3", "--steps", "3", "--at", "1"]
-    argv += ["--tokens", "0", "5", "--dtype", "float16", "--out", str(tmp_path)]
+    argv += ["--tokens", "0", "5", "--stored-as", "float16", "--out", str(tmp_path)]
     for _ in range(2):
         assert main(argv) == 0
         out = capsys.readouterr().out
         assert f"{RESID!r}): 6 of [64], float16" in out and f"{OTHER!r}): 6 of [4, 16]" in out
-    assert main([*argv[:-2], "--out", str(tmp_path), "--seed", "4"]) == 2
+    assert main([*argv, "--seed", "4"]) == 2
     assert "holds a recording with seeds=" in capsys.readouterr().err
+    other = [*argv[:-1], str(tmp_path / "other"), "--labels", "7", "2", "--batch", "2"]
+    assert main(other) == 0
+    found = Activations(tmp_path / "other").take(slice(None))
+    assert found["label"].tolist() == [7, 7, 2, 2, 7, 7]
 
 
 def test_it_is_in_the_open():

@@ -98,7 +98,7 @@ def test_pictures_do_not_depend_on_the_callers_style(tmp_path):
 def test_stored_results_are_shown_again(results, tmp_path, capsys):
     write_all(results, tmp_path)
     shown = capsys.readouterr().out
-    assert "Twins coupled throughout (mix form, eps 0.1)" in shown and "Necessity: " in shown
+    assert "The gap of twins coupled by g (mix form, eps 0.1)" in shown and "Necessity: " in shown
     for name in PICTURES:
         (tmp_path / name).unlink()
     show(tmp_path)
@@ -106,7 +106,7 @@ def test_stored_results_are_shown_again(results, tmp_path, capsys):
     assert {p.name for p in tmp_path.glob("*.png")} == set(PICTURES)
     for file, text in (
         ("gap.nc", "commitment of the finished image"),
-        ("coupling_sweep.nc", "Twins coupled throughout"),
+        ("coupling_sweep.nc", "The gap of twins coupled by g"),
         ("knock_outs.nc", "Knocked out one by one"),
         ("patches.nc", "Knocked out one by one"),
     ):

@@ -14,8 +14,11 @@ from dit_lens.experiments.coupling_sweep import NEAREST, SENSES, collapse, quali
 from dit_lens.experiments.data_gap import data_sentence
 from dit_lens.experiments.effects import MATTERS, effects_sentence
 from dit_lens.experiments.gap import NO_DEPTH, headline, pairs_for
+from dit_lens.experiments.interchange import interchange_sentence
 from dit_lens.experiments.null_profiles import depth_sentence
 from dit_lens.experiments.release import difference_sentence
+from dit_lens.experiments.shapley import shapley_sentence
+from dit_lens.experiments.smallest_set import smallest_sentence
 from dit_lens.experiments.step_doubling import doubling_sentence
 from dit_lens.groundtruth import gaussian
 from dit_lens.measures.estimate import Estimate
@@ -179,6 +182,122 @@ def test_layer_2_of_6_is_not_among_the_last():
         "No single layer takes away half of the gap; in the last of 6 layers lie 0 of the 1 that "
         "move it."
     )
+
+
+def grid_of(axes, one, other):
+    """A dataset of effects over axes, the first cell one estimate, the others another."""
+    shape = tuple(len(labels) for labels in axes.values())
+    cells = np.full((*shape, 3), other)
+    cells[(0,) * len(shape)] = one
+    result = xr.Dataset(
+        {
+            "effect": (tuple(axes), cells[..., 0]),
+            "effect_interval": ((*axes, "bound"), cells[..., 1:]),
+        },
+        {**axes, "bound": BOUND},
+        {
+            "gap": 2.0,
+            "gap_interval": [1.0, 3.0],
+            "matters": 0.25,
+            "done": "knocked out",
+            "estimator": "one pass",
+        },
+    )
+    return effects_sentence(result)
+
+
+@pytest.mark.parametrize(
+    "axes, first",
+    [
+        ({"layer": [4, 7], "window": ["0-4", "5-9"]}, "4 at steps 0-4"),
+        ({"set": ["0-3, 5", "4"]}, "0-3, 5"),
+        ({"set": ["0-3"]}, "0-3"),
+        ({"end": ["first", "last"], "depth": [1, 4]}, "first 1"),
+    ],
+)
+def test_effects_of_sets_and_windows(axes, first):
+    for one, other in itertools.product(ESTIMATES, ESTIMATES):
+        said = check(grid_of(axes, one, other))
+        sure = (one[1] > 0 or one[2] < 0) and abs(one[0]) > 0.25
+        assert (f"{first} ({one[0]:+.2f}" in said) == sure, said
+        assert "by one pass" in said
+        lost = not np.isfinite(one[0])
+        assert (f"{first} a band" in said or f"{first}, " in said) or not lost, said
+
+
+@pytest.mark.parametrize("players", [2, 3])
+@pytest.mark.parametrize("lost, every", [(0, 1), (0, 0), (2, 0), (6, 0)])
+def test_shares(players, lost, every):
+    names = [str(i) for i in range(players)]
+    for one, other, both in itertools.product(ESTIMATES, ESTIMATES[:4], ESTIMATES):
+        share = np.array([one] + [other] * (players - 1))
+        interaction = np.broadcast_to(both, (players, players, 3))
+        result = xr.Dataset(
+            {
+                "share": ("player", share[:, 0]),
+                "share_interval": (("player", "bound"), share[:, 1:]),
+                "monte_carlo": ("player", [np.nan if lost else 0.1] * players),
+                "interaction": (("one", "other"), interaction[..., 0]),
+                "interaction_interval": (("one", "other", "bound"), interaction[..., 1:]),
+            },
+            {"player": names, "one": names, "other": names, "bound": BOUND},
+            {"total": 2.0, "total_interval": [1.0, 3.0], "orders": 6, "lost": lost, "every": every}
+            | {"matters": 0.25},
+        )
+        said = check(shapley_sentence(result))
+        if lost == 6:
+            assert said.endswith("in every one of 6 orders a band does not commit at some point.")
+            continue
+        sure = [e for e in (one, other) if (e[1] > 0 or e[2] < 0) and abs(e[0]) > 0.25]
+        assert ("no player's share of it can be told from 0" in said) == (not sure)
+        acting = (both[1] > 0 or both[2] < 0) and abs(both[0]) > 0.25
+        assert ("Together they do more or less" in said) == acting
+        assert ("are left out" in said) == (lost > 0)
+
+
+def test_smallest_sets():
+    for (left, low, high), size, gaps in itertools.product(
+        ESTIMATES, (0, 1, 3), ([2.0, 1.0], [2.0, np.nan])
+    ):
+        sure = -0.5 <= low and high <= 0.5
+        result = xr.Dataset(
+            {"gap": ("tried", gaps), "left": ((), left), "left_interval": ("bound", [low, high])},
+            {"tried": ["0", "1"], "bound": BOUND},
+            {
+                "share": 0.5,
+                "size": size,
+                "found": ["", "4", "4-6"][min(size, 2)],
+                "sure": int(sure),
+            },
+        )
+        said = check(smallest_sentence(result))
+        assert ("No set of layers was found" in said) == (size == 0)
+        assert ("for sure: " in said and "not for sure" not in said) == (
+            bool(size) and sure and np.isfinite(left)
+        )
+
+
+def test_exchanges():
+    for (value, low, high), layers, doses in itertools.product(
+        ESTIMATES, (1, 3), ([1.0], [0.5, 1])
+    ):
+        axes = {"layer": range(layers), "head": [-1], "window": ["4-7"], "dose": doses}
+        axes |= {"taken": ["low", "high"], "band": ["low", "high"]}
+        shape = tuple(len(list(labels)) for labels in axes.values())
+        result = xr.Dataset(
+            {
+                "move": (tuple(axes), np.full(shape, value)),
+                "move_together": ((*axes, "bound"), np.full((*shape, 2), (low, high))),
+            },
+            {**{axis: list(labels) for axis, labels in axes.items()}, "bound": BOUND},
+            {"heads": 0},
+        )
+        said = check(interchange_sentence(result))
+        assert ("none surely moves" in said) == (not low > 0)
+        assert "head" not in said
+        assert (" Sure moves that grow with every dose (0.5, 1): 0 of " in said) == (
+            low > 0 and len(doses) > 1
+        )
 
 
 def test_coupling_sweeps():

@@ -13,6 +13,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import diffusers
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 import dit_lens
@@ -412,6 +414,7 @@ def test_hostile_traces(trace, model, tmp_path):
 class Said(Schema):
     a: Listed[Size] | str = ""
     inner: dict[str, "Said"] = {}
+    pair: Annotated[tuple[int, int], Field(strict=False)] = (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -422,6 +425,8 @@ class Said(Schema):
         ({"a": [True]}, "a[0] = True; expected it to be a valid integer."),
         ({"a": True}, "a = True; expected it to be a valid tuple or be a valid string."),
         ({"inner": {"x": {"b": 1}}}, "inner.x.b, which is not known here."),
+        ({"pair": [1]}, "no 1 in pair."),
+        ({"pair": [1, 2, 3]}, "pair = [1, 2, 3]; expected it to have at most 2 items after"),
         ([], "metadata = []; expected it to be a valid dictionary or instance of Said."),
     ],
 )
@@ -586,6 +591,10 @@ def test_parts_of_other_libraries(tmp_path):
             {"sample_size": 2048, "attention_head_dim": 10**6},
             "asks for positions of",
         ),
+        ("config.json", {"sample_size": 8.5}, "sample_size=8.5; expected whole numbers"),
+        ("config.json", {"num_layers": 2.0}, "num_layers=2.0; expected whole numbers"),
+        ("config.json", {"num_attention_heads": 0}, "num_attention_heads=0; expected numbers from"),
+        ("config.json", {"patch_size": -2}, "patch_size=-2; expected numbers from 1"),
         ("config.json", {"in_channels": 10**400}, "in_channels=a list or number too long"),
         ("config.json", {"_class_name": "DDIMScheduler"}, "'DDIMScheduler'; expected a ModelMixin"),
         ("config.json", {"_class_name": ["a"]}, r"\['a'\]; expected a ModelMixin"),
@@ -610,6 +619,40 @@ def test_hostile_configurations(file, entries, text, folder, monkeypatch):
         dit_lens.load(folder)
     if file == "config.json":
         assert main(["hooks", str(folder)]) == 2
+
+
+def test_damaged_weights_are_no_success_of_any_command(folder, capsys):
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:100], whole[:-1], b"", b"\xff" * 8 + whole[8:]):
+        weights.write_bytes(damaged)
+        for command in (["hooks", str(folder)], ["gap", str(folder), "--out", str(folder / "o")]):
+            assert main(command) == 2
+            assert "it is not a whole safetensors file" in capsys.readouterr().err
+    weights.unlink()
+    assert main(["hooks", str(folder)]) == 0  # a configuration is enough to list names
+
+
+def test_weights_that_are_not_finite(folder):
+    rewrite(folder, lambda w: w[BIAS].fill_(torch.nan))
+    with pytest.raises(InvalidValue, match=rf"are damaged: {BIAS} has values that are not finite"):
+        dit_lens.load(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"prediction_type": "x"}, "can't take a step"),
+        ({"trained_betas": []}, "has noise levels for 0 timesteps; expected as many as the 1000"),
+        ({"trained_betas": [0.1] * 9}, "has noise levels for 9 timesteps; expected as many as the"),
+        ({"timestep_spacing": "x"}, "can't be given 3 timesteps"),
+        ({"beta_start": 5.0, "beta_end": 9.0}, "noise levels of DDIMScheduler are not understood"),
+    ],
+)
+def test_a_saved_scheduler_that_does_not_work(settings, text, folder):
+    reconfigure(folder, "scheduler/scheduler_config.json", **settings)
+    with pytest.raises(InvalidValue, match=text):
+        dit_lens.sample(dit_lens.load(folder), [1], steps=3)
 
 
 def test_mutated_configurations(folder):

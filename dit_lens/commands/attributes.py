@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidValue
 from .common import progress_bar
@@ -62,26 +62,16 @@ def find(where: str, model: str) -> Reader:
 
 
 def measure(
-    model: HookedDiT,
-    read: Reader,
-    pairs: int | None,
-    steps: int,
-    seed: int,
-    cut: float,
-    name: str,
-    out: Path,
+    model: HookedDiT, read: Reader, out: Path, *, pairs: int | None, **settings: Any
 ) -> None:
     """When each attribute is decided: measure, print, draw and store.
 
     Args:
         model: the opened model.
         read: what `find` gave.
-        pairs: of twins; None is the default of `dit_lens.experiments.attributes`.
-        steps: of denoising.
-        seed: of the twins and of the bootstrap.
-        cut: between the low and the high band.
-        name: of the model.
         out: folder for pictures and results.
+        pairs: of twins; None is the default of `dit_lens.experiments.attributes`.
+        **settings: further arguments of it.
     """
     from ..experiments.attributes import PAIRS, attributes
     from ..report import attributes as report
@@ -92,10 +82,7 @@ def measure(
             model,
             read,
             pairs=PAIRS if pairs is None else pairs,
-            steps=steps,
-            seed=seed,
-            cut=cut,
-            name=name,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **settings,
         )
     report.write(found, out)

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -159,11 +160,99 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The options `--device`, `--dtype` and `--batch`."""
+    parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator, if any)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the weights: float32, bfloat16 or float16 (default: float32)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        help="images that go through the model at once (default: what fits, found by trying)",
+    )
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """The options `--labels` and `--prompts`, of which one can be given."""
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--labels",
+        type=seed,
+        nargs="+",
+        metavar="N",
+        help="classes, or prompts by number, taken in turn (default: the model's own)",
+    )
+    one.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line, taken in turn, for a model that is given text",
+    )
+
+
+def labels_of(args: argparse.Namespace) -> list[int] | list[str] | None:
+    """The labels or prompts that were asked for; None is the model's own.
+
+    Args:
+        args: of a subcommand with `add_labels`.
+
+    Raises:
+        InvalidValue: for a file without prompts, or that is no text.
+    """
+    from ..errors import InvalidValue
+
+    if args.prompts is None:
+        found: list[int] | None = args.labels
+        return found
+    if not args.prompts.is_file():
+        raise InvalidValue(f"There is no file {str(args.prompts)!r}; expected prompts, one a line.")
+    try:
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InvalidValue(
+            f"{str(args.prompts)!r} is no text in UTF-8; expected prompts, one a line."
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InvalidValue(f"{str(args.prompts)!r} is empty; expected prompts, one a line.")
+    return prompts
+
+
 def open_model(args: argparse.Namespace) -> HookedDiT:
-    """The model that `add_model` and `add_size` asked for."""
+    """The model that `add_model`, `add_size` and `add_device` asked for."""
+    import torch
+
     from ..model.loading import load
 
-    return load(args.model, size=None if args.size is None else tuple(args.size))
+    device = args.device
+    if device is None:
+        here = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if here is None else str(here)
+    size = None if args.size is None else tuple(args.size)
+    return load(args.model, dtype=args.dtype, device=device, size=size)
+
+
+def batch_of(args: argparse.Namespace, model: HookedDiT, images: int) -> int | None:
+    """Images at once: as asked for, or else as many of `images` as fit; None if all do.
+
+    Args:
+        args: of a subcommand with `add_device`.
+        model: the opened model.
+        images: how many there are.
+    """
+    from ..experiments.cost import fitting_batch
+
+    if args.batch is not None or model.device.type == "cpu":
+        asked: int | None = args.batch
+        return asked
+    found = fitting_batch(model, images)
+    if found == images:
+        return None
+    print(f"batch {found}: {images} images at once do not fit the memory of {model.device}")
+    return found
 
 
 def console(width: int) -> Console:

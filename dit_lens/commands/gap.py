@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidValue, MissingFile
-from . import attributes, patch
+from . import attributes, cost, patch
 from .common import (
+    add_device,
+    add_labels,
     add_model,
     add_quick,
     add_seed,
     add_size,
+    batch_of,
     count,
     frequency,
+    labels_of,
     open_model,
     progress_bar,
     sizes,
@@ -60,14 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also what `dit-lens patch` does: the layers that cause the gap",
     )
     parser.add_argument(
-        "--attributes",
-        nargs="?",
-        const=attributes.OWN,
-        metavar="FUNCTION",
-        help="also when each attribute is decided that a function reads off the images: that of "
-        f"the bundled model ({', '.join(attributes.BUNDLED)}), or {attributes.EXPECTED}",
-    )
-    parser.add_argument(
         "--null",
         type=count,
         default=0,
@@ -84,11 +80,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "width] in [0, 1] as .npy",
     )
     parser.add_argument(
+        "--attributes",
+        nargs="?",
+        const=attributes.OWN,
+        metavar="FUNCTION",
+        help="also when each attribute is decided that a function reads off the images: that of "
+        f"the bundled model ({', '.join(attributes.BUNDLED)}), or {attributes.EXPECTED}",
+    )
+    parser.add_argument(
         "--one-pass",
         action="store_true",
         help="without clones, in a third of the time: the behaviour as an exact denoiser has it",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it would cost, and run nothing else"
+    )
+    add_labels(parser)
     add_size(parser)
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
     )
@@ -98,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments import couplings, measure_gap
     from ..experiments.attributes import attribute_names
+    from ..experiments.cost import gap_cost
     from ..experiments.coupling_sweep import checked_strengths
     from ..experiments.null_profiles import checked_nulls
     from ..report import coupling_sweep as coupling_report
@@ -107,14 +117,24 @@ def run(args: argparse.Namespace) -> None:
     pairs, steps = sizes(args)
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
-    read = args.attributes and attributes.find(args.attributes, str(args.model))
     checked_nulls(args.null)
-    images, labels = read_images(args.images) if args.images else (None, None)
+    images, of_images = read_images(args.images) if args.images else (None, None)
+    read = args.attributes and attributes.find(args.attributes, str(args.model))
     out = args.out or Path(f"gap-{file_name(str(args.model))}")
-    try_folder(out)  # as well
+    labels = labels_of(args)
+    if not args.dry_run:
+        try_folder(out)  # as well
     model = open_model(args)
     if read:
         attribute_names(model, read)  # as well
+    batch = batch_of(args, model, 2 * pairs)
+    planned = gap_cost(
+        model, pairs, steps, batch=batch, clones=not args.one_pass, calibrate=args.dry_run
+    )
+    planned.require_fit()
+    if args.dry_run:
+        cost.show([planned])
+        return
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
@@ -127,9 +147,11 @@ def run(args: argparse.Namespace) -> None:
             bands=args.bands,
             null=args.null,
             images=images,
-            image_labels=labels,
+            image_labels=of_images,
             name=str(args.model),
             clones=not args.one_pass,
+            batch=batch,
+            labels=labels,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
     gap_report.write(results, out)
@@ -151,12 +173,23 @@ def run(args: argparse.Namespace) -> None:
 
     if read:
         many = pairs if args.quick else args.pairs  # categories need more pairs than fields
-        name = str(args.model)
-        attributes.measure(model, read, many, steps, args.seed, args.cut, name, out)
+        attributes.measure(
+            model,
+            read,
+            out,
+            pairs=many,
+            steps=steps,
+            seed=args.seed,
+            cut=args.cut,
+            name=str(args.model),
+            batch=batch,
+            labels=labels,
+        )
 
     if args.causes:
         onsets = gap_report.onsets(results)
-        patch.find_causes(model, min(pairs, 24), min(steps, 25), args.seed, args.cut, out, onsets)
+        fewer = min(pairs, 24), min(steps, 25)
+        patch.find_causes(model, *fewer, args.seed, args.cut, out, onsets, batch=batch)
 
 
 def reader_of(name: str) -> Callable[[Tensor], Tensor] | None:

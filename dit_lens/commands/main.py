@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DitLensError
-from . import check, check_family, gap, hooks, patch, probe, record, report
+from . import check, check_family, cost, gap, hooks, patch, probe, record, report
 
 COMMANDS = {
     "hooks": hooks,
@@ -16,6 +16,7 @@ COMMANDS = {
     "patch": patch,
     "probe": probe,
     "record": record,
+    "cost": cost,
     "check": check,
     "check-family": check_family,
     "report": report,

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    add_device,
     add_model,
     add_quick,
     add_seed,
     add_size,
+    batch_of,
     count,
     frequency,
     open_model,
@@ -77,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also bands exchanged between twins, in the stream or head by head, in three doses",
     )
     add_size(parser)
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: patch-MODEL)"
     )
@@ -89,8 +92,10 @@ def run(args: argparse.Namespace) -> None:
     pairs, steps = sizes(args)
     out = args.out or Path(f"patch-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
+    model = open_model(args)
+    batch = batch_of(args, model, 2 * pairs)
     find_causes(
-        open_model(args),
+        model,
         pairs,
         steps,
         args.seed,
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
         shapley=args.shapley,
         windows=args.windows,
         interchange=args.interchange,
+        batch=batch,
     )
 
 
@@ -120,6 +126,7 @@ def find_causes(
     shapley: int | None = None,
     windows: int | None = None,
     interchange: str | None = None,
+    batch: int | None = None,
 ) -> None:
     """All experiments with their progress, and their report in `out`.
 
@@ -138,6 +145,7 @@ def find_causes(
         shapley: also shares, of so many layers.
         windows: also layers by so many windows of steps.
         interchange: also exchanged bands, of the "stream" or of "heads".
+        batch: images that go through the model at once, of knock-outs by zero and of patches.
     """
     from .. import probes
     from ..experiments import ablation
@@ -157,7 +165,16 @@ def find_causes(
     for way in how or ["zero", "mean"]:
         with _bar(f"knock-outs ({way})") as progress:
             known = KnockedGap(
-                model, "layer", way, pairs=pairs, steps=steps, seed=seed, cut=cut, resamples=1000
+                model,
+                "layer",
+                way,
+                pairs=pairs,
+                steps=steps,
+                seed=seed,
+                cut=cut,
+                resamples=1000,
+                # the others take what they put in from the whole batch
+                batch=batch if way == "zero" else None,
             )
             results.append(knocked(known, "layer", layers, None, direct, progress))
         engine = engine or known
@@ -173,6 +190,7 @@ def find_causes(
             steps=steps,
             seed=seed,
             outcome=Bands.radial(model.cfg.pixels, cut=cut),
+            batch=16 if batch is None else batch,
             resume=out / "sweep.safetensors",
             progress=progress,
         )

@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_probe, add_seed, add_size, count, open_model
+from .common import (
+    add_device,
+    add_labels,
+    add_model,
+    add_probe,
+    add_seed,
+    add_size,
+    batch_of,
+    count,
+    labels_of,
+    open_model,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=count, default=8, help="images to sample (default: 8)")
     parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
     add_seed(parser)
+    add_labels(parser)
     add_size(parser)
+    add_device(parser)
     parser.add_argument("--out", type=Path, help="netCDF file (default: NAME.nc)")
 
 
@@ -27,13 +40,19 @@ def run(args: argparse.Namespace) -> None:
     found = find_probe(args.name)
     out = args.out or Path(f"{file_name(found.__name__)}.nc")
     try_folder(out.parent)  # before minutes are spent
+    chosen = labels_of(args)
     model, probe = open_model(args), found()
+    given = list(range(model.conditions.n)) if chosen is None else chosen
+    known = model.conditions.numbers(given).tolist()
+    batch = batch_of(args, model, args.items)
+    parts = {} if batch is None else {"batch": batch}
     if found.of_twins:  # two images a pair
         pairs = max(1, args.items // 2)
-        result = probe.run(model, pairs=pairs, seed=args.seed, steps=args.steps)
+        labels = None if chosen is None else [known[i % len(known)] for i in range(pairs)]
+        result = probe.run(model, labels, pairs=pairs, seed=args.seed, steps=args.steps, **parts)
     else:
-        labels = [i % model.conditions.n for i in range(args.items)]
-        result = probe.run(model, labels, seeds=args.seed, steps=args.steps)
+        labels = [known[i % len(known)] for i in range(args.items)]
+        result = probe.run(model, labels, seeds=args.seed, steps=args.steps, **parts)
     save_dataset(out, f"probe {found.__name__}", result)
 
     print(result)

@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_seed, add_size, count, open_model, progress_bar
+from .common import (
+    add_device,
+    add_labels,
+    add_seed,
+    add_size,
+    count,
+    labels_of,
+    open_model,
+    progress_bar,
+)
+
+BATCH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, nargs="+", metavar="N", help="which tokens are stored (default: all)"
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is none (default: 1)")
-    parser.add_argument("--dtype", help="such as bfloat16 (default: the model's)")
-    parser.add_argument("--batch", type=count, default=16, help="images run together (default: 16)")
+    parser.add_argument(
+        "--stored-as", metavar="DTYPE", help="such as bfloat16 (default: as they are)"
+    )
     parser.add_argument("--shard", type=count, default=256, help="MB a file (default: 256)")
     add_seed(parser)
+    add_labels(parser)
     add_size(parser)
+    add_device(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -43,21 +57,25 @@ def run(args: argparse.Namespace) -> None:
     from ..tracing.recording import record
 
     out = args.out or Path(f"record-{file_name(str(args.model))}")
+    chosen = labels_of(args)
     model = open_model(args)
+    given = list(range(model.conditions.n)) if chosen is None else chosen
+    known = model.conditions.numbers(given).tolist()
     with progress_bar() as bar:
         task = bar.add_task("steps", total=None)
         found = record(
             model,
             args.names,
-            [i % model.conditions.n for i in range(args.items)],
+            [known[i % len(known)] for i in range(args.items)],
             out,
-            dtype=args.dtype,
+            dtype=args.stored_as,
             tokens=args.tokens,
             at=args.at,
             seeds=args.seed,
             steps=args.steps,
             guidance=args.guidance,
-            batch=args.batch,
+            # part of what is recorded: found by trying, it might be another when resumed
+            batch=BATCH if args.batch is None else args.batch,
             shard=args.shard,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -210,6 +210,7 @@ def _wholly(names: Sequence[str], instead: Callable[[Tensor], Tensor]) -> Edits:
     def replace(added: Tensor, hook: Any) -> Tensor:
         return instead(added)
 
+    replace.in_parts = instead is torch.zeros_like  # type: ignore[attr-defined]
     return [(name, replace) for name in names]
 
 
@@ -224,6 +225,10 @@ def _directly(run: Run, names: Sequence[str], instead: Callable[[Tensor], Tensor
         left = stream - torch.stack(missing).sum(0) if missing else stream
         missing.clear()
         return left
+
+    fn: Any
+    for fn in (keep, take_off):
+        fn.in_parts = instead is torch.zeros_like
 
     # the output is read from the image's stream alone
     own = [name for name in names if site_of(name).startswith("hook_")]

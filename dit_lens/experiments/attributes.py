@@ -21,19 +21,19 @@ the exact answer E3). With more categories a blurred image may read as one that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, one_hot, pad
+from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
-from ..measures.agreement import Agreement, Contrasts
+from ..measures.agreement import Agreement, Contrasts, sums
 from ..measures.bands import CUT
 from ..measures.bootstrap import FEWEST_PAIRS, simultaneous
 from ..measures.commitment import commitment_draws, fit_commitment
@@ -44,10 +44,10 @@ from ..sampling.run import decode
 from ..twinning.twins import Twins, chosen_labels, twins
 from .gap import CLASS_MEANS, SAMPLERS, partition
 from .outcomes import Decoder, Outcome, latents
-from .release import RELEASES, release_sweep
+from .release import release_sweep
 
 Reader = Callable[[Tensor], Mapping[str, Tensor]]
-PAIRS = 96
+PAIRS, RELEASES = 96, 8
 SHOWN = 6
 """Pairs whose finished images are kept, for the picture."""
 LARGEST = 128
@@ -61,7 +61,6 @@ class Categories(Outcome):
     Attributes:
         read: of images [n, channel, height, width] in [0, 1]; gives [n] whole numbers by name.
         names: of the attributes.
-        seen: of each attribute's categories that came so far the place.
 
     >>> def parity(x): return {"even": (x[:, 0] % 2).long()}
     >>> x = torch.arange(8.0)[:, None]
@@ -72,11 +71,6 @@ class Categories(Outcome):
 
     read: Reader
     names: tuple[str, ...]
-    seen: tuple[dict[int, int], ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "seen", tuple({} for _ in self.names))
 
     @property
     def band_names(self) -> tuple[str, ...]:
@@ -96,40 +90,39 @@ class Categories(Outcome):
             Agreement: [pair, attribute].
         """
         contrasts = Contrasts(groups, len(a))
-        return Agreement.of(self.sums(self.modes(a, contrasts), self.modes(b, contrasts)))
+        return Agreement.of(
+            self.sums(self.modes(a, contrasts), self.modes(b, contrasts), contrasts)
+        )
 
-    def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:
-        """One side of a comparison: categories as unit vectors, less their label's mean, [pair,
-        attribute, category], of the categories that came so far.
+    def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
+        """One side of a comparison: the categories, [pair, attribute].
 
         Args:
             x: finished latents, [pair, channel, height, width].
             contrasts: of the labels.
         """
-        units = [
-            one_hot(torch.tensor([seen.setdefault(c, len(seen)) for c in column]))
-            for seen, column in zip(self.seen, self.categories(x).T.tolist(), strict=True)
-        ]
-        width = max(unit.shape[1] for unit in units)
-        together = torch.stack([pad(unit, (0, width - unit.shape[1])) for unit in units], 1)
-        return contrasts.of(together.double())
+        return self.categories(x)
 
-    def sums(self, x: Tensor, y: Tensor) -> Tensor:
-        """The statistics of two sides that `modes` gave, [3, pair, attribute].
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:
+        """The statistics of both sides, [3, pair, attribute].
 
-        <x, y> counts agreement beyond chance; it is divided by the mean of both variances, since
-        one of them may have none.
+        A category is a unit vector, so that <x, y> less its label's mean counts agreement beyond
+        chance; it is divided by the mean of both variances, since one of them may have none.
 
         Args:
-            x: of twin A.
+            x: categories of twin A.
             y: of twin B.
+            contrasts: of the labels.
         """
-        width = max(x.shape[2], y.shape[2])
-        x, y = (pad(side, (0, width - side.shape[2])) for side in (x, y))
-        xy, xx, yy = (
-            (p * q).sum(2).where((p * q).abs().sum(2) > 1e-9, 0)  # of a constant rounding is left
-            for p, q in ((x, y), (x, x), (y, y))
-        )
+        parts = []
+        for one, other in zip(x.T, y.T, strict=True):
+            kinds, numbers = torch.unique(torch.cat([one, other]), return_inverse=True)
+            units = one_hot(numbers, len(kinds)).double()
+            a, b = (contrasts.modes(side, None) for side in units.split([len(one), len(other)]))
+            found = sums(a, b)
+            # of what never varies rounding is left over
+            parts.append(torch.where(found.abs() < 1e-9, 0, found))
+        xy, xx, yy = torch.cat(parts, -1)
         return torch.stack([xy, (xx + yy) / 2, (xx + yy) / 2])
 
     def categories(self, latents: Tensor) -> Tensor:
@@ -399,7 +392,7 @@ def _read_stats(pair: Twins, compared: Categories) -> Agreement:
     run = pair.run
     contrasts = Contrasts(run.labels.tolist(), len(run.labels))
     finished = compared.modes(run.latents[-1], contrasts)
-    found = [compared.sums(compared.modes(x, contrasts), finished) for x in run.x0]
+    found = [compared.sums(compared.modes(x, contrasts), finished, contrasts) for x in run.x0]
     return Agreement.of(torch.stack(found, 1).unflatten(2, (2, -1)).sum(2))
 
 

@@ -77,7 +77,7 @@ def couple_alone(
     _, chosen = checked_sets(model, layers, "layer")
     check_coupling(g, form)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
-    seed = arguments.seed("seed", seed)
+    seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     counts = draws(pairs, resamples, seed)

@@ -118,6 +118,7 @@ def couplings(
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
     steps = arguments.whole("steps", steps, RELEASES, why="to release twins at")
     arguments.optional(arguments.function, "reader", reader, "of images; gives a label each")
+    cut = arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)

@@ -211,13 +211,13 @@ def data_sentence(results: xr.Dataset) -> str:
     of = results.attrs["spectrum_of"]
     data = Estimate.of(results["data_gap"], results.data_gap_interval)
     beyond = Estimate.of(results.beyond_data, results.beyond_data_interval)
-    whose = "clones'" if results.sizes["release"] else "one pass's"
+    whose = "the clones'" if results.sizes["release"] else "one pass's"
     who = f"An exact denoiser of the spectrum of {of}, in this sampler and these steps,"
     if not np.isfinite(data.value):
         return f"{who} would not commit within the releases in both bands."
     would = f"{who} would have a gap of {data:+.1f steps}"
     if not beyond.known:
-        return f"{would}; the {whose} can't be held against it."
+        return f"{would}; {whose} can't be held against it."
     if not beyond.sign:
         verdict = "no difference can be told: the spectrum alone may make the gap"
     else:
@@ -225,4 +225,4 @@ def data_sentence(results: xr.Dataset) -> str:
             "this the spectrum does not explain: it is the model's, or comes of what the data "
         )
         verdict += "have beyond their spectrum"
-    return f"{would}; the {whose} less that is {beyond:+.1f steps}: {verdict}."
+    return f"{would}; {whose} less that is {beyond:+.1f steps}: {verdict}."

@@ -215,7 +215,10 @@ def measure_gap(
 
     # one run of twins, seen by the probes, and clones of it
     outcomes = _outcomes(model, modes, cut, feature, batch)
-    divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
+    divergence, lens = (
+        TwinDivergence(modes.token_split, fine=modes.token_spectrum),
+        LayerLens(modes.split),
+    )
     pair = twins(
         model,
         pairs,
@@ -615,7 +618,7 @@ def _behaviour(
             variables[f"{kind}_variance{end}"] = ((kind, *dims), compared[f"variance{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
-        "release": list(clones.releases) if clones else [],
+        "release": np.array(clones.releases if clones else [], dtype=np.int64),
         "band": list(modes.fine.names),
         "split": list(modes.split.names),
         "estimator": list(ESTIMATORS),

@@ -195,7 +195,11 @@ def _most(one: xr.Dataset, band: str) -> str:
     if not count:
         return f"none surely moves the image's {band} band"
     best = np.unravel_index(int(np.argmax(np.where(sure, value, -np.inf))), value.shape)
-    at = ", head ".join(str(int(value[axis][i])) for axis, i in zip(value.dims, best, strict=True))
+    at = ", ".join(
+        f"{'steps' if axis == 'window' else axis} {value[axis].values[i]}"
+        for axis, i in zip(value.dims, best, strict=True)
+        if axis != "head" or value[axis].values[i] != STREAM
+    )
     most = Estimate.of(value.values[best], one.move_together.values[best])
     return (
         f"{count} of {value.size} surely move{'s' if count == 1 else ''} the image's {band} band "
@@ -214,4 +218,4 @@ def _graded(result: xr.Dataset) -> str:
         return ""
     rising = int((np.diff(curves, axis=-1) > 0).all(-1).sum())
     doses = ", ".join(f"{dose:g}" for dose in result.dose.values)
-    return f" Of these {len(curves)} moves {rising} grow with every dose ({doses})."
+    return f" Sure moves that grow with every dose ({doses}): {rising} of {len(curves)}."

@@ -45,6 +45,7 @@ def knock_outs(
     cut: float = CUT,
     resamples: int = 1000,
     progress: Progress | None = None,
+    batch: int | None = None,
 ) -> xr.Dataset:
     """The gap without each layer in turn, and how far that moved it.
 
@@ -66,6 +67,7 @@ def knock_outs(
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
         progress: called with (done, total) knock-outs.
+        batch: images that go through the model at once; None is all. With how="zero" only.
 
     Returns:
         xr.Dataset: over layer (or set), and window where there are some, in steps: `gap` and
@@ -92,7 +94,15 @@ def knock_outs(
     spans = None if windows is None else windows_of(windows, 0, steps)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     known = KnockedGap(
-        model, part, how, pairs=pairs, steps=steps, seed=seed, cut=cut, resamples=resamples
+        model,
+        part,
+        how,
+        pairs=pairs,
+        steps=steps,
+        seed=seed,
+        cut=cut,
+        resamples=resamples,
+        batch=batch,
     )
     return knocked(known, axis, sets, spans, direct, progress)
 

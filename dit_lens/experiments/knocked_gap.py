@@ -40,6 +40,7 @@ class KnockedGap:
         seed: of the twins, the bootstrap and how="resample".
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
+        batch: images that go through the model at once; None is all.
 
     Attributes:
         before: commitments of the whole model, [1 + resample, band], in steps.
@@ -60,16 +61,23 @@ class KnockedGap:
         seed: int,
         cut: float,
         resamples: int,
+        batch: int | None = None,
     ) -> None:
         arguments.instance("model", model, HookedDiT, "a HookedDiT")
         self.model, self.part, self.how = model, part, how
         self.pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
         self.steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
         self.resamples = arguments.whole("resamples", resamples, 1)
-        self.seed, self.cut = arguments.seed("seed", seed), cut
-        self.outcome = latents(Bands.radial(model.cfg.pixels, cut=cut))
+        self.seed, self.cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
+        self.outcome = latents(Bands.radial(model.cfg.pixels, cut=self.cut))
         labels = paired_labels(model, self.pairs)
-        self.whole = twins(model, self.pairs, labels, steps=self.steps, seed=self.seed)
+        arguments.optional(arguments.whole, "batch", batch, 1)
+        if batch is not None and batch < 2 * self.pairs and how != "zero":
+            raise InvalidValue(
+                f"how={how!r} takes what it puts in from the whole batch, and batch={batch} would "
+                f"show it in parts; expected how='zero', or a batch of {2 * self.pairs} or more."
+            )
+        self.whole = twins(model, self.pairs, labels, steps=self.steps, seed=self.seed, batch=batch)
         curves = one_pass(self.whole, [self.outcome])
         own = curves.commitment(self.outcome.name, resamples=self.resamples, seed=self.seed)
         own = own.sel(quantity="step")

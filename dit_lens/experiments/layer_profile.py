@@ -102,7 +102,7 @@ class Streams(Outcome):
         """
         return x
 
-    def sums(self, x: Tensor, y: Tensor) -> Tensor:
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:
         """<a, b>, |a|² and |b|² in every layer, [3, pair, layer x band], without the mean of each
         label, position and channel; each channel is divided by its variance, constant ones are left
         out.
@@ -110,8 +110,9 @@ class Streams(Outcome):
         Args:
             x: finished latents of the twins A, [pair, *latent_shape].
             y: of the twins B.
+            contrasts: of the labels.
         """
-        bands, contrasts = self.bands, Contrasts(self.labels, len(x))
+        bands = self.bands
         assert bands is not None
         both, labels = torch.cat([x, y]), torch.as_tensor([*self.labels, *self.labels])
         size = self.batch or len(both)
@@ -170,7 +171,7 @@ def profile_values(
     """Every view, in every resample.
 
     Args:
-        seen: `TwinDivergence` in the bands `fine`.
+        seen: `TwinDivergence` in the bands `fine`, or in `coarse` with `fine=fine`.
         lensed: `LayerLens` in "low" and "high".
         stream: commitment in `Streams`, [resample, layer x band], in steps.
         coarse: "low" and "high" of the stream.
@@ -186,7 +187,12 @@ def profile_values(
     values = {view: tau[..., 1] - tau[..., 0] for view, tau in taus.items()}
 
     # in log energy, at one step
-    merged = {name: _merged(seen[name], fine, coarse) for name in ("difference", "common")}
+    merged = {
+        name: seen[name].transpose("channels", "layer", "step", "band", "pair")
+        if "fine_common" in seen  # pairs in the coarse bands, and only sums in the fine ones
+        else _merged(seen[name], fine, coarse)
+        for name in ("difference", "common")
+    }
     now = {name: value.isel(step=[at]) for name, value in merged.items()}
     difference, common = (_pooled(now[name].sel(channels=CHANNELS), counts)[..., 0] for name in now)
     bare = _pooled(now["difference"].sel(channels="raw"), counts)[..., 0]
@@ -221,7 +227,13 @@ def profiles(
         view: _onset(value, pairs, view, MATTERS[view] * (steps if view in STEP_VIEWS else 1))
         for view, value in values.items()
     }
-    now = seen.sel(channels=CHANNELS).isel(step=at).sum("pair")
+    now = seen.sel(channels=CHANNELS).isel(step=at)
+    if "fine_common" in seen:
+        now = now[["fine_difference", "fine_common"]].rename(
+            fine_difference="difference", fine_common="common", fine="band"
+        )
+    else:
+        now = now.sum("pair")
     whole = {name: value.sum("pair") for name, value in merged.items()}
 
     # of layers by themselves, and of all of them at once; the lens takes label means off, of both

@@ -72,12 +72,13 @@ class Outcome:
         """
         return contrasts.modes(self.of(x), self.bands)
 
-    def sums(self, x: Tensor, y: Tensor) -> Tensor:
-        """<x, y>, |x|² and |y|² of two sides that `modes` gave, [3, pair, band].
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
+        """The statistics of both sides, [3, pair, band]; see `dit_lens.measures.agreement.sums`.
 
         Args:
-            x: of twin A.
+            x: of twin A, from `modes`.
             y: of twin B.
+            contrasts: of the labels.
         """
         return sums(x, y, self.bands)
 
@@ -101,7 +102,10 @@ class Decoder:
         for latents, of, found in known:
             if of is self.model.vae and (rows := _rows_of(x, latents)) is not None:
                 return found[rows]
-        made = decode(self.model, x, self.batch)
+        half = len(x) // 2
+        alike = bool(half) and torch.equal(x[:half], x[half:])  # twins that have not parted yet
+        made = decode(self.model, x[:half] if alike else x, self.batch)
+        made = torch.cat([made, made]) if alike else made
         # what came first, the finished latents of a run, is kept, and what came last
         known[1:] = []
         known.append((x, self.model.vae, made))
@@ -130,7 +134,7 @@ def _rows_of(x: Tensor, known: Tensor) -> slice | None:
         return None
     if x.shape[1:] != known.shape[1:] or x.stride() != known.stride() or not len(x):
         return None
-    first, rest = divmod(x.storage_offset() - known.storage_offset(), known.stride(0))
+    first, rest = divmod(int(x.storage_offset() - known.storage_offset()), known.stride(0))
     fits = not rest and 0 <= first and first + len(x) <= len(known)
     return slice(first, first + len(x)) if fits else None
 

@@ -217,7 +217,7 @@ def one_pass(
             if done == len(seen) and torch.equal(x, run.latents[-1]):
                 x = run.latents[-1]  # decoded already
             for o, end in zip(outcomes, ends, strict=True):
-                stats = o.sums(o.modes(x, contrasts), end)
+                stats = o.sums(o.modes(x, contrasts), end, contrasts)
                 # both twins of a pair add up
                 found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
             if progress is not None:
@@ -312,6 +312,7 @@ def release_sweep(
                         o.sums(
                             shared[o.name] if mine is None else o.modes(mine, contrasts),
                             o.modes(theirs, contrasts),
+                            contrasts,
                         )
                     )
                     for o in outcomes

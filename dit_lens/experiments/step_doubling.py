@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from ..errors import InvalidValue
+from .. import arguments
 from ..measures import Array
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, interval
@@ -20,6 +20,7 @@ from ..measures.commitment import commitment_draws
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..twinning.twins import paired_labels, twins
+from .gap import CLASS_MEANS
 from .outcomes import latents
 from .release import one_pass
 
@@ -57,11 +58,11 @@ def step_doubling(
     >>> step_doubling(model, pairs=16, steps=4, resamples=50).run.values.tolist()
     ['steps', 'doubled', 'limit']
     """
-    if pairs < 2 * FEWEST_PAIRS or steps < 4:
-        raise InvalidValue(
-            f"pairs={pairs} and steps={steps}; expected {2 * FEWEST_PAIRS} pairs or more, for "
-            "intervals with class means removed, and 4 steps or more."
-        )
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
+    steps = arguments.whole("steps", steps, 4)
+    seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
+    resamples = arguments.whole("resamples", resamples, 1)
     outcome = latents(Bands.radial(model.cfg.pixels, cut=cut))
     labels = paired_labels(model, pairs)
 

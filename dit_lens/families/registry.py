@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .. import arguments
 from ..errors import InvalidType, InvalidValue
 from .base import Family
 from .readonly import ReadOnlyFamily, read_only
@@ -92,6 +93,7 @@ def family_named(model_class: str) -> Family | None:
     >>> family_named("DiTTransformer2DModel").batch_order
     ('cond', 'uncond')
     """
+    arguments.text("model_class", model_class)
     if model_class not in _families and model_class in modules():
         importlib.import_module(modules()[model_class])
     return _families.get(model_class)
@@ -110,6 +112,7 @@ def family_of(transformer: nn.Module) -> Family:
     >>> family_of(family_named("PixArtTransformer2DModel").small(0)[0]).model_class
     'PixArtTransformer2DModel'
     """
+    arguments.instance("transformer", transformer, nn.Module, "a diffusers transformer")
     for cls in type(transformer).__mro__:
         if family := family_named(cls.__name__):
             return family

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .. import arguments
 from ..errors import InvalidValue
 from . import construction as build
 from .closed_forms import commitment_log_snr
-from .models import GroundTruth, check_layers, plain_scheduler
+from .models import GroundTruth, plain_scheduler
 
 
 def redundant(
@@ -118,8 +119,7 @@ def relayed(
     0.25
     """
     maker, hands_on = _two(layers, n_layers)
-    if not 0 <= direct <= 1:
-        raise InvalidValue(f"direct is {direct!r}; expected a part from 0 to 1.")
+    direct = arguments.number("direct", direct, 0, 1)
     transformer, scheduler, gain, signal, (unread,) = _exact(
         lam_low, lam_high, n_layers, sample_size, patch_size, in_channels, spare=1
     )
@@ -138,7 +138,7 @@ def relayed(
 
 
 def _two(layers: Sequence[int], n_layers: int) -> tuple[int, int]:
-    check_layers(layers, n_layers, "layers")
+    layers = arguments.layers(layers, arguments.whole("n_layers", n_layers, 1, build.MOST_LAYERS))
     if len(layers) != 2 or not layers[0] < layers[1]:
         raise InvalidValue(f"layers is {list(layers)}; expected two, the earlier one first.")
     return layers[0], layers[1]
@@ -156,6 +156,8 @@ def _exact(
     """A model that answers c_high for both bands, its scheduler, the gain of the low band that is
     yet to be made, the signal's directions, and so many unused ones.
     """
+    lam_low = arguments.number("lam_low", lam_low, above=0)
+    lam_high = arguments.number("lam_high", lam_high, above=0)
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
@@ -181,7 +183,7 @@ def exact_agreement(
     truth: GroundTruth,
     steps: int,
     removed: Sequence[int] = (),
-    window: range | None = None,
+    window: Sequence[int] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """corr²(predicted x0 at each step, finished latents) of DDIM runs (eta 1) of any number of
     images, with layers taken out of the model: computed, not sampled.
@@ -206,6 +208,12 @@ def exact_agreement(
     >>> agreement.shape, bool((np.diff(agreement, axis=0) > 0).all())
     ((10, 2), True)
     """
+    arguments.instance("truth", truth, GroundTruth, "what a model of this namespace gave")
+    steps = arguments.whole("steps", steps, 1, build.TIMESTEPS)
+    n_layers = truth.transformer.config["num_layers"]
+    removed = arguments.layers(removed, n_layers, name="removed", fewest=0)
+    if window is not None:
+        window = arguments.wholes("window", window, 0, steps - 1)
     scheduler = copy.deepcopy(truth.scheduler)
     scheduler.set_timesteps(steps)
     times = scheduler.timesteps

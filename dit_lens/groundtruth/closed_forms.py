@@ -14,27 +14,64 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 
 Array = NDArray[np.float64]
+MOST_WIDTH = 1e9
+"""Sides and widths of mixtures are no larger: their squares have to be numbers."""
 
 
 def _spectrum(lam: ArrayLike) -> Array:
-    values = np.asarray(lam, dtype=np.float64)
+    values = arguments.array("lam", lam)
     if not (np.isfinite(values) & (values > 0)).all():
         raise InvalidValue(
-            f"lam is {lam!r}; expected variances of the data, finite and above 0, for instance 4.0."
+            f"lam is {arguments.shown(lam)}; expected variances of the data, finite and above 0, "
+            "for instance 4.0."
         )
     return values
 
 
 def _alphas(abar: ArrayLike) -> Array:
-    values = np.asarray(abar, dtype=np.float64)
+    values = arguments.array("abar", abar)
     if not ((values >= 0) & (values <= 1)).all():
         raise InvalidValue(
-            f"abar is {abar!r}; expected cumulative alphas in [0, 1], as scheduler.alphas_cumprod."
+            f"abar is {arguments.shown(abar)}; expected cumulative alphas in [0, 1], as "
+            "scheduler.alphas_cumprod."
         )
     return values
+
+
+def _modes(lam: ArrayLike) -> Array:
+    """Variances of one or several modes, [mode]."""
+    found = np.atleast_1d(_spectrum(lam))
+    if found.ndim != 1 or not found.size:
+        raise arguments.refusal("lam", lam, "variances of one or more modes, [mode]")
+    return found
+
+
+def _schedule(abars: ArrayLike) -> Array:
+    """Cumulative alphas of one or several steps, [step], above 0."""
+    found = _alphas(abars)
+    if found.ndim != 1 or not found.size or not (found > 0).all():
+        raise arguments.refusal("abars", abars, "cumulative alphas above 0, [step]")
+    return found
+
+
+def alphas_of(x: Tensor, abar: Tensor) -> Tensor:
+    """The cumulative alphas of latents [b, c, h, w]: [b], or [1] for all.
+
+    Args:
+        x: the latents.
+        abar: what was given for them.
+    """
+    found = arguments.tensor("abar", abar, [None])
+    if len(found) not in (1, len(x)) or not ((found >= 0) & (found <= 1)).all():
+        raise InvalidValue(
+            f"abar is {arguments.shown(abar)}; expected numbers from 0 to 1, one for each of "
+            f"{len(x)} latents."
+        )
+    return found
 
 
 def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) -> Array:
@@ -55,7 +92,8 @@ def gaussian_agreement(lam: ArrayLike, abar: ArrayLike, pooled: bool = False) ->
     >>> float(gaussian_agreement([4.0], 0.2)[0])
     0.5
     """
-    spectrum, alpha = np.atleast_1d(_spectrum(lam)), _alphas(abar)[..., None]
+    spectrum, alpha = _modes(lam), _alphas(abar)[..., None]
+    arguments.flag("pooled", pooled)
     agreement = spectrum * alpha / (1 - alpha + spectrum * alpha)
     return (spectrum * agreement).sum(-1) / spectrum.sum() if pooled else agreement
 
@@ -96,7 +134,10 @@ def commitment_timestep(lam: float, abars: ArrayLike) -> float:
     >>> commitment_timestep(1.0, [0.9, 0.5, 0.1])
     1.0
     """
-    alpha = _alphas(abars)
+    lam = arguments.number("lam", lam, above=0)
+    alpha = _schedule(abars)
+    if not (alpha < 1).all():
+        raise InvalidValue("abars has a 1; expected a schedule in which every step has noise.")
     snr, wanted = np.log(alpha) - np.log1p(-alpha), float(commitment_log_snr(lam))
     if not snr.min() <= wanted <= snr.max():
         raise InvalidValue(
@@ -115,7 +156,8 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
 
     Args:
         lam: variances of the data's modes, [mode].
-        abars: at the visited timesteps, noisiest first, [step]; behind them comes abar = 1.
+        abars: at the visited timesteps, noisiest first, [step], above 0 and below 1; behind them
+            comes abar = 1.
         release: the first step with noise of their own, 0 to the number of steps.
         eta: how stochastic the sampler is, 0 to 1.
 
@@ -128,12 +170,16 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
     >>> float(ddim_agreement([4.0], [0.1, 0.5, 0.9], release=3)[0])
     1.0
     """
-    alpha = np.append(_alphas(abars), 1.0)
-    if not 0 <= release < len(alpha):
+    spectrum, alpha = _modes(lam), _schedule(abars)
+    if not (alpha < 1).all() or (np.diff(alpha) < 0).any():
         raise InvalidValue(
-            f"release is {release}; expected a step from 0 to {len(alpha) - 1} (never released)."
+            f"abars is {arguments.shown(abars)}; expected alphas that rise, noisiest first, below "
+            "1."
         )
-    return sampler_agreement(lam, np.sqrt(alpha), np.sqrt(1 - alpha), eta)[1][release]
+    release = arguments.whole("release", release, 0, len(alpha), "the last is never released")
+    eta = arguments.number("eta", eta, 0, 1)
+    alpha = np.append(alpha, 1.0)
+    return sampler_agreement(spectrum, np.sqrt(alpha), np.sqrt(1 - alpha), eta)[1][release]
 
 
 def sampler_agreement(
@@ -163,8 +209,14 @@ def sampler_agreement(
     >>> agreement.shape, float(agreement[-1, 0])
     ((3, 1), 1.0)
     """
-    spectrum = np.atleast_1d(_spectrum(lam))
-    a, n = np.asarray(signal, dtype=np.float64), np.asarray(noise, dtype=np.float64)
+    spectrum, eta = _modes(lam), arguments.number("eta", eta, 0, 1)
+    a, n = arguments.array("signal", signal), arguments.array("noise", noise)
+    if a.ndim != 1 or len(a) < 2 or not (np.isfinite(a) & (a >= 0)).all() or not a[1:].all():
+        raise arguments.refusal("signal", signal, "numbers above 0 but at the start, [step + 1]")
+    if n.shape != a.shape or not np.isfinite(n).all() or not (n[:-1] > 0).all() or n[-1] < 0:
+        raise arguments.refusal(
+            "noise", noise, f"{len(a)} numbers like the signal's, above 0 but at the end"
+        )
     variance, decays = [np.ones_like(spectrum)], []  # of a start from pure noise
     for s in range(len(a) - 1):
         x0 = spectrum * a[s] / (spectrum * a[s] ** 2 + n[s] ** 2)
@@ -194,8 +246,15 @@ def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:
     >>> float(deterministic_ratio(4.0, 1.0))
     1.0
     """
-    spectrum = _spectrum(lam)
-    return np.sqrt((1 + (spectrum - 1) * _alphas(abar)) / spectrum)
+    spectrum, alpha = _spectrum(lam), _alphas(abar)
+    try:
+        spectrum, alpha = np.broadcast_arrays(spectrum, alpha)
+    except ValueError:
+        raise InvalidValue(
+            f"lam has shape {list(spectrum.shape)} and abar {list(alpha.shape)}; expected shapes "
+            "that broadcast."
+        ) from None
+    return np.sqrt((1 + (spectrum - 1) * alpha) / spectrum)
 
 
 def mixture_agreement(m: float, sigma: float, abar: float) -> float:
@@ -219,14 +278,14 @@ def mixture_agreement(m: float, sigma: float, abar: float) -> float:
     >>> round(mixture_agreement(m=1.0, sigma=1.0, abar=1.0), 4)
     0.7752
     """
-    if not (np.isfinite(m) and np.isfinite(sigma) and sigma >= 0):
-        raise InvalidValue(
-            f"m is {m!r} and sigma {sigma!r}; expected both finite, and sigma at least 0."
-        )
-    width = np.sqrt(1 - _alphas(abar) + sigma**2 * abar)
+    m, sigma = arguments.number("m", m), arguments.number("sigma", sigma, 0, MOST_WIDTH)
+    abar = arguments.number("abar", abar, 0, 1)
+    width = np.sqrt(1 - abar + sigma**2 * abar)
     if width == 0:
         return 1.0 if m else 0.5
     centre = abs(m) * np.sqrt(abar) / width  # in units of the width
+    if centre > 100:
+        return 1.0  # sides that far apart don't overlap
     step = 0.01
     x = np.arange(-centre - 12, centre + 12, step)
     side = 1 / (1 + np.exp(-2 * centre * x))  # G+ / (G+ + G-)
@@ -253,10 +312,13 @@ def planted_gain(a: ArrayLike, layers: int | Sequence[int], g: float = 0.0) -> A
     >>> [round(float(planted_gain(0.3, 5, g)), 5) for g in (0, 0.5, 1)]
     [3.71293, 1.61051, 1.0]
     """
-    if not (np.isfinite(g) and g >= 0):
-        raise InvalidValue(f"g is {g!r}; expected a finite coupling strength, at least 0.")
-    count = layers if isinstance(layers, int) else len(layers)
-    return (1 + (1 - g) / (1 + g) * np.asarray(a, dtype=np.float64)) ** count
+    g, gain = arguments.number("g", g, 0), arguments.array("a", a)
+    if arguments.is_whole(layers):
+        count = arguments.whole("layers", layers, 0)
+    else:
+        found = arguments.wholes("layers", layers, 0, arguments.MANY, fewest=0)
+        count = len(arguments.unlike("layers", found))
+    return (1 + (1 - g) / (1 + g) * gain) ** count
 
 
 def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
@@ -269,10 +331,18 @@ def token_mean(x: Tensor, patch_size: int = 1) -> Tensor:
     Returns:
         The low band, of x's shape.
 
+    Raises:
+        ValueError: for patches that do not fill the latents.
+
     >>> import torch; token_mean(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist()
     [1.5, 1.5, 1.5, 1.5]
     """
-    b, c, h, w = x.shape
+    b, c, h, w = arguments.tensor("x", x, [None] * 4).shape
+    patch_size = arguments.whole("patch_size", patch_size, 1)
+    if h % patch_size or w % patch_size:
+        raise InvalidValue(
+            f"patch_size is {patch_size}; expected one whose patches fill latents of {h}x{w}."
+        )
     tiles = x.view(b, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return tiles.mean((2, 4), keepdim=True).expand_as(tiles).reshape(x.shape)
 
@@ -300,9 +370,10 @@ def gaussian_eps(
     >>> gaussian_eps(noise, torch.tensor([0.0]), 4.0, 0.25)[0, 0, 0].tolist()
     [1.0, 1.0]
     """
-    _spectrum([lam_low, lam_high])
-    alpha = abar.view(-1, 1, 1, 1)
+    lam_low = arguments.number("lam_low", lam_low, above=0)
+    lam_high = arguments.number("lam_high", lam_high, above=0)
     low = token_mean(x, patch_size)
+    alpha = alphas_of(x, abar).view(-1, 1, 1, 1)
     white = (1 - alpha).sqrt()
     return white / (lam_low * alpha + 1 - alpha) * low + white / (lam_high * alpha + 1 - alpha) * (
         x - low

@@ -28,6 +28,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
+from .. import arguments
 from ..errors import InvalidValue
 
 DiT = Any  # a DiTTransformer2DModel: diffusers' types do not show a model's attributes
@@ -44,18 +45,44 @@ ONE = HALF - 2  # cos of a slow frequency: 1 for every token
 CONSTANT = (HALF - 1, WIDTH - 1)
 SIGNAL = [*range(4, 16), *range(20, HALF - 2)]  # in each half, the channels that may hold signal
 EDGES = [0.5 * 2**k for k in range(8)]  # the taus, in timesteps
+MOST_LAYERS, MOST_SIDE = 256, 128  # more would take minutes to build
 LOW, HIGH, FINAL = range(3)  # what a block's conditioning carries
+
+
+def checked_sizes(
+    n_layers: int, sample_size: int, patch_size: int, in_channels: int
+) -> tuple[int, int, int, int]:
+    """The sizes of a model that can be built, in Python's own type."""
+    n_layers = arguments.whole("n_layers", n_layers, 1, MOST_LAYERS)
+    patch_size = arguments.whole("patch_size", patch_size, 1, WIDTH)
+    sample_size = arguments.whole(
+        "sample_size", sample_size, 2 * patch_size, MOST_SIDE, "two or more patches a side"
+    )
+    if sample_size % patch_size:
+        raise InvalidValue(
+            f"sample_size is {sample_size} and patch_size {patch_size}; expected 2 or more whole "
+            "patches a side."
+        )
+    return n_layers, sample_size, patch_size, arguments.whole("in_channels", in_channels, 1, WIDTH)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse what can't hold a signal next to LayerNorm's large constants."""
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        raise arguments.refusal(
+            "dtype",
+            dtype,
+            "torch.float32 or torch.float64, in which alone these models are exact",
+            wrong_type=not isinstance(dtype, torch.dtype),
+        )
 
 
 def blank(n_layers: int, sample_size: int, patch_size: int, in_channels: int) -> DiT:
     """A float64 DiT of width 64, all its weights zero: each block is the identity and the output is
     0.
     """
-    if patch_size < 1 or sample_size % patch_size or sample_size < 2 * patch_size:
-        raise InvalidValue(
-            f"sample_size is {sample_size} and patch_size {patch_size}; expected 2 or more whole "
-            "patches a side."
-        )
+    n_layers, *sizes = checked_sizes(n_layers, sample_size, patch_size, in_channels)
+    sample_size, patch_size, in_channels = sizes
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights
         transformer: DiT = DiTTransformer2DModel(
             num_attention_heads=HEADS,
@@ -76,11 +103,7 @@ def finish(transformer: DiT, dtype: torch.dtype) -> DiT:
     """The built model in `dtype`; half precision cannot hold a signal next to LayerNorm's
     large constants.
     """
-    if dtype not in (torch.float32, torch.float64):
-        raise InvalidValue(
-            f"dtype is {dtype}; expected torch.float32 or torch.float64, in which alone these "
-            "models are exact."
-        )
+    check_dtype(dtype)
     # diffusers' own `to` warns about layers this model does not have
     return torch.nn.Module.to(transformer, dtype)
 

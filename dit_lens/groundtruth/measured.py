@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from ..errors import InvalidValue
+from .. import arguments
 from .closed_forms import gaussian_eps, token_mean
 from .construction import TIMESTEPS, DiT
 
@@ -34,8 +35,10 @@ def stream_gains(transformer: DiT, timestep: int, band: str = "low", seed: int =
     >>> [round(float(gain), 4) for gain in gains]
     [1.0, 1.3]
     """
-    if band not in ("low", "high"):
-        raise InvalidValue(f"band is {band!r}; expected 'low' or 'high'.")
+    arguments.instance("transformer", transformer, DiTTransformer2DModel, "a DiTTransformer2DModel")
+    arguments.choice("band", band, ("low", "high"))
+    timestep = arguments.whole("timestep", timestep, 0, TIMESTEPS - 1)
+    seed = arguments.seed("seed", seed)
     config, sizes, first = transformer.config, [], next(transformer.parameters())
     shape = (2, config["in_channels"], config["sample_size"], config["sample_size"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import fold, gelu, unfold
 
+from .. import arguments
 from ..errors import InvalidValue
 from . import construction as build
-from .closed_forms import commitment_timestep
+from .closed_forms import MOST_WIDTH, alphas_of, commitment_timestep
 from .models import GroundTruth, plain_scheduler
 
 UNITS = 128  # neurons of one tanh: half of what a block has, so that one block can carry both bits
@@ -66,9 +67,12 @@ def mixture_eps(
     >>> mixture_eps(noise, torch.tensor([0.0]), 4.0, 1.0, 0.25)[0, 0, 0].tolist()
     [1.0, 1.0]
     """
+    m_low, m_high = arguments.number("m_low", m_low), arguments.number("m_high", m_high)
+    sigma = arguments.number("sigma", sigma, above=0, most=MOST_WIDTH)
+    patch_size = arguments.whole("patch_size", patch_size, 2)
     low, high = coefficients(x, patch_size)
     flat, checkers = _patterns(x.shape[1], patch_size, x)
-    alpha = abar.to(x).view(-1, 1)
+    alpha = alphas_of(x, abar).to(x).view(-1, 1)
     gamma = 1 - alpha + sigma**2 * alpha
 
     def pull(m: float, coefficient: Tensor) -> Tensor:
@@ -99,7 +103,9 @@ def coefficients(x: Tensor, patch_size: int = 2) -> tuple[Tensor, Tensor]:
     >>> low, high = coefficients(torch.ones(1, 1, 4, 4)); low.tolist(), high.tolist()
     ([4.0], [[0.0, 0.0, 0.0, 0.0]])
     """
-    if patch_size < 1 or patch_size % 2 or any(size % patch_size for size in x.shape[2:]):
+    arguments.tensor("x", x, [None] * 4)
+    patch_size = arguments.whole("patch_size", patch_size, 2)
+    if patch_size % 2 or any(size % patch_size for size in x.shape[2:]):
         raise InvalidValue(
             f"patch_size is {patch_size}; expected an even one whose patches fill latents of "
             f"{list(x.shape[2:])}."
@@ -130,6 +136,8 @@ def sides(latents: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
     >>> low, high = sides(torch.ones(1, 1, 8, 8), truth); low.tolist()
     [1]
     """
+    arguments.instance("truth", truth, GroundTruth, "what two_scale gave")
+    arguments.tensor("latents", latents)
     config = truth.transformer.config
     wanted = (config["in_channels"], config["sample_size"], config["sample_size"])
     if truth.answer.get("kind") != "two_scale":
@@ -189,20 +197,20 @@ def two_scale(
     >>> round(truth.answer["gap_log_snr"], 3)   # log(4² - 1/16) - log(1² - 1/16)
     2.833
     """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise InvalidValue(
-            f"sigma is {sigma!r}; expected a width of a side, finite and above 0, for instance "
-            "0.25."
+    sigma = arguments.number("sigma", sigma, above=0, why="the width of a side")
+    m_low, m_high = (
+        arguments.number(
+            name, size, above=sigma, most=MOST_WIDTH, why="over sigma, or no side is decided"
         )
-    for name, size in (("m_low", m_low), ("m_high", m_high)):
-        if not (math.isfinite(size) and size > sigma):
-            raise InvalidValue(
-                f"{name} is {size!r}; expected a finite size above sigma, {sigma:g}, or no side is "
-                "decided."
-            )
-    for name, layer in (("low_layer", low_layer), ("high_layer", high_layer)):
-        if layer not in range(n_layers):
-            raise InvalidValue(f"{name} is {layer!r}; expected a layer from 0 to {n_layers - 1}.")
+        for name, size in (("m_low", m_low), ("m_high", m_high))
+    )
+    n_layers, *sizes = build.checked_sizes(n_layers, sample_size, patch_size, in_channels)
+    sample_size, patch_size, in_channels = sizes
+    low_layer, high_layer = (
+        arguments.whole(name, layer, -n_layers, n_layers - 1) % n_layers
+        for name, layer in (("low_layer", low_layer), ("high_layer", high_layer))
+    )
+    build.check_dtype(dtype)
     if patch_size % 2:
         raise InvalidValue(
             f"patch_size is {patch_size!r}; expected an even one, for a checkerboard has as many "

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from .. import arguments
 from ..errors import InvalidValue
 from ..storage import replacing
 from . import construction as build
@@ -33,6 +34,7 @@ from .measured import denoiser_error, gain_error
 BANDS = {"low": build.LOW, "high": build.HIGH}
 # size of the copy that `planted` reads its output from: its energy, 4e-6, is the error of the gains
 FAINT = 1 / 512
+MOST_GAIN = 1e3  # more than any band of a trained model's stream grows by in a layer
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class GroundTruth:
         Returns:
             The folder.
         """
-        folder = Path(folder)
+        folder = arguments.path("folder", folder)
         self.transformer.save_pretrained(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
         text = json.dumps({**self.answer, "description": self.description}, indent=2)
@@ -124,17 +126,23 @@ def gaussian(
     >>> round(truth.answer["gap_log_snr"], 3)   # log 4 - log 0.25
     2.773
     """
-    check_layers(layers, n_layers, "layers")
-    if decoys:
-        check_layers(decoys, n_layers, "decoys", taken=layers)
-    if not 0 <= noise < 1:
-        raise InvalidValue(f"noise is {noise!r}; expected a share of the signal from 0 to below 1.")
-    split = (
-        [1 / len(layers)] * len(layers) if shares is None else [float(share) for share in shares]
-    )
+    lam_low = arguments.number("lam_low", lam_low, above=0)
+    lam_high = arguments.number("lam_high", lam_high, above=0)
+    n_layers, *sizes = build.checked_sizes(n_layers, sample_size, patch_size, in_channels)
+    build.check_dtype(dtype)
+    layers = arguments.layers(layers, n_layers)
+    decoys = arguments.layers(decoys, n_layers, name="decoys", fewest=0)
+    if set(decoys) & set(layers):
+        raise InvalidValue(f"decoys is {decoys}; expected layers that are not among {layers}.")
+    split = [1 / len(layers)] * len(layers)
+    if shares is not None:
+        given = arguments.listed("shares", shares, "a number for each layer")
+        split = [arguments.number(f"shares[{i}]", share) for i, share in enumerate(given)]
+    noise = arguments.number("noise", noise, 0, 0.99, why="of the signal")
+    seed = arguments.seed("seed", seed)
     if len(split) != len(layers) or not math.isclose(sum(split), 1.0, abs_tol=1e-9):
         raise InvalidValue(
-            f"shares is {shares!r}; expected {len(layers)} numbers, one a layer, that sum to 1."
+            f"shares is {split}; expected {len(layers)} numbers, one a layer, that sum to 1."
         )
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
@@ -146,7 +154,7 @@ def gaussian(
         band: float(commitment_log_snr(lam)) for band, lam in (("low", lam_low), ("high", lam_high))
     }
 
-    transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
+    transformer = build.blank(n_layers, *sizes)
     signal, *unread = build.directions(transformer, 2 if decoys else 1)
     write = build.both(signal)
     build.embed(transformer, write)
@@ -233,23 +241,26 @@ def planted(
     >>> round(planted(layers=(1, 2), n_layers=4).answer["gain"], 2)
     1.69
     """
-    check_layers(layers, n_layers, "layers")
+    n_layers, *sizes = build.checked_sizes(n_layers, sample_size, patch_size, in_channels)
+    build.check_dtype(dtype)
+    layers = arguments.layers(layers, n_layers)
+    band = arguments.choice("band", band, (*BANDS, "both"))
     bands = list(BANDS) if band == "both" else [band]
-    if not set(bands) <= set(BANDS):
-        raise InvalidValue(f"band is {band!r}; expected 'low', 'high' or 'both'.")
-    if not (math.isfinite(a) and a > -1):
-        raise InvalidValue(
-            f"a is {a!r}; expected a gain 1 + a that is finite and above 0, for instance a=0.3."
-        )
-    if switch is not None and set(switch) != set(bands):
-        raise InvalidValue(
-            f"switch is {dict(switch)!r}; expected a timestep for exactly the bands {bands}."
-        )
-    if not noise >= 0:
-        raise InvalidValue(f"noise is {noise!r}; expected a fraction of the signal, at least 0.")
+    a = arguments.number("a", a, above=-1, most=MOST_GAIN, why="the gain less 1")
+    if switch is not None:
+        arguments.instance("switch", switch, Mapping, "a timestep for each band")
+        if set(switch) != set(bands):
+            raise InvalidValue(
+                f"switch is {dict(switch)!r}; expected a timestep for exactly the bands {bands}."
+            )
+        last = build.TIMESTEPS - 1
+        switch = {b: arguments.whole(f"switch[{b!r}]", t, 0, last) for b, t in switch.items()}
+    switch_width = arguments.number("switch_width", switch_width, above=0)
+    noise = arguments.number("noise", noise, 0, 1, why="of the signal")
+    seed = arguments.seed("seed", seed)
     scheduler = plain_scheduler()
     abars = scheduler.alphas_cumprod.double()
-    transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
+    transformer = build.blank(n_layers, *sizes)
     signal, faint = build.directions(transformer, 2)
     write = build.both(signal)
     build.embed(transformer, write)
@@ -312,6 +323,8 @@ def random_planted(
     >>> random_planted(3).answer["layers"] == random_planted(3).answer["layers"]
     True
     """
+    seed = arguments.seed("seed", seed)
+    arguments.flag("gated", gated)
     draw = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:
@@ -338,25 +351,6 @@ def _wave(draw: torch.Generator) -> torch.Tensor:
 def plain_scheduler() -> Any:
     # DiT's own schedule of betas; Gaussian data has no bounds
     return DDIMScheduler(build.TIMESTEPS, clip_sample=False)
-
-
-def check_layers(
-    layers: Sequence[int], n_layers: int, what: str, taken: Sequence[int] = ()
-) -> None:
-    """Raise InvalidValue unless these are different layers of the model that are not taken.
-
-    Args:
-        layers: to check.
-        n_layers: of the model.
-        what: the argument's name.
-        taken: layers that are used otherwise.
-    """
-    free = set(range(n_layers)) - set(taken)
-    if not layers or len(set(layers)) != len(layers) or not set(layers) <= free:
-        also = f" that are not among {list(taken)}" if taken else ""
-        raise InvalidValue(
-            f"{what} is {list(layers)}; expected different layers from 0 to {n_layers - 1}{also}."
-        )
 
 
 def _named(layers: Sequence[int]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
+from .. import arguments
 from ..errors import InvalidValue
 from . import construction as build
 from .models import GroundTruth, plain_scheduler
@@ -38,6 +40,8 @@ def random_weights(
     >>> random_weights(0, n_layers=2).description
     'Random weights, seed 0: no layer makes a gap.'
     """
+    seed = arguments.seed("seed", seed)
+    build.check_dtype(dtype)
     transformer = build.blank(n_layers, sample_size, patch_size, in_channels)
     draw = torch.Generator().manual_seed(seed)
     for parameter in transformer.parameters():
@@ -77,6 +81,14 @@ def shuffle_layers(
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
     3
     """
+    arguments.instance("transformer", transformer, ModelMixin, "a diffusers transformer")
+    arguments.optional(arguments.function, "blocks", blocks, "of the transformer")
+    seed = arguments.seed("seed", seed)
+    if blocks is None and not hasattr(transformer, "transformer_blocks"):
+        raise InvalidValue(
+            f"{type(transformer).__name__} has no transformer_blocks; say with blocks= which "
+            "modules its blocks are."
+        )
     of = blocks or (lambda model: list(model.transformer_blocks))
     old = list(of(transformer))
     kinds: dict[Any, list[int]] = {}

@@ -49,6 +49,7 @@ class PassContext:
         twin: which twin each item is.
         step: the denoising step of a loop of dit_lens's own; a pipeline's steps are counted.
         part: which part of the step's batch it is; None is all of it.
+        steps: how many steps the run has, if that is known.
     """
 
     span: Span = (None, None)
@@ -58,6 +59,7 @@ class PassContext:
     twin: tuple[str, ...] | None = None
     step: int | None = None
     part: Part | None = None
+    steps: int | None = None
 
 
 class Pass(Protocol):

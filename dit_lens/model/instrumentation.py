@@ -296,7 +296,8 @@ class Instrumentation:
         """Raise RuntimeError if somebody listens who would take a part of a step's batch for all of
         it.
         """
-        for name, listener in self.ears:
+        order = list(self.sites)
+        for name, listener in sorted(self.ears, key=lambda ear: order.index(ear[0])):
             if not listener.in_parts:
                 kind = "An edit" if isinstance(listener, Editor) else "What listens"
                 raise InvalidState(

@@ -16,7 +16,16 @@ from ..families import family_of
 from ..families.base import Family
 from ..families.config import Size
 from .hooked import HookedDiT
-from .saved import check_config, check_part, check_pipeline, named_class, read_json, skeleton
+from .saved import (
+    check_config,
+    check_part,
+    check_pipeline,
+    check_weights,
+    has_weights,
+    named_class,
+    read_json,
+    skeleton,
+)
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
@@ -52,6 +61,7 @@ def load(
     if not isinstance(model, (str, Path)):
         return HookedDiT(model, size=size)
     dtype, device = _dtype(dtype), _device(device)
+    _check_computing(dtype, device)
     folder = _folder_of(model)
     if str(model) and _is_folder(folder):
         return _load_folder(folder, dtype, device, size)
@@ -112,6 +122,19 @@ def _device(device: Any) -> torch.device:
         ) from None
 
 
+def _check_computing(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise InvalidValue for a dtype that the device can't compute in: seen by trying."""
+    try:
+        x = torch.ones(2, 2, device=device, dtype=dtype)
+        torch.nn.functional.layer_norm(x @ x, (2,))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidValue(
+            f"The device '{device}' can't compute in {dtype} ({reason}); expected torch.float32, "
+            "or another that it has."
+        ) from None
+
+
 def _downloaded(name: str) -> Path:
     """The folder into which the hub's client puts a pipeline; nothing of it is built yet."""
     return Path(
@@ -127,6 +150,7 @@ def _load_folder(
         check_pipeline(folder)
         texts = _text_parts(folder, dtype)
         pipe = _weights(diffusers.DiffusionPipeline, folder, dtype=dtype, **texts)
+        _refuse_not_finite(getattr(pipe, "transformer", None), folder)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device), size=size)
@@ -146,12 +170,23 @@ def _load_folder(
     made: dict[str, Any] = {
         name: cls and _weights(cls, folder / name, dtype=dtype) for name, cls in classes.items()
     }
+    _refuse_not_finite(made[""], folder)
     return HookedDiT(
         made[""].to(device).eval(),
         scheduler=made["scheduler"],
         vae=made["vae"] and made["vae"].to(device),
         size=size,
     )
+
+
+def _refuse_not_finite(module: Any, folder: Path) -> None:
+    """Refuse weights with which everything that is computed would be NaN."""
+    for name, weight in module.named_parameters() if module is not None else ():
+        if not bool(weight.isfinite().all()):
+            raise InvalidValue(
+                f"The weights in {str(folder)!r} are damaged: {name} has values that are not "
+                "finite."
+            )
 
 
 def _is_hub_id(model: str | Path) -> bool:
@@ -257,4 +292,6 @@ def load_skeleton(model: str | Path) -> tuple[Family, Any]:
     cls = named_class(config, diffusers.ModelMixin, where)
     check_config(config, where)
     made = skeleton(cls, config, where)
+    if has_weights(folder):
+        check_weights(cls, folder)
     return family_of(made), made

@@ -30,7 +30,7 @@ def is_flow(scheduler: Any) -> bool:
 
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of x0 and of eps in x_t at timesteps [...], each [...], float64."""
-    t = torch.as_tensor(t).cpu()
+    t = _on_host(torch.as_tensor(t))
     if is_flow(scheduler):
         sigma = t.double() / scheduler.config.num_train_timesteps
         return 1 - sigma, sigma
@@ -39,8 +39,12 @@ def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
             f"The noise levels of {type(scheduler).__name__} are not known; expected a "
             "variance-preserving or flow-matching scheduler."
         )
-    abar = scheduler.alphas_cumprod.cpu().double()[t.long()]
+    abar = _on_host(scheduler.alphas_cumprod).double()[t.long()]
     return abar.sqrt(), (1 - abar).sqrt()
+
+
+def _on_host(x: Tensor) -> Tensor:
+    return x if x.device.type == "cpu" else x.cpu()
 
 
 def log_snr(scheduler: Any, t: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ table of positions."""
 
 SIDES = ("sample_size", "sample_height", "sample_width", "sample_frames", "pos_embed_max_size")
 LAYERS = re.compile(r"(^|_)(layers|depth|blocks)$")
+COUNTS = re.compile(r"(^num_|_(dim|channels|heads|layers)$)")
+"""Names of what is counted in whole numbers."""
+POSITIVE = (*SIDES, "patch_size", "num_attention_heads", "attention_head_dim", "in_channels")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -95,9 +98,12 @@ def check_config(config: Mapping[str, Any], where: str, layers: int = MOST["laye
             least, most = 0, layers
         elif name == "num_train_timesteps":
             least, most = 1, MOST["timesteps"]
-        elif name in SIDES:
-            least, most = 1, MOST["side"]
+        elif name in POSITIVE:
+            least, most = 1, MOST["side" if name in SIDES else "number"]
         # -inf is diffusers' own default of lambda_min_clipped
+        counted = name in POSITIVE or COUNTS.search(name)
+        if counted and any(isinstance(n, float) for n in numbers):
+            raise InvalidValue(f"{where} has {name}={value!r:.60}; expected whole numbers.")
         odd = [n for n in numbers if not least <= n <= most and n != -math.inf]
         if odd or len(numbers) > MOST["timesteps"]:
             shown = f"{odd[0]:.4g}" if odd and abs(odd[0]) < 1e300 else "a list or number too long"
@@ -207,6 +213,16 @@ def most_layers(found: Mapping[str, Any]) -> int:
     return max([100, *(n + 1 for n in numbers)])
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights at all: for names and sizes a configuration is enough.
+
+    Args:
+        folder: of a saved model.
+    """
+    files = (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME)
+    return any((folder / name).is_file() for name in files)
+
+
 def shapes(folder: Path) -> Shapes:
     """The shape of each tensor of a saved model, from the headers of its files.
 
@@ -217,7 +233,7 @@ def shapes(folder: Path) -> Shapes:
         InvalidValue: for a damaged file, or an index that does not fit its files.
         MissingFile: if there are no weights.
     """
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return _shards(folder)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -313,6 +329,8 @@ __all__ = [
     "check_config",
     "check_part",
     "check_pipeline",
+    "check_weights",
+    "has_weights",
     "named_class",
     "read_json",
     "skeleton",

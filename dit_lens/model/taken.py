@@ -26,6 +26,10 @@ class Taken(ExitStack):
         ...
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[bool] = []  # and not this object itself, which would then never be dropped
+
     def undo(self, give_back: Callable[..., Any], *args: Any) -> None:
         """Note what gives something back.
 
@@ -34,8 +38,8 @@ class Taken(ExitStack):
                 taken, or when half of it is given back; so it has to look.
             *args: what it is called with.
         """
-        self.callback(give_back, *args)
-        self.callback(give_back, *args)
+        self.callback(_unless_kept, self._kept, give_back, *args)
+        self.callback(_unless_kept, self._kept, give_back, *args)
 
     def keep(self, answer: T) -> T:
         """What was taken stays taken; gives the answer on.
@@ -44,9 +48,14 @@ class Taken(ExitStack):
             answer: what the caller returns.
         """
         # one expression, so that nothing can come between what is kept and the answer
-        return (self._exit_callbacks.clear(), answer)[1]  # type: ignore[attr-defined]
+        return (self._kept.append(True), answer)[1]  # type: ignore[func-returns-value]
 
     __del__ = ExitStack.close
+
+
+def _unless_kept(kept: list[bool], give_back: Callable[..., Any], *args: Any) -> None:
+    if not kept:
+        give_back(*args)
 
 
 class Layers(Generic[T]):

@@ -201,9 +201,7 @@ def _planned(
         arguments.instance("patches", patch, Patch, several)
     arguments.whole("batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    if resume is not None and (not isinstance(resume, (str, Path)) or not str(resume)):
-        wrong_type = not isinstance(resume, str)
-        raise arguments.refusal("resume", resume, "the path of a file", wrong_type=wrong_type)
+    arguments.optional(arguments.path, "resume", resume)
     check_measure(outcome)
     return [plan(patch, model, steps, items) for patch in patches]
 

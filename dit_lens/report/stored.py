@@ -242,7 +242,8 @@ def read(path: Path) -> tuple[str, xr.Dataset]:
 
 def _labelled(results: xr.Dataset, axis: str, wanted: set[Any]) -> bool:
     """Whether an axis has labels, of the right kind, each once, and among them those wanted."""
-    if axis not in results.coords or not results.sizes[axis]:
+    # without clones there are no releases
+    if axis not in results.coords or not (results.sizes[axis] or axis == "release"):
         return False
     values = results[axis].values
     kind = COORDINATES.get(axis)

@@ -7,6 +7,7 @@ scheduler's memory is rebuilt for a replay by feeding it the stored model output
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,15 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..errors import DitLensError, InvalidValue
+from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.passes import Part
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import CLIPPING, log_snr, predict_x0
+from ..model.noise_schedule import log_snr, predict_x0
 from ..model.witness import Checksum, Witness
 from .guidance import guided, model_inputs, n_passes
 from .noise import generators, noise
 from .parts import Split, Splitter, is_out_of_memory, positions
-from .schedulers import SAMPLERS, learns_variance, make_scheduler, takes_eta
+from .schedulers import MEMORYLESS, SAMPLERS, learns_variance, make_scheduler, takes_eta
 from .settings import Change, Edits, Settings, edits_at, seeds_at
 
 
@@ -81,13 +82,19 @@ class Kept:
         """The latest x_t."""
         return self.latents[self.done]
 
-    def add(self, step: Step) -> None:
-        """One more step."""
-        at = self.done
-        self._make_room(step.output)
-        self.latents[at + 1], self.x0[at], self.outputs[at] = step.following, step.x0, step.output
-        self.witnesses.append(step.witness)
-        self.splits.append(step.split)
+    def moved(self, x0: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The step under way's x0 and output where they are kept, so that they can be let go of."""
+        self._make_room(output)
+        for kept, value in ((self.x0, x0), (self.outputs, output)):
+            kept[self.done] = value
+        return self.x0[self.done], self.outputs[self.done]
+
+    def finish(self, following: Tensor, witness: Witness, split: Split) -> Tensor:
+        """The step under way ends; gives the next x_t where it is kept."""
+        self.latents[self.done + 1] = following
+        self.witnesses.append(witness)
+        self.splits.append(split)
+        return self.now
 
     def take_over(
         self,
@@ -125,9 +132,9 @@ def advance(
 ) -> Tensor:
     """The next x_t: one step of the scheduler, with each item's own noise."""
     options: dict[str, Any] = {}
-    # a tensor would be looked into several times a step
     t = scheduler.timesteps[step]
-    t = scheduler.timesteps.tolist()[step] if type(scheduler).__name__ in CLIPPING else t
+    if type(scheduler).__name__ in MEMORYLESS:  # which would look into a tensor several times
+        t = scheduler.times[step]
     if type(scheduler) is DDIMScheduler:
         if eta:
             options["variance_noise"] = noise(seeds, step, x.shape[1:], x.device, output.dtype)
@@ -150,8 +157,11 @@ def denoise(
     first: int = 0,
     last: int | None = None,
     splitter: Splitter | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Step]:
-    """From x_t at step `first` to before step `last`, one step after the other."""
+    """From x_t at step `first` to before step `last`, one step after the other; each goes into
+    `kept`, if that is given.
+    """
     splitter = splitter or Splitter()
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
@@ -160,7 +170,11 @@ def denoise(
             )
             t = scheduler.timesteps[step]
             x0 = predict_x0(scheduler, x, model.without_variance(output), t)
+            if kept is not None:  # nothing is held twice
+                x0, output = kept.moved(x0, output)
             x = advance(scheduler, output, x, seeds_at(history, step), step, settings.eta)
+            if kept is not None:
+                x = kept.finish(x, witness, split)
             yield Step(x0, output, x, witness, split)
 
 
@@ -180,13 +194,15 @@ def answered(
     waiting, done = deque(split.parts), list[tuple[int, ...]]()
     outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
     if not split.whole:
-        inst.require_parts()
+        _require_parts(inst, edits)
     while waiting:
         part = waiting.popleft()
         index = positions(part, x.device)
         try:
             with (
-                inst.under(step=step, **_place(inst, split, part, passes, tries)),
+                inst.under(
+                    step=step, steps=settings.steps, **_place(inst, split, part, passes, tries)
+                ),
                 model.hooks(edits),
                 inst.witnessing() as witness,
             ):
@@ -199,7 +215,7 @@ def answered(
             output = None
         tries += 1
         if output is None:  # the exception is gone by now, and what it held
-            inst.require_parts()
+            _require_parts(inst, edits)
             waiting.extendleft(reversed(splitter.halved(part, splitter.pairs and not split.copied)))
             continue
         done.append(part)
@@ -209,6 +225,18 @@ def answered(
     if split.whole:
         return outputs[0], witnesses[0], split
     return _joined(outputs, witnesses, split, passes)
+
+
+def _require_parts(inst: Any, edits: Edits) -> None:
+    """Raise RuntimeError where a hook, or an edit of the run's own, needs the whole batch."""
+    inst.require_parts()
+    for names, fn in edits:
+        if not getattr(fn, "in_parts", False):
+            raise InvalidState(
+                f"The edit at {names!r:.60} sees a step's whole batch at once, and batch= would "
+                "show it in parts; expected a batch of all images, or fn.in_parts = True on a "
+                "function that treats each item by itself."
+            )
 
 
 def _place(
@@ -265,6 +293,8 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             f"steps={settings.steps} is more than the {most} timesteps the model was trained on."
         )
     _set_timesteps(model, scheduler, settings.steps)
+    # as numbers, which nobody has to wait for
+    scheduler.times = scheduler.timesteps.tolist()
     _refuse_unfit(scheduler, settings)
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise InvalidValue(
@@ -272,6 +302,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             "variance-preserving or flow-matching scheduler, such as "
             f"{', '.join(map(repr, SAMPLERS))}."
         )
+    _refuse_broken(scheduler, settings)
     return scheduler
 
 
@@ -321,6 +352,12 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"{name} has stochastic_sampling=True, whose noise can't be that of the run; expected "
             "scheduler='euler-flow' with eta=1."
         )
+    known = getattr(scheduler, "alphas_cumprod", None)
+    if known is not None and len(known) != scheduler.config.num_train_timesteps:
+        raise InvalidValue(
+            f"{name} has noise levels for {len(known)} timesteps; expected as many as the "
+            f"{scheduler.config.num_train_timesteps} that the model was trained on."
+        )
     levels = log_snr(scheduler, scheduler.timesteps)
     if not bool(levels.isfinite().all() and (levels.diff() >= -1e-6).all()):
         raise InvalidValue(
@@ -328,6 +365,21 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"step, and goes {float(levels[0]):.2f}, ..., {float(levels[-1]):.2f}; expected a "
             "variance-preserving or flow-matching scheduler."
         )
+
+
+def _refuse_broken(scheduler: Any, settings: Settings) -> None:
+    """Raise ValueError for a scheduler that can't take its first step, before the model runs."""
+    trial, x = copy.deepcopy(scheduler), torch.zeros(1, 4, 8, 8)
+    output = torch.cat([x] * (2 if learns_variance(trial) else 1), 1)
+    try:
+        advance(trial, output, x, [0], 0, settings.eta)
+    except DitLensError:
+        raise
+    except Exception as error:  # of settings that only its step looks at
+        raise InvalidValue(
+            f"{type(scheduler).__name__} can't take a step ({type(error).__name__}: {error}); "
+            "expected a variance-preserving or flow-matching scheduler."
+        ) from error
 
 
 def is_stochastic(model: HookedDiT, settings: Settings) -> bool:

@@ -179,11 +179,13 @@ class Run:
         step = check_step(step, self.settings.steps)
         self.require_released(step)
         inst, split = self.model.instrumentation, self.splits[step]
+        if split.copied:  # who watches wants to see both twins
+            split = Splitter(self.batch, self.passes, pairs=True).at(step, split.size)
         if not split.whole:
             inst.require_parts()
         answers, departures = [], []
         for number, part in enumerate(split.parts):
-            proof = Proof(self._witness(step, part), self.model.names, "hook_sample")
+            proof = Proof(self._witness(step, split, part), self.model.names, "hook_sample")
             rows = split.rows(part, self.passes)
             place = None if split.whole else Part(rows, split.size * self.passes, number > 0)
             with (
@@ -204,7 +206,7 @@ class Run:
         last = until(name, model.names, self.witnesses[step])
         found, departures = list[Tensor](), []
         for part in split.parts:
-            proof = Proof(self._witness(step, part), model.names, last)
+            proof = Proof(self._witness(step, split, part), model.names, last)
             listeners: list[tuple[str, Listener]] = [
                 (each, Editor(fn))
                 for names, fn in edits_at(self.history, step)
@@ -232,11 +234,11 @@ class Run:
         order = split.order(self.passes, value.device)
         return value if order is None else value[order]
 
-    def _witness(self, step: int, part: tuple[int, ...]) -> Witness:
+    def _witness(self, step: int, split: Split, part: tuple[int, ...]) -> Witness:
         """The checksums of one part of a step."""
-        if self.splits[step].whole:
+        if split.whole:
             return self.witnesses[step]
-        rows = torch.tensor(self.splits[step].rows(part, self.passes), device=self.latents.device)
+        rows = torch.tensor(split.rows(part, self.passes), device=self.latents.device)
         return {name: each.items(rows) for name, each in self.witnesses[step].items()}
 
     def _pass(self, step: int, part: tuple[int, ...]) -> Tensor:
@@ -328,8 +330,8 @@ class Run:
             seeds: other ones make clones, which share the past and not the future.
             latents: x_t at `from_step`, [batch, *latent_shape], in place of the stored one.
             released: let twins that were coupled run on alone, also from before their release.
-            batch: images at once; by default as in this run. The run's own edits and `edits` then
-                see each part of the batch by itself.
+            batch: images at once; by default as in this run. An edit is then shown each part of the
+                batch by itself, and must say that it may be: `fn.in_parts = True`.
 
         Raises:
             ValueError: for a step outside the run or while it was coupled, latents of another
@@ -377,6 +379,8 @@ class Run:
         # different.
         batch = self.batch if batch is None else batch
         same = fresh is None and latents is None and not edits and batch == self.batch
+        # who watches wants to see both twins
+        same = same and not (self.model.instrumentation.busy and any(s.copied for s in self.splits))
         splitter = Splitter(batch, self.passes, given=self.splits if same else None)
         kept = Kept(self.latents[0], self.settings.steps)
         kept.take_over(
@@ -388,7 +392,7 @@ class Run:
         )
         kept.latents[from_step] = start
         scheduler = self.scheduler_at(from_step)
-        for step in denoise(
+        for _ in denoise(
             self.model,
             start,
             self.labels,
@@ -397,8 +401,9 @@ class Run:
             scheduler,
             from_step,
             splitter=splitter,
+            kept=kept,
         ):
-            kept.add(step)
+            pass
         return replace(
             self,
             history=history,
@@ -546,8 +551,7 @@ def _sample(
     kept = Kept(latents, settings.steps)
     splitter = Splitter(batch, n_passes(model, settings.guidance))
     kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
-    for step in denoise(model, latents, y, history, settings, plan, splitter=splitter):
-        kept.add(step)
+    for _ in denoise(model, latents, y, history, settings, plan, splitter=splitter, kept=kept):
         if progress is not None:
             progress(kept.done, settings.steps)
     return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)

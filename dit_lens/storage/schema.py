@@ -6,7 +6,7 @@ Imported only where files are read: pydantic takes a tenth of a second.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -81,9 +81,10 @@ def _sentence(error: ValidationError, value: Any, where: str) -> str:
     """The first thing that pydantic found, in our words."""
     found = error.errors(include_url=False)
     first = found[0]
-    at = _place(first["loc"], value)
     if first["type"] == "missing":
-        return f"{where} has no {at}."
+        *inside, name = first["loc"]
+        return f"{where} has no {name!r} in {_place(inside, value) or 'its metadata'}."
+    at = _place(first["loc"], value)
     if first["type"] == "extra_forbidden":
         return f"{where} has {at or 'metadata'}, which is not known here."
     # of a union there is one finding for each type that it may have
@@ -92,16 +93,14 @@ def _sentence(error: ValidationError, value: Any, where: str) -> str:
     return f"{where} has {at or 'metadata'} = {shown(first['input'])}; expected it to {expected}."
 
 
-def _place(location: tuple[int | str, ...], value: Any) -> str:
-    """A place as one writes it in Python; pydantic also names the type that it had tried."""
+def _place(location: Sequence[int | str], value: Any) -> str:
+    """A place as one writes it in Python; pydantic also names the types that it had tried there."""
     text = ""
-    for i, key in enumerate(location):
-        inside = key in value if isinstance(value, dict) else isinstance(key, int)
-        if inside and isinstance(value, (dict, list)) and not isinstance(key, bool):
-            text += f"[{key}]" if isinstance(key, int) else f".{key:.60}"
-            value = value[key]  # type: ignore[index]
-        elif i == len(location) - 1 and isinstance(value, dict):  # what is missing
-            text += f".{key}"
+    for key in location:
+        if isinstance(value, dict) and key in value:
+            text, value = f"{text}.{key:.60}", value[key]
+        elif isinstance(value, list) and isinstance(key, int):
+            text, value = f"{text}[{key}]", value[key]
     text = text.lstrip(".")
     return text if len(text) <= 80 else f"{text[:77]}..."
 

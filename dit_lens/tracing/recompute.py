@@ -7,7 +7,7 @@ reading joins them along the batch, parts in the order of the whole.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -149,7 +149,7 @@ def rows_of(record: Record, step: int, branch: str | None) -> Rows:
     return chosen
 
 
-def order_of(record: Record, rows: Rows) -> Tensor | None:
+def order_of(record: Record, rows: Mapping[int, list[int] | None]) -> Tensor | None:
     """Where the items of a step that went through the model in parts come from, among its calls'
     items one behind the other; None where they are in order.
     """

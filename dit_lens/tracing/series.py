@@ -14,7 +14,9 @@ from ..errors import InvalidState
 from .site import Site
 
 ROOM = 64
-"""Steps that memory is taken for at first; then twice as many, and so on."""
+"""Steps that memory is taken for at first, where nobody says how many there will be; then twice as
+many, and so on.
+"""
 
 
 class Series:
@@ -44,8 +46,9 @@ class Series:
         self._seen: dict[tuple[Any, int], int] = {}  # on disk: where
         self._rooms: dict[Any, Tensor] = {}
         self._waiting: dict[tuple[Any, int], Tensor] = {}  # on disk: what the step under way has
-        self._file: Any = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        self._file: Any = None
         if on_disk:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (for as long as this lives)
             weakref.finalize(self, self._file.close)
         self._shapes: dict[tuple[Any, int], tuple[int, ...]] = {}
 
@@ -82,10 +85,13 @@ class Series:
             room[rows] = value.detach()
             return
         slot = self._slots.setdefault(step, len(self._slots))
-        self._room(key, slot, shape, value)[rows] = value.detach()
+        least = site.call.context.steps or ROOM
+        self._room(key, slot, shape, value, least)[rows] = value.detach()
         self._seen[key, step] = 1
 
-    def _room(self, key: Any, slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def _room(
+        self, key: Any, slot: int, shape: tuple[int, ...], like: Tensor, least: int
+    ) -> Tensor:
         """The place of one key at one step."""
         room = self._rooms.get(key)
         if room is not None and room.shape[1:] != shape:
@@ -94,7 +100,7 @@ class Series:
                 "expected the same batch in every step."
             )
         if room is None or slot >= len(room):
-            more = like.new_empty(max(ROOM, 2 * slot), *shape)
+            more = like.new_empty(max(least, 2 * slot), *shape)
             if room is not None:
                 more[: len(room)] = room
             room = self._rooms[key] = more

@@ -439,7 +439,7 @@ class Trace:
         """
         if self._undo is not None:
             raise InvalidState("The trace is still open; save it after the `with` block.")
-        return files.save(self.record, path)
+        return files.save(self.record, arguments.path("path", path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise InvalidState(
@@ -601,7 +601,7 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         FileNotFoundError: if there is no such file.
         ValueError: for a file that is no trace, or a model of other sizes.
     """
-    record = files.load(path)
+    record = files.load(arguments.path("path", path))
     if model is None:
         return Trace(None, record)
     owner = HookedDiT.of(model)

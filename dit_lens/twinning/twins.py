@@ -154,10 +154,9 @@ def twins(
         kept = Kept(x, steps)
 
         def go(first: int, last: int) -> None:
-            for each in denoise(
-                model, kept.now, both, history, settings, plan, first, last, splitter
+            for _ in denoise(
+                model, kept.now, both, history, settings, plan, first, last, splitter, kept
             ):
-                kept.add(each)
                 if progress is not None:
                     progress(kept.done, steps)
 

@@ -198,7 +198,9 @@ def common(b: Bench, witness: float) -> dict[str, Cost]:
         "edit of one layer": Cost(lambda: b.editing(f"blocks.{n // 2}.hook_attn_out")),
         f"edits of {n} layers": Cost(lambda: b.editing("hook_attn_out")),
         f"patterns of {n} layers": Cost(simply(b.patterns)),
-        f"LayerLens, {n + 1} readings": Cost(lambda: b.watching(lens=True)),
+        f"LayerLens, {n + 1} readings": Cost(
+            lambda: b.watching(lens=True), "watched: witness, inputs kept", turns=1, target=1.4
+        ),
     }
     for layer in sorted({0, n // 2, n - 1}):
         limit = 1.15 * (layer + 1) / n + 0.02
