@@ -423,7 +423,8 @@ def test_the_command_with_a_function_of_ones_own(tmp_path, capsys, monkeypatch):
         "def bright(x):\n    return {'bright': (x.mean((1, 2, 3)) > 0.5).long()}\n"
     )
     argv = ["gap", "model", "--pairs", "16", "--steps", "5", "--attributes", "mine.py:bright"]
-    assert main([*argv, "--out", "out"]) == 0
+    assert main([*argv, "--labels", "3", "1", "--batch", "8", "--out", "out"]) == 0
+    assert set(read_stored(tmp_path / "out" / "attributes.nc")[1].label.values) == {1, 3}
     shown = capsys.readouterr().out
     assert "bright" in shown and "readable" in shown
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {

@@ -2,6 +2,7 @@
 dataset gives each of them once; what is wrong is said.
 """
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -127,6 +128,18 @@ def test_batches_make_no_difference_but_rounding(model, tmp_path):
     a, b = keyed(one), keyed(all_)
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_batch_that_goes_through_in_parts(model, tmp_path, monkeypatch, guidance):
+    """As when memory gives out: what each part has comes to its place."""
+    given = {"steps": 3, "batch": 5, "guidance": guidance}
+    whole = record(model, RESID, LABELS, tmp_path / "whole", **given).take(slice(None))
+    monkeypatch.setattr(recording, "sample", functools.partial(sample, batch=4))
+    parts = record(model, RESID, LABELS, tmp_path / "parts", **given).take(slice(None))
+    for key in parts.keys() - {"activation"}:
+        assert torch.equal(parts[key], whole[key])
+    assert torch.allclose(parts["activation"], whole["activation"], atol=1e-4)
 
 
 def test_prompts_are_numbered_as_they_come(tmp_path):

@@ -270,7 +270,7 @@ def attributes(
             fit.commitment_interval.values,
         )
     variables |= _leads(curves.statistics("attribute"), curves.releases, curves.log_snr, options)
-    variables |= _finished(compared, [ends[r] for r in curves.releases], pair.a.labels)
+    variables |= _finished(compared, [ends[r] for r in curves.releases], pair.a.labels.cpu())
     coords = {
         "attribute": list(compared.names),
         "other": list(compared.names),
@@ -282,7 +282,7 @@ def attributes(
         "band": list(fine.names),
         "split": list(split.names),
         "twin": ["A", "B"],
-        "label": ("pair", pair.a.labels.numpy()),
+        "label": ("pair", pair.a.labels.tolist()),
     }
     result = xr.Dataset(variables, coords)
     for axis in ("pair", "shown", "channel", "row", "column"):
@@ -316,7 +316,11 @@ def attribute_names(model: HookedDiT, read: Reader) -> tuple[str, ...]:
     Raises:
         InvalidValue: if it gives anything but whole numbers by name.
     """
-    return tuple(_read(read, decode(model, torch.zeros(2, *model.cfg.latent_shape)), None))
+    return tuple(
+        _read(
+            read, decode(model, torch.zeros(2, *model.cfg.latent_shape, device=model.device)), None
+        )
+    )
 
 
 def headline(results: xr.Dataset) -> str:
