@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DitLensError
-from . import check, check_family, gap, hooks, patch, probe, report
+from . import cause_map, check, check_family, gap, hooks, patch, probe, report
 
 COMMANDS = {
     "hooks": hooks,
     "gap": gap,
     "patch": patch,
+    "map": cause_map,
     "probe": probe,
     "check": check,
     "check-family": check_family,

@@ -10,10 +10,12 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `latents`, `images`, `features`: the `Outcome` that is compared.
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
+- `cause_map`: how far an intervention in each layer and step moves the finished image.
 - `knock_outs`, `couple_alone`: how far each layer moves the gap; `knocked_out`: one run without
   some layers.
 """
 
+from .cause_map import cause_map
 from .coupling_sweep import couplings
 from .gap import measure_gap
 from .knock_outs import couple_alone, knock_outs, knocked_out
@@ -24,6 +26,7 @@ from .step_doubling import step_doubling
 __all__ = [
     "Curves",
     "Outcome",
+    "cause_map",
     "commitment_difference",
     "couple_alone",
     "couplings",

@@ -15,12 +15,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..errors import InvalidState, InvalidValue
-from .names import NamesFilter, UnknownName, additions, layer_of, select, site_of
+from .names import Addition, NamesFilter, UnknownName, additions, layer_of, select, site_of
 from .points import Editor, HookPoint, Listener, Observer, checked
 from .regions import Region
 
@@ -48,6 +49,11 @@ class Added(NamedTuple):
         return held if entered is None else entered + held
 
 
+@lru_cache(maxsize=16)
+def _additions(names: tuple[str, ...], stream: str) -> list[Addition]:
+    return additions(names, stream)  # asked for every layer anew
+
+
 def parts(names: Iterable[str], layer: int) -> dict[str, tuple[Added, ...]]:
     """What a block adds, by part: "attn", "mlp", in some families "cross_attn", "attn2" or both
     in one, each to every stream that it writes to.
@@ -60,9 +66,9 @@ def parts(names: Iterable[str], layer: int) -> dict[str, tuple[Added, ...]]:
     {'attn': (Added(name='blocks.0.hook_attn_out', entered=''),)}
     """
     found: dict[str, tuple[Added, ...]] = {}
-    names = list(names)
+    names = tuple(names)
     for stream in STREAMS:
-        for place in additions(names, stream):
+        for place in _additions(names, stream):
             for name in place.added if place.layer == layer else ():
                 part = site_of(name).removeprefix(f"{stream}hook_").removesuffix("_out")
                 found[part] = (*found.get(part, ()), Added(name))
@@ -81,9 +87,9 @@ def stack(names: Iterable[str], first: int, stop: int) -> tuple[Added, ...]:
     >>> stack(names, 0, 1)
     (Added(name='blocks.0.hook_resid_post', entered='blocks.0.hook_resid_pre'),)
     """
-    names, found = list(names), []
+    names, found = tuple(names), []
     for stream in STREAMS:
-        chain = [a for a in additions(names, stream) if first <= a.layer < stop]
+        chain = [a for a in _additions(names, stream) if first <= a.layer < stop]
         # a text that ends within the blocks is read by nobody behind them
         if chain and chain[-1].layer == stop - 1:
             found.append(Added(chain[-1].after, chain[0].before))

@@ -11,8 +11,9 @@ import numpy as np
 import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
+from ..experiments.cause_map import HALVES, PARTS
 from ..storage import load_dataset
-from . import coupling_sweep, gap, knock_outs
+from . import cause_map, coupling_sweep, gap, knock_outs
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -59,6 +60,17 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "mediated_effect": ("layer",),
     },
     "patches.nc": {"move": ("layer", "site", "window", "band")},
+    "cause_map.nc": {
+        "effect": ("site", "layer", "window", "band"),
+        "effect_interval": ("site", "layer", "window", "band", ENDS),
+        "decided": ("step", "band"),
+        "quadrant": ("half", "part", "band"),
+        "quadrant_interval": ("half", "part", "band", ENDS),
+        "late_over_early": ("part", "band"),
+        "late_over_early_interval": ("part", "band", ENDS),
+        "first": ("window",),
+        "last": ("window",),
+    },
 }
 """The files that the commands write, and the figures in each that a report shows, with their
 axes."""
@@ -75,6 +87,7 @@ LABELS: dict[str, dict[str, set[Any]]] = {
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}},
+    "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
 }
 """Labels that an axis must have."""
 
@@ -92,6 +105,7 @@ ATTRS: dict[str, dict[str, str]] = {
     },
     "knock_outs.nc": {"sentence": TEXTS, "gap": NUMBERS},
     "patches.nc": {},
+    "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
 }
 """What else a report shows."""
 
@@ -101,7 +115,7 @@ COORDINATES = {
 }
 """Axes whose labels are numbers, and of which kind."""
 
-EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap` and `dit-lens patch` write them"
+EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch` and `map` write them"
 
 
 def show(path: Path) -> None:
@@ -130,6 +144,8 @@ def show(path: Path) -> None:
             gap.show(results, file)
         elif kind == "coupling_sweep.nc":
             coupling_sweep.show(results, file)
+        elif kind == "cause_map.nc":
+            cause_map.show(results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
             _show_causes(kind, file)
 
