@@ -38,7 +38,10 @@ from ..model.hooked import HookedDiT
 from ..patching.first_order import Additions, check_gradients, directions, projected
 from ..patching.patch import Patch
 from ..patching.sweeps import check_patches, sweep
+from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
+from ..sampling.schedulers import default_name
+from ..sampling.settings import checked_settings
 
 MapKind = Literal["hold", "zero", "mean"]
 HALVES = ("early", "late")
@@ -160,7 +163,16 @@ def cause_map(
     own = model.conditions.numbers(_labels(model, items) if labels is None else labels)
     if len(own) != items:
         raise InvalidValue(f"There are {items} items and {len(own)} labels; expected one an item.")
+    if len(set(own.tolist())) == items:
+        raise InvalidValue(
+            f"labels={arguments.shown(own.tolist())} has each label once; expected two items or "
+            "more of one, to compare with how far unrelated samples are apart."
+        )
     bands = Bands.radial(model.cfg.pixels, cut=cut)
+    name = default_name(model.scheduler) if scheduler is None else scheduler
+    plan = prepared(model, checked_settings(steps, guidance, "all", name, eta))
+    if not exact:
+        check_gradients(plan)
 
     # The run itself, and how far strangers are apart.
     run = sample(model, own, seed, steps, guidance, scheduler, eta)
@@ -171,7 +183,6 @@ def cause_map(
     # To first order, all cells; exactly, some or all.
     energy = np.full((len(cells), items, bands.n), np.nan)
     if not exact:
-        check_gradients(run)
         aims = directions(run, bands, projections, seed)
         energy = _first_order(run, cells, aims, kind, lag, order, of_layer, work.steps)
     number = len(cells) if exact else min(check, len(cells))
@@ -225,11 +236,6 @@ class _Spread:
     def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
         labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
         same = (labels[:, None] == labels) & ~np.eye(n, dtype=bool)
-        if not same.any():
-            raise InvalidValue(
-                f"labels={arguments.shown(labels)} has each label once; expected two items or "
-                "more of one, to compare with how far unrelated samples are apart."
-            )
         apart = np.stack([bands.energy(x - x[i]).sum(1).cpu().numpy() for i in range(n)])
         number = np.einsum("ri,ij,rj->r", counts, same, counts)
         summed = np.einsum("ri,ij,rj,ijb->rb", counts, same, counts, apart, optimize=True)
@@ -475,8 +481,8 @@ def sentences(result: xr.Dataset) -> list[str]:
             for band, ratio in zip(result.band.values, result.ratio.values, strict=True)
         )
         found.append(
-            f"{result.sizes['checked']} cells were also run exactly; exact over first order, "
-            f"median and middle 90 %: {by_band}."
+            f"Of cells that were also run exactly ({result.sizes['checked']}) this is exact over "
+            f"first order, the median and the middle 90 %: {by_band}."
         )
     return found
 

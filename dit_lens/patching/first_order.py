@@ -15,6 +15,7 @@ plan whose changes cancel from one whose changes pile up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,17 +52,17 @@ def directions(run: Run, bands: Bands, count: int, seed: int) -> Tensor:
     return torch.stack([bands.project(white.flatten(0, 1), b).view(shape) for b in range(bands.n)])
 
 
-def check_gradients(run: Run) -> None:
-    """Raise InvalidValue for a run through which no gradient can be taken."""
-    if torch.is_inference_mode_enabled() or run.latents.is_inference():
+def check_gradients(scheduler: Any) -> None:
+    """Raise InvalidValue where no gradient can be taken through a run with this scheduler."""
+    if torch.is_inference_mode_enabled():
         raise InvalidValue(
             "Gradients are asked of a model in torch.inference_mode(); leave it, or use "
             "torch.no_grad() for what comes before."
         )
-    if getattr(run.scheduler.config, "solver_order", 1) > 1:
+    if getattr(scheduler.config, "solver_order", 1) > 1:
         raise InvalidValue(
-            f"The scheduler {run.settings.scheduler!r} remembers earlier steps, which gradients "
-            "here do not; use 'ddim', or exact=True."
+            f"{type(scheduler).__name__} remembers earlier steps, which gradients here do not; use "
+            "scheduler='ddim', or exact=True."
         )
 
 
