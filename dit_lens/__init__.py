@@ -32,6 +32,7 @@ _HOME = {
     "UnknownName": "hooks.names",
     "load": "model.loading",
     "load_trace": "tracing.trace",
+    "reuse": "plans.runner",
     "sample": "sampling.run",
     "to_nnsight": "bridges.nnsight",
     "to_transformer_lens": "bridges.transformer_lens",

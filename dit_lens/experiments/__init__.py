@@ -15,6 +15,7 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
   some layers.
 """
 
+from ..plans.plan import Plan
 from .cause_map import cause_map
 from .coupling_sweep import couplings
 from .gap import measure_gap
@@ -26,6 +27,7 @@ from .step_doubling import step_doubling
 __all__ = [
     "Curves",
     "Outcome",
+    "Plan",
     "cause_map",
     "commitment_difference",
     "couple_alone",

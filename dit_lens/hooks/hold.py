@@ -263,14 +263,25 @@ class Hold:
         return line([value for value in found if value is not None])
 
     def remember(self, value: Tensor, point: HookPoint) -> None:
+        """Keep what was added, as an observer at the place."""
+        # a sum less what entered is not to the bit what was held
+        same = self.made is not None and self.made[0] is value
+        self._keep(self.made[1] if same and self.made else self.place.of(value, self.entered))
+
+    def passed_over(self, value: Tensor) -> None:
+        """Keep what was held where it was added without a pass through the place.
+
+        Args:
+            value: what `value` gave.
+        """
+        self._keep(value)
+
+    def _keep(self, added: Tensor) -> None:
         """Keep what is added at a step from which a later one is held, and drop what is no longer
         needed.
         """
         clock = self.now()
         if any(map(self.held, after(clock.step, self.lag, self.order))):
-            # a sum less what entered is not to the bit what was held
-            same = self.made is not None and self.made[0] is value
-            added = self.made[1] if same and self.made else self.place.of(value, self.entered)
             self.kept[clock] = added.detach()
         oldest = clock.step - self.lag * (self.order + 1)
         for each in [c for c in self.kept if c.run != clock.run or c.step < oldest]:
