@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DitLensError
-from . import cause_map, check, check_family, gap, hooks, patch, probe, report
+from . import cause_map, check, check_family, gap, hooks, patch, plan, probe, report
 
 COMMANDS = {
     "hooks": hooks,
     "gap": gap,
     "patch": patch,
     "map": cause_map,
+    "plan": plan,
     "probe": probe,
     "check": check,
     "check-family": check_family,

@@ -11,6 +11,7 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
 - `cause_map`: how far an intervention in each layer and step moves the finished image.
+- `reuse_plan`: which cells can be held within a budget, as a `Plan`.
 - `knock_outs`, `couple_alone`: how far each layer moves the gap; `knocked_out`: one run without
   some layers.
 """
@@ -22,6 +23,7 @@ from .gap import measure_gap
 from .knock_outs import couple_alone, knock_outs, knocked_out
 from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
+from .reuse_plan import reuse_plan
 from .step_doubling import step_doubling
 
 __all__ = [
@@ -40,5 +42,6 @@ __all__ = [
     "measure_gap",
     "one_pass",
     "release_sweep",
+    "reuse_plan",
     "step_doubling",
 ]

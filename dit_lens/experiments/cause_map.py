@@ -160,7 +160,7 @@ def cause_map(
 
     patches = [patch(*cell) for cell in cells]
     check_patches(patches, model, steps, items, batch=batch, progress=progress, resume=resume)
-    own = model.conditions.numbers(_labels(model, items) if labels is None else labels)
+    own = model.conditions.numbers(items_of_labels(model, items) if labels is None else labels)
     if len(own) != items:
         raise InvalidValue(f"There are {items} items and {len(own)} labels; expected one an item.")
     if len(set(own.tolist())) == items:
@@ -176,7 +176,7 @@ def cause_map(
 
     # The run itself, and how far strangers are apart.
     run = sample(model, own, seed, steps, guidance, scheduler, eta)
-    spread = _Spread(run, bands, draws(items, resamples, seed))
+    spread = Spread(run, bands, draws(items, resamples, seed))
     quadrants = _quadrants(model.cfg.n_layers, steps, first) if kind == "hold" else {}
     work = _Work(progress, steps * (not exact), (exact and len(cells)) or check, len(quadrants))
 
@@ -225,13 +225,19 @@ def cause_map(
     return result
 
 
-def _labels(model: HookedDiT, items: int) -> list[int]:
+def items_of_labels(model: HookedDiT, items: int) -> list[int]:
     """The conditions in turn, as many as leave each four items or more."""
     return [i % max(1, min(model.conditions.n, items // 4)) for i in range(items)]
 
 
-class _Spread:
-    """D_b: how far unrelated samples of one label are apart, for the items and their resamples."""
+class Spread:
+    """D_b: how far unrelated samples of one label are apart, for the items and their resamples.
+
+    Args:
+        run: of the samples.
+        bands: of the latents' grid.
+        counts: how often each resample draws each item, as `draws` gives them.
+    """
 
     def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
         labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
@@ -319,7 +325,7 @@ def _tested(effects: Array, number: int, seed: int) -> list[int]:
 
 
 def _dataset(
-    run: Run, sites: Sequence[str], windows: Sequence[range], bands: Bands, spread: _Spread
+    run: Run, sites: Sequence[str], windows: Sequence[range], bands: Bands, spread: Spread
 ) -> xr.Dataset:
     """The map's axes, the commitment curves above it, and D."""
     labels = run.labels.cpu().numpy()
@@ -357,7 +363,7 @@ def _intervals(effects: Array, items: int) -> Array:
     return np.where(effects[0][..., None] == 0, 0.0, ends)
 
 
-def _log_interval(values: Array, items: int) -> Array:
+def log_interval(values: Array, items: int) -> Array:
     """The same for single statistics [1 + resample, ...]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ends = np.exp(interval(np.log(values), items))
@@ -420,7 +426,7 @@ def _by_quadrant(
             if inside.any():
                 found[:, i, j] = effects[:, inside].mean(1)
     result["quadrant"] = (("half", "part", "band"), found[0])
-    result["quadrant_interval"] = (("half", "part", "band", "bound"), _log_interval(found, items))
+    result["quadrant_interval"] = (("half", "part", "band", "bound"), log_interval(found, items))
     result.coords["half"], result.coords["part"] = list(HALVES), list(PARTS)
     _late_over_early(result, found, items)
 
@@ -431,7 +437,7 @@ def _late_over_early(result: xr.Dataset, found: Array, items: int) -> None:
         ratio = found[:, 1] / found[:, 0]
     ratio[:, ~np.isfinite(ratio[0])] = np.nan  # no effect to compare with
     result["late_over_early"] = (("part", "band"), ratio[0])
-    result["late_over_early_interval"] = (("part", "band", "bound"), _log_interval(ratio, items))
+    result["late_over_early_interval"] = (("part", "band", "bound"), log_interval(ratio, items))
 
 
 def _held_quadrants(
@@ -444,7 +450,7 @@ def _held_quadrants(
     result["quadrant_held"] = (("half", "part", "band"), found[0])
     result["quadrant_held_interval"] = (
         ("half", "part", "band", "bound"),
-        _log_interval(found, items),
+        log_interval(found, items),
     )
     _late_over_early(result, found, items)
 

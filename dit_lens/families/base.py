@@ -23,7 +23,6 @@ from .config import Condition, Config, Size
 from .forwards import Forward, Points, Tap, TransformerForward
 from .parts.sites import FINAL_SITES, RESID, SAMPLE, Sites
 
-
 Skipped = tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Any]]
 """What takes the place of a block that is left out; see `Family.skip_block`."""
 
@@ -54,6 +53,9 @@ class Family:
         computes: for each part of a block that is added to the streams ("attn", "mlp", ...) the
             block's children that compute it and nothing else; where a part is not among them it can
             only be left out together with the whole block.
+        pads: whether the blocks' sequence has tokens that are neither image nor text and that
+            others attend to; these have no hook points, and get nothing from a part that is left
+            out.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
             see `dit_lens.families.upstream`.
 
@@ -82,6 +84,7 @@ class Family:
     batch_order: tuple[str, str] | None = ("uncond", "cond")
     known_options: frozenset[str] | None = None
     read_only = False
+    pads = False
     computes: dict[str, tuple[str, ...]] = {
         "attn": ("attn1",),
         "cross_attn": ("attn2",),

@@ -11,7 +11,7 @@ between the joint one and the MLP, and queries and keys are normalised before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch

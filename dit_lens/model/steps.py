@@ -6,7 +6,7 @@ from ..hooks.hold import Clock
 from .call import Call
 
 
-class Steps:
+class StepCounter:
     """Numbers the calls that it is shown: a loop of ours and a pipeline say which step one is;
     elsewhere each call is the next step.
 

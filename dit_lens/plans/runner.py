@@ -11,6 +11,7 @@ import bisect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..model.call import Call
 from ..model.forward_slot import find, put_back, slot
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
-from ..model.steps import Steps
+from ..model.steps import StepCounter
 from ..model.taken import Taken
 from .plan import Plan
 
@@ -82,7 +83,7 @@ def reuse(model_or_pipe: Any, plan: Plan | str | Path, remap: bool = False) -> I
             model.close()
 
 
-class _Runner(Steps):
+class _Runner(StepCounter):
     """Watches the calls, and knows what is held in the one under way."""
 
     proves = False
@@ -104,7 +105,7 @@ class _Runner(Steps):
         self.of_plan = self._of_plan(float(call.t[0]))
         self.under_way = True
 
-    def end(self, call: Call, finished: bool) -> None:
+    def end(self, call: Call, finished: bool) -> None:  # noqa: ARG002 (a watcher is given it)
         self.under_way = False
         self.last = max(self.last, self.row) if finished else self.last
 
@@ -189,7 +190,7 @@ class _Runner(Steps):
                     "or a family with `computes`."
                 )
             for child in children if mine else ():
-                _replace(taken, child, lambda own, p=part: _Idle(own, lambda: self._idle(layer, p)))
+                _replace(taken, child, partial(_Idle, held=partial(self._idle, layer, part)))
         if all((layer, part) in self.plan.held for part in of_layer):
             places = [(part, hold) for part in of_layer for hold in self.holds[layer, part]]
             _replace(taken, block, lambda own: _Over(own, self, block, layer, places))

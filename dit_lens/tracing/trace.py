@@ -43,7 +43,7 @@ from ..model.call import Call, Copies
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
-from ..model.steps import Steps
+from ..model.steps import StepCounter
 from ..model.taken import Taken
 from . import files
 from .dataset import to_dataset
@@ -446,7 +446,7 @@ class Trace:
         )
 
 
-class _Recorder(Steps):
+class _Recorder(StepCounter):
     """Watches the calls of an open trace: counts its steps, keeps inputs and activations."""
 
     proves = True
