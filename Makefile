@@ -33,7 +33,7 @@ bench: .venv/dev.stamp
 	.venv/bin/python tests/benchmarks/bench_patching.py --scale 7
 
 attack: .venv/dev.stamp
-	DIT_LENS_ATTACK=1 DIT_LENS_ATTACK_FUZZ=300 DIT_LENS_ATTACK_RACES=500 DIT_LENS_ATTACK_LINES=250 DIT_LENS_ATTACK_INTERRUPTS=1200 \
+	DIT_LENS_ATTACK=1 DIT_LENS_ATTACK_FUZZ=300 DIT_LENS_ATTACK_RACES=500 DIT_LENS_ATTACK_LINES=250 DIT_LENS_ATTACK_INTERRUPTS=1200 DIT_LENS_ATTACK_KILLS=24 \
 		$(IN) pytest -s -W ignore tests/test_attack_*.py tests/test_storage.py tests/test_arguments.py
 
 checks: .venv/dev.stamp

@@ -24,7 +24,10 @@ from .model.witness import NotReproduced as NotReproduced
 from .plans.runner import reuse as reuse
 from .sampling.run import Run as Run
 from .sampling.run import sample as sample
+from .tracing.activations import Activations as Activations
 from .tracing.probe import Probe as Probe
+from .tracing.recording import record as record
+from .tracing.series import Series as Series
 from .tracing.site import Site as Site
 from .tracing.trace import Trace as Trace
 from .tracing.trace import load_trace as load_trace

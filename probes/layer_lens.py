@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from dit_lens import Bands, HookedDiT, Probe, Run, Site, sample, trace
+from dit_lens import Bands, HookedDiT, Probe, Run, Series, Site, sample, trace
 from dit_lens.errors import InvalidState, InvalidValue
 
 
@@ -22,7 +22,7 @@ class LayerLens(Probe):
     The logit lens (nostalgebraist 2020) for DiTs: the stream after block l goes through the last
     layer, with the conditioning of that step, and the output is turned into x0. At the last layer
     this is the model's own prediction; layer -1 is the embedding. Kept are only these x0, one
-    latent a layer, step and item.
+    latent a layer, step and item, in a temporary file until they are compared.
 
     Args:
         bands: a `Bands` of the latents' pixel grid; by default six radial bands.
@@ -36,6 +36,7 @@ class LayerLens(Probe):
     """
 
     names = ("hook_embed", "resid_post")
+    in_parts = True
 
     def __init__(self, bands: Bands | None = None) -> None:
         self.wanted_bands = bands
@@ -53,8 +54,8 @@ class LayerLens(Probe):
             )
         self.model = model
         self.bands = self.wanted_bands or Bands.radial(model.cfg.pixels)
-        self.x0: dict[tuple[int, int], Tensor] = {}
-        self.labels: Tensor | None = None
+        self.seen = Series(on_disk=True)
+        self.labels: dict[tuple[int, ...], Tensor | None] = {}
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
@@ -67,9 +68,26 @@ class LayerLens(Probe):
         layer = -1 if site.layer is None else site.layer
         with torch.no_grad():
             output = self.model.unembed(activation, site.t, site.condition)
-        self.x0[layer, site.step] = self.model.predict_x0(output, site.x, site.t)
-        self.labels = site.labels
-        self.timesteps[site.step] = site.t[0]
+        self.seen.put(site, self.model.without_variance(output), layer)
+        if layer == -1:
+            self.seen.put(site, site.x, "x")
+            self.timesteps.setdefault(site.step, site.t[0])
+            self.labels.setdefault(site.rows, site.labels)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that were seen, rising; -1 is the embedding."""
+        return sorted(key for key in self.seen.keys if key != "x")
+
+    def x0(self, layer: int, step: int) -> Tensor:
+        """The clean latents that a layer's stream stands for, [batch, *latent_shape].
+
+        Args:
+            layer: -1 is the embedding.
+            step: 0 is the noisiest.
+        """
+        output, x = self.seen.at(layer, step), self.seen.at("x", step)
+        return self.model.predict_x0(output, x, self.timesteps[step].cpu())
 
     def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:
         """Sample under observation, and compare with the finished latents; see `result`.
@@ -91,7 +109,7 @@ class LayerLens(Probe):
             )
         with trace(model, probes=[self]):
             run = sample(model, labels, **settings)
-        return self.result(finished(run, len(self.x0[-1, 0])))
+        return self.result(finished(run, len(self.seen.at("x", 0))))
 
     def of_run(self, run: Run, by_label: bool = True) -> xr.Dataset:
         """Go through a finished run, with its own edits: one forward for each step on its stored
@@ -104,7 +122,16 @@ class LayerLens(Probe):
         with trace(run.model, probes=[self]):
             for step in range(run.settings.steps):
                 run.forward(step)
-        return self.result(finished(run, len(self.x0[-1, 0])), by_label)
+        return self.result(finished(run, len(self.seen.at("x", 0))), by_label)
+
+    def labels_of(self, items: int) -> np.ndarray[Any, Any] | None:
+        """The label of each item of the whole batch; None where one is not known."""
+        labels = np.empty(items)
+        for rows, own in self.labels.items():
+            if own is None:
+                return None
+            labels[list(rows)] = own.expand(len(rows)).cpu().numpy()
+        return labels
 
     def result(self, target: Tensor | None = None, by_label: bool = True) -> xr.Dataset:
         """How well each layer's x0 agrees with a target, band by band.
@@ -124,39 +151,33 @@ class LayerLens(Probe):
             RuntimeError: if nothing was seen.
             ValueError: for a target of another shape.
         """
-        if not self.x0:
+        if not self.seen.steps:
             raise InvalidState(
                 "LayerLens has seen nothing: use its run(model, ...), or `with "
                 "dit_lens.trace(model, probes=[...])`."
             )
-        layers, steps = sorted({k[0] for k in self.x0}), sorted({k[1] for k in self.x0})
-        shape = self.x0[layers[0], steps[0]].shape
+        layers, steps = self.layers, self.seen.steps
+        shape = self.seen.at("x", steps[0]).shape
         if target is not None and target.shape != shape:
             raise InvalidValue(
                 f"LayerLens's target has shape {list(target.shape)}; the run's latents have "
                 f"{list(shape)}."
             )
-        groups = (
-            self.labels.expand(shape[0]).cpu().numpy()
-            if by_label and self.labels is not None
-            else None
-        )
-        found = np.array(
-            [
-                [
-                    products(
-                        self.x0[i, s],
-                        self.x0[layers[-1], s] if target is None else target,
-                        self.bands,
-                        groups,
-                    )
-                    for s in steps
-                ]
-                for i in layers
-            ]
-        )
+        centred = centring(self.labels_of(shape[0]) if by_label else None, shape[0])
+        own = None if target is None else modes(target, self.bands, centred)
+        found = np.empty((3, len(layers), len(steps), shape[0], self.bands.n))
+        for j, step in enumerate(steps):
+            last = own
+            if last is None:
+                last = modes(self.x0(layers[-1], step), self.bands, centred)
+            for i, layer in enumerate(layers):
+                x0 = self.x0(layer, step).to(last.device)
+                found[:, i, j] = products(modes(x0, self.bands, centred), last, self.bands)
+        # what a group of n loses with its mean is put back, so that sums over items are those of
+        # `dit_lens.measures.agreement`; its rows are made for resampling, these are the items' own
+        found *= (1 / np.diag(centred))[:, None]
         variables: dict[str, Any] = {
-            name: (("layer", "step", "batch", "band"), found[:, :, i])
+            name: (("layer", "step", "batch", "band"), found[i])
             for i, name in enumerate(("xy", "xx", "yy"))
         }
         xy, xx, yy = (variables[name][1].sum(2) for name in ("xy", "xx", "yy"))
@@ -181,26 +202,30 @@ def finished(run: Run, batch: int) -> Tensor:
     return torch.cat([run.latents[-1]] * (batch // len(run.labels)))
 
 
-def products(a: Tensor, b: Tensor, bands: Bands, groups: Any) -> np.ndarray[Any, Any]:
-    """<a, b>, |a|², |b|² of each item and band, [3, batch, band], less the mean of the item's
-    group.
+def centring(labels: np.ndarray[Any, Any] | None, items: int) -> np.ndarray[Any, Any]:
+    """The matrix [batch, batch] that takes the mean of its label off each item."""
+    groups = np.zeros(items) if labels is None else labels
+    alike = groups[:, None] == groups
+    alone = np.flatnonzero(alike.sum(1) == 1)
+    if len(alone):
+        raise InvalidValue(
+            f"Label {int(groups[alone[0]])} has one image; to remove a label's mean it needs two "
+            "or more (by_label=False removes the mean of all)."
+        )
+    centred: np.ndarray[Any, Any] = np.eye(items) - alike / alike.sum(1, keepdims=True)
+    return centred
 
-    n / (n - 1) puts back what a group of n loses with its mean, so that sums over items are those
-    of `dit_lens.measures.agreement`; its rows are made for resampling, these are the items' own.
+
+def modes(x: Tensor, bands: Bands, centred: np.ndarray[Any, Any]) -> Tensor:
+    """Coefficients of latents in the bands' basis, less the mean of the item's label, [batch, ...,
+    mode].
     """
-    labels = torch.zeros(len(a)) if groups is None else torch.as_tensor(groups)
-    x, y = a.detach().double().clone(), b.detach().double().clone()
-    share = torch.ones(len(a), dtype=torch.float64)
-    for label in labels.unique():
-        here = (labels == label).nonzero().flatten()
-        if len(here) < 2:
-            raise InvalidValue(
-                f"Label {int(label)} has one image; to remove a label's mean it needs two or more "
-                "(by_label=False removes the mean of all)."
-            )
-        for z in (x, y):
-            z[here] -= z[here].mean(0)
-        share[here] = len(here) / (len(here) - 1)
-    pairs = ((x, y), (x, x), (y, y))
-    found = [bands.cross(p, q).reshape(len(a), -1, bands.n).sum(1).cpu() for p, q in pairs]
-    return np.stack([(each * share[:, None]).numpy() for each in found])
+    off = torch.as_tensor(centred, device=x.device) @ x.double().flatten(1)
+    return bands.coefficients(off.view(x.shape))
+
+
+def products(a: Tensor, b: Tensor, bands: Bands) -> np.ndarray[Any, Any]:
+    """<a, b>, |a|², |b|² of each item and band, from `modes`, [3, batch, band]."""
+    found = torch.stack([(p * q).flatten(1, -2).sum(1) for p, q in ((a, b), (a, a), (b, b))])
+    values: np.ndarray[Any, Any] = bands.total(found).cpu().numpy()
+    return values

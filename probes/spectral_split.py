@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import xarray as xr
 from torch import Tensor
 
-from dit_lens import Bands, HookedDiT, Probe, Site
+from dit_lens import Bands, HookedDiT, Probe, Series, Site
 from dit_lens.errors import InvalidState, InvalidValue
 
 
@@ -28,6 +27,8 @@ class SpectralSplit(Probe):
     Frozen({'name': 28, 'step': 2, 'batch': 2, 'band': 6})
     """
 
+    in_parts = True
+
     def __init__(self, names: str | list[str] = "resid_post", bands: Bands | None = None) -> None:
         self.names = names
         self.wanted_bands = bands
@@ -40,7 +41,7 @@ class SpectralSplit(Probe):
         """
         self.sites = model.sites
         self.bands = self.wanted_bands or Bands.radial(model.cfg.grid)
-        self.energy: dict[str, dict[int, Tensor]] = {}
+        self.energy = Series()
         self.timesteps: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
@@ -55,10 +56,8 @@ class SpectralSplit(Probe):
             raise InvalidValue(
                 f"{site.name!r} has no token axis to take a spectrum over; its axes are {axes}."
             )
-        self.energy.setdefault(site.name, {})[site.step] = self.bands.energy_tokens(
-            activation.flatten(2)
-        )
-        self.timesteps[site.step] = site.t[0]
+        self.energy.put(site, self.bands.energy_tokens(activation.flatten(2)))
+        self.timesteps.setdefault(site.step, site.t[0])
 
     def result(self) -> xr.Dataset:
         """The energies of the latest run.
@@ -70,17 +69,16 @@ class SpectralSplit(Probe):
         Raises:
             RuntimeError: if nothing was seen.
         """
-        if not self.energy:
+        if not self.energy.steps:
             raise InvalidState(
                 "SpectralSplit has seen nothing: use its run(model, ...), or `with "
                 "dit_lens.trace(model, probes=[...])`."
             )
-        energy = torch.stack([torch.stack(list(at.values())) for at in self.energy.values()])
-        steps = sorted(self.timesteps)
+        energy, steps = self.energy.stacked(), self.energy.steps
         return xr.Dataset(
             {"energy": (("name", "step", "batch", "band"), energy.float().cpu().numpy())},
             coords={
-                "name": list(self.energy),
+                "name": self.energy.keys,
                 "step": steps,
                 "band": list(self.bands.names),
                 "timestep": ("step", [float(self.timesteps[s]) for s in steps]),

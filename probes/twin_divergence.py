@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xarray as xr
 from torch import Tensor
 
-from dit_lens import Bands, HookedDiT, Probe, Site, twins
+from dit_lens import Bands, HookedDiT, Probe, Series, Site, twins
 from dit_lens.errors import InvalidState, InvalidValue
 
 MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al.
 2024, arXiv 2402.17762).
+"""
+CONSTANT = 1e-9
+"""A channel whose variance is below this share of its mean square is constant: rounding makes as
+much.
 """
 
 
@@ -25,8 +29,9 @@ class TwinDivergence(Probe):
     The stream grows with depth and a few massive channels hold most of its energy, so a raw
     |P_b(h_A - h_B)|² shows those and not the twins. Hence the common-mode normalisation, and three
     weightings of the channels: "raw" takes them as they are, "standardised" divides each by its
-    variance over tokens and items, "trimmed" leaves the massive ones out. With any of them E is 0
-    for equal twins, 1 for unrelated ones.
+    variance over tokens and items and leaves constant ones out, "trimmed" leaves the massive ones
+    out. With any of them E is 0 for equal twins. It is 1 for unrelated ones only where they have no
+    mean in common: what a position or a label adds to every stream counts as shared.
 
     Layer -1 is the embedding, before any layer: what layer 0 does is seen against it.
 
@@ -46,6 +51,7 @@ class TwinDivergence(Probe):
 
     channels = ("raw", "standardised", "trimmed")
     of_twins = True
+    in_parts = True
 
     def __init__(
         self, bands: Bands | None = None, names: Sequence[str] = ("hook_embed", "resid_post")
@@ -59,9 +65,10 @@ class TwinDivergence(Probe):
             model: what is traced.
         """
         self.bands = self.wanted_bands or Bands.radial(model.cfg.grid, cut=0.25)
-        self.difference: dict[tuple[int, int], Tensor] = {}
-        self.common: dict[tuple[int, int], Tensor] = {}
+        self.difference, self.common = Series(), Series()
+        self.waiting: dict[int, list[_Seen]] = {}  # by layer: the parts of the step under way
         self.timesteps: dict[int, Tensor] = {}
+        self.band: Tensor | None = None  # of each mode, where the model is
 
     def observe(self, activation: Tensor, site: Site) -> None:
         """Keep the twins' difference and common energies.
@@ -80,22 +87,26 @@ class TwinDivergence(Probe):
             activation[site.where(branch="cond", twin="A")],
             activation[site.where(branch="cond", twin="B")],
         )
-        mean_square = torch.cat([a, b]).square().mean((0, 1))
-        variance = torch.cat([a, b]).var((0, 1))
-        kept = mean_square <= MASSIVE * mean_square.median()
-        weights = torch.stack(
-            [torch.ones_like(variance), 1 / variance.clamp_min(1e-12), kept.to(variance)]
-        )
-        band = torch.nn.functional.one_hot(self.bands.index, self.bands.n).to(a)
+        if self.band is None:
+            onehot = torch.nn.functional.one_hot(self.bands.index, self.bands.n)
+            self.band = onehot.T.to(a)
+        self.timesteps.setdefault(site.step, site.t[0])
+        mine = _Seen.of(a, b, self.band, self.bands, site)
 
-        def energy(h: Tensor) -> Tensor:  # [pair, token, d] -> [channels, pair, band]
-            # [pair, mode, channels]
-            per_mode = self.bands.coefficients_tokens(h).square() @ weights.T
-            return torch.einsum("pmc,mb->cpb", per_mode, band)
-
-        self.difference[layer, site.step] = energy(a - b)
-        self.common[layer, site.step] = energy(a) + energy(b)
-        self.timesteps[site.step] = site.t[0]
+        # the channels' weights are known when all of the batch was seen
+        parts = [part for part in self.waiting.get(layer, []) if part.goes_with(mine)] + [mine]
+        if sum(len(part.rows) for part in parts) < site.size:
+            self.waiting[layer] = parts
+            return
+        self.waiting[layer] = []
+        weights = _weights(parts)  # [channels, d]
+        for kept, name in ((self.difference, "difference"), (self.common, "common")):
+            energy = torch.cat([getattr(part, name) for part in parts]) @ weights.T
+            if len(parts) > 1:  # pairs in the batch's order
+                pairs = [row for part in parts for row in part.rows if row < len(energy)]
+                order = torch.tensor(pairs).argsort().to(energy.device)
+                energy = energy[order]
+            kept.put(site, energy, layer, whole=True)  # [pair, band, channels]
 
     def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:
         """Make twins under observation, and give the result.
@@ -122,17 +133,16 @@ class TwinDivergence(Probe):
         Raises:
             RuntimeError: if nothing was seen.
         """
-        if not self.difference:
+        if not self.difference.steps:
             raise InvalidState(
                 "TwinDivergence has seen nothing: use its run(model, ...), or "
                 "dit_lens.twins(model, probes=[...])."
             )
-        layers, steps = (sorted({key[i] for key in self.difference}) for i in (0, 1))
+        layers, steps = sorted(self.difference.keys), self.difference.steps
         arrays = {
-            name: torch.stack(
-                [torch.stack([seen[layer, step] for step in steps], 1) for layer in layers], 1
-            )
-            for name, seen in (("difference", self.difference), ("common", self.common))
+            # [layer, step, pair, band, channels] -> [channels, layer, step, pair, band]
+            name: kept.stacked(layers).movedim(-1, 0)
+            for name, kept in (("difference", self.difference), ("common", self.common))
         }
         dims = ("channels", "layer", "step", "pair", "band")
         variables: dict[str, Any] = {
@@ -150,3 +160,60 @@ class TwinDivergence(Probe):
                 "timestep": ("step", [float(self.timesteps[s]) for s in steps]),
             },
         )
+
+
+class _Seen(NamedTuple):
+    """One layer of one part of a step.
+
+    Attributes:
+        step: of the run.
+        rows: of the part in the step's batch.
+        count: tokens times items.
+        mean: [d], over tokens and items.
+        spread: [d], the sum of squares about the mean.
+        difference: |P_b(h_A - h_B)|² by channel, [pair, band, d].
+        common: |P_b h_A|² + |P_b h_B|², [pair, band, d].
+    """
+
+    step: int
+    rows: tuple[int, ...]
+    count: int
+    mean: Tensor
+    spread: Tensor
+    difference: Tensor
+    common: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, band: Tensor, bands: Bands, site: Site) -> _Seen:
+        """Of the twins' streams [pair, token, d]."""
+        both = torch.cat([a, b]).flatten(0, 1)
+        mean = both.mean(0)
+        spread = (both - mean).square().sum(0)
+
+        def energy(h: Tensor) -> Tensor:
+            return band @ bands.coefficients_tokens(h).square()
+
+        common = energy(a) + energy(b)
+        return cls(site.step, site.rows, len(both), mean, spread, energy(a - b), common)
+
+    def goes_with(self, other: _Seen) -> bool:
+        """Whether it is of the same step, and has none of the other's rows, as a part that was run
+        again has.
+        """
+        return self.step == other.step and not set(self.rows) & set(other.rows)
+
+
+def _weights(parts: Sequence[_Seen]) -> Tensor:
+    """How each of `TwinDivergence.channels` weighs the stream's channels, [3, d]."""
+    count, mean, spread = 0, torch.zeros_like(parts[0].mean), torch.zeros_like(parts[0].mean)
+    for part in parts:  # moments of parts add up so (Chan et al. 1983)
+        off, both = part.mean - mean, count + part.count
+        mean = mean + off * (part.count / both)
+        spread = spread + part.spread + off.square() * (count * part.count / both)
+        count = both
+    variance = spread / (count - 1)
+    mean_square = spread / count + mean.square()
+    kept = mean_square <= MASSIVE * mean_square.median()
+    # a constant channel has no difference, and divided by its variance would drown the others
+    even = torch.where(variance > CONSTANT * mean_square, 1 / variance.clamp_min(1e-30), 0)
+    return torch.stack([torch.ones_like(variance), even, kept.to(variance)])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import test_circuits
 import test_commitment
 import test_intervals
 import test_knock_outs
@@ -21,6 +22,10 @@ import test_mixture
 import test_onset
 import torch
 from rich.console import Console
+
+from dit_lens import HookedDiT
+from dit_lens.experiments import knock_outs, shapley, smallest_set
+from dit_lens.experiments.knock_outs import set_text
 
 torch.set_num_threads(1)
 DOCS = Path(__file__).parent.parent / "docs" / "checks.md"
@@ -32,7 +37,8 @@ tests. Behind a share stands its 95 % interval (Wilson). "Wanted" was set before
 column says whether the measured value is inside. How a crossing of half is found and what departure
 counts (`layer_profile.MATTERS`) was settled on random-weight models, most of them those counted
 here, and the degrees of freedom of the intervals (`measures.bootstrap.freedom`) on profiles like
-those of the part `intervals`.
+those of the part `intervals`. The late share, which null models are compared by, was settled before
+any was measured.
 
 ## Exact answers
 
@@ -62,7 +68,10 @@ abar) noise), and SNR = abar / (1 - abar). The models are in `dit_lens.groundtru
   c_high P_high x, c_b = sqrt(1 - abar) / (lambda_b abar + 1 - abar). With P_low the token mean, one
   layer of uniform attention, gated by time, supplies all of c_low - c_high. The gap is then E1's
   and that layer its only cause: without it the gap is 0. Several layers can share the work, and
-  decoys show the difference and cause nothing.
+  decoys show the difference and cause nothing. Or either of two layers does it
+  (`groundtruth.redundant`), or one does a part of it through another (`relayed`). With any layers
+  taken out these models stay linear in each band, so what becomes of the gap is computed
+  (`exact_agreement`): x_t is a Gaussian chain, whose correlations follow from c(t) step by step.
 """
 
 
@@ -230,9 +239,35 @@ def models(scale: float) -> Iterator[Row]:
             )
 
 
+def nulls(scale: float) -> Iterator[Row]:
+    """Profiles over depth held against 19 null models, where no order of layers is special, and
+    clones in the stream where there is no gap.
+    """
+    found = list(test_layer_profile.late_claims(max(4, round(60 * scale))))
+    for view in test_layer_profile.VIEWS:
+        claims = sum(p[view] <= 0.05 for p in found)
+        yield Row(
+            "late share, random weights",
+            f"{view}: p of 0.05 or less",
+            "at most 5 %",
+            share(claims, len(found)),
+            claims <= 0.05 * len(found),
+        )
+    white = list(test_layer_profile.white_streams(max(4, round(100 * scale))))
+    yield Row(
+        "clones agree in the stream, white data (E1)",
+        "a gap is seen in some layer",
+        "at most 5 %",
+        share(sum(white), len(white)),
+        sum(white) <= 0.05 * len(white),
+    )
+
+
 def causes(scale: float) -> Iterator[Row]:
-    """Knock-outs on exact denoisers whose causing layers are known (E6), with decoys that show the
-    difference and cause nothing.
+    """Knock-outs on models whose causes are known: exact denoisers with decoys that show the
+    difference and cause nothing (E6), and circuits of which the exact effect of taking any layer
+    out is computed (noisy neutral layers and so an inexact denoiser, causes that oppose each other,
+    stand in for each other, or act through each other).
     """
     found = list(test_knock_outs.random_causes(max(4, round(200 * scale))))
     n, right = len(found), sum(named == truth for truth, _, named in found)
@@ -254,9 +289,96 @@ def causes(scale: float) -> Iterator[Row]:
         share(blamed, decoys),
         blamed <= 0.05 * decoys,
     )
+    yield from circuits(test_circuits.found_causes(max(4, round(120 * scale))))
+    yield from acting_together(max(2, round(20 * scale)))
 
 
-PARTS = (sampled, coverage, intervals, profiles, models, causes)
+def circuits(rows: list[test_circuits.Found]) -> Iterator[Row]:
+    """Hits, misses and false blame, layer by layer."""
+    check = "knock-outs, circuits"
+    inert = [row for row in rows if abs(row.exact) <= row.matters]
+    blamed = sum(row.named for row in inert)
+    yield Row(
+        check,
+        "layers without an effect (1 % of the run) blamed",
+        "at most 5 %",
+        share(blamed, len(inert)),
+        blamed <= 0.05 * len(inert),
+    )
+    decoys = [row for row in rows if row.decoy]
+    if decoys:
+        wrong = sum(row.named for row in decoys)
+        yield Row(
+            check,
+            "decoys blamed",
+            "at most 5 %",
+            share(wrong, len(decoys)),
+            wrong <= 0.05 * len(decoys),
+        )
+    named = [row for row in rows if row.named]
+    signed = sum(row.value * row.exact < 0 for row in named)
+    yield Row(
+        check,
+        "layers named with the wrong sign",
+        "at most 5 %",
+        share(signed, len(named)),
+        signed <= 0.05 * len(named),
+    )
+    for least, most, wanted in ((0.16, 0.5, 0.0), (0.5, 1.5, 0.5), (1.5, np.inf, 0.95)):
+        some = [row for row in rows if least < abs(row.exact) <= most]
+        if some:
+            hits = sum(row.named for row in some)
+            yield Row(
+                check,
+                f"layers whose effect is {least:g} steps of 16 or more"
+                f"{f', up to {most:g}' if np.isfinite(most) else ''}: named (power)",
+                f"at least {wanted:.0%}" if wanted else "",
+                share(hits, len(some)),
+                hits >= wanted * len(some) if wanted else None,
+            )
+    # where every layer that acts at all is known to: the interval holds the computed effect
+    acting = [row for row in rows if abs(row.exact) > 0.01]
+    held = sum(row.low <= row.exact <= row.high for row in acting)
+    yield Row(
+        check,
+        "intervals for all layers at once hold the exact effect (layer by layer)",
+        "at least 95 %",
+        share(held, len(acting)),
+        held >= 0.95 * len(acting),
+    )
+
+
+def acting_together(models: int) -> Iterator[Row]:
+    """Causes that no single knock-out finds, and causes that take a share each."""
+    options = {"pairs": 24, "steps": 16, "cut": 0.1, "resamples": 300}
+    sets, alone, held, players = 0, 0, 0, 0
+    for seed in range(models):
+        _, truth = test_circuits.random_circuit(4 * seed + 2)  # redundant ones
+        model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+        alone += bool(knock_outs(model, seed=seed, **options).attrs["causes"])
+        few = smallest_set(model, seed=seed, **options)
+        sets += few.found == set_text(truth.answer["layers"])
+        split = shapley(model, orders=6, seed=seed, **options)
+        half = -test_circuits.exact_gap(truth, 16) / 2
+        exact = [half * (layer in truth.answer["layers"]) for layer in range(split.sizes["player"])]
+        low, high = split.share_interval.values.T
+        sure = (low - 1e-3 <= exact) & (exact <= high + 1e-3)
+        held, players = held + int(sure.sum()), players + len(sure)
+    for case, wanted, hits, n, ok in (
+        ("a layer is named by itself", "at most 5 %", alone, models, alone <= 0.05 * models),
+        ("the smallest set is the two", "at least 90 %", sets, models, sets >= 0.9 * models),
+        (
+            "intervals of Shapley shares hold the exact ones (layer by layer)",
+            "at least 95 %",
+            held,
+            players,
+            held >= 0.95 * players,
+        ),
+    ):
+        yield Row("either of two layers suffices", case, wanted, share(hits, n), ok)
+
+
+PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes)
 
 
 def main() -> None:

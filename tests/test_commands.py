@@ -417,8 +417,9 @@ def test_patch_end_to_end(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Necessity: Knocked out one by one, 1 of 3 layers moves the gap" in shown
     assert (
-        "Without layer 1 at most half of the gap is left; in the last of 3 layers lie 0 of the 1 "
-        "that move it." in shown
+        "Without layer 1 " in shown
+        and "in the last of 3 layers lie 0 of the 1 that move it." in shown
+        and "Named by zero and mean alike: 1." in shown
     )
     assert (out / "causes.png").read_bytes()[:4] == b"\x89PNG" and (
         out / "sweep.safetensors"

@@ -4,12 +4,13 @@ for every outcome, and what it refuses.
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.experiments.coupling_sweep import collapse, couplings
-from dit_lens.groundtruth import gaussian, planted
+from dit_lens.experiments.coupling_sweep import collapse, couplings, quality
+from dit_lens.groundtruth import gaussian, planted, random_weights
 
 STEPS = 40
 
@@ -54,7 +55,7 @@ def test_uncoupled_twins_part_where_half_is_decided(low, high):
 
 def test_attention_without_queries_and_keys_responds_by_rho():
     """E4: uniform attention passes a difference through its values alone, so coupling multiplies it
-    by rho, at any g.
+    by rho, at any g, and there is no part of patterns.
     """
     model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
     gs = [0.0, 0.5, 1.0, 3.0]
@@ -62,9 +63,43 @@ def test_attention_without_queries_and_keys_responds_by_rho():
         found = couplings(model, gs, form=form, pairs=8, steps=8, cut=0.1)
         rho = np.array([(1 - g) / (1 + g) for g in gs])
         assert np.allclose(found.rho, rho)
-        assert np.allclose(found.response, rho[:, None], atol=1e-5) and np.allclose(
-            found.linear, rho[:, None], atol=1e-5
-        )
+        assert np.allclose(found.routing, rho[:, None], atol=1e-5)
+        assert np.allclose(found.xi, [1 / (1 + g) for g in gs]) and found.pattern.isnull().all()
+
+
+def test_the_two_parts_of_attention_are_those_of_its_linearisation():
+    """Routing by rho; the pattern's part between xi and 1, for the queries' share is each twin's
+    own (`linear_response` is the whole, to first order).
+    """
+    model = HookedDiT(random_weights(0, n_layers=2).transformer, scheduler=DDIMScheduler(1000))
+    found = couplings(model, [0.0, 0.5, 1.0], eps=0.02, pairs=8, steps=6, resamples=50)
+    np.testing.assert_allclose(found.routing.sel(g=0), 1)
+    np.testing.assert_allclose(found.pattern.sel(g=0), 1)
+    assert np.abs(found.routing - found.rho).max() < 0.05
+    assert (found.pattern.sel(g=1) < 0.9).all() and (found.pattern.sel(g=1) > 0.1).all()
+
+
+def test_quality_says_when_the_model_is_pushed_off():
+    model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
+    base = couplings(model, [0.0, 1.0], pairs=8, steps=6, cut=0.1, resamples=50)
+    assert np.allclose(base.energy.sel(g=0), 1) and (base.read_change_interval[0] == 0).all()
+    made = base.copy(deep=True)
+    made.energy_interval[1] = [[0.9, 1.1]] * 2
+    made.read_change_interval[1] = [-0.1, 0.1]
+    assert quality(made).startswith("Quality: no strength is shown to push the model off its")
+    made.energy[1], made.energy_interval[1] = 0.5, [[0.4, 0.6]] * 2
+    said = quality(made)
+    assert "off its distribution at g = 1 (low energy 0.50 [0.40, 0.60], high energy" in said
+    read = couplings(
+        model,
+        [0.0, 1.0],
+        pairs=8,
+        steps=6,
+        cut=0.1,
+        resamples=50,
+        reader=lambda images: torch.ones(len(images)),
+    )
+    assert (read["read"] == 0).all() and "by the reader given (0%" in read.sentence_quality
 
 
 @pytest.mark.slow
@@ -133,5 +168,5 @@ def test_bad_input():
         (dict(form="max"), "form='max' can't be used; expected one of 'mix', 'joint'"),
     ]:
         with pytest.raises(ValueError) as error:
-            couplings(model, **{"pairs": 8, "steps": 4} | kwargs)
+            couplings(model, **{"pairs": 8, "steps": 6} | kwargs)
         assert str(error.value).startswith(text), error.value

@@ -58,9 +58,7 @@ def test_the_code_in_causes_runs(capsys):
 
 @pytest.mark.slow
 def test_the_code_in_map_runs(capsys):
-    code = "".join(
-        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "map.md").read_text(), re.S)
-    )
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "map.md").read_text(), re.S))
     exec(compile(code, "docs/map.md", "exec"), {})
     assert capsys.readouterr().out == "torch.Size([6, 2, 64, 64])\n"
 

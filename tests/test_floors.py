@@ -101,7 +101,7 @@ def folder(module):
 
 def test_every_folder_has_its_floor():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
-    assert folders | {"probes", "storage", "errors", "arguments"} == set(FLOOR)
+    assert folders | {"probes", "errors", "arguments"} == set(FLOOR)
 
 
 @pytest.mark.parametrize(

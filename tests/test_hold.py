@@ -149,7 +149,7 @@ def test_bad_input(model, name, options, message):
 
 def test_a_run_that_starts_too_late_has_nothing_to_hold(model):
     run = sampled(model)
-    with pytest.raises(RuntimeError, match="step 2 was not run before it; start the run at step 2"):
+    with pytest.raises(RuntimeError, match="step 2 was not run before it, or with other items"):
         with dit_lens.trace(model) as t:
             t.hold("attn_out", [3])
             run.replay(3)

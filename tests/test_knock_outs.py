@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 import dit_lens
 from dit_lens import HookedDiT, families
 from dit_lens.errors import InvalidValue
-from dit_lens.experiments.knock_outs import couple_alone, effects_sentence, knock_outs, knocked_out
+from dit_lens.experiments import couple_alone, knock_outs, knocked_out
+from dit_lens.experiments.effects import effects_sentence
 from dit_lens.groundtruth import gaussian, planted
 
 torch.set_num_threads(1)

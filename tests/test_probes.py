@@ -53,8 +53,8 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
     with dit_lens.trace(model, probes=[lens]):
         run = dit_lens.sample(model, [1, 1, 2, 2], steps=3)
     for step in range(3):
-        assert torch.equal(lens.x0[2, step], run.x0[step])
-        assert not torch.allclose(lens.x0[0, step], run.x0[step])
+        assert torch.equal(lens.x0(2, step), run.x0[step])
+        assert not torch.allclose(lens.x0(0, step), run.x0[step])
     result = lens.result()  # against the last layer's own x0
     assert np.allclose(result.agreement.sel(layer=2), 1) and result.agreement.dims == (
         "layer",
@@ -234,3 +234,24 @@ def test_the_registry():
     assert load_probe("LayerLens") is LayerLens
     with pytest.raises(ValueError, match="No probe is called 'LayerLense'; installed: 'LayerLens'"):
         load_probe("LayerLense")
+
+
+def test_the_lens_never_fires_a_user_s_module_hooks():
+    dit = make_dit(channels=1, classes=10)
+    model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
+    fired = []
+    for module in dit.modules():
+        module.register_forward_hook(lambda *_: fired.append(1))
+        module.register_forward_pre_hook(lambda *_: fired.append(1))
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([500, 500]), torch.tensor([3, 7])
+    with torch.no_grad():
+        out, cache = model.run_with_cache(x, t, y, names_filter="resid_post")
+        fired.clear()
+        assert torch.equal(model.unembed(cache["resid_post", -1], t, y), out) and not fired
+        model(x, t, y)
+        alone = len(fired)
+        fired.clear()
+        with dit_lens.trace(model, probes=[LayerLens()]):
+            model(x, t, y)
+    assert len(fired) == alone  # as without the lens
+    assert all(len(module._forward_hooks) == 1 for module in dit.modules())

@@ -61,9 +61,11 @@ def test_clones_and_one_pass_are_the_exact_curve(exact):
         "no difference above 0.16 steps (1 % of the run) can be told with 96 pairs"
         in apart.attrs["sentence"]
     )
-    assert apart.attrs["paired"] and "(an exact denoiser's: once)" in apart.attrs["sentence"]
-    # the slope of an exact denoiser is 1 in any number of steps
-    assert np.abs(apart.calibration - 1).max() < 0.1
+    assert apart.attrs["paired"] and "an exact denoiser's has 0.50" in apart.attrs["sentence"]
+    # half of the variance is predicted where half is decided, in any number of steps
+    assert np.abs(apart.variance - 0.5).max() < 0.1
+    low, high = apart.variance_interval.values.T
+    assert (low < 0.5).all() and (0.5 < high).all()
     # the same runs move both: the interval is narrower than that of independent ones
     alone = commitment_difference(replace(one, source="another"), clones, "latents")
     assert not alone.attrs["paired"]

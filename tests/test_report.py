@@ -9,13 +9,22 @@ import xarray as xr
 
 from dit_lens import HookedDiT
 from dit_lens.errors import InvalidValue, MissingFile
-from dit_lens.experiments import couplings, knock_outs, measure_gap
+from dit_lens.experiments import (
+    couplings,
+    cumulative,
+    interchange,
+    knock_outs,
+    measure_gap,
+    shapley,
+    smallest_set,
+)
 from dit_lens.groundtruth import gaussian
 from dit_lens.probes import TwinPatching
+from dit_lens.report import cause_details
 from dit_lens.report import coupling_sweep as coupling_report
 from dit_lens.report import gap as gap_report
 from dit_lens.report import knock_outs as cause_report
-from dit_lens.report.stored import read, show
+from dit_lens.report.stored import FILES, read, show
 from dit_lens.report.style import picture
 from dit_lens.storage import save_dataset
 
@@ -38,8 +47,10 @@ def results():
     return (
         measure_gap(model, **short),
         couplings(model, [0, 1], **short),
-        knock_outs(model, direct=True, **short),
-        TwinPatching().run(model, pairs=4, windows=2, release=2, steps=8),
+        cause_report.side_by_side(
+            [knock_outs(model, how=how, direct=True, **short) for how in ("zero", "mean")]
+        ),
+        TwinPatching().run(model, pairs=8, windows=2, release=2, steps=8),
     )
 
 
@@ -102,6 +113,45 @@ def test_stored_results_are_shown_again(results, tmp_path, capsys):
         show(tmp_path / file)
         assert text in capsys.readouterr().out
         assert read(tmp_path / file)[0] == file
+
+
+@pytest.fixture(scope="module")
+def details():
+    """What more `dit-lens patch` can be asked for, of one small model, by file."""
+    truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3, sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    short = {"pairs": 16, "steps": 8, "cut": 0.1}
+    quick = short | {"resamples": 100}
+    return {
+        "cumulative.nc": cumulative(model, [1, 3], **quick),
+        "smallest_set.nc": smallest_set(model, **quick),
+        "shapley.nc": shapley(model, [0, 1], **quick),
+        "windows.nc": knock_outs(model, [0, 1], windows=2, **quick),
+        "interchange.nc": interchange(model, [1], windows=2, doses=(0.5, 1), **short),
+    }
+
+
+def test_every_detail_of_the_causes_is_shown_again(details, tmp_path, capsys):
+    assert set(details) == set(cause_details.SHOWN)
+    for kind, result in details.items():
+        cause_details.write(kind, result, tmp_path)
+    shown = capsys.readouterr().out
+    pictures = set(tmp_path.glob("*.png"))
+    assert {p.name for p in pictures} == {k.replace("nc", "png") for k in cause_details.PICTURES}
+    for path in pictures:
+        path.unlink()
+    show(tmp_path)
+    assert capsys.readouterr().out == shown and set(tmp_path.glob("*.png")) == pictures
+    for result in details.values():
+        assert result.attrs["sentence"] in shown
+
+
+def test_a_detail_without_its_figures_is_refused(details, tmp_path):
+    for kind, result in details.items():
+        name = next(iter(FILES[kind]))
+        save_dataset(tmp_path / kind, kind, result.drop_vars(name))
+        with pytest.raises(InvalidValue, match=f"{kind}' has no "):
+            read(tmp_path / kind)
 
 
 def test_brackets_are_printed_as_they_stand(results, tmp_path, capsys):

@@ -10,12 +10,15 @@ import xarray as xr
 
 from dit_lens import HookedDiT
 from dit_lens.experiments import measure_gap
-from dit_lens.experiments.coupling_sweep import SENSES, collapse
-from dit_lens.experiments.gap import headline
-from dit_lens.experiments.knock_outs import MATTERS, effects_sentence
+from dit_lens.experiments.coupling_sweep import NEAREST, SENSES, collapse, quality
+from dit_lens.experiments.data_gap import data_sentence
+from dit_lens.experiments.effects import MATTERS, effects_sentence
+from dit_lens.experiments.gap import NO_DEPTH, headline, pairs_for
+from dit_lens.experiments.null_profiles import depth_sentence
 from dit_lens.experiments.release import difference_sentence
 from dit_lens.experiments.step_doubling import doubling_sentence
 from dit_lens.groundtruth import gaussian
+from dit_lens.measures.estimate import Estimate
 from dit_lens.measures.onset import onset
 from dit_lens.report import gap as gap_report
 from dit_lens.report import knock_outs as cause_report
@@ -111,37 +114,67 @@ def knocked(effects, n_layers=6, steps=25):
     return found.assign_attrs(sentence=effects_sentence(found))
 
 
-def patched(layers, value):
+def ways(*results):
+    """Results side by side, as `dit-lens patch` stores them."""
+    hows = ("zero", "mean", "resample")
+    return cause_report.side_by_side(
+        [one.assign_attrs(how=how) for one, how in zip(results, hows, strict=False)]
+    )
+
+
+def patched(layers, value, half_width=0.1):
     shape = (layers, 2, 2, 2)
     dims = ("layer", "site", "window", "band")
-    coords = {"layer": np.arange(layers), "band": ["low", "high"]}
-    return xr.Dataset({"move": (dims, np.full(shape, value))}, coords)
+    coords = {"layer": np.arange(layers), "band": ["low", "high"], "bound": BOUND}
+    coords |= {"site": ["attn_out", "mlp_out"], "window": ["4-7", "8-11"]}
+    ends = np.full((*shape, 2), [value - half_width, value + half_width])
+    moved = {"move": (dims, np.full(shape, value)), "move_together": ((*dims, "bound"), ends)}
+    return xr.Dataset(moved, coords)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 28])
 def test_knock_outs(layers):
     for one, other, move in itertools.product(ESTIMATES, ESTIMATES, (0.0, 0.3, -2.0)):
         found = knocked([one] + [other] * (layers - 1), layers)
-        lines = cause_report.sentences(found, patched(layers, move))
+        both = ways(found, knocked([other] * layers, layers))
+        lines = cause_report.sentences(both, patched(layers, move))
         for line in lines:
             check(line)
         causes, text = found.attrs["causes"], found.attrs["sentence"]
+        assert cause_report.causes(both, "zero") == causes
         assert "0.25 steps, 1% of the run, or more" in text
         assert ("move" in text and "measurably" in text) == (not causes)
         end = max(1, round(layers * 5 / 28))
         if causes:
             late = sum(layer >= layers - end for layer in causes)
             where = f"the last {end} of" if end > 1 else "the last of"
-            assert f"in {where} {layers} layers lie {late} of the {len(causes)} that" in lines[2]
+            assert f"in {where} {layers} layers lie {late} of the {len(causes)} that" in lines[-1]
         if np.isnan(one[0]):
             assert "Without layer" in text and "does not commit at all." in text
         for onsets in ({}, {"lens": -1}, {"lens": 0, "growth": -1}):
-            check(cause_report.against(found, onsets))
+            check(cause_report.against(both, onsets))
+        assert ("by none and high by none" in lines[-2]) == (move <= 0.1)
+
+
+def test_one_layer_without_which_half_of_the_gap_is_left_is_sure_or_said_not_to_be():
+    calm = [(0.0, -0.1, 0.1)] * 5
+    for effect, start in (
+        ((-2.0, -2.5, -1.5), "Without layer 0 at most half of the gap is left; "),
+        ((-1.5, -2.5, -0.5), "Without layer 0 less than half of the gap is left, but not for sure"),
+        ((-0.9, -1.0, -0.8), "No single layer takes away half of the gap; "),
+    ):
+        found = ways(knocked([effect, *calm]))
+        assert cause_report.sentences(found, patched(6, 0.0))[-1].startswith(start)
+
+
+def test_with_too_few_pairs_no_patch_is_said_to_carry_anything():
+    line = cause_report.sufficiency(patched(3, 0.9, np.nan))
+    assert line.endswith("no patch has an interval, so none is said to carry anything.")
 
 
 def test_layer_2_of_6_is_not_among_the_last():
     found = knocked([(0.0, -0.1, 0.1)] * 2 + [(2.0, 1.0, 3.0)] + [(0.0, -0.1, 0.1)] * 3)
-    line = cause_report.sentences(found, patched(6, 0.0))[2]
+    line = cause_report.sentences(ways(found), patched(6, 0.0))[-1]
     assert line == (
         "No single layer takes away half of the gap; in the last of 6 layers lie 0 of the 1 that "
         "move it."
@@ -152,10 +185,10 @@ def test_coupling_sweeps():
     for first, last, change in itertools.product(ESTIMATES, repeat=3):
         found = xr.Dataset(
             {
-                "gap": (("g", "sense"), [[first[0]] * 2, [last[0]] * 2]),
-                "gap_interval": (("g", "sense", "bound"), [[first[1:]] * 2, [last[1:]] * 2]),
-                "change": (("g", "sense"), [[0.0] * 2, [change[0]] * 2]),
-                "change_interval": (("g", "sense", "bound"), [[(0, 0)] * 2, [change[1:]] * 2]),
+                "gap": (("g", "sense"), [[first[0]] * 3, [last[0]] * 3]),
+                "gap_interval": (("g", "sense", "bound"), [[first[1:]] * 3, [last[1:]] * 3]),
+                "change": (("g", "sense"), [[0.0] * 3, [change[0]] * 3]),
+                "change_interval": (("g", "sense", "bound"), [[(0, 0)] * 3, [change[1:]] * 3]),
             },
             {"g": [0.0, 1.0], "sense": list(SENSES), "bound": BOUND},
         )
@@ -165,15 +198,15 @@ def test_coupling_sweeps():
 
 def difference(low, high, gap, slope, steps=50):
     bands = np.array([low, high], dtype=float)
-    slopes = np.array([slope, slope], dtype=float)
+    shares = np.array([slope, slope], dtype=float)
     return xr.Dataset(
         {
             "commitment": ("band", bands[:, 0]),
             "commitment_interval": (("band", "bound"), bands[:, 1:]),
             "gap": ((), gap[0]),
             "gap_interval": ("bound", list(gap[1:])),
-            "calibration": ("band", slopes[:, 0]),
-            "calibration_interval": (("band", "bound"), slopes[:, 1:]),
+            "variance": ("band", shares[:, 0]),
+            "variance_interval": (("band", "bound"), shares[:, 1:]),
         },
         {"band": ["low", "high"], "bound": BOUND},
         {"of": "one pass less clones", "pairs": 16, "steps": steps, "paired": 1},
@@ -181,7 +214,7 @@ def difference(low, high, gap, slope, steps=50):
 
 
 def test_estimators_that_agree_are_no_proof_of_an_exact_denoiser():
-    right, wrong = (1.0, 0.9, 1.1), (3.0, 2.5, 3.5)
+    right, wrong = (0.5, 0.4, 0.6), (0.3, 0.2, 0.4)
     for low, high, slope in itertools.product(ESTIMATES, ESTIMATES, (right, wrong, ESTIMATES[-1])):
         text = check(difference_sentence(difference(low, high, low, slope)))
         assert "can't be told from an exact one" not in text
@@ -196,10 +229,10 @@ def test_estimators_that_agree_are_no_proof_of_an_exact_denoiser():
     assert text == (
         "Commitment by one pass less clones, in steps: low +0.1 [-1.0, +1.0], high +0.2 [-1.0, "
         "+2.0], the gap +0.0 [-2.0, +3.0]; no difference above 0.5 steps (1 % of the run) can be "
-        "told with 16 pairs, and one of up to 2.0 steps is not excluded. The finished image "
-        "changes low 3.00 [2.50, 3.50], high 3.00 [2.50, 3.50] times as much as the predicted x0 "
-        "at commitment, an exact denoiser's once: by this the denoiser is measurably not the "
-        "exact one in low, high."
+        "told with 16 pairs, and one of up to 2.0 steps is not excluded. Where clones commit, the "
+        "predicted x0 has this share of the finished image's variance: low 0.30 [0.20, 0.40], high "
+        "0.30 [0.20, 0.40]; an exact denoiser's has 0.50, so by this the denoiser is measurably "
+        "not the exact one in low, high."
     )
 
 
@@ -230,19 +263,87 @@ def test_gaps():
         for kind in ("split", "band", "image"):
             made[f"{kind}_gap"][:] = np.array([[one[0]], [clones[0]]])
             made[f"{kind}_gap_interval"][:] = np.array([[one[1:]], [clones[1:]]])
+        for of in ("gap", "band"):
+            made[f"estimator_{of}_difference"] = one[0] - clones[0]
+            made[f"estimator_{of}_difference_interval"][:] = np.array(one[1:]) - clones[2]
         if np.isnan(one[0]):
             made["cut_gap"][:] = np.nan
             made["x_t_gap"][:] = np.nan
         made.attrs["vae"] = vae
         made.attrs["headline"] = headline(made)
+        for name, value in (("data_gap", clones), ("beyond_data", one)):
+            made[name] = value[0]
+            made[f"{name}_interval"][:] = np.array(value[1:])
+        said = made.attrs["data"] = data_sentence(made)
+        assert ("does not explain" in said) == (
+            np.isfinite([clones[0], *one]).all() and (one[1] > 0 or one[2] < 0)
+        )
         lines = gap_report.sentences(made)
         for line in lines:
             check(line)
-        assert any("on the image" in line for line in lines) == bool(vae)
+        known = np.isfinite(clones).all()
+        assert any("on the image" in line for line in lines) == bool(vae and known)
+        # the headline's verdict is the clones'
+        text = made.attrs["headline"]
+        assert ("frequencies commit first" in text) == bool(known and clones[1] * clones[2] > 0)
+        assert ("no gap can be given" in text) == bool(np.isnan(clones[0]))
+        assert lines.count(NO_DEPTH) == 1  # and nothing else is said about depth
+        assert not any("early level" in line or "of the change" in line for line in lines)
     wide = found.copy(deep=True)
     wide["layer_gap_interval"][:] = [-99, 99]
     assert any("is longer than the run" in line for line in gap_report.sentences(wide))
+    assert pairs_for(Estimate(1.0, -0.5, 2.5), 16) == 16 * 1.5**2 * (2.8 / 1.96) ** 2 // 1 + 1
     noted = found.assign_attrs(
         notes="One pass: The interval of band low is cut off at the first release."
     )
     assert "One pass: The interval of band low is cut off" in " ".join(gap_report.sentences(noted))
+
+
+@pytest.mark.parametrize("layers", [2, 6, 28])
+def test_depth(layers):
+    """An onset is named only if null models rarely change so late, and it is in the last layers."""
+    last = max(1, round(layers * 5 / 28))
+    for own, more, onset_layer in itertools.product(
+        (0.0, 0.9, np.nan), (0, 1, 19), (-1, 0, layers - 1)
+    ):
+        p = (1 + more) / 20 if np.isfinite(own) else np.nan
+        found = xr.Dataset(
+            {
+                "late_share": ("profile", [own]),
+                "null_p": ("profile", [p]),
+                "null_late_share": (("profile", "null"), np.zeros((1, 19))),
+                "null_profile": (("profile", "null", "layer"), np.zeros((1, 19, layers + 1))),
+            },
+            {"profile": ["lens"], "null": np.arange(19), "layer": np.arange(-1, layers)},
+            {
+                "onset_lens": "The profile leaves its early level somewhere.",
+                "onset_layer_lens": onset_layer,
+                "null_pairs": 16,
+                "null_steps": 12,
+            },
+        )
+        said = check(depth_sentence("lens", "Stream read by the last layer", found))
+        named = p == 0.05 and onset_layer >= layers - last
+        assert ("leaves its early level" in said) == named
+        assert ("no claim about depth" in said) == (not p <= 0.05)
+
+
+def test_quality():
+    for low, high, read in itertools.product(
+        [(1.0, 1.0, 1.0), (0.5, 0.4, 0.6), (2.0, 0.5, 3.0), (np.nan,) * 3], repeat=3
+    ):
+        bands = np.array([[(1.0, 1.0, 1.0)] * 2, [low, high]])
+        found = xr.Dataset(
+            {
+                "energy": (("g", "band"), bands[..., 0]),
+                "energy_interval": (("g", "band", "bound"), bands[..., 1:]),
+                "read": ("g", [0.8, 0.3]),
+                "read_interval": (("g", "bound"), [[0.7, 0.9], [0.2, 0.4]]),
+                "read_change_interval": (("g", "bound"), [[0, 0], [read[1] - 1, read[2] - 1]]),
+            },
+            {"g": [0.0, 2.0], "band": ["low", "high"], "bound": BOUND},
+            {"reader": NEAREST},
+        )
+        said = check(quality(found))
+        moved = any(e[1] > 1 or e[2] < 1 for e in (low, high, read))
+        assert ("pushed off its distribution at g = 2" in said) == moved

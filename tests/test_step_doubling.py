@@ -42,7 +42,10 @@ def test_doubling_on_an_exact_denoiser():
     assert (first < e1 - 0.2).all() and abs(first[1] - crossing(0.25, 16)) < 0.15
     # what is left is of second order (0.17 in the high band)
     assert (low - 0.25 < e1).all() and (e1 < high + 0.25).all()
-    assert found.sentence.startswith("The gap in log SNR is +") and "in 16 steps" in found.sentence
+    assert (
+        found.sentence.startswith("The gap by one pass, in log SNR, is +")
+        and "in 16 steps" in found.sentence
+    )
     assert float(found["shift"]) == pytest.approx(float(found.gap[1] - found.gap[0]))
 
 

@@ -319,7 +319,7 @@ def test_the_lens_reads_a_run_with_its_own_edits(model):
     lens = LayerLens()
     lens.of_run(run)
     for step in range(3):
-        assert torch.allclose(lens.x0[2, step], run.x0[step], atol=1e-5)
+        assert torch.allclose(lens.x0(2, step), run.x0[step], atol=1e-5)
 
 
 def test_steps_are_the_runs_steps(model):

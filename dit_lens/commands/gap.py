@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import patch
+from ..errors import InvalidValue, MissingFile
+from . import attributes, patch
 from .common import (
     add_model,
     add_quick,
     add_seed,
     add_size,
+    count,
     frequency,
     open_model,
     progress_bar,
@@ -18,9 +22,16 @@ from .common import (
     strength,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and what `dit_lens.experiments.gap` takes; --couple and --causes do more."""
+    """MODEL, and what `dit_lens.experiments.gap` takes; --couple, --causes and --attributes do
+    more.
+    """
     add_model(parser)
     add_quick(parser, pairs=(48, 16), steps=(50, 25))
     add_seed(parser)
@@ -48,6 +59,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what `dit-lens patch` does: the layers that cause the gap",
     )
+    parser.add_argument(
+        "--null",
+        type=count,
+        default=0,
+        metavar="N",
+        help="hold the profiles over depth against N models with the same layers in another order, "
+        "19 or more (default: none, and no claim about depth)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="of the data, in place of the model's own samples, for the gap that their spectrum "
+        "makes: a folder of pictures, one subfolder a class, or an array [n, channel, height, "
+        "width] in [0, 1] as .npy",
+    )
+    parser.add_argument(
+        "--attributes",
+        nargs="?",
+        const=attributes.OWN,
+        metavar="FUNCTION",
+        help="also when each attribute is decided that a function reads off the images: that of "
+        f"the bundled model ({', '.join(attributes.BUNDLED)}), or {attributes.EXPECTED}",
+    )
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="without clones, in a third of the time: the behaviour as an exact denoiser has it",
+    )
     add_size(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
@@ -57,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments import couplings, measure_gap
+    from ..experiments.attributes import attribute_names
     from ..experiments.coupling_sweep import checked_strengths
+    from ..experiments.null_profiles import checked_nulls
     from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
     from ..storage import file_name, try_folder
@@ -65,9 +107,14 @@ def run(args: argparse.Namespace) -> None:
     pairs, steps = sizes(args)
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
+    checked_nulls(args.null)
+    images, labels = read_images(args.images) if args.images else (None, None)
+    read = args.attributes and attributes.find(args.attributes, str(args.model))
     out = args.out or Path(f"gap-{file_name(str(args.model))}")
     try_folder(out)  # as well
     model = open_model(args)
+    if read:
+        attribute_names(model, read)  # as well
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
@@ -78,7 +125,11 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             cut=args.cut,
             bands=args.bands,
+            null=args.null,
+            images=images,
+            image_labels=labels,
             name=str(args.model),
+            clones=not args.one_pass,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
     gap_report.write(results, out)
@@ -93,10 +144,72 @@ def run(args: argparse.Namespace) -> None:
                 steps=steps,
                 seed=args.seed,
                 cut=args.cut,
+                reader=reader_of(args.model),
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
         coupling_report.write(swept, out)
 
+    if read:
+        many = pairs if args.quick else args.pairs  # categories need more pairs than fields
+        name = str(args.model)
+        attributes.measure(model, read, many, steps, args.seed, args.cut, name, out)
+
     if args.causes:
         onsets = gap_report.onsets(results)
         patch.find_causes(model, min(pairs, 24), min(steps, 25), args.seed, args.cut, out, onsets)
+
+
+def reader_of(name: str) -> Callable[[Tensor], Tensor] | None:
+    """The exact reader of a bundled model's labels, if it has one."""
+    from ..groundtruth import portraits
+
+    return (lambda images: portraits.read(images).labels) if name == "portraits" else None
+
+
+def read_images(path: Path) -> tuple[Tensor, list[int] | None]:
+    """Images [n, channel, height, width] in [0, 1], and their labels where they have any.
+
+    Args:
+        path: an array as .npy; or a folder of pictures, one subfolder a class.
+
+    Raises:
+        MissingFile: if there is nothing at the path, or no picture in the folder.
+        InvalidValue: for an array of another shape, or pictures of several sizes.
+    """
+    import numpy as np
+    import torch
+
+    if path.suffix == ".npy" and path.is_file():
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InvalidValue(f"{str(path)!r} is no array of numpy's: {error}.") from error
+        if array.ndim != 4 or array.dtype.kind not in "fui":
+            raise InvalidValue(
+                f"{str(path)!r} holds {array.dtype} {list(array.shape)}; expected numbers [n, "
+                "channel, height, width]."
+            )
+        scale = 255 if array.dtype == np.uint8 else 1
+        return torch.as_tensor(array.astype(np.float32) / scale), None
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+    if not files:
+        raise MissingFile(
+            f"There are no pictures at {str(path)!r}; expected a folder with some "
+            f"({', '.join(PICTURES)}), or an array as .npy."
+        )
+    from PIL import Image
+
+    # grey pictures have one channel, as the bundled digits
+    found = [
+        np.asarray(opened.convert("L" if opened.mode in ("1", "L") else "RGB")) / 255
+        for opened in map(Image.open, files)
+    ]
+    shapes = {one.shape for one in found}
+    if len(shapes) > 1:
+        raise InvalidValue(
+            f"The pictures in {str(path)!r} have shapes {sorted(shapes)}; expected all of one size."
+        )
+    stacked = torch.as_tensor(np.stack(found), dtype=torch.float32)
+    stacked = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
+    folders = sorted({one.parent for one in files})
+    return stacked, [folders.index(one.parent) for one in files]

@@ -8,7 +8,18 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DitLensError
-from . import cause_map, check, check_family, gap, hooks, patch, plan, probe, report
+from . import (
+    cause_map,
+    check,
+    check_family,
+    gap,
+    hooks,
+    patch,
+    plan,
+    probe,
+    record,
+    report,
+)
 
 COMMANDS = {
     "hooks": hooks,
@@ -17,6 +28,7 @@ COMMANDS = {
     "map": cause_map,
     "plan": plan,
     "probe": probe,
+    "record": record,
     "check": check,
     "check-family": check_family,
     "report": report,

@@ -6,15 +6,17 @@ An interrupted sweep of patches goes on where it was.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .common import (
     add_model,
     add_quick,
     add_seed,
     add_size,
+    count,
     frequency,
     open_model,
     progress_bar,
@@ -22,7 +24,16 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..model.hooked import HookedDiT
+
+WAYS = ("zero", "mean", "resample")
+PATCHED_PAIRS, PATCH_WINDOWS = 10, 4
+"""Patches run on fewer pairs than knock-outs, in so many windows."""
+EXCHANGED_LAYERS = 7
+"""Bands are exchanged in at most so many layers, evenly spaced."""
+DOSES = (0.25, 0.5, 1.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +46,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=frequency,
         default=0.25,
         help="between low and high, in cycles per pixel (default: 0.25)",
+    )
+    parser.add_argument(
+        "--how",
+        nargs="+",
+        choices=WAYS,
+        default=["zero", "mean"],
+        help="what comes in place of what a layer adds, side by side (default: zero mean); the "
+        "options below use the first",
+    )
+    parser.add_argument("--direct", action="store_true", help="also the direct part of each effect")
+    parser.add_argument(
+        "--sets",
+        action="store_true",
+        help="also the first k and the last k layers, and the smallest set that takes half of the "
+        "gap away",
+    )
+    parser.add_argument(
+        "--shapley",
+        type=count,
+        metavar="N",
+        help="also order-averaged shares and interactions of the N layers that move the gap most",
+    )
+    parser.add_argument(
+        "--windows", type=count, metavar="N", help="also each layer in each of N windows of steps"
+    )
+    parser.add_argument(
+        "--interchange",
+        choices=["stream", "heads"],
+        help="also bands exchanged between twins, in the stream or head by head, in three doses",
     )
     add_size(parser)
     parser.add_argument(
@@ -49,7 +89,20 @@ def run(args: argparse.Namespace) -> None:
     pairs, steps = sizes(args)
     out = args.out or Path(f"patch-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
-    find_causes(open_model(args), pairs, steps, args.seed, args.cut, out)
+    find_causes(
+        open_model(args),
+        pairs,
+        steps,
+        args.seed,
+        args.cut,
+        out,
+        how=list(dict.fromkeys(args.how)),
+        direct=args.direct,
+        sets=args.sets,
+        shapley=args.shapley,
+        windows=args.windows,
+        interchange=args.interchange,
+    )
 
 
 def find_causes(
@@ -60,8 +113,15 @@ def find_causes(
     cut: float,
     out: Path,
     onsets: Mapping[str, int] | None = None,
+    *,
+    how: list[Any] | None = None,
+    direct: bool = False,
+    sets: bool = False,
+    shapley: int | None = None,
+    windows: int | None = None,
+    interchange: str | None = None,
 ) -> None:
-    """Both experiments with their progress, and their report in `out`.
+    """All experiments with their progress, and their report in `out`.
 
     Args:
         model: a model with a sampler.
@@ -69,38 +129,96 @@ def find_causes(
         steps: denoising steps of both.
         seed: decides all noise.
         cut: between low and high, in cycles per pixel.
-        out: folder for the picture, the results and the patches done so far.
+        out: folder for the pictures, the results and the patches done so far.
         onsets: the onset layer by each view of `dit-lens gap` (-1: none), to hold the causes
             against.
+        how: ways of knocking out, the first of which the rest uses.
+        direct: also direct effects.
+        sets: also cumulative knock-outs and the smallest set.
+        shapley: also shares, of so many layers.
+        windows: also layers by so many windows of steps.
+        interchange: also exchanged bands, of the "stream" or of "heads".
     """
     from .. import probes
-    from ..experiments import knock_outs
+    from ..experiments import ablation
+    from ..experiments.interchange import interchange as exchange
+    from ..experiments.knock_outs import accumulated, checked_depths, knocked
+    from ..experiments.knocked_gap import KnockedGap
+    from ..experiments.shapley import likely_players, shares
+    from ..experiments.smallest_set import found_set
     from ..measures.bands import Bands
-    from ..report import knock_outs as knock_out_report
+    from ..report import cause_details
+    from ..report import knock_outs as report
 
-    with progress_bar() as bar:
-        first = bar.add_task("knock-outs", total=None)
-        knocked = knock_outs(
-            model,
-            direct=True,
-            pairs=pairs,
-            steps=steps,
-            seed=seed,
-            cut=cut,
-            progress=lambda done, total: bar.update(first, completed=done, total=total),
-        )
-        stored = knock_out_report.store_knock_outs(knocked, out)
-        second = bar.add_task("patches", total=None)
+    n = model.cfg.n_layers
+    release, layers = steps // 3, [[layer] for layer in range(n)]
+    spans = None if windows is None else ablation.windows_of(windows, 0, steps)  # or refused
+    results, engine = [], None
+    for way in how or ["zero", "mean"]:
+        with _bar(f"knock-outs ({way})") as progress:
+            known = KnockedGap(
+                model, "layer", way, pairs=pairs, steps=steps, seed=seed, cut=cut, resamples=1000
+            )
+            results.append(knocked(known, "layer", layers, None, direct, progress))
+        engine = engine or known
+    assert engine is not None
+    found = report.side_by_side(results)
+    stored = report.store_knock_outs(found, out)
+    with _bar("patches") as progress:
         patched = probes.TwinPatching().run(
             model,
-            pairs=8,
-            windows=5,
-            release=steps // 3,
+            pairs=min(PATCHED_PAIRS, pairs),
+            windows=min(PATCH_WINDOWS, steps - release),
+            release=release,
             steps=steps,
             seed=seed,
             outcome=Bands.radial(model.cfg.pixels, cut=cut),
             resume=out / "sweep.safetensors",
-            progress=lambda done, total: bar.update(second, completed=done, total=total),
+            progress=progress,
         )
-    both = stored, knock_out_report.store_patches(patched, out)
-    knock_out_report.show(knocked, patched, both, onsets)
+    report.show(found, patched, (stored, report.store_patches(patched, out)), onsets)
+
+    # what else was asked for, each shown as soon as it is known
+    if sets:
+        depths = sorted({max(1, round(n * k / 7)) for k in range(1, 8)})
+        with _bar("cumulative") as progress:
+            summed = accumulated(engine, checked_depths(depths, n), progress)
+        cause_details.write("cumulative.nc", summed, out)
+        with _bar("smallest set") as progress:
+            smallest = found_set(engine, 0.5, progress)
+        cause_details.write("smallest_set.nc", smallest, out)
+    if shapley is not None:
+        with _bar("shares") as progress:
+            split = shares(engine, likely_players(engine, max(2, shapley)), 16, progress)
+        cause_details.write("shapley.nc", split, out)
+    if spans is not None:
+        with _bar("windows") as progress:
+            timed = knocked(engine, "layer", layers, spans, False, progress)
+        cause_details.write("windows.nc", timed, out)
+    if interchange is not None:
+        with _bar("exchanged bands") as progress:
+            taken = exchange(
+                model,
+                sorted(
+                    {round(i * (n - 1) / (EXCHANGED_LAYERS - 1)) for i in range(EXCHANGED_LAYERS)}
+                ),
+                windows=min(PATCH_WINDOWS, steps - release),
+                heads=interchange == "heads",
+                doses=DOSES,
+                release=release,
+                pairs=min(PATCHED_PAIRS, pairs),
+                steps=steps,
+                seed=seed,
+                cut=cut,
+                resume=out / f"exchange-{interchange}.safetensors",
+                progress=progress,
+            )
+        cause_details.write("interchange.nc", taken, out)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as a function of (done, total)."""
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

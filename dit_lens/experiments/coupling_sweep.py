@@ -1,27 +1,32 @@
-"""The coupling sweep: twins coupled through attention with strength g for the whole run, and what
-becomes of the gap as g grows.
+"""The coupling sweep: twins coupled through attention with strength g, and what becomes of the gap
+as g grows.
 
-Twins start a little apart (z+- = sqrt(1 - eps²) z +- eps xi), run on a deterministic sampler and
-are never released, so that g is all that changes. With shared noise and a stochastic sampler they
-would fall together whatever g is, and there would be nothing to measure. "The gap" is asked for in
-two senses, since one can collapse and the other not:
+"The gap" is asked for in three senses, since one can collapse and the others not:
 
-- `parting`: the twins' predicted x0 part in each band at some step, where the energy of their
-  difference has reached half of what it ends at; the gap is the high band's step less the low
-  band's. For Gaussian data of variance lambda that step is at abar = 1/(1 + lambda) (E1 in
-  docs/checks.md): Var(x0hat) there is half of Var(x0), and the difference grows with it.
-- `size`: log E_low - log E_high of the finished twins, E the share of the images' energy that the
+- `agreement`: the headline's. Twins that share their noise are coupled up to a release and then run
+  alone, with noise of their own; commitment is the release at which the finished ones agree by
+  half. At g = 0 these are clones that start a little apart.
+- `parting`: twins start a little apart (z+- = sqrt(1 - eps²) z +- eps xi), run on a deterministic
+  sampler and are never released, so that g is all that changes. Their predicted x0 part in each
+  band at some step, where the energy of their difference has reached half of what it ends at; the
+  gap is the high band's step less the low band's. For Gaussian data of variance lambda that step is
+  at abar = 1/(1 + lambda) (E1 in docs/checks.md). It is normalised by what the twins end up
+  differing by, so that it can collapse where nothing is decided at another time.
+- `size`: log E_low - log E_high of these finished twins, E the share of the images' energy that the
   twins differ by.
 
-The dataset also has the first-order routing factor rho = (1 - g)/(1 + g) and the `response` that is
-measured in every layer: how much of the attention output's difference is left when the very same
-queries, keys and values are coupled. It is rho only where the difference reaches the output through
-values and keys; queries are each twin's own (see `dit_lens.twinning.coupling.linear_response`).
+What attention leaves of the twins' difference has two parts in every layer, measured on the very
+same queries, keys and values: `routing`, through the values, to first order rho(g) = (1 - g)/(1 +
+g) of what it is uncoupled, and `pattern`, through where attention looks, in the paper xi(g) = 1/(1
++ g) of it. And a coupling can push the model off its distribution: so the finished images at each g
+are held against those at the weakest, by their energy in each band and by whether their label can
+still be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,17 +40,25 @@ from ..measures import Array
 from ..measures.agreement import Agreement, agreement
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
+from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..sampling.guidance import model_inputs
-from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention, linear_response
+from ..sampling.run import decode
+from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention
 from ..twinning.twins import Twins, paired_labels, twins
+from .outcomes import latents
+from .release import Curves, release_sweep
 
 SENSES = {
+    "agreement": "steps between the bands' commitment, by released twins",
     "parting": "steps between the bands' parting",
     "size": "log ratio of the finished difference",
 }
+RELEASES, RELEASED_PAIRS = 5, 24
+"""How many releases, and of how many pairs at most, the sense `agreement` gets at each strength."""
+NEAREST = "nearest to the mean image of its label among the images of other pairs at the weakest"
 
 
 def couplings(
@@ -59,6 +72,7 @@ def couplings(
     steps: int = 50,
     seed: int = 0,
     cut: float = CUT,
+    reader: Callable[[Tensor], Tensor] | None = None,
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
 ) -> xr.Dataset:
@@ -70,10 +84,12 @@ def couplings(
         form: "mix" or "joint"; see `dit_lens.twins`.
         layers: in which the twins are coupled; by default all.
         eps: how far apart the twins start.
-        pairs: of twins, 8 or more.
-        steps: of denoising.
+        pairs: of twins, 8 or more; the sense `agreement` takes 24 of them at most.
+        steps: of denoising, 5 or more.
         seed: of the twins and of the bootstrap.
         cut: between low and high, in cycles per pixel of the latents.
+        reader: the label [n] that images [n, channel, height, width] in [0, 1] are read as; by
+            default that of the nearest mean image.
         resamples: of the pairs; the same at every strength.
         progress: called with (done, total) strengths.
 
@@ -81,9 +97,12 @@ def couplings(
         xr.Dataset: `parting` [g, band], in steps; `difference` [g, step, band], the energy of the
             difference of the predicted x0 as a share of the finished images'; `gap` [g, sense] and
             `change` [g, sense] from the first strength, each with its `_interval` [..., bound] (95
-            %, bootstrap over pairs); `rho` [g]; `response` and its first-order prediction `linear`
-            [g, layer], at step attrs["step"]. attrs["sentence_parting"] and
-            attrs["sentence_size"] say whether the gap collapses.
+            %, bootstrap over pairs); `rho` [g] and `xi` [g], and what is measured of them,
+            `routing` and `pattern` [g, layer], at step attrs["step"]; `energy` [g, band] of the
+            finished images as a share of that at the first strength, and `read` [g], the share of
+            images read as their label, each with its `_interval`. attrs["sentence_agreement"],
+            attrs["sentence_parting"] and attrs["sentence_size"] say whether the gap collapses,
+            attrs["sentence_quality"] whether the coupling pushes the model off its distribution.
 
     Raises:
         InvalidValue: for a strength below 0 or not finite, fewer than two of them, a first one that
@@ -97,57 +116,70 @@ def couplings(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
-    steps = arguments.whole("steps", steps, 1)
+    steps = arguments.whole("steps", steps, RELEASES, why="to release twins at")
+    arguments.optional(arguments.function, "reader", reader, "of images; gives a label each")
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     labels = paired_labels(model, pairs)
 
     # every strength on the same pairs
-    parted, gaps, energy = [], [], []
-    responses: list[tuple[Array, Array]] = []
+    fewer = min(pairs, RELEASED_PAIRS)
+    parted, gaps, curves_of, energies, committed, finished = [], [], [], [], [], []
     for done, g in enumerate(gs, start=1):
-        pair = twins(
-            model,
-            pairs,
-            labels,
-            tie="attention",
-            g=g,
-            form=form,
-            layers=layers,
-            eps=eps,
-            steps=steps,
-            release=steps,
-            seed=seed,
-        )
+        tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
+        pair = coupled_twins(model, labels, g, form, **tie)
         curves = difference_curves(pair, bands, counts)
         tau, last = half_crossing(curves), np.log(np.maximum(curves[..., -1], 1e-30))
         parted.append(tau[0])
         gaps.append(np.stack([tau[:, 1] - tau[:, 0], last[:, 0] - last[:, 1]], -1))
-        energy.append(curves[0].T)
+        curves_of.append(curves[0].T)
+        finished.append((pair.a.latents[-1], pair.b.latents[-1]))
+        energies.append(_energy(*finished[-1], labels, bands, counts))
+        tied = coupled_twins(model, paired_labels(model, fewer), g, form, **tie, eta=1.0)
+        sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed)
+        committed.append(_committed(sweep, resamples, seed))
         # the same twins, coupled by every g in turn; at the step by which the weakest have parted
-        if not responses:
+        if done == 1:
             at = int(np.nan_to_num(np.nanmean(tau[0]) if np.isfinite(tau[0]).any() else steps / 2))
-            responses = _responses(pair, gs, form, at)
+            routing, pattern = _responses(pair, gs, form, at)
         if progress is not None:
             progress(done, len(gs))
 
     # a band that does not part in some resample has no interval
     rows = pairs - len(set(labels))
     gap = np.stack(gaps, 1)  # [resample, g, sense]
-    change = gap - gap[:, :1]
-    measured, linear = (np.stack([r[i] for r in responses]) for i in (0, 1))
+    own = np.stack([draw for draw, _ in committed], 1)[..., None]
+    change, moved = gap - gap[:, :1], own - own[:, :1]
+    agreed = np.array([ends for _, ends in committed])[:, None]
+    energy = np.stack(energies, 1)  # [resample, g, band]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.log(energy / energy[:, :1])
+    read = np.stack([_read(model, pair, finished[0], labels, reader) for pair in finished], 1)
+    hits = counts @ read / pairs  # [resample, g]
     result = xr.Dataset(
         {
             "parting": (("g", "band"), np.stack(parted)),
-            "difference": (("g", "step", "band"), np.stack(energy)),
-            "gap": (("g", "sense"), gap[0]),
-            "gap_interval": (("g", "sense", "bound"), interval(gap, rows, skip_nan=False)),
-            "change": (("g", "sense"), change[0]),
-            "change_interval": (("g", "sense", "bound"), interval(change, rows, skip_nan=False)),
+            "difference": (("g", "step", "band"), np.stack(curves_of)),
+            "gap": (("g", "sense"), np.concatenate([own[0], gap[0]], -1)),
+            "gap_interval": (
+                ("g", "sense", "bound"),
+                np.concatenate([agreed, interval(gap, rows, skip_nan=False)], 1),
+            ),
+            "change": (("g", "sense"), np.concatenate([moved[0], change[0]], -1)),
+            "change_interval": (
+                ("g", "sense", "bound"),
+                np.concatenate([interval(moved, fewer), interval(change, rows, skip_nan=False)], 1),
+            ),
             "rho": ("g", [(1 - g) / (1 + g) for g in gs]),
-            "response": (("g", "layer"), measured),
-            "linear": (("g", "layer"), linear),
+            "xi": ("g", [1 / (1 + g) for g in gs]),
+            "routing": (("g", "layer"), routing),
+            "pattern": (("g", "layer"), pattern),
+            "energy": (("g", "band"), np.exp(share[0])),
+            "energy_interval": (("g", "band", "bound"), np.exp(interval(share, rows))),
+            "read": ("g", hits[0]),
+            "read_interval": (("g", "bound"), interval(hits, pairs)),
+            "read_change_interval": (("g", "bound"), interval(hits - hits[:, :1], pairs)),
         },
         coords={
             "g": gs,
@@ -161,14 +193,17 @@ def couplings(
             "form": form,
             "eps": eps,
             "pairs": pairs,
+            "released_pairs": fewer,
             "steps": steps,
             "seed": seed,
             "cut": cut,
             "step": at,
+            "reader": "read as its label by the reader given" if reader else NEAREST,
         },
     )
     for sense in SENSES:
         result.attrs[f"sentence_{sense}"] = collapse(result, sense)
+    result.attrs["sentence_quality"] = quality(result)
     return result
 
 
@@ -207,10 +242,12 @@ def collapse(results: xr.Dataset, sense: str) -> str:
     change = Estimate.of(last.change, last.change_interval)
     what = f"The gap ({SENSES[sense]})"
     if not (before.known and after.known and change.known):
-        return (
-            f"{what} can't be given at both ends: a band's twins are apart from the first step, or "
-            "never part."
+        why = (
+            "in some band the finished twins' agreement does not rise through half"
+            if sense == "agreement"
+            else "a band's twins are apart from the first step, or never part"
         )
+        return f"{what} can't be given at both ends: {why}."
     if not before.sign:
         verdict = "there is none to collapse at the weakest coupling"
     elif not change.sign:
@@ -223,10 +260,134 @@ def collapse(results: xr.Dataset, sense: str) -> str:
         verdict = "it shrinks but does not collapse"
     else:
         verdict = "it does not collapse but grows"
-    unit = " steps" if sense == "parting" else ""
+    unit = "" if sense == "size" else " steps"
     return (
         f"{what}: {verdict}; {before:+.2f}{unit} at g = {float(first.g):g}, "
         f"{after:+.2f}{unit} at g = {float(last.g):g}."
+    )
+
+
+def quality(results: xr.Dataset) -> str:
+    """Whether the finished images at each strength are still those of the weakest, as a sentence.
+
+    Args:
+        results: of `couplings`.
+    """
+    first, off = float(results.g[0]), []
+    for g in results.g.values[1:]:
+        one = results.sel(g=g)
+        energies = {
+            str(band): Estimate.of(one.energy.sel(band=band), one.energy_interval.sel(band=band))
+            for band in results.band.values
+        }
+        moved = [f"{b} energy {e:.2f}" for b, e in energies.items() if e.low > 1 or e.high < 1]
+        low, high = one.read_change_interval.values
+        if low > 0 or high < 0:
+            read = Estimate.of(one.read, one.read_interval)
+            moved.append(f"read {read:.0%}")
+        if moved:
+            off.append(f"g = {float(g):g} ({', '.join(moved)})")
+    start = Estimate.of(results.read[0], results.read_interval[0])
+    judged = (
+        f"judged by the energy of the finished images in each band, as a share of that at g = "
+        f"{first:g}, and by the share of images {results.attrs['reader']} ({start:.0%} there)"
+    )
+    if not off:
+        return f"Quality: no strength is shown to push the model off its distribution, {judged}."
+    return (
+        f"Quality: the model is pushed off its distribution at {'; '.join(off)}, {judged}: there "
+        "the gap is not that of the model's own images."
+    )
+
+
+def _energy(a: Tensor, b: Tensor, labels: Sequence[int], bands: Bands, counts: Array) -> Array:
+    """Of the finished images without each label's mean, [resample, band]."""
+    _, xx, yy = agreement(a, b, bands, labels)
+    return np.asarray(counts @ (xx + yy))
+
+
+def _committed(sweep: Curves, resamples: int, seed: int) -> tuple[Array, Array]:
+    """The gap of released twins in every resample, [resample], and its bootstrap-t interval."""
+    (outcome,) = sweep.stats
+    tau = commitment_draws(
+        sweep.stats[outcome], sweep.releases, sweep.log_snr, resamples=resamples, seed=seed
+    )
+    fit = sweep.commitment(outcome, resamples=resamples, seed=seed).sel(quantity="step")
+    known = np.isfinite(float(fit.gap))
+    return np.where(known, tau[:, 1] - tau[:, 0], np.nan), fit.gap_interval.values
+
+
+def _read(
+    model: HookedDiT,
+    pair: tuple[Tensor, Tensor],
+    weakest: tuple[Tensor, Tensor],
+    labels: Sequence[int],
+    reader: Callable[[Tensor], Tensor] | None,
+) -> Array:
+    """How many of the two images of each pair are read as their label, a share, [pair]."""
+    own = torch.as_tensor(labels)
+    if reader is not None:
+        return np.asarray(
+            torch.stack(
+                [(torch.as_tensor(reader(decode(model, x))).cpu() == own).double() for x in pair]
+            ).mean(0)
+        )
+    first = (weakest[0] + weakest[1]).flatten(1).double() / 2
+    belongs = torch.nn.functional.one_hot(own).T.double()  # [label, pair]
+    sums, n = belongs @ first, belongs.sum(1)
+    hits = torch.zeros(len(own), dtype=torch.float64)
+    for i, label in enumerate(labels):  # without its own pair
+        means, count = sums.clone(), n.clone()
+        means[label] -= first[i]
+        count[label] -= 1
+        known = count > 0
+        distance = [
+            (x[i].flatten().double() - means[known] / count[known, None]).square().sum(1)
+            for x in pair
+        ]
+        names = torch.arange(len(n))[known]
+        hits[i] = sum(float(names[d.argmin()] == label) for d in distance) / 2
+    return hits.numpy()
+
+
+def coupled_twins(
+    model: HookedDiT,
+    labels: Sequence[int],
+    g: float,
+    form: CouplingForm,
+    *,
+    layers: Sequence[int] | None,
+    eps: float,
+    steps: int,
+    seed: int,
+    eta: float = 0.0,
+) -> Twins:
+    """Twins that start `eps` apart and are coupled for the whole run, a pair a label.
+
+    Args:
+        model: the opened model.
+        labels: one a pair.
+        g: the strength of the coupling.
+        form: "mix" or "joint".
+        layers: in which they are coupled; None is all.
+        eps: how far apart they start.
+        steps: of denoising.
+        seed: decides all noise.
+        eta: how stochastic the sampler is.
+    """
+    return twins(
+        model,
+        len(labels),
+        labels,
+        tie="attention",
+        g=g,
+        form=form,
+        layers=layers,
+        eps=eps,
+        steps=steps,
+        release=steps,
+        seed=seed,
+        eta=eta,
     )
 
 
@@ -253,36 +414,39 @@ def difference_curves(pair: Twins, bands: Bands, counts: Array) -> Array:
 
 def _responses(
     pair: Twins, gs: Sequence[float], form: CouplingForm, step: int
-) -> list[tuple[Array, Array]]:
-    """For every g the measured and the first-order response of each layer's attention, ([layer],
-    [layer]).
+) -> tuple[Array, Array]:
+    """What every g leaves of the two parts of the attention's difference, each along itself, [g,
+    layer]: <D(g), D(0)> / |D(0)|², over pairs, heads and tokens; NaN where there is no such part.
 
-    How much of the uncoupled difference D(0) is left along itself: <D(g), D(0)> / |D(0)|², over
-    pairs, heads and tokens. NaN for the first order where attention is linear: the formula is that
-    of a softmax.
+    Attention is linear in the values. With the twins' mean values in both, what is left of the
+    difference is that of the patterns; the rest is routed through the values.
     """
     run, model = pair.run, pair.run.model
     n = model.cfg.n_layers
-    measured, linear = np.full((2, len(gs), n), np.nan)
+    found = np.full((2, len(gs), n), np.nan)
 
     def listener(layer: int) -> Callable[..., Tensor]:
         def look(
             z: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel
         ) -> Tensor:
-            za, zb = z.chunk(2)
-            plain = za - zb
-            (qa, qb), (ka, kb), (va, vb) = (part.chunk(2) for part in (q, k, v))
-            means = ((qa + qb) / 2, (ka + kb) / 2, (va + vb) / 2)
-            for i, g in enumerate(gs):
-                a, b = (
-                    coupled_attention(z, q, k, v, g, form, 1, mask, kernel).chunk(2)
-                    if g
-                    else (za, zb)
+            mean = torch.stack(v.chunk(2)).mean(0).repeat(2, 1, 1, 1)
+            alone = kernel(q, k, mean, mask)
+
+            def parts(g: float) -> tuple[Tensor, Tensor]:
+                outs = (
+                    (coupled_attention(own, q, k, values, g, form, 1, mask, kernel) if g else own)
+                    for own, values in ((z, v), (alone, mean))
                 )
-                measured[i, layer] = float(((a - b) * plain).sum() / plain.square().sum())
-                if not getattr(kernel, "linear", False) and mask is None:
-                    d = linear_response(*means, qa - qb, ka - kb, va - vb, g)
-                    linear[i, layer] = float((d * plain).sum() / plain.square().sum())
+                whole, pattern = (a - b for a, b in (out.chunk(2) for out in outs))
+                return whole - pattern, pattern
+
+            plain = parts(0.0)
+            scale = sum(part.square().sum() for part in plain)
+            for i, g in enumerate(gs):
+                for kind, (part, own) in enumerate(zip(parts(g), plain, strict=True)):
+                    size = own.square().sum()
+                    if size > 1e-10 * scale:  # rounding is no part
+                        found[kind, i, layer] = float((part * own).sum() / size)
             return z
 
         return look
@@ -291,4 +455,4 @@ def _responses(
     with torch.no_grad(), model.instrumentation.under(couplings=listening):
         t, guidance = run.timesteps[step], run.settings.guidance
         model(*model_inputs(model, run.latents[step], t, run.labels, guidance))
-    return list(zip(measured, linear, strict=True))
+    return found[0], found[1]

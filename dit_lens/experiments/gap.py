@@ -4,10 +4,12 @@ between low and high.
 One run of twins released at step 0 serves every question, each shown under its own name:
 
 - behaviour (`dit_lens.experiments.release`): at which step is a band of the finished image decided?
-  Once for all steps in one pass, and again with clones, released where those curves rise; against
-  the cut between low and high; on x_t, the predicted x0, the image, features of it;
+  By clones, released where their curves rise, which is the measurement; and once for all steps in
+  one pass, which costs nothing and differs where the denoiser is not an exact one; one pass also
+  against the cut between low and high, and on x_t;
+- data (`dit_lens.experiments.data_gap`): how much of the gap does the data's spectrum make?
 - layers (`dit_lens.experiments.layer_profile`): in which layer do low and high come apart, in four
-  views.
+  views, held against the same layers in another order (`dit_lens.experiments.null_profiles`).
 
 All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for commitments
 `dit_lens.measures.commitment`).
@@ -15,7 +17,7 @@ All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -30,20 +32,38 @@ from ..measures import Array
 from ..measures.agreement import Agreement
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws
-from ..measures.commitment import fit_commitment
+from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..measures.onset import Onset
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..twinning.twins import Twins, paired_labels, twins
-from .layer_profile import CHANNELS, profiles
-from .outcomes import Outcome, features, images, latents
-from .release import Curves, commitment_difference, one_pass, release_sweep
+from ..twinning.twins import Twins, chosen_labels, twins
+from .data_gap import as_latents, data_gap, data_sentence
+from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
+from .null_profiles import PAIRS, STEPS, Modes, checked_nulls, depth_sentence, null_profiles
+from .null_profiles import RELEASES as NULL_RELEASES
+from .outcomes import Outcome, features, latents, once
+from .outcomes import images as images_of
+from .release import RELEASES, Curves, commitment_difference, one_pass, release_sweep
 
 BandKind = Literal["radial", "dct", "pooling", "eigen"]
-RELEASES = 8
 MOST_RINGS = 24
 CLASS_MEANS = "for intervals over pairs with class means removed"
-ESTIMATORS = {"one_pass": "One pass", "clones": "Clones"}
+ESTIMATORS = {"one_pass": "one pass", "clones": "clones"}
+TITLES = {
+    "stream": "Clones agree in the stream",
+    "lens": "Stream read by the last layer",
+    "ratio": "Normalised difference energies",
+    "growth": "Bare difference energies",
+}
+NO_DEPTH = (
+    "In which layers low and high come apart is drawn and stored, and no claim is made about "
+    "depth: the same layers in another order may look alike, and `--null 19` compares them."
+)
+ONE_PASS = (
+    "Read in one pass only (clones were not run): these commitments are right as far as the "
+    "denoiser is the exact one, which only clones can test."
+)
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
 
@@ -55,9 +75,15 @@ def measure_gap(
     cut: float = CUT,
     bands: BandKind = "radial",
     feature: Callable[[Tensor], Tensor] | None = None,
+    null: int = 0,
+    images: Tensor | None = None,
+    image_labels: Sequence[int] | None = None,
     name: str = "model",
-    resamples: int = 400,
+    resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
+    batch: int | None = None,
+    clones: bool = True,
+    labels: Labels | None = None,
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
@@ -74,10 +100,19 @@ def measure_gap(
             of the modes, whatever the cut).
         feature: of images [n, channel, height, width] in [0, 1], such as a classifier; its
             commitment is reported as the bands' is.
+        null: how many null models, with the same layers in another order, the profiles over depth
+            are held against; 19 or more, or 0 for no claim about depth.
+        images: of the data, [n, channel, height, width] in [0, 1], whose spectrum is taken in place
+            of the model's own samples'.
+        image_labels: [n], the label of each, whose mean is taken off; by default they have one.
         name: of the model, for the sentences.
         resamples: of the pairs.
         progress: called with (done, total) images that have gone through the model once, those of
             clones estimated.
+        batch: images that go through the model, or its VAE, at once; None is all.
+        clones: whether the behaviour is also measured with clones; without them it is read in one
+            pass only, and what is said of clones is NaN.
+        labels: one a pair, each two times or more; by default classes or prompts in turn.
 
     Returns:
         xr.Dataset: intervals are 95 %. "Commits" is when the agreement of finished twins passes
@@ -90,12 +125,17 @@ def measure_gap(
             and `image_gap` [estimator, quantity], with `_interval`; `x_t_gap` [quantity], the
             split's read on x_t, with `_interval`; `spectrum_commitment` [frequency], in steps by
             one pass, with `_interval`; `cut_gap` [cut], in steps by one pass, with `_interval`;
-            `estimator_difference` [split], commitment by one pass less clones, in steps, and
-            `estimator_gap_difference` [], the same of the gap, each with `_interval`;
-            `calibration` [split], the slope of the finished image on the predicted x0 at the
-            commitment step, 1 for an exact denoiser, with `_interval`; `variance_ratio` [step,
-            band], Var(predicted x0) / Var(finished image), equal to the agreement for an exact
-            denoiser.
+            `estimator_difference` [split], commitment by one pass less clones, in steps,
+            `estimator_gap_difference` [], the same of the gap, and `estimator_band_difference` [],
+            of the gap between the last band and the first, each with its `_interval`;
+            `band_variance` [band] and `split_variance` [split], Var(predicted x0) / Var(finished
+            image) where the clones commit, 1/2 for an exact denoiser, with `_interval`;
+            `variance_ratio` [step, band], the same at every step, equal to the agreement for an
+            exact denoiser.
+
+            Data: `data_commitment` [split] and `data_gap` [], in steps, of an exact denoiser of the
+            data's spectrum, and `beyond_data` [], the clones' gap less that, each with its
+            `_interval`.
 
             Layers: `layer_commitment` [view, layer, split] and `layer_gap` [view, layer], in steps,
             the gap with `_interval`; `log_ratio` [energy, layer], log low less log high at the
@@ -105,23 +145,31 @@ def measure_gap(
             and, at the commitment step, `difference_spectrum` [layer, token_frequency], the
             difference of twins as a share of their energy.
 
+            With null models: `null_profile` [profile, null, layer], the same views of these;
+            `late_share` [profile], what the last layers change as a share of the range over depth,
+            of the model measured as its nulls are, and `null_late_share` [profile, null];
+            `null_p` [profile], the share of models that have as much.
+
             Coordinates: `layer`, from -1, the embedding; `step`, 0 the noisiest; `release`, the
             clones' steps; `band`, six or so, low to high; `split`, low and high; `estimator`,
-            one_pass and clones; `view`, divergence and lens; `energy`, ratio and growth;
-            `channels`, how `dit_lens.probes.TwinDivergence` weighs channels; `quantity`, step, time
-            (step / steps) and log_snr; `frequency` and `cut`, cycles per pixel; `token_frequency`,
-            cycles per token (pooling: levels, eigen: ranks); `bound`, low and high.
+            one_pass and clones; `view`, stream and lens; `energy`, ratio and growth; `profile`, all
+            four; `null`, the null models; `channels`, how `dit_lens.probes.TwinDivergence` weighs
+            channels; `quantity`, step, time (step / steps) and log_snr; `frequency` and `cut`,
+            cycles per pixel; `token_frequency`, cycles per token (pooling: levels, eigen: ranks);
+            `bound`, low and high.
 
             Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `channels`, the
             weighing that the views use; `commitment_step`, of `log_ratio`; `vae`, whether one
-            decodes the images; for each of the four views `onset_{view}`, a sentence,
-            `onset_layer_{view}`, -1 for none, and `onset_verdict_{view}`; the sentences `title`,
-            `headline` and `estimators`, and `notes`, a line for each commitment that is missing
-            or whose interval is cut off.
+            decodes the images; `spectrum_of`, whose spectrum `data_gap` is of; `null_pairs` and
+            `null_steps`, with null models; for each of the four views `onset_{view}`, a sentence,
+            `onset_layer_{view}`, -1 for none, and `onset_verdict_{view}`, "unclaimed" unless null
+            models rarely change so late; the sentences `title`, `headline`, `estimators`
+            and `data`, and `notes`, a line for each commitment that is missing or
+            whose interval is cut off.
 
     Raises:
-        InvalidValue: for too few pairs or steps, unknown bands, or a cut with no mode below or
-            above it.
+        InvalidValue: for too few pairs, steps or null models, unknown bands, a cut with no mode
+            below or above it, or images that are not the model's.
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> found = measure_gap(model, pairs=16, steps=6, resamples=50, name="digits")
@@ -135,12 +183,21 @@ def measure_gap(
     arguments.choice("bands", bands, get_args(BandKind))
     arguments.optional(arguments.function, "feature", feature, "of images in [0, 1]")
     arguments.text("name", name)
+    nulls = checked_nulls(arguments.whole("null", null, 0))
+    known = None if images is None else as_latents(model, images)
+    groups = _image_labels(image_labels, known)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    releases = min(RELEASES, steps - 1)
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    releases = min(RELEASES, steps - 1) if arguments.flag("clones", clones) else 0
+    chosen = chosen_labels(model, pairs, labels)
     runs = 4 if bands == "eigen" else 2
-    # a clone's run is half as long as a twin's on average
-    count = _counting(pairs * steps * runs + releases * (pairs * steps // 2), progress)
+    # a clone's run is half as long as a twin's on average; so are the null models'
+    each = PAIRS * (2 + NULL_RELEASES // 2) * min(steps, STEPS)
+    count = _counting(
+        pairs * steps * runs + releases * (pairs * steps // 2) + bool(nulls) * (nulls + 1) * each,
+        progress,
+    )
 
     # the modes of latents and stream; eigenmodes are those of other twins
     pilot = None
@@ -148,57 +205,84 @@ def measure_gap(
         pilot = twins(
             model,
             pairs,
-            paired_labels(model, pairs),
+            chosen,
             steps=steps,
             seed=seed + 1,
+            batch=batch,
             progress=lambda *_: count(2 * pairs),
         )
     modes = _Modes.of(model, bands, cut, pilot)
 
     # one run of twins, seen by the probes, and clones of it
-    outcomes = _outcomes(model, modes, cut, feature)
+    outcomes = _outcomes(model, modes, cut, feature, batch)
     divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
     pair = twins(
         model,
         pairs,
-        paired_labels(model, pairs),
+        chosen,
         steps=steps,
         seed=seed,
+        batch=batch,
         probes=[divergence, lens],
         progress=lambda *_: count(2 * pairs),
     )
-    curves = {
-        "one_pass": one_pass(pair, outcomes),
+    with once():
         # the spectrum is read in one pass only: its rings are too noisy to steer clones by
-        "clones": release_sweep(
-            pair,
-            outcomes[1:],
-            releases,
-            seed=seed,
-            progress=lambda *_: count(pairs * steps // 2),
-        ),
-    }
+        one, sweep = one_pass(pair, outcomes), None
+        if clones:
+            sweep = release_sweep(
+                pair,
+                [*outcomes[1:], Streams.of_twins(pair, modes.token_split, batch)],
+                releases,
+                by=[outcome.name for outcome in outcomes[1:]],
+                seed=seed,
+                batch=batch,
+                progress=lambda *_: count(pairs * steps // 2),
+            )
 
-    # when the finished image is decided
+    # when the finished image is decided, and how much of it the data's spectrum explains
     options = {"resamples": resamples, "seed": seed}
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
-    behaviour = _behaviour(curves, x_t, modes, options)
-    decided = behaviour.split_commitment.sel(estimator="one_pass").values
-    known = decided[np.isfinite(decided)]
+    behaviour = _behaviour(one, sweep, x_t, modes, options)
+    of_data = data_gap(pair, sweep or one, modes.split, "split", known, groups, **options)
+    decided = behaviour.split_commitment.sel(estimator="clones" if clones else "one_pass").values
+    decided = decided[np.isfinite(decided)]
     # at step 0 the twins are one
-    at = int(np.clip(np.round(known.mean() if len(known) else steps / 2), 1, steps - 1))
+    at = int(np.clip(np.round(decided.mean() if len(decided) else steps / 2), 1, steps - 1))
 
     # and in which layers
-    layers, onsets = profiles(
-        divergence.result(),
+    seen = divergence.result()
+    commits = np.full((1 + resamples, modes.token_split.n * (model.cfg.n_layers + 1)), np.nan)
+    if sweep is not None:
+        commits = commitment_draws(
+            sweep.stats["stream"], sweep.releases, sweep.log_snr, resamples=resamples, seed=seed
+        )
+    token_modes = modes.token_split, modes.token_spectrum
+    values = profile_values(
+        seen,
         lens.result(pair.run.latents[-1]),
-        modes.token_split,
-        modes.token_spectrum,
+        commits,
+        *token_modes,
         draws(pairs, resamples, seed),
         at,
     )
+    layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
+    parts = [behaviour, of_data, layers]
+    if nulls:
+        three = Modes(modes.split, modes.token_spectrum, modes.token_split)
+        parts.append(
+            null_profiles(
+                model,
+                nulls,
+                three,
+                steps=steps,
+                seed=seed,
+                batch=batch,
+                progress=lambda _: count(each),
+            )
+        )
     sampler = SAMPLERS[pair.run.settings.scheduler]
-    result = behaviour.merge(layers).assign_attrs(
+    result = xr.merge(parts, combine_attrs="drop_conflicts").assign_attrs(
         model=name,
         pairs=pairs,
         steps=steps,
@@ -208,57 +292,138 @@ def measure_gap(
         channels=CHANNELS,
         commitment_step=at,
         vae=int(model.vae is not None),
+        spectrum_of="its own samples" if known is None else f"the {len(known)} images given",
         title=f"{name}: {model.cfg.n_layers} layers, {pairs} pairs of twins, {steps} steps of "
         f"{sampler} (eta 1); commitment in steps",
     )
     for view, found in onsets.items():
         result.attrs |= _onset_attrs(view, found)
+    for view in VIEWS:
+        _hold_against_null(result, view)
     result.attrs["headline"] = headline(result)
+    result.attrs["data"] = data_sentence(result)
     return result
 
 
+def gap_of(results: xr.Dataset, kind: str, estimator: str) -> Estimate:
+    """A gap in steps.
+
+    Args:
+        results: of `measure_gap`.
+        kind: "split", "band" or "image".
+        estimator: "clones" or "one_pass".
+    """
+    one = results.sel(estimator=estimator, quantity="step")
+    return Estimate.of(one[f"{kind}_gap"], one[f"{kind}_gap_interval"])
+
+
 def headline(results: xr.Dataset) -> str:
-    """The behavioural gap in one sentence, with its uncertainty.
+    """The behavioural gap by clones in one sentence, with its uncertainty, and one pass beside it;
+    by one pass where clones were not run.
 
     Args:
         results: of `measure_gap`.
     """
     name, steps, pairs = (results.attrs[key] for key in ("model", "steps", "pairs"))
-
-    def gap(kind: str, estimator: str) -> Estimate:
-        one = results.sel(estimator=estimator, quantity="step")
-        return Estimate.of(one[f"{kind}_gap"], one[f"{kind}_gap_interval"])
-
-    found = gap("split", "one_pass")
+    estimator = "clones" if results.sizes["release"] else "one_pass"
+    found, other = (gap_of(results, "split", one) for one in (estimator, "one_pass"))
+    by = ESTIMATORS[estimator]
     if not np.isfinite(found.value):
+        beside = f"; one pass gives {other:+.1f steps}" if other.known else ""
         return (
-            f"On {name} no gap can be given: a band does not commit within the run (see the "
-            "frequency picture)."
+            f"On {name} no gap can be given by {by}: a band does not commit within "
+            f"{'their releases' if estimator == 'clones' else 'the run'} (see the frequency "
+            f"picture){beside}."
         )
     if not found.known:
         verdict = f"With {pairs} pairs the gap has no interval"
     elif found.sign:
         verdict = f"{'Low' if found.sign > 0 else 'High'} frequencies commit first"
     else:
-        # a width falls as 1 / sqrt(pairs)
-        width = (found.high - found.low) / 2
-        needed = int(np.ceil(pairs * (width / max(abs(found.value), 1e-9)) ** 2))
-        enough = f"; about {needed} would show one of this size" if needed < 100 * pairs else ""
+        needed = pairs_for(found, pairs)
+        enough = (
+            f"; if it is as large as measured, about {needed} would show it in four of five runs"
+            if needed < 100 * pairs
+            else ""
+        )
         verdict = f"With {pairs} pairs no gap can be told from zero{enough}"
-    n = results.sizes["band"]
-    number = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, str(n))
-    others = {
-        "clones": gap("split", "clones"),
-        f"lowest to highest of {number} bands": gap("band", "one_pass"),
-    }
-    compared = "".join(
-        f"; {what} {other:+.1f}" for what, other in others.items() if np.isfinite(other.value)
-    )
-    low, high = results.split_commitment.sel(estimator="one_pass").values
+    low, high = results.split_commitment.sel(estimator=estimator).values
+    beside = beside_clones(results, "split") if estimator == "clones" else ""
     return (
         f"{verdict}: on {name} low commits at step {low:.1f} and high at {high:.1f} of {steps}, "
-        f"a gap of {found:+.1f steps} (95 %, one pass{compared})."
+        f"a gap of {found:+.1f steps} (95 %, {by}){beside}."
     )
+
+
+def pairs_for(found: Estimate, pairs: int) -> int:
+    """How many pairs would tell an estimate of this size from zero in four of five runs: an
+    interval falls as 1 / sqrt(pairs), and 0.84 standard errors are kept beyond its end.
+    """
+    width = (found.high - found.low) / 2
+    reach = width * (1.96 + 0.84) / 1.96 / max(abs(found.value), 1e-9)
+    return max(pairs + 1, int(np.ceil(pairs * min(reach, 1e4) ** 2)))
+
+
+def beside_clones(results: xr.Dataset, kind: str) -> str:
+    """What one pass gives beside the clones' gap, and their paired difference; "" if it gives
+    nothing.
+
+    Args:
+        results: of `measure_gap`.
+        kind: "split" or "band".
+    """
+    other, of = gap_of(results, kind, "one_pass"), "gap" if kind == "split" else "band"
+    if not np.isfinite(other.value):
+        return ""
+    apart = Estimate.of(
+        results[f"estimator_{of}_difference"], results[f"estimator_{of}_difference_interval"]
+    )
+    less = f", one pass less clones {apart:+.1f}" if apart.known else ""
+    return f"; by one pass of the same runs {other:+.1f}{less}"
+
+
+def bands_sentence(results: xr.Dataset) -> str:
+    """The gap from the lowest band to the highest, by both estimators; "" if there is none.
+
+    Args:
+        results: of `measure_gap`.
+    """
+    estimator = "clones" if results.sizes["release"] else "one_pass"
+    found, n = gap_of(results, "band", estimator), results.sizes["band"]
+    if not np.isfinite(found.value):
+        return ""
+    number = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, str(n))
+    return (
+        f"From the lowest to the highest of {number} bands the gap is {found:+.1f steps} by "
+        f"{ESTIMATORS[estimator]}{beside_clones(results, 'band') if estimator == 'clones' else ''}."
+    )
+
+
+def _hold_against_null(results: xr.Dataset, view: str) -> None:
+    """An onset is named only among the last layers, and where null models rarely change there."""
+    attrs, claimed = results.attrs, False
+    if "null_p" in results:
+        layers = results.sizes["layer"] - 1  # beside the embedding
+        rare = bool(results.null_p.sel(profile=view) <= 0.05)
+        claimed = rare and attrs[f"onset_layer_{view}"] >= layers - last_layers(layers)
+        attrs[f"onset_{view}"] = depth_sentence(view, TITLES[view], results)
+    else:
+        attrs[f"onset_{view}"] = NO_DEPTH
+    if not claimed:
+        results.attrs |= {f"onset_layer_{view}": -1, f"onset_verdict_{view}": "unclaimed"}
+
+
+def _image_labels(labels: Sequence[int] | None, images: Tensor | None) -> list[int] | None:
+    if labels is None:
+        return None
+    if images is None:
+        raise InvalidValue("image_labels are given without images; expected both.")
+    given = arguments.wholes("image_labels", labels, 0, 2**31)
+    if len(given) != len(images):
+        raise InvalidValue(
+            f"There are {len(given)} image_labels for {len(images)} images; expected one each."
+        )
+    return given
 
 
 def _counting(total: int, progress: Callable[[int, int], object] | None) -> Callable[[int], None]:
@@ -358,7 +523,11 @@ def _ring_edges(split: Bands, cut: float) -> list[float]:
 
 
 def _outcomes(
-    model: HookedDiT, modes: _Modes, cut: float, feature: Callable[[Tensor], Tensor] | None
+    model: HookedDiT,
+    modes: _Modes,
+    cut: float,
+    feature: Callable[[Tensor], Tensor] | None,
+    batch: int | None,
 ) -> list[Outcome]:
     """What of the finished twins is compared; the spectrum first."""
     return [
@@ -366,33 +535,38 @@ def _outcomes(
         latents(modes.fine, "band"),
         latents(modes.split, "split"),
         # without a VAE the grids are the same
-        images(model, modes.split if model.vae is None else None, "image", cut),
-        *([features(model, feature)] if feature else []),
+        images_of(model, modes.split if model.vae is None else None, "image", cut, batch),
+        *([features(model, feature, batch=batch)] if feature else []),
     ]
 
 
 def _behaviour(
-    curves: dict[str, Curves], x_t: Curves, modes: _Modes, options: dict[str, Any]
+    one: Curves, clones: Curves | None, x_t: Curves, modes: _Modes, options: dict[str, Any]
 ) -> xr.Dataset:
     """Agreement, commitment and gap by both estimators; their difference's sentence and notes as
     attributes.
     """
-    one, clones = curves["one_pass"], curves["clones"]
+    curves = {"one_pass": one} | ({} if clones is None else {"clones": clones})
     variables: dict[str, Any] = {
         "agreement_one_pass": (("step", "band"), one.agreement("band")),
-        "agreement_clones": (("release", "band"), clones.agreement("band")),
+        "agreement_clones": (
+            ("release", "band"),
+            clones.agreement("band") if clones else np.empty((0, modes.fine.n)),
+        ),
         "log_snr": ("step", one.log_snr),
         "variance_ratio": (("step", "band"), _variance_ratio(one)),
     }
 
     # commitment and gap of each outcome by both estimators
     notes: list[str] = []
-    for outcome in clones.stats:
+    for outcome in (name for name in one.stats if name != "spectrum"):
         fits = [c.commitment(outcome, **options) for c in curves.values()]
+        if clones is None:  # not known
+            fits += [xr.full_like(fits[0].drop_vars("reason"), np.nan)]
         if outcome in ("band", "split"):
-            for estimator, fit in zip(curves, fits, strict=True):
+            for estimator, fit in zip(curves, fits, strict=False):
                 said = (str(reason) for reason in fit.reason.values)
-                notes += [f"{ESTIMATORS[estimator]}: {line}" for line in said if line]
+                notes += [f"{ESTIMATORS[estimator].capitalize()}: {line}" for line in said if line]
         dims = {"band": ("band",), "features": ()}.get(outcome, ("split",))
         for value, ends in (("commitment", ()), ("commitment_interval", ("bound",))):
             found = np.stack([fit[value].sel(quantity="step").values for fit in fits])
@@ -418,26 +592,39 @@ def _behaviour(
     variables["cut_gap"] = ("cut", [e.value for e in by_cut])
     variables["cut_gap_interval"] = (("cut", "bound"), [[e.low, e.high] for e in by_cut])
 
-    # one pass less clones
-    apart = commitment_difference(one, clones, "split", **options)
-    for name, of in (("estimator_difference", "commitment"), ("calibration", "calibration")):
-        variables[name] = ("split", apart[of].values)
-        variables[f"{name}_interval"] = (("split", "bound"), apart[f"{of}_interval"].values)
-    for end in ("", "_interval"):
-        dims = ("bound",) if end else ()
-        variables[f"estimator_gap_difference{end}"] = (dims, apart[f"gap{end}"].values)
+    # one pass less clones, and the denoiser's quality; not known of one pass alone
+    apart = {
+        kind: commitment_difference(one, clones or one, kind, **options)
+        for kind in ("split", "band")
+    }
+    if clones is None:
+        for kind, alone in apart.items():
+            alone["variance"], alone["variance_interval"] = (
+                alone.commitment,
+                alone.commitment_interval,
+            )
+            apart[kind] = (alone * np.nan).assign_attrs(sentence=ONE_PASS)
+    for end, dims in (("", ()), ("_interval", ("bound",))):
+        variables[f"estimator_difference{end}"] = (
+            ("split", *dims),
+            apart["split"][f"commitment{end}"].values,
+        )
+        variables[f"estimator_gap_difference{end}"] = (dims, apart["split"][f"gap{end}"].values)
+        variables[f"estimator_band_difference{end}"] = (dims, apart["band"][f"gap{end}"].values)
+        for kind, compared in apart.items():
+            variables[f"{kind}_variance{end}"] = ((kind, *dims), compared[f"variance{end}"].values)
     coords = {
         "step": np.arange(len(one.log_snr)),
-        "release": list(clones.releases),
+        "release": list(clones.releases) if clones else [],
         "band": list(modes.fine.names),
         "split": list(modes.split.names),
-        "estimator": list(curves),
+        "estimator": list(ESTIMATORS),
         "quantity": ["step", "time", "log_snr"],
         "bound": ["low", "high"],
         "frequency": modes.spectrum.middles(),
         "cut": list(modes.spectrum.edges[1:-1]),
     }
-    attrs = {"estimators": apart.attrs["sentence"], "notes": "\n".join(notes)}
+    attrs = {"estimators": apart["split"].attrs["sentence"], "notes": "\n".join(notes)}
     return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 

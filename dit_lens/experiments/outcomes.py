@@ -4,15 +4,18 @@ images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..measures.agreement import Agreement, agreement
+from ..measures.agreement import Agreement, Contrasts, agreement, sums
 from ..measures.bands import CUT, Bands
 from ..model.hooked import HookedDiT
 from ..sampling.run import decode
@@ -59,6 +62,79 @@ class Outcome:
         """
         return agreement(self.of(a), self.of(b), self.bands, groups)
 
+    def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:
+        """One side of a comparison: what is compared, in the modes of the bands; two of these make
+        an Agreement by `sums`.
+
+        Args:
+            x: finished latents, [pair, channel, height, width].
+            contrasts: of the labels.
+        """
+        return contrasts.modes(self.of(x), self.bands)
+
+    def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
+        """The statistics of both sides, [3, pair, band]; see `dit_lens.measures.agreement.sums`.
+
+        Args:
+            x: of twin A, from `modes`.
+            y: of twin B.
+            contrasts: of the labels.
+        """
+        return sums(x, y, self.bands)
+
+
+class Decoder:
+    """Decodes latents through the model's VAE, each of them once within `once()`.
+
+    Args:
+        model: the opened model.
+        batch: so many images at once; None is all.
+    """
+
+    def __init__(self, model: HookedDiT, batch: int | None = None) -> None:
+        self.model, self.batch = model, batch
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images [n, channel, height, width] in [0, 1] of latents x."""
+        known = _DECODED.get()
+        if self.model.vae is None or known is None:
+            return decode(self.model, x, self.batch)
+        for latents, of, found in known:
+            if of is self.model.vae and (rows := _rows_of(x, latents)) is not None:
+                return found[rows]
+        made = decode(self.model, x, self.batch)
+        # what came first, the finished latents of a run, is kept, and what came last
+        known[1:] = []
+        known.append((x, self.model.vae, made))
+        return made
+
+
+_DECODED: ContextVar[list[tuple[Tensor, Any, Tensor]] | None] = ContextVar("decoded", default=None)
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Within the block, images of the same latents are decoded once: for several outcomes, and for
+    a run's finished latents also in several measurements.
+    """
+    known = _DECODED.get()
+    token = _DECODED.set([] if known is None else known)
+    try:
+        yield
+    finally:
+        _DECODED.reset(token)
+
+
+def _rows_of(x: Tensor, known: Tensor) -> slice | None:
+    """Which rows of `known` x is a view of; None if it is not."""
+    if x.untyped_storage().data_ptr() != known.untyped_storage().data_ptr():
+        return None
+    if x.shape[1:] != known.shape[1:] or x.stride() != known.stride() or not len(x):
+        return None
+    first, rest = divmod(int(x.storage_offset()) - int(known.storage_offset()), known.stride(0))
+    fits = not rest and 0 <= first and first + len(x) <= len(known)
+    return slice(first, first + len(x)) if fits else None
+
 
 def latents(bands: Bands, name: str = "latents") -> Outcome:
     """The finished latents as they are.
@@ -71,7 +147,11 @@ def latents(bands: Bands, name: str = "latents") -> Outcome:
     ('low', 'high')
     """
     arguments.instance("bands", bands, Bands, "Bands of the latents' grid")
-    return Outcome(name, lambda x: x, bands)
+    return Outcome(name, _itself, bands)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def compared(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -87,7 +167,11 @@ def compared(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def images(
-    model: HookedDiT, bands: Bands | None = None, name: str = "images", cut: float = CUT
+    model: HookedDiT,
+    bands: Bands | None = None,
+    name: str = "images",
+    cut: float = CUT,
+    batch: int | None = None,
 ) -> Outcome:
     """The images that the finished latents decode to, through the VAE where there is one.
 
@@ -97,6 +181,7 @@ def images(
         name: of the outcome.
         cut: between low and high without `bands`, in cycles per pixel of the *latents*, so that the
             same waves are low in both.
+        batch: so many go through the VAE at once; None is all.
 
     >>> import dit_lens; images(dit_lens.load("digits")).bands.edges[1]
     0.25
@@ -105,9 +190,8 @@ def images(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     cut = arguments.number("cut", cut, above=0)
 
-    def of(x: Tensor) -> Tensor:
-        return decode(model, x)
-
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    of = Decoder(model, batch)
     if bands is None:
         side = of(torch.zeros(1, *model.cfg.latent_shape)).shape[-1]
         bands = Bands.radial((side, side), cut=cut * model.cfg.pixels[0] / side)
@@ -115,7 +199,10 @@ def images(
 
 
 def features(
-    model: HookedDiT, function: Callable[[Tensor], Tensor], name: str = "features"
+    model: HookedDiT,
+    function: Callable[[Tensor], Tensor],
+    name: str = "features",
+    batch: int | None = None,
 ) -> Outcome:
     """What a function, such as a classifier or DINO, makes of the images; it counts as one band.
 
@@ -123,6 +210,7 @@ def features(
         model: the opened model.
         function: of images [n, channel, height, width] in [0, 1]; gives [n, ...].
         name: of the outcome.
+        batch: so many go through the VAE at once; None is all.
 
     Raises:
         InvalidValue: when compared, if the function gives anything but n rows of finite numbers.
@@ -134,10 +222,12 @@ def features(
 
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.function("function", function, "of images [n, channel, height, width]")
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    decoded = Decoder(model, batch)
 
     def of(x: Tensor) -> Tensor:
         with torch.no_grad():
-            found = function(decode(model, x))
+            found = function(decoded(x))
         if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
             got = (
                 f"shape {list(found.shape)}"

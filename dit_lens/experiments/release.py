@@ -21,27 +21,33 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
-from ..measures.agreement import Agreement, curve
+from ..measures.agreement import Agreement, Contrasts, curve
 from ..measures.bootstrap import draws, interval
 from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
+from ..sampling.branches import Branch, ends
 from ..sampling.run import Run
 from ..twinning.twins import Twins, twin_seeds
-from .outcomes import Outcome, compared
+from .outcomes import Outcome, compared, once
 
 SLACK = 0.01
 """A share of the run's steps: what the fitted logistic can make of nothing. A smaller difference of
 two estimators is none of the model's (`tests/checks.py`, part `coverage`: exact curves differ by at
 most 0.5 % of the steps).
 """
-MISFIT = 0.1
-"""How far from 1 the slope of the finished image on the predicted x0 must surely be for the
-denoiser to be called wrong by it. An exact one's is 1 at any number of steps (on Gaussian data).
+RELEASES = 8
+"""How many releases clones get where nobody says."""
+MISFIT = 0.05
+"""How far from 1/2 the predicted x0's share of the finished variance must surely be, at the step
+where finished twins agree by 1/2, for the denoiser to be called wrong by it. An exact one's is 1/2
+in any number of steps (on Gaussian data).
 """
 
 
@@ -84,22 +90,22 @@ class Curves:
         releases: tuple[int, ...],
         run: Run,
         outcomes: Sequence[Outcome],
-        found: Sequence[Mapping[str, Agreement]],
+        stats: Mapping[str, Agreement],
     ) -> Curves:
-        """From the statistics found at each release.
+        """From the statistics found.
 
         Args:
             estimator: "one_pass", "clones" or "coupled".
             releases: steps.
             run: the twins' run.
             outcomes: what was compared.
-            found: for each release its statistics [pair, band] by outcome.
+            stats: by outcome, [release, pair, band].
         """
         return cls(
             estimator,
             releases,
             run.log_snr.numpy().astype(np.float64),
-            {o.name: Agreement.stack([stats[o.name] for stats in found]) for o in outcomes},
+            stats,
             {o.name: o.band_names for o in outcomes},
             run.model.transformer,
             hashlib.sha256(run.latents[-1].float().cpu().numpy().tobytes()).hexdigest(),
@@ -201,24 +207,36 @@ def one_pass(
             f"These twins were tied up to step {twins.release}; one pass needs independent runs, "
             "release=0."
         )
-    run, groups = twins.run, twins.run.labels.tolist()
+    run = twins.run
     seen = run.x0 if quantity == "x0" else run.latents[:-1]
-    found = []
-    for done, x in enumerate(seen, start=1):
-        found.append({o.name: _by_pair(o.compare(x, run.latents[-1], groups)) for o in outcomes})
-        if progress is not None:
-            progress(done, len(seen))
-    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, found)
+    contrasts = Contrasts(run.labels.tolist(), len(run.labels))
+    found: dict[str, list[Tensor]] = {o.name: [] for o in outcomes}
+    with once():
+        ends = [o.modes(run.latents[-1], contrasts) for o in outcomes]
+        for done, x in enumerate(seen, start=1):
+            if done == len(seen) and torch.equal(x, run.latents[-1]):
+                x = run.latents[-1]  # decoded already
+            for o, end in zip(outcomes, ends, strict=True):
+                stats = o.sums(o.modes(x, contrasts), end, contrasts)
+                # both twins of a pair add up
+                found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
+            if progress is not None:
+                progress(done, len(seen))
+    stacked = {name: Agreement.of(torch.stack(each, 1)) for name, each in found.items()}
+    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, stacked)
     return replace(curves, quantity=quantity)
 
 
 def release_sweep(
     twins: Twins,
     outcomes: Sequence[Outcome],
-    releases: int | Sequence[int] = 8,
+    releases: int | Sequence[int] = RELEASES,
     *,
+    by: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
+    batch: int | None = None,
+    each: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Curves:
     """Agreement of finished twins for each of several releases of one tied run.
 
@@ -229,8 +247,13 @@ def release_sweep(
         outcomes: what to compare.
         releases: steps, or how many of them; a number is spent where the curves rise most steeply,
             by bisection.
+        by: the names of the outcomes whose curves say where that is; by default all. With the same
+            ones the same releases are chosen, whatever else is compared.
         seed: of the noise after the release.
         progress: called with (done, total) releases.
+        batch: images that go through the model at once; None is all. Branches of different releases
+            go together where it allows.
+        each: called with (release, A, B), the finished latents of both twins.
 
     Returns:
         Curves: the releases in increasing order.
@@ -249,7 +272,12 @@ def release_sweep(
     """
     arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
     outcomes, seed = compared(outcomes), arguments.seed("seed", seed)
+    names = [each.name for each in outcomes]
+    steering = names if by is None else arguments.listed("by", by, "names of the outcomes")
+    for name in steering:
+        arguments.choice("by", name, names)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    arguments.optional(arguments.function, "each", each, "each(release, a, b)")
     steps = twins.run.settings.steps
     if twins.tie == "attention" and twins.release != steps:
         raise InvalidValue(
@@ -257,43 +285,62 @@ def release_sweep(
             f"throughout, release={steps}."
         )
     planned = _planned(releases, steps)
-    a, b = twins.a, twins.b
+    arguments.optional(arguments.whole, "batch", batch, 1)
+    a, b, clones = twins.a, twins.b, twins.tie == "noise"
     labels = a.labels.tolist()
-    for each in outcomes:  # bands of another grid are refused before anything is run
-        each.compare(a.latents[-1], b.latents[-1], labels)
+    contrasts = Contrasts(labels, len(labels))
+    finished = twins.run.latents[-1]
     found: dict[int, dict[str, Agreement]] = {}
+    with once():
+        # bands of another grid are refused before anything is run, and so is another model
+        shared = {o.name: o.modes(finished[: twins.pairs], contrasts) for o in outcomes}
+        if clones:
+            a.check(steps - 1)
 
-    def part_at(release: int) -> None:
-        own = a.seeds_at(steps - 1)
-        fresh = twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1]
-        if twins.tie == "noise":  # twin A's future is already there
-            ends = a.latents[-1], a.replay(release, seeds=fresh).latents[-1]
-        else:
-            ends = (
-                a.replay(release, seeds=own, released=True).latents[-1],
-                b.replay(release, seeds=fresh, released=True).latents[-1],
-            )
-        found[release] = {o.name: o.compare(*ends, labels) for o in outcomes}
+        def part_at(chosen: Sequence[int]) -> None:
+            branches: list[Branch] = []
+            for release in chosen:
+                fresh = tuple(twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1])
+                if not clones:  # twin A's future is not there yet
+                    branches.append(Branch(a, release, a.seeds_at(steps - 1)))
+                branches.append(Branch(a if clones else b, release, fresh))
+            done = ends(branches, batch)
+            for i, release in enumerate(chosen):
+                mine, theirs = (None, done[i]) if clones else done[2 * i : 2 * i + 2]
+                found[release] = {
+                    o.name: Agreement.of(
+                        o.sums(
+                            shared[o.name] if mine is None else o.modes(mine, contrasts),
+                            o.modes(theirs, contrasts),
+                            contrasts,
+                        )
+                    )
+                    for o in outcomes
+                }
+                if each is not None:
+                    each(release, finished[: twins.pairs] if mine is None else mine, theirs)
+                if progress is not None:
+                    progress(len(found), total)
 
-    total = len(planned) if planned else arguments.whole("releases", releases)
-    while len(found) < total:
+        total = len(planned) if planned else arguments.whole("releases", releases)
         if planned:
-            part_at(planned[len(found)])
-        else:
-            seen = {r: np.concatenate([curve(s) for s in of.values()]) for r, of in found.items()}
-            part_at(_steepest(seen, steps))
-        if progress is not None:
-            progress(len(found), total)
+            part_at(planned)
+        while len(found) < total:
+            seen = {
+                r: np.concatenate([curve(of[name]) for name in steering]) for r, of in found.items()
+            }
+            part_at([_steepest(seen, steps)])
     order = tuple(sorted(found))
-    estimator = "clones" if twins.tie == "noise" else "coupled"
-    return Curves.of(estimator, order, twins.run, outcomes, [found[r] for r in order])
+    estimator = "clones" if clones else "coupled"
+    stacked = {o.name: Agreement.stack([found[r][o.name] for r in order]) for o in outcomes}
+    return Curves.of(estimator, order, twins.run, outcomes, stacked)
 
 
 def _planned(releases: int | Sequence[int], steps: int) -> list[int]:
     """The releases that were asked for by step; none if only their number was."""
     if arguments.is_whole(releases):
-        arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
-        return []
+        many = arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
+        return list(range(steps)) if many == steps else []
     planned = arguments.wholes("releases", releases, 0, steps - 1, fewest=3, why="steps of the run")
     return arguments.unlike("releases", planned)
 
@@ -314,11 +361,6 @@ def _steepest(curves: Mapping[int, Array], steps: int) -> int:
     return max(rise, key=lambda r: rise[r])
 
 
-def _by_pair(stats: Agreement) -> Agreement:
-    """Both twins' statistics added up: [A | B, band] -> [pair, band]."""
-    return Agreement(*(part.reshape(2, -1, part.shape[-1]).sum(0) for part in stats))
-
-
 def commitment_difference(
     one: Curves, other: Curves, outcome: str, *, resamples: int = 1000, seed: int = 0
 ) -> xr.Dataset:
@@ -328,8 +370,9 @@ def commitment_difference(
     them is an error of the model (or of a coarse sampler), never of the data. Where they share
     their runs the same pairs are resampled in both, so that what moves them together cancels.
 
-    Two wrong estimates can agree, so the denoiser is also judged by the slope of the finished image
-    on the predicted x0 at the commitment step: 1 if the prediction is an expectation, E[x0 | x_t].
+    Two wrong estimates can agree, so the denoiser is also judged by Var(predicted x0) /
+    Var(finished image) where the clones commit: the agreement itself, 1/2, if it predicts
+    E[x0 | x_t].
 
     Args:
         one: curves of one estimator.
@@ -339,8 +382,8 @@ def commitment_difference(
         seed: of the resamples.
 
     Returns:
-        xr.Dataset: `commitment` [band], `gap`, in steps, and, of `one` if it is one pass on x0,
-            `calibration` [band], the slope, each with its `_interval` [..., bound], 95 %;
+        xr.Dataset: `commitment` [band], `gap`, in steps, and, of one pass on x0 less clones,
+            `variance` [band], that ratio, each with its `_interval` [..., bound], 95 %;
             attrs["sentence"] says what they mean, attrs["paired"] whether the runs are shared.
 
     Raises:
@@ -387,10 +430,13 @@ def commitment_difference(
         "gap": ((), apart[0, -1]),
         "gap_interval": ("bound", ends[-1]),
     }
-    if (one.estimator, one.quantity) == ("one_pass", "x0"):
-        slope = _calibration(one.statistics(outcome), steps[0][0], resamples, seed)
-        parts["calibration"] = ("band", slope[0])
-        parts["calibration_interval"] = (("band", "bound"), interval(slope, rows))
+    if (one.estimator, one.quantity, other.estimator) == ("one_pass", "x0", "clones"):
+        share = _variance_at(one.statistics(outcome), steps[1], resamples, seed)
+        parts["variance"] = ("band", share[0])
+        # a share has no end below 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ends = np.exp(interval(np.log(share), rows))
+        parts["variance_interval"] = (("band", "bound"), ends)
     result = xr.Dataset(parts, {"band": list(one.bands[outcome]), "bound": ["low", "high"]})
     result.attrs |= {
         "paired": int(paired),
@@ -402,16 +448,18 @@ def commitment_difference(
     return result
 
 
-def _calibration(stats: Agreement, at: Array, resamples: int, seed: int) -> Array:
-    """Slope of the finished image on x0 at each band's commitment step, [1 + resample, band]; NaN
-    for a band without one.
+def _variance_at(stats: Agreement, at: Array, resamples: int, seed: int) -> Array:
+    """Var(predicted x0) / Var(finished image) at each draw's own step `at`, between steps
+    interpolated, [1 + resample, band]; NaN where there is no step.
     """
     counts = draws(stats.xy.shape[1], resamples, seed)
-    found = np.full((len(counts), len(at)), np.nan)
-    for band in np.flatnonzero(np.isfinite(at)):
-        step = round(float(at[band]))
+    found = np.full_like(at, np.nan)
+    for band in range(at.shape[1]):
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[:, band] = (counts @ stats.xy[step, :, band]) / (counts @ stats.xx[step, :, band])
+            ratio = (counts @ stats.xx[..., band].T) / (counts @ stats.yy[..., band].T)
+        steps = np.arange(ratio.shape[1])
+        for draw in np.flatnonzero(np.isfinite(at[:, band])):
+            found[draw, band] = np.interp(at[draw, band], steps, ratio[draw])
     return found
 
 
@@ -434,11 +482,11 @@ def difference_sentence(result: xr.Dataset) -> str:
         }
 
     found, slack = of("commitment"), SLACK * result.attrs["steps"]
-    slopes = of("calibration") if "calibration" in result else {}
+    shares = of("variance") if "variance" in result else {}
     gap = Estimate.of(result.gap, result.gap_interval)
     compared = found | {"the gap": gap}
     differing = [name for name, e in compared.items() if e.sign and abs(e.value) > slack]
-    wrong = [b for b, e in slopes.items() if e.low > 1 + MISFIT or e.high < 1 - MISFIT]
+    wrong = [b for b, e in shares.items() if e.low > 0.5 + MISFIT or e.high < 0.5 - MISFIT]
     known = [e for e in found.values() if e.known]
 
     # the difference is evidence against exactness, and never for it
@@ -461,17 +509,13 @@ def difference_sentence(result: xr.Dataset) -> str:
             f"{result.attrs['pairs']} pairs, and one of up to "
             f"{reach:.1f} steps is not excluded"
         )
-    slope = ", ".join(f"{b} {e:.2f}" for b, e in slopes.items() if np.isfinite(e.value))
+    share = ", ".join(f"{b} {e:.2f}" for b, e in shares.items() if e.known)
+    if share:
+        verdict += (
+            f". Where clones commit, the predicted x0 has this share of the finished image's "
+            f"variance: {share}; an exact denoiser's has 0.50"
+        )
     if wrong:
-        verdict += (
-            f". The finished image changes {slope} times as much as the predicted x0 at "
-            f"commitment, an exact denoiser's once: by this the denoiser is {judged} in "
-            f"{', '.join(wrong)}"
-        )
-    elif slope:
-        verdict += (
-            f". The finished image changes {slope} times as much as the predicted x0 at "
-            "commitment (an exact denoiser's: once)"
-        )
+        verdict += f", so by this the denoiser is {judged} in {', '.join(wrong)}"
     bands = ", ".join(f"{band} {e:+.1f}" for band, e in found.items())
     return f"Commitment by {result.attrs['of']}, in steps: {bands}, the gap {gap:+.1f}; {verdict}."

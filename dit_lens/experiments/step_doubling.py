@@ -116,6 +116,7 @@ def doubling_sentence(result: xr.Dataset) -> str:
         )
     verdict = "which moves it" if shift.sign else "no change that can be told"
     return (
-        f"The gap in log SNR is {first:+.2f} in {steps} steps and {second:+.2f} in {2 * steps}, "
-        f"{verdict} ({shift:+.2f}); extrapolated to endlessly many steps it is {limit:+.2f}."
+        f"The gap by one pass, in log SNR, is {first:+.2f} in {steps} steps and {second:+.2f} in "
+        f"{2 * steps}, {verdict} ({shift:+.2f}); extrapolated to endlessly many steps it is "
+        f"{limit:+.2f}."
     )

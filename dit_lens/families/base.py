@@ -299,6 +299,22 @@ class Family:
         """
         return answer
 
+    def final(
+        self, transformer: Any, stream: Tensor, inputs: dict[str, Any], memo: dict[str, Any]
+    ) -> Tensor | None:
+        """The last layer alone, as the lens reads a stream by it; None, the default, where only the
+        transformer's own forward can say what follows the blocks.
+
+        It calls `module.forward`, so that nobody's module hooks hear of it.
+
+        Args:
+            transformer: the transformer.
+            stream: [batch, token, d_model].
+            inputs: the transformer's arguments, of which x does not matter.
+            memo: for what is the same for all streams read with these arguments.
+        """
+        return None
+
     def latents(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         """x_t [batch, *latent_shape] among the transformer's arguments.
 

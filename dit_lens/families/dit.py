@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
@@ -196,14 +197,12 @@ class DiTFamily(Family):
                     "each item."
                 )
         assert y is not None
-        if (
-            y.device.type == "cpu"
-            and len(y)
-            and not (0 <= int(y.min()) and int(y.max()) <= c.num_embeds_ada_norm)
-        ):
-            bad = int(y.min()) if y.min() < 0 else int(y.max())
+        # on an accelerator a look at the labels would wait for it
+        known = y.tolist() if y.device.type == "cpu" else []
+        bad = [label for label in known if not 0 <= label <= c.num_embeds_ada_norm]
+        if bad:
             raise InvalidValue(
-                f"Class label {bad} is out of range; expected 0 to {c.num_embeds_ada_norm - 1}, "
+                f"Class label {bad[0]} is out of range; expected 0 to {c.num_embeds_ada_norm - 1}, "
                 f"or {c.num_embeds_ada_norm} for no class."
             )
         weight = transformer.proj_out_2.weight
@@ -212,6 +211,23 @@ class DiTFamily(Family):
                 f"The latents are on {x.device}, the model is on {weight.device}; use "
                 f"x.to({str(weight.device)!r})."
             )
+
+    def final(
+        self, transformer: Any, stream: Tensor, inputs: dict[str, Any], memo: dict[str, Any]
+    ) -> Tensor:
+        if "modulation" not in memo:  # of time and class, embedded by the first block
+            embedded = transformer.transformer_blocks[0].norm1.emb
+            cond = embedded.forward(
+                inputs["timestep"], inputs["class_labels"], hidden_dtype=stream.dtype
+            )
+            memo["modulation"] = transformer.proj_out_1.forward(F.silu(cond)).chunk(2, dim=1)
+        shift, scale = memo["modulation"]
+        h = transformer.norm_out.forward(stream)
+        h = transformer.proj_out_2.forward(h * (1 + scale[:, None]) + shift[:, None])
+        p, side = transformer.config.patch_size, int(stream.shape[1] ** 0.5)
+        # tokens are patches of the image, row by row
+        patches = h.reshape(len(h), side, side, p, p, transformer.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(h), -1, side * p, side * p)
 
     def small(self, variant: int) -> tuple[nn.Module, Condition]:
         from diffusers import DiTTransformer2DModel

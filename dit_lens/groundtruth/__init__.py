@@ -18,6 +18,7 @@ Belongs here: models and formulas whose answer is known. Does not: what is held 
 """
 
 from . import portraits
+from .circuits import exact_agreement, redundant, relayed
 from .closed_forms import (
     commitment_log_snr,
     commitment_timestep,
@@ -27,6 +28,7 @@ from .closed_forms import (
     gaussian_eps,
     mixture_agreement,
     planted_gain,
+    sampler_agreement,
     token_mean,
 )
 from .measured import stream_gains
@@ -41,6 +43,7 @@ __all__ = [
     "commitment_timestep",
     "ddim_agreement",
     "deterministic_ratio",
+    "exact_agreement",
     "gaussian",
     "gaussian_agreement",
     "gaussian_eps",
@@ -51,6 +54,9 @@ __all__ = [
     "portraits",
     "random_planted",
     "random_weights",
+    "redundant",
+    "relayed",
+    "sampler_agreement",
     "shuffle_layers",
     "sides",
     "stream_gains",

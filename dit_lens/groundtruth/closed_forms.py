@@ -128,21 +128,53 @@ def ddim_agreement(lam: ArrayLike, abars: ArrayLike, release: int, eta: float = 
     >>> float(ddim_agreement([4.0], [0.1, 0.5, 0.9], release=3)[0])
     1.0
     """
-    spectrum, alpha = np.atleast_1d(_spectrum(lam)), _alphas(abars)
-    if not 0 <= release <= len(alpha):
+    alpha = np.append(_alphas(abars), 1.0)
+    if not 0 <= release < len(alpha):
         raise InvalidValue(
-            f"release is {release}; expected a step from 0 to {len(alpha)} (never released)."
+            f"release is {release}; expected a step from 0 to {len(alpha) - 1} (never released)."
         )
-    shared = total = np.ones_like(spectrum)  # the variances of a start from pure noise
-    for step, (here, there) in enumerate(zip(alpha, [*alpha[1:], 1.0], strict=True)):
-        eps = np.sqrt(1 - here) / (spectrum * here + 1 - here)
-        fresh = eta**2 * (1 - there) / (1 - here) * (1 - here / there)
-        decay = (
-            np.sqrt(there / here) * (1 - np.sqrt(1 - here) * eps) + np.sqrt(1 - there - fresh) * eps
-        )
-        total = decay**2 * total + fresh
-        shared = total if step < release else decay**2 * shared
-    return shared / total
+    return sampler_agreement(lam, np.sqrt(alpha), np.sqrt(1 - alpha), eta)[1][release]
+
+
+def sampler_agreement(
+    lam: ArrayLike, signal: ArrayLike, noise: ArrayLike, eta: float = 1.0
+) -> tuple[Array, Array]:
+    """What an exact denoiser of Gaussian data makes of a DDIM-like sampler, in finitely many steps:
+    the variance of what it samples, and the agreement of twins released at each step.
+
+    x_t = signal x0 + noise eps; each step draws from q(x_s | x_t, x0) with a share eta of its noise
+    anew (Song et al. 2021, arXiv 2010.02502, equations 12 and 16), which is DDIM where signal² +
+    noise² = 1, and Euler's step on a flow where signal + noise = 1 and eta = 0.
+
+    Args:
+        lam: variances of the data's modes, [mode].
+        signal: at each step and at the end, [step + 1].
+        noise: the same of the noise, above 0 but at the end.
+        eta: how stochastic the sampler is, 0 to 1.
+
+    Returns:
+        The variance [mode] of the finished samples, and the agreement [step + 1, mode]; behind the
+        last step it is 1.
+
+    Raises:
+        ValueError: for variances that are not above 0.
+
+    >>> variance, agreement = sampler_agreement([4.0], [0.1, 0.8, 1.0], [0.995, 0.6, 0.0])
+    >>> agreement.shape, float(agreement[-1, 0])
+    ((3, 1), 1.0)
+    """
+    spectrum = np.atleast_1d(_spectrum(lam))
+    a, n = np.asarray(signal, dtype=np.float64), np.asarray(noise, dtype=np.float64)
+    variance, decays = [np.ones_like(spectrum)], []  # of a start from pure noise
+    for s in range(len(a) - 1):
+        x0 = spectrum * a[s] / (spectrum * a[s] ** 2 + n[s] ** 2)
+        eps = (1 - a[s] * x0) / n[s]
+        fresh = (eta * n[s + 1] / n[s]) ** 2 * (n[s] ** 2 - (a[s] / a[s + 1] * n[s + 1]) ** 2)
+        decays.append(a[s + 1] * x0 + np.sqrt(max(n[s + 1] ** 2 - fresh, 0.0)) * eps)
+        variance.append(decays[-1] ** 2 * variance[-1] + fresh)
+    # what the finished sample keeps of x_t
+    kept = np.cumprod([np.ones_like(spectrum), *decays[::-1]], 0)[::-1]
+    return variance[-1], kept**2 * np.array(variance) / variance[-1]
 
 
 def deterministic_ratio(lam: ArrayLike, abar: ArrayLike) -> Array:

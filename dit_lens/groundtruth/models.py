@@ -82,6 +82,8 @@ def gaussian(
     *,
     shares: Sequence[float] | None = None,
     decoys: Sequence[int] = (),
+    noise: float = 0.0,
+    seed: int = 0,
     sample_size: int = 8,
     patch_size: int = 1,
     in_channels: int = 3,
@@ -102,6 +104,10 @@ def gaussian(
         shares: of each of `layers`, summing to 1; one may be negative. By default equal ones.
         decoys: layers that write the low band, at full strength, where it is never read: they show
             a difference and cause nothing.
+        noise: every other layer multiplies both bands alike by 1 + f(t), f a random smooth function
+            of about this size. That is no difference between the bands, and makes the denoiser
+            inexact: `exact_agreement` says what each of them does to the gap.
+        seed: of the noise.
         sample_size: height and width of the latents.
         patch_size: rows and columns of a patch.
         in_channels: channels of the latents.
@@ -118,9 +124,11 @@ def gaussian(
     >>> round(truth.answer["gap_log_snr"], 3)   # log 4 - log 0.25
     2.773
     """
-    _check_layers(layers, n_layers, "layers")
+    check_layers(layers, n_layers, "layers")
     if decoys:
-        _check_layers(decoys, n_layers, "decoys", taken=layers)
+        check_layers(decoys, n_layers, "decoys", taken=layers)
+    if not 0 <= noise < 1:
+        raise InvalidValue(f"noise is {noise!r}; expected a share of the signal from 0 to below 1.")
     split = (
         [1 / len(layers)] * len(layers) if shares is None else [float(share) for share in shares]
     )
@@ -149,6 +157,12 @@ def gaussian(
         build.act(
             transformer, layer, {build.LOW: torch.ones_like(abars)}, signal, build.both(unread[0])
         )
+    if noise:
+        draw = torch.Generator().manual_seed(seed)
+        for layer in sorted(set(range(n_layers)) - {*layers, *decoys}):
+            both_alike = noise * _wave(draw)
+            bands = {build.LOW: both_alike, build.HIGH: both_alike}
+            build.act(transformer, layer, bands, signal, write)
     build.unembed(transformer, write, (1 - abars).sqrt() / (lam_high * abars + 1 - abars))
     build.finish(transformer, dtype)
     answer = {
@@ -157,6 +171,7 @@ def gaussian(
         "layers": list(layers),
         "shares": split,
         "decoys": list(decoys),
+        "noise": noise,
         "commitment_log_snr": log_snr,
         "commitment_timestep": commit,
         "gap_log_snr": log_snr["high"] - log_snr["low"],
@@ -218,7 +233,7 @@ def planted(
     >>> round(planted(layers=(1, 2), n_layers=4).answer["gain"], 2)
     1.69
     """
-    _check_layers(layers, n_layers, "layers")
+    check_layers(layers, n_layers, "layers")
     bands = list(BANDS) if band == "both" else [band]
     if not set(bands) <= set(BANDS):
         raise InvalidValue(f"band is {band!r}; expected 'low', 'high' or 'both'.")
@@ -312,14 +327,30 @@ def random_planted(
     return planted(layers, a, n_layers, band, switch=switch, noise=noise, seed=seed, dtype=dtype)
 
 
+def _wave(draw: torch.Generator) -> torch.Tensor:
+    """A random smooth function of t, [timestep], of mean square 1 and one sign or two."""
+    level, size, phase = torch.rand(3, generator=draw, dtype=torch.float64)
+    time = torch.arange(build.TIMESTEPS, dtype=torch.float64) / build.TIMESTEPS
+    wave = 2 * level - 1 + size * torch.cos(math.pi * (time + 2 * phase))
+    return wave / wave.square().mean().sqrt()
+
+
 def plain_scheduler() -> Any:
     # DiT's own schedule of betas; Gaussian data has no bounds
     return DDIMScheduler(build.TIMESTEPS, clip_sample=False)
 
 
-def _check_layers(
+def check_layers(
     layers: Sequence[int], n_layers: int, what: str, taken: Sequence[int] = ()
 ) -> None:
+    """Raise InvalidValue unless these are different layers of the model that are not taken.
+
+    Args:
+        layers: to check.
+        n_layers: of the model.
+        what: the argument's name.
+        taken: layers that are used otherwise.
+    """
     free = set(range(n_layers)) - set(taken)
     if not layers or len(set(layers)) != len(layers) or not set(layers) <= free:
         also = f" that are not among {list(taken)}" if taken else ""

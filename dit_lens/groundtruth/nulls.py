@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,37 +52,52 @@ def random_weights(
     return GroundTruth(build.finish(transformer, dtype), plain_scheduler(), answer, description)
 
 
-def shuffle_layers(transformer: build.DiT, seed: int) -> build.DiT:
+def shuffle_layers(
+    transformer: Any, seed: int, blocks: Callable[[Any], Sequence[torch.nn.Module]] | None = None
+) -> Any:
     """A copy of a model with its blocks in another order: what a layer does no longer depends on
     its depth (E5 in docs/checks.md).
 
-    The final layer is conditioned through whichever block comes first, as always in diffusers. The
-    copy shares nothing with the original and carries none of its hooks.
+    Blocks change places with blocks of the same kind only. The final layer of a
+    `DiTTransformer2DModel` is conditioned through whichever block comes first, as always in
+    diffusers. The copy shares nothing with the original and carries none of its hooks.
 
     Args:
-        transformer: a `DiTTransformer2DModel`.
+        transformer: a diffusers transformer.
         seed: of the order, which is never the original one.
+        blocks: its blocks in forward order; by default its `transformer_blocks`.
 
     Returns:
         The copy.
 
     Raises:
-        ValueError: for a model of a single block.
+        ValueError: for a model without two blocks of one kind.
 
     >>> truth = random_weights(0, n_layers=3)
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
     3
     """
-    blocks = list(transformer.transformer_blocks)
-    if len(blocks) < 2:
-        raise InvalidValue(f"transformer has {len(blocks)} block; expected 2 or more to shuffle.")
-    draw, order = torch.Generator().manual_seed(seed), torch.arange(len(blocks))
-    while (order == torch.arange(len(blocks))).all():
-        order = torch.randperm(len(blocks), generator=draw)
+    of = blocks or (lambda model: list(model.transformer_blocks))
+    old = list(of(transformer))
+    kinds: dict[Any, list[int]] = {}
+    for i, block in enumerate(old):
+        shapes = tuple((name, tuple(value.shape)) for name, value in block.state_dict().items())
+        kinds.setdefault((type(block), shapes), []).append(i)
+    if max(map(len, kinds.values()), default=0) < 2:
+        raise InvalidValue(
+            f"transformer has {len(old)} block{'s' * (len(old) != 1)}, no two of one kind; "
+            "expected 2 or more of a kind to shuffle."
+        )
+    draw, order = torch.Generator().manual_seed(seed), list(range(len(old)))
+    while order == list(range(len(old))):
+        for places in kinds.values():
+            drawn = torch.randperm(len(places), generator=draw).tolist()
+            for place, i in zip(places, drawn, strict=True):
+                order[place] = places[i]
     with torch.random.fork_rng(devices=[]):
         shuffled = type(transformer).from_config(transformer.config)
     torch.nn.Module.to(shuffled, transformer.device, transformer.dtype).train(transformer.training)
     shuffled.load_state_dict(transformer.state_dict())
-    for new, old in zip(shuffled.transformer_blocks, order.tolist(), strict=True):
-        new.load_state_dict(blocks[old].state_dict())
+    for new, i in zip(of(shuffled), order, strict=True):
+        new.load_state_dict(old[i].state_dict())
     return shuffled

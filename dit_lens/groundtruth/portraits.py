@@ -206,6 +206,43 @@ def read(images: Tensor, batch: int = 200) -> Reading:
         InvalidType: `images` is not a tensor.
         InvalidValue: another shape, or values outside [0, 1].
     """
+    images = _checked(images)
+    if not len(images):
+        none = torch.zeros(0, len(FACTORS))
+        return Reading(none.long(), none.bool(), torch.zeros(0, len(_CHANGES)))
+    parts = [_judge(x, _settle(x, _nearest(x))) for x in images.split(batch)]
+    return Reading(
+        *(torch.cat([getattr(p, key) for p in parts]) for key in ("factors", "legal", "distances"))
+    )
+
+
+def attributes(images: Tensor) -> dict[str, Tensor]:
+    """What each image is read as, factor by factor and whether legal or not: for
+    `dit_lens.experiments.attributes`.
+
+    Unlike `read` it judges nothing: every image has a nearest avatar, also a blurred one.
+
+    >>> attributes(draw(random_factors(2)))["head"]
+    tensor([1, 5])
+
+    Args:
+        images: [n, 3, 16, 16] in [0, 1].
+
+    Returns:
+        [n] for each of `FACTORS`, an index of its variants; `hat_color` is -1 without a hat.
+
+    Raises:
+        InvalidType: `images` is not a tensor.
+        InvalidValue: another shape, or values outside [0, 1].
+    """
+    images = _checked(images)
+    parts = [torch.zeros(0, len(FACTORS), dtype=torch.long)]
+    parts += [_settle(x, _nearest(x)) for x in images.split(200) if len(x)]
+    return dict(zip(FACTORS, torch.cat(parts).T, strict=True))
+
+
+def _checked(images: Tensor) -> Tensor:
+    """The images as the reader takes them."""
     if not isinstance(images, Tensor):
         raise InvalidType(f"images is a {type(images).__name__}; read needs a torch.Tensor.")
     if images.ndim != 4 or images.shape[1:] != (3, 16, 16):
@@ -216,13 +253,7 @@ def read(images: Tensor, batch: int = 200) -> Reading:
             f"images goes from {float(images.min()):.3g} to {float(images.max()):.3g}; "
             "read needs values in [0, 1], as in `run.images`."
         )
-    if not len(images):
-        none = torch.zeros(0, len(FACTORS))
-        return Reading(none.long(), none.bool(), torch.zeros(0, len(_CHANGES)))
-    parts = [_judge(x, _settle(x, _nearest(x))) for x in images.split(batch)]
-    return Reading(
-        *(torch.cat([getattr(p, key) for p in parts]) for key in ("factors", "legal", "distances"))
-    )
+    return images
 
 
 def _nearest(x: Tensor) -> Tensor:

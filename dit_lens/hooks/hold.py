@@ -199,11 +199,13 @@ class Clock(NamedTuple):
         run: which run, if there are several one after the other.
         step: of the run.
         branch: which branches of guidance a call is, in words: each may be a call of its own.
+        rows: which items of the step's batch a call has, where that is run in several.
     """
 
     run: Hashable
     step: int
     branch: str = ""
+    rows: tuple[int, ...] | None = None
 
 
 class Hold:
@@ -258,7 +260,8 @@ class Hold:
             branch = f" of the branch {clock.branch!r}" if clock.branch else ""
             raise InvalidState(
                 f"{self.place.name!r} can't be held at step {clock.step}: step {absent[0]}{branch} "
-                f"was not run before it; start the run at step {absent[-1]} or earlier."
+                f"was not run before it, or with other items; start at step {absent[-1]} or "
+                "earlier, in one batch."
             )
         return line([value for value in found if value is not None])
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence, Set
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..arguments import is_whole, shown
@@ -39,12 +40,14 @@ class UnknownName(DitLensError, KeyError):
         return str(self.args[0])
 
 
+@lru_cache(maxsize=8192)  # a read asks this of every name of the model
 def layer_of(name: str) -> int | None:
     """The block a name belongs to, or None: `layer_of("blocks.5.hook_resid_pre") == 5`."""
     head, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if head == "blocks" and rest else None
 
 
+@lru_cache(maxsize=8192)
 def site_of(name: str) -> str:
     """A name without its block: `site_of("blocks.5.attn.hook_q") == "attn.hook_q"`."""
     return name if layer_of(name) is None else name.split(".", 2)[2]

@@ -23,6 +23,21 @@ Span = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of a step's batch a pass is, where it goes through the model in several.
+
+    Attributes:
+        rows: the positions of the pass's items in the step's whole batch.
+        size: how many the whole has.
+        later: whether another pass of the step came before.
+    """
+
+    rows: tuple[int, ...]
+    size: int
+    later: bool
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass is run under; what a recomputation restores.
 
@@ -33,6 +48,7 @@ class PassContext:
         labels: the numbers [batch] of the conditions that the model is called with, if known.
         twin: which twin each item is.
         step: the denoising step of a loop of dit_lens's own; a pipeline's steps are counted.
+        part: which part of the step's batch it is; None is all of it.
     """
 
     span: Span = (None, None)
@@ -41,6 +57,7 @@ class PassContext:
     labels: Tensor | None = None
     twin: tuple[str, ...] | None = None
     step: int | None = None
+    part: Part | None = None
 
 
 class Pass(Protocol):

@@ -157,11 +157,13 @@ EVERYBODY = Hearing()
 
 class Listener:
     """Something attached to a hook point; `order` is its place among the listeners there. With a
-    `scope` it listens to passes of that scope only.
+    `scope` it listens to passes of that scope only. `in_parts` says whether it understands a step
+    whose batch goes through the model in several passes.
     """
 
     late = False
     scope: object = None
+    in_parts = False
 
     def __init__(self) -> None:
         self.order = (self.late, next(_order))

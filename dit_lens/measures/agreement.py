@@ -10,6 +10,7 @@ have the same sum as those of the deviations, exactly; a group's first pair has 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,15 @@ class Agreement(NamedTuple):
     xy: Array
     xx: Array
     yy: Array
+
+    @classmethod
+    def of(cls, sums: Tensor) -> Agreement:
+        """From [3, ..., pair, band] on any device, in one transfer.
+
+        Args:
+            sums: <a, b>, |a|² and |b|².
+        """
+        return cls(*sums.cpu().numpy())
 
     @classmethod
     def stack(cls, releases: Sequence[Agreement]) -> Agreement:
@@ -97,19 +107,69 @@ def agreement(
             f"The twins have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected the same, "
             "[pair, ...]."
         )
-    labels = np.zeros(len(a)) if groups is None else arguments.array("groups", groups)
-    if labels.shape != (len(a),):
-        raise InvalidValue(
-            f"groups has shape {labels.shape}; expected one label for each of the {len(a)} pairs."
-        )
-    x, y = (contrasts(z.detach().double(), labels) for z in (a, b))
+    contrast = Contrasts(np.zeros(len(a)) if groups is None else groups, len(a))
+    x, y = (contrast.modes(z, bands) for z in (a, b))
+    return Agreement.of(sums(x, y, bands))
 
-    def inner(p: Tensor, q: Tensor) -> Array:
-        found = (p * q).flatten(1).sum(1) if bands is None else bands.cross(p, q)
-        products: Array = found.reshape(len(p), -1, bands.n if bands else 1).sum(1).cpu().numpy()
-        return products
 
-    return Agreement(inner(x, y), inner(x, x), inner(y, y))
+def sums(x: Tensor, y: Tensor, bands: Bands | None = None) -> Tensor:
+    """<x, y>, |x|² and |y|² of each pair and band, [3, pair, band], where x and y are: nothing is
+    waited for.
+
+    Args:
+        x: of twin A, from `Contrasts.modes`.
+        y: of twin B.
+        bands: those of `Contrasts.modes`.
+    """
+    found = torch.stack([(p * q).flatten(1, -2).sum(1) for p, q in ((x, y), (x, x), (y, y))])
+    return found if bands is None else bands.total(found)
+
+
+class Contrasts:
+    """Helmert contrasts of pairs in groups, as the matrix that takes them, which is made once for
+    many uses.
+
+    Args:
+        groups: [pair], the labels.
+        pairs: how many there should be.
+
+    Raises:
+        InvalidValue: if a group has only one pair, or there is another number of labels.
+
+    >>> Contrasts([0, 0, 1, 1], 4).matrix.shape
+    torch.Size([4, 4])
+    """
+
+    def __init__(self, groups: ArrayLike, pairs: int) -> None:
+        labels = arguments.array("groups", groups)
+        if labels.shape != (pairs,):
+            raise InvalidValue(
+                f"groups has shape {labels.shape}; expected one label for each of the {pairs} "
+                "pairs."
+            )
+        self.matrix = _helmert(tuple(labels.tolist()))
+
+    def of(self, x: Tensor) -> Tensor:
+        """The contrasts of x [pair, ...], in its dtype and where it is.
+
+        Args:
+            x: one row a pair.
+        """
+        if self.matrix.device != x.device:
+            self.matrix = self.matrix.to(x.device)  # once a measurement
+        return (self.matrix.to(x.dtype) @ x.reshape(len(x), -1)).view(x.shape)
+
+    def modes(self, x: Tensor, bands: Bands | None) -> Tensor:
+        """The contrasts' coefficients, in double precision: [pair, ..., mode], or without bands
+        [pair, 1, 1, ...] with all that x holds as one band.
+
+        Args:
+            x: [pair, ..., h, w], or features [pair, ...] without bands.
+            bands: of the (h, w) grid, or None.
+        """
+        found = self.of(x.detach().double())
+        # without bands everything is summed over
+        return found.flatten(1)[..., None] if bands is None else bands.coefficients(found)
 
 
 def contrasts(x: Tensor, groups: ArrayLike) -> Tensor:
@@ -129,22 +189,30 @@ def contrasts(x: Tensor, groups: ArrayLike) -> Tensor:
     Raises:
         InvalidValue: if a group has only one pair.
 
-    >>> contrasts(torch.tensor([1.0, 3.0, 5.0]), [0, 0, 0]).square().sum().item()  # 3 / 2 * 8
-    12.0
+    >>> x = torch.tensor([1.0, 3.0, 5.0])
+    >>> contrasts(x, [0, 0, 0]).square().sum().round()  # 3 / 2 * 8
+    tensor(12.)
     """
-    labels, found = np.asarray(groups), torch.empty_like(x)
-    for label in np.unique(labels):
-        here = np.flatnonzero(labels == label)
+    return Contrasts(groups, len(x)).of(x)
+
+
+@lru_cache(maxsize=16)
+def _helmert(labels: tuple[float, ...]) -> Tensor:
+    """The matrix of `contrasts`, [pair, pair]; raises InvalidValue for a group of one pair."""
+    matrix = np.zeros((len(labels), len(labels)))
+    for label in set(labels):
+        here = np.flatnonzero(np.equal(labels, label))
         n = len(here)
         if n < 2:
             raise InvalidValue(
                 f"Group {label:g} has 1 pair; to remove a group's mean it needs 2 or more."
             )
-        z = x[here]
-        count = torch.arange(n, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
-        before = (z.cumsum(0) - z) / count.clamp_min(1)
-        found[here] = (count / (count + 1) * n / (n - 1)).sqrt() * (z - before)
-    return found
+        k = np.arange(1, n)
+        scale = np.sqrt(k / (k + 1) * n / (n - 1))
+        own = np.tril(np.broadcast_to(-scale[:, None] / k[:, None], (n - 1, n)))
+        own[k - 1, k] = scale
+        matrix[np.ix_(here[1:], here)] = own
+    return torch.from_numpy(matrix)
 
 
 def curve(stats: Agreement, squared: bool = False) -> Array:

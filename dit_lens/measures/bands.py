@@ -396,6 +396,20 @@ class Bands:
         x = _float(self._tokens(x))
         return self._turn(x, inverse=False)
 
+    def total(self, values: Tensor) -> Tensor:
+        """What has one value for each mode, added up over each band's modes.
+
+        Args:
+            values: [..., mode], in the order of `index`.
+
+        Returns:
+            Tensor: [..., band].
+
+        >>> Bands.radial((4, 4), cut=0.3).total(torch.ones(16)).tolist()
+        [5.0, 11.0]
+        """
+        return values @ self._on(_float(values))[0]
+
     def cross(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner products of images per band; `cross(x, x)` is the energy.
 
@@ -410,7 +424,7 @@ class Bands:
         >>> bands.cross(torch.ones(4, 4), 2 * torch.ones(4, 4)).round().tolist()
         [32.0, 0.0]
         """
-        return (self.coefficients(x) * self.coefficients(y)) @ self._on(_float(x))[0]
+        return self.total(self.coefficients(x) * self.coefficients(y))
 
     def cross_tokens(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner products of token activations per band, summed over d.

@@ -127,6 +127,7 @@ def simultaneous(values: Array, rows: int) -> Array:
     if not known.any():
         return np.stack([values[0] - error, values[0] + error], -1)
     part = values[1:, known]
+    part = part[np.isfinite(part).any(1)]
     t = np.abs(part - np.nanmean(part, 0)) / np.nanstd(part, 0, ddof=1)
     normal = max(float(np.quantile(np.nanmax(t, axis=1), 0.95)), 1.96)
     width = float(stats.t.isf(stats.norm.sf(normal), freedom(rows))) * error

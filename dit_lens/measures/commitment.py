@@ -38,6 +38,7 @@ def fit_commitment(
     log_snr: ArrayLike,
     *,
     names: Sequence[str] | None = None,
+    what: str = "band",
     squared: bool = False,
     resamples: int = 1000,
     level: float = 0.95,
@@ -51,6 +52,7 @@ def fit_commitment(
         releases: [release], the steps at which the twins were released.
         log_snr: [step] of the whole run, rising.
         names: of the bands; by default their numbers.
+        what: a band is called, in the reasons.
         squared: the agreement is the squared correlation (see `curve`).
         resamples: of the pairs.
         level: of the intervals.
@@ -77,7 +79,7 @@ def fit_commitment(
     at, snr = _checked(stats, releases, log_snr)
     level, squared = checked_level(level), arguments.flag("squared", squared)
     pairs, n_bands = stats.xy.shape[1:]
-    labels = [str(b) for b in range(n_bands)]
+    labels, what = [str(b) for b in range(n_bands)], arguments.text("what", what)
     if names is not None:
         labels = [arguments.text("names", n) for n in arguments.listed("names", names, "names")]
     if len(labels) != n_bands:
@@ -92,7 +94,8 @@ def fit_commitment(
     centre, slope, influence = _fits(kept, x, counts, squared)
     observed = curve(stats, squared)
     reason = [
-        _why_not(observed[:, b], centre[0, b], slope[0, b], x, labels[b]) for b in range(n_bands)
+        _why_not(observed[:, b], centre[0, b], slope[0, b], x, f"{what} {labels[b]}")
+        for b in range(n_bands)
     ]
     known = np.array([not why for why in reason])
 
@@ -113,7 +116,7 @@ def fit_commitment(
         ]
         if cut:
             reason[b] = (
-                f"The interval of band {labels[b]} is cut off at the {' and '.join(cut)} release."
+                f"The interval of {what} {labels[b]} is cut off at the {' and '.join(cut)} release."
             )
     interval = convert(np.clip(bound, x[0], x[-1])).swapaxes(-1, -2)
     value = convert(centre[0])  # [band, quantity]
@@ -198,6 +201,29 @@ def commitment_draws(
     return np.where(fine, np.interp(centre, snr, np.arange(len(snr))), np.nan)
 
 
+def curve_commitment(curves: ArrayLike, releases: ArrayLike, log_snr: ArrayLike) -> Array:
+    """Commitment steps of agreement curves that are known, by the fit that is made of measured
+    ones: what `commitment_draws` would give if these were the curves.
+
+    Args:
+        curves: [..., release], 0 to 1.
+        releases: [release], steps in increasing order.
+        log_snr: [step] of the whole run, rising.
+
+    Returns:
+        Array: [...], in steps; NaN where the fit does not rise, or crosses outside the releases.
+
+    >>> x = np.arange(-4, 5.0)
+    >>> round(float(curve_commitment(1 / (1 + np.exp(-x)), range(9), x)), 6)
+    4.0
+    """
+    snr = arguments.array("log_snr", log_snr)
+    x = snr[np.asarray(releases, dtype=np.int64)]
+    centre, slope, _ = _fit_logistic(x, np.asarray(curves, dtype=np.float64))
+    fine = (slope > 0) & (centre >= x[0]) & (centre <= x[-1])
+    return np.where(fine, np.interp(centre, snr, np.arange(len(snr))), np.nan)
+
+
 def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Array, Array, Array]:
     """Place and slope [resample, band] of every resample's logistic, and each pair's influence on
     the place [.., pair].
@@ -263,13 +289,13 @@ def _combine(one: Array, other: Array, correlation: float) -> Array:
 def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
     if not np.isfinite(r).all():
         return (
-            f"Band {name} has no energy left once the mean is removed, so its agreement is "
-            "undefined."
+            f"{name[0].upper()}{name[1:]} does not vary once the mean is removed, so its "
+            "agreement is undefined."
         )
     if r.min() < 0.5 < r.max() and slope > 0 and x[0] <= centre <= x[-1]:
         return ""
     return (
-        f"The agreement of band {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at "
+        f"The agreement of {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at "
         "the last and "
         "does not rise through 1/2 between them; release "
         f"{'earlier' if r.mean() > 0.5 else 'later'}."

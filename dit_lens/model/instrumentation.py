@@ -81,6 +81,15 @@ class Handle:
         self.instrumentation.detach(self.name, self.listener)
 
 
+def silence(taken: Taken, module: nn.Module) -> None:
+    """Take the user's own hooks off a module until `taken` gives them back."""
+    own = vars(module)
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        if own.get(kind):
+            taken.undo(own.__setitem__, kind, own[kind])
+            own[kind] = type(own[kind])()
+
+
 class Instrumentation:
     """The hook points of one transformer; `Instrumentation.of(transformer)` finds or makes them."""
 
@@ -128,6 +137,7 @@ class Instrumentation:
         self.pipeline = PipelineFrame()
         self._owner: Here | None = None  # whose hooks are on
         self._stand_ins: dict[int, StandIn] = {}
+        self._lens: tuple[dict[str, Any] | None, dict[str, Any]] = None, {}
         self._witness: Layers[Witness | None] = Layers("witness", None)
         self._context = Layers("context", NOTHING)
         self._inputs: Layers[dict[str, Any] | None] = Layers("inputs", None)
@@ -282,6 +292,19 @@ class Instrumentation:
         """
         return len(self.ears) + len(self.readers)
 
+    def require_parts(self) -> None:
+        """Raise RuntimeError if somebody listens who would take a part of a step's batch for all of
+        it.
+        """
+        for name, listener in self.ears:
+            if not listener.in_parts:
+                kind = "An edit" if isinstance(listener, Editor) else "What listens"
+                raise InvalidState(
+                    f"{kind} at {name!r} sees a step's whole batch at once, and batch= would show "
+                    "it in parts; expected batch=None here, an edit given to replay(edits=...), or "
+                    "a probe with in_parts = True."
+                )
+
     # What a pass is run under.
 
     @property
@@ -362,6 +385,7 @@ class Instrumentation:
     def _ended(self, me: Here) -> None:
         with LOCK:
             self.running = [each for each in self.running if each is not me]
+            self._lens = None, {}
 
     @contextmanager
     def _watched(self, call: Call, watchers: Sequence[Watcher]) -> Iterator[None]:
@@ -527,16 +551,36 @@ class Instrumentation:
         return [(name, Observer(stop))]
 
     def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """What follows the last block, alone, with the conditioning of these arguments and all hook
-        points silent.
+        """What follows the last block, alone, with the conditioning of these arguments; hook points
+        and the module hooks of others are silent.
         """
         with Taken() as taken:
             self._hearing.put(taken, Hearing(alone=True))
-            self._inputs.put(taken, inputs)
-            with self.part((len(self.family.blocks(self.transformer)), None), stream):
-                own = self.replaced[0][0]
-                answer = own.answer(own.own(**inputs, return_dict=False)[0])  # type: ignore[attr-defined]
+            memo = self._memo_of(inputs)
+            if not memo:  # what is called first calls modules inside of modules
+                for module in self.transformer.modules():
+                    silence(taken, module)
+            answer = self.family.final(self.transformer, stream, inputs, memo)
+            if answer is None:  # the whole model, with nothing between embedding and last layer
+                self._inputs.put(taken, inputs)
+                with self.part((len(self.family.blocks(self.transformer)), None), stream):
+                    own = self.replaced[0][0]
+                    answer = own.answer(own.own(**inputs, return_dict=False)[0])  # type: ignore[attr-defined]
             return self.family.output(self.transformer, answer, inputs)
+
+    def _memo_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the last layer's conditioning is kept in: one dict for all readings with the very
+        arguments of the pass under way, but for x, and otherwise a fresh one.
+        """
+        now = self._inputs.top
+        same = now is not None and all(
+            now.get(name) is value for name, value in inputs.items() if name != self.family.x_name
+        )
+        if not same:
+            return {}
+        if self._lens[0] is not now:
+            self._lens = now, {}
+        return self._lens[1]
 
     # Copies.
 

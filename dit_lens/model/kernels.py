@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -89,12 +88,3 @@ class Kernels:
             getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
         torch.set_float32_matmul_precision(self.matmul)
         torch.backends.mkldnn.enabled = self.mkldnn  # type: ignore[assignment]  # a module property
-
-    def as_json(self) -> dict[str, Any]:
-        """For a file."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Kernels:
-        """From a file."""
-        return cls(**saved | {"sdpa": tuple(saved["sdpa"])})

@@ -62,8 +62,9 @@ def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
     epsilon and v_prediction: Ho et al. 2020 eq. 15, Salimans & Ho 2022 appendix D; flow: output =
     eps - x0. Clipped if the scheduler clips. Raises ValueError for an unknown prediction type.
     """
+    # a single number needs no copy to the device
     signal, noise = (
-        f.to(x).view(-1, *[1] * (x.ndim - 1))
+        f[0].to(x.dtype) if len(f) == 1 else f.to(x).view(-1, *[1] * (x.ndim - 1))
         for f in signal_and_noise(scheduler, torch.as_tensor(t).reshape(-1))
     )
     kind = "flow" if is_flow(scheduler) else scheduler.config.prediction_type

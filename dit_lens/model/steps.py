@@ -33,11 +33,17 @@ class StepCounter:
         run, step = call.place or (None, call.context.step)
         if step is None:
             step = last + 1 - self.offset
+        elif call.context.part is not None and call.context.part.later:
+            pass  # the step goes on
         elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
             self.offset = last + 1 - step  # another run: its steps come behind
         self.run, self.step, self.row, self.call = run, step, step + self.offset, call
 
     def clock(self) -> Clock:
         """Where the call under way is."""
-        words = () if self.call is None or self.call.branch is None else self.call.branch
-        return Clock(self.offset, self.step, " | ".join(dict.fromkeys(words)))
+        call = self.call
+        if call is None:
+            return Clock(self.offset, self.step)
+        rows = None if call.context.part is None else call.context.part.rows
+        words = " | ".join(dict.fromkeys(call.branch or ()))
+        return Clock(self.offset, self.step, words, rows)

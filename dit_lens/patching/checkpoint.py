@@ -11,23 +11,31 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
 from ..sampling.run import Run
-from ..storage import Whole, conform, load_tensors, locked, save_tensors
+from ..storage import load_tensors, locked, save_tensors
+from ..storage.schema import Schema, Size, conform
 from .patch import Planned
 
 FORMAT = "dit_lens.patching.sweep/2"
 EXPECTED = "the file of a sweep"
-SCHEMA = {"sweep": str, "blocks": Whole(), "patches": Whole(1)}
 
 
-def scheduler_text(run: Run) -> str:
-    """The class of a run's scheduler and a digest of its settings."""
-    scheduler = run.scheduler
+class About(Schema):
+    """What the file says: which sweep, how many images x blocks were run, for how many patches."""
+
+    sweep: str
+    blocks: Size
+    patches: Size
+
+
+def scheduler_text(scheduler: Any) -> str:
+    """The class of a scheduler and a digest of its settings."""
     config = sorted((k, str(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
     return f"{type(scheduler).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
 
@@ -42,7 +50,7 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:
     for run in (source, target):
         settings = run.settings
         about = (settings.eta, settings.guidance, settings.guided_channels)
-        digest.update(repr((*about, scheduler_text(run), run.labels.tolist())).encode())
+        digest.update(repr((*about, scheduler_text(run.scheduler), run.labels.tolist())).encode())
         digest.update(repr([(c.from_step, c.seeds, len(c.edits)) for c in run.history]).encode())
         for kept in (run.latents, run.outputs):  # these depend on the weights
             digest.update(kept.cpu().contiguous().numpy().tobytes())
@@ -92,11 +100,11 @@ class Store:
     def _read(self, path: Path) -> None:
         """What is in the file."""
         advice = f"{EXPECTED}; give another path, or delete it"
-        about, tensors = load_tensors(path, FORMAT, advice)
-        conform(about, SCHEMA, repr(str(path)))
-        if about["sweep"] != self.key or about["patches"] != self.patches:
+        said, tensors = load_tensors(path, FORMAT, advice)
+        about = conform(said, About, repr(str(path)))
+        if about.sweep != self.key or about.patches != self.patches:
             raise InvalidValue(
-                f"{path} is of another sweep ({about['patches']} patches): other runs, settings or "
+                f"{path} is of another sweep ({about.patches} patches): other runs, settings or "
                 f"patches than these {self.patches}; give another path."
             )
         for name, found in tensors.items():
@@ -112,7 +120,7 @@ class Store:
                     f"finite; expected finite {self.like.dtype}: {advice}."
                 )
             self.done[number] = found
-        self.blocks = about["blocks"]
+        self.blocks = about.blocks
 
     def add(self, numbers: list[int], found: Tensor, blocks: int) -> None:
         """Keep the finished latents [patch, item, c, h, w] of these patches. Those that are not
@@ -126,6 +134,6 @@ class Store:
         self.done |= dict(zip(numbers, found.cpu(), strict=True))
         self.blocks += blocks
         if self.path is not None:
-            about = {"sweep": self.key, "blocks": self.blocks, "patches": self.patches}
+            about = About(sweep=self.key, blocks=self.blocks, patches=self.patches).model_dump()
             finite = {str(p): x for p, x in self.done.items() if bool(torch.isfinite(x).all())}
             save_tensors(self.path, FORMAT, about, finite, self.like.device)

@@ -166,6 +166,8 @@ class Lanes:
         """
         if step not in patch.steps or (alike and patch.patch.kind == "swap"):
             return None
+        if patch.patch.dose == 0:
+            return None
         # with a second stream the image's is not all
         whole = patch.whole_stream and self.model.cfg.restartable
         return SOURCE if plain and whole else patch.key

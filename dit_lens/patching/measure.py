@@ -17,7 +17,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..measures.agreement import Agreement, agreement, curve
 from ..measures.bands import CUT, Bands
-from ..measures.bootstrap import FEWEST_PAIRS, resample
+from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
 from ..sampling.run import Run
 
 Measure = Bands | Callable[[Tensor], Any] | None
@@ -70,18 +70,23 @@ def compared(bands: Bands, finished: Tensor, source: Run, target: Run) -> xr.Dat
             found[i] = np.stack([np.stack(agreement(x, other, bands, groups)) for other in (a, b)])
     stats = Agreement(*np.moveaxis(found, 2, 0))
 
-    # The move, with an interval over items.
-    counts = resample(items, RESAMPLES) if items >= FEWEST_PAIRS else np.full((2, items), np.nan)
+    # The move, with intervals over items.
+    enough = items >= FEWEST_PAIRS
+    counts = draws(items, RESAMPLES) if enough else np.ones((1, items))
     with np.errstate(invalid="ignore", divide="ignore"):
-        move = 1 - away.sum(1) / apart.sum(0)
-        spread = 1 - np.einsum("ri,pib->rpb", counts, away) / (counts @ apart)[:, None]
-        bound = np.moveaxis(np.quantile(spread, [0.025, 0.975], axis=0), 0, -1)
+        move = 1 - np.einsum("ri,pib->rpb", counts, away) / (counts @ apart)[:, None]
+    shape = (*move.shape[1:], 2)
+    bound, together = np.full((2, *shape), np.nan)
+    if enough:
+        bound = interval(move, items)
+        together = simultaneous(move.reshape(len(move), -1), items).reshape(shape)
     return xr.Dataset(
         {
             "agreement": (("patch", "reference", "band"), curve(stats)),
             "agreement_stats": (("patch", "reference", "stat", "item", "band"), found),
-            "move": (("patch", "band"), move),
+            "move": (("patch", "band"), move[0]),
             "move_interval": (("patch", "band", "bound"), bound),
+            "move_together": (("patch", "band", "bound"), together),
             "distance": (("patch", "item", "band"), away),
             "distance_target": (("item", "band"), apart),
         },

@@ -52,6 +52,7 @@ class Patch:
         bands: a partition of the token grid, for `band`.
         band: only this frequency band, P_band h_source + (1 - P_band) h_target.
         direction: [d] of the activation's last axis; only the component along it is replaced.
+        dose: how much of the change is made: 0 is none, 1 all of it, 2 twice as far.
         kind: what comes in: the source's activation ("swap"), 0 ("zero"), the mean over the
             source's items ("mean"), the source's activation of another item ("resample", a
             permutation drawn from `seed` that moves every item), the stream that entered the
@@ -81,6 +82,7 @@ class Patch:
     bands: Bands | None = None
     band: int | str | None = None
     direction: Tensor | None = field(default=None, repr=False)
+    dose: float = field(default=1.0, kw_only=True)
     kind: Kind = "swap"
     seed: int = 0
     lag: int = 1
@@ -94,6 +96,7 @@ class Patch:
             "layer": arguments.whole("layer", self.layer),
             "kind": arguments.choice("kind", self.kind, KINDS),
             "seed": arguments.seed("seed", self.seed),
+            "dose": arguments.number("dose", self.dose),
             "lag": arguments.whole("lag", self.lag, 1, 1000),
             "order": arguments.whole("order", self.order, 0, 1),
             "depth": arguments.whole("depth", self.depth, 1),
@@ -164,6 +167,8 @@ class Patch:
             parts.append(f"band {name!r} ({size} modes) of {self.bands.kind} at {edges}")
         if self.direction is not None:
             parts.append(f"direction [{len(self.direction)}] {_digest(self.direction)[:8]}")
+        if self.dose != 1:
+            parts.append(f"dose {self.dose:g}")
         return ", ".join(parts)
 
 
@@ -279,7 +284,8 @@ class Planned:
     @property
     def whole(self) -> bool:
         """Whether nothing of the old activation is left."""
-        return self.inside.everything and self.patch.direction is None
+        everything = self.inside.everything and self.patch.dose == 1
+        return everything and self.patch.direction is None
 
     @property
     def whole_stream(self) -> bool:
@@ -333,6 +339,8 @@ class Planned:
             self.check_direction(old.shape[-1])
             unit = torch.nn.functional.normalize(self.patch.direction.detach().to(old), dim=0)
             coming = old + ((coming - old) @ unit)[..., None] * unit
+        if self.patch.dose != 1:
+            coming = old + self.patch.dose * (coming - old)
         return self.inside.merge(old, coming, self.axes[place.name])
 
     def _of_items(self, source: Tensor) -> Tensor:
@@ -427,6 +435,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
         tokens,
         None if band is None else band[0].digest(band[1]),
         patch.direction,
+        *([] if patch.dose == 1 else [patch.dose]),
     )
     planned = Planned(patch, places, layer, axes, inside, window, key)
     planned.check_direction(sizes.get(first[-1]))

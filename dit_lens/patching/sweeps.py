@@ -73,7 +73,8 @@ def sweep(
         grid of them). By default it holds `agreement` [patch, reference, band] with the finished
         latents of source and target, its statistics `agreement_stats` [patch, reference, stat,
         item, band], `move` [patch, band], `move_interval` [patch, band, bound] (95 %, bootstrap
-        over items; NaN for fewer than 8), and |P_b(. - source)|² of the patched and of the target,
+        over items; NaN for fewer than 8) and `move_together`, which hold for all patches and bands
+        at once, and |P_b(. - source)|² of the patched and of the target,
         `distance` [patch, item, band] and `distance_target` [item, band]. With a function it holds
         `outcome` [patch, item, ...], `outcome_source` and `outcome_target` [item, ...]. The
         attribute `block_evaluations` counts images x blocks run, in this call and those that it
@@ -276,7 +277,7 @@ def check_kind_of_runs(source: Run, target: Run) -> None:
                 f"The source has {name}={a!r} and the target {name}={b!r}; expected the same: "
                 "sample both alike."
             )
-    a, b = scheduler_text(source), scheduler_text(target)
+    a, b = scheduler_text(source.scheduler), scheduler_text(target.scheduler)
     if a != b:
         raise InvalidValue(
             f"The runs have different schedulers, {a[:60]} and {b[:60]}; expected the same, x_t at "

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,21 +25,25 @@ from .. import arguments
 from ..errors import InvalidValue, MissingFile
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
-from ..storage import Named, Whole, conform, replacing
+from ..storage import replacing
+from ..storage.schema import Listed, Schema, Size, conform
 
 FORMAT = "dit_lens.plan/1"
 EXPECTED = "a plan written by Plan.save"
-SCHEMA = {
-    "format": str,
-    "model": Named(str),
-    "timesteps": [float],
-    "n_layers": Whole(1),
-    "cells": [[(Whole(), str)]],
-    "macs": float,
-    "about": Named((str, float, int, bool, None, [float])),
-}
 Cell = tuple[int, str, int]
 """A layer, a part of it, and a step."""
+
+
+class Content(Schema):
+    """What a plan's file says."""
+
+    format: str
+    model: dict[str, str]
+    timesteps: Listed[float]
+    n_layers: Size
+    cells: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
+    macs: float
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -190,18 +195,9 @@ class Plan:
                 f"{where} is damaged: it is not what was written, by its checksum; expected "
                 f"{EXPECTED}."
             )
-        conform(content, SCHEMA, where)
-        cells = content["cells"]
-        if any([type(v) for v in cell] != [int, str, int] for cell in cells):
-            raise InvalidValue(f"{where} has cells that are none; expected {EXPECTED}.")
-        return cls(
-            content["model"],
-            tuple(content["timesteps"]),
-            content["n_layers"],
-            frozenset((layer, part, step) for layer, part, step in cells),
-            content["macs"],
-            content["about"],
-        )
+        read = conform(content, Content, where)
+        cells = frozenset(read.cells)
+        return cls(read.model, read.timesteps, read.n_layers, cells, read.macs, read.about)
 
     def __repr__(self) -> str:
         n = len({part for _, part, _ in self.cells})

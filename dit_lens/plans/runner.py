@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
-from ..hooks.hold import STREAMS, Added, Hold, parts
+from ..hooks.hold import STREAMS, Added, Clock, Hold, parts
 from ..hooks.names import site_of
 from ..hooks.regions import Region
 from ..model.call import Call
@@ -190,7 +190,8 @@ class _Runner(StepCounter):
                     "or a family with `computes`."
                 )
             for child in children if mine else ():
-                _replace(taken, child, partial(_Idle, held=partial(self._idle, layer, part)))
+                idle = partial(_Idle, held=partial(self._idle, layer, part), now=self.clock)
+                _replace(taken, child, idle)
         if all((layer, part) in self.plan.held for part in of_layer):
             places = [(part, hold) for part in of_layer for hold in self.holds[layer, part]]
             _replace(taken, block, lambda own: _Over(own, self, block, layer, places))
@@ -204,15 +205,19 @@ class _Idle:
     zeros of the shape that it last gave, in whose place what is held is put.
     """
 
-    def __init__(self, own: Callable[..., Any], held: Callable[[], bool]) -> None:
-        self.own, self.held = own, held
-        self.like: Any = None
+    def __init__(
+        self, own: Callable[..., Any], held: Callable[[], bool], now: Callable[[], Clock]
+    ) -> None:
+        self.own, self.held, self.now = own, held, now
+        self.like: dict[tuple[Any, ...], Any] = {}  # branches may differ in the length of the text
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.held() and self.like is not None:
-            return _zeros(self.like)
+        clock = self.now()
+        which = (clock.branch, clock.rows)
+        if self.held() and which in self.like:
+            return _zeros(self.like[which])
         found = self.own(*args, **kwargs)
-        self.like = _shapes(found)
+        self.like[which] = _shapes(found)
         return found
 
 

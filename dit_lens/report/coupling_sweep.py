@@ -1,4 +1,4 @@
-"""What `dit-lens gap --couple` shows: a row for each strength of the coupling, two sentences, a
+"""What `dit-lens gap --couple` shows: a row for each strength of the coupling, sentences, a
 picture.
 """
 
@@ -33,51 +33,70 @@ def show(results: xr.Dataset, stored: Path) -> None:
         results: of `dit_lens.experiments.couplings`.
         stored: the file that holds them.
     """
-    console = plain_console(110)
+    console = plain_console(120)
     form, eps = results.attrs["form"], results.attrs["eps"]
-    title = f"Twins coupled throughout ({form} form, eps {eps:g})"
-    table = Table(title=title, title_justify="left")
+    gaps = Table(
+        title=f"The gap of twins coupled by g ({form} form, eps {eps:g}), in three senses [95 %]",
+        title_justify="left",
+    )
+    for column in ("g", "agreement, steps", "low parts at", "high", "parting, steps", "log size"):
+        gaps.add_column(column, justify="right", no_wrap=True)
+    parts = Table(
+        title=f"What attention leaves of the twins' difference, mean of layers at step "
+        f"{int(results.attrs['step'])}, and the finished images",
+        title_justify="left",
+    )
     for column in (
         "g",
-        "low parts at",
-        "high parts at",
-        "gap, steps [95 %]",
-        "gap, log size [95 %]",
         "rho",
-        "response",
+        "routing",
+        "xi",
+        "pattern",
+        *(f"{band} energy [95 %]" for band in results.band.values),
+        "read [95 %]",
     ):
-        table.add_column(column, justify="right", no_wrap=True)
+        parts.add_column(column, justify="right", no_wrap=True)
     for g in results.g.values:
         one = results.sel(g=g)
-        gaps = (one.sel(sense=sense) for sense in SENSES)
-        table.add_row(
-            f"{g:g}",
-            *(number(step) for step in one.parting.values),
-            *(f"{Estimate.of(gap.gap, gap.gap_interval):+.2f}" for gap in gaps),
-            number(one.rho, "+.2f"),
-            number(one.response.mean(), "+.2f"),
+        agreement, parting, size = (
+            f"{Estimate.of(gap.gap, gap.gap_interval):+.2f}"
+            for gap in (one.sel(sense=sense) for sense in SENSES)
         )
-    console.print(table)
-    for sense in SENSES:
+        when = (number(step) for step in one.parting.values)
+        gaps.add_row(f"{g:g}", agreement, *when, parting, size)
+        energies = zip(one.energy.values, one.energy_interval.values, strict=True)
+        parts.add_row(
+            f"{g:g}",
+            number(one.rho, "+.2f"),
+            number(one.routing.mean(), "+.2f"),
+            number(one.xi, "+.2f"),
+            number(one.pattern.mean(), "+.2f"),
+            *(f"{Estimate.of(*energy):.2f}" for energy in energies),
+            f"{Estimate.of(one['read'], one.read_interval):.0%}",
+        )
+    console.print(gaps)
+    console.print(parts)
+    for sense in (*SENSES, "quality"):
         console.print(results.attrs[f"sentence_{sense}"], soft_wrap=True)
     drawn = draw(results, beside(stored, "coupling_sweep.nc", "coupling_sweep.png"))
     files(console, [drawn, stored])
 
 
 def draw(results: xr.Dataset, path: Path) -> Path:
-    """The gap in both senses against g; what attention leaves of the difference, against rho.
+    """The gap in three senses against g; both parts of what attention leaves, by layer; quality.
 
     Args:
         results: of `dit_lens.experiments.couplings`.
         path: of the picture.
     """
     g = results.g.values
-    with picture(path, (10.5, 3.1), ncols=3) as (_, axes):
+    with picture(path, (10.5, 5.8), nrows=2, ncols=3) as (_, axes):
         titles = {
-            "parting": ("when the twins part", "gap, steps (high minus low)"),
+            "agreement": ("when they commit", "gap, steps (high minus low)"),
+            "parting": ("when they part", "gap, steps (high minus low)"),
             "size": ("what they end up differing by", "log E low $-$ log E high"),
         }
-        for ax, (sense, (title, unit)) in zip(axes, titles.items(), strict=False):
+        for ax, (sense, (title, unit)) in zip(axes[0], titles.items(), strict=True):
             one = results.sel(sense=sense)
             ax.errorbar(
                 g,
@@ -91,42 +110,35 @@ def draw(results: xr.Dataset, path: Path) -> Path:
             )
             ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
             ax.set(title=title, ylabel=unit)
-        response = axes[2]
-        for layer in results.layer.values:
-            response.plot(
-                g,
-                results.response.sel(layer=layer),
-                color=LOW,
-                alpha=0.25,
-                linewidth=0.8,
-                label="each layer" if layer == 0 else None,
+        step = int(results.attrs["step"])
+        laws = {
+            "routing": ("rho", r"$\rho$ = (1 - g)/(1 + g)"),
+            "pattern": ("xi", r"$\xi$ = 1/(1 + g)"),
+        }
+        for ax, (part, (law, formula)) in zip(axes[1], laws.items(), strict=False):
+            for layer in results.layer.values:
+                label = "each layer" if layer == 0 else None
+                values = results[part].sel(layer=layer)
+                ax.plot(g, values, color=LOW, alpha=0.25, linewidth=0.8, label=label)
+            mean = results[part].mean("layer")
+            ax.plot(g, mean, color=LOW, marker="o", markersize=4, label="mean of layers")
+            ax.plot(g, results[law], color=HIGH, linestyle="--", linewidth=1, label=formula)
+            ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+            ax.set(title=f"{part}, step {step}", ylabel="difference left by attention")
+            legend(ax)
+        quality = axes[1][2]
+        for band, colour in zip(results.band.values, (LOW, HIGH), strict=True):
+            one = results.sel(band=band)
+            bars = error_bars(one.energy, one.energy_interval)
+            options = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
+            quality.errorbar(
+                g, one.energy, yerr=bars, color=colour, label=f"{band} energy", **options
             )
-        response.plot(
-            g,
-            results.response.mean("layer"),
-            color=LOW,
-            marker="o",
-            markersize=4,
-            linewidth=1.4,
-            label="mean of layers",
-        )
-        response.plot(
-            g,
-            results.linear.mean("layer"),
-            color=INK,
-            linestyle="none",
-            marker="x",
-            markersize=5,
-            label="first order",
-        )
-        rho = r"$\rho$ = (1 - g)/(1 + g)"
-        response.plot(g, results.rho, color=HIGH, linestyle="--", linewidth=1, label=rho)
-        response.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-        response.set(
-            ylabel="difference left by attention",
-            title=f"response of attention, step {int(results.attrs['step'])}",
-        )
-        legend(response)
-        for ax in axes:
+        bars = error_bars(results["read"], results.read_interval)
+        quality.errorbar(g, results["read"], yerr=bars, color=INK, label="read", **options)
+        quality.axhline(1, color=INK, linewidth=0.6, linestyle=":")
+        quality.set(title="the finished images", ylabel=f"energy, share of g = {g[0]:g}; read")
+        legend(quality)
+        for ax in axes.flat:
             ax.set_xlabel("coupling g")
     return path

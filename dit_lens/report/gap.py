@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from rich.table import Table
 
+from ..experiments.gap import TITLES, bands_sentence, gap_of
 from ..measures.estimate import Estimate, number
 from ..storage import save_dataset
 from .style import (
@@ -26,17 +27,16 @@ from .style import (
 )
 
 CAPTION = (
-    "stream: the step at which the twins' difference in the layer's residual stream has reached "
-    "half of what it ends at; "
-    "lens: the same of the agreement between the layer's stream read by the last layer and the "
-    "finished image."
+    "stream: the release at which finished clones agree by half in the layer's residual stream; "
+    "lens: the step at which the agreement between the layer's stream read by the last layer and "
+    "the finished image has reached half of what it ends at."
 )
-VIEWS = {
-    "divergence": "twins differ in the stream",
-    "lens": "stream read by the last layer",
-    "ratio": "normalised difference energies",
-    "growth": "bare difference energies",
-}
+NULLS = " null: the same of layers in another order, lowest to highest."
+QUALITY = (
+    "Var(x0) share: Var(predicted x0) / Var(finished image) where the clones commit; an exact "
+    "denoiser's is 0.50."
+)
+VIEWS = {view: title[0].lower() + title[1:] for view, title in TITLES.items()}
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
@@ -57,7 +57,7 @@ def show(results: xr.Dataset, stored: Path) -> None:
         results: of `dit_lens.experiments.measure_gap`.
         stored: the file that holds them.
     """
-    console = plain_console(110)
+    console = plain_console(130 if "null_profile" in results else 110)
     console.print(table(results))
     console.print(band_table(results))
     for line in sentences(results):
@@ -76,48 +76,61 @@ def table(results: xr.Dataset) -> Table:
     Args:
         results: of `dit_lens.experiments.measure_gap`.
     """
+    nulls = "null_profile" in results
     shown = Table(
         title=results.attrs["title"],
         title_justify="left",
-        caption=CAPTION,
+        caption=CAPTION + NULLS * nulls,
         caption_justify="left",
         padding=(0, 1),
     )
-    shown.add_column("layer", justify="right")
+    shown.add_column("layer", justify="right", no_wrap=True)
     for view in ("stream", "lens"):
         shown.add_column(f"{view} low", justify="right", header_style=LOW, no_wrap=True)
-        shown.add_column("high", justify="right", header_style=HIGH)
+        shown.add_column("high", justify="right", header_style=HIGH, no_wrap=True)
         shown.add_column("gap [95 %]", justify="right", no_wrap=True)
+        if nulls:
+            shown.add_column("null", justify="right", no_wrap=True)
     for layer in results.layer.values[1:]:  # the first is the embedding
         cells = [str(layer)]
-        for view in ("divergence", "lens"):
+        for view in ("stream", "lens"):
             one = results.sel(layer=layer, view=view)
             cells += [number(one.layer_commitment.sel(split=name)) for name in ("low", "high")]
             cells.append(f"{Estimate.of(one.layer_gap, one.layer_gap_interval):+.1f}")
+            if nulls:
+                known = one.null_profile.sel(profile=view).values
+                known = known[np.isfinite(known)]
+                ends = (known.min(), known.max()) if len(known) else (np.nan, np.nan)
+                cells.append(" to ".join(number(end, "+.1f") for end in ends))
         shown.add_row(*cells)
     return shown
 
 
 def band_table(results: xr.Dataset) -> Table:
-    """One row a band: when it commits, by both estimators.
+    """One row a band: when it commits, by both estimators, and how good the denoiser is there.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
     """
     shown = Table(
-        title="commitment of the finished image, in steps", title_justify="left", padding=(0, 1)
+        title="commitment of the finished image, in steps",
+        title_justify="left",
+        caption=QUALITY,
+        caption_justify="left",
+        padding=(0, 1),
     )
-    for column in ("band", "one pass [95 %]", "clones [95 %]"):
+    for column in ("band", "clones [95 %]", "one pass [95 %]", "Var(x0) share [95 %]"):
         shown.add_column(column, justify="right", no_wrap=True)
     for kind in ("band", "split"):
         for name in results[kind].values:
             one = results.sel({kind: name})
-            pairs = zip(
-                one[f"{kind}_commitment"].values,
-                one[f"{kind}_commitment_interval"].values,
-                strict=True,
-            )
-            shown.add_row(str(name), *(f"{Estimate.of(*pair):.1f}" for pair in pairs))
+            cells = []
+            for estimator in ("clones", "one_pass"):
+                part = one.sel(estimator=estimator)
+                ends = part[f"{kind}_commitment_interval"]
+                cells.append(f"{Estimate.of(part[f'{kind}_commitment'], ends):.1f}")
+            share = Estimate.of(one[f"{kind}_variance"], one[f"{kind}_variance_interval"])
+            shown.add_row(str(name), *cells, f"{share:.2f}")
     return shown
 
 
@@ -127,28 +140,30 @@ def sentences(results: xr.Dataset) -> list[str]:
     Args:
         results: of `dit_lens.experiments.measure_gap`.
     """
-    step, snr = results.sel(quantity="step"), results.sel(quantity="log_snr", estimator="one_pass")
+    estimator = "clones" if results.sizes["release"] else "one_pass"
+    snr = results.sel(quantity="log_snr", estimator=estimator)
     others = {
         "in log SNR": Estimate.of(snr.split_gap, snr.split_gap_interval),
-        "in steps on x_t": Estimate.of(step.x_t_gap, step.x_t_gap_interval),
+        "in steps on x_t, one pass": Estimate.of(
+            *(results.sel(quantity="step")[name] for name in ("x_t_gap", "x_t_gap_interval"))
+        ),
     }
     if results.attrs.get("vae"):  # without one the image is the latents, shifted
-        image = step.sel(estimator="one_pass")
-        others["on the image"] = Estimate.of(image.image_gap, image.image_gap_interval)
-    same = ", ".join(f"{where} {gap:+.2f}" for where, gap in others.items())
+        others["on the image"] = gap_of(results, "image", estimator)
+    same = ", ".join(f"{where} {gap:+.2f}" for where, gap in others.items() if gap.known)
     cut = results.cut_gap.values[np.isfinite(results.cut_gap.values)]
-    spread = (
-        f"; from {cut.min():+.1f} to {cut.max():+.1f} steps, depending on the cut"
-        if len(cut)
-        else ""
-    )
     lines = [
         results.attrs["headline"],
-        f"The same gap {same}{spread}.",
+        bands_sentence(results),
+        f"The same gap {same}." if same else "",
+        f"By one pass it is {cut.min():+.1f} to {cut.max():+.1f} steps, depending on the cut."
+        if len(cut)
+        else "",
         f"Steps are those of this sampler in {results.attrs['steps']} steps, which decides a band "
         "a little earlier than endlessly many would; `dit_lens.experiments.step_doubling` says by "
         "how much.",
         results.attrs["estimators"],
+        results.attrs["data"],
         *results.attrs["notes"].splitlines(),
     ]
     if (np.abs(results.layer_gap_interval.values) > results.attrs["steps"]).any():
@@ -156,18 +171,27 @@ def sentences(results: xr.Dataset) -> list[str]:
             f"A layer's interval that reaches beyond {results.attrs['steps']} steps is longer than "
             "the run: it says that nothing is known there."
         )
-    return lines + [
-        f"{title[0].upper()}{title[1:]}: {results.attrs[f'onset_{view}']}"
-        for view, title in VIEWS.items()
-    ]
+    depth = [str(results.attrs[f"onset_{view}"]) for view in VIEWS]
+    if "null_profile" in results:
+        pairs, steps = (int(results.attrs[f"null_{what}"]) for what in ("pairs", "steps"))
+        depth.insert(
+            0,
+            f"Depth is held against {results.sizes['null']} null models, each view by itself, "
+            f"measured in {pairs} pairs and {steps} steps as they are.",
+        )
+    # without null models one sentence stands for all views
+    return [line for line in [*lines, *dict.fromkeys(depth)] if line]
 
 
 def onsets(results: xr.Dataset) -> dict[str, int]:
-    """The layer at which each view has its onset, -1 for none.
+    """The layer at which each view has its onset, -1 for none; empty where no claim about depth is
+    made, without null models.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
     """
+    if "null_profile" not in results:
+        return {}
     return {view: int(results.attrs[f"onset_layer_{view}"]) for view in VIEWS}
 
 
@@ -194,6 +218,9 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
                     one[f"log_ratio{end}"] for end in ("", "_interval", "_together")
                 )
                 title = f"{title}, step {at}"
+            if "null_profile" in results:
+                for null in results.null_profile.sel(profile=view).values:
+                    ax.plot(layers, null, color=LOW, alpha=0.3, linewidth=0.5)
             # of each layer by itself, and of all at once
             for shown in (ends, together):
                 ax.fill_between(layers, *shown.values.T, color=INK, alpha=0.12, linewidth=0)

@@ -13,7 +13,7 @@ import xarray as xr
 from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
 from ..storage import load_dataset
-from . import cause_map, coupling_sweep, gap, knock_outs
+from . import attributes, cause_details, cause_map, coupling_sweep, gap, knock_outs
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -43,23 +43,46 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "difference_spectrum": ("layer", "token_frequency"),
         "agreement_one_pass": ("step", "band"),
         "agreement_clones": ("release", "band"),
+        "band_gap": ("estimator", "quantity"),
+        "band_gap_interval": ("estimator", "quantity", ENDS),
+        "band_variance": ("band",),
+        "band_variance_interval": ("band", ENDS),
+        "split_variance": ("split",),
+        "split_variance_interval": ("split", ENDS),
+        "estimator_band_difference": (),
+        "estimator_band_difference_interval": (ENDS,),
+    },
+    "attributes.nc": {
+        "commitment": ("attribute", "quantity"),
+        "commitment_interval": ("attribute", "quantity", ENDS),
+        "readable": ("attribute", "quantity"),
+        "readable_interval": ("attribute", "quantity", ENDS),
+        "band_commitment": ("band", "quantity"),
+        "band_commitment_interval": ("band", "quantity", ENDS),
+        "split_commitment": ("split", "quantity"),
+        "split_commitment_interval": ("split", "quantity", ENDS),
+        "agreement": ("release", "attribute"),
+        "agrees": ("release", "pair", "attribute"),
+        "end": ("release", "twin", "shown", "channel", "row", "column"),
     },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
         "gap": ("g", "sense"),
         "gap_interval": ("g", "sense", ENDS),
         "rho": ("g",),
-        "response": ("g", "layer"),
-        "linear": ("g", "layer"),
+        "xi": ("g",),
+        "routing": ("g", "layer"),
+        "pattern": ("g", "layer"),
+        "energy": ("g", "band"),
+        "energy_interval": ("g", "band", ENDS),
+        "read": ("g",),
+        "read_interval": ("g", ENDS),
     },
     "knock_outs.nc": {
-        "gap": ("layer",),
-        "effect": ("layer",),
-        "effect_interval": ("layer", ENDS),
-        "direct_effect": ("layer",),
-        "mediated_effect": ("layer",),
+        "gap": ("how", "layer"),
+        "effect": ("how", "layer"),
+        "effect_interval": ("how", "layer", ENDS),
     },
-    "patches.nc": {"move": ("layer", "site", "window", "band")},
     "cause_map.nc": {
         "effect": ("site", "layer", "window", "band"),
         "effect_interval": ("site", "layer", "window", "band", ENDS),
@@ -71,47 +94,88 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "first": ("window",),
         "last": ("window",),
     },
+    "patches.nc": {
+        "move": ("layer", "site", "window", "band"),
+        "move_together": ("layer", "site", "window", "band", ENDS),
+    },
+    "cumulative.nc": {
+        "effect": ("end", "depth"),
+        "effect_interval": ("end", "depth", ENDS),
+    },
+    "smallest_set.nc": {"gap": ("tried",), "left": (), "left_interval": (ENDS,)},
+    "shapley.nc": {
+        "share": ("player",),
+        "share_interval": ("player", ENDS),
+        "monte_carlo": ("player",),
+        "interaction": ("one", "other"),
+    },
+    "windows.nc": {
+        "effect": ("layer", "window"),
+        "effect_interval": ("layer", "window", ENDS),
+    },
+    "interchange.nc": {"move": ("layer", "head", "window", "dose", "taken", "band")},
 }
 """The files that the commands write, and the figures in each that a report shows, with their
 axes."""
 
 LABELS: dict[str, dict[str, set[Any]]] = {
     "gap.nc": {
-        "view": {"divergence", "lens"},
+        "view": {"stream", "lens"},
         "energy": {"ratio", "growth"},
         "split": {"low", "high"},
         "estimator": {"one_pass", "clones"},
         "quantity": {"step", "log_snr"},
         ENDS: {"low", "high"},
     },
-    "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"parting", "size"}},
+    "attributes.nc": {
+        "split": {"low", "high"},
+        "quantity": {"step"},
+        "twin": {"A", "B"},
+        ENDS: {"low", "high"},
+    },
+    "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
-    "patches.nc": {"band": {"low", "high"}},
     "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
+    "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
+    "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
+    "smallest_set.nc": {ENDS: {"low", "high"}},
+    "shapley.nc": {ENDS: {"low", "high"}},
+    "windows.nc": {ENDS: {"low", "high"}},
+    "interchange.nc": {"band": {"low", "high"}, "taken": {"low", "high"}},
 }
 """Labels that an axis must have."""
 
 NUMBERS, TEXTS = "numbers", "texts"
 ATTRS: dict[str, dict[str, str]] = {
     "gap.nc": {
-        **dict.fromkeys(("headline", "estimators", "title", "bands", "notes"), TEXTS),
+        **dict.fromkeys(("headline", "estimators", "data", "title", "bands", "notes"), TEXTS),
         **dict.fromkeys(("commitment_step", "cut", "steps"), NUMBERS),
         **{f"onset_{view}": TEXTS for view in gap.VIEWS},
         **{f"onset_layer_{view}": NUMBERS for view in gap.VIEWS},
     },
+    "attributes.nc": {
+        **dict.fromkeys(("headline", "title", "notes"), TEXTS),
+        "steps": NUMBERS,
+    },
     "coupling_sweep.nc": {
-        **dict.fromkeys(("form", "sentence_parting", "sentence_size"), TEXTS),
+        **dict.fromkeys(("form", "sentence_quality"), TEXTS),
+        **{f"sentence_{sense}": TEXTS for sense in coupling_sweep.SENSES},
         **dict.fromkeys(("eps", "step"), NUMBERS),
     },
-    "knock_outs.nc": {"sentence": TEXTS, "gap": NUMBERS},
+    "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
     "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
+    "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
+    "smallest_set.nc": {"sentence": TEXTS},
+    "shapley.nc": {"sentence": TEXTS, "every": NUMBERS, "orders": NUMBERS},
+    "windows.nc": {"sentence": TEXTS, "gap": NUMBERS, "matters": NUMBERS},
+    "interchange.nc": {"sentence": TEXTS},
 }
 """What else a report shows."""
 
 COORDINATES = {
-    **dict.fromkeys(("layer", "step", "release"), "i"),
-    **dict.fromkeys(("g", "cut", "frequency", "token_frequency"), "f"),
+    **dict.fromkeys(("layer", "step", "release", "depth", "head"), "i"),
+    **dict.fromkeys(("g", "cut", "dose", "frequency", "token_frequency"), "f"),
 }
 """Axes whose labels are numbers, and of which kind."""
 
@@ -142,10 +206,14 @@ def show(path: Path) -> None:
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
             gap.show(results, file)
+        elif kind == "attributes.nc":
+            attributes.show(results, file)
         elif kind == "coupling_sweep.nc":
             coupling_sweep.show(results, file)
         elif kind == "cause_map.nc":
             cause_map.show(results, file)
+        elif kind in cause_details.SHOWN:
+            cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
             _show_causes(kind, file)
 
@@ -178,9 +246,13 @@ def read(path: Path) -> tuple[str, xr.Dataset]:
         if not (number if what == NUMBERS else isinstance(value, str)):
             raise InvalidValue(f"{str(path)!r} has {name}={value!r:.60}; expected {EXPECTED}.")
     if kind == "knock_outs.nc":
-        causes = np.atleast_1d(results.attrs.get("causes", "none"))
-        if causes.dtype.kind not in "if" or not np.isin(causes, results.layer.values).all():
-            raise InvalidValue(f"{str(path)!r} has causes={causes}; expected some of its layers.")
+        for way in results.how.values.tolist():
+            said = results.attrs.get(f"sentence_{way}")
+            if way not in knock_outs.REPLACED or not isinstance(said, str):
+                raise InvalidValue(
+                    f"{str(path)!r} has how={way!r:.60} and the sentence {said!r:.60}; expected "
+                    f"{', '.join(knock_outs.REPLACED)} with a sentence each."
+                )
     return kind, results
 
 

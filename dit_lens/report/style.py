@@ -14,6 +14,15 @@ from rich.console import Console
 from ..storage import replacing, versions
 
 LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
+DOT: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 3,
+    "markerfacecolor": "white",
+    "markeredgecolor": INK,
+    "markeredgewidth": 0.6,
+}
+"""A mark on a coloured cell, of any colour."""
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,

@@ -8,20 +8,25 @@ scheduler's memory is rebuilt for a replay by feeding it the stored model output
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..errors import DitLensError, InvalidValue
+from ..hooks.passes import Part
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import log_snr, predict_x0
-from ..model.witness import Witness
-from .guidance import guided, model_inputs
-from .noise import generators
+from ..model.noise_schedule import CLIPPING, log_snr, predict_x0
+from ..model.witness import Checksum, Witness
+from .guidance import guided, model_inputs, n_passes
+from .noise import generators, noise
+from .parts import Split, Splitter, is_out_of_memory, positions
 from .schedulers import SAMPLERS, learns_variance, make_scheduler, takes_eta
-from .settings import Change, Settings, edits_at, seeds_at
+from .settings import Change, Edits, Settings, edits_at, seeds_at
 
 
 class Step(NamedTuple):
@@ -31,13 +36,79 @@ class Step(NamedTuple):
         x0: the predicted clean latents, [batch, *latent_shape].
         output: what the scheduler was given, [batch, ...].
         following: the next x_t.
-        witness: checksums of the streams in the model's pass.
+        witness: checksums of the streams in the model's passes.
+        split: how the batch went through the model.
     """
 
     x0: Tensor
     output: Tensor
     following: Tensor
     witness: Witness
+    split: Split
+
+
+class Kept:
+    """A trajectory as it grows, in memory that is taken once.
+
+    Args:
+        start: the first x_t, [batch, *latent_shape].
+        steps: how many there will be.
+
+    Attributes:
+        latents: [steps + 1, batch, ...].
+        x0: [steps, batch, ...].
+        outputs: [steps, batch, ...].
+        witnesses: of each step so far.
+        splits: of each step so far.
+    """
+
+    def __init__(self, start: Tensor, steps: int) -> None:
+        self.steps = steps
+        self.latents = start.new_empty(steps + 1, *start.shape)
+        self.latents[0] = start
+        self.x0 = start.new_empty(steps, *start.shape)
+        self.outputs = start.new_empty(0)  # its channels are known with the first
+        self.witnesses: list[Witness] = []
+        self.splits: list[Split] = []
+
+    @property
+    def done(self) -> int:
+        """How many steps there are."""
+        return len(self.witnesses)
+
+    @property
+    def now(self) -> Tensor:
+        """The latest x_t."""
+        return self.latents[self.done]
+
+    def add(self, step: Step) -> None:
+        """One more step."""
+        at = self.done
+        self._make_room(step.output)
+        self.latents[at + 1], self.x0[at], self.outputs[at] = step.following, step.x0, step.output
+        self.witnesses.append(step.witness)
+        self.splits.append(step.split)
+
+    def take_over(
+        self,
+        latents: Tensor,
+        x0: Tensor,
+        outputs: Tensor,
+        witnesses: Sequence[Witness],
+        splits: Sequence[Split],
+    ) -> None:
+        """The first steps of another trajectory: latents [steps, batch, ...], x0, outputs,
+        witnesses and splits.
+        """
+        n = len(latents)
+        if n:
+            self._make_room(outputs[0])
+            self.latents[:n], self.x0[:n], self.outputs[:n] = latents, x0, outputs
+        self.witnesses, self.splits = list(witnesses), list(splits)
+
+    def _make_room(self, output: Tensor) -> None:
+        if not self.outputs.numel():
+            self.outputs = output.new_empty(self.steps, *output.shape)
 
 
 def model_output(
@@ -54,12 +125,18 @@ def advance(
 ) -> Tensor:
     """The next x_t: one step of the scheduler, with each item's own noise."""
     options: dict[str, Any] = {}
+    # a tensor would be looked into several times a step
+    t = scheduler.timesteps[step]
+    t = scheduler.timesteps.tolist()[step] if type(scheduler).__name__ in CLIPPING else t
+    if type(scheduler) is DDIMScheduler:
+        if eta:
+            options["variance_noise"] = noise(seeds, step, x.shape[1:], x.device, output.dtype)
     # UniPC draws no noise and takes none
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    elif "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generators(seeds, step)
     if takes_eta(scheduler):
         options["eta"] = eta
-    following: Tensor = scheduler.step(output, scheduler.timesteps[step], x, **options).prev_sample
+    following: Tensor = scheduler.step(output, t, x, **options).prev_sample
     return following.to(x.dtype)
 
 
@@ -72,21 +149,95 @@ def denoise(
     scheduler: Any,
     first: int = 0,
     last: int | None = None,
+    splitter: Splitter | None = None,
 ) -> Iterator[Step]:
     """From x_t at step `first` to before step `last`, one step after the other."""
+    splitter = splitter or Splitter()
     with torch.no_grad():
         for step in range(first, settings.steps if last is None else last):
-            inst = model.instrumentation
-            with (
-                inst.under(step=step),
-                model.hooks(edits_at(history, step)),
-                inst.witnessing() as witness,
-            ):
-                output = model_output(model, x, step, labels, settings, scheduler)
+            output, witness, split = answered(
+                model, x, step, labels, settings, scheduler, edits_at(history, step), splitter
+            )
             t = scheduler.timesteps[step]
             x0 = predict_x0(scheduler, x, model.without_variance(output), t)
             x = advance(scheduler, output, x, seeds_at(history, step), step, settings.eta)
-            yield Step(x0, output, x, witness)
+            yield Step(x0, output, x, witness, split)
+
+
+def answered(
+    model: HookedDiT,
+    x: Tensor,
+    step: int,
+    labels: Tensor,
+    settings: Settings,
+    scheduler: Any,
+    edits: Edits,
+    splitter: Splitter,
+) -> tuple[Tensor, Witness, Split]:
+    """The model's guided answer at x_t [batch, ...], with its checksums, part by part."""
+    inst, passes = model.instrumentation, n_passes(model, settings.guidance)
+    split = splitter.at(step, len(x))
+    waiting, done = deque(split.parts), list[tuple[int, ...]]()
+    outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
+    if not split.whole:
+        inst.require_parts()
+    while waiting:
+        part = waiting.popleft()
+        index = positions(part, x.device)
+        try:
+            with (
+                inst.under(step=step, **_place(inst, split, part, passes, tries)),
+                model.hooks(edits),
+                inst.witnessing() as witness,
+            ):
+                whole = len(part) == len(x)
+                own = (x, labels) if whole else (x[index], labels[index])
+                output = model_output(model, own[0], step, own[1], settings, scheduler)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            output = None
+        tries += 1
+        if output is None:  # the exception is gone by now, and what it held
+            inst.require_parts()
+            waiting.extendleft(reversed(splitter.halved(part, splitter.pairs and not split.copied)))
+            continue
+        done.append(part)
+        outputs.append(output)
+        witnesses.append(witness)
+    split = replace(split, parts=tuple(done))
+    if split.whole:
+        return outputs[0], witnesses[0], split
+    return _joined(outputs, witnesses, split, passes)
+
+
+def _place(
+    inst: Any, split: Split, part: tuple[int, ...], passes: int, tries: int
+) -> dict[str, Any]:
+    """What a part's pass is told of its place in the step."""
+    if len(part) == split.size and not tries:
+        return {}
+    rows, twin = split.rows(part, passes), inst.context.twin
+    # of copies the originals are all that is run
+    size = split.size * passes if not split.copied else len(part) * passes
+    return {
+        "part": Part(rows, size, later=tries > 0),
+        "twin": None if twin is None else tuple(twin[row] for row in rows),
+    }
+
+
+def _joined(
+    outputs: list[Tensor], witnesses: list[Witness], split: Split, passes: int
+) -> tuple[Tensor, Witness, Split]:
+    """Parts as the whole batch, in its order."""
+    output = torch.cat(outputs)
+    order, rows = (split.order(n, output.device) for n in (1, passes))
+    witness: Witness = {}
+    for name in witnesses[0]:
+        parts = [each[name] for each in witnesses]
+        whole = Checksum(torch.cat([p.bits for p in parts]), torch.cat([p.total for p in parts]))
+        witness[name] = whole if rows is None else whole.items(rows)
+    return output if order is None else output[order], witness, split
 
 
 def prepared(model: HookedDiT, settings: Settings) -> Any:

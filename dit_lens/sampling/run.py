@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.names import select
+from ..hooks.passes import Part
 from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
@@ -24,9 +25,10 @@ from ..model.noise_schedule import log_snr
 from ..model.state import State
 from ..model.witness import Departure, Proof, Witness, until
 from .guidance import model_inputs, n_passes
-from .loop import Step, advance, denoise, prepared
+from .loop import Kept, advance, denoise, prepared
 from .noise import START, noise
-from .schedulers import default_name
+from .parts import Split, Splitter, positions
+from .schedulers import MEMORYLESS, default_name
 from .settings import (
     Change,
     Edits,
@@ -73,6 +75,8 @@ class Run:
         kernels: the settings that chose the kernels.
         state: a glance at the model, to name what changed since.
         selected: whether these are some of the items of a larger batch.
+        splits: how each step's batch went through the model.
+        batch: so many images go through the model at once; None is all.
         tied_until: before this step each item was coupled to its twin through attention, which a
             recomputation can't repeat.
     """
@@ -89,8 +93,10 @@ class Run:
     scheduler: Any = field(repr=False)
     kernels: Kernels = field(repr=False)
     state: State = field(repr=False)
+    splits: tuple[Split, ...] = field(repr=False)
     tied_until: int = 0
     selected: bool = False
+    batch: int | None = None
 
     @property
     def log_snr(self) -> Tensor:
@@ -100,7 +106,7 @@ class Run:
     @cached_property
     def images(self) -> Tensor:
         """The finished latents decoded, [batch, channel, height, width] in [0, 1]."""
-        return decode(self.model, self.latents[-1])
+        return decode(self.model, self.latents[-1], self.batch)
 
     def activations(
         self, name: str, layer: int | None = None, *, step: int | None = None
@@ -129,9 +135,29 @@ class Run:
         self.require_released(0 if step is None else step)
         key: Any = name if layer is None else (name, layer)
         full = self.model.resolve(key)
-        steps = range(self.settings.steps) if step is None else [step]
-        found = [self._recomputed(s, full) for s in steps]
-        return torch.stack(found) if step is None else found[0]
+        if step is not None:
+            return self._recomputed(step, full)
+        first = self._recomputed(0, full)
+        found = first.new_empty(self.settings.steps, *first.shape)  # filled as they come
+        for s in range(self.settings.steps):
+            found[s] = first if s == 0 else self._recomputed(s, full)
+        return found
+
+    def check(self, step: int) -> None:
+        """Hold the model's pass at a step against the run's witness.
+
+        Args:
+            step: 0 is the noisiest.
+
+        Raises:
+            NotReproduced: if the pass is no longer what it was.
+
+        >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
+        >>> run.check(2)
+        """
+        step = check_step(step, self.settings.steps)
+        self.require_released(step)
+        self._recomputed(step, "hook_sample")
 
     def forward(self, step: int) -> Tensor:
         """The model's pass at a step once more, with this run's edits: what a probe can watch.
@@ -152,47 +178,81 @@ class Run:
         """
         step = check_step(step, self.settings.steps)
         self.require_released(step)
-        proof = Proof(self.witnesses[step], self.model.names, "hook_sample")
-        with (
-            self.model.instrumentation.under(step=step),
-            self.model.hooks(edits_at(self.history, step)),
-            self.model.attached(proof.listeners),
-        ):
-            answer = self._pass(step)
-        self._judge(step, proof.departure())
-        return answer
+        inst, split = self.model.instrumentation, self.splits[step]
+        if not split.whole:
+            inst.require_parts()
+        answers, departures = [], []
+        for number, part in enumerate(split.parts):
+            proof = Proof(self._witness(step, part), self.model.names, "hook_sample")
+            rows = split.rows(part, self.passes)
+            place = None if split.whole else Part(rows, split.size * self.passes, number > 0)
+            with (
+                inst.under(step=step, part=place),
+                self.model.hooks(edits_at(self.history, step)),
+                self.model.attached(proof.listeners),
+            ):
+                answers.append(self._pass(step, part))
+            departures.append(proof.departure())
+        self._judge(step, departures)
+        return self._whole(answers, split)
 
     def _recomputed(self, step: int, name: str) -> Tensor:
         """One activation at one step, held against the run's witness; hooks that are on now, and
         traces that are open, have no part in it.
         """
-        model, witness, found = self.model, self.witnesses[step], list[Tensor]()
-        last = until(name, model.names, witness)
-        proof = Proof(witness, model.names, last)
-        listeners: list[tuple[str, Listener]] = [
-            (each, Editor(fn))
-            for names, fn in edits_at(self.history, step)
-            for each in select(names, model.names)
-        ]
-        listeners += proof.listeners
-        listeners.append((name, Observer(lambda value, hook: found.append(value))))
-        listeners += model.instrumentation.stopping(last)
-        with model.instrumentation.alone(listeners), suppress(StopForward):
-            self._pass(step)
-        self._judge(step, proof.departure())
-        return found[0]
+        model, split = self.model, self.splits[step]
+        last = until(name, model.names, self.witnesses[step])
+        found, departures = list[Tensor](), []
+        for part in split.parts:
+            proof = Proof(self._witness(step, part), model.names, last)
+            listeners: list[tuple[str, Listener]] = [
+                (each, Editor(fn))
+                for names, fn in edits_at(self.history, step)
+                for each in select(names, model.names)
+            ]
+            listeners += proof.listeners
+            listeners.append((name, Observer(lambda value, hook: found.append(value))))
+            listeners += model.instrumentation.stopping(last)
+            with model.instrumentation.alone(listeners), suppress(StopForward):
+                self._pass(step, part)
+            departures.append(proof.departure())
+        self._judge(step, departures)
+        return self._whole(found, split)
 
-    def _pass(self, step: int) -> Tensor:
-        """The model's pass at a step, from the stored x_t."""
-        x, t = self.latents[step], self.timesteps[step]
-        inputs = model_inputs(self.model, x, t, self.labels, self.settings.guidance)
+    @property
+    def passes(self) -> int:
+        """Images an item: 2 where guidance runs a null half."""
+        return n_passes(self.model, self.settings.guidance)
+
+    def _whole(self, found: list[Tensor], split: Split) -> Tensor:
+        """What the parts of a step gave, as the whole batch."""
+        if split.whole:
+            return found[0]
+        value = torch.cat(found)
+        order = split.order(self.passes, value.device)
+        return value if order is None else value[order]
+
+    def _witness(self, step: int, part: tuple[int, ...]) -> Witness:
+        """The checksums of one part of a step."""
+        if self.splits[step].whole:
+            return self.witnesses[step]
+        rows = torch.tensor(self.splits[step].rows(part, self.passes), device=self.latents.device)
+        return {name: each.items(rows) for name, each in self.witnesses[step].items()}
+
+    def _pass(self, step: int, part: tuple[int, ...]) -> Tensor:
+        """The model's pass at a step, from the stored x_t of some items."""
+        index = positions(part, self.latents.device)
+        x, t = self.latents[step][index], self.timesteps[step]
+        inputs = model_inputs(self.model, x, t, self.labels[index], self.settings.guidance)
         with self.kernels.restored(x.device.type):
             return self.model(*inputs)
 
-    def _judge(self, step: int, departure: Departure | None) -> None:
+    def _judge(self, step: int, departures: Sequence[Departure | None]) -> None:
         """Raise NotReproduced for another computation; warn of rounding."""
-        if departure is None:
+        seen = sorted((d for d in departures if d is not None), key=lambda d: d.rounding)
+        if not seen:
             return
+        departure = seen[0]
         if not departure.rounding:
             changed = self.state.changes(State.of(self.model.transformer))
             raise departure.error(step, changed or [EDITED_OUTSIDE])
@@ -232,11 +292,16 @@ class Run:
         history = tuple(
             replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history
         )
+        splits = self.splits
+        if chosen.tolist() != list(range(whole)):
+            own = Splitter(self.batch, passes)
+            splits = tuple(own.at(step, len(chosen)) for step in range(self.settings.steps))
         return replace(
             self,
             labels=self.labels[chosen],
             history=history,
             witnesses=witnesses,
+            splits=splits,
             selected=self.selected or len(chosen) < whole,
             **parts,
         )
@@ -246,9 +311,11 @@ class Run:
         from_step: int = 0,
         edits: Edits = (),
         *,
+        until: int | None = None,
         seeds: Seeds | None = None,
         latents: Tensor | None = None,
         released: bool = False,
+        batch: int | None = None,
     ) -> Run:
         """The same run from `from_step` on, with interventions, other noise, or other latents.
 
@@ -257,9 +324,12 @@ class Run:
         Args:
             from_step: the first step that is run again.
             edits: (name, fn(activation, hook)) that act from there on, beside the run's own.
+            until: the first step at which they no longer act; None is the run's end.
             seeds: other ones make clones, which share the past and not the future.
             latents: x_t at `from_step`, [batch, *latent_shape], in place of the stored one.
             released: let twins that were coupled run on alone, also from before their release.
+            batch: images at once; by default as in this run. The run's own edits and `edits` then
+                see each part of the batch by itself.
 
         Raises:
             ValueError: for a step outside the run or while it was coupled, latents of another
@@ -273,6 +343,9 @@ class Run:
         # What is asked for fits the run.
         from_step = check_step(from_step, self.settings.steps, "from_step")
         edits = pairs_of("edits", edits)
+        if until is not None:
+            last = self.settings.steps
+            until = arguments.whole("until", until, from_step + 1, last, "after from_step")
         for names, _ in edits:
             select(names, self.model.names)
         if not arguments.flag("released", released):
@@ -285,6 +358,7 @@ class Run:
                 f"{list(self.latents[0].shape)}."
             )
         fresh = None if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
+        arguments.optional(arguments.whole, "batch", batch, 1)
         if max(from_step, self.tied_until) < self.settings.steps:
             self._recomputed(max(from_step, self.tied_until), "hook_sample")
 
@@ -296,24 +370,44 @@ class Run:
                 Change(from_step, fresh),
             )
         if edits:
-            mine = Change(from_step, seeds_at(history, from_step), tuple(edits))
+            mine = Change(from_step, seeds_at(history, from_step), tuple(edits), until)
             history = tuple(sorted((*history, mine), key=lambda change: change.from_step))
 
-        # The steps before are taken over, those after are run.
-        scheduler = self.scheduler_at(from_step)
-        later = denoise(
-            self.model, start, self.labels, history, self.settings, scheduler, from_step
+        # The steps before are taken over, those after are run, split as they were if nothing is
+        # different.
+        batch = self.batch if batch is None else batch
+        same = fresh is None and latents is None and not edits and batch == self.batch
+        splitter = Splitter(batch, self.passes, given=self.splits if same else None)
+        kept = Kept(self.latents[0], self.settings.steps)
+        kept.take_over(
+            self.latents[:from_step],
+            self.x0[:from_step],
+            self.outputs[:from_step],
+            self.witnesses[:from_step],
+            self.splits[:from_step],
         )
-        steps = list(later)
+        kept.latents[from_step] = start
+        scheduler = self.scheduler_at(from_step)
+        for step in denoise(
+            self.model,
+            start,
+            self.labels,
+            history,
+            self.settings,
+            scheduler,
+            from_step,
+            splitter=splitter,
+        ):
+            kept.add(step)
         return replace(
             self,
             history=history,
-            latents=torch.cat(
-                [self.latents[:from_step], start[None], torch.stack([s.following for s in steps])]
-            ),
-            x0=torch.cat([self.x0[:from_step], torch.stack([s.x0 for s in steps])]),
-            outputs=torch.cat([self.outputs[:from_step], torch.stack([s.output for s in steps])]),
-            witnesses=(*self.witnesses[:from_step], *(s.witness for s in steps)),
+            latents=kept.latents,
+            x0=kept.x0,
+            outputs=kept.outputs,
+            witnesses=tuple(kept.witnesses),
+            splits=tuple(kept.splits),
+            batch=batch if splitter.batch is None else splitter.batch,
             tied_until=min(self.tied_until, from_step),
         )
 
@@ -329,8 +423,11 @@ class Run:
         Args:
             step: the next step to be made.
         """
-        scheduler = self.fresh_scheduler()
-        for s in range(arguments.whole("step", step, 0, self.settings.steps)):
+        scheduler, step = (
+            self.fresh_scheduler(),
+            arguments.whole("step", step, 0, self.settings.steps),
+        )
+        for s in range(0 if type(scheduler).__name__ in MEMORYLESS else step):
             seeds, eta = self.seeds_at(s), self.settings.eta
             advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
         return scheduler
@@ -355,6 +452,7 @@ def sample(
     guided_channels: GuidedChannels = "all",
     latents: Tensor | None = None,
     progress: Progress | None = None,
+    batch: int | None = None,
 ) -> Run:
     """Sample one image a label and keep the trajectory.
 
@@ -377,9 +475,14 @@ def sample(
         guided_channels: "all" (diffusers' DiTPipeline) or "first3" (the original DiT's samples).
         latents: the start, in place of noise from the seeds.
         progress: called with (steps done, steps in all).
+        batch: images that go through the model at once, two an item with guidance; None is all.
+            Results do not depend on it but for rounding. What is out of memory is halved, with a
+            warning.
 
     Raises:
         ValueError: for what is out of range, in one sentence.
+        RuntimeError: with `batch`, if an edit or probe is on that needs the whole batch at once;
+            out of memory with a single image.
     """
     with HookedDiT.opening(model) as opened:
         return _sample(
@@ -393,6 +496,7 @@ def sample(
             guided_channels,
             latents,
             progress,
+            batch,
         )
 
 
@@ -407,12 +511,14 @@ def _sample(
     guided_channels: GuidedChannels,
     latents: Tensor | None,
     progress: Progress | None,
+    batch: int | None,
 ) -> Run:
     """The same on an opened model."""
     # What is asked for fits the model.
     model.require_eval()
     scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     settings = checked_settings(steps, guidance, guided_channels, scheduler, eta)
+    arguments.optional(arguments.whole, "batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
         raise InvalidValue(
@@ -437,50 +543,60 @@ def _sample(
 
     # The run itself.
     history = (Change(0, tuple(own_seeds)),)
-    seen: list[Step] = []
+    kept = Kept(latents, settings.steps)
+    splitter = Splitter(batch, n_passes(model, settings.guidance))
     kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
-    for step in denoise(model, latents, y, history, settings, plan):
-        seen.append(step)
+    for step in denoise(model, latents, y, history, settings, plan, splitter=splitter):
+        kept.add(step)
         if progress is not None:
-            progress(len(seen), settings.steps)
-    return made_of(seen, model, y, history, settings, fresh, latents, kernels, state)
+            progress(kept.done, settings.steps)
+    return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)
 
 
 def made_of(
-    steps: Sequence[Step],
+    kept: Kept,
     model: HookedDiT,
     labels: Tensor,
     history: tuple[Change, ...],
     settings: Settings,
     scheduler: Any,
-    start: Tensor,
     kernels: Kernels,
     state: State,
+    batch: int | None,
     tied_until: int = 0,
 ) -> Run:
-    """The run that these denoising steps make."""
+    """The run that a finished trajectory makes."""
     return Run(
         model=model,
         labels=labels,
         history=history,
         settings=settings,
         timesteps=scheduler.timesteps.cpu(),
-        latents=torch.cat([start[None], torch.stack([s.following for s in steps])]),
-        x0=torch.stack([s.x0 for s in steps]),
-        outputs=torch.stack([s.output for s in steps]),
-        witnesses=tuple(s.witness for s in steps),
+        latents=kept.latents,
+        x0=kept.x0,
+        outputs=kept.outputs,
+        witnesses=tuple(kept.witnesses),
+        splits=tuple(kept.splits),
         scheduler=scheduler,
         kernels=kernels,
         state=state,
         tied_until=tied_until,
+        batch=batch,
     )
 
 
-def decode(model: HookedDiT, latents: Tensor) -> Tensor:
+def decode(model: HookedDiT, latents: Tensor, batch: int | None = None) -> Tensor:
     """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in
     [-1, 1].
+
+    Args:
+        model: whose latents they are.
+        latents: [batch, *latent_shape].
+        batch: so many go through the VAE at once; None is all.
     """
     if model.vae is not None:
         with torch.no_grad():
-            latents = model.family.decode(model.vae, latents)
+            parts = latents.split(len(latents) if batch is None else batch)
+            found = [model.family.decode(model.vae, part) for part in parts]
+            latents = found[0] if len(found) == 1 else torch.cat(found)
     return (latents / 2 + 0.5).clamp(0, 1)

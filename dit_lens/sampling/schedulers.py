@@ -51,6 +51,11 @@ SAMPLERS = {
     ),
 }
 
+MEMORYLESS = ("DDIMScheduler", "DDPMScheduler")
+"""The schedulers whose step depends on nothing but its arguments: a replay need not rebuild what
+they remember.
+"""
+
 
 def takes_eta(scheduler: Any) -> bool:
     """Whether a scheduler, by name or object, can be told how much noise to draw (eta)."""

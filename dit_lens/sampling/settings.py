@@ -45,11 +45,13 @@ class Change:
         from_step: the step.
         seeds: where each item's noise comes from.
         edits: what acts beside the earlier edits.
+        until: the first step at which these edits no longer act; None is the run's end.
     """
 
     from_step: int
     seeds: tuple[int, ...]
     edits: Edits = ()
+    until: int | None = None
 
 
 def seeds_at(history: tuple[Change, ...], step: int) -> tuple[int, ...]:
@@ -58,8 +60,13 @@ def seeds_at(history: tuple[Change, ...], step: int) -> tuple[int, ...]:
 
 
 def edits_at(history: tuple[Change, ...], step: int) -> Edits:
-    """The edits in force at a step: those of every change so far."""
-    return [edit for change in history if change.from_step <= step for edit in change.edits]
+    """The edits in force at a step: those of every change so far that have not ended."""
+    acting = [
+        change
+        for change in history
+        if change.from_step <= step and (change.until is None or step < change.until)
+    ]
+    return [edit for change in acting for edit in change.edits]
 
 
 def checked_settings(

@@ -66,14 +66,7 @@ def find_probe(where: str) -> type[Probe]:
     if ":" not in where and not where.endswith(".py"):
         return load_probe(where)
     source, _, name = where.rpartition(":") if ":" in where else (where, "", "")
-    if source.endswith(".py") and not Path(source).is_file():
-        raise InvalidValue(f"There is no file {source!r}; expected path/to/file.py:ClassName.")
-    try:
-        module = _imported(source)
-    except (Exception, SystemExit) as error:
-        raise InvalidValue(
-            f"{source!r} can't be imported: {type(error).__name__}: {error}."
-        ) from error
+    module = imported(source, "path/to/file.py:ClassName")
     probes = [k for k, v in vars(module).items() if _is_probe(v) and v is not Probe]
     near = difflib.get_close_matches(name, probes, n=3, cutoff=0.3) or probes
     has = (
@@ -95,11 +88,29 @@ def find_probe(where: str) -> type[Probe]:
     return probe
 
 
-def _imported(source: str) -> ModuleType:
+def imported(source: str, expected: str) -> ModuleType:
     """A module by file or name.
 
     As if it was run from there: it may import its neighbours, now or later.
+
+    Args:
+        source: path/to/file.py or package.module.
+        expected: what the user should have given, for the error.
+
+    Raises:
+        InvalidValue: if there is none, or it can't be imported.
     """
+    if source.endswith(".py") and not Path(source).is_file():
+        raise InvalidValue(f"There is no file {source!r}; expected {expected}.")
+    try:
+        return _imported(source)
+    except (Exception, SystemExit) as error:
+        raise InvalidValue(
+            f"{source!r} can't be imported: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _imported(source: str) -> ModuleType:
     if not source.endswith(".py"):
         sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(source)

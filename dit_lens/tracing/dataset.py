@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InvalidValue
 from ..hooks.names import layer_of, site_of
-from .recompute import rows_of
+from .recompute import order_of, rows_of
 from .record import Record
 
 
@@ -50,7 +50,8 @@ def _variable(
 
 
 def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
-    calls = [record.calls[c] for c in rows_of(record, at[0], None)]
+    rows = rows_of(record, at[0], None)
+    calls, order = [record.calls[c] for c in rows], order_of(record, rows)
     timesteps = [float(record.calls[record.calls_at[s][0]].t[0]) for s in at]
     branch = [word for call in calls for word in call.branch_words(record.cfg.null_class)]
     twin = [word for call in calls for word in call.context.twin or ("",) * len(call.x)]
@@ -63,6 +64,9 @@ def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
     known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
     if len(known) == len(calls):
         coords["label"] = ("batch", torch.cat(known).tolist())
+    if order is not None:
+        for name in {"branch", "twin", "label"} & coords.keys():
+            coords[name] = ("batch", [coords[name][1][i] for i in order.tolist()])
     noise_levels = record.noise_levels(at)
     if noise_levels is not None:
         coords["log_snr"] = ("step", noise_levels)

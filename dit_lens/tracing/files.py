@@ -9,35 +9,41 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..errors import InvalidState, InvalidValue
 from ..families.config import Condition, Config
 from ..hooks.passes import PassContext
 from ..model.call import Call
-from ..model.kernels import SDPA, Kernels
+from ..model.kernels import Kernels
 from ..model.witness import Checksum, Witness
-from ..storage import Among, Named, Whole, conform, load_tensors, save_tensors
+from ..storage import load_tensors, save_tensors
+from ..storage.schema import conform
+from .recompute import order_of
 from .record import Record
+from .schema import CallParts, ContextParts, KeptCall, TraceFile
 
 FORMAT = "dit_lens.trace/4"
 EXPECTED = "a trace written by Trace.save"
-OF_CALL = ("inputs", "x", "t", "labels", "branch", "place", "grid", "condition")
-OF_CONTEXT = ("span", "stream", "labels", "twin", "step")
 DEPTH = 8
 """So many dicts and lists may lie in each other in the arguments of a call."""
 
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record; see `Trace.save`."""
+    for step in record.calls_at:
+        if order_of(record, dict.fromkeys(record.calls_at[step])) is not None:
+            raise InvalidState(
+                f"Step {step} went through the model in parts that are not in the batch's order, "
+                "which a file can't hold; trace a run without batch= to save it."
+            )
     tensors: dict[str, Tensor] = {}
     packer = _Packer(tensors)
     calls = [_packed(c, record.lost.get(i), i, packer) for i, c in enumerate(record.calls)]
@@ -63,31 +69,28 @@ def load(path: str | Path) -> Record:
         FileNotFoundError: if there is no such file.
         ValueError: for a file that is no trace, or is damaged.
     """
-    about, tensors = load_tensors(path, FORMAT, EXPECTED)
+    said, tensors = load_tensors(path, FORMAT, EXPECTED)
     where = repr(str(path))
-    conform(about, SCHEMA, where)
+    about = conform(said, TraceFile, where)
     problem = next(_problems(about, tensors), None)
     if problem is not None:
         raise InvalidValue(f"{where} has {problem}; expected {EXPECTED}.")
     return _record(about, tensors, where)
 
 
-def _record(about: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Record:
-    sizes: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in about["cfg"].items()
-    }
+def _record(about: TraceFile, tensors: dict[str, Tensor], where: str) -> Record:
     record = Record(
-        sites={name: tuple(axes) for name, axes in about["sites"].items()},
-        cfg=Config(**sizes),
-        names=about["names"],
-        calls=[_unpacked(how, i, tensors) for i, how in enumerate(about["calls"])],
-        calls_at=dict(about["calls_at"]),
-        activations={name: {} for name in about["names"]},
-        lost={i: how["lost"] for i, how in enumerate(about["calls"]) if how["lost"]},
+        sites=about.sites,
+        cfg=Config(**dict(about.cfg)),
+        names=list(about.names),
+        calls=[_restored(how, i, tensors) for i, how in enumerate(about.calls)],
+        calls_at={step: list(calls) for step, calls in about.calls_at},
+        activations={name: {} for name in about.names},
+        lost={i: how.lost for i, how in enumerate(about.calls) if how.lost},
         file=where,
     )
-    if about["log_snr"] is not None:
-        record.log_snr = dict(zip(record.calls_at, about["log_snr"], strict=True))
+    if about.log_snr is not None:
+        record.log_snr = dict(zip(record.calls_at, about.log_snr, strict=True))
     for key, value in tensors.items():
         kind, call, name = key.split("/", 2)
         if kind == "record":
@@ -177,9 +180,12 @@ def _packed(call: Call, lost: str | None, number: int, packer: _Packer) -> dict[
             return {"dict": {}} if name in ("inputs", "condition") else {"value": None}
 
     return {
-        "call": {name: pack(call, name, f"{key}/{name}") for name in OF_CALL},
-        "context": {name: pack(call.context, name, f"{key}/context/{name}") for name in OF_CONTEXT},
-        "kernels": call.kernels.as_json(),
+        "call": {name: pack(call, name, f"{key}/{name}") for name in CallParts.model_fields},
+        "context": {
+            name: pack(call.context, name, f"{key}/context/{name}")
+            for name in ContextParts.model_fields
+        },
+        "kernels": dataclasses.asdict(call.kernels),
         "witness": list(call.witness),
         "lost": " and ".join(missing),
     }
@@ -195,149 +201,68 @@ def _functions(call: Call) -> Iterator[str]:
         yield f"of twins coupled inside the attention of {which} by a function"
 
 
-def _unpacked(how: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> Call:
-    def unpack(value: Any) -> Any:
-        ((kind, inside),) = value.items()
-        if kind == "tensor":
-            return tensors[inside]
-        if kind == "array":
-            return tensors[inside].numpy()
-        if kind == "dtype":
-            return getattr(torch, inside)
-        if kind == "dict":
-            return {k: unpack(v) for k, v in inside.items()}
-        if kind in ("list", "tuple"):
-            return (list if kind == "list" else tuple)(unpack(v) for v in inside)
-        return inside
-
-    parts = {name: unpack(how["call"][name]) for name in OF_CALL}
+def _restored(how: KeptCall, number: int, tensors: dict[str, Tensor]) -> Call:
+    parts = {name: packed.unpacked(tensors) for name, packed in how.call}
     parts["condition"] = Condition.numbered(parts["condition"], parts["labels"])
-    context = PassContext(**{name: unpack(how["context"][name]) for name in OF_CONTEXT})
+    context = PassContext(**{name: packed.unpacked(tensors) for name, packed in how.context})
     witness: Witness = {}
-    if how["witness"]:
+    if how.witness:
         key = f"call/{number}"
         sums = zip(tensors[f"{key}/bits"], tensors[f"{key}/totals"], strict=True)
-        witness = {n: Checksum(*both) for n, both in zip(how["witness"], sums, strict=True)}
-    kernels = Kernels.from_json(how["kernels"])
+        witness = {n: Checksum(*both) for n, both in zip(how.witness, sums, strict=True)}
+    kernels = Kernels(**dict(how.kernels))
     return Call(**parts, context=context, kernels=kernels, witness=witness)
 
 
-# What a file may say.
-
-DTYPES = {
-    str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)
-}
-NAMES = frozenset(DTYPES)
+# What does not fit.
 
 
-def _value(depth: int) -> tuple[Any, ...]:
-    """The schema of a packed value."""
-    leaves: tuple[Any, ...] = (
-        {"tensor": str},
-        {"array": str},
-        {"dtype": Among(NAMES, "a dtype of torch")},
-        {"value": (None, bool, Whole(-(1 << 63), 1 << 63), float, str)},
-    )
-    if not depth:
-        return leaves
-    inner = _value(depth - 1)
-    return (*leaves, {"dict": Named(inner)}, {"list": [inner]}, {"tuple": [inner]})
-
-
-VALUE = _value(DEPTH)
-SIZE = Whole(0, 1 << 32)
-SCHEMA = {
-    "cfg": {
-        **dict.fromkeys((f.name for f in dataclasses.fields(Config)), SIZE),
-        **dict.fromkeys(("latent_shape", "grid"), [SIZE]),
-        **dict.fromkeys(("restartable", "distilled_guidance", "joint"), bool),
-        "own_axes": Named(SIZE),
-    },
-    "sites": Named([str]),
-    "names": [str],
-    "calls": [
-        {
-            "call": dict.fromkeys(OF_CALL, VALUE),
-            "context": dict.fromkeys(OF_CONTEXT, VALUE),
-            "kernels": {
-                "grad": bool,
-                "autocast": (None, Among(NAMES, "a dtype of torch")),
-                "sdpa": [bool],
-                "attention": Among(
-                    frozenset(b.value for b in AttentionBackendName), "an attention backend"
-                ),
-                "matmul": Among(frozenset(("highest", "high", "medium")), "a precision"),
-                "mkldnn": bool,
-            },
-            "witness": [str],
-            "lost": str,
-        }
-    ],
-    "calls_at": [[(SIZE, [SIZE])]],
-    "log_snr": (None, [float]),
-}
-
-
-def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+def _problems(about: TraceFile, tensors: dict[str, Tensor]) -> Iterator[str]:
     """What does not fit together, in words that follow "the file has"."""
-    sites, names, calls = about["sites"], about["names"], about["calls"]
-
-    # names
-    for name, axes in sites.items():
-        if not re.fullmatch(r"(blocks\.\d{1,9}\.)?[a-z_]\w*(\.\w+)*", name) or name == "blocks":
-            yield f"the hook point {name!r:.60}"
-        if len(set(axes)) < len(axes) or {"step", "layer"} & set(axes):
-            yield f"the axes {axes} at {name!r:.60}"
-    if len(set(names)) < len(names) or not set(names) <= sites.keys():
-        yield "recorded names that are none of its hook points"
-
-    # steps
-    for pair in about["calls_at"]:
-        if len(pair) != 2 or not isinstance(pair[0], int) or not isinstance(pair[1], list):
-            yield f"the step {pair!r:.60}"
-            return
-    steps = [step for step, _ in about["calls_at"]]
-    placed = [c for _, made in about["calls_at"] for c in made]
-    if steps != sorted(set(steps)) or sorted(placed) != list(range(len(calls))):
+    steps = [step for step, _ in about.calls_at]
+    placed = [number for _, made in about.calls_at for number in made]
+    named = {*about.names, *(name for how in about.calls for name in how.witness)}
+    if not named <= about.sites.keys():
+        yield "names that are none of its hook points"
+    if steps != sorted(set(steps)) or sorted(placed) != list(range(len(about.calls))):
         yield "steps that are not in order, or calls that are of no step or of two"
-    if any(not made for _, made in about["calls_at"]):
+    if not all(made for _, made in about.calls_at):
         yield "a step without calls"
-    if about["log_snr"] is not None and len(about["log_snr"]) != len(steps):
-        yield f"{len(about['log_snr'])} noise levels for {len(steps)} steps"
+    if about.log_snr is not None and len(about.log_snr) != len(steps):
+        yield f"{len(about.log_snr)} noise levels for {len(steps)} steps"
 
-    # calls
-    batch: list[int] = []
-    for i, how in enumerate(calls):
+    items: list[int] = []
+    for i, how in enumerate(about.calls):
         try:
-            call = _unpacked(how, i, tensors)
+            call = _restored(how, i, tensors)
         except (KeyError, ValueError, TypeError):
             yield f"a call {i} of which tensors are missing"
             return
-        problem = next(_problems_of(call, how, sites), None)
+        problem = next(_problems_of(call), None)
         if problem is not None:
             yield f"{problem} in call {i}"
             return
-        batch.append(len(call.x))
-
-    # recorded activations
+        items.append(len(call.x))
     for key, value in tensors.items():
-        kind, call_number, name = [*key.split("/", 2), "", ""][:3]
-        if kind not in ("call", "record") or not call_number.isdecimal():
+        kind, number, name = [*key.split("/", 2), "", ""][:3]
+        if kind not in ("call", "record") or not re.fullmatch("[0-9]{1,9}", number):
             yield f"a tensor {key!r:.60}"
             return
         if kind == "call":
             continue
-        if name not in names or int(call_number) >= len(calls):
+        if name not in about.names or int(number) >= len(items):
             yield f"a record {key!r:.60} of no hook point or call"
-        elif (
+            return
+        axes = about.sites[name]
+        if (
             not value.is_floating_point()
-            or value.ndim != len(sites[name])
-            or (sites[name][:1] == ["batch"] and value.shape[0] != batch[int(call_number)])
+            or value.ndim != len(axes)
+            or (axes[:1] == ("batch",) and value.shape[0] != items[int(number)])
         ):
             yield f"{value.dtype} {list(value.shape)} recorded at {name!r}"
 
 
-def _problems_of(call: Call, how: dict[str, Any], sites: Mapping[str, Any]) -> Iterator[str]:
+def _problems_of(call: Call) -> Iterator[str]:
     if not isinstance(call.x, Tensor) or not call.x.is_floating_point() or call.x.ndim < 2:
         yield "no latents"
         return
@@ -350,10 +275,6 @@ def _problems_of(call: Call, how: dict[str, Any], sites: Mapping[str, Any]) -> I
         and bool(torch.isfinite(call.t).all())
     ):
         yield "no diffusion time"
-    if not isinstance(call.inputs, dict) or not isinstance(
-        how["call"]["condition"].get("dict"), dict
-    ):
-        yield "no arguments"
     for labels in (call.labels, call.context.labels):
         if labels is not None and not (
             isinstance(labels, Tensor)
@@ -364,42 +285,13 @@ def _problems_of(call: Call, how: dict[str, Any], sites: Mapping[str, Any]) -> I
         ):
             yield "labels that are no numbers"
     for words in (call.branch, call.context.twin):
-        if words is not None and not (
-            isinstance(words, tuple)
-            and len(words) == items
-            and all(isinstance(w, str) for w in words)
-        ):
+        if words is not None and len(words) != items:
             yield f"words for {items} items that are not as many"
-    if not _whole(call.grid) or not (call.place is None or _whole(call.place, 2)):
-        yield "a grid or a place that are no whole numbers"
-    span, stream, step = call.context.span, call.context.stream, call.context.step
-    if (
-        not isinstance(span, tuple)
-        or len(span) != 2
-        or not _whole(n for n in span if n is not None)
-    ):
-        yield "no span of blocks"
+    stream = call.context.stream
     if stream is not None and not (isinstance(stream, Tensor) and stream.ndim == 3):
         yield "no residual stream"
-    if step is not None and not _whole((step,)):
-        yield "no step"
-    if len(how["kernels"]["sdpa"]) != len(SDPA):
-        yield "other attention kernels"
-    if not set(how["witness"]) <= sites.keys() or len(set(how["witness"])) < len(how["witness"]):
-        yield "checksums of what are no hook points"
     for sums in call.witness.values():
         if sums.bits.shape != (items,) or sums.bits.dtype != torch.int64:
             yield "checksums that are none"
         elif sums.total.shape != (items,) or sums.total.dtype != torch.float32:
             yield "checksums that are none"
-
-
-def _whole(values: Any, length: int | None = None) -> bool:
-    found = (
-        tuple(values) if not isinstance(values, tuple) and hasattr(values, "__next__") else values
-    )
-    return (
-        isinstance(found, tuple)
-        and all(type(n) is int and 0 <= n < 1 << 32 for n in found)
-        and length in (None, len(found))
-    )

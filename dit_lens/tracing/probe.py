@@ -43,12 +43,16 @@ class Probe:
 
     Attributes:
         names: which hook points are observed; None is all, () none.
+        in_parts: whether `observe` may be given a step's batch in several parts, one call of it
+            each, as it is with `batch=` (`site.rows` says which items; `dit_lens.Series` puts them
+            together). If not, a run in parts is refused.
         of_twins: whether `run` makes pairs of twins and takes the settings of `dit_lens.twins`
             (`pairs`, `seed`), and not those of `dit_lens.sample` (`labels`, `seeds`).
     """
 
     names: NamesFilter = None
     of_twins: bool = False
+    in_parts: bool = False
 
     def start(self, model: HookedDiT) -> None:
         """Called when a trace opens: forget earlier runs, look up sizes.

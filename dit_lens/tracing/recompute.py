@@ -1,7 +1,7 @@
 """Reading a record: what was recorded, and what has to be recomputed from the inputs of its calls.
 
-A step is one call of the transformer, or one for each branch of guidance; reading joins them along
-the batch.
+A step is one call of the transformer, or one for each branch of guidance or part of its batch;
+reading joins them along the batch, parts in the order of the whole.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def read(
     recorded, missing = split(record, names, calls)
     found |= {name: record.activations[name] for name in recorded}
     recompute(record, model, missing, calls, keep)
-    return {n: {s: joined(n, found[n], rows[s]) for s in rows} for n in names}
+    orders = {s: order_of(record, rows[s]) for s in rows}
+    return {n: {s: joined(n, found[n], rows[s], orders[s]) for s in rows} for n in names}
 
 
 def stacked(
@@ -71,6 +72,8 @@ def stacked(
         steps: which steps; None is those that were recorded.
     """
     rows = {s: rows_of(record, s, None) for s in steps_of(record, steps)}
+    if any(order_of(record, of_step) is not None for of_step in rows.values()):
+        return None
     place: dict[int, tuple[int, slice]] = {}  # of each call: its step, and its items in the batch
     for i, of_step in enumerate(rows.values()):
         start = 0
@@ -146,8 +149,22 @@ def rows_of(record: Record, step: int, branch: str | None) -> Rows:
     return chosen
 
 
-def joined(name: str, found: dict[int, Tensor], rows: Rows) -> Tensor:
-    """One step's activation: its calls' items, one behind the other."""
+def order_of(record: Record, rows: Rows) -> Tensor | None:
+    """Where the items of a step that went through the model in parts come from, among its calls'
+    items one behind the other; None where they are in order.
+    """
+    places: list[int] = []
+    for c, items in rows.items():
+        part = record.calls[c].context.part
+        if part is None:
+            return None
+        places += part.rows if items is None else [part.rows[i] for i in items]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return None if order == list(range(len(places))) else torch.tensor(order)
+
+
+def joined(name: str, found: dict[int, Tensor], rows: Rows, order: Tensor | None = None) -> Tensor:
+    """One step's activation: its calls' items, one behind the other, or in this order."""
     absent = [c for c in rows if c not in found]
     if absent:
         raise InvalidState(
@@ -161,7 +178,8 @@ def joined(name: str, found: dict[int, Tensor], rows: Rows) -> Tensor:
             f"({', '.join(str(list(p.shape)) for p in parts)}); read one: t.get(name, "
             "branch='cond')."
         )
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole if order is None else whole[order.to(whole.device)]
 
 
 def recompute(

@@ -89,6 +89,20 @@ class Site:
         """For each batch item "A" or "B" in a run of twins, otherwise ""."""
         return self.call.context.twin or ("",) * len(self.call.x)
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Where the items of this call stand in the step's whole batch, which may go through the
+        model in parts.
+        """
+        part = self.call.context.part
+        return tuple(range(len(self.call.x))) if part is None else part.rows
+
+    @property
+    def size(self) -> int:
+        """How many items the step's whole batch has."""
+        part = self.call.context.part
+        return len(self.call.x) if part is None else part.size
+
     def where(self, *, branch: str | None = None, twin: str | None = None) -> Tensor:
         """The batch positions of one branch and/or twin: `activation[site.where(twin="A")]`.
 

@@ -47,7 +47,7 @@ from ..model.steps import StepCounter
 from ..model.taken import Taken
 from . import files
 from .dataset import to_dataset
-from .recompute import read, stacked
+from .recompute import order_of, read, stacked
 from .record import Record
 from .site import Observing, Site
 
@@ -119,7 +119,9 @@ class Trace:
         for name, listener in self._waiting:
             self._attach(name, listener, taken)
         for name in self.record.names:
-            self._attach(name, Observer(self._recorder.keep), taken)
+            recording = Observer(self._recorder.keep)
+            recording.in_parts = True
+            self._attach(name, recording, taken)
         for probe in self.probes:
             probe.start(model)
             if isinstance(probe.names, (list, tuple)) and not probe.names:
@@ -128,7 +130,9 @@ class Trace:
                     "its run(model, ...)."
                 )
             for name in select(probe.names, self.names):
-                self._attach(name, Observer(self._recorder.showing(probe)), taken)
+                shown = Observer(self._recorder.showing(probe))
+                shown.in_parts = bool(getattr(probe, "in_parts", False))
+                self._attach(name, shown, taken)
 
     def __exit__(self, *exc: object) -> None:
         if self._undo is not None:
@@ -389,7 +393,17 @@ class Trace:
     def latents(self) -> Tensor:
         """What went into the model, x_t, [step, batch, *latent_shape]."""
         record = self.record
-        return torch.stack([record.calls[record.calls_at[s][0]].x for s in self.steps])
+        found = []
+        for s in self.steps:
+            first = record.calls[record.calls_at[s][0]]
+            if first.context.part is None:
+                found.append(first.x)
+            else:
+                calls: dict[int, list[int] | None] = {c: None for c in record.calls_at[s]}
+                x = torch.cat([record.calls[c].x for c in calls])
+                order = order_of(record, calls)
+                found.append(x if order is None else x[order.to(x.device)])
+        return torch.stack(found)
 
     # Elsewhere.
 

@@ -24,14 +24,15 @@ from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.state import State
 from ..sampling.guidance import n_passes
-from ..sampling.loop import Step, denoise, is_stochastic, prepared
+from ..sampling.loop import Kept, denoise, is_stochastic, prepared
+from ..sampling.parts import Splitter
 from ..sampling.run import Run, made_of
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Change, Progress, Settings, checked_settings
 from ..tracing.probe import Probe
 from ..tracing.trace import trace
 from .coupling import CouplingForm
-from .ties import Tie, make_tie
+from .ties import NoiseTie, Tie, make_tie
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def twins(
     seed: int = 0,
     probes: Sequence[Probe] = (),
     progress: Progress | None = None,
+    batch: int | None = None,
 ) -> Twins:
     """Run pairs of twins, under observation if there are probes.
 
@@ -109,10 +111,11 @@ def twins(
         seed: decides all noise.
         probes: `Probe` instances that observe the run.
         progress: called with (steps done, steps in all).
+        batch: images that go through the model at once, twins together; as for `dit_lens.sample`.
 
     Raises:
         ValueError: for what is out of range, and for twins that can't part.
-        RuntimeError: in train mode.
+        RuntimeError: in train mode, and as for `dit_lens.sample`.
 
     >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, steps=4, release=2)
     >>> bool((pair.a.latents[2] == pair.b.latents[2]).all())
@@ -132,6 +135,7 @@ def twins(
         seed = arguments.seed("seed", seed)
         probes = arguments.listed("probes", probes, "a list of probes", fewest=0)
         arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+        arguments.optional(arguments.whole, "batch", batch, 1)
         _check_parting(model, settings, held, release)
         chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
         y = model.conditions.numbers(chosen, model.device)
@@ -147,24 +151,29 @@ def twins(
         # Tied to the release, alone from there on.
         plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
         fresh = copy.deepcopy(plan)
-        seen: list[Step] = []
+        kept = Kept(x, steps)
 
         def go(first: int, last: int) -> None:
-            start = seen[-1].following if seen else x
-            for each in denoise(model, start, both, history, settings, plan, first, last):
-                seen.append(each)
+            for each in denoise(
+                model, kept.now, both, history, settings, plan, first, last, splitter
+            ):
+                kept.add(each)
                 if progress is not None:
-                    progress(len(seen), steps)
+                    progress(kept.done, steps)
 
         names = (("A",) * pairs + ("B",) * pairs) * passes
         watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
         with watch, model.instrumentation.under(twin=names):
+            # clones are one until they part, unless somebody wants to see two
+            alike = release if isinstance(held, NoiseTie) and not model.instrumentation.busy else 0
+            splitter = Splitter(batch, passes, pairs=True, copied_until=alike)
             with held.holding(model, passes):
                 go(0, release)
             go(release, steps)
         tied_until = release if held.g else 0
+        batch = splitter.batch
         run = made_of(
-            seen, model, both, history, settings, fresh, x, kernels, state, tied_until=tied_until
+            kept, model, both, history, settings, fresh, kernels, state, batch, tied_until
         )
         return Twins(run, pairs, release, held.name, held.g)
 
@@ -174,6 +183,31 @@ def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
     class's mean image can be taken off.
     """
     return [i % max(1, min(model.conditions.n, pairs // 2)) for i in range(pairs)]
+
+
+def chosen_labels(model: HookedDiT, pairs: int, labels: Labels | None) -> list[int]:
+    """One label a pair, each of them two times or more, by number: as given, or `paired_labels`.
+
+    Args:
+        model: whose labels.
+        pairs: how many pairs.
+        labels: one a pair, or fewer, which are then taken in turn; None is the model's own.
+
+    Raises:
+        InvalidValue: for labels that the model does not have, or more of them than pairs allow.
+    """
+    if labels is None:
+        return paired_labels(model, pairs)
+    given: list[int] = model.conditions.numbers(labels).tolist()
+    found = [given[i % len(given)] for i in range(pairs)]
+    alone = [label for label in given if found.count(label) < 2]
+    if alone:
+        raise InvalidValue(
+            f"Label {alone[0]} would have {found.count(alone[0])} of {pairs} pairs; expected two "
+            "or more for each, since the mean of a label's images is taken off: fewer labels, or "
+            "more pairs."
+        )
+    return found
 
 
 def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:

@@ -1,0 +1,108 @@
+"""The gap of twins that are coupled in one layer alone, each in turn: an intervention that takes no
+part of the model away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .. import arguments
+from ..errors import InvalidValue
+from ..measures import Array
+from ..measures.bands import CUT, Bands
+from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
+from ..measures.crossing import half_crossing
+from ..measures.estimate import Estimate
+from ..model.hooked import HookedDiT
+from ..twinning.coupling import CouplingForm, check_coupling
+from ..twinning.twins import paired_labels
+from .coupling_sweep import coupled_twins, difference_curves
+from .effects import effects
+from .knock_outs import checked_sets
+from .knocked_gap import gap_of
+
+
+def couple_alone(
+    model: HookedDiT,
+    layers: Sequence[int] | None = None,
+    g: float = 1.0,
+    *,
+    form: CouplingForm = "mix",
+    eps: float = 0.1,
+    pairs: int = 24,
+    steps: int = 25,
+    seed: int = 0,
+    cut: float = CUT,
+    resamples: int = 1000,
+    progress: Callable[[int, int], object] | None = None,
+) -> xr.Dataset:
+    """The gap of twins coupled in one layer alone, each in turn, and how far that moved it.
+
+    The gap is that of `couplings`: twins that start `eps` apart part in each band at some step. A
+    layer whose attention makes the bands part at different steps takes the gap away.
+
+    Args:
+        model: the opened model, with a scheduler.
+        layers: to couple one by one; by default every layer.
+        g: the strength of the coupling, 0 or more.
+        form: "mix" or "joint"; see `dit_lens.twins`.
+        eps: how far apart the twins start.
+        pairs: of twins, 8 or more.
+        steps: of denoising.
+        seed: of the twins and of the bootstrap.
+        cut: between low and high, in cycles per pixel of the latents.
+        resamples: of the pairs.
+        progress: called with (done, total) layers.
+
+    Returns:
+        xr.Dataset: `gap`, `effect`, `effect_interval`, `commitment` and attributes as `knock_outs`
+            gives them, the commitment being the step at which the twins part.
+
+    Raises:
+        InvalidValue: for a layer that does not exist, a coupling that is none, too few pairs, or
+            twins that don't part to begin with.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> found = couple_alone(model, [0], pairs=8, steps=6, resamples=100)
+    >>> dict(found.gap.sizes), found.attrs["g"]
+    ({'layer': 1}, 1.0)
+    """
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    if layers is not None:
+        layers = arguments.layers(layers, model.cfg.n_layers)
+    _, chosen = checked_sets(model, layers, "layer")
+    check_coupling(g, form)
+    pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
+    seed = arguments.seed("seed", seed)
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    bands = Bands.radial(model.cfg.pixels, cut=cut)
+    counts = draws(pairs, resamples, seed)
+    labels = paired_labels(model, pairs)
+
+    def taus(strength: float, only: list[int] | None) -> Array:
+        pair = coupled_twins(
+            model, labels, strength, form, layers=only, eps=eps, steps=steps, seed=seed
+        )
+        return half_crossing(difference_curves(pair, bands, counts))
+
+    before = taus(0.0, None)
+    if not np.isfinite(before[0]).all():
+        raise InvalidValue(
+            "The uncoupled twins do not part within the run in both bands, so there is no gap to "
+            "find causes of."
+        )
+    after = []
+    for done, only in enumerate(chosen, start=1):
+        after.append(taus(g, only))
+        if progress is not None:
+            progress(done, len(chosen))
+    settings: dict[str, Any] = {"g": g, "form": form, "eps": eps, "n_layers": model.cfg.n_layers}
+    settings |= {"done": "coupled", "pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
+    was, rows = gap_of(before), pairs - len(set(labels))
+    gap = Estimate.of(was[0], interval(was, rows))
+    cells = {"layer": [layer for (layer,) in chosen]}
+    return effects(gap, before, np.stack(after), cells, rows, settings)

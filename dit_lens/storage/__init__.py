@@ -1,0 +1,25 @@
+"""Files that outlive the process: written whole or not at all, and read only if no bit has changed.
+
+Belongs here: how a file is written, sealed, locked, and held against a schema. Does not: what is in
+it; the schemas are beside those who write it (`tracing`, `patching`, `report`, `model`).
+"""
+
+from .datasets import load_dataset, save_dataset
+from .locks import locked
+from .seals import check_seal, versions
+from .tensors import load_tensors, mapped_tensors, save_tensors
+from .writing import file_name, replacing, try_folder
+
+__all__ = [
+    "check_seal",
+    "file_name",
+    "load_dataset",
+    "load_tensors",
+    "locked",
+    "mapped_tensors",
+    "replacing",
+    "save_dataset",
+    "save_tensors",
+    "try_folder",
+    "versions",
+]

@@ -1,0 +1,385 @@
+"""Activations to disk as they come, for what is trained on them: sparse autoencoders, probes.
+
+A recording is a folder. `recording.safetensors` says what is in it; the shards hold the activations
+of some items at some steps, with an index: of each row its item, label, seed and branch, of each
+step its timestep, of each token its place. Items go through the model batch by batch, each batch a
+denoising run of its own, and a shard is written as soon as it is full: nothing is held but one
+shard and one batch's latents.
+
+Every shard is a pure function of the recording's settings. So a recording that was killed goes on
+where it was, batch by batch, and ends with the same files. One of another model, of other settings
+or in use is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from .. import arguments
+from ..errors import InvalidValue
+from ..hooks.names import NamesFilter, select
+from ..model.conditions import Labels
+from ..model.hooked import HookedDiT
+from ..patching.checkpoint import scheduler_text
+from ..sampling.guidance import model_inputs, n_passes
+from ..sampling.loop import prepared
+from ..sampling.noise import START, noise
+from ..sampling.run import sample
+from ..sampling.schedulers import default_name
+from ..sampling.settings import Progress, Seeds, Settings, checked_settings, item_seeds
+from ..storage import check_seal, locked, save_tensors, try_folder
+from .activations import EXPECTED, FORMAT, INDEX, Activations, Shard, read_plan
+from .probe import Probe
+from .schema import DTYPES, Recorded
+from .site import Site
+from .trace import trace
+
+MB = 2**20
+
+
+def record(
+    model: Any,
+    names: NamesFilter,
+    labels: Labels,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    tokens: arguments.Index | None = None,
+    at: arguments.Index | None = None,
+    seeds: Seeds = 0,
+    steps: int = 50,
+    guidance: float = 1.0,
+    scheduler: Any = None,
+    eta: float = 0.0,
+    batch: int = 16,
+    shard: int = 256,
+    progress: Progress | None = None,
+) -> Activations:
+    """Sample images and write activations to disk as they come, in shards.
+
+        data = dit_lens.record(model, ("resid_post", 14), [0, 1, 2] * 100, "acts", at=range(20, 40))
+        DataLoader(data, batch_size=4096, shuffle=True)        # or data.batches(4096, seed=0)
+
+    Called again with the same arguments, it goes on where it was, and where nothing is missing it
+    reads what is there.
+
+    Args:
+        model: a `HookedDiT`, or what it wraps.
+        names: which hook points.
+        labels: one an image: classes, or prompts in words or by number.
+        out: a folder for the shards; it is made.
+        dtype: that activations are stored in, such as torch.bfloat16 or "float16"; None is the
+            model's. Values that it can't hold are an error.
+        tokens: which tokens are stored; None is all.
+        at: which steps are stored: numbers, a range, a slice; None is all.
+        seeds: an int, image i then has seed + i, or one int an image.
+        steps: denoising steps.
+        guidance: classifier-free guidance; 1 is none. With it both branches are stored.
+        scheduler: as for `dit_lens.sample`.
+        eta: how stochastic DDIM, or Euler on a flow, is, 0 to 1.
+        batch: images that are run together.
+        shard: MB that a file has at most, unless one step has more; about as much memory is used.
+        progress: called with (steps done, steps in all), of all batches.
+
+    Returns:
+        Activations: the dataset of the first of the names; `.of(name)` is that of another.
+
+    Raises:
+        InvalidValue: for what is out of range; for a folder with another recording; if values are
+            not finite, or too large for the dtype.
+        InvalidState: if another process is recording there.
+        UnwritableFile: where nothing can be written.
+
+    >>> import dit_lens, tempfile; model = dit_lens.load("digits")
+    >>> data = dit_lens.record(model, ("resid_post", 5), [3, 7], tempfile.mkdtemp(), steps=4)
+    >>> len(data), data[0]["activation"].shape    # 4 steps x 2 images x 64 tokens
+    (512, torch.Size([64]))
+    """
+    batch = arguments.whole("batch", batch, 1)
+    room = arguments.whole("shard", shard, 1, why="MB") * MB
+    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    folder = _folder(out)
+    with HookedDiT.opening(model) as opened:
+        opened.require_eval()
+        scheduler = default_name(opened.scheduler) if scheduler is None else scheduler
+        settings = checked_settings(steps, guidance, "all", scheduler, eta)
+        plan = _planned(opened, names, labels, seeds, settings, at, tokens, dtype, batch, room)
+        try_folder(folder)
+        with locked(folder / INDEX):
+            for left in folder.glob(".*.part"):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            _settle_on(folder, plan, opened)
+            _run(opened, folder, plan, settings, progress)
+    return Activations(folder)
+
+
+def _folder(out: Any) -> Path:
+    if not isinstance(out, (str, Path)) or not str(out):
+        raise arguments.refusal("out", out, "a folder", wrong_type=not isinstance(out, str))
+    return Path(out)
+
+
+# What will be recorded.
+
+
+def _planned(
+    model: HookedDiT,
+    names: NamesFilter,
+    labels: Labels,
+    seeds: Seeds,
+    settings: Settings,
+    at: arguments.Index | None,
+    tokens: arguments.Index | None,
+    dtype: torch.dtype | str | None,
+    batch: int,
+    room: int,
+) -> Recorded:
+    """All that decides what is in the shards, checked; shapes are those of one pass."""
+    chosen = select(names, model.names)
+    numbers = model.conditions.numbers(labels).tolist()
+    own, given = item_seeds(seeds, len(numbers)), _dtype(dtype)
+    every = slice(None) if at is None else at
+    steps = sorted(set(arguments.positions("at", every, settings.steps, axis="step").tolist()))
+    if tokens is not None:
+        bare = [name for name in chosen if model.sites[name][1:2] != ("token",)]
+        if bare:
+            raise InvalidValue(
+                f"{bare[0]!r} has no tokens; its axes are {list(model.sites[bare[0]])}: record it "
+                "without tokens=."
+            )
+    scheduler = prepared(model, settings)
+    digest, found = _first_pass(model, chosen, numbers[0], own[0], scheduler.timesteps[0], settings)
+    shapes = {name: list(value.shape[1:]) for name, value in found.items()}
+    places = None
+    if tokens is not None:
+        least = min(shape[0] for shape in shapes.values())
+        places = sorted(set(arguments.positions("tokens", tokens, least, axis="token").tolist()))
+        shapes = {name: [len(places), *shape[1:]] for name, shape in shapes.items()}
+    kinds = {name: value.dtype if given is None else given for name, value in found.items()}
+    passes = n_passes(model, settings.guidance)
+    images = min(batch, len(numbers)) * passes
+    of_a_step = images * sum(math.prod(shapes[n]) * kinds[n].itemsize for n in chosen)
+    prompts = (
+        []
+        if model.cfg.n_classes
+        else [model.conditions.prompts[n] for n in dict.fromkeys(numbers) if n >= 0]
+    )
+    if prompts:  # numbered as they come here, whatever the model has been asked before
+        words = [model.conditions.prompts[n] if n >= 0 else "" for n in numbers]
+        numbers = [prompts.index(word) if word else model.conditions.null for word in words]
+    return Recorded(
+        model=digest,
+        names=tuple(chosen),
+        axes=tuple(model.sites[name][1:] for name in chosen),
+        shapes=tuple(tuple(shapes[name]) for name in chosen),
+        dtypes=tuple(str(kinds[name]).removeprefix("torch.") for name in chosen),
+        labels=tuple(numbers),
+        prompts=tuple(prompts),
+        seeds=tuple(own),
+        steps=settings.steps,
+        at=tuple(steps),
+        timesteps=tuple(float(scheduler.timesteps[s]) for s in steps),
+        tokens=None if places is None else tuple(places),
+        guidance=settings.guidance,
+        scheduler=scheduler_text(scheduler),
+        eta=settings.eta,
+        passes=passes,
+        batch=batch,
+        shard_steps=min(len(steps), max(1, room // of_a_step)),
+    )
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    """A dtype of floating point, given as itself or by its name; None for the model's."""
+    if dtype is None:
+        return None
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise arguments.refusal(
+            "dtype",
+            dtype,
+            "one of floating point, such as torch.bfloat16 or 'float16'",
+            wrong_type=not isinstance(dtype, (str, torch.dtype)),
+        )
+    return found
+
+
+@torch.no_grad()
+def _first_pass(
+    model: HookedDiT,
+    names: Sequence[str],
+    label: int,
+    seed: int,
+    t: Tensor,
+    settings: Settings,
+) -> tuple[str, dict[str, Tensor]]:
+    """One image through the model, as the first of the recording: a digest of the answer, by which
+    the model is known again, and the activations.
+    """
+    x = noise([seed], START, model.cfg.latent_shape, model.device)
+    strength = settings.guidance if model.cfg.distilled_guidance else 1.0
+    inputs = model_inputs(model, x, t, torch.tensor([label]), strength)
+    answer, cache = model.run_with_cache(*inputs, names_filter=list(names))
+    content = answer.float().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest(), {name: cache[name] for name in names}
+
+
+def _settle_on(folder: Path, plan: Recorded, model: HookedDiT) -> None:
+    """Write down what the folder will hold, or find it there; refuse it for another recording."""
+    index = folder / INDEX
+    if not index.exists():
+        stray = next(folder.glob("shard-*.safetensors"), None)
+        if stray is not None:
+            raise InvalidValue(
+                f"{str(folder)!r} has {stray.name} and no {INDEX}; give another folder, or empty "
+                "it."
+            )
+        save_tensors(index, FORMAT, plan.model_dump(mode="json"), {}, model.device)
+        return
+    known = read_plan(folder)
+    if known == plan:
+        return
+    field, old, new = next(
+        (name, getattr(known, name), getattr(plan, name))
+        for name in Recorded.model_fields
+        if getattr(known, name) != getattr(plan, name)
+    )
+    what = (
+        "of another model, or one whose weights have changed"
+        if field == "model"
+        else f"with {field}={arguments.shown(old)}, where this one has {arguments.shown(new)}"
+    )
+    raise InvalidValue(f"{str(folder)!r} holds a recording {what}; give another folder.")
+
+
+# Recording it.
+
+
+def _run(
+    model: HookedDiT, folder: Path, plan: Recorded, settings: Settings, progress: Progress | None
+) -> None:
+    """Every batch of which a shard is missing."""
+    batches = [list(g) for _, g in itertools.groupby(plan.shards, key=lambda shard: shard[1])]
+
+    before = 0
+
+    def tell(done: int, _: int) -> None:
+        if progress is not None:
+            progress(before + done, len(batches) * settings.steps)
+
+    for shards in batches:
+        missing = []
+        for shard in shards:
+            if (folder / shard[0]).exists():
+                check_seal(folder / shard[0], f"{EXPECTED}, or no such file: delete it to go on")
+            else:
+                missing.append(shard)
+        if missing:
+            items = shards[0][1]
+            labels: Any = [plan.labels[i] for i in items]
+            if plan.prompts:
+                labels = [plan.prompts[n] if n >= 0 else "" for n in labels]
+            writer = _Writer(folder, plan, missing)
+            with trace(model, probes=[writer]):
+                sample(
+                    model,
+                    labels,
+                    [plan.seeds[i] for i in items],
+                    settings.steps,
+                    settings.guidance,
+                    settings.scheduler,
+                    settings.eta,
+                    progress=tell,
+                )
+            writer.flush()
+        else:
+            tell(settings.steps, 0)
+        before += settings.steps
+
+
+class _Writer(Probe):
+    """Puts what it observes where it stands in a shard, and writes the shard when it is full."""
+
+    in_parts = True
+
+    def __init__(self, folder: Path, plan: Recorded, shards: Sequence[Shard]) -> None:
+        self.names = list(plan.names)
+        self.folder, self.plan = folder, plan
+        self.at = {
+            plan.at[place]: (shard, place - shard[2].start)
+            for shard in shards
+            for place in shard[2]
+        }
+        self.shard: Shard | None = None
+        self.kept: dict[str, Tensor] = {}
+
+    def observe(self, activation: Tensor, site: Site) -> None:
+        """Keep what is wanted of one activation."""
+        if site.step not in self.at:
+            return
+        shard, place = self.at[site.step]
+        if shard is not self.shard:
+            self.flush()
+            self._open(shard, activation.device)
+        value = activation
+        if self.plan.tokens is not None:
+            value = value[:, list(self.plan.tokens)]
+        kept = self.kept[site.name]
+        rows = list(site.rows)
+        if rows == list(range(len(kept[place]))):
+            kept[place].copy_(value, non_blocking=kept.is_pinned())
+        else:
+            kept[place, rows] = value.to(kept.device, kept.dtype)
+
+    def _open(self, shard: Shard, device: torch.device) -> None:
+        _, items, steps = self.shard = shard
+        rows, pinned = len(items) * self.plan.passes, device.type == "cuda"
+        for name, shape, dtype in zip(
+            self.plan.names, self.plan.shapes, self.plan.dtypes, strict=True
+        ):
+            self.kept[name] = torch.empty(
+                len(steps), rows, *shape, dtype=DTYPES[dtype], pin_memory=pinned
+            )
+
+    def flush(self) -> None:
+        """Write the shard that is full."""
+        if self.shard is None:
+            return
+        (file, items, steps), plan = self.shard, self.plan
+        if any(value.is_pinned() for value in self.kept.values()):
+            torch.cuda.synchronize()
+        for name, value in self.kept.items():
+            if not bool(value.isfinite().all()):
+                raise InvalidValue(
+                    f"{name!r} has values at steps {plan.at[steps[0]]} to {plan.at[steps[-1]]} "
+                    "that are not finite, or that "
+                    f"{str(value.dtype).removeprefix('torch.')} can't hold; record it with "
+                    "dtype='bfloat16' or 'float32'."
+                )
+        index = {
+            "item": [*items] * plan.passes,
+            "label": [plan.labels[i] for i in items] * plan.passes,
+            "seed": [plan.seeds[i] for i in items] * plan.passes,
+            "branch": [branch for branch in range(plan.passes) for _ in items],
+            "step": [plan.at[s] for s in steps],
+        }
+        about = {"items": [items.start, items.stop], "steps": [steps.start, steps.stop]}
+        tensors = {f"index/{key}": torch.tensor(value) for key, value in index.items()}
+        tensors["index/timestep"] = torch.tensor([plan.timesteps[s] for s in steps])
+        if plan.tokens is not None:
+            tensors["index/token"] = torch.tensor(plan.tokens)
+        save_tensors(self.folder / file, FORMAT, about, tensors | self.kept)
+        self.shard, self.kept = None, {}
+
+    def result(self) -> xr.Dataset:
+        """Nothing: what was observed is on disk."""
+        return xr.Dataset()

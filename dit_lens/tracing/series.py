@@ -1,0 +1,163 @@
+"""What a probe keeps of a run, step by step, put where it belongs."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..errors import InvalidState
+from .site import Site
+
+ROOM = 64
+"""Steps that memory is taken for at first; then twice as many, and so on."""
+
+
+class Series:
+    """One tensor [batch, ...] an observation, kept by key and step.
+
+        class Norms(dit_lens.Probe):
+            names, in_parts = "resid_post", True
+
+            def start(self, model): self.norms = dit_lens.Series()
+            def observe(self, activation, site): self.norms.put(site, activation.norm(dim=-1))
+            def result(self): ...  # self.norms.keys, self.norms.steps, self.norms.stacked()
+
+    A step whose batch goes through the model in parts (`batch=`) comes together in the batch's
+    order. Memory is taken for many steps at once: small results that lie between a pass's large
+    tensors would keep the memory of those. Nothing is waited for, unless on disk: then once a step.
+
+    Args:
+        on_disk: keep what is finished in a temporary file, in place of memory.
+
+    >>> kept = Series(); kept.steps, kept.keys
+    ([], [])
+    """
+
+    def __init__(self, on_disk: bool = False) -> None:
+        self.on_disk = arguments.flag("on_disk", on_disk)
+        self._slots: dict[int, int] = {}  # of each step its place
+        self._seen: dict[tuple[Any, int], int] = {}  # on disk: where
+        self._rooms: dict[Any, Tensor] = {}
+        self._waiting: dict[tuple[Any, int], Tensor] = {}  # on disk: what the step under way has
+        self._file: Any = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        self._shapes: dict[tuple[Any, int], tuple[int, ...]] = {}
+
+    @property
+    def keys(self) -> list[Any]:
+        """What was kept, in the order of its coming."""
+        return list(dict.fromkeys(key for key, _ in (*self._seen, *self._waiting)))
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps seen, rising."""
+        return sorted(self._slots)
+
+    def put(self, site: Site, value: Tensor, key: Any = None, *, whole: bool = False) -> None:
+        """Keep a tensor of the step under way.
+
+        Args:
+            site: where and when it was seen.
+            value: [batch, ...], a row for each item of `site.x`.
+            key: under which it is kept; by default the hook point's name.
+            whole: its rows are all that the step has, as of something put together from parts.
+        """
+        key, step = site.name if key is None else key, site.step
+        part = None if whole else site.call.context.part
+        size = len(value) if part is None else part.size
+        shape, rows = (size, *value.shape[1:]), slice(None) if part is None else _index(part.rows)
+        if self.on_disk:
+            if step not in self._slots:
+                self._write()
+            self._slots.setdefault(step, len(self._slots))
+            room = self._waiting.get((key, step))
+            if room is None or room.shape != shape:
+                room = self._waiting[key, step] = value.new_empty(shape)
+            room[rows] = value.detach()
+            return
+        slot = self._slots.setdefault(step, len(self._slots))
+        self._room(key, slot, shape, value)[rows] = value.detach()
+        self._seen[key, step] = 1
+
+    def _room(self, key: Any, slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The place of one key at one step."""
+        room = self._rooms.get(key)
+        if room is not None and room.shape[1:] != shape:
+            raise InvalidState(
+                f"A step has {list(shape)} at {key!r} and an earlier one {list(room.shape[1:])}; "
+                "expected the same batch in every step."
+            )
+        if room is None or slot >= len(room):
+            more = like.new_empty(max(ROOM, 2 * slot), *shape)
+            if room is not None:
+                more[: len(room)] = room
+            room = self._rooms[key] = more
+        return room[slot]
+
+    def _write(self) -> None:
+        """Move what waits to the file, from a device in one go."""
+        if not self._waiting:
+            return
+        flat = torch.cat([value.float().flatten() for value in self._waiting.values()])
+        data, start = flat.cpu().numpy(), 0
+        self._file.seek(0, 2)
+        at = self._file.tell()
+        self._file.write(data.tobytes())
+        for place, value in self._waiting.items():
+            self._seen[place] = at + 4 * start
+            self._shapes[place] = tuple(value.shape)
+            start += value.numel()
+        self._waiting = {}
+
+    def at(self, key: Any, step: int) -> Tensor:
+        """What was kept under a key at a step, [batch, ...]; of a file, float32 on the host.
+
+        Args:
+            key: as for `put`.
+            step: the denoising step.
+        """
+        self._require(key, step)
+        if not self.on_disk:
+            return self._rooms[key][self._slots[step]]
+        self._write()
+        shape = self._shapes[key, step]
+        self._file.seek(self._seen[key, step])
+        data = bytearray(4 * torch.Size(shape).numel())
+        self._file.readinto(data)
+        return torch.frombuffer(data, dtype=torch.float32).view(shape)
+
+    def stacked(self, keys: Any = None) -> Tensor:
+        """[key, step, batch, ...], steps rising.
+
+        Args:
+            keys: which, in which order; by default all.
+        """
+        keys = self.keys if keys is None else list(keys)
+        for key in keys:
+            for step in self.steps:
+                self._require(key, step)
+        if self.on_disk:
+            return torch.stack([torch.stack([self.at(k, s) for s in self.steps]) for k in keys])
+        first = self._rooms[keys[0]]
+        whole = first.new_empty(len(keys), len(self.steps), *first.shape[1:])
+        for i, key in enumerate(keys):
+            for j, step in enumerate(self.steps):
+                whole[i, j] = self._rooms[key][self._slots[step]]
+        return whole
+
+    def _require(self, key: Any, step: int) -> None:
+        if (key, step) not in self._seen and (key, step) not in self._waiting:
+            raise InvalidState(
+                f"Nothing was kept of {key!r} at step {step}: it did not run there, or the run was "
+                "broken off."
+            )
+
+
+def _index(rows: tuple[int, ...]) -> Any:
+    """Rows as a slice where they are neighbours, which needs no copy to the device."""
+    if rows == tuple(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return list(rows)
