@@ -246,7 +246,10 @@ class Hold:
         found: list[tuple[str, Listener]] = [(self.place.name, Holding(self))]
         if self.place.entered:
             found.insert(0, (self.place.entered, Entering(self)))
-        return [*found, (self.place.name, Observer(self.remember))]
+        found.append((self.place.name, Observer(self.remember)))
+        for _, listener in found:
+            listener.in_parts = True  # each part is held from itself
+        return found
 
     def value(self) -> Tensor | None:
         """What is held in the call under way; None where nothing is."""

@@ -28,7 +28,7 @@ from ..model.hooked import HookedDiT
 from ..storage import replacing
 from ..storage.schema import Listed, Schema, Size, conform
 
-FORMAT = "dit_lens.plan/1"
+FORMAT = "dit_lens.plans.plan/1"
 EXPECTED = "a plan written by Plan.save"
 Cell = tuple[int, str, int]
 """A layer, a part of it, and a step."""
