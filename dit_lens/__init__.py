@@ -35,6 +35,7 @@ _HOME = {
     "load": "model.loading",
     "load_trace": "tracing.trace",
     "record": "tracing.recording",
+    "reuse": "plans.runner",
     "sample": "sampling.run",
     "to_nnsight": "bridges.nnsight",
     "to_transformer_lens": "bridges.transformer_lens",

@@ -56,6 +56,13 @@ def test_the_code_in_causes_runs(capsys):
     assert capsys.readouterr().out.startswith("Against 4 exact patches of 2 steps: low r = ")
 
 
+@pytest.mark.slow
+def test_the_code_in_map_runs(capsys):
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "map.md").read_text(), re.S))
+    exec(compile(code, "docs/map.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([6, 2, 64, 64])\n"
+
+
 def test_the_code_in_families_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.S)
     exec(compile(code, "docs/families.md", "exec"), {})

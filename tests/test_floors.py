@@ -21,7 +21,7 @@ FLOORS = [  # high to low; folders of one line do not import each other
     ["probes"],
     ["twinning"],
     ["tracing"],
-    ["patching"],
+    ["patching", "plans"],
     ["bridges"],
     ["sampling"],
     ["model"],

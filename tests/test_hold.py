@@ -149,7 +149,7 @@ def test_bad_input(model, name, options, message):
 
 def test_a_run_that_starts_too_late_has_nothing_to_hold(model):
     run = sampled(model)
-    with pytest.raises(RuntimeError, match="step 2 was not run before it; start the run at step 2"):
+    with pytest.raises(RuntimeError, match="step 2 was not run before it, or with other items"):
         with dit_lens.trace(model) as t:
             t.hold("attn_out", [3])
             run.replay(3)
@@ -262,3 +262,16 @@ def test_holds_that_do_not_fit(model, patch, message):
     assert str(patch) in str(error.value)
     with pytest.raises(ValueError, match="depth=2 at 'attn' with kind='hold'; expected 1"):
         Patch("attn", 0, kind="hold", depth=2)
+
+
+def test_each_part_of_a_split_batch_is_held_from_itself(model):
+    def held(**options):
+        with dit_lens.trace(model) as t:
+            t.hold(["attn_out", "blocks.2"], range(2, 5))
+            run = dit_lens.sample(model, [1, 2, 3], steps=STEPS, **options)
+        return run.latents[-1], t["attn_out", 0]
+
+    whole, split = held(), held(batch=2)
+    for a, b in zip(whole, split, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert torch.equal(split[1][3], split[1][1])

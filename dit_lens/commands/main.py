@@ -8,12 +8,26 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DitLensError
-from . import check, check_family, cost, gap, hooks, patch, probe, record, report
+from . import (
+    cause_map,
+    check,
+    check_family,
+    cost,
+    gap,
+    hooks,
+    patch,
+    plan,
+    probe,
+    record,
+    report,
+)
 
 COMMANDS = {
     "hooks": hooks,
     "gap": gap,
     "patch": patch,
+    "map": cause_map,
+    "plan": plan,
     "probe": probe,
     "record": record,
     "cost": cost,

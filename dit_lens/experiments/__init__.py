@@ -11,14 +11,18 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `latents`, `images`, `features`: the `Outcome` that is compared.
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
+- `cause_map`: how far an intervention in each layer and step moves the finished image.
+- `reuse_plan`: which cells can be held within a budget, as a `Plan`.
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
 - `interchange`: what the finished image takes from twin A with one band of a layer's stream.
 - `shapley`: each layer's share when they act together; `smallest_set`: the fewest that it takes.
 """
 
+from ..plans.plan import Plan
 from .ablation import knocked_out
 from .attributes import attributes
+from .cause_map import cause_map
 from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .gap import measure_gap
@@ -26,6 +30,7 @@ from .interchange import interchange
 from .knock_outs import cumulative, knock_outs
 from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
+from .reuse_plan import reuse_plan
 from .shapley import shapley
 from .smallest_set import smallest_set
 from .step_doubling import step_doubling
@@ -33,6 +38,8 @@ from .step_doubling import step_doubling
 __all__ = [
     "Curves",
     "Outcome",
+    "Plan",
+    "cause_map",
     "attributes",
     "commitment_difference",
     "couple_alone",
@@ -47,6 +54,7 @@ __all__ = [
     "measure_gap",
     "one_pass",
     "release_sweep",
+    "reuse_plan",
     "shapley",
     "smallest_set",
     "step_doubling",

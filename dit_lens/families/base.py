@@ -23,6 +23,9 @@ from .config import Condition, Config, Size
 from .forwards import Forward, Points, Tap, TransformerForward
 from .parts.sites import FINAL_SITES, RESID, SAMPLE, Sites
 
+Skipped = tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Any]]
+"""What takes the place of a block that is left out; see `Family.skip_block`."""
+
 
 class Family:
     """How dit_lens opens one class of transformers; subclass it and `register` an instance.
@@ -47,6 +50,12 @@ class Family:
             their values; None: all. Others are refused unless they have the class's own default.
         read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read
             through the last layer.
+        computes: for each part of a block that is added to the streams ("attn", "mlp", ...) the
+            block's children that compute it and nothing else; where a part is not among them it can
+            only be left out together with the whole block.
+        pads: whether the blocks' sequence has tokens that are neither image nor text and that
+            others attend to; these have no hook points, and get nothing from a part that is left
+            out.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
             see `dit_lens.families.upstream`.
 
@@ -75,6 +84,12 @@ class Family:
     batch_order: tuple[str, str] | None = ("uncond", "cond")
     known_options: frozenset[str] | None = None
     read_only = False
+    pads = False
+    computes: dict[str, tuple[str, ...]] = {
+        "attn": ("attn1",),
+        "cross_attn": ("attn2",),
+        "mlp": ("ff",),
+    }
     written_for: dict[str, str] = {}
 
     # What a family declares.
@@ -395,9 +410,7 @@ class Family:
 
     # Skipping a block.
 
-    def skip_block(
-        self, inputs: dict[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
         """What takes the place of a block that is left out.
 
         Args:
@@ -406,11 +419,12 @@ class Family:
             kwargs: the block's arguments by name.
 
         Returns:
-            The image's stream that enters the block, and a function from a stream that leaves it to
+            The streams that enter the block, by the prefix of their names: the image's at "", and
+            "text." where the block changes a text; and a function from streams that leave it to
             what the block would return.
         """
         x = args[0] if args else kwargs["hidden_states"]
-        return x, lambda stream: stream
+        return {"": x}, lambda streams: streams[""]
 
     def stream_in(self, block: Any, inputs: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
         """A block's `hook_resid_pre`, from its arguments.
@@ -421,7 +435,7 @@ class Family:
             args: the block's positional arguments.
             kwargs: the block's arguments by name.
         """
-        return self.skip_block(inputs, args, kwargs)[0]
+        return self.skip_block(inputs, args, kwargs)[0][""]
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         """The image's stream that leaves a block, from what the block returned.

@@ -17,7 +17,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..hooks.passes import Pass
-from .base import Family
+from .base import Family, Skipped
 from .config import Condition, Config, Size, image_config
 from .forwards import BlockForward, Forward, Points
 from .parts.attention import Attend, HeadsOut
@@ -339,11 +339,9 @@ class CogVideoXFamily(Family):
         c, (frames, _, height, width) = transformer.config, inputs["hidden_states"].shape[1:]
         return frames // self._span(transformer), height // c.patch_size, width // c.patch_size
 
-    def skip_block(
-        self, inputs: dict[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
         x, text = args[:2] if args else (kwargs["hidden_states"], kwargs["encoder_hidden_states"])
-        return x, lambda stream: (stream, text)
+        return {"": x, "text.": text}, lambda found: (found[""], found["text."])
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         return returned[0]

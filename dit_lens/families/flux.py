@@ -211,6 +211,7 @@ class FluxFamily(PackedFamily):
         "two streams that attend jointly, then one joint sequence with attention and MLP side by "
         "side"
     )
+    computes = {"attn": ("attn",), "mlp": ("ff", "ff_context")}
     written_for = {
         "AdaLayerNormContinuous.forward": "cbc6feb8",
         "AdaLayerNormZero.forward": "0451374e",

@@ -227,7 +227,7 @@ class HunyuanFamily(Family):
         super().check_model(transformer)
 
     def stream_in(self, block: Any, inputs: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
-        x, _ = self.skip_block(inputs, args, kwargs)
+        x = self.skip_block(inputs, args, kwargs)[0][""]
         return x if block.skip_linear is None else merged(block, x, kwargs["skip"])
 
     def inputs(

@@ -140,6 +140,7 @@ class Lumina2Family(OneSequenceFamily):
         "each sublayer; gates through tanh"
     )
     batch_order = None
+    computes = {"attn": ("attn",), "mlp": ("feed_forward",)}
     written_for = {
         "Attention.forward": "f4dadb54",
         "Lumina2AttnProcessor2_0.__call__": "8114ed7f",

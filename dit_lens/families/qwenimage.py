@@ -124,6 +124,7 @@ class QwenImageFamily(PackedFamily):
         "two streams, image and text, with weights of their own, that attend jointly; prompts "
         "of any length, padded and masked"
     )
+    computes = {"attn": ("attn",), "mlp": ("img_mlp", "txt_mlp")}
     written_for = {
         "AdaLayerNormContinuous.forward": "cbc6feb8",
         "Attention.forward": "f4dadb54",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import InvalidState, InvalidType
 from ..hooks.passes import Pass
 from ..hooks.points import BackwardEditor, HookPoint
-from .base import Family
+from .base import Family, Skipped
 from .boundaries import argument_of, given, main_blocks, parts, registered_output
 from .config import Condition, Config, Size
 from .forwards import Forward, Points, TransformerForward
@@ -370,11 +370,9 @@ class ReadOnlyFamily(Family):
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         return ()
 
-    def skip_block(
-        self, inputs: dict[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
         own = next((each for each in self.arguments if each[0] in kwargs), self.arguments[0])
-        return given(own, args, kwargs), self._skips_nothing
+        return {"": given(own, args, kwargs)}, self._skips_nothing
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         stream = registered_output(block, returned)
@@ -386,7 +384,7 @@ class ReadOnlyFamily(Family):
 
     # What it can't do.
 
-    def _skips_nothing(self, stream: Tensor) -> Any:
+    def _skips_nothing(self, streams: dict[str, Tensor]) -> Any:
         self._refuse("no block of it can be left out", "a whole pass, or one that stops at a layer")
 
     def encode(self, pipe: Any, prompt: str) -> Condition:

@@ -11,7 +11,7 @@ between the joint one and the MLP, and queries and keys are normalised before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from ..hooks.passes import Pass
-from .base import Family
+from .base import Family, Skipped
 from .config import Condition, Config, Size, image_config
 from .forwards import BlockForward, Forward, Points
 from .parts.attention import Attend, HeadsOut
@@ -246,6 +246,7 @@ class SD3Family(Family):
         "SD35AdaLayerNormZeroX.forward": "cbb7f0eb",
     }
 
+    computes = {"attn": ("attn",), "attn2": ("attn2",), "mlp": ("ff", "ff_context")}
     first_sites = both({"hook_embed": RESID})
     known_options = frozenset(
         "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads "
@@ -326,11 +327,9 @@ class SD3Family(Family):
         )
         super().check_model(transformer)
 
-    def skip_block(
-        self, inputs: dict[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        text = kwargs["encoder_hidden_states"]
-        return kwargs["hidden_states"], lambda stream: (text, stream)
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
+        streams = {"": kwargs["hidden_states"], "text.": kwargs["encoder_hidden_states"]}
+        return streams, lambda found: (found["text."], found[""])
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         stream: Tensor = returned[1]

@@ -170,6 +170,7 @@ class WanFamily(Family):
         "one shared vector and a table a block"
     )
     batch_order = None
+    computes = {"attn": ("attn1",), "cross_attn": ("attn2",), "mlp": ("ffn",)}
     written_for = {
         "GELU.forward": "4a4013c4",
         "WanAttention.forward": "895ea6af",

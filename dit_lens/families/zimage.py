@@ -165,6 +165,8 @@ class ZImageFamily(OneSequenceFamily):
     )
     x_name, t_name = "x", "t"
     batch_order = ("cond", "uncond")
+    pads = True
+    computes = {"attn": ("attention",), "mlp": ("feed_forward",)}
     written_for = {
         "Attention.forward": "f4dadb54",
         "FeedForward.forward": "8da1c726",

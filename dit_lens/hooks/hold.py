@@ -15,12 +15,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..errors import InvalidState, InvalidValue
-from .names import NamesFilter, UnknownName, additions, layer_of, select, site_of
+from .names import Addition, NamesFilter, UnknownName, additions, layer_of, select, site_of
 from .points import Editor, HookPoint, Listener, Observer, checked
 from .regions import Region
 
@@ -48,6 +49,11 @@ class Added(NamedTuple):
         return held if entered is None else entered + held
 
 
+@lru_cache(maxsize=16)
+def _additions(names: tuple[str, ...], stream: str) -> list[Addition]:
+    return additions(names, stream)  # asked for every layer anew
+
+
 def parts(names: Iterable[str], layer: int) -> dict[str, tuple[Added, ...]]:
     """What a block adds, by part: "attn", "mlp", in some families "cross_attn", "attn2" or both
     in one, each to every stream that it writes to.
@@ -60,9 +66,9 @@ def parts(names: Iterable[str], layer: int) -> dict[str, tuple[Added, ...]]:
     {'attn': (Added(name='blocks.0.hook_attn_out', entered=''),)}
     """
     found: dict[str, tuple[Added, ...]] = {}
-    names = list(names)
+    names = tuple(names)
     for stream in STREAMS:
-        for place in additions(names, stream):
+        for place in _additions(names, stream):
             for name in place.added if place.layer == layer else ():
                 part = site_of(name).removeprefix(f"{stream}hook_").removesuffix("_out")
                 found[part] = (*found.get(part, ()), Added(name))
@@ -81,9 +87,9 @@ def stack(names: Iterable[str], first: int, stop: int) -> tuple[Added, ...]:
     >>> stack(names, 0, 1)
     (Added(name='blocks.0.hook_resid_post', entered='blocks.0.hook_resid_pre'),)
     """
-    names, found = list(names), []
+    names, found = tuple(names), []
     for stream in STREAMS:
-        chain = [a for a in additions(names, stream) if first <= a.layer < stop]
+        chain = [a for a in _additions(names, stream) if first <= a.layer < stop]
         # a text that ends within the blocks is read by nobody behind them
         if chain and chain[-1].layer == stop - 1:
             found.append(Added(chain[-1].after, chain[0].before))
@@ -193,11 +199,13 @@ class Clock(NamedTuple):
         run: which run, if there are several one after the other.
         step: of the run.
         branch: which branches of guidance a call is, in words: each may be a call of its own.
+        rows: which items of the step's batch a call has, where that is run in several.
     """
 
     run: Hashable
     step: int
     branch: str = ""
+    rows: tuple[int, ...] | None = None
 
 
 class Hold:
@@ -238,7 +246,10 @@ class Hold:
         found: list[tuple[str, Listener]] = [(self.place.name, Holding(self))]
         if self.place.entered:
             found.insert(0, (self.place.entered, Entering(self)))
-        return [*found, (self.place.name, Observer(self.remember))]
+        found.append((self.place.name, Observer(self.remember)))
+        for _, listener in found:
+            listener.in_parts = True  # each part is held from itself
+        return found
 
     def value(self) -> Tensor | None:
         """What is held in the call under way; None where nothing is."""
@@ -252,19 +263,31 @@ class Hold:
             branch = f" of the branch {clock.branch!r}" if clock.branch else ""
             raise InvalidState(
                 f"{self.place.name!r} can't be held at step {clock.step}: step {absent[0]}{branch} "
-                f"was not run before it; start the run at step {absent[-1]} or earlier."
+                f"was not run before it, or with other items; start at step {absent[-1]} or "
+                "earlier, in one batch."
             )
         return line([value for value in found if value is not None])
 
     def remember(self, value: Tensor, point: HookPoint) -> None:
+        """Keep what was added, as an observer at the place."""
+        # a sum less what entered is not to the bit what was held
+        same = self.made is not None and self.made[0] is value
+        self._keep(self.made[1] if same and self.made else self.place.of(value, self.entered))
+
+    def passed_over(self, value: Tensor) -> None:
+        """Keep what was held where it was added without a pass through the place.
+
+        Args:
+            value: what `value` gave.
+        """
+        self._keep(value)
+
+    def _keep(self, added: Tensor) -> None:
         """Keep what is added at a step from which a later one is held, and drop what is no longer
         needed.
         """
         clock = self.now()
         if any(map(self.held, after(clock.step, self.lag, self.order))):
-            # a sum less what entered is not to the bit what was held
-            same = self.made is not None and self.made[0] is value
-            added = self.made[1] if same and self.made else self.place.of(value, self.entered)
             self.kept[clock] = added.detach()
         oldest = clock.step - self.lag * (self.order + 1)
         for each in [c for c in self.kept if c.run != clock.run or c.step < oldest]:

@@ -133,7 +133,13 @@ def _equal(x: Tensor, copy: Tensor) -> bool:
 
 
 class Watcher(Protocol):
-    """Is shown every call; traces are."""
+    """Is shown every call; traces are.
+
+    Attributes:
+        proves: whether it needs the call's edits and witness.
+    """
+
+    proves: bool
 
     def begin(self, call: Call) -> None: ...
     def end(self, call: Call, finished: bool) -> None: ...

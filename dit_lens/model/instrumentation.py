@@ -397,8 +397,11 @@ class Instrumentation:
             for watcher in watchers:
                 watcher.begin(call)
                 begun.append(watcher)
-            call.edits = list(self._edits_now())
-            with self.witnessing() as call.witness:
+            if any(watcher.proves for watcher in watchers):
+                call.edits = list(self._edits_now())
+                with self.witnessing() as call.witness:
+                    yield
+            else:
                 yield
             finished = True
         except StoppedAtLayer:

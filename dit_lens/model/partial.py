@@ -62,9 +62,9 @@ class StandIn:
         context, inputs = self.now()
         (start, end), i = context.span, self.layer
         if start is not None and i < start:
-            x, returned = self.family.skip_block(inputs, args, kwargs)
-            stream = context.stream if i == start - 1 else None
-            return returned(x if stream is None else stream)
+            streams, returned = self.family.skip_block(inputs, args, kwargs)
+            put_in = context.stream if i == start - 1 else None
+            return returned(streams if put_in is None else streams | {"": put_in})
         if i == end:
             raise StoppedAtLayer(self.family.stream_in(self.block, inputs, args, kwargs))
         found = self.own(*args, **kwargs)

@@ -11,8 +11,9 @@ import numpy as np
 import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
+from ..experiments.cause_map import HALVES, PARTS
 from ..storage import load_dataset
-from . import attributes, cause_details, coupling_sweep, gap, knock_outs
+from . import attributes, cause_details, cause_map, coupling_sweep, gap, knock_outs
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -82,6 +83,17 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "effect": ("how", "layer"),
         "effect_interval": ("how", "layer", ENDS),
     },
+    "cause_map.nc": {
+        "effect": ("site", "layer", "window", "band"),
+        "effect_interval": ("site", "layer", "window", "band", ENDS),
+        "decided": ("step", "band"),
+        "quadrant": ("half", "part", "band"),
+        "quadrant_interval": ("half", "part", "band", ENDS),
+        "late_over_early": ("part", "band"),
+        "late_over_early_interval": ("part", "band", ENDS),
+        "first": ("window",),
+        "last": ("window",),
+    },
     "patches.nc": {
         "move": ("layer", "site", "window", "band"),
         "move_together": ("layer", "site", "window", "band", ENDS),
@@ -123,6 +135,7 @@ LABELS: dict[str, dict[str, set[Any]]] = {
     },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
+    "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
     "smallest_set.nc": {ENDS: {"low", "high"}},
@@ -151,6 +164,7 @@ ATTRS: dict[str, dict[str, str]] = {
     },
     "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
+    "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
     "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
     "smallest_set.nc": {"sentence": TEXTS},
     "shapley.nc": {"sentence": TEXTS, "every": NUMBERS, "orders": NUMBERS},
@@ -165,7 +179,7 @@ COORDINATES = {
 }
 """Axes whose labels are numbers, and of which kind."""
 
-EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap` and `dit-lens patch` write them"
+EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch` and `map` write them"
 
 
 def show(path: Path) -> None:
@@ -196,6 +210,8 @@ def show(path: Path) -> None:
             attributes.show(results, file)
         elif kind == "coupling_sweep.nc":
             coupling_sweep.show(results, file)
+        elif kind == "cause_map.nc":
+            cause_map.show(results, file)
         elif kind in cause_details.SHOWN:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:

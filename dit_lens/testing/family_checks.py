@@ -7,7 +7,8 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..hooks.hold import parts, stack
 from ..hooks.names import Addition, additions, layer_of, site_of
 from ..hooks.points import HookPoint, Observer
 from ..model.hooked import HookedDiT
+from ..plans.plan import Plan
+from ..plans.runner import reuse
 from ..tracing.trace import load_trace, trace
 from ..twinning.coupling import coupled
 
@@ -46,6 +49,11 @@ class Case:
         """What the transformer (this one, or the opened one) answers."""
         with torch.no_grad():
             return flat((model or self.model.transformer)(**self.inputs, return_dict=False)[0])
+
+    def ask_of(self, inputs: dict[str, Any]) -> Tensor:
+        """What the opened transformer answers to these arguments."""
+        with torch.no_grad():
+            return flat(self.model.transformer(**inputs, return_dict=False)[0])
 
     def look(self, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The answer, and the activations of these names in the order in which they came."""
@@ -292,6 +300,60 @@ def holds_what_was_added(case: Case) -> None:
                 )
 
 
+def plans_leave_out(case: Case) -> None:
+    """under a plan the modules that compute held parts, or whole held blocks, do not run, and the
+    answer is that of a hold
+    """
+    names, n = case.model.names, case.cfg.n_layers
+    second = case.family.inputs(case.model.transformer, case.x * 0.5, case.t, case.condition)
+    whole = [(n - 1, part) for part in parts(names, n - 1)]
+    single = [(0, part) for part in parts(names, 0)][:1]
+    blocks = case.family.blocks(case.model.transformer)
+    for held in (single, whole, single + whole):
+        places = [f"blocks.{layer}.{part}" for layer, part in held]
+        with trace(case.model) as t:
+            t.hold(places, [1])
+            case.ask_of(case.inputs)
+            want = case.ask_of(second)
+        cells = [(layer, part, 1) for layer, part in held]
+        one = _item(case.condition)
+        plan = Plan.of(case.model, [float(case.t[0])] * 2, cells, y=one)
+        leaves = [
+            module
+            for layer, part in held
+            for module in _computing(case, blocks[layer], part, held is not single)
+        ]
+        with reuse(case.model, plan), _counted(leaves) as ran:
+            case.ask_of(case.inputs)
+            first = len(ran)
+            found = case.ask_of(second)
+        # tokens that are neither image nor text are not held
+        same = torch.equal(found, want) or (case.family.pads and bool(found.isfinite().all()))
+        assert same, f"with {places} held, a plan's answer is not a hold's"
+        assert first and len(ran) == first, f"with {places} held, their modules run all the same"
+        assert plan.macs < 1, f"{places} are said to cost nothing"
+    assert not case.model.instrumentation.busy, "a plan leaves listeners behind"
+
+
+@contextmanager
+def _counted(modules: list[Any]) -> Iterator[list[Any]]:
+    """The modules of these that run in the `with` block, each as often as it does."""
+    ran: list[Any] = []
+    handles = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in modules]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _computing(case: Case, block: Any, part: str, whole: bool) -> list[Any]:
+    """The leaves that compute a part, or, of a whole block, some that compute it."""
+    children = [getattr(block, name, None) for name in case.family.computes.get(part, ())]
+    found = [child for child in children if child is not None] or [block] * whole
+    return [m for child in found for m in child.modules() if isinstance(m, torch.nn.Linear)]
+
+
 def twins_couple(case: Case) -> None:
     """twins coupled with g = 0 are bit for bit the plain model, with g > 0 they are not, and equal
     twins stay as they are
@@ -453,6 +515,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     attention_is_what_it_says,
     reading_is_recording,
     holds_what_was_added,
+    plans_leave_out,
     twins_couple,
     lens_reads_the_last_stream,
     parts_of_a_pass,

@@ -35,7 +35,7 @@ from ..hooks.edits import (
     step_test,
     within,
 )
-from ..hooks.hold import Clock, Hold, check_steps, held_places
+from ..hooks.hold import Hold, check_steps, held_places
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
@@ -43,6 +43,7 @@ from ..model.call import Call, Copies
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.steps import StepCounter
 from ..model.taken import Taken
 from . import files
 from .dataset import to_dataset
@@ -398,7 +399,7 @@ class Trace:
             if first.context.part is None:
                 found.append(first.x)
             else:
-                calls = {c: None for c in record.calls_at[s]}
+                calls: dict[int, list[int] | None] = {c: None for c in record.calls_at[s]}
                 x = torch.cat([record.calls[c].x for c in calls])
                 order = order_of(record, calls)
                 found.append(x if order is None else x[order.to(x.device)])
@@ -459,35 +460,24 @@ class Trace:
         )
 
 
-class _Recorder:
+class _Recorder(StepCounter):
     """Watches the calls of an open trace: counts its steps, keeps inputs and activations."""
 
+    proves = True
+
     def __init__(self, record: Record) -> None:
+        super().__init__()
         self.record = record
-        self.run: int | None = None  # of a pipeline
-        self.step = 0  # of the run under way
-        self.row = 0  # in the trace: the step, of a second run behind the first one's
-        self.offset = 0
         self.forget()
 
     def forget(self) -> None:
         """Drop references to the caller's tensors."""
-        self.call: Call | None = None
+        self.call = None
         self.copies = Copies()
 
     def begin(self, call: Call) -> None:
-        """Number the call's step: a loop of ours and a pipeline say which it is; elsewhere each
-        call is the next step.
-        """
-        last = max(self.record.calls_at, default=-1)
-        run, step = call.place or (None, call.context.step)
-        if step is None:
-            step = last + 1 - self.offset
-        elif call.context.part is not None and call.context.part.later:
-            pass  # the step goes on
-        elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
-            self.offset = last + 1 - step  # another run: its steps come behind
-        self.run, self.step, self.row, self.call = run, step, step + self.offset, call
+        """Number the call's step."""
+        self.number(call, max(self.record.calls_at, default=-1))
         self._drop_unfinished()
 
     def end(self, call: Call, finished: bool) -> None:
@@ -504,11 +494,6 @@ class _Recorder:
         """Forget what was recorded of a call that was not finished."""
         for activations in self.record.activations.values():
             activations.pop(len(self.record.calls), None)
-
-    def clock(self) -> Clock:
-        """Where the call under way is."""
-        words = () if self.call is None or self.call.branch is None else self.call.branch
-        return Clock(self.offset, self.step, " | ".join(dict.fromkeys(words)))
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""

@@ -17,7 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ...hooks.passes import Pass
-from ..base import Family
+from ..base import Family, Skipped
 from ..forwards import Forward, Points
 from .attention import Attend, HeadsOut, Kernel
 from .joint import AnyPoints, Joint, Point, joint_points
@@ -266,20 +266,19 @@ class OneSequenceFamily(Family):
         names = [n for n in points if f"text.{n}" in points or n in ON_IMAGE]
         return joint_points(points, current_pass, self.joint, names)
 
-    def skip_block(
-        self, inputs: dict[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
         x, joint = args[0], self.joint(inputs, args[0].shape[1])
-        image = joint.take(x, joint.image)
+        places = {"": joint.image, "text.": joint.text}
+        entered = {stream: joint.take(x, place) for stream, place in places.items()}
 
-        def returned(stream: Tensor) -> Tensor:
-            if stream is image:
-                return x
-            new = x.clone()
-            joint.put(new, joint.image, stream)
+        def returned(found: dict[str, Tensor]) -> Tensor:
+            changed = [stream for stream in places if found[stream] is not entered[stream]]
+            new = x.clone() if changed else x
+            for stream in changed:
+                joint.put(new, places[stream], found[stream])
             return new
 
-        return image, returned
+        return entered, returned
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         joint = self.joint(inputs, returned.shape[1])

@@ -5,7 +5,7 @@ latents packed into 2x2 patches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import InvalidState, InvalidValue
 from ...hooks.passes import Pass
-from ..base import Family, shift_of
+from ..base import Family, Skipped, shift_of
 from ..config import Condition, Config, Size, image_config
 from ..forwards import BlockForward, Forward, Points
 from .attention import Attend, HeadsOut, dispatched
@@ -309,11 +309,9 @@ class PackedFamily(Family):
         null = {"negative_prompt": ["", ""], "true_cfg_scale": 4.0}
         return call | (null if guided else {"true_cfg_scale": 1.0})
 
-    def skip_block(
-        self, inputs: dict[str, Any], args: Any, kwargs: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
         x, text = args[:2] if args else (kwargs["hidden_states"], kwargs["encoder_hidden_states"])
-        return x, lambda stream: (text, stream)
+        return {"": x, "text.": text}, lambda found: (found["text."], found[""])
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         stream: Tensor = returned[1]

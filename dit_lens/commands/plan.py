@@ -1,0 +1,65 @@
+"""Make a plan of which computations can be skipped within a budget, or measure one again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common import add_model, add_seed, add_size, count, frequency, open_model, progress_bar
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and what `dit_lens.experiments.reuse_plan` takes."""
+    add_model(parser)
+    parser.add_argument(
+        "--budget",
+        type=frequency,
+        default=0.5,
+        help="the share of multiply-accumulates that may be left (default: 0.5)",
+    )
+    parser.add_argument(
+        "--aim",
+        choices=["same", "good"],
+        default="same",
+        help="the same image, or one as good (default: same)",
+    )
+    parser.add_argument("--items", type=count, default=16, help="samples (default: 16)")
+    parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
+    add_seed(parser)
+    add_size(parser)
+    parser.add_argument("--out", type=Path, help="the plan's file (default: plan-MODEL.json)")
+    parser.add_argument(
+        "--check", type=Path, metavar="PLAN", help="measure this plan again, and make none"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the plan, or check one, and say what it does."""
+    from ..experiments.reuse_plan import check_plan, plan_sentence, reuse_plan
+    from ..plans.plan import Plan
+    from ..report.style import plain_console
+    from ..storage import file_name, try_folder
+
+    console = plain_console(120)
+    if args.check is not None:
+        plan = Plan.load(args.check)
+        plan = check_plan(open_model(args), plan, items=args.items, seed=args.seed)
+        console.print(plan_sentence(plan), soft_wrap=True)
+        return
+    out = args.out or Path(f"plan-{file_name(str(args.model))}.json")
+    try_folder(out.parent)  # before minutes are spent
+    model = open_model(args)
+    with progress_bar() as bar:
+        task = bar.add_task("plan", total=None)
+        plan = reuse_plan(
+            model,
+            args.budget,
+            args.aim,
+            items=args.items,
+            steps=args.steps,
+            seed=args.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    plan.save(out)
+    console.print(plan_sentence(plan), soft_wrap=True)
+    console.print(f"plan: {out}", style="dim", soft_wrap=True)

@@ -1,0 +1,290 @@
+"""Running a plan: the held computations are left out, and what was added before is added again.
+
+What is held is exactly what `Trace.hold` holds, by the same listeners. In addition the modules that
+compute a held part answer with zeros in its place, which nobody reads; and where all that a block
+adds is held, the block itself is left out: what was added is added to the streams that enter it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import arguments
+from ..errors import InvalidState, InvalidValue
+from ..hooks.hold import STREAMS, Added, Clock, Hold, parts
+from ..hooks.names import site_of
+from ..hooks.regions import Region
+from ..model.call import Call
+from ..model.forward_slot import find, put_back, slot
+from ..model.hooked import HookedDiT
+from ..model.instrumentation import Instrumentation
+from ..model.steps import StepCounter
+from ..model.taken import Taken
+from .plan import Plan
+
+APART = 1e-3
+"""Timesteps that differ by no more than this share of the longest are the same."""
+
+
+@contextmanager
+def reuse(model_or_pipe: Any, plan: Plan | str | Path, remap: bool = False) -> Iterator[HookedDiT]:
+    """Run a pipeline, or anything that calls the transformer, with a plan's cells held.
+
+        with dit_lens.reuse(pipe, "plan.json"):
+            pipe(class_labels=[207], num_inference_steps=50)
+
+    Held computations are left out. Each branch of guidance is held from itself. Afterwards the
+    model is as it was, whatever happens in the block.
+
+    Args:
+        model_or_pipe: a `HookedDiT`, a pipeline or a transformer.
+        plan: a plan, or the file of one.
+        remap: let runs of other steps than the plan's be run too: each step then does what the plan
+            does at the timestep nearest to its own, and a warning says so. Otherwise such a run is
+            refused at its first step that differs.
+
+    Yields:
+        HookedDiT: the opened model.
+
+    Raises:
+        InvalidValue: for a plan of another model, or, in the block, a run of other steps.
+        InvalidState: if the model is under a plan already, or in use by another thread.
+
+    >>> import dit_lens; model = dit_lens.load("digits"); run = dit_lens.sample(model, [3], steps=3)
+    >>> plan = dit_lens.experiments.Plan.of(model, run.timesteps, [(5, "attn", 2), (5, "mlp", 2)])
+    >>> with dit_lens.reuse(model, plan):
+    ...     faster = dit_lens.sample(model, [3], steps=3)
+    >>> bool((faster.latents[2] == run.latents[2]).all() and (faster.x0[2] != run.x0[2]).any())
+    True
+    """
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(plan)
+    arguments.instance("plan", plan, Plan, "a Plan, or the path of one")
+    arguments.flag("remap", remap)
+    model = HookedDiT.of(model_or_pipe)
+    try:
+        plan.require_model(model)
+        model.require_eval()
+        with Taken() as taken:
+            runner = _Runner(model, plan, remap)
+            runner.put_on(taken)
+            yield model
+    finally:
+        if model is not model_or_pipe:
+            model.close()
+
+
+class _Runner(StepCounter):
+    """Watches the calls, and knows what is held in the one under way."""
+
+    proves = False
+
+    def __init__(self, model: HookedDiT, plan: Plan, remap: bool) -> None:
+        super().__init__()
+        self.model, self.plan, self.remap = model, plan, remap
+        self.last = -1
+        self.under_way = False
+        self.of_plan = 0  # the plan's step that is run
+        self.said = False
+        self.longest = max(map(abs, plan.timesteps))
+        self.holds: dict[tuple[int, str], list[Hold]] = {}
+
+    # Which step it is.
+
+    def begin(self, call: Call) -> None:
+        self.number(call, self.last)
+        self.of_plan = self._of_plan(float(call.t[0]))
+        self.under_way = True
+
+    def end(self, call: Call, finished: bool) -> None:  # noqa: ARG002 (a watcher is given it)
+        self.under_way = False
+        self.last = max(self.last, self.row) if finished else self.last
+
+    def _of_plan(self, t: float) -> int:
+        """The plan's step for the one under way, at time t."""
+        times = self.plan.timesteps
+        if self.step < len(times) and abs(times[self.step] - t) <= APART * self.longest:
+            return self.step
+        if not self.remap:
+            at = f"{times[self.step]:g}" if self.step < len(times) else "none"
+            raise InvalidValue(
+                f"The plan is for {len(times)} steps, and step {self.step} of this run is at the "
+                f"timestep {t:g}, the plan's at {at}; sample with the steps and the scheduler that "
+                "it was made for, or let it choose the nearest: reuse(model, plan, remap=True)."
+            )
+        if not self.said:
+            self.said = True
+            warnings.warn(
+                f"The plan was made for {len(times)} other timesteps: each step does what it does "
+                "at the nearest one, which nobody has measured.",
+                stacklevel=2,
+            )
+        falling = [-time for time in times]
+        right = min(bisect.bisect(falling, -t), len(times) - 1)
+        near = min((max(right - 1, 0), right), key=lambda s: abs(times[s] - t))
+        return max(near, 1)  # the first step of a run has nothing to be held from
+
+    def is_held(self, layer: int, part: str, step: int) -> bool:
+        """Whether a part is held at a step of the run: the one under way, or a later one, of which
+        it may not be known.
+        """
+        steps = self.plan.held.get((layer, part), frozenset[int]())
+        if step == self.step:
+            return step > 0 and self.of_plan in steps
+        return bool(steps) if self.remap else step in steps
+
+    # What is put in.
+
+    def put_on(self, taken: Taken) -> None:
+        """Listeners at what is added, and what stands in for blocks and their parts."""
+        model, inst = self.model, self.model.instrumentation
+        if any(isinstance(watcher, _Runner) for watcher in inst.watchers):
+            raise InvalidState("The model is under a plan already; leave that one first.")
+        taken.undo(Instrumentation.let_go, model.transformer, self)
+        Instrumentation.of(model.transformer, self)
+        blocks = model.family.blocks(model.transformer)
+        for layer in sorted({layer for layer, _ in self.plan.held}):
+            of_layer = parts(model.names, layer)
+            for part in of_layer:
+                if (layer, part) in self.plan.held:
+                    self.holds[layer, part] = [
+                        self._hold(layer, part, place) for place in of_layer[part]
+                    ]
+            for hold in (h for part in of_layer for h in self.holds.get((layer, part), [])):
+                for name, listener in hold.listeners:
+                    taken.undo(inst.detach, name, listener)
+                    inst.attach(name, listener)
+            self._stand_in(taken, blocks[layer], layer, list(of_layer))
+        taken.undo(inst.unwatch, self)
+        inst.watch(self)
+
+    def _hold(self, layer: int, part: str, place: Added) -> Hold:
+        def held(step: int) -> bool:
+            return self.is_held(layer, part, step)
+
+        return Hold(place, held, self.clock, 1, 0, Region(), self.model.sites[place.name])
+
+    def _stand_in(self, taken: Taken, block: nn.Module, layer: int, of_layer: list[str]) -> None:
+        """What leaves out a block of which all is held, and the children of a held part."""
+        computes = self.model.family.computes
+        for part in of_layer:
+            mine = (layer, part) in self.plan.held
+            children = [
+                child
+                for name in computes.get(part, ())
+                if (child := getattr(block, name, None)) is not None
+            ]
+            if mine and not children and len(of_layer) > 1:
+                raise InvalidValue(
+                    f"{type(self.model.transformer).__name__} does not say which modules compute "
+                    f"{part!r}, so it can't be left out; expected a plan that holds whole blocks, "
+                    "or a family with `computes`."
+                )
+            for child in children if mine else ():
+                idle = partial(_Idle, held=partial(self._idle, layer, part), now=self.clock)
+                _replace(taken, child, idle)
+        if all((layer, part) in self.plan.held for part in of_layer):
+            places = [(part, hold) for part in of_layer for hold in self.holds[layer, part]]
+            _replace(taken, block, lambda own: _Over(own, self, block, layer, places))
+
+    def _idle(self, layer: int, part: str) -> bool:
+        return self.under_way and self.is_held(layer, part, self.step)
+
+
+class _Idle:
+    """In place of a module's forward: where its part is held it computes nothing, and answers with
+    zeros of the shape that it last gave, in whose place what is held is put.
+    """
+
+    def __init__(
+        self, own: Callable[..., Any], held: Callable[[], bool], now: Callable[[], Clock]
+    ) -> None:
+        self.own, self.held, self.now = own, held, now
+        self.like: dict[tuple[Any, ...], Any] = {}  # branches may differ in the length of the text
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clock = self.now()
+        which = (clock.branch, clock.rows)
+        if self.held() and which in self.like:
+            return _zeros(self.like[which])
+        found = self.own(*args, **kwargs)
+        self.like[which] = _shapes(found)
+        return found
+
+
+def _shapes(answer: Any) -> Any:
+    """What is remembered of a module's answer: its tensors on no device, without their content."""
+    if isinstance(answer, (tuple, list)):
+        return tuple(map(_shapes, answer))
+    return (torch.empty_like(answer, device="meta"), answer.device)
+
+
+def _zeros(like: Any) -> Any:
+    if isinstance(like[0], Tensor):
+        return torch.zeros_like(like[0], device=like[1])
+    return tuple(map(_zeros, like))
+
+
+class _Over:
+    """In place of a block's forward: where all that it adds is held, only the sum is made."""
+
+    def __init__(
+        self,
+        own: Callable[..., Any],
+        runner: _Runner,
+        block: nn.Module,
+        layer: int,
+        places: list[tuple[str, Hold]],
+    ) -> None:
+        self.own, self.runner, self.block, self.layer = own, runner, block, layer
+        self.places = places
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runner = self.runner
+        step = runner.step
+        if not runner.under_way or not all(
+            runner.is_held(self.layer, part, step) for part, _ in self.places
+        ):
+            return self.own(*args, **kwargs)
+        family, inputs = runner.model.family, runner.model.instrumentation.now or {}
+        streams, returned = family.skip_block(inputs, args, kwargs)
+        streams = streams | {"": family.stream_in(self.block, inputs, args, kwargs)}
+        for _, hold in self.places:
+            value = hold.value()
+            assert value is not None
+            hold.passed_over(value)
+            stream = STREAMS[site_of(hold.place.name).startswith("text.")]
+            x = streams[stream]
+            if x.shape != value.shape:
+                raise InvalidValue(
+                    f"{hold.place.name!r} is {list(x.shape)} at step {step} and was "
+                    f"{list(value.shape)} where it is held from; a plan needs one batch and one "
+                    "size throughout."
+                )
+            # as the blocks do: some add in a wider type
+            streams[stream] = (x.to(value.dtype) + value).to(x.dtype)
+        return returned(streams)
+
+
+def _replace(taken: Taken, module: nn.Module, make: Callable[[Callable[..., Any]], Any]) -> None:
+    """Put a callable in the place of a module's own forward, which it is given."""
+    holder, key = slot(module)
+    before = holder.get(key)
+    mine = make(before or type(module).forward.__get__(module))
+
+    def take_out() -> None:
+        place = find(module, mine)
+        if place is not None:
+            put_back(module, place, before)
+
+    taken.undo(take_out)
+    holder[key] = mine

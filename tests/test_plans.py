@@ -1,0 +1,214 @@
+"""Plans: their files, what they refuse, and running them."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import make_dit, make_pipe
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import HookedDiT
+from dit_lens.experiments import Plan
+from dit_lens.plans.plan import Costs
+
+STEPS = 6
+SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedDiT(make_dit(channels=1, classes=10), scheduler=SCHEDULER)
+
+
+def sampled(model, guidance=1.0, steps=STEPS, **options):
+    return dit_lens.sample(model, [1, 2], steps=steps, guidance=guidance, **options)
+
+
+def cells_of(*places):
+    return [(layer, part, step) for layer, part, steps in places for step in steps]
+
+
+CELLS = cells_of(
+    (0, "attn", [1, 2]), (1, "mlp", [3]), (1, "attn", [3, 4]), (2, "attn", [5]), (2, "mlp", [5])
+)
+
+
+@pytest.fixture(scope="module")
+def plan(model):
+    return Plan.of(model, sampled(model).timesteps, CELLS, {"aim": "same"})
+
+
+def forwards_left(module):
+    return [name for name, m in module.named_modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_run_under_a_plan_is_the_run_with_its_cells_held(model, plan, guidance):
+    with dit_lens.trace(model) as t:
+        for (layer, part), steps in plan.held.items():
+            t.hold(f"blocks.{layer}.{part}", steps)
+        expected = sampled(model, guidance).latents
+    before = forwards_left(model.transformer)
+    with dit_lens.reuse(model, plan):
+        found = sampled(model, guidance).latents
+        again = sampled(model, guidance).latents
+    assert torch.equal(found, expected) and torch.equal(again, expected)
+    assert not model.instrumentation.busy and forwards_left(model.transformer) == before
+    assert not torch.equal(sampled(model, guidance).latents, expected)
+
+
+def test_a_pipeline_under_a_plan_skips_and_is_left_as_it_was():
+    pipe, ran = make_pipe(), []
+    call = {"class_labels": [3, 7], "num_inference_steps": 4, "output_type": "np"}
+
+    def image():
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    plain = image()
+    with dit_lens.trace(pipe) as t:
+        t.hold(["blocks.1.attn", "blocks.2"], [2, 3])
+        held = image()
+    model = HookedDiT(pipe)
+    cells = cells_of((1, "attn", [2, 3]), (2, "attn", [2, 3]), (2, "mlp", [2, 3]))
+    plan = Plan.of(model, t.timesteps, cells)
+    model.remove()
+    counted = pipe.transformer.transformer_blocks[1].attn1.to_q, pipe.transformer.proj_out_1
+    for module in (*counted, pipe.transformer.transformer_blocks[2].norm1.linear):
+        module.register_forward_hook(lambda m, *_: ran.append(m))
+    with dit_lens.reuse(pipe, plan):
+        found = image()
+    assert [ran.count(m) for m in counted] == [2, 4] and len(ran) == 8
+    # a whole block is added part by part
+    assert abs(found - held).max() < 1e-5 < abs(plain - held).max()
+    assert not forwards_left(pipe.transformer)
+    assert (image() == plain).all()
+
+
+def test_what_fails_inside_leaves_the_model_as_it_was(model, plan):
+    before = forwards_left(model.transformer)
+    with pytest.raises(ZeroDivisionError), dit_lens.reuse(model, plan):
+        sampled(model)
+        raise ZeroDivisionError
+    assert not model.instrumentation.busy and forwards_left(model.transformer) == before
+
+
+def test_a_trace_around_a_plan_reads_what_was_held(model, plan):
+    with dit_lens.trace(model) as t, dit_lens.reuse(model, plan):
+        sampled(model)
+    added = t.get("blocks.0.hook_attn_out")["blocks.0.hook_attn_out"]
+    assert torch.equal(added[1], added[0]) and torch.equal(added[2], added[0])
+    assert not torch.equal(added[3], added[2])
+
+
+def test_a_file_is_what_was_saved(model, plan, tmp_path):
+    path = plan.save(tmp_path / "plans" / "plan.json")
+    assert Plan.load(path) == plan
+    with dit_lens.reuse(model, path):
+        found = sampled(model).latents
+    with dit_lens.reuse(model, plan):
+        assert torch.equal(found, sampled(model).latents)
+
+
+def damaged(text, path):
+    content = json.loads(text)
+    content["cells"][0][2] = 4
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda text, path: path.unlink(), "There is no file"),
+        (lambda text, path: path.write_text(text[:100]), "is not JSON"),
+        (lambda text, path: path.write_text("[1]"), "is no plan of this version"),
+        (lambda text, path: path.write_text('{"format": "other"}'), "is no plan of this version"),
+        (damaged, "is damaged: it is not what was written, by its checksum"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(model, plan, tmp_path, damage, message):
+    path = plan.save(tmp_path / "plan.json")
+    damage(path.read_text(), path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with dit_lens.reuse(model, path):
+            pass
+    assert not model.instrumentation.busy
+
+
+def test_other_models_are_refused(plan):
+    others = {
+        "class": HookedDiT(make_dit(channels=1, classes=10), scheduler=SCHEDULER),
+        "layers": HookedDiT(make_dit(layers=2, channels=1, classes=10), scheduler=SCHEDULER),
+        "weights": HookedDiT(make_dit(channels=1, classes=10, seed=5), scheduler=SCHEDULER),
+    }
+    for what in ("layers", "weights"):
+        with pytest.raises(ValueError, match=f"for another model: its {what} is"):
+            with dit_lens.reuse(others[what], plan):
+                pass
+    with dit_lens.reuse(others["class"], plan):  # a copy is the same model
+        sampled(others["class"])
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_other_steps_are_refused_or_remapped(model, plan, steps):
+    message = re.escape(f"The plan is for {STEPS} steps, and step ")
+    with pytest.raises(ValueError, match=message), dit_lens.reuse(model, plan):
+        sampled(model, steps=steps)
+    assert not model.instrumentation.busy
+    with dit_lens.reuse(model, plan, remap=True):
+        with pytest.warns(UserWarning, match="made for 6 other timesteps"):
+            found = sampled(model, steps=steps)
+    # what each step does, by the nearest of the plan's timesteps
+    times, held = torch.tensor(plan.timesteps), {}
+    for step, t in enumerate(found.timesteps.tolist()):
+        near = max(int((times - t).abs().argmin()), 1)
+        for place, of_place in plan.held.items():
+            if step and near in of_place:
+                held.setdefault(place, []).append(step)
+    with dit_lens.trace(model) as t:
+        for (layer, part), of_place in held.items():
+            t.hold(f"blocks.{layer}.{part}", of_place)
+        expected = sampled(model, steps=steps).latents
+    assert torch.allclose(found.latents, expected, atol=1e-5)
+    with warnings.catch_warnings(), dit_lens.reuse(model, plan, remap=True):
+        warnings.simplefilter("error")
+        sampled(model)
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        ([(0, "attn", 0)], "holds step 0; expected steps 1 to 5, those that have one before"),
+        ([(0, "attn", 6)], "holds step 6; expected steps 1 to 5"),
+        ([(3, "attn", 1)], "holds 'attn' in layer 3, which the model does not have"),
+        ([(0, "cross_attn", 1)], "expected layers 0 to 2 and attn, mlp"),
+        ([(0, "attn", 1.5)], "step=1.5 can't be used"),
+    ],
+)
+def test_cells_that_are_none(model, cells, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.of(model, range(STEPS, 0, -1), cells)
+
+
+def test_two_plans_at_once_and_train_mode_are_refused(model, plan):
+    with dit_lens.reuse(model, plan):
+        with pytest.raises(RuntimeError, match="under a plan already"):
+            with dit_lens.reuse(model, plan):
+                pass
+        sampled(model)
+    with pytest.raises(TypeError, match="expected a Plan, or the path of one"):
+        with dit_lens.reuse(model, 3):
+            pass
+
+
+def test_costs_are_those_counted_by_hand(model):
+    costs, d, n = Costs.of(model), 16, 16  # width, tokens
+    assert costs.parts[0, "attn"] == 4 * n * d * d + 2 * n * n * d
+    assert costs.parts[1, "mlp"] == 8 * n * d * d
+    assert costs.rest[2] == 6 * d * d + 256 * d + d * d
+    everything = [(i, p, s) for i in range(3) for p in ("attn", "mlp") for s in (1, 2, 3)]
+    left = 1 - 3 / 4 * (sum(costs.parts.values()) + sum(costs.rest)) / costs.whole
+    assert costs.share(everything, 4) == pytest.approx(left)
+    assert costs.share([], 4) == 1

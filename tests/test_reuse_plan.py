@@ -1,0 +1,102 @@
+"""Plans that are found: against uniform reuse, and the true optimum on an exact denoiser."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import Bands, HookedDiT
+from dit_lens.experiments import Plan, reuse_plan
+from dit_lens.groundtruth import gaussian
+
+SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedDiT(make_dit(channels=1, classes=2), scheduler=SCHEDULER)
+
+
+def moved(model, plan, seed, items=16, labels=(0, 1)):
+    """|x under the plan - x|² of the finished latents, all bands together."""
+    labels = [labels[i % len(labels)] for i in range(items)]
+    plain = dit_lens.sample(model, labels, seed, plan.steps).latents[-1]
+    with dit_lens.reuse(model, plan):
+        found = dit_lens.sample(model, labels, seed, plan.steps).latents[-1]
+    return float((found - plain).square().sum())
+
+
+@pytest.mark.parametrize("aim", ["same", "good"])
+def test_a_plan_keeps_its_budget_and_beats_uniform_reuse(model, aim):
+    plan = reuse_plan(model, 0.5, aim, items=16, steps=12, projections=4, resamples=50)
+    assert 0.4 < plan.macs <= 0.5 and plan.about["aim"] == aim
+    cells = [(i, p, s) for i in range(3) for p in ("attn", "mlp") for s in range(1, 12, 2)]
+    uniform = Plan.of(model, plan.timesteps, cells)
+    assert uniform.macs > plan.macs - 0.03
+    assert moved(model, plan, 1000) < 0.7 * moved(model, uniform, 1000)
+
+
+def test_its_figures_are_of_other_samples(model):
+    plan = reuse_plan(model, 0.6, items=8, steps=6, projections=2, resamples=50, seed=3)
+    labels = [i % 2 for i in range(8)]
+    plain = dit_lens.sample(model, labels, 11, 6).latents[-1]
+    with dit_lens.reuse(model, plan):
+        found = dit_lens.sample(model, labels, 11, 6).latents[-1]
+    bands = Bands.radial((8, 8), cut=0.25)
+    same = [(i, j) for i in range(8) for j in range(i) if labels[i] == labels[j]]
+    apart = sum(bands.energy((plain[i] - plain[j])[None].double()).sum(1)[0] for i, j in same)
+    expected = bands.energy((found - plain).double()).sum(1).mean(0) / (apart / len(same))
+    assert plan.about["effect_low"] == pytest.approx(float(expected[0]), rel=1e-6)
+    low, high = plan.about["effect_high_interval"]
+    assert low < plan.about["effect_high"] < high
+    assert plan == reuse_plan(model, 0.6, items=8, steps=6, projections=2, resamples=50, seed=3)
+
+
+def test_what_does_nothing_is_held_first():
+    """MLPs and a decoy cause nothing in an exact denoiser, so they go before any causing cell."""
+    truth = gaussian(layers=(1,), n_layers=3, decoys=(2,), in_channels=1)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    plan = reuse_plan(model, 0.6, items=8, steps=6, longest=6, projections=2, resamples=50)
+    assert len(plan.cells) > 5 and (1, "attn") not in plan.held
+    assert plan.about["effect_low"] < 1e-6 and plan.about["effect_high"] < 1e-6
+
+
+def test_the_best_of_all_plans_of_an_exact_denoiser():
+    """All choices of four cells of two causing layers, each run, against the plan that is found."""
+    truth = gaussian(layers=(0, 1), n_layers=2, in_channels=1)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    steps = 5
+    idle = [(i, "mlp", s) for i in range(2) for s in range(1, steps)]
+    causing = [(i, "attn", s) for i in range(2) for s in range(1, steps)]
+    times = dit_lens.sample(model, [0], steps=steps).timesteps.tolist()
+    every = [
+        Plan.of(model, times, [*idle, *chosen]) for chosen in itertools.combinations(causing, 4)
+    ]
+    budget = every[0].macs + 1e-6
+    found = reuse_plan(
+        model, budget, items=16, steps=steps, longest=steps, projections=8, resamples=20
+    )
+    errors = np.array([moved(model, plan, 500, 8, (0,)) for plan in every])
+    mine = moved(model, found, 500, 8, (0,))
+    assert mine <= np.quantile(errors, 0.06) and mine < 2 * errors.min()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": 0.01}, "budget=0.01 can't be met: with every cell held for 5 steps in a row"),
+        ({"budget": 0}, "budget=0 can't be used; expected a finite number above 0"),
+        ({"aim": "best"}, "aim='best' can't be used; expected one of 'same', 'good'"),
+        ({"scheduler": "dpm++"}, "remembers earlier steps"),
+        ({"items": 4}, "items=4 can't be used"),
+    ],
+)
+def test_bad_input(model, options, message):
+    with pytest.raises(ValueError) as error:
+        reuse_plan(model, **({"items": 8, "steps": 6} | options))
+    assert message in str(error.value)
+    assert torch.is_grad_enabled()
