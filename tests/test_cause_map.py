@@ -9,6 +9,8 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.experiments import cause_map
 from dit_lens.groundtruth import gaussian
+from dit_lens.report import cause_map as report
+from dit_lens.report.stored import show
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -138,3 +140,13 @@ def test_bad_input(model, options, message):
     with pytest.raises(ValueError) as error:
         cause_map(model, **({"items": 8, "steps": STEPS} | options))
     assert message in str(error.value)
+
+
+def test_a_stored_map_is_shown_again(model, tmp_path, capsys):
+    found = cause_map(model, items=8, steps=STEPS, projections=1, check=2, resamples=50)
+    report.show(found, report.store(found, tmp_path))
+    shown = capsys.readouterr().out
+    (tmp_path / "cause_map.png").unlink()
+    show(tmp_path)
+    assert capsys.readouterr().out == shown and (tmp_path / "cause_map.png").exists()
+    assert all(line in shown for line in found.attrs["sentence"].split("\n"))
