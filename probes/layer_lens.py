@@ -134,7 +134,11 @@ class LayerLens(Probe):
         return self.result(finished(run, len(self.seen.at("x", 0))), by_label)
 
     def labels_of(self, items: int) -> np.ndarray[Any, Any] | None:
-        """The label of each item of the whole batch; None where one is not known."""
+        """The label of each item of the whole batch; None where one is not known.
+
+        Args:
+            items: how many the batch has.
+        """
         labels = np.empty(items)
         for rows, own in self.labels.items():
             if own is None:

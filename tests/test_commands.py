@@ -155,11 +155,11 @@ def test_bad_options_are_refused_and_not_replaced(argv, text, capsys):
 def test_what_was_asked_for_is_what_is_run(monkeypatch, folder):
     asked = {}
 
-    def knock_outs(model, **options):
+    def knocked_gap(model, part, way, **options):
         asked.update(options)
         raise InvalidValue("enough")
 
-    monkeypatch.setattr("dit_lens.experiments.knock_outs", knock_outs)
+    monkeypatch.setattr("dit_lens.experiments.knocked_gap.KnockedGap", knocked_gap)
     for argv, pairs, steps in [
         ([], 24, 25),
         (["--quick"], 16, 12),
