@@ -212,3 +212,74 @@ def test_costs_are_those_counted_by_hand(model):
     left = 1 - 3 / 4 * (sum(costs.parts.values()) + sum(costs.rest)) / costs.whole
     assert costs.share(everything, 4) == pytest.approx(left)
     assert costs.share([], 4) == 1
+
+
+# For other tools.
+
+
+def test_a_schedule_of_smoothcache(plan):
+    schedule = plan.to_smoothcache()
+    assert list(schedule) == [f"{part}-{i}" for i in range(3) for part in ("attn1", "ff")]
+    assert schedule["attn1-0"] == [1, 0, 0, 1, 1, 1] and schedule["ff-0"] == [1] * STEPS
+
+
+def whole_steps(first, steps):
+    layers = range(first, 3)
+    return cells_of(*((i, part, steps) for i in layers for part in ("attn", "mlp")))
+
+
+def test_whole_steps_for_cache_dit(model, plan):
+    times = plan.timesteps
+    found = Plan.of(model, times, whole_steps(1, [2, 4])).to_cache_dit()
+    assert found["Fn_compute_blocks"] == 1 and found["steps_computation_policy"] == "static"
+    assert found["steps_computation_mask"] == [1, 1, 0, 1, 0, 1]
+    with pytest.raises(ValueError, match="holds layer 0, which cache-dit always computes"):
+        plan.to_cache_dit()
+    part = Plan.of(model, times, [*whole_steps(1, [2]), (2, "mlp", 3)])
+    with pytest.raises(ValueError, match="At step 3 the plan holds nothing in layer 1; cache-dit"):
+        part.to_cache_dit()
+
+
+def test_cache_dit_takes_it(model, plan):
+    cache_dit = pytest.importorskip("cache_dit")
+    found = Plan.of(model, plan.timesteps, whole_steps(1, [2, 4])).to_cache_dit()
+    assert cache_dit.DBCacheConfig(**found, num_inference_steps=STEPS).steps_computation_mask
+
+
+@pytest.mark.parametrize("cells", [CELLS, whole_steps(0, [1, 2, 4])])
+def test_a_file_runs_a_plan_on_plain_diffusers(cells, tmp_path):
+    call = {"class_labels": [3, 7], "num_inference_steps": STEPS, "output_type": "np"}
+
+    def image(pipe):
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    pipe = make_pipe()
+    pipe.scheduler.set_timesteps(STEPS)
+    model = HookedDiT(pipe)
+    plan = Plan.of(model, pipe.scheduler.timesteps.tolist(), cells)
+    with dit_lens.reuse(pipe, plan):
+        expected = image(pipe)
+    model.remove()
+    plain = image(pipe)
+    file = plan.to_script(tmp_path / "fast.py")
+    text = file.read_text()
+    assert "import dit_lens" not in text and len(text.splitlines()) <= 60
+    scope = {}
+    exec(compile(text, str(file), "exec"), scope)
+    with scope["plan"](pipe.transformer):
+        found = image(pipe)
+    assert abs(found - expected).max() < 1e-5 < abs(plain - expected).max()
+    assert not forwards_left(pipe.transformer) and (image(pipe) == plain).all()
+    with pytest.raises(RuntimeError, match="the plan has"), scope["plan"](pipe.transformer):
+        pipe(**call | {"num_inference_steps": 3})
+
+
+def test_other_families_have_no_file():
+    from dit_lens.plans.exports import script
+
+    flux = Plan({"class": "FluxTransformer2DModel"}, (1.0,), (("attn",),), frozenset(), 1.0)
+    with pytest.raises(ValueError, match="for a FluxTransformer2DModel; a file can be written for"):
+        script(flux)
+    sana = Plan({}, (1.0,), (("attn", "cross_attn", "mlp"),), frozenset(), 1.0)
+    with pytest.raises(ValueError, match="SmoothCache's schedule has no 'cross_attn'"):
+        sana.to_smoothcache()

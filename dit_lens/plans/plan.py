@@ -26,7 +26,8 @@ from ..errors import InvalidValue, MissingFile
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..storage import replacing
-from ..storage.schema import Listed, Schema, Size, conform
+from ..storage.schema import Listed, Schema, conform
+from . import exports
 
 FORMAT = "dit_lens.plans.plan/1"
 EXPECTED = "a plan written by Plan.save"
@@ -40,7 +41,7 @@ class Content(Schema):
     format: str
     model: dict[str, str]
     timesteps: Listed[float]
-    n_layers: Size
+    parts: Listed[Listed[str]]
     cells: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
     macs: float
     about: dict[str, Any]
@@ -58,7 +59,7 @@ class Plan:
     Attributes:
         model: what it was made for: the class, and digests of its configuration and weights.
         timesteps: of the steps that it was made for, in the scheduler's units.
-        n_layers: of the model.
+        parts: of each layer, what it adds by: "attn", "mlp", ...
         cells: (layer, part, step) that are held.
         macs: the share of the multiply-accumulates that is left.
         about: how it was made and what was measured of it, by name.
@@ -66,7 +67,7 @@ class Plan:
 
     model: Mapping[str, str]
     timesteps: tuple[float, ...]
-    n_layers: int
+    parts: tuple[tuple[str, ...], ...]
     cells: frozenset[Cell]
     macs: float
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class Plan:
         """
         arguments.instance("model", model, HookedDiT, "a HookedDiT")
         times = tuple(float(t) for t in timesteps)
-        of_layer = [list(parts(model.names, i)) for i in range(model.cfg.n_layers)]
+        of_layer = tuple(tuple(parts(model.names, i)) for i in range(model.cfg.n_layers))
         held = frozenset(
             (arguments.whole("layer", i), str(part), arguments.whole("step", s))
             for i, part, s in cells
@@ -117,7 +118,7 @@ class Plan:
                     "have one before them."
                 )
         share = Costs.of(model, y).share(held, len(times))
-        return cls(identity(model), times, len(of_layer), held, share, dict(about or {}))
+        return cls(identity(model), times, of_layer, held, share, dict(about or {}))
 
     @property
     def steps(self) -> int:
@@ -160,13 +161,74 @@ class Plan:
             "format": FORMAT,
             "model": dict(self.model),
             "timesteps": list(self.timesteps),
-            "n_layers": self.n_layers,
+            "parts": [list(of_layer) for of_layer in self.parts],
             "cells": [list(cell) for cell in sorted(self.cells)],
             "macs": self.macs,
             "about": dict(self.about),
         }
         with replacing(path) as part:
             part.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
+        return Path(path)
+
+    def to_smoothcache(self) -> dict[str, list[int]]:
+        """The plan as a schedule of SmoothCache (Liu et al. 2024, arXiv 2411.10510): for each
+        module a 1 for every call that is computed, and a 0 where its output is taken again.
+
+        SmoothCache takes a module's output again, before the gate of that step, where a plan takes
+        what was added; so its images differ a little from those that the plan was measured on. It
+        counts calls: a pipeline must make one a step.
+
+        Returns:
+            A list of `steps` numbers for "attn1-0", "ff-0", "attn1-1", ...
+
+        Raises:
+            InvalidValue: for a model whose layers are not an attention and an MLP.
+
+        >>> import dit_lens; model = dit_lens.load("digits")
+        >>> Plan.of(model, [900, 500, 100], [(0, "attn", 1)]).to_smoothcache()["attn1-0"]
+        [1, 0, 1]
+        """
+        return exports.smoothcache(self)
+
+    def to_cache_dit(self) -> dict[str, Any]:
+        """The plan as arguments of cache-dit's `DBCacheConfig`, which holds whole steps.
+
+        Returns:
+            The arguments by name: the first layers, which are always computed
+            (`Fn_compute_blocks`), and `steps_computation_mask`, a 1 for every step that is.
+
+        Raises:
+            InvalidValue: for a plan that cache-dit can't run: it must hold, at every step, nothing
+                or all parts of the layers from one on, and never layer 0.
+
+        >>> import dit_lens; model = dit_lens.load("digits")
+        >>> rear = [(layer, part, 1) for layer in range(1, 28) for part in ("attn", "mlp")]
+        >>> Plan.of(model, [900, 500, 100], rear).to_cache_dit()["steps_computation_mask"]
+        [1, 0, 1]
+        """
+        return exports.cache_dit(self)
+
+    def to_script(self, path: str | Path) -> Path:
+        """Write a Python file that runs the plan on diffusers' DiT without dit_lens: `with
+        plan(pipe.transformer): pipe(...)`.
+
+        Args:
+            path: the file; its folder is made.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidValue: for a plan of another class of model.
+
+        >>> import dit_lens, tempfile; model = dit_lens.load("digits")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Plan.of(model, [900, 100], [(0, "mlp", 1)]).to_script(f"{folder}/fast.py")
+        ...     len(path.read_text().splitlines()) <= 60
+        True
+        """
+        with replacing(path) as part:
+            part.write_text(exports.script(self))
         return Path(path)
 
     @classmethod
@@ -197,13 +259,12 @@ class Plan:
             )
         read = conform(content, Content, where)
         cells = frozenset(read.cells)
-        return cls(read.model, read.timesteps, read.n_layers, cells, read.macs, read.about)
+        return cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about)
 
     def __repr__(self) -> str:
-        n = len({part for _, part, _ in self.cells})
         return (
-            f"Plan({self.steps} steps, {self.n_layers} layers: {len(self.cells)} of "
-            f"{self.steps * self.n_layers * n} cells held, {self.macs:.1%} of the "
+            f"Plan({self.steps} steps, {len(self.parts)} layers: {len(self.cells)} of "
+            f"{self.steps * sum(map(len, self.parts))} cells held, {self.macs:.1%} of the "
             "multiply-accumulates)"
         ).replace("%", " %")
 
