@@ -6,7 +6,7 @@ Whoever predicts Gaussian data of the variances lambda_k exactly decides mode k 
 the data's second moments make a gap by themselves, whatever the model. Their variances are taken
 mode by mode, after each label's mean, from the model's own finished samples, or from images that
 are given. The exact curves go through the same fit at the same releases as the clones', on the same
-resampled pairs, and are subtracted. What is left the spectrum does not explain: it is the model's,
+resampled pairs, and are subtracted. The spectrum does not explain what is left: it is the model's,
 or comes of what the data have beyond their spectrum.
 """
 
@@ -218,11 +218,10 @@ def data_sentence(results: xr.Dataset) -> str:
     would = f"{who} would have a gap of {data:+.1f steps}"
     if not beyond.known:
         return f"{would}; {whose} can't be held against it."
-    if not beyond.sign:
-        verdict = "no difference can be told: the spectrum alone may make the gap"
-    else:
-        verdict = (
-            "this the spectrum does not explain: it is the model's, or comes of what the data "
-        )
-        verdict += "have beyond their spectrum"
-    return f"{would}; {whose} less that is {beyond:+.1f steps}: {verdict}."
+    verdict = (
+        ", which the spectrum does not explain: it is the model's, or comes from what the data "
+        "have beyond their spectrum"
+        if beyond.sign
+        else ": no difference can be told, so the spectrum alone may make the gap"
+    )
+    return f"{would}; {whose} less that is {beyond:+.1f steps}{verdict}."
