@@ -144,6 +144,11 @@ def held(**given):
         pass
 
 
+def reused(**given):
+    with dit_lens.reuse(**given):
+        pass
+
+
 HALF = [0.5, np.float32(0.5), torch.tensor(0.5)]
 
 
@@ -182,6 +187,7 @@ def table():
                 "eta": [0, 1, *HALF],
                 "guided_channels": ["all", "first3"],
                 "latents": [None, w["x"]],
+                "batch": [None, *whole(1)],
                 **RUN,
             },
         ),
@@ -201,6 +207,7 @@ def table():
                 "seed": whole(3),
                 "eta": [None, 1, *HALF],
                 "probes": [(), []],
+                "batch": [None, *whole(2)],
                 **RUN,
             },
         ),
@@ -632,6 +639,25 @@ def table():
                 },
             ),
             (
+                "reuse_plan",
+                experiments.reuse_plan,
+                {"model": model},
+                {
+                    "budget": [0.7, np.float32(0.7)],
+                    "aim": ["same", "good"],
+                    "items": whole(8),
+                    "steps": whole(3),
+                    "guidance": [1, 2.5],
+                    "scheduler": ["ddim", None],
+                    "eta": [0],
+                    "cut": [0.25, np.float32(0.25)],
+                    "longest": whole(2),
+                    "projections": whole(1),
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                },
+            ),
+            (
                 "cause_map",
                 cause_map,
                 {"model": model},
@@ -739,6 +765,22 @@ def rest():
         },
     )
     yield "load", dit_lens.load, {}, {"model": [model]}
+    times = [[900, 500, 100], np.array([900, 500, 100]), torch.tensor([900, 500, 100])]
+    cells = [[(0, "attn", 1)], [(np.int64(0), "mlp", np.int64(2))], []]
+    plan = experiments.Plan.of(model, times[0], cells[0])
+    yield (
+        "Plan.of",
+        experiments.Plan.of,
+        {"model": model},
+        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}]},
+    )
+    yield "Plan.load", experiments.Plan.load, {}, {"path": [plan.save(f"{w['folder']}/p.json")]}
+    yield (
+        "reuse",
+        reused,
+        {"model_or_pipe": model},
+        {"plan": [plan, f"{w['folder']}/p.json"], "remap": [False, True]},
+    )
     yield "load_trace", dit_lens.load_trace, {}, {"path": [w["file"]], "model": [None, model]}
     yield "family_of", families.family_of, {}, {"transformer": [model.transformer]}
     yield "family_named", families.family_named, {}, {"model_class": ["DiTTransformer2DModel"]}
@@ -1011,8 +1053,9 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """cumulative measure_gap knock_outs couple_alone step_doubling random_planted
-to_nnsight to_transformer_lens""".split()
+ONLY_IN_THE_ATTACK = """attributes cause_map couple_alone cumulative interchange knock_outs
+measure_gap random_planted reuse_plan shapley smallest_set step_doubling to_nnsight
+to_transformer_lens""".split()
 
 
 def test_every_public_function_is_tried():
@@ -1184,7 +1227,7 @@ def test_what_was_accepted_in_silence_is_refused(kind, text, function):
 def test_no_layers_are_none_to_measure(function):
     strengths = {"strengths": [0, 1]} if function is couplings else {}
     with pytest.raises(InvalidValue, match=r"layers=\[\] can't be used; expected 1 or more whole"):
-        function(MODEL, layers=[], pairs=16, steps=4, **strengths)
+        function(MODEL, layers=[], pairs=16, steps=6, **strengths)
 
 
 def test_a_window_has_no_order():

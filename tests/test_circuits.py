@@ -156,8 +156,11 @@ def test_either_of_two_suffices():
     "call, text",
     [
         (lambda: redundant(layers=(3, 1)), "layers is [3, 1]; expected two, the earlier one first"),
-        (lambda: relayed(direct=2), "direct is 2; expected a part from 0 to 1"),
-        (lambda: gaussian(layers=(1,), noise=1.0), "noise is 1.0; expected a share of the signal"),
+        (lambda: relayed(direct=2), "direct=2 can't be used; expected a finite number from 0 to 1"),
+        (
+            lambda: gaussian(layers=(1,), noise=1.0),
+            "noise=1.0 can't be used; expected a finite number from 0 to 0.99",
+        ),
     ],
 )
 def test_what_cannot_be_built(call, text):

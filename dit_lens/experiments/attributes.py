@@ -211,7 +211,7 @@ def attributes(
     arguments.text("name", name)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     chosen = chosen_labels(model, pairs, labels)
     _, fine, split = partition("radial", model.cfg.pixels, cut)
     names = attribute_names(model, read)

@@ -111,7 +111,7 @@ def gap_cost(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     pairs = arguments.whole("pairs", pairs, 2, why="each label two times")
     steps = arguments.whole("steps", steps, 2)
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     arguments.flag("clones", clones)
     arguments.flag("calibrate", calibrate)
     # twins; a release's first answer is stored, and the run is checked once

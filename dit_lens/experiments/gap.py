@@ -188,7 +188,7 @@ def measure_gap(
     groups = _image_labels(image_labels, known)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     releases = min(RELEASES, steps - 1) if arguments.flag("clones", clones) else 0
     chosen = chosen_labels(model, pairs, labels)
     runs = 4 if bands == "eigen" else 2

@@ -193,7 +193,7 @@ def images(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     cut = arguments.number("cut", cut, above=0)
 
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     of = Decoder(model, batch)
     if bands is None:
         side = of(torch.zeros(1, *model.cfg.latent_shape)).shape[-1]
@@ -225,7 +225,7 @@ def features(
 
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.function("function", function, "of images [n, channel, height, width]")
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     decoded = Decoder(model, batch)
 
     def of(x: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ def release_sweep(
             f"throughout, release={steps}."
         )
     planned = _planned(releases, steps)
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     a, b, clones = twins.a, twins.b, twins.tie == "noise"
     labels = a.labels.tolist()
     contrasts = Contrasts(labels, len(labels))

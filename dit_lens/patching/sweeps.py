@@ -199,7 +199,7 @@ def _planned(
     several = "one or more patches, see dit_lens.patching.grid"
     for patch in arguments.listed("patches", patches, several):
         arguments.instance("patches", patch, Patch, several)
-    arguments.whole("batch", batch, 1)
+    batch = arguments.whole("batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     arguments.optional(arguments.path, "resume", resume)
     check_measure(outcome)

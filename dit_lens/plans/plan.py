@@ -31,6 +31,7 @@ from . import exports
 
 FORMAT = "dit_lens.plans.plan/1"
 EXPECTED = "a plan written by Plan.save"
+CELLS = "cells, each (layer, part, step) such as (5, 'attn', 12)"
 Cell = tuple[int, str, int]
 """A layer, a part of it, and a step."""
 
@@ -100,12 +101,20 @@ class Plan:
         Plan(3 steps, 28 layers: 2 of 168 cells held, 98.8 % of the multiply-accumulates)
         """
         arguments.instance("model", model, HookedDiT, "a HookedDiT")
-        times = tuple(float(t) for t in timesteps)
-        of_layer = tuple(tuple(parts(model.names, i)) for i in range(model.cfg.n_layers))
-        held = frozenset(
-            (arguments.whole("layer", i), str(part), arguments.whole("step", s))
-            for i, part, s in cells
+        times = tuple(
+            arguments.number("timesteps", t)
+            for t in arguments.listed("timesteps", timesteps, "those of a run, run.timesteps")
         )
+        if list(times) != sorted(set(times), reverse=True):
+            raise arguments.refusal("timesteps", timesteps, "timesteps that fall, one a step")
+        n = model.cfg.n_layers
+        of_layer = tuple(tuple(parts(model.names, i)) for i in range(n))
+        held = frozenset(_checked(cell, n) for cell in arguments.listed("cells", cells, CELLS, 0))
+        about = arguments.optional(arguments.instance, "about", about, Mapping, "a dict, or None")
+        try:
+            json.dumps(dict(about or {}), allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise arguments.refusal("about", about, "what JSON can hold, by name") from None
         for layer, part, step in sorted(held):
             if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
                 raise InvalidValue(
@@ -242,9 +251,10 @@ class Plan:
             MissingFile: if it is not there.
             InvalidValue: for a file that is no plan, or is not as it was written.
         """
+        path = arguments.path("path", path)
         where = repr(str(path))
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(path.read_text())
         except FileNotFoundError:
             raise MissingFile(f"There is no file {where}; expected {EXPECTED}.") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -267,6 +277,17 @@ class Plan:
             f"{self.steps * sum(map(len, self.parts))} cells held, {self.macs:.1%} of the "
             "multiply-accumulates)"
         ).replace("%", " %")
+
+
+def _checked(cell: Any, n: int) -> Cell:
+    """A cell in Python's types; negative layers count from the end."""
+    if not isinstance(cell, (tuple, list)) or len(cell) != 3:
+        raise arguments.refusal(
+            "cells", cell, CELLS, wrong_type=not isinstance(cell, (tuple, list))
+        )
+    layer = arguments.whole("layer", cell[0])
+    layer += n if -n <= layer < 0 else 0
+    return layer, arguments.text("part", cell[1]), arguments.whole("step", cell[2])
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -360,7 +360,7 @@ class Run:
                 f"{list(self.latents[0].shape)}."
             )
         fresh = None if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
-        arguments.optional(arguments.whole, "batch", batch, 1)
+        batch = arguments.optional(arguments.whole, "batch", batch, 1)
         if max(from_step, self.tied_until) < self.settings.steps:
             self._recomputed(max(from_step, self.tied_until), "hook_sample")
 
@@ -523,7 +523,7 @@ def _sample(
     model.require_eval()
     scheduler = default_name(model.scheduler) if scheduler is None else scheduler
     settings = checked_settings(steps, guidance, guided_channels, scheduler, eta)
-    arguments.optional(arguments.whole, "batch", batch, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if guided_channels == "first3" and len(model.cfg.grid) != 2:
         raise InvalidValue(

@@ -151,7 +151,7 @@ class Activations(torch.utils.data.Dataset[dict[str, Tensor]]):
                 once, however large the recording is.
         """
         size, window = arguments.whole("size", size, 1), arguments.whole("window", window, 1)
-        arguments.optional(arguments.seed, "seed", seed)
+        seed = arguments.optional(arguments.seed, "seed", seed)
         return self._batches(size, seed, window)
 
     def _batches(self, size: int, seed: int | None, window: int) -> Iterator[dict[str, Tensor]]:

@@ -135,7 +135,7 @@ def twins(
         seed = arguments.seed("seed", seed)
         probes = arguments.listed("probes", probes, "a list of probes", fewest=0)
         arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-        arguments.optional(arguments.whole, "batch", batch, 1)
+        batch = arguments.optional(arguments.whole, "batch", batch, 1)
         _check_parting(model, settings, held, release)
         chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
         y = model.conditions.numbers(chosen, model.device)
