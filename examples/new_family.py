@@ -122,6 +122,7 @@ class ScaleFamily(Family):
     model_class = "ScaleTransformer2DModel"
     differs = "modulated by a scale alone, without gates"
     batch_order = ("cond", "uncond")
+    computes = {"attn": ("qkv", "out"), "mlp": ("up", "down")}
     last_sites = {
         "final.hook_in": RESID,
         "final.hook_out": ("batch", "token", "patch"),

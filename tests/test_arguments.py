@@ -995,7 +995,11 @@ def forwards():
     handle.remove()
 
 
-ONLY_SEEN_BY_RUNNING = ("does not commit within the run", "do not part within the run")
+ONLY_SEEN_BY_RUNNING = (
+    "does not commit within the run",
+    "do not part within the run",
+    "that are not finite",
+)
 """Sentences about what came out; no look at the arguments could have told."""
 
 

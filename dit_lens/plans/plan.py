@@ -105,8 +105,6 @@ class Plan:
             arguments.number("timesteps", t)
             for t in arguments.listed("timesteps", timesteps, "those of a run, run.timesteps")
         )
-        if list(times) != sorted(set(times), reverse=True):
-            raise arguments.refusal("timesteps", timesteps, "timesteps that fall, one a step")
         n = model.cfg.n_layers
         of_layer = tuple(tuple(parts(model.names, i)) for i in range(n))
         held = frozenset(_checked(cell, n) for cell in arguments.listed("cells", cells, CELLS, 0))

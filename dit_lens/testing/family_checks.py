@@ -7,13 +7,13 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..families import Condition, Family, flat, small_inputs
 from ..families.upstream import methods
@@ -323,28 +323,33 @@ def plans_leave_out(case: Case) -> None:
             for layer, part in held
             for module in _computing(case, blocks[layer], part, held is not single)
         ]
-        with reuse(case.model, plan), _counted(leaves) as ran:
+        with reuse(case.model, plan), _LinearUses(leaves) as uses:
             case.ask_of(case.inputs)
-            first = len(ran)
+            first = len(uses.ran)
             found = case.ask_of(second)
         # tokens that are neither image nor text are not held
         same = torch.equal(found, want) or (case.family.pads and bool(found.isfinite().all()))
         assert same, f"with {places} held, a plan's answer is not a hold's"
-        assert first and len(ran) == first, f"with {places} held, their modules run all the same"
+        assert first and len(uses.ran) == first, (
+            f"with {places} held, their modules run all the same"
+        )
         assert plan.macs < 1, f"{places} are said to cost nothing"
     assert not case.model.instrumentation.busy, "a plan leaves listeners behind"
 
 
-@contextmanager
-def _counted(modules: list[Any]) -> Iterator[list[Any]]:
-    """The modules of these that run in the `with` block, each as often as it does."""
-    ran: list[Any] = []
-    handles = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in modules]
-    try:
-        yield ran
-    finally:
-        for handle in handles:
-            handle.remove()
+class _LinearUses(TorchFunctionMode):
+    """Each linear layer of these as often as its weight is used in the `with` block; a module that
+    is called and computes nothing does not count.
+    """
+
+    def __init__(self, modules: list[Any]) -> None:
+        super().__init__()
+        self.of = {id(m.weight): m for m in modules}
+        self.ran: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran += [self.of[id(a)] for a in args if id(a) in self.of]
+        return func(*args, **(kwargs or {}))
 
 
 def _computing(case: Case, block: Any, part: str, whole: bool) -> list[Any]:

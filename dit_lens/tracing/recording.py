@@ -156,6 +156,9 @@ def _planned(
                 f"{bare[0]!r} has no tokens; its axes are {list(model.sites[bare[0]])}: record it "
                 "without tokens=."
             )
+        arguments.index("tokens", tokens)
+        if known := model.cfg.axis_sizes().get("token"):  # refused before anything runs
+            arguments.positions("tokens", tokens, known, axis="token")
     scheduler = prepared(model, settings)
     digest, found = _first_pass(model, chosen, numbers[0], own[0], scheduler.timesteps[0], settings)
     shapes = {name: list(value.shape[1:]) for name, value in found.items()}
