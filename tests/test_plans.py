@@ -280,6 +280,7 @@ def test_other_families_have_no_file():
     flux = Plan({"class": "FluxTransformer2DModel"}, (1.0,), (("attn",),), frozenset(), 1.0)
     with pytest.raises(ValueError, match="for a FluxTransformer2DModel; a file can be written for"):
         script(flux)
-    sana = Plan({}, (1.0,), (("attn", "cross_attn", "mlp"),), frozenset(), 1.0)
-    with pytest.raises(ValueError, match="SmoothCache's schedule has no 'cross_attn'"):
-        sana.to_smoothcache()
+    other = {"class": "DiTTransformer2DModel"}
+    unknown = Plan(other, (1.0,), (("attn", "memory", "mlp"),), frozenset(), 1.0)
+    with pytest.raises(ValueError, match="does not say which modules compute 'memory'"):
+        unknown.to_smoothcache()

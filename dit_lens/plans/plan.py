@@ -186,13 +186,13 @@ class Plan:
         counts calls: a pipeline must make one a step.
 
         Returns:
-            A list of `steps` numbers for "attn1-0", "ff-0", "attn1-1", ...
+            `steps` numbers for each module and layer, such as "ff-0".
 
         Raises:
-            InvalidValue: for a model whose layers are not an attention and an MLP.
+            InvalidValue: for a model whose family does not say which modules compute a part.
 
         >>> import dit_lens; model = dit_lens.load("digits")
-        >>> Plan.of(model, [900, 500, 100], [(0, "attn", 1)]).to_smoothcache()["attn1-0"]
+        >>> Plan.of(model, [900, 500, 100], [(0, "mlp", 1)]).to_smoothcache()["ff-0"]
         [1, 0, 1]
         """
         return exports.smoothcache(self)
