@@ -383,7 +383,7 @@ def test_a_family_comes_from_another_package(tmp_path):
     env = strangers(tmp_path / "a", "MyTransformer2DModel")
     run = command("check-family", "MyTransformer2DModel", env=env)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "MyTransformer2DModel: 45 checks, 0 failed" in run.stdout
+    assert "MyTransformer2DModel: 51 checks, 0 failed" in run.stdout
     script = (
         "import dit_lens, stranger, torch; m = stranger.MyFamily().small(0)[0];"
         "print(type(dit_lens.HookedDiT(m).family).__name__, len(dit_lens.HookedDiT(m).names))"

@@ -454,7 +454,8 @@ def test_couplings_on_a_joint_model(sd3):
 
     with dit_lens.HookedDiT(sd3, size=(8, 8)) as model:
         swept = couplings(model, [0.0, 1.0], pairs=16, steps=6)
-        assert np.isfinite(swept.response.values).all() and np.allclose(swept.response.values[0], 1)
+        for left in (swept.routing.values, swept.pattern.values):
+            assert np.isfinite(left).all() and np.allclose(left[0], 1)
 
 
 def test_gap_of_a_saved_pipeline_from_the_command_line(sd3, tmp_path, capsys):
