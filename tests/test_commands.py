@@ -475,3 +475,23 @@ def test_patch_end_to_end(tmp_path, capsys):
     assert files <= {p.name for p in out.iterdir()}
     assert main(["report", str(out)]) == 0
     assert " ".join(capsys.readouterr().out.split()) == shown
+
+
+@pytest.mark.slow
+def test_map_and_plan_end_to_end(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--items", "8", "--steps", "4"]
+    assert main(["map", str(folder), *small, "--check", "2", "--out", "map"]) == 0
+    shown = capsys.readouterr().out
+    assert "cause_map.nc" in shown and (tmp_path / "map" / "cause_map.nc").exists()
+    assert main(["report", "map"]) == 0
+    assert main(["plan", str(folder), *small, "--budget", "0.7", "--out", "plan.json"]) == 0
+    made = capsys.readouterr().out
+    assert "of the multiply-accumulates" in made and "on samples that it was not made from" in made
+    assert main(["plan", str(folder), "--check", "plan.json", "--items", "8", "--seed", "5"]) == 0
+    assert "of the multiply-accumulates" in capsys.readouterr().out
+    assert main(["plan", "digits", "--check", "plan.json"]) == 2
+    assert "The plan was made for another model" in capsys.readouterr().err
+    (tmp_path / "plan.json").write_text("{")
+    assert main(["plan", str(folder), "--check", "plan.json"]) == 2
+    assert "is not JSON" in capsys.readouterr().err

@@ -8,7 +8,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, add_size, count, frequency, open_model, progress_bar, seed
+from .common import (
+    add_device,
+    add_model,
+    add_seed,
+    add_size,
+    count,
+    frequency,
+    open_model,
+    progress_bar,
+    seed,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="between low and high, in cycles per pixel (default: 0.25)",
     )
     add_size(parser)
+    add_device(parser, batch=False)
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: map-MODEL)"
     )

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, add_size, count, frequency, open_model, progress_bar
+from .common import (
+    add_device,
+    add_model,
+    add_seed,
+    add_size,
+    count,
+    frequency,
+    open_model,
+    progress_bar,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
     add_seed(parser)
     add_size(parser)
+    add_device(parser, batch=False)
     parser.add_argument("--out", type=Path, help="the plan's file (default: plan-MODEL.json)")
     parser.add_argument(
         "--check", type=Path, metavar="PLAN", help="measure this plan again, and make none"
