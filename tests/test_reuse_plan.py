@@ -88,7 +88,7 @@ def test_the_best_of_all_plans_of_an_exact_denoiser():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"budget": 0.01}, "budget=0.01 can't be met: with every cell held for 5 steps in a row"),
+        ({"budget": 0.01}, "budget=0.01 can't be met: with every cell held for 15 steps in a row"),
         ({"budget": 0}, "budget=0 can't be used; expected a finite number above 0"),
         ({"aim": "best"}, "aim='best' can't be used; expected one of 'same', 'good'"),
         ({"scheduler": "dpm++"}, "remembers earlier steps"),

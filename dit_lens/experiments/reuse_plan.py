@@ -53,7 +53,7 @@ def reuse_plan(
     scheduler: Any = None,
     eta: float = 0.0,
     cut: float = CUT,
-    longest: int = 5,
+    longest: int = 15,
     projections: int = 4,
     seed: int = 0,
     resamples: int = 1000,
