@@ -195,6 +195,19 @@ def test_guided_halves_are_replaced_each_by_its_own():
     assert torch.allclose(found, halves, atol=1e-6)
 
 
+def test_a_reading_that_stops_early_leaves_nothing_for_the_next_pass():
+    truth = relayed(n_layers=5)
+    run = dit_lens.sample(
+        HookedDiT(truth.transformer, scheduler=truth.scheduler), [0, 0], steps=4, eta=1
+    )
+    direct = knocked_out(run, [1], direct=True)
+    want = direct.activations("resid_post", 4, step=2)
+    direct.activations("resid_post", 2, step=1)  # ends before what is missing is taken off
+    assert torch.equal(direct.activations("resid_post", 4, step=2), want)
+    direct.activations("resid_post", 2, step=1)
+    assert torch.equal(direct.replay(1).latents, direct.latents)
+
+
 def test_another_item_is_never_the_same_and_has_the_same_label():
     labels = torch.tensor([0, 1, 0, 1, 1, 2, 0, 2])
     for seed in range(20):

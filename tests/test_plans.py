@@ -274,6 +274,17 @@ def test_a_file_runs_a_plan_on_plain_diffusers(cells, tmp_path):
         pipe(**call | {"num_inference_steps": 3})
 
 
+def test_a_file_leaves_another_tools_forward_alone(model, plan, tmp_path):
+    scope, pipe = {}, make_pipe()
+    exec(plan.to_script(tmp_path / "fast.py").read_text(), scope)
+    block = pipe.transformer.transformer_blocks[1]
+    block.forward = theirs = block.forward
+    with pytest.raises(RuntimeError, match="something else replaces a block's forward"):
+        with scope["plan"](pipe.transformer):
+            pass
+    assert vars(block)["forward"] == theirs and not pipe.transformer._forward_pre_hooks
+
+
 def test_other_families_have_no_file():
     from dit_lens.plans.exports import script
 

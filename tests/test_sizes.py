@@ -349,3 +349,24 @@ def test_gap_takes_labels(model):
     assert found.attrs["pairs"] == 16
     with pytest.raises(ValueError, match="Label 3 would have 0 of 16 pairs|would have 1 of 16"):
         measure_gap(make_model(classes=20), 16, 4, labels=list(range(20)))
+
+
+def test_a_step_of_which_a_part_is_missing_is_refused(model):
+    class Broken(dit_lens.Probe):
+        names, in_parts = "hook_sample", True
+
+        def start(self, model):
+            self.kept, self.seen = dit_lens.Series(), 0
+
+        def observe(self, activation, site):
+            self.seen += 1
+            if self.seen == 4:  # the second part of the second step
+                raise ZeroDivisionError
+            self.kept.put(site, activation)
+
+    probe = Broken()
+    with pytest.raises(ZeroDivisionError), dit_lens.trace(model, probes=[probe]):
+        dit_lens.sample(model, [0, 1, 2, 3], steps=3, batch=2)
+    assert len(probe.kept.at("hook_sample", 0)) == 4
+    with pytest.raises(RuntimeError, match="at step 1 only a part of the batch was kept"):
+        probe.kept.at("hook_sample", 1)

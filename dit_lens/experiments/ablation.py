@@ -24,7 +24,7 @@ from .. import arguments
 from ..errors import InvalidType, InvalidValue
 from ..hooks.names import additions, site_of
 from ..model.hooked import HookedDiT
-from ..patching.patch import Patch, moved, tiles
+from ..patching.patch import moved, tiles
 from ..sampling.guidance import n_passes
 from ..sampling.run import Run
 from ..sampling.settings import Edits
@@ -157,15 +157,6 @@ def windows_of(windows: Any, first: int, steps: int) -> list[range]:
     return arguments.unlike("windows", [checked_window(span, steps, first) for span in spans])
 
 
-def window_text(span: range) -> str:
-    """A window's steps as `Patch` writes them.
-
-    >>> window_text(range(3, 6))
-    '3-5'
-    """
-    return Patch("resid_post", 0, span).window
-
-
 def _instead(run: Run, how: How, seed: int) -> Callable[[Tensor], Tensor]:
     """What comes in place of an addition [batch, ...], the batch [cond | null] with guidance."""
     if how == "zero":
@@ -216,9 +207,14 @@ def _wholly(names: Sequence[str], instead: Callable[[Tensor], Tensor]) -> Edits:
 
 def _directly(run: Run, names: Sequence[str], instead: Callable[[Tensor], Tensor]) -> Edits:
     """The layers work on; the stream that the output is read from lacks what they added."""
+    # the output is read from the image's stream alone
+    own = [name for name in names if site_of(name).startswith("hook_")]
+    last = f"blocks.{run.model.cfg.n_layers - 1}.hook_resid_post"
     missing: list[Tensor] = []
 
     def keep(added: Tensor, hook: Any) -> None:
+        if hook.name == own[0]:  # an earlier pass may have stopped before the last layer
+            missing.clear()
         missing.append(added - instead(added))
 
     def take_off(stream: Tensor, hook: Any) -> Tensor:
@@ -230,7 +226,4 @@ def _directly(run: Run, names: Sequence[str], instead: Callable[[Tensor], Tensor
     for fn in (keep, take_off):
         fn.in_parts = instead is torch.zeros_like
 
-    # the output is read from the image's stream alone
-    own = [name for name in names if site_of(name).startswith("hook_")]
-    last = f"blocks.{run.model.cfg.n_layers - 1}.hook_resid_post"
     return [*((name, keep) for name in own), (last, take_off)] if own else []

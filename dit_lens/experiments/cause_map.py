@@ -36,7 +36,7 @@ from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.first_order import Additions, check_gradients, directions, projected
-from ..patching.patch import Patch
+from ..patching.patch import Patch, steps_text
 from ..patching.sweeps import check_patches, sweep
 from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
@@ -187,14 +187,14 @@ def cause_map(
         energy = _first_order(run, cells, aims, kind, lag, order, of_layer, work.steps)
     number = len(cells) if exact else min(check, len(cells))
     tested = _tested(energy.mean(1) / spread.of_all, number, seed)
-    guess, folder = energy[tested].copy(), resume
+    guess = energy[tested].copy()
     whole = [
         Patch("block", a, w, kind="hold", lag=lag, order=order, depth=b - a)
         for (a, b), w in quadrants.values()
     ]
     if tested or whole:
         todo = [patches[i] for i in tested] + whole
-        swept = sweep(run, run, todo, bands, batch=batch, resume=folder, progress=work.sweep)
+        swept = sweep(run, run, todo, bands, batch=batch, resume=resume, progress=work.sweep)
         energy[tested] = swept.distance.values[: len(tested)]
     is_exact = np.isin(np.arange(len(cells)), tested)
 
@@ -342,7 +342,7 @@ def _dataset(
         coords={
             "site": list(sites),
             "layer": np.arange(run.model.cfg.n_layers),
-            "window": [Patch("attn", 0, w).window for w in windows],
+            "window": [steps_text(w) for w in windows],
             "step": np.arange(run.settings.steps),
             "log_snr": ("step", run.log_snr.numpy()),
             "band": list(bands.names),

@@ -7,7 +7,7 @@ the data's second moments make a gap by themselves, whatever the model. Their va
 mode by mode, after each label's mean, from the model's own finished samples, or from images that
 are given. The exact curves go through the same fit at the same releases as the clones', on the same
 resampled pairs, and are subtracted. The spectrum does not explain what is left: it is the model's,
-or comes of what the data have beyond their spectrum.
+or comes from what the data have beyond their spectrum.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ from ..measures.bootstrap import FEWEST_PAIRS
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..patching import Patch, check_patches, sweep
+from ..patching.patch import steps_text
 from ..twinning.twins import twins
-from .ablation import window_text, windows_of
+from .ablation import windows_of
 
 BOTH = ("low", "high")
 STREAM = -1
@@ -121,7 +122,7 @@ def interchange(
     labels: dict[str, Sequence[Any]] = {
         "layer": chosen,
         "head": list(numbers),
-        "window": [window_text(span) for span in spans],
+        "window": [steps_text(span) for span in spans],
         "dose": amounts,
         "taken": BOTH,
     }

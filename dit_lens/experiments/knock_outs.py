@@ -23,7 +23,8 @@ from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.bands import CUT
 from ..model.hooked import HookedDiT
-from .ablation import How, Part, added_by, window_text, windows_of
+from ..patching.patch import steps_text
+from .ablation import How, Part, added_by, windows_of
 from .effects import effects, together
 from .knocked_gap import KnockedGap, gap_of
 
@@ -138,7 +139,7 @@ def knocked(
 
     labels: dict[str, Any] = {axis: [_label(axis, layers) for layers in sets]}
     if windows is not None:
-        labels["window"] = [window_text(span) for span in windows]
+        labels["window"] = [steps_text(span) for span in windows]
 
     def grid(found: list[Array]) -> Array:  # [*cell, 1 + resample, band]
         stacked = np.stack(found)

@@ -103,7 +103,7 @@ class KnockedGap:
         """
         if not layers:
             return self.before
-        key = (self.how, frozenset(layers), window, direct)
+        key = (frozenset(layers), window, direct)
         if key not in self.known:
             pair = self._knocked(layers, window, direct)
             self.known[key] = self._drawn(one_pass(pair, [self.outcome]))

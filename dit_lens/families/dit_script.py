@@ -38,8 +38,10 @@ def plan(transformer):
         return x + added("mlp", lambda: gate_mlp[:, None] * block.ff(
             block.norm3(x) * (1 + scale[:, None]) + shift[:, None]))
 
-    handle = transformer.register_forward_pre_hook(count, with_kwargs=True)
     blocks = transformer.transformer_blocks
+    if any("forward" in vars(block) for block in blocks):
+        raise RuntimeError("something else replaces a block's forward; take it off first")
+    handle = transformer.register_forward_pre_hook(count, with_kwargs=True)
     try:
         for i, block in enumerate(blocks):
             block.forward = partial(block_forward, block, i)

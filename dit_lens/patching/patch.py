@@ -36,6 +36,18 @@ KINDS: tuple[str, ...] = get_args(Kind)
 STREAMS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
+def steps_text(steps: range | None) -> str:
+    """A window of steps as text; None is all.
+
+    >>> steps_text(range(20, 25)), steps_text(range(0, 49, 2)), steps_text(None)
+    ('20-24', '0-48 by 2', 'all')
+    """
+    if steps is None or not len(steps):
+        return "all" if steps is None else "none"
+    ends = str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
+    return ends if steps.step == 1 or len(steps) == 1 else f"{ends} by {steps.step}"
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """One intervention on the target run: a part of one activation, replaced at some steps.
@@ -138,12 +150,8 @@ class Patch:
 
     @property
     def window(self) -> str:
-        """The steps as text: "20-24", "0-48 by 2", "all" or "none"."""
-        s = self.steps
-        if s is None or not len(s):
-            return "all" if s is None else "none"
-        ends = str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}"
-        return ends if s.step == 1 or len(s) == 1 else f"{ends} by {s.step}"
+        """The steps as text."""
+        return steps_text(self.steps)
 
     def __str__(self) -> str:
         when = {"all": "every step", "none": "no step"}.get(

@@ -43,6 +43,7 @@ class Series:
     def __init__(self, on_disk: bool = False) -> None:
         self.on_disk = arguments.flag("on_disk", on_disk)
         self._slots: dict[int, int] = {}  # of each step its place
+        self._missing: dict[tuple[Any, int], set[int]] = {}  # rows that have not come yet
         self._seen: dict[tuple[Any, int], int] = {}  # on disk: where
         self._rooms: dict[Any, Tensor] = {}
         self._waiting: dict[tuple[Any, int], Tensor] = {}  # on disk: what the step under way has
@@ -73,6 +74,9 @@ class Series:
         """
         key, step = site.name if key is None else key, site.step
         part = None if whole else site.call.context.part
+        if part is not None:
+            missing = self._missing.setdefault((key, step), set(range(part.size)))
+            missing.difference_update(part.rows)
         size = len(value) if part is None else part.size
         shape, rows = (size, *value.shape[1:]), slice(None) if part is None else _index(part.rows)
         if self.on_disk:
@@ -162,6 +166,11 @@ class Series:
             raise InvalidState(
                 f"Nothing was kept of {key!r} at step {step}: it did not run there, or the run was "
                 "broken off."
+            )
+        if self._missing.get((key, step)):
+            raise InvalidState(
+                f"Of {key!r} at step {step} only a part of the batch was kept: the run was broken "
+                "off there."
             )
 
 
