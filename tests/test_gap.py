@@ -12,7 +12,7 @@ import torch
 from dit_lens import Bands, HookedDiT, twins
 from dit_lens.experiments import knock_outs, latents, measure_gap, release_sweep
 from dit_lens.experiments.data_gap import as_latents, data_gap
-from dit_lens.experiments.gap import NO_DEPTH
+from dit_lens.experiments.gap_sentences import NO_DEPTH
 from dit_lens.experiments.layer_profile import VIEWS
 from dit_lens.groundtruth import ddim_agreement, gaussian
 

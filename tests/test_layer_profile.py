@@ -15,7 +15,8 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.experiments import latents
 from dit_lens.experiments.layer_profile import VIEWS, Streams, profile_values, profiles
-from dit_lens.experiments.null_profiles import Modes, null_profiles, rank_p, shuffled
+from dit_lens.experiments.modes import Modes
+from dit_lens.experiments.null_profiles import null_profiles, rank_p, shuffled
 from dit_lens.experiments.release import release_sweep
 from dit_lens.groundtruth import gaussian, planted, random_planted, random_weights, shuffle_layers
 from dit_lens.measures.agreement import Agreement, Contrasts, curve
@@ -131,7 +132,8 @@ def test_bands_are_merged_by_the_cut(band):
 
 def modes_of(model: HookedDiT, cut: float) -> Modes:
     split = Bands.radial(model.cfg.grid, cut=cut)
-    return Modes(Bands.radial(model.cfg.pixels, cut=cut), split, split)
+    pixels = Bands.radial(model.cfg.pixels, cut=cut)
+    return Modes(pixels, pixels, pixels, split, split)
 
 
 @pytest.mark.slow

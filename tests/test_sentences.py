@@ -13,7 +13,7 @@ from dit_lens.experiments import measure_gap
 from dit_lens.experiments.coupling_sweep import NEAREST, SENSES, collapse, quality
 from dit_lens.experiments.data_gap import data_sentence
 from dit_lens.experiments.effects import MATTERS, effects_sentence
-from dit_lens.experiments.gap import NO_DEPTH, headline, pairs_for
+from dit_lens.experiments.gap_sentences import NO_DEPTH, headline, pairs_for
 from dit_lens.experiments.interchange import interchange_sentence
 from dit_lens.experiments.null_profiles import depth_sentence
 from dit_lens.experiments.release import difference_sentence

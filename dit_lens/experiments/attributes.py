@@ -42,7 +42,8 @@ from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..sampling.run import decode
 from ..twinning.twins import Twins, chosen_labels, twins
-from .gap import CLASS_MEANS, SAMPLERS, partition
+from .gap import CLASS_MEANS, SAMPLERS
+from .modes import partition
 from .outcomes import Decoder, Outcome, latents
 from .release import release_sweep
 

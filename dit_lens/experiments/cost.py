@@ -33,9 +33,8 @@ from ..sampling.parts import Split, is_out_of_memory
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Settings
 from ..twinning.twins import paired_labels, twins
-from .gap import RELEASES
 from .outcomes import latents
-from .release import one_pass
+from .release import RELEASES, one_pass
 
 CALIBRATION = 3
 """Denoising steps of the calibration; the first one warms up."""

@@ -18,7 +18,7 @@ All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import xarray as xr
@@ -30,36 +30,25 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.agreement import Agreement
-from ..measures.bands import CUT, Bands
+from ..measures.bands import CUT
 from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..measures.onset import Onset
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..twinning.twins import Twins, chosen_labels, twins
+from ..twinning.twins import chosen_labels, twins
 from .data_gap import as_latents, data_gap, data_sentence
+from .gap_sentences import ESTIMATORS, NO_DEPTH, TITLES, headline
 from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
-from .null_profiles import PAIRS, STEPS, Modes, checked_nulls, depth_sentence, null_profiles
+from .modes import BandKind, Modes
+from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles
 from .null_profiles import RELEASES as NULL_RELEASES
 from .outcomes import Outcome, features, latents, once
 from .outcomes import images as images_of
 from .release import RELEASES, Curves, commitment_difference, one_pass, release_sweep
 
-BandKind = Literal["radial", "dct", "pooling", "eigen"]
-MOST_RINGS = 24
 CLASS_MEANS = "for intervals over pairs with class means removed"
-ESTIMATORS = {"one_pass": "one pass", "clones": "clones"}
-TITLES = {
-    "stream": "Clones agree in the stream",
-    "lens": "Stream read by the last layer",
-    "ratio": "Normalised difference energies",
-    "growth": "Bare difference energies",
-}
-NO_DEPTH = (
-    "In which layers low and high come apart is drawn and stored, and no claim is made about "
-    "depth: the same layers in another order may look alike, and `--null 19` compares them."
-)
 ONE_PASS = (
     "Read in one pass only (clones were not run): these commitments are right as far as the "
     "denoiser is the exact one, which only clones can test."
@@ -211,7 +200,7 @@ def measure_gap(
             batch=batch,
             progress=lambda *_: count(2 * pairs),
         )
-    modes = _Modes.of(model, bands, cut, pilot)
+    modes = Modes.of(model, bands, cut, pilot)
 
     # one run of twins, seen by the probes, and clones of it
     outcomes = _outcomes(model, modes, cut, feature, batch)
@@ -272,12 +261,11 @@ def measure_gap(
     layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
     parts = [behaviour, of_data, layers]
     if nulls:
-        three = Modes(modes.split, modes.token_spectrum, modes.token_split)
         parts.append(
             null_profiles(
                 model,
                 nulls,
-                three,
+                modes,
                 steps=steps,
                 seed=seed,
                 batch=batch,
@@ -306,100 +294,6 @@ def measure_gap(
     result.attrs["headline"] = headline(result)
     result.attrs["data"] = data_sentence(result)
     return result
-
-
-def gap_of(results: xr.Dataset, kind: str, estimator: str) -> Estimate:
-    """A gap in steps.
-
-    Args:
-        results: of `measure_gap`.
-        kind: "split", "band" or "image".
-        estimator: "clones" or "one_pass".
-    """
-    one = results.sel(estimator=estimator, quantity="step")
-    return Estimate.of(one[f"{kind}_gap"], one[f"{kind}_gap_interval"])
-
-
-def headline(results: xr.Dataset) -> str:
-    """The behavioural gap by clones in one sentence, with its uncertainty, and one pass beside it;
-    by one pass where clones were not run.
-
-    Args:
-        results: of `measure_gap`.
-    """
-    name, steps, pairs = (results.attrs[key] for key in ("model", "steps", "pairs"))
-    estimator = "clones" if results.sizes["release"] else "one_pass"
-    found, other = (gap_of(results, "split", one) for one in (estimator, "one_pass"))
-    by = ESTIMATORS[estimator]
-    if not np.isfinite(found.value):
-        beside = f"; one pass gives {other:+.1f steps}" if other.known else ""
-        return (
-            f"On {name} no gap can be given by {by}: a band does not commit within "
-            f"{'their releases' if estimator == 'clones' else 'the run'} (see the frequency "
-            f"picture){beside}."
-        )
-    if not found.known:
-        verdict = f"With {pairs} pairs the gap has no interval"
-    elif found.sign:
-        verdict = f"{'Low' if found.sign > 0 else 'High'} frequencies commit first"
-    else:
-        needed = pairs_for(found, pairs)
-        enough = (
-            f"; if it is as large as measured, about {needed} would show it in four of five runs"
-            if needed < 100 * pairs
-            else ""
-        )
-        verdict = f"With {pairs} pairs no gap can be told from zero{enough}"
-    low, high = results.split_commitment.sel(estimator=estimator).values
-    beside = beside_clones(results, "split") if estimator == "clones" else ""
-    return (
-        f"{verdict}: on {name} low commits at step {low:.1f} and high at {high:.1f} of {steps}, "
-        f"a gap of {found:+.1f steps} (95 %, {by}){beside}."
-    )
-
-
-def pairs_for(found: Estimate, pairs: int) -> int:
-    """How many pairs would tell an estimate of this size from zero in four of five runs: an
-    interval falls as 1 / sqrt(pairs), and 0.84 standard errors are kept beyond its end.
-    """
-    width = (found.high - found.low) / 2
-    reach = width * (1.96 + 0.84) / 1.96 / max(abs(found.value), 1e-9)
-    return max(pairs + 1, int(np.ceil(pairs * min(reach, 1e4) ** 2)))
-
-
-def beside_clones(results: xr.Dataset, kind: str) -> str:
-    """What one pass gives beside the clones' gap, and their paired difference; "" if it gives
-    nothing.
-
-    Args:
-        results: of `measure_gap`.
-        kind: "split" or "band".
-    """
-    other, of = gap_of(results, kind, "one_pass"), "gap" if kind == "split" else "band"
-    if not np.isfinite(other.value):
-        return ""
-    apart = Estimate.of(
-        results[f"estimator_{of}_difference"], results[f"estimator_{of}_difference_interval"]
-    )
-    less = f", one pass less clones {apart:+.1f}" if apart.known else ""
-    return f"; by one pass of the same runs {other:+.1f}{less}"
-
-
-def bands_sentence(results: xr.Dataset) -> str:
-    """The gap from the lowest band to the highest, by both estimators; "" if there is none.
-
-    Args:
-        results: of `measure_gap`.
-    """
-    estimator = "clones" if results.sizes["release"] else "one_pass"
-    found, n = gap_of(results, "band", estimator), results.sizes["band"]
-    if not np.isfinite(found.value):
-        return ""
-    number = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}.get(n, str(n))
-    return (
-        f"From the lowest to the highest of {number} bands the gap is {found:+.1f steps} by "
-        f"{ESTIMATORS[estimator]}{beside_clones(results, 'band') if estimator == 'clones' else ''}."
-    )
 
 
 def _hold_against_null(results: xr.Dataset, view: str) -> None:
@@ -442,92 +336,12 @@ def _counting(total: int, progress: Callable[[int, int], object] | None) -> Call
     return count
 
 
-# The modes
-
-
-class _Modes(NamedTuple):
-    """Partitions of the latents' pixel grid, and of the stream's token grid."""
-
-    spectrum: Bands
-    fine: Bands
-    split: Bands
-    token_spectrum: Bands
-    token_split: Bands
-
-    @classmethod
-    def of(cls, model: HookedDiT, kind: BandKind, cut: float, pilot: Twins | None) -> _Modes:
-        """By the kind of bands; eigenmodes are learnt from what the pilot's twins differ by."""
-        finished = pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
-        stream = _stream_difference(pilot) if pilot else None
-        pixels = partition(kind, model.cfg.pixels, cut, finished)
-        token_spectrum, _, token_split = partition(kind, model.cfg.grid, cut, stream)
-        return cls(*pixels, token_spectrum, token_split)
-
-
-def _stream_difference(pilot: Twins) -> Tensor:
-    """What twins differ by in the last layer's stream, two thirds through the run, [pair, token,
-    d_model].
-    """
-    run = pilot.run
-    stream = run.activations(
-        "resid_post", run.model.cfg.n_layers - 1, step=2 * run.settings.steps // 3
-    )
-    return stream[: pilot.pairs] - stream[pilot.pairs :]
-
-
-def partition(
-    kind: BandKind, grid: tuple[int, ...], cut: float, sample: Tensor | None = None
-) -> tuple[Bands, Bands, Bands]:
-    """The modes of a grid as finely as they can be told apart, in a few bands, and in "low" and
-    "high".
-
-    Args:
-        kind: "radial", "dct", "pooling" or "eigen".
-        grid: height and width, or a video's frames, height and width.
-        cut: between low and high, in cycles per place of the grid.
-        sample: differences of twins, images or [..., token, d], for kind "eigen".
-
-    Raises:
-        InvalidValue: for an unknown kind, or a cut with no mode below or above it.
-
-    >>> [b.n for b in partition("radial", (8, 8), 0.25)]
-    [15, 6, 2]
-    """
-    if kind in ("radial", "dct"):
-        make = Bands.radial if kind == "radial" else Bands.dct
-        split, fine = make(grid, cut=cut), make(grid)
-        return make(grid, edges=_ring_edges(split, cut)), fine, split
-    if kind == "pooling":
-        fine = Bands.pooling(grid)
-        # a level of k cells holds waves up to k / 2
-        sides = [grid[0] >> (fine.n - 1 - level) for level in range(fine.n)]
-        below = sum(side <= 2 * cut * grid[0] for side in sides)
-        return fine, fine, fine.split(min(max(1, below), fine.n - 1))
-    if kind == "eigen":
-        assert sample is not None
-        fine = Bands.eigen(sample, grid, n=6)
-        return fine, fine, fine.split(1)
-    raise InvalidValue(
-        f"bands={kind!r} is no partition of modes; expected 'radial', 'dct', 'pooling' or 'eigen'."
-    )
-
-
-def _ring_edges(split: Bands, cut: float) -> list[float]:
-    """Edges between the distinct frequencies, the cut's among them; every k-th if there are many,
-    for a band needs modes to fit.
-    """
-    distinct = sorted({round(float(f), 9) for f in split.frequency})
-    every = -(-len(distinct) // MOST_RINGS)
-    kept = {*range(every - 1, len(distinct) - 1, every), sum(f < cut - 1e-9 for f in distinct) - 1}
-    return [(distinct[i] + distinct[i + 1]) / 2 for i in sorted(kept)]
-
-
 # Behaviour
 
 
 def _outcomes(
     model: HookedDiT,
-    modes: _Modes,
+    modes: Modes,
     cut: float,
     feature: Callable[[Tensor], Tensor] | None,
     batch: int | None,
@@ -544,7 +358,7 @@ def _outcomes(
 
 
 def _behaviour(
-    one: Curves, clones: Curves | None, x_t: Curves, modes: _Modes, options: dict[str, Any]
+    one: Curves, clones: Curves | None, x_t: Curves, modes: Modes, options: dict[str, Any]
 ) -> xr.Dataset:
     """Agreement, commitment and gap by both estimators; their difference's sentence and notes as
     attributes.

@@ -12,7 +12,6 @@ by itself. The model is measured as its nulls are, with as few pairs and steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -22,26 +21,16 @@ from dit_lens.probes import LayerLens, TwinDivergence
 from ..errors import InvalidValue
 from ..groundtruth.nulls import shuffle_layers
 from ..measures import Array
-from ..measures.bands import Bands
 from ..measures.commitment import commitment_draws
 from ..model.hooked import HookedDiT
 from ..twinning.twins import paired_labels, twins
 from .layer_profile import VIEWS, Streams, last_layers, profile_values
+from .modes import Modes
 from .release import release_sweep
 
 FEWEST = 19
 """Fewer null models than this can't give a p-value of 0.05."""
 PAIRS, STEPS, RELEASES = 16, 12, 6
-
-
-class Modes(NamedTuple):
-    """Partitions that the views are made of: low and high of the latents, and of the stream, finely
-    and in low and high.
-    """
-
-    split: Bands
-    token_spectrum: Bands
-    token_split: Bands
 
 
 def shuffled(model: HookedDiT, seed: int) -> HookedDiT:

@@ -81,7 +81,8 @@ def reuse_plan(
     Returns:
         Plan: in `about` are `budget`, `aim`, `effect_low`, `effect_high` with their 95 % intervals
             `effect_low_interval`, `effect_high_interval`: E_b of `cause_map` on the other samples;
-            and the settings of the run.
+            `even_macs`, `even_low`, `even_high`, with intervals, the same of whole steps held
+            evenly; and the settings of the run.
 
     Raises:
         InvalidValue: for a budget that can't be met, or what does not fit the model.
@@ -172,17 +173,40 @@ def check_plan(
 def _measured(
     model: HookedDiT, plan: Plan, scheduler: Any, items: int, seed: int, resamples: int
 ) -> Plan:
-    """The plan with what it does to these samples."""
+    """The plan with what it, and one that holds whole steps evenly, do to these samples."""
     about = dict(plan.about)
+    even = evenly(model, plan)
     settings = (about["steps"], about["guidance"], scheduler, about["eta"])
     bands, labels = Bands.radial(model.cfg.pixels, cut=about["cut"]), items_of_labels(model, items)
     run = sample(model, labels, seed, *settings)
     spread = Spread(run, bands, draws(items, resamples, seed))
-    drawn = _moved(run, plan, bands, spread, labels, seed, settings)
-    for b, band in enumerate(bands.names):
-        about[f"effect_{band}"] = float(drawn[0, b])
-        about[f"effect_{band}_interval"] = log_interval(drawn[:, b], items).tolist()
+    about["even_macs"] = even.macs
+    for what, each in (("effect", plan), ("even", even)):
+        drawn = _moved(run, each, bands, spread, labels, seed, settings)
+        for b, band in enumerate(bands.names):
+            about[f"{what}_{band}"] = float(drawn[0, b])
+            about[f"{what}_{band}_interval"] = log_interval(drawn[:, b], items).tolist()
     return replace(plan, about=about)
+
+
+def evenly(model: HookedDiT, plan: Plan) -> Plan:
+    """The plan that holds whole steps at even distances (FORA, Selvaraju et al. 2024, arXiv
+    2407.01425) and leaves about as many multiply-accumulates as another one.
+
+    Args:
+        model: the opened model.
+        plan: the other one.
+    """
+    computed = max(1, round(plan.macs * plan.steps))
+    kept = {int(i * plan.steps / computed) for i in range(computed)}
+    cells = [
+        (layer, part, step)
+        for layer, of_layer in enumerate(plan.parts)
+        for part in of_layer
+        for step in range(plan.steps)
+        if step not in kept
+    ]
+    return Plan.of(model, plan.timesteps, cells)
 
 
 def plan_sentence(plan: Plan) -> str:
@@ -192,17 +216,20 @@ def plan_sentence(plan: Plan) -> str:
         plan: of `reuse_plan` or `check_plan`.
     """
     about = plan.about
-    found = {
-        band: Estimate.of(about[f"effect_{band}"], about[f"effect_{band}_interval"])
-        for band in ("low", "high")
-    }
-    effects = ", ".join(f"{band} {effect:.2g}" for band, effect in found.items())
+    effects, even = (
+        ", ".join(
+            f"{band} {Estimate.of(about[f'{what}_{band}'], about[f'{what}_{band}_interval']):.2g}"
+            for band in ("low", "high")
+        )
+        for what in ("effect", "even")
+    )
     half = plan.steps // 2
     early = sum(step < half for *_, step in plan.cells) / max(1, len(plan.cells))
     return (
         f"The plan holds {len(plan.cells)} cells, {early:.0%} of them in the first half of the "
         f"steps, and leaves {plan.macs:.1%} of the multiply-accumulates; on samples that it was "
-        f"not made from it moves the finished image by {effects} (1: a stranger's distance)."
+        f"not made from it moves the finished image by {effects} (1: a stranger's distance). "
+        f"Whole steps held evenly, {about['even_macs']:.1%} left, move the same samples by {even}."
     ).replace("%", " %")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from rich.table import Table
 
-from ..experiments.gap import TITLES, bands_sentence, gap_of
+from ..experiments.gap_sentences import TITLES, bands_sentence, gap_of
 from ..measures.estimate import Estimate, number
 from ..storage import save_dataset
 from .style import (
