@@ -495,3 +495,20 @@ def test_map_and_plan_end_to_end(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "plan.json").write_text("{")
     assert main(["plan", str(folder), "--check", "plan.json"]) == 2
     assert "is not JSON" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_leaves_out(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    small = ["gap", str(folder), "--pairs", "16", "--steps", "6", "--out", str(out), "--dry-run"]
+    assert main(small) == 0
+    shown = capsys.readouterr().out
+    assert "what it costs on this device" in shown and "not counted" not in shown
+    assert main([*small, "--null", "19", "--couple", "0", "1", "--bands", "eigen"]) == 0
+    assert "not counted: --couple, --null, --bands\n" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_the_cost_of_a_model_is_a_table(folder, capsys):
+    assert main(["cost", str(folder), "--pairs", "16", "--steps", "6"]) == 0
+    shown = capsys.readouterr().out
+    assert "gap --one-pass" in shown and "192" in shown  # 2 x 16 images x 6 steps

@@ -134,6 +134,10 @@ def run(args: argparse.Namespace) -> None:
     planned.require_fit()
     if args.dry_run:
         cost.show([planned])
+        more = [name for name in ("couple", "null", "attributes", "causes") if getattr(args, name)]
+        more += ["bands"] * (args.bands == "eigen")
+        if more:
+            print(f"not counted: {', '.join(f'--{name}' for name in more)}")
         return
 
     with progress_bar() as bar:

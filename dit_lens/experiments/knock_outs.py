@@ -12,7 +12,7 @@ is said in `dit_lens.experiments.ablation`; the intervals hold for all cells of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -24,11 +24,11 @@ from ..measures import Array
 from ..measures.bands import CUT
 from ..model.hooked import HookedDiT
 from ..patching.patch import steps_text
+from ..sampling.settings import Progress
 from .ablation import How, Part, added_by, windows_of
 from .effects import effects, together
 from .knocked_gap import KnockedGap, gap_of
 
-Progress = Callable[[int, int], object]
 Sets = Sequence[int] | Sequence[Sequence[int]]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -30,12 +30,11 @@ from ..measures.bands import CUT
 from ..measures.bootstrap import interval
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..sampling.settings import Progress
 from .ablation import How, Part
 from .effects import MATTERS, listed, together
 from .knock_outs import Sets, checked_sets, set_text
 from .knocked_gap import KnockedGap, gap_of
-
-Progress = Callable[[int, int], object]
 
 
 def shapley(

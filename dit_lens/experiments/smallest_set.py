@@ -10,7 +10,7 @@ takes away is then measured on other twins, and only that figure is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -21,11 +21,11 @@ from ..measures.bands import CUT
 from ..measures.bootstrap import interval
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..sampling.settings import Progress
 from .ablation import How, Part
 from .knock_outs import checked_sets, set_text
 from .knocked_gap import KnockedGap, gap_of
 
-Progress = Callable[[int, int], object]
 MOST = 4
 """From single layers up, a set of at most so many is looked for."""
 CANDIDATES = 6
