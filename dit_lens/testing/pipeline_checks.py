@@ -194,13 +194,12 @@ def _size_of(model: HookedDiT, x: Tensor) -> tuple[int, ...]:
 
 
 def gap_is_measured(case: InPipeline) -> None:
-    """dit-lens gap --quick runs to its end on the small pipeline; a video's bands are in space"""
+    """dit-lens gap runs to its end on the small pipeline; a video's bands are in space"""
     with trace(case.pipe) as t:
         case.run(False)
     model = HookedDiT(case.pipe, size=_size_of(case.model, t.latents[0]))
     try:
-        steps = 25 if len(model.cfg.grid) == 2 else 6  # a video is many images
-        result = measure_gap(model, pairs=16, steps=steps, resamples=50)
+        result = measure_gap(model, pairs=16, steps=6, resamples=50)
     finally:
         model.remove()
     assert result.attrs["headline"] and result.layer_gap.sizes["layer"] == model.cfg.n_layers + 1
