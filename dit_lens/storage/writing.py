@@ -7,7 +7,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -38,14 +38,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield part
         _sync(part)
         os.replace(part, path)
-        _sync(path.parent)
+        if os.name != "nt":  # Windows opens no folders
+            _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise UnwritableFile(unwritable(path, error)) from error
     finally:
-        try:
+        with suppress(OSError):  # of a folder that is none
             part.unlink(missing_ok=True)
-        except OSError:  # of a folder that is none
-            pass
 
 
 def _sync(path: Path) -> None:
@@ -80,7 +79,7 @@ def try_folder(folder: str | Path) -> None:
         raise UnwritableFile(unwritable(folder, error)) from error
     finally:
         for made in absent:
-            if made.is_dir():
+            with suppress(OSError):  # never made, or somebody else's file is in it by now
                 made.rmdir()
 
 
