@@ -83,7 +83,7 @@ def null_profiles(
     def profile(i: int) -> dict[str, Array]:
         return _profiles(shuffled(model, seed + i) if i else model, modes, steps, seed, batch)
 
-    def told() -> None:
+    def told(_number: int) -> None:
         nonlocal done
         done += 1
         if progress is not None:

@@ -12,9 +12,9 @@ Belongs here: stores, claims, engines. Does not: what a piece computes.
 
 from .content import content, digest
 from .datasets import flat, whole
-from .engines import Engine
-from .measured import checked_engine, measured, working
-from .work import Piece, current, enough, helping, results, scope
+from .engines import Engine, checked_engine
+from .measured import kept_in, measured, working
+from .work import Piece, current, enough, helped, helping, results, scope
 
 __all__ = [
     "Engine",
@@ -25,7 +25,9 @@ __all__ = [
     "digest",
     "enough",
     "flat",
+    "helped",
     "helping",
+    "kept_in",
     "measured",
     "results",
     "scope",

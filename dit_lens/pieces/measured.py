@@ -16,7 +16,7 @@ from .content import content, digest
 from .engines import Engine, checked_engine
 from .sending import Call
 from .store import Store
-from .work import NothingLeft, Work, at, current, scope
+from .work import Work, at, current, helped, scope
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ASIDE = ("store", "engine", "progress", "each")
@@ -42,10 +42,7 @@ def measured(function: Function) -> Function:
         if current() is not None:
             own = {k: v for k, v in given.items() if k not in ASIDE}
             with scope(f"{function.__name__} {digest(own)}"):
-                try:
-                    return function(**given)
-                except NothingLeft:
-                    return None
+                return helped(function, **given)
         if store is None and not engine.elsewhere:
             return function(**given)
         bound.apply_defaults()
@@ -56,6 +53,25 @@ def measured(function: Function) -> Function:
             return made(**given)
 
     return made  # type: ignore[return-value]
+
+
+@contextmanager
+def kept_in(
+    store: Path | None, name: str, settings: Mapping[str, Any], model: Any
+) -> Iterator[None]:
+    """Within the block pieces are kept in a store, if there is one and they are not kept already.
+
+    Args:
+        store: the folder, or None.
+        name: of the measurement.
+        settings: what the pieces depend on besides the model.
+        model: the opened model.
+    """
+    if store is None or current() is not None:
+        yield
+        return
+    with working(store, about_of(name, settings, model), Engine(), None, {}, device_of(model)):
+        yield
 
 
 def about_of(name: str, settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -93,7 +109,7 @@ def working(
     store: Path | None,
     about: Mapping[str, Any],
     engine: Engine,
-    again: Callable[..., Any],
+    again: Callable[..., Any] | None,
     given: dict[str, Any],
     device: str,
     extra: Mapping[str, Any] | None = None,

@@ -86,12 +86,12 @@ class Work:
         readable = re.sub(r"[^a-z0-9]+", "-", piece.name.lower()).strip("-")[:60]
         return f"{readable}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"
 
-    def results(self, pieces: Sequence[Piece], told: Callable[[], object]) -> list[Arrays]:
+    def results(self, pieces: Sequence[Piece], told: Callable[[int], object]) -> list[Arrays]:
         """What the pieces give, in order.
 
         Args:
             pieces: that are wanted now.
-            told: called as each is there.
+            told: called with the number of each as it is there.
         """
         names = [self.name(piece) for piece in pieces]
         found: dict[str, Arrays] = {}
@@ -99,10 +99,11 @@ class Work:
         while True:
             known = len(found)
             there = self.store.there([name for name in names if name not in found])
-            for name in (n for n in names if n in there):
-                found[name], seconds = self.store.read(name)
-                self.before += seconds
-                told()
+            for i, name in enumerate(names):
+                if name in there:
+                    found[name], seconds = self.store.read(name)
+                    self.before += seconds
+                    told(i)
             missing = [i for i, name in enumerate(names) if name not in found]
             if not missing:
                 return [found[name] for name in names]
@@ -153,13 +154,15 @@ def _alone() -> Any:
     return at(None)
 
 
-def results(pieces: Sequence[Piece], told: Callable[[], object] = lambda: None) -> list[Arrays]:
+def results(
+    pieces: Sequence[Piece], told: Callable[[int], object] = lambda number: None
+) -> list[Arrays]:
     """What these pieces give, in order: run here and now, or kept and shared as the work at hand
     has it.
 
     Args:
         pieces: that are needed now, with names of their own.
-        told: called as each is there.
+        told: called with the number of each as it is there.
 
     >>> import numpy as np
     >>> [found] = results([Piece("two", lambda: {"x": np.array(2)})])
@@ -170,9 +173,9 @@ def results(pieces: Sequence[Piece], told: Callable[[], object] = lambda: None) 
     if work is not None:
         return work.results(pieces, told)
     found = []
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         found.append(piece.make())
-        told()
+        told(number)
     return found
 
 
@@ -181,6 +184,23 @@ def enough() -> None:
     work = current()
     if work is not None and work.helping:
         raise NothingLeft
+
+
+def helped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a part of a measurement gives; None for those who help and have no use for it.
+
+    Args:
+        function: the part.
+        *args: its arguments.
+        **kwargs: its arguments by name.
+
+    >>> helped(max, 1, 2)
+    2
+    """
+    try:
+        return function(*args, **kwargs)
+    except NothingLeft:
+        return None
 
 
 def helping() -> bool:

@@ -23,13 +23,16 @@ from .run import Run
 from .settings import Change, Settings
 
 
-def kept_run(name: str, make: Callable[[], Run], model: HookedDiT) -> Run:
+def kept_run(
+    name: str, make: Callable[[], Run], model: HookedDiT, scheduler: Any = None
+) -> Run:
     """A run as one piece: made, or found made.
 
     Args:
         name: of the piece.
         make: samples it, without edits.
         model: that is sampled.
+        scheduler: of the run, where it is an object and no name.
     """
     made: list[Run] = []
 
@@ -38,7 +41,7 @@ def kept_run(name: str, make: Callable[[], Run], model: HookedDiT) -> Run:
         return arrays_of(made[0])
 
     (arrays,) = results([Piece(name, piece)])
-    return made[0] if made else run_of(arrays, model)
+    return made[0] if made else run_of(arrays, model, scheduler)
 
 
 def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
