@@ -17,8 +17,8 @@ import dit_lens
 from dit_lens import Bands, HookedDiT, UnknownName
 from dit_lens.families import family_named
 from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
-from dit_lens.patching.checkpoint import sweep_key
 from dit_lens.patching.patch import moved, plan
+from dit_lens.patching.sweeps import sweep_key
 from dit_lens.probes import TwinPatching
 from dit_lens.sampling.guidance import model_inputs
 from dit_lens.sampling.settings import edits_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidValue, MissingFile
 from . import attributes, cost, patch
@@ -25,9 +25,12 @@ from .common import (
     sizes,
     strength,
 )
+from .keeping import add_store, keeping
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..model.hooked import HookedDiT
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -98,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_labels(parser)
     add_size(parser)
     add_device(parser)
+    add_store(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
     )
@@ -105,13 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
-    from ..experiments import couplings, measure_gap
     from ..experiments.attributes import attribute_names
     from ..experiments.cost import gap_cost
     from ..experiments.coupling_sweep import checked_strengths
     from ..experiments.null_profiles import checked_nulls
-    from ..report import coupling_sweep as coupling_report
-    from ..report import gap as gap_report
     from ..storage import file_name, try_folder
 
     pairs, steps = sizes(args)
@@ -140,6 +141,27 @@ def run(args: argparse.Namespace) -> None:
             print(f"not counted: {', '.join(f'--{name}' for name in more)}")
         return
 
+    with keeping(args, model, batch, out):
+        _measure(args, model, batch, out, images, of_images, read, labels)
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: HookedDiT,
+    batch: int | None,
+    out: Path,
+    images: Tensor | None,
+    of_images: list[int] | None,
+    read: Any,
+    labels: Any,
+) -> None:
+    """What was asked for, each shown as soon as it is known."""
+    from ..experiments import couplings, measure_gap
+    from ..pieces import helping
+    from ..report import coupling_sweep as coupling_report
+    from ..report import gap as gap_report
+
+    pairs, steps = sizes(args)
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
         results = measure_gap(
@@ -158,7 +180,8 @@ def run(args: argparse.Namespace) -> None:
             labels=labels,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
-    gap_report.write(results, out)
+    if not helping():
+        gap_report.write(results, out)
 
     if args.couple is not None:
         with progress_bar() as bar:
@@ -173,7 +196,8 @@ def run(args: argparse.Namespace) -> None:
                 reader=reader_of(args.model),
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
-        coupling_report.write(swept, out)
+        if not helping():
+            coupling_report.write(swept, out)
 
     if read:
         many = pairs if args.quick else args.pairs  # categories need more pairs than fields
@@ -191,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
     if args.causes:
-        onsets = gap_report.onsets(results)
+        onsets = None if helping() else gap_report.onsets(results)
         fewer = min(pairs, 24), min(steps, 25)
         patch.find_causes(model, *fewer, args.seed, args.cut, out, onsets, batch=batch)
 

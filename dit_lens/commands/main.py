@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import DitLensError
 from . import (
@@ -20,7 +21,9 @@ from . import (
     probe,
     record,
     report,
+    work,
 )
+from .common import GIVEN
 
 COMMANDS = {
     "hooks": hooks,
@@ -30,6 +33,7 @@ COMMANDS = {
     "plan": plan,
     "probe": probe,
     "record": record,
+    "work": work,
     "cost": cost,
     "check": check,
     "check-family": check_family,
@@ -54,21 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["hooks", "nowhere"])
     2
     """
-    parser = argparse.ArgumentParser(
-        prog="dit-lens",
-        description="Open up Diffusion Transformers: hook points, twins, and which layer creates "
-        "the synchronization gap.",
-        epilog="Exit codes: 0 done, 1 a check failed, 2 a mistake (one line on stderr says which), "
-        "130 interrupted.",
-    )
-    subcommands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        about = (command.__doc__ or "").partition("\n")[0]
-        subparser = subcommands.add_parser(name, help=about, description=about)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-
+    parser = made_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
+    args.argv, args.again, args.parse = argv, repeat, parser.parse_args
     try:
         code = int(args.run(args) or 0)
         sys.stdout.flush()
@@ -87,6 +80,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dit-lens: interrupted", file=sys.stderr)
         return 130
+
+
+def made_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="dit-lens",
+        description="Open up Diffusion Transformers: hook points, twins, and which layer creates "
+        "the synchronization gap.",
+        epilog="Exit codes: 0 done, 1 a check failed, 2 a mistake (one line on stderr says which), "
+        "130 interrupted.",
+    )
+    subcommands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        about = (command.__doc__ or "").partition("\n")[0]
+        subparser = subcommands.add_parser(name, help=about, description=about)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def repeat(argv: Sequence[str], model: Any, batch: int | None) -> None:
+    """Run a command once more in a process that helps with it.
+
+    Args:
+        argv: its arguments.
+        model: its model.
+        batch: images at once.
+    """
+    args = made_parser().parse_args(argv)
+    args.argv, args.again = argv, repeat
+    token = GIVEN.set((model, batch))
+    try:
+        args.run(args)
+    finally:
+        GIVEN.reset(token)
 
 
 def _cut_off() -> int:

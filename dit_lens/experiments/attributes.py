@@ -212,6 +212,7 @@ def attributes(
     >>> found.commitment.sizes["attribute"], found.agreement.shape  # [release, attribute]
     (1, (3, 1))
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.function("read", read, "of images [n, channel, height, width]")
     pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)

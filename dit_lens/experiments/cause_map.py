@@ -128,6 +128,7 @@ def cause_map(
     >>> dict(found.effect.sizes)
     {'site': 2, 'layer': 28, 'window': 2, 'band': 2}
     """
+    del store, engine  # `measured` sees to them
     # What is asked for fits the model.
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.choice("kind", kind, get_args(MapKind))

@@ -79,6 +79,7 @@ def couple_alone(
     >>> dict(found.gap.sizes), found.attrs["g"]
     ({'layer': 1}, 1.0)
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     if layers is not None:
         layers = arguments.layers(layers, model.cfg.n_layers)

@@ -122,6 +122,7 @@ def couplings(
     >>> found.gap.dims, found.rho.values.tolist()
     (('g', 'sense'), [1.0, 0.0])
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
@@ -182,9 +183,7 @@ def couplings(
     ]
     committed = [(of["committed"], of["ends"]) for of in of_g]
     # a reader may be a network: as all that is seen of images, it looks where they are wanted
-    finished = [
-        (x[0], x[1]) for x in (torch.from_numpy(np.array(of["finished"])) for of in of_g)
-    ]
+    finished = [(x[0], x[1]) for x in (torch.from_numpy(np.array(of["finished"])) for of in of_g)]
 
     # a band that does not part in some resample has no interval
     rows = pairs - len(set(labels))

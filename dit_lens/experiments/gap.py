@@ -43,13 +43,13 @@ from ..sampling.kept import arrays_of, run_of
 from ..twinning.twins import Twins, chosen_labels, twins
 from .data_gap import as_latents, data_gap, data_sentence
 from .gap_sentences import ESTIMATORS, NO_DEPTH, TITLES, headline
+from .kept_twins import kept_twins
 from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
 from .modes import BandKind, Modes
 from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles
 from .null_profiles import RELEASES as NULL_RELEASES
 from .outcomes import Outcome, features, latents, once
 from .outcomes import images as images_of
-from .kept_twins import kept_twins
 from .release import RELEASES, Curves, commitment_difference, one_pass, release_sweep
 
 CLASS_MEANS = "for intervals over pairs with class means removed"
@@ -176,6 +176,7 @@ def measure_gap(
     >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
     (29, True)
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
     steps = arguments.whole("steps", steps, 4, why="to see anything settle in")

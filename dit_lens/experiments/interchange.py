@@ -94,6 +94,7 @@ def interchange(
     >>> interchange(model, [9], windows=1, pairs=8, steps=4).move.sizes
     Frozen({'layer': 1, 'head': 1, 'window': 1, 'dose': 1, 'taken': 2, 'band': 2})
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     n = model.cfg.n_layers
     chosen = list(range(n)) if layers is None else arguments.layers(layers, n)

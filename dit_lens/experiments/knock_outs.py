@@ -96,6 +96,7 @@ def knock_outs(
     >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
     ({'layer': 1, 'bound': 2}, True)
     """
+    del store, engine  # `measured` sees to them
     axis, sets = checked_sets(model, layers, part)
     arguments.choice("how", how, get_args(How))
     arguments.flag("direct", direct)
@@ -212,6 +213,7 @@ def cumulative(
     >>> cumulative(model, [1], pairs=16, steps=6, resamples=100).effect.sizes
     Frozen({'end': 2, 'depth': 1})
     """
+    del store, engine  # `measured` sees to them
     checked_sets(model, None, part)
     n = model.cfg.n_layers
     chosen = checked_depths(depths, n)

@@ -19,11 +19,12 @@ from ..measures.bands import Bands
 from ..measures.bootstrap import FEWEST_PAIRS
 from ..measures.commitment import commitment_draws
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.patch import steps_text
 from ..pieces import Piece, digest, results, scope
 from ..sampling.run import Run
-from ..twinning.twins import paired_labels
+from ..twinning.twins import chosen_labels
 from .ablation import How, Part, knocked_out
 from .gap import CLASS_MEANS
 from .kept_twins import kept_twins
@@ -44,6 +45,7 @@ class KnockedGap:
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
         batch: images that go through the model at once; None is all.
+        labels: taken in turn, two pairs or more of each; None is the model's own.
 
     Attributes:
         before: commitments of the whole model, [1 + resample, band], in steps.
@@ -65,6 +67,7 @@ class KnockedGap:
         cut: float,
         resamples: int,
         batch: int | None = None,
+        labels: Labels | None = None,
     ) -> None:
         arguments.instance("model", model, HookedDiT, "a HookedDiT")
         self.model, self.part, self.how = model, part, how
@@ -73,7 +76,7 @@ class KnockedGap:
         self.resamples = arguments.whole("resamples", resamples, 1)
         self.seed, self.cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
         self.outcome = latents(Bands.radial(model.cfg.pixels, cut=self.cut))
-        labels = paired_labels(model, self.pairs)
+        self.labels = chosen_labels(model, self.pairs, labels)
         batch = arguments.optional(arguments.whole, "batch", batch, 1)
         if batch is not None and batch < 2 * self.pairs and how != "zero":
             raise InvalidValue(
@@ -81,10 +84,10 @@ class KnockedGap:
                 f"show it in parts; expected how='zero', or a batch of {2 * self.pairs} or more."
             )
         settings: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "batch": batch}
-        known = [part, how, self.pairs, self.resamples, self.cut, settings]
+        known = [part, how, self.labels, self.resamples, self.cut, settings]
         self.scope = f"knock-outs {digest(known)}"
         with scope(self.scope):
-            self.whole = kept_twins("twins", model, self.pairs, labels, **settings)
+            self.whole = kept_twins("twins", model, self.pairs, self.labels, **settings)
             curves = one_pass(self.whole, [self.outcome])
         own = curves.commitment(self.outcome.name, resamples=self.resamples, seed=self.seed)
         own = own.sel(quantity="step")
@@ -118,7 +121,7 @@ class KnockedGap:
     def all(
         self,
         cells: Sequence[tuple[Sequence[int], range | None, bool]],
-        told: Callable[[int], object] = lambda number: None,
+        told: Callable[[int], object] = lambda _: None,
     ) -> list[Array]:
         """The same of several at once.
 

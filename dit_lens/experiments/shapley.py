@@ -94,6 +94,7 @@ def shapley(
     >>> abs(float(found.share.sum()) - found.total) < 1e-9
     True
     """
+    del store, engine  # `measured` sees to them
     _, players = checked_sets(model, layers, part, fewest=2)
     disjoint(players)
     orders = arguments.whole("orders", orders, 2)

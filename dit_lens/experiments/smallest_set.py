@@ -85,6 +85,7 @@ def smallest_set(
     >>> smallest_set(model, pairs=16, steps=10, cut=0.1, resamples=200).found
     '1, 3'
     """
+    del store, engine  # `measured` sees to them
     checked_sets(model, None, part)
     share = arguments.number("share", share, above=0, most=1)
     arguments.choice("how", how, get_args(How))
@@ -223,6 +224,7 @@ def found_set(known: KnockedGap, share: float, progress: Progress | None = None)
             seed=known.seed + OTHER_TWINS,
             cut=known.cut,
             resamples=known.resamples,
+            labels=known.labels,
         )
         ratio = gap_of(other.without(chosen)) / gap_of(other.before)
         left = Estimate.of(ratio[0], interval(ratio, known.pairs))

@@ -39,7 +39,7 @@ def content(value: Any) -> str:
         return f"{type(value).__qualname__}{content(config)}"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    code = getattr(type(value), "__call__", None)
+    code = vars(type(value)).get("__call__")
     if isinstance(code, types.FunctionType) and hasattr(value, "__dict__"):
         return f"{content(code)}{content(vars(value))}"
     raise InvalidType(

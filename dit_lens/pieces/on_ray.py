@@ -41,6 +41,10 @@ class Board:
         """Which of these pieces are there."""
         return set(names) & set(self.done)
 
+    def names(self) -> list[str]:
+        """All pieces that are there."""
+        return list(self.done)
+
     def read(self, name: str) -> tuple[list[Any], float]:
         """A reference to a piece's arrays, and how many seconds it took."""
         return self.done[name]
@@ -76,6 +80,10 @@ class OnBoard:
         """Which of these pieces are there."""
         return set(self.get(self.board.there.remote(list(names))))
 
+    def names(self) -> list[str]:
+        """All pieces that are there."""
+        return list(self.get(self.board.names.remote()))
+
     def read(self, name: str) -> tuple[dict[str, Any], float]:
         """A piece's arrays, and how many seconds it took."""
         (reference,), seconds = self.get(self.board.read.remote(name))
@@ -107,7 +115,13 @@ class Worker:
         return os.getpid()
 
     def work(
-        self, packed: bytes, weights: list[Any], board: Any, name: str, key: str, threads: int,
+        self,
+        packed: bytes,
+        weights: list[Any],
+        board: Any,
+        name: str,
+        key: str,
+        threads: int,
         device: str,
     ) -> str | None:
         """Run pieces until there are no more; a mistake of the user's is given back.
@@ -146,7 +160,11 @@ def _raw(x: Tensor) -> tuple[Any, str, tuple[int, ...]]:
 
 def _tensor(raw: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
     kind = getattr(torch, dtype)
-    return torch.from_numpy(raw).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
+    return (
+        torch.from_numpy(raw).view(kind).reshape(shape)
+        if raw.size
+        else torch.empty(shape, dtype=kind)
+    )
 
 
 class RayWorkers:

@@ -55,7 +55,11 @@ class Call:
         function, arguments = _Unpickler(io.BytesIO(packed), tensors).load()
         if device is not None:
             for value in arguments.values():
-                for part in (value, getattr(value, "transformer", None), getattr(value, "vae", None)):
+                for part in (
+                    value,
+                    getattr(value, "transformer", None),
+                    getattr(value, "vae", None),
+                ):
                     if isinstance(part, nn.Module):
                         nn.Module.to(part, device)
         return function, arguments

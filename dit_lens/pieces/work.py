@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,6 +41,9 @@ class Kept(Protocol):
 
     def there(self, names: Sequence[str]) -> set[str]:
         """Which of these pieces are there."""
+
+    def names(self) -> list[str]:
+        """All pieces that are there."""
 
     def read(self, name: str) -> tuple[Any, float]:
         """A piece's arrays, and how many seconds it took."""
@@ -76,6 +80,10 @@ class Work:
         self.scopes: list[str] = []
         self.before = 0.0  # seconds of work found done
         self.asked: set[str] = set()
+
+    def found(self) -> int:
+        """How many pieces are there."""
+        return len(self.store.names())
 
     def name(self, piece: Piece) -> str:
         """A piece's name in the store: readable, and a digest of all that it depends on."""
@@ -155,7 +163,7 @@ def _alone() -> Any:
 
 
 def results(
-    pieces: Sequence[Piece], told: Callable[[int], object] = lambda number: None
+    pieces: Sequence[Piece], told: Callable[[int], object] = lambda _: None
 ) -> list[Arrays]:
     """What these pieces give, in order: run here and now, or kept and shared as the work at hand
     has it.
@@ -207,6 +215,23 @@ def helping() -> bool:
     """Whether this process runs pieces of another's measurement, and so has nothing to show."""
     work = current()
     return work is not None and work.helping
+
+
+def quiet(call: Callable[[], Any], store: Kept, key: str) -> None:
+    """Make a call as one who helps, without a word.
+
+    Args:
+        call: the measurement.
+        store: where pieces are kept.
+        key: of the measurement.
+    """
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        at(Work(store, key, helping=True)),
+        suppress(NothingLeft),
+    ):
+        call()
 
 
 @contextmanager

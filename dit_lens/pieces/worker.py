@@ -5,13 +5,11 @@ into it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from ..errors import DitLensError
 from .engines import MISTAKE
 from .sending import Call
 from .store import Store
-from .work import Kept, NothingLeft, Work, at
+from .work import Kept, quiet
 
 
 def helped(
@@ -40,23 +38,6 @@ def helped(
     torch.set_num_threads(threads)
     function, arguments = Call.made(packed, tensors, device)
     quiet(lambda: function(**arguments), store, key)
-
-
-def quiet(call: Callable[[], Any], store: Kept, key: str) -> None:
-    """Make a call as one who helps, without a word.
-
-    Args:
-        call: the measurement.
-        store: where pieces are kept.
-        key: of the measurement.
-    """
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        at(Work(store, key, helping=True)),
-        contextlib.suppress(NothingLeft),
-    ):
-        call()
 
 
 def main(folder: Path, number: str) -> int:

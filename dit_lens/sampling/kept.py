@@ -23,9 +23,7 @@ from .run import Run
 from .settings import Change, Settings
 
 
-def kept_run(
-    name: str, make: Callable[[], Run], model: HookedDiT, scheduler: Any = None
-) -> Run:
+def kept_run(name: str, make: Callable[[], Run], model: HookedDiT, scheduler: Any = None) -> Run:
     """A run as one piece: made, or found made.
 
     Args:
