@@ -1,5 +1,5 @@
-"""What `--store`, `--engine`, `--workers` and `--address` do: finished pieces are kept as they come,
-and run where there is room.
+"""What `--store`, `--engine`, `--workers` and `--address` do: finished pieces are kept as they
+come, and run where there is room.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from .common import count
 if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
 
-ASIDE = {"store", "engine", "workers", "address", "out", "device", "dry_run", "batch"}
+ASIDE = {
+    "store",
+    "engine",
+    "workers",
+    "address",
+    "out",
+    "device",
+    "dry_run",
+    "batch",
+    "argv",
+    "again",
+}
 """Options that the result does not depend on, or that are known better once the model is open."""
 
 
@@ -71,7 +82,6 @@ def about_command(
         for name, value in sorted(vars(args).items())
         if name not in ASIDE and isinstance(value, plain) and not name.startswith("default_")
     }
-    settings.pop("argv", None)
     name = f"dit-lens {settings.pop('command')}"
     return about_of(name, settings | {"batch": batch}, model)
 

@@ -225,7 +225,7 @@ def find_causes(
             labels=labels,
             progress=progress,
         )
-    if not helping():
+    if patched is not None:
         report.show(found, patched, (stored, report.store_patches(patched, out)), onsets)
 
     def write(name: str, result: Any) -> None:

@@ -242,7 +242,7 @@ def measure_gap(
             )
 
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
-    null = (
+    shuffled = (
         [
             null_profiles(
                 model,
@@ -284,7 +284,7 @@ def measure_gap(
         at,
     )
     layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
-    parts = [behaviour, of_data, layers, *null]
+    parts = [behaviour, of_data, layers, *shuffled]
     sampler = SAMPLERS[pair.run.settings.scheduler]
     result = xr.merge(parts, combine_attrs="drop_conflicts").assign_attrs(
         model=name,

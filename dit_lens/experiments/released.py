@@ -4,7 +4,7 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -141,7 +141,7 @@ class Released:
                         found[f"{release} twin {twin}"] = x.cpu().numpy()
         return found
 
-    def _twins(self, release: int, found: Arrays) -> tuple[Tensor, Tensor]:
+    def _twins(self, release: int, found: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
         own = self.finished[: self.twins.pairs]
         a, b = (
             torch.from_numpy(np.array(found[name])).to(own) if name in found else own

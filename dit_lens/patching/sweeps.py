@@ -101,7 +101,7 @@ def sweep(
     steps, items = target.settings.steps, len(target.labels)
     options: dict[str, Any] = {"batch": batch, "progress": progress}
     planned = _planned(patches, target.model, steps, items, outcome, **options)
-    store = arguments.optional(arguments.path, "store", store)
+    folder = arguments.optional(arguments.path, "store", store)
     tied = max(source.tied_until, target.tied_until)
     early = [p.patch for p in planned if len(p.steps) and min(p.steps) < tied]
     if early:
@@ -135,7 +135,7 @@ def sweep(
 
     pieces = [Piece(f"patches, wave {i}", partial(run, wave)) for i, wave in enumerate(waves)]
     about = {"sweep": key, "patches": len(planned)}
-    with kept_in(store, "sweep", about, target.model), scope(f"sweep {key}"):
+    with kept_in(folder, "sweep", about, target.model), scope(f"sweep {key}"):
         made = results(pieces, told)
     latents = {
         p: x

@@ -2,10 +2,11 @@
 
 A measurement asks for the `results` of the pieces that it needs next, and goes on with them. How
 they come about is settled around it (`dit_lens.pieces.measured`): by itself it runs them here and
-now; with a store it keeps each as it finishes and never runs it again; with an engine other processes
-run them. A process that helps runs the same measurement on the same store: it takes the pieces
-that nobody has taken, waits for the others, and so comes to the same next list. So a measurement
-may choose its next pieces by what the last ones gave, and nothing has to be sent but arrays.
+now; with a store it keeps each as it finishes and never runs it again; with an engine other
+processes run them. A process that helps runs the same measurement on the same store: it takes the
+pieces that nobody has taken, waits for the others, and so comes to the same next list. So a
+measurement may choose its next pieces by what the last ones gave, and nothing has to be sent but
+arrays.
 
 Belongs here: stores, claims, engines. Does not: what a piece computes.
 """

@@ -34,7 +34,7 @@ class Board:
     """What the workers of one measurement share: finished pieces, and who is at which."""
 
     def __init__(self) -> None:
-        self.done: dict[str, tuple[list[Any], float]] = {}
+        self.done: dict[str, tuple[Arrays, float]] = {}
         self.at: dict[str, str] = {}
 
     def there(self, names: Sequence[str]) -> set[str]:
@@ -45,13 +45,15 @@ class Board:
         """All pieces that are there."""
         return list(self.done)
 
-    def read(self, name: str) -> tuple[list[Any], float]:
-        """A reference to a piece's arrays, and how many seconds it took."""
+    def read(self, name: str) -> tuple[Arrays, float]:
+        """A piece's arrays, and how many seconds it took."""
         return self.done[name]
 
-    def write(self, name: str, arrays: list[Any], seconds: float) -> None:
-        """Keep a reference to a finished piece."""
-        self.done.setdefault(name, (arrays, seconds))
+    def write(self, name: str, arrays: Arrays, seconds: float) -> None:
+        """Keep a finished piece."""
+        # copied: what came belongs to its worker, and goes with it
+        held = {key: np.array(value) for key, value in arrays.items()}
+        self.done.setdefault(name, (held, seconds))
         self.at.pop(name, None)
 
     def claim(self, name: str, worker: str) -> bool:
@@ -74,7 +76,7 @@ class OnBoard:
     def __init__(self, board: Any, worker: str) -> None:
         import ray
 
-        self.get, self.put, self.board, self.worker = ray.get, ray.put, board, worker
+        self.get, self.board, self.worker = ray.get, board, worker
 
     def there(self, names: Sequence[str]) -> set[str]:
         """Which of these pieces are there."""
@@ -86,13 +88,13 @@ class OnBoard:
 
     def read(self, name: str) -> tuple[dict[str, Any], float]:
         """A piece's arrays, and how many seconds it took."""
-        (reference,), seconds = self.get(self.board.read.remote(name))
-        return {k: np.array(v) for k, v in self.get(reference).items()}, seconds
+        arrays, seconds = self.get(self.board.read.remote(name))
+        return {k: np.array(v) for k, v in arrays.items()}, seconds
 
     def write(self, name: str, arrays: Arrays, seconds: float) -> None:
         """Keep a finished piece."""
         held = {k: np.asarray(v) for k, v in arrays.items()}
-        self.get(self.board.write.remote(name, [self.put(held)], seconds))
+        self.get(self.board.write.remote(name, held, seconds))
 
     def claim(self, name: str) -> bool:
         """Take a piece that nobody is at."""
@@ -203,7 +205,7 @@ class RayWorkers:
             self.board = ray.remote(Board).options(num_cpus=0).remote()
             for name in store.names():
                 arrays, seconds = store.read(name)
-                ray.get(self.board.write.remote(name, [ray.put(dict(arrays))], seconds))
+                ray.get(self.board.write.remote(name, arrays, seconds))
             self.call = (
                 ray.put(call.packed),
                 ray.put([_raw(x) for x in call.tensors]),
@@ -250,8 +252,7 @@ class RayWorkers:
         ray = self.ray
         try:
             for name in ray.get(self.board.there.remote(list(missing))):
-                (reference,), seconds = ray.get(self.board.read.remote(name))
-                arrays = {k: np.array(v) for k, v in ray.get(reference).items()}
+                arrays, seconds = ray.get(self.board.read.remote(name))
                 self.store.write(name, arrays, seconds)
             ready, _ = ray.wait(list(self.working), num_returns=len(self.working), timeout=0)
         except ray.exceptions.RayError as error:
@@ -293,7 +294,8 @@ class RayWorkers:
         from .work import stopped
 
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        return stopped(f"The Ray cluster failed: {lines[-1].strip()[:200] if lines else error}")
+        said = lines[-1].strip()[:200] if lines else repr(error)
+        return stopped(f"The Ray cluster failed ({type(error).__name__}: {said})")
 
     def close(self) -> None:
         """End them."""

@@ -48,12 +48,13 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
     Args:
         run: without edits.
     """
+    witnessed = list(run.witnesses[0]) if run.witnesses else []
     about = {
         "settings": {k: v for k, v in vars(run.settings).items() if k != "scheduler"},
         "scheduler": run.settings.scheduler if isinstance(run.settings.scheduler, str) else None,
         "history": [[c.from_step, list(c.seeds)] for c in run.history],
         "splits": [[list(map(list, s.parts)), s.size, s.copied] for s in run.splits],
-        "witnessed": list(run.witnesses[0]) if run.witnesses else [],
+        "witnessed": witnessed,
         "tied_until": run.tied_until,
         "batch": run.batch,
     }
@@ -63,7 +64,7 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
     for part in ("bits", "total"):
         found[part] = np.stack(
             [
-                np.stack([getattr(w[name], part).cpu().numpy() for name in about["witnessed"]])
+                np.stack([getattr(w[name], part).cpu().numpy() for name in witnessed])
                 for w in run.witnesses
             ]
         )
