@@ -421,7 +421,7 @@ def table():
                 "source": [small.a],
                 "target": [small.b],
                 "patches": [grid([1], "attn_out", [range(1, 2)])],
-                "resume": [None],
+                "store": [None],
             },
         ),
         ("as_grid", as_grid, {}, {"result": [w["swept"]]}),

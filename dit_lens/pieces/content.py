@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from ..errors import InvalidType
 
 
+class _Plain:
+    """Without anything that Python does not see."""
+
+
 @singledispatch
 def content(value: Any) -> str:
     """A text that is the same for the same content, and only for it.
@@ -39,9 +43,12 @@ def content(value: Any) -> str:
         return f"{type(value).__qualname__}{content(config)}"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    code = vars(type(value)).get("__call__")
-    if isinstance(code, types.FunctionType) and hasattr(value, "__dict__"):
-        return f"{content(code)}{content(vars(value))}"
+    # an object of plain Python is its class and what it holds, as for pickle
+    kind = type(value)
+    if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
+        if hasattr(value, "__dict__") and kind.__basicsize__ == _Plain.__basicsize__:
+            code = [f for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+            return f"{kind.__module__}.{kind.__qualname__}{content([*code, vars(value)])}"
     raise InvalidType(
         f"A {type(value).__name__} can't be told from another by what it holds, as a store of "
         "pieces needs; expected numbers, text, arrays, modules or functions."
@@ -142,4 +149,10 @@ def digest(value: Any) -> str:
     >>> digest(1) == digest(1.0)
     False
     """
-    return hashlib.sha256(content(value).encode()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(content(value).encode()).hexdigest()[:16]
+    except RecursionError:
+        raise InvalidType(
+            f"A {type(value).__name__} holds itself, so its content can't be told; expected "
+            "numbers, text, arrays, modules or functions."
+        ) from None
