@@ -45,7 +45,8 @@ def content(value: Any) -> str:
         return f"{value.__module__}.{value.__qualname__}"
     # an object of plain Python is its class and what it holds, as for pickle
     kind = type(value)
-    if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
+    own = {name for base in kind.__mro__[:-1] for name in vars(base)}
+    if not own & {"__reduce_ex__", "__reduce__", "__getstate__"}:
         if hasattr(value, "__dict__") and kind.__basicsize__ == _Plain.__basicsize__:
             code = [f for f in vars(kind).values() if isinstance(f, types.FunctionType)]
             return f"{kind.__module__}.{kind.__qualname__}{content([*code, vars(value)])}"
