@@ -412,7 +412,7 @@ def test_a_worker_s_mistake_is_one_sentence(model, tmp_path, monkeypatch):
         measure_gap(model, **GAP, feature=fails, engine=engine)
     with pytest.raises(InvalidValue, match="feature can't be sent to other processes .*lambdas"):
         measure_gap(model, **GAP, feature=lambda x: x, engine=engine)
-    monkeypatch.setattr(dit_lens.pieces.engines, "DEATHS", 1)
+    monkeypatch.setattr(dit_lens.pieces.deaths, "DEATHS", 1)
     with pytest.raises(InvalidState, match="Workers died 3 times .signal 9. and no piece was fin"):
         measure_gap(model, **GAP, feature=dies, engine=engine, store=tmp_path / "s")
 

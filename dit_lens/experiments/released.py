@@ -109,7 +109,11 @@ class Released:
     def _part(self, release: int, part: tuple[int, ...]) -> Piece:
         def run() -> Arrays:
             seeds = self._seeds(release)
-            own = Branch(self.twins.a.select(slice(part[0], part[-1] + 1)), release, tuple(seeds[i] for i in part))
+            own = Branch(
+                self.twins.a.select(slice(part[0], part[-1] + 1)),
+                release,
+                tuple(seeds[i] for i in part),
+            )
             return {"ends": ends([own], self.batch)[0].cpu().numpy()}
 
         return Piece(f"release {release}, pairs {part[0]} to {part[-1]}", run)

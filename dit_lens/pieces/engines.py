@@ -15,14 +15,10 @@ import torch
 
 from .. import arguments
 from ..errors import InvalidState
-from .sending import Call
+from .deaths import Deaths
+from .sending import MISTAKE, Call
 from .store import Store
 from .work import stopped
-
-MISTAKE = 3
-"""The exit code of a worker that has left a sentence for the user."""
-DEATHS = 3
-"""A worker may die so often, for each there is, without a piece being finished meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Engine:
         if self.kind == "ray":
             from .on_ray import RayWorkers
 
-            return RayWorkers(self, store, key, call, on)
+            return RayWorkers(self.workers, self.address, store, key, call, on)
         return LocalWorkers(self, store, key, call, on)
 
 
@@ -93,38 +89,6 @@ def checked_engine(engine: Any) -> Engine:
     expected = "'local', 'ray', or a dit_lens.experiments.Engine"
     arguments.instance("engine", engine, str, expected)
     return Engine(arguments.choice("engine", engine, ["local", "ray"]))
-
-
-class Deaths:
-    """How often workers died since a piece was finished.
-
-    Args:
-        workers: how many there are.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self.most, self.count, self.missing = DEATHS * workers, 0, 0
-
-    def progress(self, missing: int) -> None:
-        """Say how many pieces are waited for."""
-        if missing != self.missing:
-            self.missing, self.count = missing, 0
-
-    def one(self, how: str) -> None:
-        """Count one.
-
-        Args:
-            how: it died.
-
-        Raises:
-            InvalidState: if it was one too many.
-        """
-        self.count += 1
-        if self.count > self.most:
-            raise stopped(
-                f"Workers died {self.count} times ({how}) and no piece was finished, as where "
-                "memory gives out; expected fewer workers, or a smaller batch"
-            )
 
 
 class LocalWorkers:

@@ -11,7 +11,7 @@ import platform
 import socket
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from ..errors import DitLensError, InvalidState, MissingFile
 from ..storage import versions
+from .deaths import Deaths
 from .sending import Call
 from .store import Arrays, Store
+from .work import stopped
 from .worker import helped
-
-if TYPE_CHECKING:
-    from .engines import Engine
 
 ANSWER = 10.0
 """Seconds in which an address must answer."""
@@ -173,7 +172,8 @@ class RayWorkers:
     """Workers on a Ray cluster. One that dies is started again, somewhere.
 
     Args:
-        engine: how many, and where the cluster is.
+        workers: how many; None is one for each GPU, or else one for each processor.
+        address: of the cluster; None is that of RAY_ADDRESS, or of the one this machine is in.
         store: where pieces are kept.
         key: of the measurement.
         call: the measurement.
@@ -184,22 +184,28 @@ class RayWorkers:
         InvalidState: if no cluster answers, or its versions differ.
     """
 
-    def __init__(self, engine: Engine, store: Store, key: str, call: Call, on: str) -> None:
+    def __init__(
+        self,
+        workers: int | None,
+        address: str | None,
+        store: Store,
+        key: str,
+        call: Call,
+        on: str,
+    ) -> None:
         try:
             import ray
         except ImportError:
             raise MissingFile(
                 "The engine 'ray' needs Ray, which is not installed; pip install 'dit-lens[scale]'."
             ) from None
-        from .engines import Deaths
-
         self.ray, self.store = ray, store
         self.own = not ray.is_initialized()
-        self._connect(engine.address)
+        self._connect(address)
         try:
             total = ray.cluster_resources()
             gpus = int(total.get("GPU", 0))
-            n = engine.workers or gpus or max(1, int(total.get("CPU", 1)))
+            n = workers or gpus or max(1, int(total.get("CPU", 1)))
             self.options = {"num_gpus": 1} if gpus else {"num_cpus": 1}
             self.deaths = Deaths(n)
             self.board = ray.remote(Board).options(num_cpus=0).remote()
@@ -291,8 +297,6 @@ class RayWorkers:
             raise InvalidState(f"A worker stopped on {said}")
 
     def _lost(self, error: Exception) -> InvalidState:
-        from .work import stopped
-
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         said = lines[-1].strip()[:200] if lines else repr(error)
         return stopped(f"The Ray cluster failed ({type(error).__name__}: {said})")

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 
+MISTAKE = 3
+"""The exit code of a worker that has left a sentence for the user."""
+
 
 class Call:
     """A function with its arguments, packed.

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import DitLensError
-from .engines import MISTAKE
-from .sending import Call
+from .sending import MISTAKE, Call
 from .store import Store
 from .work import Kept, quiet
 

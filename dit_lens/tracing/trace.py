@@ -574,7 +574,7 @@ def trace(
 
 
 def observed(model: HookedDiT, probes: Sequence[Observing]) -> Trace:
-    """A trace that only shows what it sees to probes: it keeps nothing of a run, which keeps itself.
+    """A trace that only shows what it sees to probes, and keeps nothing: the run keeps itself.
 
     Args:
         model: the opened model.
