@@ -329,7 +329,12 @@ def test_whoever_waits_gets_what_others_made(tmp_path):
     with at(work):
         (found,) = results([piece])
     thread.join()
-    assert found["x"].tolist() == [0, 1, 2] and work.before == 1.0
+    assert found["x"].tolist() == [0, 1, 2] and work.before == 0.0
+    # what was found finished counts as time taken
+    again = Work(one, "key", workers=2)
+    with at(again):
+        results([piece])
+    assert again.before == 0.5 and again.found() == 1
 
 
 # Several processes.

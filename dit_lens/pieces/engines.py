@@ -113,12 +113,13 @@ class LocalWorkers:
             "about": store.about,
             "key": key,
             "threads": torch.get_num_threads(),
+            "path": [place for place in sys.path if place],
             "devices": [f"{on}:{i}" for i in range(many)] or [on],
         }
         (place / "call.json").write_text(json.dumps(said))
         (place / "call.pickle").write_bytes(call.packed)
         torch.save(list(call.tensors), place / "tensors.pt")
-        self.deaths = Deaths(n)
+        self.n, self.deaths = n, Deaths(n)
         self.running = {str(i): self._start(str(i)) for i in range(n)}
 
     def _start(self, number: str) -> subprocess.Popen[bytes]:

@@ -142,6 +142,6 @@ def working(
             sent = {k: v for k, v in given.items() if k not in ASIDE}
             others = engine.started(kept, key, Call(again, sent), device)
             stack.callback(others.close)
-        work = Work(kept, key, others=others)
+        work = Work(kept, key, others=others, workers=1 if others is None else others.n)
         with at(work):
             yield work

@@ -34,6 +34,8 @@ def started(pid: int) -> str | None:
     """When a process of this host was started, in the system's own count; "" where that can't be
     told, None if there is no such process.
     """
+    if os.name == "nt":  # there asking is killing
+        return ""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -114,7 +116,9 @@ class Leases:
         with suppress(ValueError, KeyError, TypeError):
             owner = json.loads(text)
             if owner["host"] == here():
-                return started(int(owner["pid"])) != owner["started"]
+                now_there = started(int(owner["pid"]))
+                if now_there != "":
+                    return now_there != owner["started"]
         seen, since = self._seen.get(path, (0, 0.0))
         if seen != now:
             self._seen[path] = now, time.monotonic()

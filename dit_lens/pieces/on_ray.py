@@ -207,7 +207,7 @@ class RayWorkers:
             gpus = int(total.get("GPU", 0))
             n = workers or gpus or max(1, int(total.get("CPU", 1)))
             self.options = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-            self.deaths = Deaths(n)
+            self.n, self.deaths = n, Deaths(n)
             self.board = ray.remote(Board).options(num_cpus=0).remote()
             for name in store.names():
                 arrays, seconds = store.read(name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ class _Pickler(pickle.Pickler):
         self.alive: list[Any] = []
 
     def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, (types.FunctionType, type)) and value.__module__ == "__main__":
+            raise pickle.PicklingError(f"{value.__qualname__} is defined in the program itself")
         if type(value) not in (Tensor, nn.Parameter):
             return None
         if id(value) not in self.places:

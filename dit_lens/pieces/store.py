@@ -8,7 +8,7 @@ reads. Any reader of zarr opens it, as `xarray.open_zarr(folder / piece)`.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -26,15 +26,18 @@ from .leases import Leases, here
 
 KIND = "dit_lens.pieces/1"
 ROOT, CLAIMS, LOCK, DEVICE = "zarr.json", ".claims", ".driver", ".device"
-NEEDED = "A store of pieces needs zarr, which is not installed; pip install 'dit-lens[scale]'."
+NEEDED = "A store of pieces needs zarr 3, which is not installed; pip install 'dit-lens[scale]'."
 
 Arrays = Mapping[str, NDArray[Any]]
 """What a piece gives: arrays by name, numbers and truth values only."""
 
 
 def has_zarr() -> bool:
-    """Whether stores can be written here."""
-    return importlib.util.find_spec("zarr") is not None
+    """Whether stores can be written here: they take zarr 3."""
+    try:
+        return int(importlib.metadata.version("zarr").partition(".")[0]) >= 3
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 class Store:

@@ -67,6 +67,10 @@ class Work:
         helping: whether the measurement is another process's.
         others: where other processes run the pieces: called while they are waited for, with the
             names wanted, to see to it that they do.
+        workers: how many processes run pieces.
+
+    Attributes:
+        before: seconds that what was found finished had taken.
     """
 
     def __init__(
@@ -75,15 +79,17 @@ class Work:
         key: str,
         helping: bool = False,
         others: Callable[[Sequence[str]], object] | None = None,
+        workers: int = 1,
     ) -> None:
         self.store, self.key, self.helping, self.others = store, key, helping, others
+        self.workers, self.early = workers, set(store.names())
         self.scopes: list[str] = []
-        self.before = 0.0  # seconds of work found done
+        self.before = 0.0
         self.asked: set[str] = set()
 
     def found(self) -> int:
-        """How many pieces are there."""
-        return len(self.store.names())
+        """How many pieces were there already."""
+        return len(self.early)
 
     def name(self, piece: Piece) -> str:
         """A piece's name in the store: readable, and a digest of all that it depends on."""
@@ -110,7 +116,7 @@ class Work:
             for i, name in enumerate(names):
                 if name in there:
                     found[name], seconds = self.store.read(name)
-                    self.before += seconds
+                    self.before += seconds / self.workers if name in self.early else 0.0
                     told(i)
             missing = [i for i, name in enumerate(names) if name not in found]
             if not missing:
@@ -131,9 +137,7 @@ class Work:
                 start = time.monotonic()
                 with _alone():
                     arrays = piece.make()
-                seconds = time.monotonic() - start
-                self.store.write(name, arrays, seconds)
-                self.before -= seconds  # it is read in a moment, and was no earlier run's
+                self.store.write(name, arrays, time.monotonic() - start)
         finally:
             self.store.release()
         return True

@@ -56,6 +56,7 @@ def main(folder: Path, number: str) -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     said = json.loads((folder / "call.json").read_text())
+    sys.path += [place for place in said["path"] if place not in sys.path]
     device = said["devices"][int(number) % len(said["devices"])]
     try:
         kind = None if device is None else torch.device(device).type
