@@ -158,6 +158,7 @@ def whole(value):
 
 
 COUNT = {"seed": whole(3), "resamples": whole(20)}
+KEPT = {"store": [None], "engine": ["local", experiments.Engine()]}
 RUN = {
     "steps": whole(3),
     "guidance": [1, 2.5, np.float32(1.5), torch.tensor(2)],
@@ -532,6 +533,7 @@ def table():
                 "reader": [None],
                 "cut": HALF[:1],
                 **COUNT,
+                **KEPT,
             },
         ),
         ("Bands.radial", dit_lens.Bands.radial, {"grid": (8, 8)}, {"n": [*whole(2), None]}),
@@ -622,7 +624,7 @@ def table():
         ),
     ]
     if ATTACK:
-        small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT}
+        small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT, **KEPT}
         rows += [
             (
                 "measure_gap",
@@ -680,6 +682,7 @@ def table():
                     "batch": whole(64),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
+                    **KEPT,
                 },
             ),
             (
@@ -724,6 +727,7 @@ def table():
                     "seed": whole(0),
                     "cut": [0.25],
                     "batch": whole(1),
+                    **KEPT,
                 },
             ),
         ]
@@ -802,6 +806,7 @@ def rest():
                 "g": [1.0],
                 "form": ["mix"],
                 "eps": HALF[:1],
+                **KEPT,
             },
         )
 

@@ -1,5 +1,6 @@
 """Measurements in pieces: kept, gone on with, shared between processes, and the same to the bit."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -401,6 +403,14 @@ def parent_of(pid):
         return None
 
 
+def descends(pid, ancestor):
+    while pid not in (None, "0", "1"):
+        if str(pid) == str(ancestor):
+            return True
+        pid = parent_of(pid)
+    return False
+
+
 def fails(images):
     raise InvalidValue("images of nothing")
 
@@ -522,18 +532,36 @@ needs_ray = pytest.mark.skipif(not RAY, reason="Ray is not installed")
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray cluster on this machine, of two processors; its address."""
-    tool = Path(sys.executable).with_name("ray")
+    """A Ray cluster on this machine, of two processors; its address and process."""
     port = random.Random(os.getpid()).randrange(20_000, 30_000)
-    env = os.environ | {"RAY_DISABLE_IMPORT_WARNING": "1"}
-    start = ["start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    more = ["--object-store-memory=200000000", "--disable-usage-stats"]
-    subprocess.run([tool, *start, *more], env=env, check=True, capture_output=True)
-    yield f"127.0.0.1:{port}"
+    start = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    more = ["--include-dashboard=false", "--object-store-memory=200000000"]
+    head = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), *start, *more, "--disable-usage-stats"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     import ray
 
-    ray.shutdown()
-    subprocess.run([tool, "stop", "--force"], env=env, capture_output=True)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert head.poll() is None
+                time.sleep(0.2)
+        time.sleep(3)
+        yield f"127.0.0.1:{port}", head.pid
+    finally:  # this cluster only, whatever else runs on the machine
+        ray.shutdown()
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, how)
+                time.sleep(3)
+        head.wait()
 
 
 @needs_ray
@@ -551,14 +579,18 @@ def test_ray_gives_the_same_bits(model, plain, cluster, tmp_path):
     """Workers killed at random moments; then the store is gone on with by this process."""
     import threading
 
+    address, head = cluster
+
     over, hits = threading.Event(), []
+
+    def workers():
+        return [p for p in children("ray::Worker") if descends(p, head)]
+
     thread = threading.Thread(
-        target=lambda: hits.append(
-            killed_at_random(random.Random(2), lambda: children("ray::Worker"), over.is_set)
-        )
+        target=lambda: hits.append(killed_at_random(random.Random(2), workers, over.is_set))
     )
     thread.start()
-    engine = Engine("ray", workers=2, address=cluster)
+    engine = Engine("ray", workers=2, address=address)
     try:
         found = measure_gap(model, **GAP, store=tmp_path / "s", engine=engine)
     finally:
@@ -580,7 +612,7 @@ def test_a_driver_of_ray_is_killed(folder, cluster, tmp_path):
     options = ["--pairs", "16", "--steps", "5", "--device", "cpu"]
     alone, out, store = tmp_path / "alone", tmp_path / "out", tmp_path / "store"
     assert main(["gap", str(folder), *options, "--out", str(alone)]) == 0
-    ray = ["--engine", "ray", "--address", cluster, "--workers", "2"]
+    ray = ["--engine", "ray", "--address", cluster[0], "--workers", "2"]
     words = ["gap", folder, *options, "--out", out, "--store", store, *ray]
     first = command(*words)
     deadline = time.monotonic() + 200
@@ -606,4 +638,4 @@ def test_workers_of_other_versions(model, cluster, monkeypatch):
         dit_lens.pieces.on_ray, "about_here", lambda: {"torch": "9.9", "python": "3"}
     )
     with pytest.raises(InvalidState, match="A worker of the cluster has torch .* process 9.9; exp"):
-        measure_gap(model, **GAP, engine=Engine("ray", workers=1, address=cluster))
+        measure_gap(model, **GAP, engine=Engine("ray", workers=1, address=cluster[0]))
