@@ -173,7 +173,7 @@ class Plan:
             "macs": self.macs,
             "about": dict(self.about),
         }
-        with replacing(path) as part:
+        with replacing(arguments.path("path", path)) as part:
             part.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
         return Path(path)
 
@@ -234,7 +234,7 @@ class Plan:
         ...     len(path.read_text().splitlines()) <= 60
         True
         """
-        with replacing(path) as part:
+        with replacing(arguments.path("path", path)) as part:
             part.write_text(exports.script(self))
         return Path(path)
 
