@@ -26,9 +26,6 @@ from dit_lens.families.registry import OURS as FAMILIES
 from dit_lens.hooks.points import LOCK
 from dit_lens.model.instrumentation import OPENING, Instrumentation
 
-# What is thrown while something is given back because nobody holds it, Python only prints.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 INTERRUPTS = int(os.environ.get("DIT_LENS_ATTACK_INTERRUPTS", "60"))
 LINES = int(os.environ.get("DIT_LENS_ATTACK_LINES", "12"))  # of each action; 0 is all of them
 OURS = str(Path(dit_lens.__file__).parent)
@@ -108,6 +105,14 @@ def samples(dit):
 def twins(dit):
     model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
     dit_lens.twins(model, pairs=1, steps=2, release=1, tie="attention", g=0.5)
+
+
+@pytest.fixture(autouse=True)
+def unraisable(monkeypatch):
+    """What is thrown while something is given back because nobody holds it, Python only prints.
+    pytest would keep its frames, and with them the model that is under test.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: None)
 
 
 @pytest.fixture(autouse=True)
@@ -239,9 +244,7 @@ def test_on_a_model_that_stays_open_the_hook_points_stay_and_nothing_else(act):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
-def test_interrupts_at_random_moments_leave_nothing(monkeypatch):
-    # pytest would keep the frames of an interrupt inside a finalizer, and with them the model
-    monkeypatch.setattr(sys, "unraisablehook", lambda args: None)
+def test_interrupts_at_random_moments_leave_nothing():
     dit, rng, hits = make_dit(), random.Random(0), 0
     with torch.no_grad():
         want = raw(dit, *INPUTS)

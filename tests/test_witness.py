@@ -432,3 +432,32 @@ def test_masks_and_arrays_that_change_later_are_not_meant(model, inputs):
 def test_data_parallel_is_refused_with_the_way_out(dit):
     with pytest.raises(TypeError, match=r"DataParallel runs copies .* HookedDiT\(model.module\)"):
         HookedDiT(torch.nn.DataParallel(dit))
+    pipe = types.SimpleNamespace(transformer=torch.nn.DataParallel(dit), components={})
+    with pytest.raises(TypeError, match=r"DataParallel runs copies .* HookedDiT\(model.module\)"):
+        dit_lens.trace(pipe)
+
+
+def test_steps_are_right_or_absent_for_whoever_asks(model, inputs):
+    """Hooks older than a trace's edit come before it, and its step is not known to them yet."""
+    older, younger, own, name = [], [], [], "blocks.1.hook_attn_out"
+    model.add_hook(name, lambda a, hook: older.append(hook.step))
+    with dit_lens.trace(model) as t:
+        t.edit(name, lambda a, hook: own.append(hook.step), steps=[0, 2])
+        model.add_hook(name, lambda a, hook: younger.append(hook.step))
+        dit_lens.sample(model, [3], steps=4)
+    assert older == [None] * 4 and own == [0, 2] and younger == [0, None, 2, None]
+    model.reset_hooks()
+
+
+def test_a_gradients_step_is_that_of_its_forward(model, inputs):
+    x, t, y = inputs
+    seen, name = [], "blocks.1.hook_attn_out"
+    outs, x = [], x.clone().requires_grad_()
+    with dit_lens.trace(model) as trace:
+        trace.edit(name, lambda a, hook: None)
+        with model.hooks(bwd_hooks=[(name, lambda grad, hook: seen.append(hook.step))]):
+            for _ in range(3):
+                outs.append(model.transformer(x, t, class_labels=y, return_dict=False)[0])
+            for out in outs:
+                out.sum().backward()
+    assert seen == [0, 1, 2]

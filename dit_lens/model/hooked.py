@@ -630,14 +630,14 @@ def transformer_of(model: Any) -> Any:
     """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything
     else.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise InvalidType(
-            f"{type(model).__name__} runs copies of the model in threads or processes of its own, "
-            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
-        )
     found = getattr(model, "transformer", None if hasattr(model, "components") else model)
     if found is None and hasattr(model, "unet"):
         found = model.unet
+    if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidType(
+            f"{type(found).__name__} runs copies of the model in threads or processes of its own, "
+            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
+        )
     if not isinstance(found, nn.Module):
         raise InvalidType(
             f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected "
