@@ -403,6 +403,40 @@ def test_weights_that_are_loaded_for_a_forward_are_put_away_again(dit, inputs):
     assert torch.equal(again["final.hook_shift"], trace["final.hook_shift"])
 
 
+def test_a_model_whose_weights_are_loaded_for_a_forward_is_sampled():
+    from accelerate import cpu_offload
+
+    def run_of(dit):
+        return dit_lens.sample(HookedDiT(dit, scheduler=DDIMScheduler(1000)), [3], steps=3)
+
+    want, dit = run_of(make_dit()), make_dit()
+    cpu_offload(dit, execution_device=torch.device("cpu"))
+    run = run_of(dit)
+    assert run.model.device.type == "cpu" and torch.equal(run.latents, want.latents)
+    assert torch.equal(run.replay(1).latents, want.latents)
+    assert torch.equal(read(1, run), read(1, want))
+    with pytest.raises(RuntimeError, match="The weights are offloaded"):
+        dit_lens.experiments.Plan.of(run.model, run.timesteps, [])
+    assert {p.device.type for p in dit.parameters()} == {"meta"}
+
+
+def test_a_pass_is_not_ended_early_under_who_looks_after_its_modules(model):
+    """Whatever is on the way out of the layer counts; what lies deeper in others does not."""
+    blocks, ends = model.transformer.transformer_blocks, model.instrumentation.stopping
+    name = "blocks.1.hook_resid_post"
+    for module, passed_over in [
+        (model.transformer, True),
+        (model.transformer.pos_embed, True),
+        (blocks[0], True),
+        (blocks[1].ff.net[0], True),
+        (blocks[2].ff.net[0], False),
+    ]:
+        module._hf_hook = object()
+        assert (ends(name) == []) == passed_over and ends("final.hook_in") == []
+        del module._hf_hook
+    assert len(ends(name)) == len(ends("final.hook_in")) == 1
+
+
 def test_select_reads_some_items_of_a_run():
     model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
     run = dit_lens.sample(model, [3, 4, 5], steps=2, guidance=2.0)

@@ -28,6 +28,7 @@ from ..hooks.points import (
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
+from .offloading import computing_device
 from .partial import StoppedAtLayer
 from .taken import Taken
 
@@ -550,8 +551,8 @@ class HookedDiT:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.transformer.parameters()).device
+        """Where the model computes: where its weights are, or where accelerate loads them to."""
+        return computing_device(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:

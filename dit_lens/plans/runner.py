@@ -216,6 +216,9 @@ class _Idle:
         self.own, self.held, self.now = own, held, now
         self.like: dict[tuple[Any, ...], Any] = {}  # branches may differ in the length of the text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.own,)  # a copied model is under no plan
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         clock = self.now()
         which = (clock.branch, clock.rows)
@@ -268,6 +271,9 @@ class _Over:
         self.own, self.runner, self.block, self.layer = own, runner, block, layer
         self.places = places
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.own,)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self.runner
         step = runner.step
@@ -293,6 +299,10 @@ class _Over:
             # as the blocks do: some add in a wider type
             streams[stream] = (x.to(value.dtype) + value).to(x.dtype)
         return returned(streams)
+
+
+def _itself(own: Callable[..., Any]) -> Callable[..., Any]:
+    return own
 
 
 def _replace(taken: Taken, module: nn.Module, make: Callable[[Callable[..., Any]], Any]) -> None:
