@@ -1,6 +1,9 @@
 """Plans: their files, what they refuse, and running them."""
 
+import contextlib
+import copy
 import json
+import random
 import re
 import warnings
 
@@ -8,12 +11,13 @@ import pytest
 import torch
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler
+from test_storage import mutated
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.errors import InvalidState
+from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.experiments import Plan
-from dit_lens.plans.plan import Costs
+from dit_lens.plans.plan import Costs, _digest
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -319,3 +323,44 @@ def test_what_a_plan_left_out_is_not_read_as_if_it_had_been_computed(model, plan
             t.get(f"blocks.1.{site}")
     found = t.get([f"blocks.1.hook_{site}" for site in ("resid_pre", "attn_out", "resid_post")])
     assert all(len(value) == len(t.steps) for value in found.values())
+
+
+def test_a_sealed_file_of_other_content_is_no_plan_or_one_that_can_be_run(model, plan, tmp_path):
+    path, rng = plan.save(tmp_path / "plan.json"), random.Random(0)
+    base = json.loads(path.read_text())
+    base.pop("sha256")
+    loaded = 0
+    for _ in range(300):
+        content = mutated(copy.deepcopy(base), rng)
+        path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+        try:
+            found = Plan.load(path)
+        except InvalidValue as error:
+            assert str(error).startswith(repr(str(path))) and str(error).count("\n") == 0
+            continue
+        loaded += 1
+        for use in (found.__repr__, found.to_smoothcache, found.to_cache_dit):
+            with contextlib.suppress(InvalidValue):
+                use()
+        with contextlib.suppress(InvalidValue), dit_lens.reuse(model, found):
+            pass
+    assert 30 < loaded < 270 and not model.instrumentation.busy
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"timesteps": []}, "has timesteps = "),
+        ({"cells": [[10**30, "attn", 2]]}, "The plan holds 'attn' in layer 1e+30, which the model"),
+        ({"cells": [[0, "attn", 6]]}, "The plan holds step 6; expected steps 1 to 5"),
+        ({"model": {"class": "DiTTransformer2DModel"}}, "expected it to have"),
+        ({"macs": 7.0}, "has macs = 7"),
+    ],
+)
+def test_what_a_plan_has_to_say(plan, tmp_path, change, text):
+    path = plan.save(tmp_path / "plan.json")
+    content = json.loads(path.read_text()) | change
+    content.pop("sha256")
+    path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+    with pytest.raises(InvalidValue, match=re.escape(text)):
+        Plan.load(path)

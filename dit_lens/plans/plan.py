@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..errors import InvalidState, InvalidValue, MissingFile
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..storage import replacing
-from ..storage.schema import Listed, Schema, conform
+from ..storage.schema import Listed, Schema, conform, fits
 from . import exports
 
 FORMAT = "dit_lens.plans.plan/1"
@@ -36,15 +36,22 @@ Cell = tuple[int, str, int]
 """A layer, a part of it, and a step."""
 
 
+KNOWN_BY = ("class", "layers", "configuration", "weights")
+"""What a model is known by."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Content(Schema):
     """What a plan's file says."""
 
     format: str
-    model: dict[str, str]
-    timesteps: Listed[float]
-    parts: Listed[Listed[str]]
+    model: Annotated[
+        dict[str, str], fits(lambda known: set(known) == set(KNOWN_BY), f"have {KNOWN_BY}")
+    ]
+    timesteps: Annotated[Listed[Finite], Field(min_length=1)]
+    parts: Annotated[Listed[Listed[str]], Field(min_length=1)]
     cells: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
-    macs: float
+    macs: Annotated[float, Field(ge=0, le=1)]
     about: dict[str, Any]
 
 
@@ -113,17 +120,7 @@ class Plan:
             json.dumps(dict(about or {}), allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise arguments.refusal("about", about, "what JSON can hold, by name") from None
-        for layer, part, step in sorted(held):
-            if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
-                raise InvalidValue(
-                    f"The plan holds {part!r} in layer {layer}, which the model does not have; "
-                    f"expected layers 0 to {len(of_layer) - 1} and {', '.join(of_layer[0])}."
-                )
-            if not 1 <= step < len(times):
-                raise InvalidValue(
-                    f"The plan holds step {step}; expected steps 1 to {len(times) - 1}, those that "
-                    "have one before them."
-                )
+        _require_cells(held, of_layer, len(times))
         share = Costs.of(model, y).share(held, len(times))
         return cls(identity(model), times, of_layer, held, share, dict(about or {}))
 
@@ -267,6 +264,10 @@ class Plan:
             )
         read = conform(content, Content, where)
         cells = frozenset(read.cells)
+        try:
+            _require_cells(cells, read.parts, len(read.timesteps))
+        except InvalidValue as error:
+            raise InvalidValue(f"{where} is no plan that could be run. {error}") from None
         return cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about)
 
     def __repr__(self) -> str:
@@ -288,6 +289,22 @@ def _checked(cell: Any, n: int) -> Cell:
     return layer, arguments.text("part", cell[1]), arguments.whole("step", cell[2])
 
 
+def _require_cells(cells: Iterable[Cell], of_layer: Sequence[Sequence[str]], steps: int) -> None:
+    """Raise InvalidValue for a cell that the model or the run does not have."""
+    for layer, part, step in sorted(cells):
+        if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
+            parts_of_it = ", ".join(of_layer[0]) if of_layer else "no parts"
+            raise InvalidValue(
+                f"The plan holds {part!r} in layer {layer:.6g}, which the model does not have; "
+                f"expected layers 0 to {len(of_layer) - 1} and {parts_of_it}."
+            )
+        if not 1 <= step < steps:
+            raise InvalidValue(
+                f"The plan holds step {step:.6g}; expected steps 1 to {steps - 1}, those that have "
+                "one before them."
+            )
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -307,12 +324,9 @@ def identity(model: HookedDiT) -> dict[str, str]:
             )
         first = value.detach().flatten()[:8].to("cpu", torch.float32)
         weights.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
-    return {
-        "class": type(transformer).__name__,
-        "layers": str(model.cfg.n_layers),
-        "configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
-        "weights": weights.hexdigest()[:16],
-    }
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+    known = type(transformer).__name__, str(model.cfg.n_layers), digest, weights.hexdigest()[:16]
+    return dict(zip(KNOWN_BY, known, strict=True))
 
 
 @dataclass(frozen=True)
