@@ -77,8 +77,10 @@ def test_lines_go_through_the_last_two_computed_steps(model, guidance):
                 known.append((at[step], value))
                 return None
             (t, last), (u, earlier) = known[-1], known[-2 if cell in plan.lines else -1]
-            return last if cell not in plan.lines else (
-                last + (at[step] - t) / (t - u) * (last - earlier)
+            return (
+                last
+                if cell not in plan.lines
+                else (last + (at[step] - t) / (t - u) * (last - earlier))
             )
 
         return fn

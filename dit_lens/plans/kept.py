@@ -4,7 +4,7 @@ the line through the last two times that it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,23 @@ def slope(time: float, last: float, earlier: float) -> float:
     0.5
     """
     return (time - last) / (last - earlier)
+
+
+def weights(times: Sequence[float], step: int, sources: Sequence[int]) -> dict[int, float]:
+    """How much of what was added at each of its sources a held cell adds.
+
+    Args:
+        times: of the run's steps, in the scheduler's units.
+        step: at which it is held.
+        sources: the steps that it is made of, one or two, the latest first.
+
+    >>> weights([960, 920, 900], 2, [1, 0])
+    {1: 1.5, 0: -0.5}
+    """
+    if len(sources) == 1:
+        return {sources[0]: 1.0}
+    by = slope(times[step], *(times[source] for source in sources))
+    return {sources[0]: 1 + by, sources[1]: -by}
 
 
 class KeptHold(Hold):
