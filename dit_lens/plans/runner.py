@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
@@ -94,6 +94,7 @@ class _Runner(StepCounter):
         self.last = -1
         self.under_way = False
         self.of_plan = 0  # the plan's step that is run
+        self.time = 0.0
         self.said = False
         self.longest = max(map(abs, plan.timesteps))
         self.holds: dict[tuple[int, str], list[KeptHold]] = {}
@@ -102,7 +103,8 @@ class _Runner(StepCounter):
 
     def begin(self, call: Call) -> None:
         self.number(call, self.last)
-        self.of_plan = self._of_plan(float(call.t[0]))
+        self.time = float(call.t[0])
+        self.of_plan = self._of_plan(self.time)
         self.under_way = True
 
     def end(self, call: Call, finished: bool) -> None:  # noqa: ARG002 (a watcher is given it)
@@ -170,12 +172,7 @@ class _Runner(StepCounter):
             return self.plan.sources[layer, part, self.of_plan]
 
         axes = self.model.sites[place.name]
-        return KeptHold(place, made_of, self.clock, self.time, self.remap, axes)
-
-    def time(self) -> float:
-        """The call's timestep."""
-        assert self.call is not None
-        return float(self.call.t[0])
+        return KeptHold(place, made_of, self.clock, lambda: self.time, self.remap, axes)
 
     def _stand_in(self, taken: Taken, block: nn.Module, layer: int, of_layer: list[str]) -> None:
         """What leaves out a block of which all is held, and the children of a held part."""
@@ -201,6 +198,12 @@ class _Runner(StepCounter):
             _replace(taken, block, lambda own: _Over(own, self, block, layer, places))
 
 
+class _Like(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 class _Idle:
     """In place of a module's forward: where its part is held it computes nothing, and answers with
     zeros of the shape that it last gave, in whose place what is held is put.
@@ -223,15 +226,15 @@ class _Idle:
 
 
 def _shapes(answer: Any) -> Any:
-    """What is remembered of a module's answer: its tensors on no device, without their content."""
+    """What is remembered of a module's answer: of each tensor its shape, type and device."""
     if isinstance(answer, (tuple, list)):
         return tuple(map(_shapes, answer))
-    return (torch.empty_like(answer, device="meta"), answer.device)
+    return _Like(answer.shape, answer.dtype, answer.device)
 
 
 def _zeros(like: Any) -> Any:
-    if isinstance(like[0], Tensor):
-        return torch.zeros_like(like[0], device=like[1])
+    if isinstance(like, _Like):
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     return tuple(map(_zeros, like))
 
 
