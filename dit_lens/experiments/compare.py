@@ -77,8 +77,8 @@ def compare(
     Returns:
         xr.Dataset: `effect` [band], E_b of `cause_map`; `power` [band], the energy of the finished
             latents over what it was; `error` [band], the unchanged model's error in predicting them
-            from noise over that on its own; `commitment` [model, band] in steps and `later` [band], by
-            how many steps the change puts it off; `gap` [model] and `gap_moved`, in steps; each
+            from noise over that on its own; `commitment` [model, band] in steps and `later` [band],
+            by how many steps the change puts it off; `gap` [model] and `gap_moved`, in steps; each
             with its `_interval` [..., bound], 95 %, those of `power` and `error` for all at once.
             attrs["verdict"] is "same", "different" or "worse" and attrs["sentence"] says why.
 

@@ -157,7 +157,7 @@ def reuse_plan(
         tried = [] if turn else [whole_steps(model, times, even, lines)]
         if aim == "good":
             groups = groups[:2][-1:]
-        for together in groups[: -1 if turn else None] or groups:
+        for together in groups:
             search = Search(effects.together(together), best.cells)
             search.compose(budget)
             search.exchange(budget, EXCHANGES)
