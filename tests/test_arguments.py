@@ -622,6 +622,7 @@ def table():
         ),
     ]
     if ATTACK:
+        made = experiments.reuse_plan(model, 0.7, items=8, steps=4, rounds=0, resamples=20)
         small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT}
         rows += [
             (
@@ -639,6 +640,36 @@ def table():
                 },
             ),
             (
+                "compare",
+                experiments.compare,
+                {"model": model},
+                {
+                    "changed": [model],
+                    "items": whole(12),
+                    "labels": [None],
+                    "steps": whole(3),
+                    "guidance": [1, 2.5],
+                    "scheduler": ["ddim", None],
+                    "eta": [0, 1],
+                    "cut": [0.25, np.float32(0.25)],
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                },
+            ),
+            (
+                "side_by_side",
+                experiments.side_by_side,
+                {"model": model},
+                {
+                    "plans": [[made], (made,)],
+                    "items": whole(8),
+                    "judge": [None, lambda images, labels: {"mean": float(images.mean())}],
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                    "seed": whole(500),
+                },
+            ),
+            (
                 "reuse_plan",
                 experiments.reuse_plan,
                 {"model": model},
@@ -652,6 +683,8 @@ def table():
                     "eta": [0],
                     "cut": [0.25, np.float32(0.25)],
                     "longest": whole(2),
+                    "lines": [True, False],
+                    "rounds": whole(0),
                     "projections": whole(1),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
@@ -772,7 +805,7 @@ def rest():
         "Plan.of",
         experiments.Plan.of,
         {"model": model},
-        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}]},
+        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}], "lines": [[], ()]},
     )
     yield "Plan.load", experiments.Plan.load, {}, {"path": [plan.save(f"{w['folder']}/p.json")]}
     yield (
@@ -1057,8 +1090,8 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """attributes cause_map couple_alone cumulative interchange knock_outs
-measure_gap random_planted reuse_plan shapley smallest_set step_doubling to_nnsight
+ONLY_IN_THE_ATTACK = """attributes cause_map compare couple_alone cumulative interchange knock_outs
+measure_gap random_planted reuse_plan shapley side_by_side smallest_set step_doubling to_nnsight
 to_transformer_lens""".split()
 
 

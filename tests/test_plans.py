@@ -65,6 +65,72 @@ def test_a_run_under_a_plan_is_the_run_with_its_cells_held(model, plan, guidance
     assert not torch.equal(sampled(model, guidance).latents, expected)
 
 
+LINES = [(0, "mlp", 3), (0, "mlp", 4), (1, "attn", 5), (2, "attn", 5), (2, "mlp", 5)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_lines_go_through_the_last_two_computed_steps(model, guidance):
+    """Beside hooks written by hand."""
+    plan = Plan.of(model, sampled(model).timesteps, CELLS_OF_LINES, lines=LINES)
+    at, seen, now = plan.timesteps, {}, [-1]
+
+    def by_hand(layer, part):
+        def fn(value, hook):
+            step, cell = now[0], (layer, part, now[0])
+            known = seen.setdefault((layer, part), [])
+            if cell not in plan.cells:
+                known.append((at[step], value))
+                return None
+            (t, last), (u, earlier) = known[-1], known[-2 if cell in plan.lines else -1]
+            return (
+                last
+                if cell not in plan.lines
+                else (last + (at[step] - t) / (t - u) * (last - earlier))
+            )
+
+        return fn
+
+    def count(value, hook):
+        now[0] += 1
+
+    hooks = [(f"blocks.{i}.hook_{p}_out", by_hand(i, p)) for i in range(3) for p in ("attn", "mlp")]
+    with model.hooks([("hook_embed", count), *hooks]):
+        expected = sampled(model, guidance).latents
+    with dit_lens.reuse(model, plan):
+        found = sampled(model, guidance).latents
+        assert torch.equal(found, sampled(model, guidance).latents)
+    plain = sampled(model, guidance).latents
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-3
+    with dit_lens.reuse(model, Plan.of(model, plan.timesteps, plan.cells)):
+        assert (sampled(model, guidance).latents - found).abs().max() > 1e-3
+
+
+CELLS_OF_LINES = [*CELLS, (0, "mlp", 1), (0, "mlp", 3), (0, "mlp", 4), (1, "attn", 5)]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([(0, "mlp", 2)], "lines has .0, 'mlp', 2., which is not held; expected some of cells"),
+        ([(0, "attn", 1)], "before it the part is computed at 1 other time; expected two"),
+        ([(0, "attn", 2)], "can't be held along a line"),
+    ],
+)
+def test_lines_that_are_none(model, plan, lines, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.of(model, plan.timesteps, CELLS, lines=lines)
+
+
+def test_a_run_that_begins_in_the_midst_has_nothing_to_hold_from(model, plan):
+    run = sampled(model)
+    with dit_lens.reuse(model, plan):
+        run.replay(from_step=0)
+        with pytest.raises(RuntimeError, match="holds it from step 0, and there was none"):
+            run.replay(from_step=1)
+    assert not model.instrumentation.busy
+
+
 def test_a_pipeline_under_a_plan_skips_and_is_left_as_it_was():
     pipe, ran = make_pipe(), []
     call = {"class_labels": [3, 7], "num_inference_steps": 4, "output_type": "np"}
@@ -222,6 +288,13 @@ def test_costs_are_those_counted_by_hand(model):
 # For other tools.
 
 
+def test_other_tools_have_no_lines(model, plan):
+    lines = Plan.of(model, plan.timesteps, CELLS, lines=[(1, "attn", 4), (2, "mlp", 5)])
+    for export in (lines.to_smoothcache, lines.to_cache_dit):
+        with pytest.raises(ValueError, match="holds 2 cells along lines, which .* can't say"):
+            export()
+
+
 def test_a_schedule_of_smoothcache(plan):
     schedule = plan.to_smoothcache()
     assert list(schedule) == [f"{part}-{i}" for i in range(3) for part in ("attn1", "ff")]
@@ -251,8 +324,11 @@ def test_cache_dit_takes_it(model, plan):
     assert cache_dit.DBCacheConfig(**found, num_inference_steps=STEPS).steps_computation_mask
 
 
-@pytest.mark.parametrize("cells", [CELLS, whole_steps(0, [1, 2, 4])])
-def test_a_file_runs_a_plan_on_plain_diffusers(cells, tmp_path):
+@pytest.mark.parametrize(
+    "cells, lines",
+    [(CELLS, ()), (CELLS_OF_LINES, LINES), (whole_steps(0, [1, 3, 4]), whole_steps(0, [3, 4]))],
+)
+def test_a_file_runs_a_plan_on_plain_diffusers(cells, lines, tmp_path):
     call = {"class_labels": [3, 7], "num_inference_steps": STEPS, "output_type": "np"}
 
     def image(pipe):
@@ -261,7 +337,7 @@ def test_a_file_runs_a_plan_on_plain_diffusers(cells, tmp_path):
     pipe = make_pipe()
     pipe.scheduler.set_timesteps(STEPS)
     model = HookedDiT(pipe)
-    plan = Plan.of(model, pipe.scheduler.timesteps.tolist(), cells)
+    plan = Plan.of(model, pipe.scheduler.timesteps.tolist(), cells, lines=lines)
     with dit_lens.reuse(pipe, plan):
         expected = image(pipe)
     model.remove()

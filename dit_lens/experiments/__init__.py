@@ -12,7 +12,9 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
 - `cause_map`: how far an intervention in each layer and step moves the finished image.
-- `reuse_plan`: which cells can be held within a budget, as a `Plan`.
+- `compare`: what a change to a model does: the same image, a different one, or a worse one.
+- `reuse_plan`: which cells can be held within a budget, as a `Plan`; `side_by_side`: plans beside
+  published ways to spend as little.
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
 - `interchange`: what the finished image takes from twin A with one band of a layer's stream.
@@ -23,6 +25,7 @@ from ..plans.plan import Plan
 from .ablation import knocked_out
 from .attributes import attributes
 from .cause_map import cause_map
+from .compare import compare
 from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .gap import measure_gap
@@ -32,6 +35,7 @@ from .outcomes import Outcome, features, images, latents
 from .release import Curves, commitment_difference, one_pass, release_sweep
 from .reuse_plan import reuse_plan
 from .shapley import shapley
+from .side_by_side import side_by_side
 from .smallest_set import smallest_set
 from .step_doubling import step_doubling
 
@@ -42,6 +46,7 @@ __all__ = [
     "cause_map",
     "attributes",
     "commitment_difference",
+    "compare",
     "couple_alone",
     "couplings",
     "cumulative",
@@ -56,6 +61,7 @@ __all__ = [
     "release_sweep",
     "reuse_plan",
     "shapley",
+    "side_by_side",
     "smallest_set",
     "step_doubling",
 ]

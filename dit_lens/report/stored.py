@@ -12,8 +12,18 @@ import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
+from ..experiments.side_by_side import WAYS
 from ..storage import load_dataset
-from . import attributes, cause_details, cause_map, coupling_sweep, gap, knock_outs
+from . import (
+    attributes,
+    cause_details,
+    cause_map,
+    compare,
+    coupling_sweep,
+    gap,
+    knock_outs,
+    side_by_side,
+)
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -83,6 +93,26 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "effect": ("how", "layer"),
         "effect_interval": ("how", "layer", ENDS),
     },
+    "side_by_side.nc": {
+        name: ("budget", "way", *more)
+        for kind, more in {
+            "macs": (),
+            "time": (),
+            "effect": ("band",),
+            "total": (),
+            "over_plan": (),
+            "psnr": (),
+        }.items()
+        for name, more in (
+            (kind, more),
+            *([] if kind in ("macs", "time") else [(f"{kind}_interval", (*more, ENDS))]),
+        )
+    },
+    "compare.nc": {
+        name: axes
+        for kind in ("effect", "power", "error", "later")
+        for name, axes in ((kind, ("band",)), (f"{kind}_interval", ("band", ENDS)))
+    },
     "cause_map.nc": {
         "effect": ("site", "layer", "window", "band"),
         "effect_interval": ("site", "layer", "window", "band", ENDS),
@@ -135,6 +165,8 @@ LABELS: dict[str, dict[str, set[Any]]] = {
     },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
+    "side_by_side.nc": {"way": set(WAYS), ENDS: {"low", "high"}},
+    "compare.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
@@ -164,6 +196,8 @@ ATTRS: dict[str, dict[str, str]] = {
     },
     "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
+    "side_by_side.nc": {"sentence": TEXTS, "items": NUMBERS},
+    "compare.nc": {"sentence": TEXTS, "items": NUMBERS},
     "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
     "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
     "smallest_set.nc": {"sentence": TEXTS},
@@ -175,11 +209,13 @@ ATTRS: dict[str, dict[str, str]] = {
 
 COORDINATES = {
     **dict.fromkeys(("layer", "step", "release", "depth", "head"), "i"),
-    **dict.fromkeys(("g", "cut", "dose", "frequency", "token_frequency"), "f"),
+    **dict.fromkeys(("g", "cut", "dose", "budget", "frequency", "token_frequency"), "f"),
 }
 """Axes whose labels are numbers, and of which kind."""
 
-EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch` and `map` write them"
+EXPECTED = (
+    f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch`, `map`, `plan` and `compare` write them"
+)
 
 
 def show(path: Path) -> None:
@@ -212,6 +248,10 @@ def show(path: Path) -> None:
             coupling_sweep.show(results, file)
         elif kind == "cause_map.nc":
             cause_map.show(results, file)
+        elif kind == "side_by_side.nc":
+            side_by_side.show(results, file)
+        elif kind == "compare.nc":
+            compare.show(results, file)
         elif kind in cause_details.SHOWN:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
