@@ -7,14 +7,12 @@ import torch
 import dit_lens
 from dit_lens.experiments import latents, one_pass, release_sweep, there_and_back
 from dit_lens.experiments.there_and_back import noised
-from dit_lens.groundtruth import gaussian, gaussian_agreement
-
-BANDS = dit_lens.Bands.pool((4, 4)) if hasattr(dit_lens.Bands, "pool") else None
+from dit_lens.groundtruth import gaussian
 
 
 def exact(lam, log_snr):
-    abar = 1 / (1 + np.exp(-np.asarray(log_snr)))
-    return gaussian_agreement(lam, abar)
+    snr = np.exp(log_snr)
+    return lam * snr / (1 + lam * snr)
 
 
 @pytest.fixture(scope="module")

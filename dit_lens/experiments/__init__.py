@@ -8,10 +8,12 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `one_pass`, `release_sweep`: agreement of finished twins by release step, as `Curves`, and
   `commitment_difference` of two of them.
 - `attributes`: when each attribute is decided that a function can read off an image.
+- `there_and_back`: the same curve for any sampler, deterministic ones and flows too.
 - `latents`, `images`, `features`: the `Outcome` that is compared.
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
 - `cause_map`: how far an intervention in each layer and step moves the finished image.
+- `diagnose`: in which layer and at which step a fault arises, and its repair, a `Diagnosis`.
 - `reuse_plan`: which cells can be held within a budget, as a `Plan`.
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
@@ -25,6 +27,7 @@ from .attributes import attributes
 from .cause_map import cause_map
 from .couple_alone import couple_alone
 from .coupling_sweep import couplings
+from .diagnosis.diagnose import Diagnosis, diagnose
 from .gap import measure_gap
 from .interchange import interchange
 from .knock_outs import cumulative, knock_outs
@@ -34,9 +37,11 @@ from .reuse_plan import reuse_plan
 from .shapley import shapley
 from .smallest_set import smallest_set
 from .step_doubling import step_doubling
+from .there_and_back import there_and_back
 
 __all__ = [
     "Curves",
+    "Diagnosis",
     "Outcome",
     "Plan",
     "cause_map",
@@ -45,6 +50,7 @@ __all__ = [
     "couple_alone",
     "couplings",
     "cumulative",
+    "diagnose",
     "features",
     "images",
     "interchange",
@@ -58,4 +64,5 @@ __all__ = [
     "shapley",
     "smallest_set",
     "step_doubling",
+    "there_and_back",
 ]

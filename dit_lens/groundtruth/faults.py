@@ -112,7 +112,7 @@ def plant(transformer: Any, faults: Sequence[Fault]) -> Any:
             block.norm1.emb = _Watched(block.norm1.emb)
         where = block.attn1.to_out if fault.part == "attn" else block.ff.net
         place = 0 if fault.part == "attn" else 2
-        where[place] = _Spoiled(where[place], fault, made.config, block.norm1.emb)
+        where[place] = _Spoiled(where[place], fault, made.config, block.norm1)
     return made.eval().requires_grad_(False)
 
 
@@ -186,20 +186,21 @@ class _Watched(nn.Module):
         super().__init__()
         self.own = own
         self.now: Tensor | None = None
+        self.cond: Tensor | None = None
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: Any = None) -> Tensor:
         self.now = timestep
-        found: Tensor = self.own(timestep, class_labels, hidden_dtype=hidden_dtype)
-        return found
+        self.cond = self.own(timestep, class_labels, hidden_dtype=hidden_dtype)
+        return self.cond
 
 
 class _Spoiled(nn.Module):
     """A linear map whose weights are others at some timesteps, for some tokens."""
 
-    def __init__(self, own: Any, fault: Fault, config: Any, watched: _Watched) -> None:
+    def __init__(self, own: Any, fault: Fault, config: Any, norm: Any) -> None:
         super().__init__()
         self.own, self.fault = own, fault
-        self.watched = [watched]  # in a list: no submodule of this one
+        self.norm = [norm]  # in a list: no submodule of this one
         while isinstance(own, _Spoiled):
             own = own.own
         weight = own.weight.detach()
@@ -229,15 +230,17 @@ class _Spoiled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.own(x)
-        now, (low, high) = self.watched[0].now, self.fault.timesteps
-        assert now is not None
+        now, (low, high) = self.norm[0].emb.now, self.fault.timesteps
         active = (now >= low) & (now < high)
         if not bool(active.any()):
             return found
-        change = (
-            self.fault.strength * torch.ones_like(found)
-            if self.fault.part == "decoy"
-            else F.linear(x, self.delta)
-        )
+        change = F.linear(x, self.delta) if self.fault.part != "decoy" else self._decoy(found)
         size = [-1] + [1] * (found.ndim - 1)
         return found + change * self.tokens * active.to(found).view(size)
+
+    def _decoy(self, found: Tensor) -> Tensor:
+        """What the block's gate makes the same number in every channel of."""
+        norm = self.norm[0]
+        gate = norm.linear(norm.silu(norm.emb.cond)).chunk(6, dim=1)[-1][:, None]
+        safe = torch.where(gate.abs() < 1e-6, torch.full_like(gate, 1e-6), gate)
+        return (self.fault.strength / safe).expand_as(found)
