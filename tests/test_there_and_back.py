@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
 import dit_lens
-from dit_lens.experiments import latents, one_pass, release_sweep, there_and_back
-from dit_lens.experiments.there_and_back import noised
+from dit_lens.experiments import latents, there_and_back
 from dit_lens.groundtruth import gaussian
 
 

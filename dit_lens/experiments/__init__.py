@@ -13,7 +13,8 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `couplings`: the gap against the strength of the coupling.
 - `step_doubling`: whether the gap depends on the number of steps.
 - `cause_map`: how far an intervention in each layer and step moves the finished image.
-- `diagnose`: in which layer and at which step a fault arises, and its repair, a `Diagnosis`.
+- `diagnose`: in which layer and at which step a fault arises, and its repair, a `Diagnosis`;
+  `diagnose_all`: the same, coarsely, for every fault of many samples.
 - `reuse_plan`: which cells can be held within a budget, as a `Plan`.
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
@@ -28,6 +29,7 @@ from .cause_map import cause_map
 from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .diagnosis.diagnose import Diagnosis, diagnose
+from .diagnosis.many import diagnose_all
 from .gap import measure_gap
 from .interchange import interchange
 from .knock_outs import cumulative, knock_outs
@@ -51,6 +53,7 @@ __all__ = [
     "couplings",
     "cumulative",
     "diagnose",
+    "diagnose_all",
     "features",
     "images",
     "interchange",

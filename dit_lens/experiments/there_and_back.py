@@ -1,14 +1,14 @@
 """There and back: finished images noised again up to a step and denoised, the third estimator of
 what is decided by when (beside `one_pass` and clones, `dit_lens.experiments.release`).
 
-A finished image x0 with fresh noise, x_r = signal x0 + noise xi, is a draw of x_r given x0; denoised
-from there it is the image's *return*. With an exact denoiser and
+A finished image x0 with fresh noise, x_r = signal x0 + noise xi, is a draw of x_r given x0;
+denoised from there it is the image's *return*. With an exact denoiser and
 
 - a stochastic sampler, the return is a draw from the posterior of x0 given x_r, as a clone released
   at r is: image and return agree as two clones do, whatever the data;
 - a deterministic sampler or a flow, the return is a function of x_r. On Gaussian data
-  corr²(image, return) is the clones' agreement in every mode (E1 in docs/checks.md), so that is what
-  counts as agreement. On other data it is a figure of its own.
+  corr²(image, return) is the clones' agreement in every mode (E1 in docs/checks.md), so that is
+  what counts as agreement. On other data it is a figure of its own.
 
 It needs no noise of the sampler's and nothing of the run but its finished image. A multistep
 scheduler starts at the step without a memory, as at a run's first step.
@@ -41,7 +41,9 @@ def noised(run: Run, step: int, seeds: Sequence[int]) -> Tensor:
         step: 0 is the noisiest.
         seeds: of the noise, one an item.
     """
-    signal, sigma = (f.to(run.latents) for f in signal_and_noise(run.scheduler, run.timesteps[step]))
+    signal, sigma = (
+        f.to(run.latents) for f in signal_and_noise(run.scheduler, run.timesteps[step])
+    )
     xi = noise(seeds, step, run.latents.shape[2:], run.latents.device, run.latents.dtype)
     return signal * run.latents[-1] + sigma * xi
 

@@ -197,6 +197,9 @@ class _Watched(nn.Module):
 class _Spoiled(nn.Module):
     """A linear map whose weights are others at some timesteps, for some tokens."""
 
+    delta: Tensor
+    tokens: Tensor
+
     def __init__(self, own: Any, fault: Fault, config: Any, norm: Any) -> None:
         super().__init__()
         self.own, self.fault = own, fault
@@ -219,14 +222,14 @@ class _Spoiled(nn.Module):
         self.register_buffer("tokens", tokens.to(weight)[:, None])
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """The weights outside the window."""
-        return self.own.weight  # type: ignore[no-any-return]
+        return self.own.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         """The bias, which is not touched."""
-        return self.own.bias  # type: ignore[no-any-return]
+        return self.own.bias
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.own(x)

@@ -13,7 +13,16 @@ import xarray as xr
 from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
 from ..storage import load_dataset
-from . import attributes, cause_details, cause_map, coupling_sweep, gap, knock_outs
+from . import (
+    attributes,
+    cause_details,
+    cause_map,
+    coupling_sweep,
+    diagnoses,
+    diagnosis,
+    gap,
+    knock_outs,
+)
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -64,6 +73,23 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "agreement": ("release", "attribute"),
         "agrees": ("release", "pair", "attribute"),
         "end": ("release", "twin", "shown", "channel", "row", "column"),
+    },
+    "diagnosis.nc": {
+        "chance": ("release",),
+        "chance_interval": ("release", ENDS),
+        "base_rate": (),
+        "base_rate_interval": (ENDS,),
+        "picture": ("shown", "channel", "row", "column"),
+    },
+    "diagnoses.nc": {
+        "decided": ("fault",),
+        "effect": ("fault", "window", "stack"),
+        "depth": ("fault",),
+        "when": ("fault",),
+        "mean_decided": ("kind",),
+        "mean_decided_interval": ("kind", ENDS),
+        "mean_depth": ("kind",),
+        "mean_depth_interval": ("kind", ENDS),
     },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
@@ -134,6 +160,8 @@ LABELS: dict[str, dict[str, set[Any]]] = {
         ENDS: {"low", "high"},
     },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
+    "diagnosis.nc": {"shown": {"bad"}, ENDS: {"low", "high"}},
+    "diagnoses.nc": {ENDS: {"low", "high"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
     "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
@@ -164,6 +192,11 @@ ATTRS: dict[str, dict[str, str]] = {
     },
     "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
+    "diagnosis.nc": {
+        **dict.fromkeys(("sentence", "layers", "how", "window"), TEXTS),
+        **dict.fromkeys(("steps", "n_layers", "clones"), NUMBERS),
+    },
+    "diagnoses.nc": {"sentence": TEXTS, "steps": NUMBERS, "n_layers": NUMBERS},
     "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
     "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
     "smallest_set.nc": {"sentence": TEXTS},
@@ -212,6 +245,10 @@ def show(path: Path) -> None:
             coupling_sweep.show(results, file)
         elif kind == "cause_map.nc":
             cause_map.show(results, file)
+        elif kind == "diagnosis.nc":
+            diagnosis.show(results, file)
+        elif kind == "diagnoses.nc":
+            diagnoses.show(results, file)
         elif kind in cause_details.SHOWN:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,15 +12,16 @@ from torch import Tensor
 
 from ... import arguments
 from ...errors import InvalidValue
+from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
 from ...patching.patch import steps_text
 from ...sampling.loop import is_stochastic
 from ...sampling.run import Run
-from .chances import Spent, chances, other_seeds, spreads
+from .chances import Chances, Spent, chances, other_seeds, spreads
 from .fault import AT, Given, Images, check_fault, check_score, made
-from .inside import look_inside
-from .pairs import check_good, given, twins
+from .inside import Inside, look_inside
+from .pairs import Pairs, check_good, given, twins
 from .repair import Repair, Workshop, good_of, repairs
 from .verdict import headline, kind_of, lines
 from .where import Found, Prober, locate
@@ -74,7 +74,7 @@ def diagnose(
     batch: int = 32,
     progress: Callable[[float], object] | None = None,
 ) -> Diagnosis:
-    """In which layer and at which step a fault of a run's images arises, and how it can be repaired.
+    """In which layer and at which step a fault of a run's images arises, and its repair.
 
         run = dit_lens.sample(model, [8], seeds=368, eta=1.0)
         found = dit_lens.experiments.diagnose(model, run, "read as another digit")
@@ -150,12 +150,13 @@ def diagnose(
     seen = chances(run, score, images, when, clones, seed, spent, batch)
 
     # Where.
+    compared: Pairs | None
     if good is not None:
         compared = given(run, good, score, images, pairs, spent)
     else:
         compared = twins(run, score, images, seen, pairs, seed, spent) if hits < others else None
-    found, insides = None, []
-    prober = None
+    found: Found | None = None
+    insides: list[Inside] = []
     if compared is not None:
         prober = Prober(compared, score, images, spent, batch)
         found = locate(prober)
@@ -166,14 +167,12 @@ def diagnose(
     matched = compared is not None and compared.matched
     reference = images(good.latents[-1]) if matched and good is not None else None
     spread = spreads(shown, score)
-    shop = Workshop(
-        run, score, images, compared, rest, reference, spread.tolist(), spent, batch
-    )
+    shop = Workshop(run, score, images, compared, rest, reference, spread.tolist(), spent, batch)
     fine = good_of(rest, score, images)
     if fine is None and good is not None and good.model.transformer is not model.transformer:
         fine = good_of(other_seeds(good, others, seed, spent, batch), score, images)
     tried = repairs(shop, insides, None if found is None else found.window, fine)
-    kind = kind_of(base, good is not None, seen, compared, found)
+    kind = kind_of(base, good is not None, compared, found)
     if kind in ("noise", "window") and is_stochastic(model, run.settings):
         tried += _redrawn(shop, seen.steps, seen.hits, seen.of)
     working = [r for r in tried if r.works]
@@ -183,7 +182,7 @@ def diagnose(
     said += lines(base, others, seen, compared, insides, tried, spent.images)
     pictures = {"bad": bad, "repaired": torch.stack([working[0].image]) if working else bad[:0]}
     pictures["good"] = bad[:0] if compared is None else images(compared.good.latents[-1])
-    result = _dataset(run, base, seen, found, insides, tried, spent, prober)
+    result = _dataset(run, base, seen, found, insides, tried, pictures, spent)
     result.attrs |= {"kind": kind, "sentence": "\n".join(said), "fault": score.name, "at": at}
     return Diagnosis(
         kind,
@@ -212,66 +211,83 @@ def _redrawn(shop: Workshop, steps: tuple[int, ...], hits: tuple[int, ...], n: i
     return found[:1]
 
 
+SHOWN = 4
+"""So many good runs are kept as pictures."""
+
+
 def _dataset(
-    run: Run, base: object, seen: object, found: Found | None, insides, tried, spent: Spent, prober
+    run: Run,
+    base: Estimate,
+    seen: Chances,
+    found: Found | None,
+    insides: Sequence[Inside],
+    tried: Sequence[Repair],
+    images: dict[str, Tensor],
+    spent: Spent,
 ) -> xr.Dataset:
     """The figures."""
-    n = run.model.cfg.n_layers
     chance = seen.estimates
+    parts = [("bad", images["bad"][:1]), ("repaired", images["repaired"][:1])]
+    parts[1:1] = [(f"good {i + 1}", x[None]) for i, x in enumerate(images["good"][:SHOWN])]
+    parts = [(name, x) for name, x in parts if len(x)]
+    pictures = torch.cat([x for _, x in parts]).float().cpu().numpy()
     result = xr.Dataset(
         {
             "chance": ("release", [e.value for e in chance]),
             "chance_interval": (("release", "bound"), [[e.low, e.high] for e in chance]),
             "base_rate": ((), base.value),
             "base_rate_interval": ("bound", [base.low, base.high]),
+            "picture": (("shown", "channel", "row", "column"), pictures),
         },
-        coords={"release": list(seen.steps), "bound": ["low", "high"]},
+        coords={
+            "release": list(seen.steps),
+            "bound": ["low", "high"],
+            "shown": [name for name, _ in parts],
+            **{
+                axis: np.arange(n)
+                for axis, n in zip(("channel", "row", "column"), pictures.shape[1:], strict=True)
+            },
+        },
     )
-    if found is not None:
-        cells = found.cells
-        result["place_effect"] = ("place", [v for _, v in cells])
-        for name, of in (
-            ("place_layer", lambda p: p.layer),
-            ("place_depth", lambda p: p.depth),
-            ("place_first", lambda p: p.window.start),
-            ("place_last", lambda p: p.window.stop - 1),
-        ):
-            result.coords[name] = ("place", [of(p) for p, _ in cells])
-        if found.layers:
-            result["effect"] = ("layer", [e.value for e in found.effects])
-            result["effect_interval"] = (
-                ("layer", "bound"),
-                [[e.low, e.high] for e in found.effects],
-            )
-            result.coords["layer"] = found.layers
-    if tried:
-        result["repair_works"] = ("repair", [int(r.works) for r in tried])
-        result["repair_score"] = ("repair", [r.score for r in tried])
-        result["repair_collateral"] = ("repair", [r.collateral for r in tried])
-        result["repair_cured"] = (
-            "repair",
-            [np.nan if r.cured is None else r.cured.value for r in tried],
-        )
-        result["repair_harmed"] = (
-            "repair",
-            [np.nan if r.harmed is None else r.harmed.value for r in tried],
-        )
-        result.coords["repair"] = [r.name for r in tried]
-    window = None if found is None else found.window
-    result.attrs |= {
-        "layers": sorted(found.blamed) if found is not None and found.blamed else [],
-        "window": "none" if window is None else steps_text(window),
-        "first": -1 if window is None else window.start,
-        "last": -1 if window is None else window.stop - 1,
-        "steps": run.settings.steps,
-        "n_layers": n,
-        "images": spent.images,
-        "patches": 0 if prober is None else prober.patches,
-        "label": int(run.labels[0]),
-    }
+    if found is not None and found.cells:
+        places = [place for place, _ in found.cells]
+        result["place_effect"] = ("place", [value for _, value in found.cells])
+        result.coords["place_layer"] = ("place", [p.layer for p in places])
+        result.coords["place_depth"] = ("place", [p.depth for p in places])
+        result.coords["place_first"] = ("place", [p.window.start for p in places])
+        result.coords["place_last"] = ("place", [p.window.stop - 1 for p in places])
+    if found is not None and found.layers:
+        ends = [[e.low, e.high] for e in found.effects]
+        result["effect"] = ("layer", [e.value for e in found.effects])
+        result["effect_interval"] = (("layer", "bound"), ends)
+        result.coords["layer"] = found.layers
     for each in insides:
         if each.heads:
             result[f"head_effect_{each.layer}"] = ("head", [e.value for e in each.heads])
         if each.tokens:
             result[f"token_effect_{each.layer}"] = ("square", [e.value for e in each.tokens])
+    if tried:
+        result["repair_works"] = ("repair", [float(r.works) for r in tried])
+        result["repair_score"] = ("repair", [r.score for r in tried])
+        result["repair_collateral"] = ("repair", [r.collateral for r in tried])
+        for name in ("cured", "harmed"):
+            values = [getattr(r, name) for r in tried]
+            result[f"repair_{name}"] = (
+                "repair",
+                [np.nan if v is None else v.value for v in values],
+            )
+        result.coords["repair"] = [r.name for r in tried]
+    window = None if found is None else found.window
+    result.attrs |= {
+        "layers": ", ".join(map(str, sorted(found.blamed))) if found is not None else "",
+        "window": "none" if window is None else steps_text(window),
+        "first": -1 if window is None else window.start,
+        "last": -1 if window is None else window.stop - 1,
+        "steps": run.settings.steps,
+        "n_layers": run.model.cfg.n_layers,
+        "images": spent.images,
+        "label": int(run.labels[0]),
+        "clones": seen.of,
+        "how": seen.how,
+    }
     return result

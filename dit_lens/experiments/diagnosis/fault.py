@@ -82,13 +82,14 @@ class Fault:
             )
         return values
 
-    def bad(self, scores: Array) -> Array:
+    def bad(self, scores: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which scores are those of a fault.
 
         Args:
             scores: of images.
         """
-        return np.asarray(scores) >= self.at
+        found: np.ndarray[Any, np.dtype[np.bool_]] = np.asarray(scores) >= self.at
+        return found
 
     def part(self, x: Tensor) -> Tensor:
         """Images, or their differences, where the fault is: within its mask and band.
@@ -139,7 +140,7 @@ def check_fault(fault: Any, model: HookedDiT, at: Any) -> float:
     """
     at = arguments.number("at", at)
     if isinstance(fault, str):
-        known = _names(model)
+        known = names_of(model)
         if not known:
             raise InvalidValue(
                 f"fault={fault!r} is a name, and only the bundled models have those; expected "
@@ -158,7 +159,7 @@ def check_fault(fault: Any, model: HookedDiT, at: Any) -> float:
     return at
 
 
-def _names(model: HookedDiT) -> tuple[str, ...]:
+def names_of(model: HookedDiT) -> tuple[str, ...]:
     """The faults that are known by name for images of this kind."""
     if model.vae is not None or tuple(model.cfg.pixels) != (16, 16):
         return ()

@@ -76,7 +76,9 @@ def look_inside(prober: Prober, layer: int, window: range) -> Inside:
     if len(squares) > 1:
         tokens = measured([Place(layer, 1, window, tokens=square) for square in squares])
         covered = _fewest(prober, layer, window, squares, tokens)
-    return Inside(layer, dict(zip(names, by_part, strict=True)), part, heads, head, squares, tokens, covered)
+    return Inside(
+        layer, dict(zip(names, by_part, strict=True)), part, heads, head, squares, tokens, covered
+    )
 
 
 def _squares(grid: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -181,7 +181,7 @@ def twins(
 
 
 def _near(run: Run, release: int, few: int, n: int, seed: int) -> tuple[Run, int]:
-    """Runs with the bad one's past and, but for a few steps, its noise; and since when they differ."""
+    """Runs with the bad one's past and, but for a few steps, its noise; and since when."""
     own = run.select([i % len(run.labels) for i in range(n)])
     fresh = [FIRST_SEED // 8 + 100_000 * seed + 1000 * release + i for i in range(n)]
     if is_stochastic(run.model, run.settings):

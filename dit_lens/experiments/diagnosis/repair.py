@@ -161,14 +161,23 @@ class Workshop:
         aim = bad if self.reference is None else self.reference
         rest, whole = (
             float(part(image - aim).square().flatten(1).sum(1).mean()) / max(1e-12, spread)
-            for part, spread in zip(
-                (self.fault.rest, lambda x: x), self.spread, strict=True
-            )
+            for part, spread in zip((self.fault.rest, lambda x: x), self.spread, strict=True)
         )
         works = not self.fault.bad(scores).any()
         return Repair(
-            name, edits, step, seed, float(scores.max()), bool(works), rest, whole, None, None,
-            values, image[0], about,
+            name,
+            edits,
+            step,
+            seed,
+            float(scores.max()),
+            bool(works),
+            rest,
+            whole,
+            None,
+            None,
+            values,
+            image[0],
+            about,
         )
 
     def carried_over(self, repair: Repair) -> Repair:
@@ -252,22 +261,20 @@ def _candidates(
     for source, words, mean in sources:
         if source is None:
             continue
-        edits = [_set(source, name, steps, mean, len(shop.run.labels)) for name in names]
-        edits = [edit for edit in edits if edit is not None]
-        if len(edits) == len(names):
-            count = sum(e.values.numel() for e in edits if e.values is not None)
-            found.append((f"{what} of {where} set to {words}", edits, count))
+        if not mean and len(source.labels) != len(shop.run.labels):
+            continue
+        edits = [_set(source, name, steps, mean) for name in names]
+        count = sum(e.values.numel() for e in edits if e.values is not None)
+        found.append((f"{what} of {where} set to {words}", edits, count))
     return found
 
 
-def _set(source: Run, name: str, steps: tuple[int, ...], mean: bool, n: int) -> StoredEdit | None:
+def _set(source: Run, name: str, steps: tuple[int, ...], mean: bool) -> StoredEdit:
     """What a good run has at a hook point at each step, its mean over items or item by item."""
     seen = [source.activations(name, step=s) for s in steps]
     if mean:
         halves = [[h.mean(0) for h in x.chunk(source.passes)] for x in seen]
         return StoredEdit(name, steps, "set", values=torch.stack([torch.stack(h) for h in halves]))
-    if len(source.labels) != n:
-        return None
     return StoredEdit(name, steps, "set", values=torch.stack(seen))
 
 

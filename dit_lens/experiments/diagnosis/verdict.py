@@ -16,15 +16,12 @@ from .where import Found
 Kind = Literal["layer", "window", "noise", "no fault"]
 
 
-def kind_of(
-    base: Estimate, with_good: bool, seen: Chances, pairs: Pairs | None, found: Found | None
-) -> Kind:
+def kind_of(base: Estimate, with_good: bool, pairs: Pairs | None, found: Found | None) -> Kind:
     """Which of the four it is.
 
     Args:
         base: the share of other seeds that have the fault.
         with_good: whether a good run was given.
-        seen: the chance of the fault by the step up to which the past is shared.
         pairs: bad and good runs; None where none were found.
         found: where the fault arises; None where it was not looked for.
     """
@@ -64,14 +61,16 @@ def headline(
             blame = "no good run with the same past was found"
         return f"The noise itself: {when}, and {blame}."
     assert found is not None and found.window is not None
-    where = f"steps {steps_text(found.window)}" if len(found.window) > 1 else (
-        f"step {found.window[0]}"
+    where = (
+        f"steps {steps_text(found.window)}"
+        if len(found.window) > 1
+        else (f"step {found.window[0]}")
     )
     if kind == "window":
         best = f"{found.layers[0]} ({found.effects[0]:.2f})" if found.layers else "none"
         return (
-            f"{where.capitalize()}, but no single layer: all layers together carry the fault there "
-            f"({found.whole:.2f} of it), and the most that one layer does by itself is layer {best}."
+            f"{where.capitalize()}, but no single layer: a stack of layers carries the fault there "
+            f"({found.whole:.2f} of it); the layer that does most by itself is {best}."
         )
     named = " and ".join(str(layer) for layer in sorted(found.blamed))
     effects = {layer: e for layer, e in zip(found.layers, found.effects, strict=True)}
@@ -120,9 +119,7 @@ def lines(
         repairs: those that were tried, the best first.
         images: what it cost.
     """
-    by = ", ".join(
-        f"{step}: {e:.0%}" for step, e in zip(seen.steps, seen.estimates, strict=True)
-    )
+    by = ", ".join(f"{step}: {e:.0%}" for step, e in zip(seen.steps, seen.estimates, strict=True))
     found = [
         f"Of {n} other seeds of the label {base:.0%} have the fault.",
         f"With the past shared up to a step ({seen.how}, {seen.of} each) it comes so often: {by}.",

@@ -91,16 +91,16 @@ class Prober:
     patches: int = field(default=0)
 
     def repair(self, places: Sequence[Place], pairs: Pairs | None = None) -> Array:
-        """How much of the fault goes where the good run's is put into the bad one, [place, pair]."""
+        """How much of the fault goes with the good run's put into the bad one, [place, pair]."""
         p = pairs or self.pairs
         found = self._run(p.good, p.bad, places)
-        return self._measured(found, p.bad, p.good, p.good)
+        return self._measured(found, p.bad, p.good)
 
     def create(self, places: Sequence[Place], pairs: Pairs | None = None) -> Array:
-        """How much of the fault comes where the bad run's is put into the good one."""
+        """How much of the fault comes with the bad run's put into the good one."""
         p = pairs or self.pairs
         found = self._run(p.bad, p.good, places)
-        return self._measured(found, p.good, p.bad, p.good)
+        return self._measured(found, p.good, p.bad)
 
     def floor(self, places: Sequence[Place], pairs: Pairs | None = None) -> Array:
         """How much of it comes where another good run's is put into a good one; 0 for runs that
@@ -119,7 +119,7 @@ class Prober:
         """The effect of each place, without the floor taken off."""
         return (self.repair(places, pairs) + self.create(places, pairs)) / 2
 
-    def _measured(self, found: Tensor, start: Run, end: Run, good: Run) -> Array:
+    def _measured(self, found: Tensor, start: Run, end: Run) -> Array:
         """How far patched runs went from `start` to `end`: in the score, and, where nothing but the
         model differs, in the image too, the mean of both.
         """
@@ -259,18 +259,33 @@ def _coarse_window(
     """The one of a few windows, from where the runs part on, in which some stack of layers has the
     largest effect above the floor.
     """
+    windows, stacks, values = coarse(prober, few, n)
+    places = [Place(a, d, w) for w in windows for a, d in stacks]
+    flat = values.flatten()
+    cells.extend(zip(places, flat.tolist(), strict=True))
+    best = int(flat.argmax())
+    if flat[best] < BLAME:
+        return None, float(flat[best])
+    return places[best].window, float(flat[best])
+
+
+def coarse(prober: Prober, few: Pairs, n: int) -> tuple[list[range], list[tuple[int, int]], Array]:
+    """The effect, above the floor, of all layers and of each quarter of them in each quarter of the
+    steps that are left, [window, stack]; with the windows and stacks.
+
+    Args:
+        prober: of the pairs.
+        few: some of them.
+        n: layers of the model.
+    """
     steps, since = few.bad.settings.steps, few.since
-    many = min(4, steps - since)
+    many = max(1, min(4, steps - since))
     edges = [since + (steps - since) * i // many for i in range(many + 1)]
     windows = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     stacks = [(0, n), *_split(0, n, 4)]
     places = [Place(a, d, w) for w in windows for a, d in stacks]
     values = (prober.both(places, few) - prober.floor(places, few)).mean(1)
-    cells.extend(zip(places, values.tolist(), strict=True))
-    best = int(values.argmax())
-    if values[best] < BLAME:
-        return None, float(values[best])
-    return places[best].window, float(values[best])
+    return windows, stacks, values.reshape(len(windows), len(stacks))
 
 
 def _split(first: int, depth: int, into: int) -> list[tuple[int, int]]:
@@ -283,7 +298,8 @@ def _layers(
     prober: Prober, few: Pairs, n: int, window: range, cells: list[tuple[Place, float]]
 ) -> dict[int, float]:
     """Single layers with their effects, found by splitting the stacks that have the most."""
-    stacks, singles = _split(0, n, 4), {}
+    stacks = _split(0, n, 4)
+    singles: dict[int, float] = {}
     while stacks:
         places = [Place(a, d, window) for a, d in stacks]
         values = prober.both(places, few).mean(1)
@@ -291,10 +307,6 @@ def _layers(
         best = max([*values.tolist(), *singles.values()])
         order = np.argsort(-values)
         kept = [int(i) for i in order[:3] if values[i] >= best / 2]
-        singles |= {
-            places[i].layer: float(v) for i, v in enumerate(values) if places[i].depth == 1
-        }
-        stacks = [
-            part for i in kept if places[i].depth > 1 for part in _split(*stacks[i], 2)
-        ]
+        singles |= {places[i].layer: float(v) for i, v in enumerate(values) if places[i].depth == 1}
+        stacks = [part for i in kept if places[i].depth > 1 for part in _split(*stacks[i], 2)]
     return singles
