@@ -15,6 +15,7 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `cause_map`: how far an intervention in each layer and step moves the finished image.
 - `diagnose`: in which layer and at which step a fault arises, and its repair, a `Diagnosis`;
   `diagnose_all`: the same, coarsely, for every fault of many samples.
+- `load_edits`: a repair that was saved, a `Repair`, to be run again.
 - `reuse_plan`: which cells can be held within a budget, as a `Plan`.
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
@@ -30,6 +31,7 @@ from .couple_alone import couple_alone
 from .coupling_sweep import couplings
 from .diagnosis.diagnose import Diagnosis, diagnose
 from .diagnosis.many import diagnose_all
+from .diagnosis.repair import Repair, load_edits
 from .gap import measure_gap
 from .interchange import interchange
 from .knock_outs import cumulative, knock_outs
@@ -46,6 +48,7 @@ __all__ = [
     "Diagnosis",
     "Outcome",
     "Plan",
+    "Repair",
     "cause_map",
     "attributes",
     "commitment_difference",
@@ -60,6 +63,7 @@ __all__ = [
     "knock_outs",
     "knocked_out",
     "latents",
+    "load_edits",
     "measure_gap",
     "one_pass",
     "release_sweep",

@@ -215,20 +215,46 @@ def _conformed(content: dict[str, Any], where: str) -> list[StoredEdit]:
     return found
 
 
-def check_edits(edits: Sequence[StoredEdit], names: Sequence[str], where: str) -> None:
-    """Refuse edits of hook points that a model does not have.
+def edits_for(
+    path: str | Path, transformer: Any, names: Sequence[str]
+) -> tuple[list[StoredEdit], list[float]]:
+    """The edits of a file for a model, and the timesteps of the run that they were made for.
 
     Args:
-        edits: stored ones.
-        names: the model's.
-        where: the file, for the error.
+        path: a file that `save_edits` wrote.
+        transformer: the model's.
+        names: the model's hook points.
 
     Raises:
-        UnknownName: with the nearest names.
+        MissingFile: if it is not there.
+        InvalidValue: for another file, a damaged one, or one that was made for another model.
+        UnknownName: for hook points that the model does not have.
     """
-    arguments.text("where", where)
+    edits, about = load_edits(path)
+    own, theirs = architecture(transformer), about.get("architecture")
+    if own != theirs:
+        raise InvalidValue(
+            f"{str(path)!r} was made for another model: its architecture is {theirs!r}, this one's "
+            f"{own!r}."
+        )
     for edit in edits:
         select(edit.name, names)
+    times = about.get("timesteps")
+    if not isinstance(times, list) or not all(isinstance(t, (int, float)) for t in times):
+        raise InvalidValue(f"{str(path)!r} does not say for which timesteps its edits are.")
+    if any(step >= len(times) for edit in edits for step in edit.steps):
+        raise InvalidValue(f"{str(path)!r} has edits after the last of its {len(times)} steps.")
+    return edits, [float(t) for t in times]
+
+
+def architecture(transformer: Any) -> str:
+    """What a model's architecture is known by: its class, and a digest of its configuration.
+
+    Args:
+        transformer: a diffusers transformer.
+    """
+    config = sorted((k, str(v)) for k, v in transformer.config.items() if not k.startswith("_"))
+    return f"{type(transformer).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:16]}"
 
 
 def _text(values: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -29,14 +29,19 @@ class Spent:
     Attributes:
         images: so far.
         told: called with it.
+        stage: for what they are spent now.
+        by_stage: how many went where.
     """
 
     images: float = 0.0
     told: Callable[[float], object] | None = None
+    stage: str = "base"
+    by_stage: dict[str, float] = field(default_factory=dict)
 
     def add(self, images: float) -> None:
         """So many more."""
         self.images += images
+        self.by_stage[self.stage] = self.by_stage.get(self.stage, 0.0) + images
         if self.told is not None:
             self.told(self.images)
 

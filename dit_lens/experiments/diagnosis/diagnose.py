@@ -146,10 +146,12 @@ def diagnose(
     base = proportion(hits, others)
 
     # When.
+    spent.stage = "when"
     when = [round(i * steps / releases) for i in range(releases)]
     seen = chances(run, score, images, when, clones, seed, spent, batch)
 
     # Where.
+    spent.stage = "pairs"
     compared: Pairs | None
     if good is not None:
         compared = given(run, good, score, images, pairs, spent)
@@ -158,12 +160,15 @@ def diagnose(
     found: Found | None = None
     insides: list[Inside] = []
     if compared is not None:
+        spent.stage = "where"
         prober = Prober(compared, score, images, spent, batch)
         found = locate(prober)
+        spent.stage = "inside"
         if found.window is not None:
             insides = [look_inside(prober, layer, found.window) for layer in found.blamed]
 
     # Repair.
+    spent.stage = "repair"
     matched = compared is not None and compared.matched
     reference = images(good.latents[-1]) if matched and good is not None else None
     spread = spreads(shown, score)
@@ -286,6 +291,7 @@ def _dataset(
         "steps": run.settings.steps,
         "n_layers": run.model.cfg.n_layers,
         "images": spent.images,
+        **{f"images_{stage}": images for stage, images in spent.by_stage.items()},
         "label": int(run.labels[0]),
         "clones": seen.of,
         "how": seen.how,

@@ -8,7 +8,7 @@ step on that is drawn anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import arguments
 from ...errors import InvalidValue
 from ...hooks.hold import parts
-from ...hooks.stored_edits import StoredEdit, by_step, save_edits
+from ...hooks.stored_edits import StoredEdit, architecture, by_step, edits_for, save_edits
 from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
-from ...plans.plan import identity
+from ...model.hooked import HookedDiT
 from ...sampling.run import Run
 from .chances import Spent
 from .fault import Fault, Images
@@ -199,6 +200,36 @@ class Workshop:
         return replace(repair, cured=cured, harmed=harmed)
 
 
+def load_edits(
+    path: str | Path, model: HookedDiT
+) -> dict[int, list[tuple[str, Callable[..., Any]]]]:
+    """A repair that was saved, for a model: the edits of each step.
+
+        edits = load_edits("repair.json", model)
+        run.replay(min(edits), edits)                                # the whole run
+        model.run_with_hooks(x, t, y, fwd_hooks=edits[40])           # one call
+
+    Args:
+        path: a file that `Repair.save` wrote.
+        model: the opened model.
+
+    Returns:
+        {step: [(name, fn)]}.
+
+    Raises:
+        MissingFile: if it is not there.
+        InvalidValue: for another file, a damaged one, or one that was made for another model.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> try: load_edits("nowhere.json", model)
+    ... except FileNotFoundError as error: print(error)
+    There is no file 'nowhere.json'; expected edits written by save_edits.
+    """
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    edits, _ = edits_for(path, model.transformer, model.names)
+    return by_step(edits, model.sites)
+
+
 def repairs(
     shop: Workshop, blamed: Sequence[Inside], window: range | None, good_others: Run | None
 ) -> list[Repair]:
@@ -212,7 +243,10 @@ def repairs(
     """
     found: list[Repair] = []
     if blamed and window is not None and shop.pairs is not None:
-        about = {"model": identity(shop.run.model), "timesteps": shop.run.timesteps.tolist()}
+        about = {
+            "architecture": architecture(shop.run.model.transformer),
+            "timesteps": shop.run.timesteps.tolist(),
+        }
         for name, edits, values in _candidates(shop, blamed, window, good_others):
             repair = shop.tried(name, edits, values, about | {"repair": name})
             general = all(e.values is None or e.values.shape[1] == 1 for e in edits)
