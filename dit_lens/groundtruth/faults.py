@@ -219,7 +219,7 @@ class _Spoiled(nn.Module):
         if fault.tokens is not None:
             tokens = torch.zeros_like(tokens)
             tokens[list(fault.tokens)] = True
-        self.register_buffer("tokens", tokens.to(weight)[:, None])
+        self.register_buffer("tokens", tokens.to(weight))
 
     @property
     def weight(self) -> Any:
@@ -238,8 +238,9 @@ class _Spoiled(nn.Module):
         if not bool(active.any()):
             return found
         change = F.linear(x, self.delta) if self.fault.part != "decoy" else self._decoy(found)
-        size = [-1] + [1] * (found.ndim - 1)
-        return found + change * self.tokens * active.to(found).view(size)
+        rest = [1] * (found.ndim - 2)  # an axis of heads may lie between tokens and channels
+        where = self.tokens.view(1, -1, *rest) * active.to(found).view(-1, 1, *rest)
+        return found + change * where
 
     def _decoy(self, found: Tensor) -> Tensor:
         """What the block's gate makes the same number in every channel of."""
