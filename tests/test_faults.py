@@ -232,7 +232,9 @@ def test_a_planted_fault_acts_in_its_layer_and_its_window_only():
     for t, differs in ((299, False), (300, True), (599, True), (600, False)):
         time = torch.full((2,), t)
         names = ["blocks.8.hook_resid_post", "blocks.9.hook_resid_mid", "blocks.9.hook_mlp_out"]
-        (a, own), (b, other) = (m.run_with_cache(x, time, y, names_filter=names) for m in (model, spoiled))
+        (a, own), (b, other) = (
+            m.run_with_cache(x, time, y, names_filter=names) for m in (model, spoiled)
+        )
         assert torch.equal(own[names[0]], other[names[0]])
         assert torch.equal(own[names[1]], other[names[1]])
         assert torch.equal(own[names[2]], other[names[2]]) != differs

@@ -28,4 +28,4 @@ def proportion(hits: int, n: int) -> Estimate:
     p, z2 = hits / n, Z * Z
     middle, half = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
-    return Estimate(p, max(0.0, low), min(1.0, high))
+    return Estimate(p, low if hits else 0.0, high if hits < n else 1.0)

@@ -74,7 +74,7 @@ class Run:
         scheduler: as it was before the first step, with the run's timesteps set.
         kernels: the settings that chose the kernels.
         state: a glance at the model, to name what changed since.
-        selected: whether these are some of the items of a larger batch.
+        selected: whether these are items of a batch of another size.
         splits: how each step's batch went through the model.
         batch: so many images go through the model at once; None is all.
         tied_until: before this step each item was coupled to its twin through attention, which a
@@ -304,7 +304,7 @@ class Run:
             history=history,
             witnesses=witnesses,
             splits=splits,
-            selected=self.selected or len(chosen) < whole,
+            selected=self.selected or len(chosen) != whole,
             **parts,
         )
 
