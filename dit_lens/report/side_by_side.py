@@ -92,11 +92,11 @@ def draw(result: xr.Dataset, path: Path) -> Path:
         result: of `dit_lens.experiments.side_by_side`.
         path: of the picture.
     """
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
 
     ways = [str(way) for way in result.way.values]
     others = [way for way in ways if way != "plan"]
-    colours = dict(zip(others, colormaps["tab10"].colors, strict=False))
+    colours = dict(zip(others, color_sequences["tab10"], strict=False))
     marks = dict(zip(others, "os^vDPX", strict=False))
     with picture(path, (5.2, 3.6)) as (_, ax):
         for way in ways:
