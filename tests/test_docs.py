@@ -63,6 +63,14 @@ def test_the_code_in_map_runs(capsys):
     assert capsys.readouterr().out == "torch.Size([6, 2, 64, 64])\n"
 
 
+@pytest.mark.slow
+def test_the_code_in_faster_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "faster.md").read_text(), re.S)
+    scope = {}
+    exec(compile(code, "docs/faster.md", "exec"), scope)
+    assert scope["plan"].macs <= 0.6 and scope["faster"].images.shape == (2, 1, 16, 16)
+
+
 def test_the_code_in_families_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.S)
     exec(compile(code, "docs/families.md", "exec"), {})
