@@ -232,6 +232,25 @@ def test_an_output_that_nobody_reads_is_no_success(folder):
     assert done.stderr == "dit-lens: the output was closed before all of it was written\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("argv", [["hooks"], ["--help"]])
+def test_an_output_on_a_full_disk_is_no_success(argv, folder, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([*argv, str(folder)]) == 2
+        full.flush()  # nothing is left that Python would complain of at its exit
+    assert capsys.readouterr().err == "dit-lens: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("argv", [["hooks"], ["gap"], ["report", "/nowhere"], ["--help"]])
+def test_a_closed_output_is_said_before_minutes_are_spent(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert main(argv) == 2
+    assert capsys.readouterr().err == (
+        "dit-lens: the output is closed; expected a terminal, a pipe or a file\n"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SpectralSplit", "TwinDivergence", "LayerLens", "TwinPatching"])
 def test_every_built_in_probe_runs_from_the_command_line(name, folder, tmp_path):
@@ -259,8 +278,19 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "dit-lens: interrupted\n"
 
 
+def test_an_interruption_says_what_is_kept(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = ["record", str(folder), "resid_post", "--items", "2", "--out", str(out)]
+    with monkeypatch.context() as broken:
+        broken.setattr("dit_lens.tracing.recording.sample", raising(KeyboardInterrupt()))
+        assert main([*command, "--steps", "2"]) == 130
+    err = f"dit-lens: interrupted; {out} is kept, and the same command goes on with it\n"
+    assert capsys.readouterr().err == err
+    assert main([*command, "--steps", "2"]) == 0
+
+
 def raising(error):
-    def run(args):
+    def run(*args, **kwargs):
         raise error
 
     return run

@@ -1,6 +1,9 @@
 """Plans: their files, what they refuse, and running them."""
 
+import contextlib
+import copy
 import json
+import random
 import re
 import warnings
 
@@ -8,11 +11,13 @@ import pytest
 import torch
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler
+from test_storage import mutated
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.experiments import Plan
-from dit_lens.plans.plan import Costs
+from dit_lens.plans.plan import Costs, _digest
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -371,3 +376,67 @@ def test_other_families_have_no_file():
     unknown = Plan(other, (1.0,), (("attn", "memory", "mlp"),), frozenset(), 1.0)
     with pytest.raises(ValueError, match="does not say which modules compute 'memory'"):
         unknown.to_smoothcache()
+
+
+def test_what_a_plan_left_out_is_not_read_as_if_it_had_been_computed(model, plan):
+    """Neither the zeros that stand in for it, nor what it would have been."""
+    names = ["blocks.0.attn.hook_out", "blocks.0.attn.hook_q", "blocks.0.hook_attn_out"]
+    with dit_lens.reuse(model, plan), dit_lens.trace(model, names=names) as t:
+        sampled(model)
+    for name in names[:2]:
+        assert torch.equal(t.get(name, steps=0)[name], t.get([*names], steps=0)[name])
+        for steps in (1, None):
+            with pytest.raises(InvalidState, match=f"'{name}' was not computed in call 1 of the"):
+                t.get(name, steps=steps)
+    with pytest.raises(InvalidState, match="a reuse plan held what it belongs to"):
+        t.stack("attn.hook_z", steps=1)
+    assert torch.equal(t[names[2]][1], t[names[2]][0])
+    whole = Plan.of(model, t.timesteps, [(1, "attn", 1), (1, "mlp", 1)])
+    with dit_lens.reuse(model, whole), dit_lens.trace(model) as t:
+        sampled(model)
+    for site in ("hook_cond", "adaln.hook_gate_mlp", "ln2.hook_normalized", "mlp.hook_in"):
+        with pytest.raises(InvalidState, match=f"'blocks.1.{site}' was not computed"):
+            t.get(f"blocks.1.{site}")
+    found = t.get([f"blocks.1.hook_{site}" for site in ("resid_pre", "attn_out", "resid_post")])
+    assert all(len(value) == len(t.steps) for value in found.values())
+
+
+def test_a_sealed_file_of_other_content_is_no_plan_or_one_that_can_be_run(model, plan, tmp_path):
+    path, rng = plan.save(tmp_path / "plan.json"), random.Random(0)
+    base = json.loads(path.read_text())
+    base.pop("sha256")
+    loaded = 0
+    for _ in range(300):
+        content = mutated(copy.deepcopy(base), rng)
+        path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+        try:
+            found = Plan.load(path)
+        except InvalidValue as error:
+            assert str(error).startswith(repr(str(path))) and str(error).count("\n") == 0
+            continue
+        loaded += 1
+        for use in (found.__repr__, found.to_smoothcache, found.to_cache_dit):
+            with contextlib.suppress(InvalidValue):
+                use()
+        with contextlib.suppress(InvalidValue), dit_lens.reuse(model, found):
+            pass
+    assert 30 < loaded < 270 and not model.instrumentation.busy
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"timesteps": []}, "has timesteps = "),
+        ({"cells": [[10**30, "attn", 2]]}, "The plan holds 'attn' in layer 1e+30, which the model"),
+        ({"cells": [[0, "attn", 6]]}, "The plan holds step 6; expected steps 1 to 5"),
+        ({"model": {"class": "DiTTransformer2DModel"}}, "expected it to have"),
+        ({"macs": 7.0}, "has macs = 7"),
+    ],
+)
+def test_what_a_plan_has_to_say(plan, tmp_path, change, text):
+    path = plan.save(tmp_path / "plan.json")
+    content = json.loads(path.read_text()) | change
+    content.pop("sha256")
+    path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+    with pytest.raises(InvalidValue, match=re.escape(text)):
+        Plan.load(path)

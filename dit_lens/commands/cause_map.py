@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = args.out or Path(f"map-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
+    args.kept = out / "cells.safetensors"
     model = open_model(args)
     with progress_bar() as bar:
         task = bar.add_task("map", total=None)
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             exact=args.exact,
             seed=args.seed,
             cut=args.cut,
-            resume=out / "cells.safetensors",
+            resume=args.kept,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         stored = report.store(result, out)

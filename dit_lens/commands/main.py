@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from ..errors import DitLensError
 from . import (
@@ -39,13 +41,16 @@ COMMANDS = {
 }
 """The subcommands by name; the first line of a file's docstring is the subcommand's help."""
 
+CUT_OFF = "the output was closed before all of it was written"
+"""What is said where nobody reads the output any more, as behind `| head -1`."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     A mistake of the user's (`DitLensError`, `OSError`, a bad argument) is one line on stderr and
-    exit code 2. Any other exception is a bug and is not caught: its traceback is what the report
-    of the bug needs.
+    exit code 2; so is an output that can't be written. Any other exception is a bug and is not
+    caught: its traceback is what the report of the bug needs.
 
     Args:
         argv: the arguments without the program's name; by default those of the process.
@@ -55,6 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     >>> main(["hooks", "nowhere"])
     2
+    """
+    args = argparse.Namespace()
+    try:
+        if sys.stdout is None:  # before minutes are spent
+            return _ended("the output is closed; expected a terminal, a pipe or a file")
+        _parse(argv, args)
+        return _run(args)
+    except BrokenPipeError:
+        return _ended(CUT_OFF)
+    except (DitLensError, OSError) as error:
+        return _ended(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        kept: Path | None = getattr(args, "kept", None)
+        there = kept is not None and kept.exists()
+        rest = f"; {kept} is kept, and the same command goes on with it"
+        return _ended(f"interrupted{rest if there else ''}", 130)
+
+
+def _parse(argv: Sequence[str] | None, args: argparse.Namespace) -> None:
+    """Read the command line into `args`; SystemExit after `--help`, or for arguments that are
+    none.
     """
     parser = argparse.ArgumentParser(
         prog="dit-lens",
@@ -69,31 +95,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subcommands.add_parser(name, help=about, description=about)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
+    try:
+        parser.parse_args(argv, args)
+    finally:
+        sys.stdout.flush()  # what `--help` prints
 
-    args = parser.parse_args(argv)
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the subcommand that was asked for."""
     try:
         code = int(args.run(args) or 0)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        return _cut_off()
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # rich makes one of the other
-            return _cut_off()
+            return _ended(CUT_OFF)
         # a probe of the user's ended the program: whatever its code, nothing was done
-        print(f"dit-lens: the program was ended by SystemExit({error.code!r})", file=sys.stderr)
-        return 2
-    except (DitLensError, OSError) as error:
-        print(f"dit-lens: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dit-lens: interrupted", file=sys.stderr)
-        return 130
+        return _ended(f"the program was ended by SystemExit({error.code!r})")
+    sys.stdout.flush()
+    return code
 
 
-def _cut_off() -> int:
-    """What is left to do when nobody reads the output any more, as behind `| head -1`."""
-    # what is still in the buffer has nowhere to go, and Python would say so once more at its exit
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print("dit-lens: the output was closed before all of it was written", file=sys.stderr)
-    return 2
+def _ended(why: str, code: int = 2) -> int:
+    """Say in one line why nothing more is done; gives the exit code."""
+    with suppress(OSError):
+        print(f"dit-lens: {why}", file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # what is still in the buffer has nowhere to go, and Python would say so at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

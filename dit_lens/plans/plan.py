@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,11 @@ import torch
 from pydantic import Field
 
 from .. import arguments
-from ..errors import InvalidValue, MissingFile
+from ..errors import InvalidState, InvalidValue, MissingFile
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..storage import replacing
-from ..storage.schema import Listed, Schema, conform
+from ..storage.schema import Listed, Schema, conform, fits
 from . import exports
 from .costs import Cell, Costs
 
@@ -34,16 +34,23 @@ EXPECTED = "a plan written by Plan.save"
 CELLS = "cells, each (layer, part, step) such as (5, 'attn', 12)"
 
 
+KNOWN_BY = ("class", "layers", "configuration", "weights")
+"""What a model is known by."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Content(Schema):
     """What a plan's file says."""
 
     format: str
-    model: dict[str, str]
-    timesteps: Listed[float]
-    parts: Listed[Listed[str]]
+    model: Annotated[
+        dict[str, str], fits(lambda known: set(known) == set(KNOWN_BY), f"have {KNOWN_BY}")
+    ]
+    timesteps: Annotated[Listed[Finite], Field(min_length=1)]
+    parts: Annotated[Listed[Listed[str]], Field(min_length=1)]
     cells: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
     lines: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
-    macs: float
+    macs: Annotated[float, Field(ge=0, le=1)]
     about: dict[str, Any]
 
 
@@ -116,17 +123,7 @@ class Plan:
             json.dumps(dict(about or {}), allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise arguments.refusal("about", about, "what JSON can hold, by name") from None
-        for layer, part, step in sorted(held):
-            if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
-                raise InvalidValue(
-                    f"The plan holds {part!r} in layer {layer}, which the model does not have; "
-                    f"expected layers 0 to {len(of_layer) - 1} and {', '.join(of_layer[0])}."
-                )
-            if not 1 <= step < len(times):
-                raise InvalidValue(
-                    f"The plan holds step {step}; expected steps 1 to {len(times) - 1}, those that "
-                    "have one before them."
-                )
+        _require_cells(held, of_layer, len(times))
         along = frozenset(_checked(cell, n) for cell in arguments.listed("lines", lines, CELLS, 0))
         share = Costs.of(model, y).share(held, len(times))
         plan = cls(identity(model), times, of_layer, held, share, dict(about or {}), along)
@@ -203,7 +200,7 @@ class Plan:
             "macs": self.macs,
             "about": dict(self.about),
         }
-        with replacing(path) as part:
+        with replacing(arguments.path("path", path)) as part:
             part.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
         return Path(path)
 
@@ -265,7 +262,7 @@ class Plan:
         ...     len(path.read_text().splitlines()) <= 60
         True
         """
-        with replacing(path) as part:
+        with replacing(arguments.path("path", path)) as part:
             part.write_text(exports.script(self))
         return Path(path)
 
@@ -298,7 +295,13 @@ class Plan:
             )
         read = conform(content, Content, where)
         cells, lines = frozenset(read.cells), frozenset(read.lines)
-        return cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about, lines)
+        try:
+            _require_cells(cells, read.parts, len(read.timesteps))
+            plan = cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about, lines)
+            plan._require_lines()
+        except InvalidValue as error:
+            raise InvalidValue(f"{where} is no plan that could be run. {error}") from None
+        return plan
 
     def __repr__(self) -> str:
         return (
@@ -320,6 +323,22 @@ def _checked(cell: Any, n: int) -> Cell:
     return layer, arguments.text("part", cell[1]), arguments.whole("step", cell[2])
 
 
+def _require_cells(cells: Iterable[Cell], of_layer: Sequence[Sequence[str]], steps: int) -> None:
+    """Raise InvalidValue for a cell that the model or the run does not have."""
+    for layer, part, step in sorted(cells):
+        if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
+            parts_of_it = ", ".join(of_layer[0]) if of_layer else "no parts"
+            raise InvalidValue(
+                f"The plan holds {part!r} in layer {layer:.6g}, which the model does not have; "
+                f"expected layers 0 to {len(of_layer) - 1} and {parts_of_it}."
+            )
+        if not 1 <= step < steps:
+            raise InvalidValue(
+                f"The plan holds step {step:.6g}; expected steps 1 to {steps - 1}, those that have "
+                "one before them."
+            )
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -332,11 +351,13 @@ def identity(model: HookedDiT) -> dict[str, str]:
     config = sorted((k, str(v)) for k, v in transformer.config.items() if not k.startswith("_"))
     weights = hashlib.sha256()
     for name, value in transformer.state_dict().items():
+        if value.device.type == "meta":
+            raise InvalidState(
+                f"The weights are offloaded ({name} is on no device), so a plan's model can't be "
+                "told by them; expected a model without accelerate's cpu_offload or disk_offload."
+            )
         first = value.detach().flatten()[:8].to("cpu", torch.float32)
         weights.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
-    return {
-        "class": type(transformer).__name__,
-        "layers": str(model.cfg.n_layers),
-        "configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
-        "weights": weights.hexdigest()[:16],
-    }
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+    known = type(transformer).__name__, str(model.cfg.n_layers), digest, weights.hexdigest()[:16]
+    return dict(zip(KNOWN_BY, known, strict=True))

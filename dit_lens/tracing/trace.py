@@ -497,7 +497,8 @@ class _Recorder(StepCounter):
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
-        if self.record.wanted(self.row):
+        assert self.call is not None
+        if self.record.wanted(self.row) and point.name not in self.call.left_out:
             self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
                 point.name, value
             )
