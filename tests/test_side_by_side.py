@@ -11,8 +11,8 @@ from dit_lens import HookedDiT
 from dit_lens.experiments import Plan, reuse_plan, side_by_side
 from dit_lens.experiments.baselines import (
     at_random,
-    early_pairs,
     front_and_rear,
+    pairs,
     similarity,
     uniform,
     unlike,
@@ -44,7 +44,7 @@ def test_each_keeps_the_budget_and_uses_most_of_it(model, run, budget):
         similarity(run, budget),
     ):
         assert budget - 0.17 < plan.macs <= budget
-    assert 0.8 < early_pairs(model, times).macs < 0.9
+    assert 0.8 < pairs(model, times).macs < 0.9
 
 
 def test_what_they_hold(model, run):
@@ -56,7 +56,8 @@ def test_what_they_hold(model, run):
     deep = front_and_rear(model, times, 0.6)
     early, late = ({i for i, _, s in deep.cells if (s < 6) == half} for half in (True, False))
     assert early == {1, 2} and late == {0, 1}
-    assert {s for *_, s in early_pairs(model, times).cells} == {1, 3}
+    assert {s for *_, s in pairs(model, times).cells} == {1, 3}
+    assert {s for *_, s in pairs(model, times, late=True).cells} == {11, 9}
     random = at_random(model, times, 0.5)
     assert random == at_random(model, times, 0.5) != at_random(model, times, 0.5, seed=1)
 
@@ -104,9 +105,12 @@ def test_side_by_side(model):
     psnr = -10 * (plain.images - fewer.images).square().flatten(1).mean(1).log10()
     assert by["fewer steps"].psnr.item() == pytest.approx(float(psnr.mean()), rel=1e-4)
     assert float(by["plan"].over_plan) == 1
-    assert all(by[m].macs <= plan.macs + 1e-6 for m in by if "L2C" not in m)
+    assert all(by[m].macs <= plan.macs + 1e-6 for m in by if " pairs" not in m)
     low, high = by["random"].over_plan_interval.values
     assert low < by["random"].over_plan.item() < high
+    ratio = by["late pairs"].effect / by["early pairs (L2C's structure)"].effect
+    np.testing.assert_allclose(found.late_over_early, ratio, rtol=1e-9)
+    assert "early steps need less precision, in the high band" in found.attrs["sentence"]
     assert "plain_bright" in found.attrs and "times [" in found.attrs["sentence"]
     assert not model.instrumentation.busy
 

@@ -85,17 +85,20 @@ def front_and_rear(model: HookedDiT, times: Sequence[float], budget: float) -> P
     return Plan.of(model, times, found)
 
 
-def early_pairs(model: HookedDiT, times: Sequence[float]) -> Plan:
+def pairs(model: HookedDiT, times: Sequence[float], late: bool = False) -> Plan:
     """Every second step of the first 40 % held whole: the structure of the plan that was learned
     for DiT-XL/2 (L2C, Ma et al. 2024, arXiv 2406.01733), whose held cells are nearly all of the
-    first 20 of 50 steps. It leaves four fifths, whatever the budget.
+    first 20 of 50 steps. It leaves four fifths, whatever the budget. Late, the same of the last
+    40 %, to tell early steps from late ones.
 
     Args:
         model: the opened model.
         times: of the run's steps, in the scheduler's units.
+        late: whether they are of the last 40 %.
     """
     steps = len(times)
-    held = range(1, int(0.4 * steps), 2)
+    early = range(1, int(0.4 * steps), 2)
+    held = [steps - s for s in early] if late else early
     return whole_steps(model, times, [s for s in range(steps) if s not in held])
 
 

@@ -56,7 +56,7 @@ def show(result: xr.Dataset, stored: Path) -> None:
 
 def _table(one: xr.Dataset) -> Table:
     """The ways at one budget."""
-    judged = [str(name) for name in one.data_vars if name not in SHOWN]
+    judged = [str(n) for n, v in one.data_vars.items() if n not in SHOWN and v.dims == ("way",)]
     bands = [str(band) for band in one.band.values]
     table = Table(
         title=f"At {float(one.budget):.1%} of the multiply-accumulates: effect on the image "
@@ -92,12 +92,12 @@ def draw(result: xr.Dataset, path: Path) -> Path:
         result: of `dit_lens.experiments.side_by_side`.
         path: of the picture.
     """
-    from matplotlib import color_sequences
+    from matplotlib import colormaps
 
     ways = [str(way) for way in result.way.values]
     others = [way for way in ways if way != "plan"]
-    colours = dict(zip(others, color_sequences["tab10"], strict=False))
-    marks = dict(zip(others, "os^vDPX", strict=False))
+    colours = dict(zip(others, colormaps["tab10"](range(10)), strict=False))
+    marks = dict(zip(others, "os^vDPX<>", strict=False))
     with picture(path, (5.2, 3.6)) as (_, ax):
         for way in ways:
             rows = result.sel(way=way).sortby("macs")
