@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,17 @@ def test_the_code_in_families_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.S)
     exec(compile(code, "docs/families.md", "exec"), {})
     assert capsys.readouterr().out.endswith("torch.Size([4, 16, 16])\n")
+
+
+def test_the_code_in_own_models_runs(capsys):
+    page = (ROOT / "docs" / "own-models.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    module = types.ModuleType("own_models")
+    exec(compile(code, "docs/own-models.md", "exec"), vars(module))
+    assert capsys.readouterr().out.splitlines() == [
+        "torch.Size([1, 2, 64, 32])",
+        "torch.Size([7, 2, 1, 16, 16])",
+    ]
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ class Family:
         pads: whether the blocks' sequence has tokens that are neither image nor text and that
             others attend to; these have no hook points, and get nothing from a part that is left
             out.
+        empty: the condition that asks for nothing, batch axis 1, where it is known without a
+            pipeline.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
             see `dit_lens.families.upstream`.
 
@@ -85,6 +87,7 @@ class Family:
     known_options: frozenset[str] | None = None
     read_only = False
     pads = False
+    empty: Condition | None = None
     computes: dict[str, tuple[str, ...]] = {
         "attn": ("attn1",),
         "cross_attn": ("attn2",),
@@ -288,6 +291,17 @@ class Family:
             condition: all further arguments.
         """
         return {self.x_name: x, self.t_name: t, **condition}
+
+    def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
+        """What the transformer answers, not yet as the scheduler expects it.
+
+        Args:
+            transformer: the transformer.
+            inputs: its arguments by name.
+        """
+        answer = transformer(**inputs, return_dict=False)
+        # some classes answer with the bare tensor
+        return answer if isinstance(answer, Tensor) else answer[0]
 
     def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
         """What the transformer answered, as the scheduler expects it, in the latents' shape.

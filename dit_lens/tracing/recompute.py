@@ -245,7 +245,7 @@ def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener
         call.kernels.restored(call.x.device.type),
         suppress(StopForward),
     ):
-        model.transformer(**call.inputs, return_dict=False)
+        model.family.call(model.transformer, call.inputs)
 
 
 @contextmanager
