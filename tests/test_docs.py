@@ -5,9 +5,9 @@ import importlib
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -70,14 +70,24 @@ def test_the_code_in_families_runs(capsys):
     assert capsys.readouterr().out.endswith("torch.Size([4, 16, 16])\n")
 
 
-def test_the_code_in_own_models_runs(capsys):
+def test_the_code_in_own_models_runs(capsys, tmp_path):
     page = (ROOT / "docs" / "own-models.md").read_text()
     code = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
-    module = types.ModuleType("own_models")
-    exec(compile(code, "docs/own-models.md", "exec"), vars(module))
+    (tmp_path / "own_models.py").write_text(code)  # its source is read
+    runpy.run_path(str(tmp_path / "own_models.py"))
     assert capsys.readouterr().out.splitlines() == [
         "torch.Size([1, 2, 64, 32])",
         "torch.Size([7, 2, 1, 16, 16])",
+    ]
+
+
+def test_the_code_in_attention_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention.md").read_text(), re.S)
+    exec(compile(code, "docs/attention.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "('batch', 'row', 'column') (1, 4, 4)",
+        "('word', 'layer', 'step', 'batch', 'row', 'column')",
+        "['a' 'red' 'fox' 'in' 'snow']",
     ]
 
 

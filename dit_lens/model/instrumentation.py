@@ -477,6 +477,7 @@ class Instrumentation:
             t=t,
             condition=Condition.numbered(rest, labels),
             labels=labels,
+            prompts=self.pipeline.prompts,
             context=context,
             kernels=Kernels.now(x.device.type),
             branch=branch,

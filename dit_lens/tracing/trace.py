@@ -354,6 +354,59 @@ class Trace:
             arguments.choice("branch", branch, ["cond", "uncond", "skip"])
         return read(self.record, self.model, select(names, self.names), steps, branch)
 
+    def attention_map(
+        self,
+        words: str | Sequence[str] | None = None,
+        *,
+        layers: Any = None,
+        steps: Steps = None,
+        heads: Any = None,
+        over: Sequence[str] = ("layer", "step", "head"),
+        prompt: str | None = None,
+        branch: str = "cond",
+    ) -> xr.DataArray:
+        """Where in the image its tokens attend to words of the prompt.
+
+        The share of each image token's attention that goes to the word's tokens: summed over its
+        sub-tokens, wherever it stands and in every text encoder. A pattern sums to 1 over all keys;
+        in a joint attention these are the image's too. Padding, templates and marks are no words.
+
+        Args:
+            words: of the prompt: one, or several in a row, as "red fox"; a list of such; None is
+                every word.
+            layers: which layers; None is all with attention to the text.
+            steps: which steps; None is those that were recorded.
+            heads: which heads; None is all.
+            over: what is averaged, of "layer", "step" and "head".
+            prompt: what the text encoders were given, where it can't be known: a loop of your own,
+                a trace out of a file.
+            branch: of guidance.
+
+        Returns:
+            xr.DataArray [word, layer, step, head, batch, frame, row, column], 0 to 1, without the
+            axes that are averaged, `word` for one word and `frame` for images. The batch is those
+            items whose prompt has all words, by number.
+
+        Raises:
+            ValueError: for a model that is given no text, a word that is not in the prompt, or a
+                prompt that is not known.
+            RuntimeError: for a model without its tokenizers.
+
+            t.attention_map("fox", layers=range(10, 20), steps=[5]).plot()
+        """
+        from .attention_map import attention_map
+
+        return attention_map(
+            self,
+            words,
+            layers=layers,
+            steps=steps,
+            heads=heads,
+            over=over,
+            prompt=prompt,
+            branch=branch,
+        )
+
     @property
     def names(self) -> list[str]:
         """Every hook name, in forward order."""
