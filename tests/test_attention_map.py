@@ -205,7 +205,8 @@ def test_templates_crops_and_cuts():
     prompt = "A small Fox, asleep"
     text = Text(Whole(), f"draw this : {prompt} now", dropped=3)
     found = tokens_of([text], prompt, 20)
-    assert [(t.key, t.text) for t in found] == [(1, "a"), (2, "small"), (3, "fox"), (4, ","), (5, "asleep")]  # fmt: skip
+    assert [t.key for t in found] == [1, 2, 3, 4, 5]
+    assert [t.text for t in found] == ["a", "small", "fox", ",", "asleep"]
     # two encoders, the first with four keys, of which the last is its mark of the end
     both = tokens_of([Text(Whole(), prompt, 4), Text(Whole(), prompt)], prompt, 12)
     assert [t.key for t in both if t.text == "fox"] == [7]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_seed,
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Make the plan, or check one, and say what it does."""
     from ..experiments.reuse_plan import check_plan, plan_sentence, reuse_plan
     from ..plans.plan import Plan
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         plan = Plan.load(args.check)
         plan = check_plan(open_model(args), plan, items=args.items, seed=args.seed)
         console.print(plan_sentence(plan), soft_wrap=True)
-        return
+        return Answer({"plan": str(args.check), "sentence": plan_sentence(plan)})
     out = args.out or Path(f"plan-{file_name(str(args.model))}.json")
     try_folder(out.parent)  # before minutes are spent
     model = open_model(args)
@@ -73,3 +74,4 @@ def run(args: argparse.Namespace) -> None:
     plan.save(out)
     console.print(plan_sentence(plan), soft_wrap=True)
     console.print(f"plan: {out}", style="dim", soft_wrap=True)
+    return Answer({"plan": str(out), "sentence": plan_sentence(plan)})

@@ -107,13 +107,13 @@ def attention_map(
     of_item: dict[tuple[int, int], str] = {}
     for of_step in rows.values():
         place, order = 0, order_of(record, of_step)
-        order = None if order is None else order.tolist()
+        places = None if order is None else order.tolist()
         flat = [
             (c, i)
             for c, items in of_step.items()
             for i in (range(len(record.calls[c].x)) if items is None else items)
         ]
-        for place, at in enumerate(flat if order is None else [flat[j] for j in order]):
+        for place, at in enumerate(flat if places is None else [flat[j] for j in places]):
             if place in has:
                 of_item[at] = prompts[place]
     calls = [c for of_step in rows.values() for c in of_step]
@@ -190,7 +190,7 @@ def _patterns(model: HookedDiT, layers: Any) -> list[str]:
     if absent:
         raise InvalidValue(
             f"Layer {absent[0]} has no attention to the text; expected layers from "
-            f"{sorted(map(int, filter(lambda x: x is not None, of_layer)))}."
+            f"{sorted(layer for layer in of_layer if layer is not None)}."
         )
     return [of_layer[layer] for layer in wanted]
 
@@ -252,8 +252,8 @@ def _wanted(
     said = None if len(texts) > 1 else texts[0].tokens(keys)
     if None not in (said, real) and said != real:
         raise InvalidState(
-            f"The prompt {prompt!r:.60} makes {said} tokens, and the text encoder was given {real}; "
-            "expected the prompt of this run, as its pipeline gives it to its tokenizer."
+            f"The prompt {prompt!r:.60} makes {said} tokens, and the text encoder was given "
+            f"{real}; expected the prompt of this run."
         )
     tokens = tokens_of(texts, prompt, keys)
     if not tokens:
