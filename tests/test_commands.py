@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import dit_lens
 from dit_lens.commands import main
-from dit_lens.commands.main import COMMANDS, EXAMPLES, parser
+from dit_lens.commands.main import COMMANDS
+from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
 from dit_lens.experiments import measure_gap
 from dit_lens.report.stored import read
@@ -235,6 +236,25 @@ def test_an_output_that_nobody_reads_is_no_success(folder):
     assert done.stderr == "dit-lens: the output was closed before all of it was written\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("argv", [["hooks"], ["--help"]])
+def test_an_output_on_a_full_disk_is_no_success(argv, folder, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([*argv, str(folder)]) == 2
+        full.flush()  # nothing is left that Python would complain of at its exit
+    assert capsys.readouterr().err == "dit-lens: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("argv", [["hooks"], ["gap"], ["report", "/nowhere"], ["--help"]])
+def test_a_closed_output_is_said_before_minutes_are_spent(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert main(argv) == 2
+    assert capsys.readouterr().err == (
+        "dit-lens: the output is closed; expected a terminal, a pipe or a file\n"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SpectralSplit", "TwinDivergence", "LayerLens", "TwinPatching"])
 def test_every_built_in_probe_runs_from_the_command_line(name, folder, tmp_path):
@@ -262,8 +282,19 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "dit-lens: interrupted\n"
 
 
+def test_an_interruption_says_what_is_kept(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = ["record", str(folder), "resid_post", "--items", "2", "--out", str(out)]
+    with monkeypatch.context() as broken:
+        broken.setattr("dit_lens.tracing.recording.sample", raising(KeyboardInterrupt()))
+        assert main([*command, "--steps", "2"]) == 130
+    err = f"dit-lens: interrupted; {out} is kept, and the same command goes on with it\n"
+    assert capsys.readouterr().err == err
+    assert main([*command, "--steps", "2"]) == 0
+
+
 def raising(error):
-    def run(args):
+    def run(*args, **kwargs):
         raise error
 
     return run
@@ -544,7 +575,7 @@ def test_help_shows_examples_that_parse(name, capsys):
     assert EXAMPLES[name] and "Exit codes: 0 done" in shown
     for line in EXAMPLES[name]:
         assert f"  dit-lens {line}\n" in shown
-        assert parser()[0].parse_args(shlex.split(line)).command == name
+        assert parser(COMMANDS)[0].parse_args(shlex.split(line)).command == name
 
 
 @pytest.mark.parametrize(
@@ -576,15 +607,6 @@ def test_quiet_prints_nothing(folder, capsys):
     assert capsys.readouterr() == ("", "")
     assert main(["hooks", "nowhere", "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("dit-lens: ")
-
-
-def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
-    monkeypatch.setattr("dit_lens.commands.patch.run", raising(KeyboardInterrupt()))
-    assert main(["patch"]) == 130
-    assert capsys.readouterr().err == (
-        "dit-lens: interrupted: the patches that are done are kept in its folder; the same command "
-        "goes on from there\n"
-    )
 
 
 @pytest.mark.parametrize("name", ["SpectralSplit", "LayerLens", "TwinDivergence"])

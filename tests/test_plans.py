@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.errors import InvalidState
 from dit_lens.experiments import Plan
 from dit_lens.plans.plan import Costs
 
@@ -295,3 +296,26 @@ def test_other_families_have_no_file():
     unknown = Plan(other, (1.0,), (("attn", "memory", "mlp"),), frozenset(), 1.0)
     with pytest.raises(ValueError, match="does not say which modules compute 'memory'"):
         unknown.to_smoothcache()
+
+
+def test_what_a_plan_left_out_is_not_read_as_if_it_had_been_computed(model, plan):
+    """Neither the zeros that stand in for it, nor what it would have been."""
+    names = ["blocks.0.attn.hook_out", "blocks.0.attn.hook_q", "blocks.0.hook_attn_out"]
+    with dit_lens.reuse(model, plan), dit_lens.trace(model, names=names) as t:
+        sampled(model)
+    for name in names[:2]:
+        assert torch.equal(t.get(name, steps=0)[name], t.get([*names], steps=0)[name])
+        for steps in (1, None):
+            with pytest.raises(InvalidState, match=f"'{name}' was not computed in call 1 of the"):
+                t.get(name, steps=steps)
+    with pytest.raises(InvalidState, match="a reuse plan held what it belongs to"):
+        t.stack("attn.hook_z", steps=1)
+    assert torch.equal(t[names[2]][1], t[names[2]][0])
+    whole = Plan.of(model, t.timesteps, [(1, "attn", 1), (1, "mlp", 1)])
+    with dit_lens.reuse(model, whole), dit_lens.trace(model) as t:
+        sampled(model)
+    for site in ("hook_cond", "adaln.hook_gate_mlp", "ln2.hook_normalized", "mlp.hook_in"):
+        with pytest.raises(InvalidState, match=f"'blocks.1.{site}' was not computed"):
+            t.get(f"blocks.1.{site}")
+    found = t.get([f"blocks.1.hook_{site}" for site in ("resid_pre", "attn_out", "resid_post")])
+    assert all(len(value) == len(t.steps) for value in found.values())

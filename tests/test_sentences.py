@@ -351,7 +351,7 @@ def test_estimators_that_agree_are_no_proof_of_an_exact_denoiser():
         "told with 16 pairs, and one of up to 2.0 steps is not excluded. Where clones commit, the "
         "predicted x0 has this share of the finished image's variance: low 0.30 [0.20, 0.40], high "
         "0.30 [0.20, 0.40]; an exact denoiser's has 0.50, so by this the denoiser is measurably "
-        "not the exact one in low, high."
+        "not the exact one in low, high (the interval lies more than 0.05 from 0.50)."
     )
 
 

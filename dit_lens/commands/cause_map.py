@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> Answer:
 
     out = args.out or Path(f"map-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
+    args.kept = out / "cells.safetensors"
     model = open_model(args)
     with progress_bar() as bar:
         task = bar.add_task("map", total=None)
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> Answer:
             exact=args.exact,
             seed=args.seed,
             cut=args.cut,
-            resume=out / "cells.safetensors",
+            resume=args.kept,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         kept = report.store(result, out)

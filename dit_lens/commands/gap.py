@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> Answer:
     labels = labels_of(args)
     if not args.dry_run:
         try_folder(out)  # as well
+        args.kept = out / patch.PATCHES
     model = open_model(args)
     if read:
         attribute_names(model, read)  # as well

@@ -38,6 +38,8 @@ PATCHED_PAIRS, PATCH_WINDOWS = 10, 4
 EXCHANGED_LAYERS = 7
 """Bands are exchanged in at most so many layers, evenly spaced."""
 DOSES = (0.25, 0.5, 1.0)
+PATCHES = "sweep.safetensors"
+"""The file of the patches that were run, from which an interrupted sweep goes on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace) -> Answer:
     pairs, steps = sizes(args)
     out = args.out or Path(f"patch-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
+    args.kept = out / PATCHES
     model = open_model(args)
     batch = batch_of(args, model, 2 * pairs)
     find_causes(
@@ -194,7 +197,7 @@ def find_causes(
             seed=seed,
             outcome=Bands.radial(model.cfg.pixels, cut=cut),
             batch=16 if batch is None else batch,
-            resume=out / "sweep.safetensors",
+            resume=out / PATCHES,
             progress=progress,
         )
     report.show(found, patched, (kept, report.store_patches(patched, out)), onsets)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> Answer:
     from ..experiments.reuse_plan import check_plan, plan_sentence, reuse_plan
     from ..plans.plan import Plan
     from ..report.style import plain_console
-    from ..storage import file_name, try_folder
+    from ..storage import file_name, try_file
 
     console = plain_console(120)
     if args.check is not None:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> Answer:
         console.print(plan_sentence(plan), soft_wrap=True)
         return Answer({"plan": str(args.check), "sentence": plan_sentence(plan)})
     out = args.out or Path(f"plan-{file_name(str(args.model))}.json")
-    try_folder(out.parent)  # before minutes are spent
+    try_file(out)  # before minutes are spent
     model = open_model(args)
     with progress_bar() as bar:
         task = bar.add_task("plan", total=None)

@@ -40,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
-    from ..storage import file_name, save_dataset, try_folder
+    from ..storage import file_name, save_dataset, try_file
     from ..testing.probe_checks import find_probe
 
     found = find_probe(args.name)
     out = args.out or Path(f"{file_name(found.__name__)}.nc")
-    try_folder(out.parent)  # before minutes are spent
+    try_file(out)  # before minutes are spent
     chosen = labels_of(args)
     model, probe = open_model(args), found()
     given = list(range(model.conditions.n)) if chosen is None else chosen

@@ -139,8 +139,8 @@ def effects_sentence(result: xr.Dataset) -> str:
     whole = f"the gap of {gap:+.2f steps}"
     lost = [name for name, effect in cells.items() if not np.isfinite(effect.value)]
     undecided = (
-        f" Without {several if len(lost) > 1 else one} {listed(lost, 12)} a band does not commit "
-        "at all."
+        f" Without {several if len(lost) > 1 else one} {first_few(lost, 12)} a band does not "
+        "commit at all."
         if lost
         else ""
     )
@@ -156,7 +156,7 @@ def effects_sentence(result: xr.Dataset) -> str:
             f"{missed}{undecided}"
         )
     order = sorted(causes, key=lambda name: -abs(cells[name].value))
-    largest = listed([f"{name} ({cells[name]:+.2f})" for name in order], SHOWN)
+    largest = first_few([f"{name} ({cells[name]:+.2f})" for name in order], SHOWN)
     move = "moves" if len(causes) == 1 else "move"
     head = f"{done.capitalize()} one by one, {len(causes)} of {n} {several} {move} {whole}"
     return (
@@ -172,14 +172,14 @@ def _nouns(result: xr.Dataset) -> tuple[str, str]:
     return ("layer", "layers") if axes == ("layer",) else ("set", "sets")
 
 
-def listed(names: Sequence[str], most: int) -> str:
+def first_few(names: Sequence[str], most: int) -> str:
     """The first names, and how many more there are.
 
     Args:
         names: in order.
         most: how many are named.
 
-    >>> listed(["1", "2", "3"], 2)
+    >>> first_few(["1", "2", "3"], 2)
     '1, 2 and 1 more'
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""

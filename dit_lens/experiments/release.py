@@ -516,6 +516,9 @@ def difference_sentence(result: xr.Dataset) -> str:
             f"variance: {share}; an exact denoiser's has 0.50"
         )
     if wrong:
-        verdict += f", so by this the denoiser is {judged} in {', '.join(wrong)}"
+        verdict += (
+            f", so by this the denoiser is {judged} in {', '.join(wrong)} (the interval lies more "
+            f"than {MISFIT:g} from 0.50)"
+        )
     bands = ", ".join(f"{band} {e:+.1f}" for band, e in found.items())
     return f"Commitment by {result.attrs['of']}, in steps: {bands}, the gap {gap:+.1f}; {verdict}."

@@ -32,7 +32,7 @@ from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..sampling.settings import Progress
 from .ablation import How, Part
-from .effects import MATTERS, listed, together
+from .effects import MATTERS, first_few, together
 from .knock_outs import Sets, checked_sets, set_text
 from .knocked_gap import KnockedGap, gap_of
 
@@ -294,7 +294,7 @@ def shapley_sentence(result: xr.Dataset) -> str:
     sure = [p for p, e in found.items() if e.sign and abs(e.value) > attrs["matters"]]
     sure.sort(key=lambda p: -abs(found[p].value))
     whose = (
-        f"shares of it surely not 0: {listed([f'{p} ({found[p]:+.2f})' for p in sure], 5)}"
+        f"shares of it surely not 0: {first_few([f'{p} ({found[p]:+.2f})' for p in sure], 5)}"
         if sure
         else "no player's share of it can be told from 0"
     )
@@ -326,5 +326,5 @@ def _acting_together(result: xr.Dataset) -> str:
     order = sorted(found, key=lambda pair: -abs(found[pair].value))
     return (
         "Together they do more or less than by themselves: "
-        f"{listed([f'{pair} ({found[pair]:+.2f})' for pair in order], 5)}."
+        f"{first_few([f'{pair} ({found[pair]:+.2f})' for pair in order], 5)}."
     )

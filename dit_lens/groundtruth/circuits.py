@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .. import arguments
 from ..errors import InvalidValue
 from . import construction as build
-from .closed_forms import commitment_log_snr
+from .closed_forms import commitment_log_snr, linear_chain
 from .models import GroundTruth, plain_scheduler
 
 
@@ -218,27 +218,16 @@ def exact_agreement(
     scheduler.set_timesteps(steps)
     times = scheduler.timesteps
     abars = scheduler.alphas_cumprod.double().numpy()
-    here = abars[times.numpy()]
-    stride = scheduler.config.num_train_timesteps // steps
-    before = times.numpy() - stride
-    after = np.where(
-        before >= 0, abars[np.maximum(before, 0)], float(scheduler.final_alpha_cumprod)
-    )
+    abar = np.append(abars[times.numpy()], float(scheduler.final_alpha_cumprod))[:, None]
     c = _coefficients(truth.transformer, times)
     if len(removed):
         gone = np.zeros(steps, bool)
         gone[list(range(steps) if window is None else window)] = True
         c = np.where(gone[:, None], _coefficients(_without(truth.transformer, removed), times), c)
-    here, after = here[:, None], after[:, None]
-    noise = np.sqrt(np.maximum((1 - after) / (1 - here) * (1 - here / after), 0))
-    x0 = (1 - np.sqrt(1 - here) * c) / np.sqrt(here)
-    factor = np.sqrt(after) * x0 + np.sqrt(np.maximum(1 - after - noise**2, 0)) * c
-    variance = np.ones((steps + 1, 2))
-    for s in range(steps):
-        variance[s + 1] = factor[s] ** 2 * variance[s] + noise[s] ** 2
-    carried = np.cumprod(factor[::-1], axis=0)[::-1]  # what is left of x_t in the finished x
-    agreement = carried**2 * variance[:-1] / variance[-1]
-    return agreement, np.log(here / (1 - here))[:, 0]
+    signal, noise = np.sqrt(abar), np.sqrt(1 - abar)
+    x0 = (1 - noise[:-1] * c) / signal[:-1]
+    _, agreement = linear_chain(x0, c, signal, noise, eta=1.0)
+    return agreement[:-1], 2 * np.log(signal[:-1] / noise[:-1])[:, 0]
 
 
 def _without(transformer: build.DiT, layers: Sequence[int]) -> build.DiT:

@@ -217,15 +217,36 @@ def sampler_agreement(
         raise arguments.refusal(
             "noise", noise, f"{len(a)} numbers like the signal's, above 0 but at the end"
         )
-    variance, decays = [np.ones_like(spectrum)], []  # of a start from pure noise
-    for s in range(len(a) - 1):
-        x0 = spectrum * a[s] / (spectrum * a[s] ** 2 + n[s] ** 2)
-        eps = (1 - a[s] * x0) / n[s]
-        fresh = (eta * n[s + 1] / n[s]) ** 2 * (n[s] ** 2 - (a[s] / a[s + 1] * n[s + 1]) ** 2)
-        decays.append(a[s + 1] * x0 + np.sqrt(max(n[s + 1] ** 2 - fresh, 0.0)) * eps)
-        variance.append(decays[-1] ** 2 * variance[-1] + fresh)
+    a, n = a[:, None], n[:, None]
+    x0 = spectrum * a[:-1] / (spectrum * a[:-1] ** 2 + n[:-1] ** 2)
+    return linear_chain(x0, (1 - a[:-1] * x0) / n[:-1], a, n, eta)
+
+
+def linear_chain(
+    x0: Array, eps: Array, signal: Array, noise: Array, eta: float
+) -> tuple[Array, Array]:
+    """What `sampler_agreement` says, of any denoiser that is linear in each mode: x_t is a Gaussian
+    chain then, x' = decay x + fresh noise.
+
+    Args:
+        x0: what is predicted of x_t for the clean image, as a factor, [step, mode].
+        eps: the same for the noise, [step, mode].
+        signal: at each step and at the end, [step + 1, 1].
+        noise: the same of the noise, [step + 1, 1].
+        eta: how stochastic the sampler is, 0 to 1.
+
+    Returns:
+        The variance [mode] of the finished samples, and the agreement [step + 1, mode].
+    """
+    here, there = slice(None, -1), slice(1, None)
+    n, kept_noise = noise[here], signal[here] / signal[there] * noise[there]
+    fresh = np.maximum((eta * noise[there] / n) ** 2 * (n**2 - kept_noise**2), 0.0)
+    decay = signal[there] * x0 + np.sqrt(np.maximum(noise[there] ** 2 - fresh, 0.0)) * eps
+    variance = [np.ones_like(x0[0])]  # of a start from pure noise
+    for factor, added in zip(decay, fresh, strict=True):
+        variance.append(factor**2 * variance[-1] + added)
     # what the finished sample keeps of x_t
-    kept = np.cumprod([np.ones_like(spectrum), *decays[::-1]], 0)[::-1]
+    kept = np.cumprod([np.ones_like(x0[0]), *decay[::-1]], 0)[::-1]
     return variance[-1], kept**2 * np.array(variance) / variance[-1]
 
 

@@ -337,9 +337,9 @@ class Holding(Editor):
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         value = self.hold.value() if self.fixed is None else self.fixed
-        point.step = self.hold.now().step if self.step is None else self.step
         if value is None:
             return x
+        point.step = self.hold.now().step if self.step is None else self.step
         point.changed = True
         return self.hold.put(value, x, point)
 

@@ -38,6 +38,7 @@ class Call:
         place: which run of a pipeline this is, and which step of its loop, where that is told;
             calls with one place are branches of one step.
         grid: the token grid.
+        left_out: hook names at which nothing was computed, as a reuse plan held it.
         memo: what probes look up, cached per call: each lookup would synchronise the GPU.
     """
 
@@ -54,6 +55,7 @@ class Call:
     branch: tuple[str, ...] | None = None
     place: tuple[int, int] | None = None
     grid: tuple[int, ...] = ()
+    left_out: frozenset[str] = frozenset()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def branch_words(self, null_class: int) -> tuple[str, ...]:

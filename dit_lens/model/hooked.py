@@ -29,6 +29,7 @@ from ..hooks.points import (
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
+from .offloading import computing_device
 from .partial import StoppedAtLayer
 from .taken import Taken
 
@@ -561,8 +562,8 @@ class HookedDiT:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.transformer.parameters()).device
+        """Where the model computes: where its weights are, or where accelerate loads them to."""
+        return computing_device(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -646,14 +647,14 @@ def transformer_of(model: Any) -> Any:
     """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything
     else.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise InvalidType(
-            f"{type(model).__name__} runs copies of the model in threads or processes of its own, "
-            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
-        )
     found = getattr(model, "transformer", None if hasattr(model, "components") else model)
     if found is None and hasattr(model, "unet"):
         found = model.unet
+    if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidType(
+            f"{type(found).__name__} runs copies of the model in threads or processes of its own, "
+            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
+        )
     if not isinstance(found, nn.Module):
         raise InvalidType(
             f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected "

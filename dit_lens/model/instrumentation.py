@@ -30,11 +30,13 @@ from ..families.config import Condition
 from ..families.forwards import Forward
 from ..families.registry import describe, described_as
 from ..families.upstream import check_sources
+from ..hooks.names import layer_of
 from ..hooks.passes import Coupling, PassContext, Span
 from ..hooks.points import EVERYBODY, LOCK, Editor, Hearing, HookPoint, Listener, Observer, stop
 from .call import Call, Watcher
 from .forward_slot import find, held, places, put_back, refuse_replaced, slot
 from .kernels import Kernels
+from .offloading import looked_after
 from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
 from .pipeline_frame import PipelineFrame, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
@@ -565,13 +567,9 @@ class Instrumentation:
         Nothing where accelerate or diffusers load weights around modules' forwards: an exception
         would pass over their putting them away again, so such a pass runs to its end.
         """
-        modules = [self.transformer]
-        for module in modules:  # plain attributes: a Module's own way of asking is ten times slower
-            own = {} if module is None else vars(module)
-            if "_hf_hook" in own or "_diffusers_hook" in own:
-                return []
-            modules.extend(own.get("_modules", {}).values())
-        return [(name, Observer(stop))]
+        blocks = self.family.blocks(self.transformer)
+        passed_over = looked_after(self.transformer, blocks, layer_of(name))
+        return [] if passed_over else [(name, Observer(stop))]
 
     def unembed(self, stream: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What follows the last block, alone, with the conditioning of these arguments; hook points

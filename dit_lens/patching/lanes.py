@@ -374,6 +374,11 @@ class Lanes:
         with self.model.hooks(edits_at(run.history, step)), observed:
             output = model_output(self.model, x, step, run.labels, self.settings, self.scheduler)
         self.blocks += self.passes * len(x) * self.model.cfg.n_layers
+        if not bool(output.isfinite().all()):
+            raise InvalidValue(
+                f"The model's answer at step {step} of the {which} run is not finite; expected a "
+                "run of numbers, as with less guidance or dtype='float32'."
+            )
         off = float((output - run.outputs[step]).norm() / run.outputs[step].norm().clamp_min(1e-12))
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
             raise InvalidValue(

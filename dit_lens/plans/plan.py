@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import arguments
-from ..errors import InvalidValue, MissingFile
+from ..errors import InvalidState, InvalidValue, MissingFile
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..storage import replacing
@@ -173,7 +173,7 @@ class Plan:
             "macs": self.macs,
             "about": dict(self.about),
         }
-        with replacing(path) as part:
+        with replacing(arguments.path("path", path)) as part:
             part.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
         return Path(path)
 
@@ -234,7 +234,7 @@ class Plan:
         ...     len(path.read_text().splitlines()) <= 60
         True
         """
-        with replacing(path) as part:
+        with replacing(arguments.path("path", path)) as part:
             part.write_text(exports.script(self))
         return Path(path)
 
@@ -302,6 +302,11 @@ def identity(model: HookedDiT) -> dict[str, str]:
     config = sorted((k, str(v)) for k, v in own.items() if not k.startswith("_"))
     weights = hashlib.sha256()
     for name, value in transformer.state_dict().items():
+        if value.device.type == "meta":
+            raise InvalidState(
+                f"The weights are offloaded ({name} is on no device), so a plan's model can't be "
+                "told by them; expected a model without accelerate's cpu_offload or disk_offload."
+            )
         first = value.detach().flatten()[:8].to("cpu", torch.float32)
         weights.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
 from ..hooks.hold import STREAMS, Added, Clock, Hold, parts
-from ..hooks.names import site_of
+from ..hooks.names import layer_of, site_of
 from ..hooks.regions import Region
 from ..model.call import Call
 from ..model.forward_slot import find, put_back, slot
@@ -97,6 +97,7 @@ class _Runner(StepCounter):
         self.said = False
         self.longest = max(map(abs, plan.timesteps))
         self.holds: dict[tuple[int, str], list[Hold]] = {}
+        self.silent: dict[frozenset[tuple[int, str]], frozenset[str]] = {}
 
     # Which step it is.
 
@@ -104,6 +105,10 @@ class _Runner(StepCounter):
         self.number(call, self.last)
         self.of_plan = self._of_plan(float(call.t[0]))
         self.under_way = True
+        held = frozenset(place for place in self.plan.held if self.is_held(*place, self.step))
+        if held not in self.silent:
+            self.silent[held] = frozenset(_left_out(self.model.names, held))
+        call.left_out |= self.silent[held]
 
     def end(self, call: Call, finished: bool) -> None:  # noqa: ARG002 (a watcher is given it)
         self.under_way = False
@@ -211,6 +216,9 @@ class _Idle:
         self.own, self.held, self.now = own, held, now
         self.like: dict[tuple[Any, ...], Any] = {}  # branches may differ in the length of the text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.own,)  # a copied model is under no plan
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         clock = self.now()
         which = (clock.branch, clock.rows)
@@ -219,6 +227,21 @@ class _Idle:
         found = self.own(*args, **kwargs)
         self.like[which] = _shapes(found)
         return found
+
+
+def _left_out(names: list[str], held: Collection[tuple[int, str]]) -> Iterator[str]:
+    """The hook names at which nothing is computed where these parts of layers are held: what is
+    inside a part, and of a block of which all is held whatever is no stream and not added to one.
+    """
+    wholly = {layer for layer, _ in held if {(layer, p) for p in parts(names, layer)} <= set(held)}
+    for name in names:
+        layer, site = layer_of(name), site_of(name).removeprefix("text.")
+        own = site.removeprefix("hook_")
+        added = own != site and (own.startswith("resid_") or own.endswith("_out"))
+        if layer in wholly and not added:
+            yield name
+        elif layer is not None and (layer, site.partition(".")[0]) in held:
+            yield name
 
 
 def _shapes(answer: Any) -> Any:
@@ -248,6 +271,9 @@ class _Over:
         self.own, self.runner, self.block, self.layer = own, runner, block, layer
         self.places = places
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.own,)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self.runner
         step = runner.step
@@ -273,6 +299,10 @@ class _Over:
             # as the blocks do: some add in a wider type
             streams[stream] = (x.to(value.dtype) + value).to(x.dtype)
         return returned(streams)
+
+
+def _itself(own: Callable[..., Any]) -> Callable[..., Any]:
+    return own
 
 
 def _replace(taken: Taken, module: nn.Module, make: Callable[[Callable[..., Any]], Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ from ..hooks.names import layer_of, site_of
 from ..model.call import Call
 from ..model.hooked import HookedDiT
 from .recompute import order_of, recompute, rows_of, split, steps_of
-
-if TYPE_CHECKING:
-    from .trace import Trace
+from .record import Record
 
 AVERAGED = ("layer", "step", "head")
 Wanted = list[tuple[str, list[int]]]
@@ -33,7 +31,8 @@ Wanted = list[tuple[str, list[int]]]
 
 
 def attention_map(
-    trace: Trace,
+    record: Record,
+    traced: HookedDiT | None,
     words: str | Sequence[str] | None,
     *,
     layers: Any,
@@ -44,7 +43,7 @@ def attention_map(
     branch: str,
 ) -> xr.DataArray:
     """See `Trace.attention_map`."""
-    record, model = trace.record, _with_tokenizers(trace)
+    model = _with_tokenizers(traced)
     arguments.choice("branch", branch, ["cond", "uncond", "skip"])
     given = [over] if isinstance(over, str) else over
     averaged = [
@@ -158,18 +157,18 @@ def attention_map(
     return found.isel(word=0) if isinstance(words, str) else found
 
 
-def _with_tokenizers(trace: Trace) -> HookedDiT:
-    if trace.model is None:
+def _with_tokenizers(model: HookedDiT | None) -> HookedDiT:
+    if model is None:
         raise InvalidState(
             "This trace was loaded without its model, whose tokenizers are needed; load it with "
             "load_trace(path, model)."
         )
-    if trace.model.conditions.pipe is None:
+    if model.conditions.pipe is None:
         raise InvalidState(
             "The words of a prompt are not known without the pipeline's tokenizers; open the "
             "pipeline, dit_lens.HookedDiT(pipe), and not its transformer."
         )
-    return trace.model
+    return model
 
 
 def _patterns(model: HookedDiT, layers: Any) -> list[str]:
@@ -195,7 +194,7 @@ def _patterns(model: HookedDiT, layers: Any) -> list[str]:
     return [of_layer[layer] for layer in wanted]
 
 
-def _rows(record: Any, step: int, branch: str) -> dict[int, list[int] | None]:
+def _rows(record: Record, step: int, branch: str) -> dict[int, list[int] | None]:
     """A step's items of one branch; all of them where no guidance ran."""
     words = {w for c in record.calls_at[step] for w in record.calls[c].branch_words(-1)}
     found: dict[int, list[int] | None] = rows_of(record, step, None if words == {""} else branch)

@@ -205,6 +205,14 @@ def recompute(
     """
     if not names:
         return
+    for c in calls:
+        absent = [name for name in names if name in record.calls[c].left_out]
+        if absent:
+            raise InvalidState(
+                f"{absent[0]!r} was not computed in call {c} of the transformer: a reuse plan held "
+                "what it belongs to; expected other steps, or what is added, such as "
+                "'hook_attn_out'."
+            )
     lost = [record.lost[c] for c in calls if c in record.lost]
     if lost:
         raise InvalidState(

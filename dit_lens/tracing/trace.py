@@ -47,6 +47,7 @@ from ..model.state import State
 from ..model.steps import StepCounter
 from ..model.taken import Taken
 from . import files
+from .attention_map import attention_map
 from .dataset import to_dataset
 from .recompute import order_of, read, stacked
 from .record import Record
@@ -437,10 +438,9 @@ class Trace:
 
             t.attention_map("fox", layers=range(10, 20), steps=[5]).plot()
         """
-        from .attention_map import attention_map
-
         return attention_map(
-            self,
+            self.record,
+            self.model,
             words,
             layers=layers,
             steps=steps,
@@ -593,7 +593,8 @@ class _Recorder(StepCounter):
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
-        if self.record.wanted(self.row):
+        assert self.call is not None
+        if self.record.wanted(self.row) and point.name not in self.call.left_out:
             self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
                 point.name, value
             )
