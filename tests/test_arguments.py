@@ -21,6 +21,7 @@ from conftest import make_dit
 from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_layouts import DiT
 
 import dit_lens
 from dit_lens import arguments, experiments, families, measures, patching
@@ -132,6 +133,13 @@ def world():
 def edited(**region):
     with dit_lens.trace(MODEL) as t:
         t.edit(region.pop("name", "resid_post"), region.pop("fn", lambda a, hook: a), **region)
+
+
+ORIGINAL = DiT(d=16, heads=2).state_dict()
+
+
+def own_model(**given):
+    dit_lens.HookedDiT(make_dit(classes=4), **given)
 
 
 def hooked_with(**given):
@@ -350,6 +358,36 @@ def table():
         ),
         ("HookedDiT.hooks", hooked_with, {}, {"names": ["attn_out"], "fn": [lambda a, hook: a]}),
         ("HookedDiT.resolve", model.resolve, {}, {}),
+        (
+            "Adapter",
+            dit_lens.Adapter,
+            {},
+            {
+                "latents": [(4, 8, 8), [4, 8, 8], np.array([4, 8, 8]), torch.tensor([1, 2, 2])],
+                "labels": [*whole(3), {"y": torch.zeros(1)}],
+                "time": [None, (1.0, 0.0), [0, 1], np.array([0.0, 1.0])],
+                "output": [None, torch.neg],
+                "names": [(), ("x",), ["x"]],
+                "tokens": [slice(2, None)],
+                "grid": [None, (4, 4)],
+            },
+        ),
+        (
+            "HookedDiT own",
+            own_model,
+            {},
+            {
+                "blocks": ["transformer_blocks", ["transformer_blocks"]],
+                "parts": [None, {"attn": "attn1"}],
+                "adapter": [None],
+            },
+        ),
+        (
+            "dit_from_original",
+            families.dit_from_original,
+            {},
+            {"weights": [ORIGINAL], "heads": whole(2)},
+        ),
         (
             "HookedDiT size",
             lambda size: dit_lens.HookedDiT(model, size=size),

@@ -255,15 +255,7 @@ def show(path: Path) -> None:
         MissingFile: if there is nothing at the path, or no result in the folder.
         InvalidValue: for a file that is no result, or is damaged.
     """
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).exists()]
-    else:
-        found = [path] if path.exists() else []
-    if not found:
-        raise MissingFile(
-            f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "
-            f"`dit-lens patch` wrote, or one of {', '.join(FILES)} in it."
-        )
+    found = _files(path)
     kinds = {kind: (file, results) for file in found for kind, results in [read(file)]}
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
@@ -286,6 +278,33 @@ def show(path: Path) -> None:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
             _show_causes(kind, file)
+
+
+def results_at(path: Path) -> dict[str, xr.Dataset]:
+    """Every stored result, by the name of its file.
+
+    Args:
+        path: a folder, or one file.
+
+    Raises:
+        MissingFile: if there is none.
+        InvalidValue: for a file that is no result, or is damaged.
+    """
+    return {file.name: read(file)[1] for file in _files(path)}
+
+
+def _files(path: Path) -> list[Path]:
+    """The results in a folder, or the one file."""
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).exists()]
+    else:
+        found = [path] if path.exists() else []
+    if not found:
+        raise MissingFile(
+            f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "
+            f"`dit-lens patch` wrote, or one of {', '.join(FILES)} in it."
+        )
+    return found
 
 
 def read(path: Path) -> tuple[str, xr.Dataset]:
