@@ -47,6 +47,7 @@ from dit_lens.experiments import (
     smallest_set,
     step_doubling,
 )
+from dit_lens.hooks.stored_edits import StoredEdit, architecture, save_edits
 from dit_lens.measures import Agreement, agreement, curve, fit_commitment, half_crossing, onset
 from dit_lens.patching import (
     Patch,
@@ -107,8 +108,12 @@ def world():
     folder = tempfile.mkdtemp()
     recorded = dit_lens.record(model, ("resid_post", 1), [0, 1], f"{folder}/first", steps=3)
     file = seen.save(Path(tempfile.mkdtemp()) / "trace")
+    zero = [StoredEdit("blocks.1.hook_attn_out", (1,), "zero")]
+    about = {"architecture": architecture(model.transformer), "timesteps": run.timesteps.tolist()}
+    edits = save_edits(f"{folder}/edits.json", zero, about)
     return dict(
         folder=folder,
+        edits=edits,
         recorded=recorded,
         model=model,
         x=x,
@@ -253,8 +258,12 @@ def table():
             {},
             {
                 "from_step": whole(1),
-                "edits": [(), [("attn_out", lambda a, hook: a)]],
-                "until": [None, *whole(2)],
+                "edits": [
+                    (),
+                    [("attn_out", lambda a, hook: a)],
+                    {2: [("attn_out", lambda a, hook: a)]},
+                ],
+                "until": [None],
                 "seeds": [None, *whole(5), [1, 2]],
                 "latents": [None, w["x"]],
                 "released": [False, True],
@@ -492,6 +501,19 @@ def table():
             },
         ),
         (
+            "there_and_back",
+            experiments.there_and_back,
+            {"runs": pair},
+            {
+                "outcomes": [w["outcomes"]],
+                "releases": [*whole(3), [0, 1, 2]],
+                "seed": whole(0),
+                "progress": [None, lambda done, total: None],
+                "batch": [None, *whole(8)],
+            },
+        ),
+        ("load_edits", experiments.load_edits, {"model": model}, {"path": [w["edits"]]}),
+        (
             "Curves.commitment",
             w["curves"].commitment,
             {},
@@ -655,6 +677,43 @@ def table():
                     "projections": whole(1),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
+                },
+            ),
+            (
+                "diagnose",
+                experiments.diagnose,
+                {
+                    "model": model,
+                    "run": run.select([0]),
+                    "fault": lambda x: x.flatten(1).mean(1) * 0 + 1,
+                },
+                {
+                    "good": [None],
+                    "at": [0.5, np.float32(0.5)],
+                    "others": whole(4),
+                    "clones": whole(2),
+                    "releases": whole(2),
+                    "pairs": whole(2),
+                    "batch": whole(8),
+                    "progress": [None, lambda images: None],
+                    "seed": whole(0),
+                },
+            ),
+            (
+                "diagnose_all",
+                experiments.diagnose_all,
+                {"model": model, "faults": {"ink": ink}},
+                {
+                    "samples": whole(2),
+                    "steps": whole(4),
+                    "guidance": [1],
+                    "scheduler": ["ddim", None],
+                    "eta": [1, *HALF],
+                    "most": whole(1),
+                    "at": [0.5, np.float32(0.5)],
+                    "batch": whole(8),
+                    "progress": [None, lambda done, total: None],
+                    "seed": whole(0),
                 },
             ),
             (
@@ -1057,8 +1116,8 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """attributes cause_map couple_alone cumulative interchange knock_outs
-measure_gap random_planted reuse_plan shapley smallest_set step_doubling to_nnsight
+ONLY_IN_THE_ATTACK = """attributes cause_map couple_alone cumulative diagnose diagnose_all
+interchange knock_outs measure_gap random_planted reuse_plan shapley smallest_set step_doubling to_nnsight
 to_transformer_lens""".split()
 
 
