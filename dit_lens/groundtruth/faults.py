@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..measures.bands import Bands
 
 Part = Literal["mlp", "attn", "decoy"]
 
@@ -138,11 +137,13 @@ def tilted(noise: Tensor, strength: float = 1.0, cut: float = 0.13, seed: int = 
     arguments.tensor("noise", noise, (None, None, None, None), finite=True)
     strength = arguments.number("strength", strength, above=0)
     seed = arguments.seed("seed", seed)
-    bands = Bands.radial((noise.shape[-2], noise.shape[-1]), cut=cut)
+    cut = arguments.number("cut", cut, above=0)
+    rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in noise.shape[-2:])
+    low = (rows[:, None].square() + columns.square()).sqrt() <= cut
     draw = torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(seed))
-    way = bands.project(draw[None].to(noise), 0)
-    modes = bands.sizes[0] * noise.shape[1]
-    return noise + strength * way * math.sqrt(modes / float(way.square().sum()))
+    way = torch.fft.ifft2(torch.fft.fft2(draw.double()) * low).real
+    modes = int(low.sum()) * noise.shape[1]
+    return noise + strength * (way * math.sqrt(modes / float(way.square().sum()))).to(noise)
 
 
 def _bare_copy(transformer: Any) -> Any:

@@ -42,6 +42,9 @@ class Diagnosis:
         tried: every repair that was tried, the best first.
         result: the figures, an `xr.Dataset`.
         images: by name, [n, c, h, w]: "bad", "good", "repaired".
+
+        found = dit_lens.experiments.diagnose(model, run, "read as another digit")
+        print(found.sentence, found.layers, found.steps)
     """
 
     kind: str

@@ -48,12 +48,16 @@ class Repair:
         score: of the repaired image.
         works: whether the fault is gone.
         collateral: how far what is not the fault was moved, 1 being two samples' distance.
-        moved: how far the image as a whole was.
+        moved: how far the image as a whole was moved.
         cured: of other seeds that had the fault, the share that it is gone from; None where there
             were none, or the fault is one image's own.
         harmed: of other seeds that did not have it, the share that it came to.
         values: how many numbers are put in.
         image: repaired, [c, h, w].
+        about: what is saved with the edits.
+
+        found = dit_lens.experiments.diagnose(model, run, fault)
+        found.repair.save("repair.json")
     """
 
     name: str
