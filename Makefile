@@ -5,6 +5,8 @@
 #   make quick    the same without the slow tests, under 90 seconds: for every day
 #   make bench    what hook points cost, and exact sweeps against loops of full runs
 #   make attack   attempts to break it, twenty minutes or more; docs/reliability.md says what must hold
+#   make docs     the site, in site/, with warnings as errors
+#   make notebooks   docs/notebooks/*.ipynb from their scripts, with what they show
 #   make checks   the long checks against exact answers, half an hour; their table goes to docs/checks.md
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 IN := .venv/bin/python -m
 LINT = $(IN) ruff check && $(IN) ruff format --check && $(IN) mypy
 
-.PHONY: demo test quick bench attack checks
+.PHONY: demo test quick bench attack docs notebooks checks
 demo: .venv/core.stamp
 	.venv/bin/dit-lens gap --out gap-digits
 
@@ -36,6 +38,12 @@ attack: .venv/dev.stamp
 	DIT_LENS_ATTACK=1 DIT_LENS_ATTACK_FUZZ=300 DIT_LENS_ATTACK_RACES=500 DIT_LENS_ATTACK_LINES=250 DIT_LENS_ATTACK_INTERRUPTS=1200 DIT_LENS_ATTACK_KILLS=24 \
 		$(IN) pytest -s -W ignore tests/test_attack_*.py tests/test_pieces.py tests/test_storage.py tests/test_arguments.py
 
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(IN) mkdocs build --quiet
+
+notebooks: .venv/docs.stamp
+	$(IN) jupytext --quiet --set-kernel python3 --to ipynb --execute docs/notebooks/*.py
+
 checks: .venv/dev.stamp
 	.venv/bin/python tests/checks.py
 
@@ -54,4 +62,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .venv/dev.stamp: .venv/core.stamp
 	$(IN) pip install -c constraints.txt -e '.[dev,all]'
+	touch $@
+
+.venv/docs.stamp: .venv/core.stamp
+	$(IN) pip install -c constraints.txt -e '.[docs]'
 	touch $@

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -25,9 +26,7 @@ from dit_lens.families import family_named, small_inputs
 from dit_lens.families.registry import OURS as FAMILIES
 from dit_lens.hooks.points import LOCK
 from dit_lens.model.instrumentation import OPENING, Instrumentation
-
-# What is thrown while something is given back because nobody holds it, Python only prints.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+from dit_lens.plans.plan import Plan, identity
 
 INTERRUPTS = int(os.environ.get("DIT_LENS_ATTACK_INTERRUPTS", "60"))
 LINES = int(os.environ.get("DIT_LENS_ATTACK_LINES", "12"))  # of each action; 0 is all of them
@@ -110,6 +109,43 @@ def twins(dit):
     dit_lens.twins(model, pairs=1, steps=2, release=1, tie="attention", g=0.5)
 
 
+def holds(dit):
+    with dit_lens.trace(dit) as t:
+        t.hold(["blocks.0.attn", "blocks.1"], steps=1)
+        for _ in range(2):
+            raw(dit, *INPUTS)
+    assert t["resid_post", 2].shape[0] == 2
+
+
+def reuses(dit):
+    model = HookedDiT(dit)
+    times, cells = (900.0, 700.0), frozenset({(0, "attn", 1), (1, "attn", 1), (1, "mlp", 1)})
+    of_layer = (("attn", "mlp"),) * 3
+    with dit_lens.reuse(model, Plan(identity(model), times, of_layer, cells, 0.9)):
+        for t in times:
+            raw(dit, INPUTS[0], torch.tensor([t, t]), INPUTS[2])
+
+
+def goes_in_parts(dit):
+    model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
+    run = dit_lens.sample(model, [3, 5], steps=1, guidance=2.0, batch=2)
+    assert run.activations("resid_post", 0, step=0).shape == (4, 16, 16)
+
+
+def records(dit):
+    with tempfile.TemporaryDirectory() as folder:
+        model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
+        dit_lens.record(model, ("resid_post", 0), [3], folder, steps=1)
+
+
+@pytest.fixture(autouse=True)
+def unraisable(monkeypatch):
+    """What is thrown while something is given back because nobody holds it, Python only prints.
+    pytest would keep its frames, and with them the model that is under test.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: None)
+
+
 @pytest.fixture(autouse=True)
 def unlocked():
     """An exception thrown by a trace function at the line that leaves `with lock` leaves it locked,
@@ -123,6 +159,7 @@ def unlocked():
 
 ACTIONS = [
     traces, reads, opens, opens_with, hooks, adds, caches, stops, starts, unembeds, samples, twins,
+    holds, reuses, goes_in_parts, records,
 ]  # fmt: skip
 
 
@@ -213,7 +250,7 @@ def test_an_exception_at_any_line_leaves_nothing(act):
     assert t["hook_sample"].shape[0] == 1 and left(dit, want) == []
 
 
-@pytest.mark.parametrize("act", [traces, hooks, stops, samples], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("act", [traces, hooks, stops, samples, reuses], ids=lambda f: f.__name__)
 def test_on_a_model_that_stays_open_the_hook_points_stay_and_nothing_else(act):
     model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
     dit, inst = model.transformer, model.instrumentation
@@ -239,9 +276,7 @@ def test_on_a_model_that_stays_open_the_hook_points_stay_and_nothing_else(act):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
-def test_interrupts_at_random_moments_leave_nothing(monkeypatch):
-    # pytest would keep the frames of an interrupt inside a finalizer, and with them the model
-    monkeypatch.setattr(sys, "unraisablehook", lambda args: None)
+def test_interrupts_at_random_moments_leave_nothing():
     dit, rng, hits = make_dit(), random.Random(0), 0
     with torch.no_grad():
         want = raw(dit, *INPUTS)

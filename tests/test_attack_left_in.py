@@ -55,6 +55,30 @@ def test_a_hooked_model_is_copied_and_pickled_with_its_hook_points(dit, inputs, 
     assert torch.equal(run.latents, dit_lens.sample(model, [3], steps=2).latents)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_under_a_plan_is_under_none(dit, inputs, copied):
+    model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
+    run = dit_lens.sample(model, [3], steps=3)
+    held = [(0, "attn", 1), (1, "attn", 2), (1, "mlp", 2)]
+    with dit_lens.reuse(model, dit_lens.experiments.Plan.of(model, run.timesteps, held)):
+        assert not torch.equal(dit_lens.sample(model, [3], steps=3).latents, run.latents)
+        twins = copied(model), HookedDiT(copied(dit), scheduler=model.scheduler)
+    for twin in twins:
+        assert torch.equal(dit_lens.sample(twin, [3], steps=3).latents, run.latents)
+
+
+def test_a_copy_made_inside_a_part_of_a_pass_runs_all_of_it(dit, inputs):
+    model, copies = HookedDiT(dit), []
+    want = raw(dit, *inputs)
+
+    def fn(a, hook):
+        copies.append(copy.deepcopy(dit))
+
+    model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", fn)], stop_at_layer=2)
+    with model.instrumentation.part((None, 1)):
+        assert torch.equal(raw(copies[0], *inputs), want)
+
+
 def test_a_whole_pipeline_is_copied(inputs):
     pipe = make_pipe()
     want = images(pipe)

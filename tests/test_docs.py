@@ -2,9 +2,11 @@
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,24 +51,60 @@ def test_the_readme_runs(capsys):
     )
 
 
-@pytest.mark.slow
-def test_the_code_in_causes_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "causes.md").read_text(), re.S)
-    exec(compile(code, "docs/causes.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("Against 4 exact patches of 2 steps: low r = ")
+# Pages whose code other tests run, with the packages that it needs.
+BRIDGES = {"nnsight.md", "transformer-lens-bridge.md"}
+SHOWN = {
+    "causes.md": "Against 4 exact patches of 2 steps: low r = ",
+    "map.md": "torch.Size([6, 2, 64, 64])\n",
+    "families.md": "torch.Size([4, 16, 16])\n",
+    "own-models.md": "torch.Size([1, 2, 64, 32])\ntorch.Size([7, 2, 1, 16, 16])\n",
+    "attention.md": "('batch', 'row', 'column') (1, 4, 4)\n",
+}
+"""What the code of a page prints, first or last."""
+
+
+def code_in(page):
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
 
 
 @pytest.mark.slow
-def test_the_code_in_map_runs(capsys):
-    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "map.md").read_text(), re.S))
-    exec(compile(code, "docs/map.md", "exec"), {})
-    assert capsys.readouterr().out == "torch.Size([6, 2, 64, 64])\n"
+@pytest.mark.parametrize(
+    "page",
+    [p.name for p in sorted(ROOT.glob("docs/*.md")) if p.name not in BRIDGES and code_in(p)],
+)
+def test_the_code_on_a_page_runs(page, capsys, tmp_path, monkeypatch):
+    """All blocks of a page, one after the other, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.py").write_text(code_in(ROOT / "docs" / page))
+    runpy.run_path(str(tmp_path / "page.py"))  # from a file: what opens a model reads its source
+    out = capsys.readouterr().out
+    assert out.startswith(SHOWN.get(page, "")) or out.endswith(SHOWN[page])
 
 
-def test_the_code_in_families_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.S)
-    exec(compile(code, "docs/families.md", "exec"), {})
-    assert capsys.readouterr().out.endswith("torch.Size([4, 16, 16])\n")
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.py"))
+
+
+def test_notebooks_are_their_scripts():
+    """Cell by cell, executed to the end."""
+    for script in NOTEBOOKS:
+        cells = re.split(r"^# %%(?: \[markdown\])?\n", script.read_text(), flags=re.M)[1:]
+        notebook = json.loads(script.with_suffix(".ipynb").read_text())["cells"]
+        assert len(cells) == len(notebook), script.name
+        for text, cell in zip(cells, notebook, strict=True):
+            if cell["cell_type"] == "markdown":
+                text = re.sub(r"^# ?", "", text, flags=re.M)
+            assert "".join(cell["source"]).strip() == text.strip(), script.name
+        code = [cell for cell in notebook if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], script.name
+        assert any("image/png" in out.get("data", {}) for c in code for out in c["outputs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [s.stem for s in NOTEBOOKS])
+def test_the_notebook_runs(script, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    path = ROOT / "docs" / "notebooks" / f"{script}.py"
+    subprocess.run([sys.executable, path], env=env, cwd=tmp_path, check=True, capture_output=True)
 
 
 @pytest.mark.slow

@@ -610,3 +610,16 @@ def test_the_probe(model):
         result.window.values
     ) == ["2-3", "4-5"]
     assert result.move.notnull().all() and result.attrs["release"] == 2 and probe.result() is result
+
+
+def test_a_run_that_is_not_finite_is_said_to_be(pair):
+    model = pair.a.model
+    bias = model.transformer.proj_out_2.bias
+    before = bias.data.clone()
+    try:
+        bias.data.fill_(float("nan"))
+        run = dit_lens.sample(model, [3], steps=3)
+        with pytest.raises(ValueError, match="answer at step 1 of the source run is not finite"):
+            sweep(run, run, [Patch("attn_out", 1, range(1, 2))])
+    finally:
+        bias.data.copy_(before)

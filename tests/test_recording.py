@@ -2,6 +2,7 @@
 dataset gives each of them once; what is wrong is said.
 """
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -480,3 +481,18 @@ def test_the_example_trains_and_splices_in(tmp_path):
     (explained,) = re.findall(r"unseen images: ([\d.]+)% of the variance", shown)
     own, mean = map(float, re.findall(r"moves the images by ([\d.]+)%", shown))
     assert float(explained) > 85 and own < 10 < mean
+
+
+def test_nothing_is_recorded_under_edits_which_the_files_would_not_name(tmp_path):
+    model, out = dit_lens.load("digits"), tmp_path / "out"
+    run = dit_lens.sample(model, [3], steps=2)
+    plan = dit_lens.experiments.Plan.of(model, run.timesteps, [(5, "attn", 1)])
+    edit = ("blocks.5.hook_attn_out", lambda a, hook: 0 * a)
+    with dit_lens.trace(model) as edited:
+        edited.edit(*edit, steps=1)
+        for block in (model.hooks([edit]), dit_lens.reuse(model, plan), contextlib.nullcontext()):
+            with block, pytest.raises(InvalidState, match="is on at 'blocks.5.hook_attn_out', of"):
+                dit_lens.record(model, ("resid_post", 5), [3], out, steps=2)
+    assert not out.exists()
+    with dit_lens.trace(model, names="hook_embed"):
+        assert len(dit_lens.record(model, ("resid_post", 5), [3], out, steps=2)) == 128

@@ -61,6 +61,20 @@ def test_each_is_run_to_its_end_or_refused(name, kind):
     assert torch.allclose(alone.latents[:, 0], run.latents[:, 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM"])
+def test_x0_is_what_a_scheduler_that_clips_makes_of_it(name):
+    cls = getattr(diffusers, f"{name}Scheduler")
+    own = diffusers.DDIMScheduler(1000, clip_sample=False)
+    scheduler = cls(1000, clip_sample=True, clip_sample_range=0.5)
+    run = dit_lens.sample(model_with(own), [3, 7], steps=6, scheduler=scheduler)
+    fresh = run.fresh_scheduler()
+    for step, t in enumerate(run.timesteps):
+        made = fresh.step(run.outputs[step], t, run.latents[step])
+        x0 = made.denoised if name == "LCM" else made.pred_original_sample
+        assert torch.allclose(run.x0[step], x0, atol=1e-3), step
+    assert run.x0.abs().max() == 0.5
+
+
 def test_samplers_that_call_the_model_more_often_are_refused():
     model = model_with(diffusers.DDIMScheduler(1000))
     with pytest.raises(ValueError, match="PNDMScheduler calls the model 15 times in 6 steps"):
@@ -88,6 +102,11 @@ def test_noise_that_a_pipelines_own_scheduler_would_draw_is_the_runs():
         (diffusers.DDIMInverseScheduler(1000), "log SNR should rise"),
         (diffusers.CogVideoXDPMScheduler(1000), "step also wants 'timestep_back'"),
         (diffusers.IPNDMScheduler(1000), "noise levels of IPNDMScheduler are not known"),
+        (diffusers.DDIMScheduler(1000, thresholding=True), "has thresholding=True, for pixels"),
+        (
+            diffusers.DDPMScheduler(1000, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+            "has a step without any signal",
+        ),
     ],
 )
 def test_objects_are_refused_by_what_they_do(scheduler, text):

@@ -42,6 +42,7 @@ from dit_lens.storage import (
     replacing,
     save_dataset,
     save_tensors,
+    try_file,
     try_folder,
     versions,
 )
@@ -143,12 +144,43 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
         try_folder(tmp_path / "file")
 
 
-@pytest.mark.parametrize("command", [["gap"], ["patch"], ["probe", "SpectralSplit"]])
-def test_the_output_folder_is_tried_first(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("too late"))
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+def test_what_is_no_file_is_left_alone(tmp_path):
+    """A device, which a file would replace, such as /dev/null."""
+    os.mkfifo(tmp_path / "device")
+    for path, why in [("device", "it is no file"), (".", "a folder is there"), ("a\0b", "null")]:
+        for act in (try_file, lambda path: replacing(path).__enter__()):
+            with pytest.raises(UnwritableFile, match=rf"can't be written \(.*{why}"):
+                act(tmp_path / path)
+    assert not (tmp_path / "device").is_file()
+    with pytest.raises(UnwritableFile, match="too long"):
+        try_file(tmp_path / ("x" * 300))
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "file")
+    with replacing(tmp_path / "link") as part:
+        part.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "other" / "file").read_text() == "new"
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_lock_on_a_full_disk_is_one_sentence(tmp_path):
+    (tmp_path / "x.lock").symlink_to("/dev/full")
+    with pytest.raises(UnwritableFile, match="x.lock' can't be written"), locked(tmp_path / "x"):
+        pass
+
+
+@pytest.mark.parametrize("place", ["file/out", "a\0b"])
+@pytest.mark.parametrize("command", ["gap", "patch", "map", "record", "probe", "plan"])
+def test_the_output_folder_is_tried_first(command, place, tmp_path, monkeypatch, capsys):
+    for late in ("load", "load_skeleton"):
+        monkeypatch.setattr(loading, late, lambda *a, **k: pytest.fail("too late"))
     (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / "out"
-    assert main([*command, "--out", str(out if command[0] != "probe" else out / "x.nc")]) == 2
+    more = {"probe": ["SpectralSplit"], "record": ["digits", "resid_post"]}.get(command, [])
+    assert main([command, *more, "--out", str(tmp_path / place)]) == 2
     assert capsys.readouterr().err.count("can't be written") == 1
 
 

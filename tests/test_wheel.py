@@ -1,9 +1,11 @@
 """The wheel, as somebody gets it who has no checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["dit_lens", "probes", "pyproject.toml", "README.md", "LICENSE"]
+FOLDERS = [".ci", "dit_lens", "docs", "examples", "probes", "tests"]
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +32,34 @@ def site(tmp_path_factory):
     (wheel,) = site.glob("dit_lens-*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     return site
+
+
+def test_the_source_distribution_is_the_repository(tmp_path):
+    """So that its tests, docs and examples run from it."""
+    source = tmp_path / "source"
+    kept = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=kept)
+    for file in ROOT.iterdir():
+        if file.is_file() and file.name != ".gitignore":
+            shutil.copy(file, source)
+    code = "from setuptools import build_meta; build_meta.build_sdist('../made')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (made,) = (tmp_path / "made").glob("dit_lens-*.tar.gz")
+    with tarfile.open(made) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()}
+    assert {name for name in wanted if "egg-info" not in name} <= packed
+
+
+def test_one_version_everywhere():
+    files = {
+        "pyproject.toml": r'^version = "(.*)"',
+        "dit_lens/__init__.py": r'^__version__ = "(.*)"',
+        "CITATION.cff": r"^version: (.*)",
+    }
+    found = {f: re.search(find, (ROOT / f).read_text(), re.M)[1] for f, find in files.items()}
+    assert len(set(found.values())) == 1, found
 
 
 def run(site, folder, *arguments):

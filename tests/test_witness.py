@@ -403,6 +403,40 @@ def test_weights_that_are_loaded_for_a_forward_are_put_away_again(dit, inputs):
     assert torch.equal(again["final.hook_shift"], trace["final.hook_shift"])
 
 
+def test_a_model_whose_weights_are_loaded_for_a_forward_is_sampled():
+    from accelerate import cpu_offload
+
+    def run_of(dit):
+        return dit_lens.sample(HookedDiT(dit, scheduler=DDIMScheduler(1000)), [3], steps=3)
+
+    want, dit = run_of(make_dit()), make_dit()
+    cpu_offload(dit, execution_device=torch.device("cpu"))
+    run = run_of(dit)
+    assert run.model.device.type == "cpu" and torch.equal(run.latents, want.latents)
+    assert torch.equal(run.replay(1).latents, want.latents)
+    assert torch.equal(read(1, run), read(1, want))
+    with pytest.raises(RuntimeError, match="The weights are offloaded"):
+        dit_lens.experiments.Plan.of(run.model, run.timesteps, [])
+    assert {p.device.type for p in dit.parameters()} == {"meta"}
+
+
+def test_a_pass_is_not_ended_early_under_who_looks_after_its_modules(model):
+    """Whatever is on the way out of the layer counts; what lies deeper in others does not."""
+    blocks, ends = model.transformer.transformer_blocks, model.instrumentation.stopping
+    name = "blocks.1.hook_resid_post"
+    for module, passed_over in [
+        (model.transformer, True),
+        (model.transformer.pos_embed, True),
+        (blocks[0], True),
+        (blocks[1].ff.net[0], True),
+        (blocks[2].ff.net[0], False),
+    ]:
+        module._hf_hook = object()
+        assert (ends(name) == []) == passed_over and ends("final.hook_in") == []
+        del module._hf_hook
+    assert len(ends(name)) == len(ends("final.hook_in")) == 1
+
+
 def test_select_reads_some_items_of_a_run():
     model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
     run = dit_lens.sample(model, [3, 4, 5], steps=2, guidance=2.0)
@@ -432,3 +466,32 @@ def test_masks_and_arrays_that_change_later_are_not_meant(model, inputs):
 def test_data_parallel_is_refused_with_the_way_out(dit):
     with pytest.raises(TypeError, match=r"DataParallel runs copies .* HookedDiT\(model.module\)"):
         HookedDiT(torch.nn.DataParallel(dit))
+    pipe = types.SimpleNamespace(transformer=torch.nn.DataParallel(dit), components={})
+    with pytest.raises(TypeError, match=r"DataParallel runs copies .* HookedDiT\(model.module\)"):
+        dit_lens.trace(pipe)
+
+
+def test_steps_are_right_or_absent_for_whoever_asks(model, inputs):
+    """Hooks older than a trace's edit come before it, and its step is not known to them yet."""
+    older, younger, own, name = [], [], [], "blocks.1.hook_attn_out"
+    model.add_hook(name, lambda a, hook: older.append(hook.step))
+    with dit_lens.trace(model) as t:
+        t.edit(name, lambda a, hook: own.append(hook.step), steps=[0, 2])
+        model.add_hook(name, lambda a, hook: younger.append(hook.step))
+        dit_lens.sample(model, [3], steps=4)
+    assert older == [None] * 4 and own == [0, 2] and younger == [0, None, 2, None]
+    model.reset_hooks()
+
+
+def test_a_gradients_step_is_that_of_its_forward(model, inputs):
+    x, t, y = inputs
+    seen, name = [], "blocks.1.hook_attn_out"
+    outs, x = [], x.clone().requires_grad_()
+    with dit_lens.trace(model) as trace:
+        trace.edit(name, lambda a, hook: None)
+        with model.hooks(bwd_hooks=[(name, lambda grad, hook: seen.append(hook.step))]):
+            for _ in range(3):
+                outs.append(model.transformer(x, t, class_labels=y, return_dict=False)[0])
+            for out in outs:
+                out.sum().backward()
+    assert seen == [0, 1, 2]

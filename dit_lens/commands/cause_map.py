@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_seed,
@@ -18,6 +19,7 @@ from .common import (
     open_model,
     progress_bar,
     seed,
+    stored,
 )
 from .keeping import add_store, keeping
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Measure the map, store it and show it."""
     from ..experiments import cause_map
     from ..pieces import helping
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         if helping():
-            return
-        stored = report.store(result, out)
-    report.show(result, stored)
+            return Answer(None)
+        kept = report.store(result, out)
+    report.show(result, kept)
+    return stored(out)

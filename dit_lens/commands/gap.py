@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidValue, MissingFile
 from . import attributes, cost, patch
 from .common import (
+    Answer,
     add_device,
     add_labels,
     add_model,
@@ -23,6 +24,7 @@ from .common import (
     open_model,
     progress_bar,
     sizes,
+    stored,
     strength,
 )
 from .keeping import add_store, keeping
@@ -107,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments.attributes import attribute_names
     from ..experiments.cost import gap_cost
@@ -139,10 +141,11 @@ def run(args: argparse.Namespace) -> None:
         more += ["bands"] * (args.bands == "eigen")
         if more:
             print(f"not counted: {', '.join(f'--{name}' for name in more)}")
-        return
+        return Answer(vars(planned))
 
     with keeping(args, model, batch, out):
         _measure(args, model, batch, out, images, of_images, read, labels)
+    return stored(out)
 
 
 def _measure(

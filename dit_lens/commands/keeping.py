@@ -18,18 +18,9 @@ from .common import count
 if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
 
-ASIDE = {
-    "store",
-    "engine",
-    "workers",
-    "address",
-    "out",
-    "device",
-    "dry_run",
-    "batch",
-    "argv",
-    "again",
-}
+ASIDE = set(
+    "store engine workers address out device dry_run batch argv again parse json quiet kept".split()
+)
 """Options that the result does not depend on, or that are known better once the model is open."""
 
 
@@ -114,6 +105,7 @@ def keeping(
             yield
             return
         store = out / ".pieces" / digest(dict(about))
+    args.kept = store
     job = {"argv": args.argv, "cwd": os.getcwd(), "batch": batch}
     given = {"argv": args.argv, "model": model, "batch": batch}
     with working(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import DitLensError
@@ -13,7 +15,9 @@ from . import (
     cause_map,
     check,
     check_family,
+    compare,
     cost,
+    diagnose,
     gap,
     hooks,
     patch,
@@ -23,7 +27,8 @@ from . import (
     report,
     work,
 )
-from .common import GIVEN
+from .common import GIVEN, Answer, as_json
+from .parser import parser
 
 COMMANDS = {
     "hooks": hooks,
@@ -31,6 +36,8 @@ COMMANDS = {
     "patch": patch,
     "map": cause_map,
     "plan": plan,
+    "compare": compare,
+    "diagnose": diagnose,
     "probe": probe,
     "record": record,
     "work": work,
@@ -41,13 +48,16 @@ COMMANDS = {
 }
 """The subcommands by name; the first line of a file's docstring is the subcommand's help."""
 
+CUT_OFF = "the output was closed before all of it was written"
+"""What is said where nobody reads the output any more, as behind `| head -1`."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     A mistake of the user's (`DitLensError`, `OSError`, a bad argument) is one line on stderr and
-    exit code 2. Any other exception is a bug and is not caught: its traceback is what the report
-    of the bug needs.
+    exit code 2; so is an output that can't be written. Any other exception is a bug and is not
+    caught: its traceback is what the report of the bug needs.
 
     Args:
         argv: the arguments without the program's name; by default those of the process.
@@ -58,46 +68,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["hooks", "nowhere"])
     2
     """
-    parser = made_parser()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    args.argv, args.again, args.parse = argv, repeat, parser.parse_args
+    args = argparse.Namespace()
     try:
-        code = int(args.run(args) or 0)
-        sys.stdout.flush()
-        return code
+        if sys.stdout is None:  # before minutes are spent
+            return _ended("the output is closed; expected a terminal, a pipe or a file")
+        argv = sys.argv[1:] if argv is None else argv
+        _parse(argv, args)
+        args.argv, args.again, args.parse = list(argv), repeat, parsed
+        return _run(args)
     except BrokenPipeError:
-        return _cut_off()
-    except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich makes one of the other
-            return _cut_off()
-        # a probe of the user's ended the program: whatever its code, nothing was done
-        print(f"dit-lens: the program was ended by SystemExit({error.code!r})", file=sys.stderr)
-        return 2
+        return _ended(CUT_OFF)
     except (DitLensError, OSError) as error:
-        print(f"dit-lens: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _ended(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("dit-lens: interrupted", file=sys.stderr)
-        return 130
+        kept: Path | None = getattr(args, "kept", None)
+        there = kept is not None and kept.exists()
+        rest = f"; {kept} is kept, and the same command goes on with it"
+        return _ended(f"interrupted{rest if there else ''}", 130)
 
 
-def made_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
-        prog="dit-lens",
-        description="Open up Diffusion Transformers: hook points, twins, and which layer creates "
-        "the synchronization gap.",
-        epilog="Exit codes: 0 done, 1 a check failed, 2 a mistake (one line on stderr says which), "
-        "130 interrupted.",
-    )
-    subcommands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        about = (command.__doc__ or "").partition("\n")[0]
-        subparser = subcommands.add_parser(name, help=about, description=about)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    return parser
+def _parse(argv: Sequence[str] | None, args: argparse.Namespace) -> None:
+    """Read the command line into `args`; SystemExit after `--help`, or for arguments that are
+    none.
+    """
+    whole, subcommands = parser(COMMANDS)
+    try:
+        _, more = whole.parse_known_args(argv, args)
+        if more:
+            subcommands[args.command].error(f"unrecognized arguments: {' '.join(more)}")
+    finally:
+        sys.stdout.flush()  # what `--help` prints
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command.
+
+    Args:
+        argv: without the program's name.
+    """
+    args = argparse.Namespace()
+    _parse(argv, args)
+    args.argv, args.again = list(argv), repeat
+    return args
 
 
 def repeat(argv: Sequence[str], model: Any, batch: int | None) -> None:
@@ -108,18 +120,50 @@ def repeat(argv: Sequence[str], model: Any, batch: int | None) -> None:
         model: its model.
         batch: images at once.
     """
-    args = made_parser().parse_args(argv)
-    args.argv, args.again = argv, repeat
-    token = GIVEN.set((model, batch))
+    args, token = parsed(argv), GIVEN.set((model, batch))
     try:
         args.run(args)
     finally:
         GIVEN.reset(token)
 
 
-def _cut_off() -> int:
-    """What is left to do when nobody reads the output any more, as behind `| head -1`."""
-    # what is still in the buffer has nowhere to go, and Python would say so once more at its exit
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print("dit-lens: the output was closed before all of it was written", file=sys.stderr)
-    return 2
+def _run(args: argparse.Namespace) -> int:
+    """Run the subcommand that was asked for."""
+    try:
+        code = _answered(args)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich makes one of the other
+            return _ended(CUT_OFF)
+        # a probe of the user's ended the program: whatever its code, nothing was done
+        return _ended(f"the program was ended by SystemExit({error.code!r})")
+    sys.stdout.flush()
+    return code
+
+
+def _answered(args: argparse.Namespace) -> int:
+    """Run the subcommand, with what it prints where it was asked for."""
+    with contextlib.ExitStack() as stack:
+        if args.quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        elif args.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        found = args.run(args)
+    if not isinstance(found, Answer):
+        found = Answer(None, int(found or 0))
+    if args.json:
+        print(as_json(found.data() if callable(found.data) else found.data))
+    return found.code
+
+
+def _ended(why: str, code: int = 2) -> int:
+    """Say in one line why nothing more is done; gives the exit code."""
+    with contextlib.suppress(OSError):
+        print(f"dit-lens: {why}", file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # what is still in the buffer has nowhere to go, and Python would say so at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cost
 from .common import (
+    Answer,
     add_device,
     add_labels,
     add_model,
@@ -23,6 +24,7 @@ from .common import (
     open_model,
     progress_bar,
     sizes,
+    stored,
 )
 from .keeping import add_store, keeping
 
@@ -37,6 +39,7 @@ PATCHED_PAIRS, PATCH_WINDOWS = 10, 4
 EXCHANGED_LAYERS = 7
 """Bands are exchanged in at most so many layers, evenly spaced."""
 DOSES = (0.25, 0.5, 1.0)
+"""The file of the patches that were run, from which an interrupted sweep goes on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Knock out every layer, and patch every layer of twin A into twin B."""
     from ..experiments.cost import patch_cost
     from ..storage import file_name, try_folder
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         more = [n for n in ("sets", "shapley", "windows", "interchange") if getattr(args, n)]
         if more:
             print(f"not counted: {', '.join(f'--{name}' for name in more)}")
-        return
+        return Answer(vars(planned))
     with keeping(args, model, batch, out):
         find_causes(
             model,
@@ -136,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
             batch=batch,
             labels=labels,
         )
+    return stored(out)
 
 
 def find_causes(
@@ -211,7 +215,7 @@ def find_causes(
     assert engine is not None
     if not helping():
         found = report.side_by_side(results)
-        stored = report.store_knock_outs(found, out)
+        kept = report.store_knock_outs(found, out)
     with _bar("patches") as progress:
         patched = twin_patches(
             model,
@@ -226,7 +230,7 @@ def find_causes(
             progress=progress,
         )
     if patched is not None:
-        report.show(found, patched, (stored, report.store_patches(patched, out)), onsets)
+        report.show(found, patched, (kept, report.store_patches(patched, out)), onsets)
 
     def write(name: str, result: Any) -> None:
         if not helping():

@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> None:
         )
     os.chdir(job["cwd"])
     command = args.parse(job["argv"])
-    command.argv, command.again = job["argv"], None
     command.device = args.device or command.device
     try:
         model = open_model(command)

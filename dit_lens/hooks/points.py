@@ -85,8 +85,8 @@ class HookPoint:
     Attributes:
         name: the full hook name.
         ctx: a dict for the user's hook functions to keep things in.
-        step: within a trace, the denoising step of the call under way (0 the noisiest); otherwise
-            None.
+        step: for an edit of a trace, and for hooks that were set after it, the denoising step of
+            the call under way (0 the noisiest); otherwise None.
         changed: whether an editor has replaced the value in the latest call.
         attached: all listeners, whoever's passes they listen to.
         hearing: says which of them are heard in this thread and task; None is all.
@@ -107,7 +107,7 @@ class HookPoint:
             return x
         listeners = self.listeners
         if listeners:
-            self.changed = False
+            self.changed, self.step = False, None  # of another call
         for listener in listeners:
             x = listener(x, self)
         return x
@@ -201,9 +201,10 @@ class Editor(Listener):
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         if self.now is not None:
-            active, point.step = self.now()
+            active, step = self.now()
             if not active:
                 return x
+            point.step = step
         copy = x.clone()
         before = version(copy)
         new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
@@ -247,7 +248,10 @@ class BackwardEditor(Listener):
                 "gradients are off, or neither the weights before it nor the input require them."
             )
 
+        step = point.step  # by the time of the backward pass it is that of a later call
+
         def on_grad(grad: Tensor) -> Tensor | None:
+            point.step = step
             new = self.fn(grad, hook=point) if self.by_keyword else self.fn(grad, point)
             return None if new is None else checked(new, grad, point)
 

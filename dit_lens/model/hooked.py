@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
+from ..families.adapter import Adapter
 from ..families.config import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
@@ -29,6 +30,7 @@ from ..pieces.content import content
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
+from .offloading import computing_device
 from .partial import StoppedAtLayer
 from .state import State
 from .taken import Taken
@@ -76,9 +78,14 @@ class HookedDiT:
         vae: in place of the pipeline's.
         size: (height, width) of the latents that are sampled, for video (frames, height, width); by
             default the model's own.
+        blocks: for a transformer of your own (docs/own-models.md), the path of its blocks, such as
+            "blocks", or several in the order in which they run.
+        parts: paths within a block by the names that they get, such as {"attn": "attn"}; by default
+            what is clearly its attention and MLP.
+        adapter: how it is called, a `dit_lens.Adapter`; without it only a loop of yours calls it.
 
     Raises:
-        TypeError: if there is no family for the model (a U-Net).
+        TypeError: if there is no family for the model (a U-Net), with the ways on.
         RuntimeError: if it is compiled or wrapped by another tool.
         ValueError: if a feature is switched on that a hooked forward can't honour, or the weights
             are missing or quantised.
@@ -90,6 +97,9 @@ class HookedDiT:
         scheduler: Any = None,
         vae: Any = None,
         size: Size | None = None,
+        blocks: str | Sequence[str] | None = None,
+        parts: Mapping[str, str] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         pipe = pipe_or_transformer
         conditions: Conditions | None = None
@@ -97,6 +107,8 @@ class HookedDiT:
             conditions, size = pipe.conditions, pipe.size if size is None else size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
+        if any(given is not None for given in (blocks, parts, adapter)):
+            Instrumentation.describe(self.transformer, blocks, parts, adapter)
         taken = Taken()
         try:
             self._open(taken)
@@ -139,6 +151,8 @@ class HookedDiT:
         self.conditions: Conditions = conditions or Conditions(
             self.family, self.cfg, pipe if pipe is not self.transformer else None
         )
+        if self.family.empty is not None:
+            self.conditions.add({"": self.family.empty})
         self.sites = self.instrumentation.sites
         self.names = list(self.sites)
         self.handles: list[Handle] = []
@@ -214,11 +228,9 @@ class HookedDiT:
             self.instrumentation.under(labels=condition.labels),
         ):
             try:
-                answer = self.transformer(**inputs, return_dict=False)
+                answer = self.family.call(self.transformer, inputs)
             except StoppedAtLayer as halted:
                 return halted.stream.clone()  # a record may hold the stream itself
-        # some classes answer with the bare tensor
-        answer = answer if isinstance(answer, Tensor) else answer[0]
         return self.family.output(self.transformer, answer, inputs)
 
     def _condition(self, y: Any, x: Tensor) -> Condition:
@@ -557,8 +569,8 @@ class HookedDiT:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.transformer.parameters()).device
+        """Where the model computes: where its weights are, or where accelerate loads them to."""
+        return computing_device(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -587,9 +599,14 @@ class HookedDiT:
                 f"{len(self.names)} hook points; "
                 f"{len(self.absent)} standard names are absent: model.absent)"
             )
+        if not c.grid:
+            return (
+                f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, "
+                f"{len(self.names)} hook points on the boundaries of its modules)"
+            )
         return (
             f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model "
-            f"{c.d_model}, {c.n_heads} heads, "
+            f"{c.d_model}, {f'{c.n_heads} heads, ' if c.n_heads else ''}"
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
 
@@ -665,14 +682,14 @@ def transformer_of(model: Any) -> Any:
     """The transformer inside a pipeline, a HookedDiT, or itself; raises TypeError for anything
     else.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise InvalidType(
-            f"{type(model).__name__} runs copies of the model in threads or processes of its own, "
-            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
-        )
     found = getattr(model, "transformer", None if hasattr(model, "components") else model)
     if found is None and hasattr(model, "unet"):
         found = model.unet
+    if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidType(
+            f"{type(found).__name__} runs copies of the model in threads or processes of its own, "
+            "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
+        )
     if not isinstance(found, nn.Module):
         raise InvalidType(
             f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected "

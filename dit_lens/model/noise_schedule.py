@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ..errors import InvalidValue
 
-CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+CLIPPING = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "LCMScheduler",
+)
 """The schedulers that honour `clip_sample`."""
 
 

@@ -74,8 +74,15 @@ class StandIn:
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """What the block computes."""
-        before = self.before or type(self.block).forward.__get__(self.block)
-        return before(*args, **kwargs)
+        return self._before(*args, **kwargs)
+
+    @property
+    def _before(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = self.before or type(self.block).forward.__get__(self.block)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._before,)  # nobody runs a part of a copied model
 
     @property
     def there(self) -> bool:
@@ -100,6 +107,10 @@ class StandIn:
                 self.block.__dict__["forward"] = self.before
             else:
                 self.block.__dict__.pop("forward", None)
+
+
+def _itself(before: Callable[..., Any]) -> Callable[..., Any]:
+    return before
 
 
 def replaced(span: Span, n_layers: int) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.passes import Part
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import log_snr, predict_x0
+from ..model.noise_schedule import is_flow, log_snr, predict_x0, signal_and_noise
 from ..model.witness import Checksum, Witness
 from .guidance import guided, model_inputs, n_passes
 from .noise import generators, noise
@@ -352,6 +352,11 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"{name} has stochastic_sampling=True, whose noise can't be that of the run; expected "
             "scheduler='euler-flow' with eta=1."
         )
+    if scheduler.config.get("thresholding"):
+        raise InvalidValue(
+            f"{name} has thresholding=True, for pixels, by which each step's clean latents depend "
+            "on all of an image's values; expected thresholding=False."
+        )
     known = getattr(scheduler, "alphas_cumprod", None)
     if known is not None and len(known) != scheduler.config.num_train_timesteps:
         raise InvalidValue(
@@ -365,6 +370,14 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"step, and goes {float(levels[0]):.2f}, ..., {float(levels[-1]):.2f}; expected a "
             "variance-preserving or flow-matching scheduler."
         )
+    signal, _ = signal_and_noise(scheduler, scheduler.timesteps)
+    if not is_flow(scheduler) and scheduler.config.prediction_type == "epsilon":
+        if not bool(signal.all()):
+            raise InvalidValue(
+                f"{name} has a step without any signal, as rescale_betas_zero_snr=True makes it, "
+                "from which a model that predicts the noise can't go on; expected "
+                "prediction_type='v_prediction', or rescale_betas_zero_snr=False."
+            )
 
 
 def _refuse_broken(scheduler: Any, settings: Settings) -> None:

@@ -16,6 +16,8 @@ Seeds = int | Sequence[int]
 GuidedChannels = Literal["all", "first3"]
 Progress = Callable[[int, int], object]
 """What long work reports to: called with how much is done, and how much there is in all."""
+STRONGEST = 1000
+"""Guidance beyond this leaves numbers that no dtype holds, and no images."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def checked_settings(
     """
     return Settings(
         arguments.whole("steps", steps, 1),
-        arguments.number("guidance", guidance, why="1 for none"),
+        arguments.number("guidance", guidance, -STRONGEST, STRONGEST, why="1 for none"),
         arguments.choice("guided_channels", guided_channels, get_args(GuidedChannels)),
         scheduler,
         arguments.number("eta", eta, 0, 1, why="as stochastic as DDPM"),

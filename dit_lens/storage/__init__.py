@@ -8,7 +8,7 @@ from .datasets import load_dataset, save_dataset
 from .locks import locked
 from .seals import check_seal, versions
 from .tensors import load_tensors, mapped_tensors, save_tensors
-from .writing import file_name, replacing, try_folder
+from .writing import file_name, replacing, try_file, try_folder
 
 __all__ = [
     "check_seal",
@@ -20,6 +20,7 @@ __all__ = [
     "replacing",
     "save_dataset",
     "save_tensors",
+    "try_file",
     "try_folder",
     "versions",
 ]

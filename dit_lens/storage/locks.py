@@ -35,14 +35,21 @@ def locked(path: str | Path) -> Iterator[None]:
     lock = Path(path).with_name(Path(path).name + ".lock")
     file = _taken(Path(path), lock)
     try:
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        _sign(file, lock)
         yield
     finally:
         lock.unlink(missing_ok=True)
         file.close()
+
+
+def _sign(file: IO[str], lock: Path) -> None:
+    """Write into a lock file whose it is."""
+    mine = f"process {os.getpid()} on {socket.gethostname()}".encode()
+    try:
+        file.truncate(0)
+        os.write(file.fileno(), mine)  # of a buffer the rest would be written once more
+    except OSError as error:
+        raise UnwritableFile(unwritable(lock, error)) from error
 
 
 def _taken(path: Path, lock: Path) -> IO[str]:

@@ -31,20 +31,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
     >>> [p.name for p in (folder / "a").iterdir()]
     ['b.txt']
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    target = file_at(path)
+    part = target.with_name(f".{target.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _sync(part)
-        os.replace(part, path)
+        os.replace(part, target)
         if os.name != "nt":  # Windows opens no folders
-            _sync(path.parent)
+            _sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise UnwritableFile(unwritable(path, error)) from error
     finally:
         with suppress(OSError):  # of a folder that is none
             part.unlink(missing_ok=True)
+
+
+def file_at(path: str | Path) -> Path:
+    """The file that a path leads to, through links; it need not be there.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UnwritableFile: where a folder or a device lies there, or no file can.
+    """
+    try:
+        found = Path(os.path.realpath(path))
+        if found.exists() and not found.is_file():
+            raise ValueError("a folder is there" if found.is_dir() else "it is no file")
+    except (OSError, ValueError) as error:
+        raise UnwritableFile(unwritable(path, error)) from error
+    return found
 
 
 def _sync(path: Path) -> None:
@@ -55,7 +73,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def unwritable(path: Path, error: Exception) -> str:
+def unwritable(path: str | Path, error: Exception) -> str:
+    """The sentence for a path at which nothing can be written."""
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return f"{str(path)!r} can't be written ({reason}); choose a place that can."
 
@@ -70,17 +89,30 @@ def try_folder(folder: str | Path) -> None:
         UnwritableFile: if they can't.
     """
     folder = Path(folder)
-    absent = [p for p in (folder, *folder.parents) if not p.exists()]
+    absent: list[Path] = []
     try:
+        absent += [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"dit_lens")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UnwritableFile(unwritable(folder, error)) from error
     finally:
         for made in absent:
-            with suppress(OSError):  # never made, or somebody else's file is in it by now
+            with suppress(OSError, ValueError):  # never made, or somebody else's file is in it
                 made.rmdir()
+
+
+def try_file(path: str | Path) -> None:
+    """The same for a file, which is not made.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UnwritableFile: if it can't be written.
+    """
+    try_folder(file_at(path).parent)
 
 
 def file_name(name: str) -> str:

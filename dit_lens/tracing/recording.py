@@ -25,8 +25,9 @@ import xarray as xr
 from torch import Tensor
 
 from .. import arguments
-from ..errors import InvalidValue
+from ..errors import InvalidState, InvalidValue
 from ..hooks.names import NamesFilter, select
+from ..hooks.points import Editor
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.sweeps import scheduler_text
@@ -96,7 +97,7 @@ def record(
     Raises:
         InvalidValue: for what is out of range; for a folder with another recording; if values are
             not finite, or too large for the dtype.
-        InvalidState: if another process is recording there.
+        InvalidState: if another process is recording there; under hooks, edits or a reuse plan.
         UnwritableFile: where nothing can be written.
 
     >>> import dit_lens, tempfile; model = dit_lens.load("digits")
@@ -110,6 +111,7 @@ def record(
     folder = _folder(out)
     with HookedDiT.opening(model) as opened:
         opened.require_eval()
+        _require_unedited(opened)
         scheduler = default_name(opened.scheduler) if scheduler is None else scheduler
         settings = checked_settings(steps, guidance, "all", scheduler, eta)
         plan = _planned(opened, names, labels, seeds, settings, at, tokens, dtype, batch, room)
@@ -126,6 +128,16 @@ def _folder(out: Any) -> Path:
     if not isinstance(out, (str, Path)) or not str(out):
         raise arguments.refusal("out", out, "a folder", wrong_type=not isinstance(out, str))
     return Path(out)
+
+
+def _require_unedited(model: HookedDiT) -> None:
+    """Raise InvalidState under hooks that change what is recorded: the files would not say so."""
+    edited = sorted(n for n, each in model.instrumentation.ears if isinstance(each, Editor))
+    if edited:
+        raise InvalidState(
+            f"A hook or an edit is on at {edited[0]!r}, of which a recording would say nothing; "
+            "expected a plain model: leave the trace, the plan or the hooks first."
+        )
 
 
 # What will be recorded.
