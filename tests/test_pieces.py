@@ -634,8 +634,8 @@ def test_a_driver_of_ray_is_killed(folder, cluster, tmp_path):
 @linux
 @pytest.mark.slow
 def test_workers_of_other_versions(model, cluster, monkeypatch):
-    monkeypatch.setattr(
-        dit_lens.pieces.on_ray, "about_here", lambda: {"torch": "9.9", "python": "3"}
-    )
+    from dit_lens.pieces import on_ray
+
+    monkeypatch.setattr(on_ray, "about_here", lambda: {"torch": "9.9", "python": "3"})
     with pytest.raises(InvalidState, match="A worker of the cluster has torch .* process 9.9; exp"):
         measure_gap(model, **GAP, engine=Engine("ray", workers=1, address=cluster[0]))
