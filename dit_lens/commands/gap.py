@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> Answer:
     from ..experiments import couplings, measure_gap
     from ..experiments.attributes import attribute_names
     from ..experiments.cost import gap_cost
-    from ..experiments.coupling_sweep import checked_strengths
+    from ..experiments.coupling_sweep import checked_steps, checked_strengths
     from ..experiments.null_profiles import checked_nulls
     from ..report import coupling_sweep as coupling_report
     from ..report import gap as gap_report
@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> Answer:
     pairs, steps = sizes(args)
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
+        checked_steps(steps)
     checked_nulls(args.null)
     images, of_images = read_images(args.images) if args.images else (None, None)
     read = args.attributes and attributes.find(args.attributes, str(args.model))

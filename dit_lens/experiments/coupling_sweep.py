@@ -116,7 +116,7 @@ def couplings(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
-    steps = arguments.whole("steps", steps, RELEASES, why="to release twins at")
+    steps = checked_steps(steps)
     arguments.optional(arguments.function, "reader", reader, "of images; gives a label each")
     cut = arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
@@ -206,6 +206,18 @@ def couplings(
         result.attrs[f"sentence_{sense}"] = collapse(result, sense)
     result.attrs["sentence_quality"] = quality(result)
     return result
+
+
+def checked_steps(steps: int) -> int:
+    """The denoising steps, enough of them to release twins at.
+
+    Args:
+        steps: of denoising.
+
+    >>> checked_steps(5)
+    5
+    """
+    return arguments.whole("steps", steps, RELEASES, why="to release twins at")
 
 
 def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[float]:
