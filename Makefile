@@ -1,7 +1,7 @@
 # Needs only python3 (3.10 or newer) and make. Everything that is installed goes into .venv; delete it to start over.
 #
 #   make demo     the synchronization gap of the bundled model: table, sentence, pictures in gap-digits/
-#   make test     all checks: ruff, mypy, every test, with nnsight and TransformerLens installed
+#   make test     all checks: ruff, mypy, every test, with nnsight, TransformerLens, zarr and Ray installed
 #   make quick    the same without the slow tests, under 90 seconds: for every day
 #   make bench    what hook points cost, and exact sweeps against loops of full runs
 #   make attack   attempts to break it, twenty minutes or more; docs/reliability.md says what must hold
@@ -36,7 +36,7 @@ bench: .venv/dev.stamp
 
 attack: .venv/dev.stamp
 	DIT_LENS_ATTACK=1 DIT_LENS_ATTACK_FUZZ=300 DIT_LENS_ATTACK_RACES=500 DIT_LENS_ATTACK_LINES=250 DIT_LENS_ATTACK_INTERRUPTS=1200 DIT_LENS_ATTACK_KILLS=24 \
-		$(IN) pytest -s -W ignore tests/test_attack_*.py tests/test_storage.py tests/test_arguments.py
+		$(IN) pytest -s -W ignore tests/test_attack_*.py tests/test_pieces.py tests/test_storage.py tests/test_arguments.py
 
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(IN) mkdocs build --quiet

@@ -49,7 +49,7 @@ class TwinPatching(Probe):
         outcome: Bands | Callable[[Tensor], Any] | None = None,
         batch: int = 16,
         progress: Callable[[int, int], object] | None = None,
-        resume: str | Path | None = None,
+        store: str | Path | None = None,
         **settings: Any,
     ) -> xr.Dataset:
         """Make twins and patch A into B.
@@ -65,7 +65,7 @@ class TwinPatching(Probe):
             outcome: what is measured at the end; see `dit_lens.patching.sweep`.
             batch: images that run at once.
             progress: called with the patch-steps done and in all.
-            resume: a file in which finished patches are kept.
+            store: a folder in which finished patches are kept; see `dit_lens.patching.sweep`.
             **settings: those of `dit_lens.twins`: release, steps, guidance, scheduler, ...
 
         Returns:
@@ -79,10 +79,10 @@ class TwinPatching(Probe):
             pairs = 16 if labels is None else len(model.conditions.numbers(labels))
         # What is asked for fits the model, before the twins run.
         patches = combinations(model, layers, sites, windows, kind, settings)
-        options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
+        options: dict[str, Any] = {"batch": batch, "progress": progress}
         check_patches(patches, model, settings.get("steps", 50), pairs, outcome, **options)
         made = twins(model, pairs, labels, **settings)
-        swept = sweep(made.a, made.b, patches, outcome, **options)
+        swept = sweep(made.a, made.b, patches, outcome, store=store, **options)
         self.found = as_grid(swept).assign_attrs(release=made.release, tie=made.tie, g=made.g)
         return self.found
 

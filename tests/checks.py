@@ -27,7 +27,7 @@ from rich.console import Console
 
 from dit_lens import HookedDiT
 from dit_lens.experiments import knock_outs, shapley, smallest_set
-from dit_lens.experiments.knock_outs import set_text
+from dit_lens.experiments.knocked_gap import set_text
 
 torch.set_num_threads(1)
 DOCS = Path(__file__).parent.parent / "docs" / "checks.md"

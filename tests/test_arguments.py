@@ -179,6 +179,7 @@ def whole(value):
 
 
 COUNT = {"seed": whole(3), "resamples": whole(20)}
+KEPT = {"store": [None], "engine": ["local", experiments.Engine()]}
 RUN = {
     "steps": whole(3),
     "guidance": [1, 2.5, np.float32(1.5), torch.tensor(2)],
@@ -476,7 +477,7 @@ def table():
                 "source": [small.a],
                 "target": [small.b],
                 "patches": [grid([1], "attn_out", [range(1, 2)])],
-                "resume": [None],
+                "store": [None],
             },
         ),
         ("as_grid", as_grid, {}, {"result": [w["swept"]]}),
@@ -600,6 +601,7 @@ def table():
                 "reader": [None],
                 "cut": HALF[:1],
                 **COUNT,
+                **KEPT,
             },
         ),
         ("Bands.radial", dit_lens.Bands.radial, {"grid": (8, 8)}, {"n": [*whole(2), None]}),
@@ -691,7 +693,7 @@ def table():
     ]
     if ATTACK:
         made = experiments.reuse_plan(model, 0.7, items=8, steps=4, rounds=0, resamples=20)
-        small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT}
+        small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT, **KEPT}
         rows += [
             (
                 "measure_gap",
@@ -814,6 +816,7 @@ def table():
                     "batch": whole(64),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
+                    **KEPT,
                 },
             ),
             (
@@ -858,6 +861,7 @@ def table():
                     "seed": whole(0),
                     "cut": [0.25],
                     "batch": whole(1),
+                    **KEPT,
                 },
             ),
         ]
@@ -936,6 +940,7 @@ def rest():
                 "g": [1.0],
                 "form": ["mix"],
                 "eps": HALF[:1],
+                **KEPT,
             },
         )
 

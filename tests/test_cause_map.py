@@ -91,19 +91,20 @@ def test_checked_cells_take_the_place_of_estimates(model):
     assert found.identical(again)
 
 
-def test_a_map_goes_on_where_it_was(model, tmp_path):
-    calls, file = [], tmp_path / "map.safetensors"
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_map_goes_on_where_it_was(model, exact, tmp_path):
+    calls, folder = [], tmp_path / "map"
 
     def stop(done, total):
         calls.append((done, total))
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise KeyboardInterrupt
 
-    options = {"items": 8, "steps": STEPS, "exact": True, "resamples": 20}
+    options = {"items": 8, "steps": STEPS, "exact": exact, "check": 2, "resamples": 20}
     plain = cause_map(model, **options)
     with pytest.raises(KeyboardInterrupt):
-        cause_map(model, **options, resume=file, progress=stop)
-    assert plain.identical(cause_map(model, **options, resume=file))
+        cause_map(model, **options, store=folder, progress=stop)
+    assert plain.identical(cause_map(model, **options, store=folder))
 
 
 def test_the_cause_is_the_layer_that_makes_the_gap():

@@ -28,6 +28,7 @@ FLOORS = [  # high to low; folders of one line do not import each other
     ["families"],
     ["hooks"],
     ["measures", "groundtruth"],
+    ["pieces"],
     ["storage"],
     ["arguments"],
     ["errors"],

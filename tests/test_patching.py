@@ -17,8 +17,8 @@ import dit_lens
 from dit_lens import Bands, HookedDiT, UnknownName
 from dit_lens.families import family_named
 from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
-from dit_lens.patching.checkpoint import sweep_key
 from dit_lens.patching.patch import moved, plan
+from dit_lens.patching.sweeps import sweep_key
 from dit_lens.probes import TwinPatching
 from dit_lens.sampling.guidance import model_inputs
 from dit_lens.sampling.settings import edits_at
@@ -286,7 +286,7 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["dit_lens.patching.sweeps"], "IN_FLIGHT", 2)
     patches, file = (
         grid(range(3), ["attn_out", "mlp_out"], [range(2, 4)]),
-        tmp_path / "deep" / "sweep.safetensors",
+        tmp_path / "deep" / "sweep",
     )
     straight = sweep(pair.a, pair.b, patches, whole)
 
@@ -295,30 +295,30 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(pair.a, pair.b, patches, whole, progress=break_off, resume=file)
+        sweep(pair.a, pair.b, patches, whole, progress=break_off, store=file)
     assert model.instrumentation.listening == 0
     seen = []
     resumed = sweep(
-        pair.a, pair.b, patches, whole, progress=lambda done, total: seen.append(done), resume=file
+        pair.a, pair.b, patches, whole, progress=lambda done, total: seen.append(done), store=file
     )
     assert resumed.identical(straight) and min(seen) > 2 * STEPS
     seen.clear()
-    assert (
-        sweep(
-            pair.a, pair.b, patches, whole, progress=lambda *a: seen.append(a), resume=file
-        ).identical(straight)
-        and not seen
-    )
+    again = sweep(pair.a, pair.b, patches, whole, progress=lambda *a: seen.append(a), store=file)
+    assert again.identical(straight) and len(seen) == 3  # one for each piece that is there
     for other in (
         (pair.b, pair.a, patches),
         (pair.a, pair.b, patches[:-1]),
         (pair.a, pair.b, [*patches[:-1], Patch("mlp_out", 2, kind="zero")]),
     ):
-        with pytest.raises(ValueError, match="of another sweep"):
-            sweep(*other, resume=file)
-    (tmp_path / "junk").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="junk' has no seal .*; expected the file of a sweep"):
-        sweep(pair.a, pair.b, patches, resume=tmp_path / "junk")
+        with pytest.raises(
+            ValueError, match="holds pieces of another measurement: its setting (sweep|patches) is"
+        ):
+            sweep(*other, store=file)
+    (tmp_path / "junk").write_bytes(b"no store")
+    with pytest.raises(
+        ValueError, match="junk' is a file; expected a store of pieces, or a folder"
+    ):
+        sweep(pair.a, pair.b, patches, store=tmp_path / "junk")
 
 
 def test_bands_that_print_alike_are_two_patches(tmp_path):
@@ -333,10 +333,10 @@ def test_bands_that_print_alike_are_two_patches(tmp_path):
     assert (a.bands.sizes, b.bands.sizes) == ((9, 55), (13, 51))
     alone = [sweep(twins.a, twins.b, [p]).move.values[0] for p in (a, b)]
     assert (abs(alone[0] - alone[1]) > 1e-5).all()
-    together = sweep(twins.a, twins.b, [a, b], resume=tmp_path / "sweep").move.values
+    together = sweep(twins.a, twins.b, [a, b], store=tmp_path / "sweep").move.values
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    with pytest.raises(ValueError, match=r"is of another sweep \(2 patches\)"):
-        sweep(twins.a, twins.b, [b, a], resume=tmp_path / "sweep")
+    with pytest.raises(ValueError, match="pieces of another measurement: its setting sweep is"):
+        sweep(twins.a, twins.b, [b, a], store=tmp_path / "sweep")
 
 
 EIGEN = [

@@ -227,12 +227,9 @@ def test_files_say_what_made_them(gap_results, trace, tmp_path):
 
 def stored_files(folder, trace, pair, gap_results):
     """One file of each kind, and how each is read."""
-    patches = [Patch("attn_out", 1)]
-    sweep(pair.a, pair.b, patches, resume=folder / "sweep")
     save_dataset(folder / "probe.nc", "probe X", gap_results)
     return {
         trace.save(folder / "trace"): dit_lens.load_trace,
-        folder / "sweep": lambda path: sweep(pair.a, pair.b, patches, resume=path),
         save_dataset(folder / "gap.nc", "gap.nc", gap_results): stored.read,
         folder / "probe.nc": lambda path: load_dataset(path, "a result"),
     }
@@ -277,31 +274,6 @@ def test_other_peoples_files_are_refused(trace, pair, gap_results, tmp_path):
 
 
 # A sealed file with other content.
-
-
-def test_a_store_with_other_tensors(pair, tmp_path):
-    patches, path = [Patch("attn_out", 1), Patch("mlp_out", 1)], tmp_path / "sweep"
-    whole = sweep(pair.a, pair.b, patches, resume=path)
-    about, tensors = load_tensors(path, "dit_lens.patching.sweep/2", "")
-    x = tensors["0"]
-    for name, value, text in (
-        ("0", x.to(torch.int8), "has torch.int8 latents for patch 0"),
-        ("0", x.double(), "has torch.float64 latents for patch 0"),
-        ("0", torch.full_like(x, torch.nan), "or some that are not finite"),
-        ("0", x[:1], r"has \[1, 4, 8, 8\] for patch '0'; expected \[2, 4, 8, 8\] for each of 2"),
-        ("2", x, "for patch '2'"),
-        ("-1", x, "for patch '-1'"),
-        ("x", x, "for patch 'x'"),
-    ):
-        save_tensors(path, "dit_lens.patching.sweep/2", about, tensors | {name: value})
-        with pytest.raises(InvalidValue, match=text):
-            sweep(pair.a, pair.b, patches, resume=path)
-    for key, value in (("blocks", -1), ("blocks", 1.5), ("patches", True), ("sweep", None)):
-        save_tensors(path, "dit_lens.patching.sweep/2", about | {key: value}, tensors)
-        with pytest.raises(InvalidValue, match=f"has {key} = .*; expected"):
-            sweep(pair.a, pair.b, patches, resume=path)
-    save_tensors(path, "dit_lens.patching.sweep/2", about, {"1": tensors["1"]})
-    assert sweep(pair.a, pair.b, patches, resume=path).move.equals(whole.move)
 
 
 def test_a_report_of_other_figures(gap_results, tmp_path):
@@ -487,22 +459,23 @@ def hold(path, ready):
 
 def test_a_store_is_one_process_s_alone(pair, tmp_path):
     path, context = tmp_path / "sweep", multiprocessing.get_context("fork")
+    sweep(pair.a, pair.b, [Patch("attn_out", 1)], store=path)
     ready = context.Event()
-    other = context.Process(target=hold, args=(path, ready))
+    other = context.Process(target=hold, args=(path / ".driver", ready))
     other.start()
     try:
         assert ready.wait(60)
         with pytest.raises(
             RuntimeError,
-            match=f"sweep' is in use by process {other.pid} on .*; wait for it, or",
+            match=f"sweep' is in use by process {other.pid} on .*; wait for it, help it with",
         ):
-            sweep(pair.a, pair.b, [Patch("attn_out", 1)], resume=path)
+            sweep(pair.a, pair.b, [Patch("attn_out", 1)], store=path)
     finally:
         os.kill(other.pid, signal.SIGKILL)
         other.join()
-    assert (tmp_path / "sweep.lock").exists()  # stale: nobody holds it
-    sweep(pair.a, pair.b, [Patch("attn_out", 1)], resume=path)
-    assert [p.name for p in tmp_path.iterdir()] == ["sweep"]
+    assert (path / ".driver.lock").exists()  # stale: nobody holds it
+    sweep(pair.a, pair.b, [Patch("attn_out", 1)], store=path)
+    assert not (path / ".driver.lock").exists()
 
 
 def test_a_thread_is_told_too(tmp_path):

@@ -74,6 +74,7 @@ def measure(
         **settings: further arguments of it.
     """
     from ..experiments.attributes import PAIRS, attributes
+    from ..pieces import helping
     from ..report import attributes as report
 
     with progress_bar() as bar:
@@ -85,4 +86,5 @@ def measure(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **settings,
         )
-    report.write(found, out)
+    if not helping():
+        report.write(found, out)

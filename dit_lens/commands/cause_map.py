@@ -21,6 +21,7 @@ from .common import (
     seed,
     stored,
 )
+from .keeping import add_store, keeping
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_size(parser)
     add_device(parser, batch=False)
+    add_store(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: map-MODEL)"
     )
@@ -57,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Answer:
     """Measure the map, store it and show it."""
     from ..experiments import cause_map
+    from ..pieces import helping
     from ..report import cause_map as report
     from ..storage import file_name, try_folder
 
     out = args.out or Path(f"map-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
-    args.kept = out / "cells.safetensors"
     model = open_model(args)
-    with progress_bar() as bar:
+    with keeping(args, model, None, out), progress_bar() as bar:
         task = bar.add_task("map", total=None)
         result = cause_map(
             model,
@@ -76,9 +78,10 @@ def run(args: argparse.Namespace) -> Answer:
             exact=args.exact,
             seed=args.seed,
             cut=args.cut,
-            resume=args.kept,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+        if helping():
+            return Answer(None)
         kept = report.store(result, out)
     report.show(result, kept)
     return stored(out)

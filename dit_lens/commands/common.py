@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..model.hooked import HookedDiT
+
+GIVEN: ContextVar[tuple[HookedDiT, int | None] | None] = ContextVar("given", default=None)
+"""The model and the batch of who helps: those of the command that it helps with."""
 
 
 class Answer(NamedTuple):
@@ -284,6 +288,8 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
 
     from ..model.loading import load
 
+    if (given := GIVEN.get()) is not None:
+        return given[0]
     device = args.device
     if device is None:
         here = torch.accelerator.current_accelerator(check_available=True)
@@ -302,6 +308,8 @@ def batch_of(args: argparse.Namespace, model: HookedDiT, images: int) -> int | N
     """
     from ..experiments.cost import fitting_batch
 
+    if (given := GIVEN.get()) is not None:
+        return given[1]
     if args.batch is not None or model.device.type == "cpu":
         asked: int | None = args.batch
         return asked
@@ -320,20 +328,37 @@ def console(width: int) -> Console:
 
 
 def progress_bar() -> Progress:
-    """A live bar with the time left, gone when it is done."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A live bar with the time taken and left, also by what was done before an interruption; gone
+    when it is done.
+    """
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    from ..pieces import current
+
+    class Times(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            work = current()
+            taken = (task.elapsed or 0.0) + (0.0 if work is None else max(0.0, work.before))
+            if not task.completed or not task.total:
+                return Text(clock(taken))
+            left = taken * (task.total / task.completed - 1)
+            return Text(f"{clock(taken)}, {clock(left)} left")
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        Times(),
         transient=True,
     )
+
+
+def clock(seconds: float) -> str:
+    """A time as a clock shows it.
+
+    >>> clock(3725.4)
+    '1:02:05'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

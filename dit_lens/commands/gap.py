@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidValue, MissingFile
 from . import attributes, cost, patch
@@ -27,9 +27,12 @@ from .common import (
     stored,
     strength,
 )
+from .keeping import add_store, keeping
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..model.hooked import HookedDiT
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -100,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_labels(parser)
     add_size(parser)
     add_device(parser)
+    add_store(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
     )
@@ -107,13 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
-    from ..experiments import couplings, measure_gap
     from ..experiments.attributes import attribute_names
     from ..experiments.cost import gap_cost
     from ..experiments.coupling_sweep import checked_steps, checked_strengths
     from ..experiments.null_profiles import checked_nulls
-    from ..report import coupling_sweep as coupling_report
-    from ..report import gap as gap_report
     from ..storage import file_name, try_folder
 
     pairs, steps = sizes(args)
@@ -127,7 +128,6 @@ def run(args: argparse.Namespace) -> Answer:
     labels = labels_of(args)
     if not args.dry_run:
         try_folder(out)  # as well
-        args.kept = out / patch.PATCHES
     model = open_model(args)
     if read:
         attribute_names(model, read)  # as well
@@ -144,6 +144,28 @@ def run(args: argparse.Namespace) -> Answer:
             print(f"not counted: {', '.join(f'--{name}' for name in more)}")
         return Answer(vars(planned))
 
+    with keeping(args, model, batch, out):
+        _measure(args, model, batch, out, images, of_images, read, labels)
+    return stored(out)
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: HookedDiT,
+    batch: int | None,
+    out: Path,
+    images: Tensor | None,
+    of_images: list[int] | None,
+    read: Any,
+    labels: Any,
+) -> None:
+    """What was asked for, each shown as soon as it is known."""
+    from ..experiments import couplings, measure_gap
+    from ..pieces import helping
+    from ..report import coupling_sweep as coupling_report
+    from ..report import gap as gap_report
+
+    pairs, steps = sizes(args)
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
         results = measure_gap(
@@ -162,7 +184,8 @@ def run(args: argparse.Namespace) -> Answer:
             labels=labels,
             progress=lambda done, total: bar.update(first, completed=done, total=total),
         )
-    gap_report.write(results, out)
+    if not helping():
+        gap_report.write(results, out)
 
     if args.couple is not None:
         with progress_bar() as bar:
@@ -177,7 +200,8 @@ def run(args: argparse.Namespace) -> Answer:
                 reader=reader_of(args.model),
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
-        coupling_report.write(swept, out)
+        if not helping():
+            coupling_report.write(swept, out)
 
     if read:
         many = pairs if args.quick else args.pairs  # categories need more pairs than fields
@@ -195,10 +219,9 @@ def run(args: argparse.Namespace) -> Answer:
         )
 
     if args.causes:
-        onsets = gap_report.onsets(results)
+        onsets = None if helping() else gap_report.onsets(results)
         fewer = min(pairs, 24), min(steps, 25)
         patch.find_causes(model, *fewer, args.seed, args.cut, out, onsets, batch=batch)
-    return stored(out)
 
 
 def reader_of(name: str) -> Callable[[Tensor], Tensor] | None:

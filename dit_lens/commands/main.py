@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import DitLensError
 from . import (
@@ -24,8 +25,9 @@ from . import (
     probe,
     record,
     report,
+    work,
 )
-from .common import Answer, as_json
+from .common import GIVEN, Answer, as_json
 from .parser import parser
 
 COMMANDS = {
@@ -38,6 +40,7 @@ COMMANDS = {
     "diagnose": diagnose,
     "probe": probe,
     "record": record,
+    "work": work,
     "cost": cost,
     "check": check,
     "check-family": check_family,
@@ -69,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if sys.stdout is None:  # before minutes are spent
             return _ended("the output is closed; expected a terminal, a pipe or a file")
+        argv = sys.argv[1:] if argv is None else argv
         _parse(argv, args)
+        args.argv, args.again, args.parse = list(argv), repeat, parsed
         return _run(args)
     except BrokenPipeError:
         return _ended(CUT_OFF)
@@ -93,6 +98,33 @@ def _parse(argv: Sequence[str] | None, args: argparse.Namespace) -> None:
             subcommands[args.command].error(f"unrecognized arguments: {' '.join(more)}")
     finally:
         sys.stdout.flush()  # what `--help` prints
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command.
+
+    Args:
+        argv: without the program's name.
+    """
+    args = argparse.Namespace()
+    _parse(argv, args)
+    args.argv, args.again = list(argv), repeat
+    return args
+
+
+def repeat(argv: Sequence[str], model: Any, batch: int | None) -> None:
+    """Run a command once more in a process that helps with it.
+
+    Args:
+        argv: its arguments.
+        model: its model.
+        batch: images at once.
+    """
+    args, token = parsed(argv), GIVEN.set((model, batch))
+    try:
+        args.run(args)
+    finally:
+        GIVEN.reset(token)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,7 +1,4 @@
-"""Find the layers that cause the gap: knock-outs, and patches between twins.
-
-An interrupted sweep of patches goes on where it was.
-"""
+"""Find the layers that cause the gap: knock-outs, and patches between twins."""
 
 from __future__ import annotations
 
@@ -11,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import cost
 from .common import (
     Answer,
     add_device,
+    add_labels,
     add_model,
     add_quick,
     add_seed,
@@ -21,11 +20,13 @@ from .common import (
     batch_of,
     count,
     frequency,
+    labels_of,
     open_model,
     progress_bar,
     sizes,
     stored,
 )
+from .keeping import add_store, keeping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +39,6 @@ PATCHED_PAIRS, PATCH_WINDOWS = 10, 4
 EXCHANGED_LAYERS = 7
 """Bands are exchanged in at most so many layers, evenly spaced."""
 DOSES = (0.25, 0.5, 1.0)
-PATCHES = "sweep.safetensors"
 """The file of the patches that were run, from which an interrupted sweep goes on."""
 
 
@@ -84,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_size(parser)
     add_device(parser)
+    add_store(parser)
+    add_labels(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it would cost, and run nothing else"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: patch-MODEL)"
     )
@@ -91,29 +96,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Knock out every layer, and patch every layer of twin A into twin B."""
+    from ..experiments.cost import patch_cost
     from ..storage import file_name, try_folder
 
     pairs, steps = sizes(args)
     out = args.out or Path(f"patch-{file_name(str(args.model))}")
-    try_folder(out)  # before minutes are spent
-    args.kept = out / PATCHES
+    labels = labels_of(args)
+    if not args.dry_run:
+        try_folder(out)  # before minutes are spent
     model = open_model(args)
-    batch = batch_of(args, model, 2 * pairs)
-    find_causes(
-        model,
-        pairs,
-        steps,
-        args.seed,
-        args.cut,
-        out,
-        how=list(dict.fromkeys(args.how)),
-        direct=args.direct,
-        sets=args.sets,
-        shapley=args.shapley,
-        windows=args.windows,
-        interchange=args.interchange,
-        batch=batch,
-    )
+    batch, how = batch_of(args, model, 2 * pairs), list(dict.fromkeys(args.how))
+    if args.dry_run:
+        planned = patch_cost(
+            model,
+            pairs,
+            steps,
+            ways=len(how),
+            direct=args.direct,
+            patched=PATCHED_PAIRS,
+            windows=PATCH_WINDOWS,
+            batch=batch,
+        )
+        cost.show([planned])
+        more = [n for n in ("sets", "shapley", "windows", "interchange") if getattr(args, n)]
+        if more:
+            print(f"not counted: {', '.join(f'--{name}' for name in more)}")
+        return Answer(vars(planned))
+    with keeping(args, model, batch, out):
+        find_causes(
+            model,
+            pairs,
+            steps,
+            args.seed,
+            args.cut,
+            out,
+            how=how,
+            direct=args.direct,
+            sets=args.sets,
+            shapley=args.shapley,
+            windows=args.windows,
+            interchange=args.interchange,
+            batch=batch,
+            labels=labels,
+        )
     return stored(out)
 
 
@@ -133,6 +158,7 @@ def find_causes(
     windows: int | None = None,
     interchange: str | None = None,
     batch: int | None = None,
+    labels: list[int] | list[str] | None = None,
 ) -> None:
     """All experiments with their progress, and their report in `out`.
 
@@ -142,7 +168,7 @@ def find_causes(
         steps: denoising steps of both.
         seed: decides all noise.
         cut: between low and high, in cycles per pixel.
-        out: folder for the pictures, the results and the patches done so far.
+        out: folder for the pictures and the results.
         onsets: the onset layer by each view of `dit-lens gap` (-1: none), to hold the causes
             against.
         how: ways of knocking out, the first of which the rest uses.
@@ -152,15 +178,16 @@ def find_causes(
         windows: also layers by so many windows of steps.
         interchange: also exchanged bands, of the "stream" or of "heads".
         batch: images that go through the model at once, of knock-outs by zero and of patches.
+        labels: classes or prompts, taken in turn; None is the model's own.
     """
-    from .. import probes
     from ..experiments import ablation
     from ..experiments.interchange import interchange as exchange
     from ..experiments.knock_outs import accumulated, checked_depths, knocked
     from ..experiments.knocked_gap import KnockedGap
     from ..experiments.shapley import likely_players, shares
     from ..experiments.smallest_set import found_set
-    from ..measures.bands import Bands
+    from ..experiments.twin_patches import twin_patches
+    from ..pieces import helped, helping
     from ..report import cause_details
     from ..report import knock_outs as report
 
@@ -181,44 +208,51 @@ def find_causes(
                 resamples=1000,
                 # the others take what they put in from the whole batch
                 batch=batch if way == "zero" else None,
+                labels=labels,
             )
-            results.append(knocked(known, "layer", layers, None, direct, progress))
+            results.append(helped(knocked, known, "layer", layers, None, direct, progress))
         engine = engine or known
     assert engine is not None
-    found = report.side_by_side(results)
-    kept = report.store_knock_outs(found, out)
+    if not helping():
+        found = report.side_by_side(results)
+        kept = report.store_knock_outs(found, out)
     with _bar("patches") as progress:
-        patched = probes.TwinPatching().run(
+        patched = twin_patches(
             model,
             pairs=min(PATCHED_PAIRS, pairs),
             windows=min(PATCH_WINDOWS, steps - release),
             release=release,
             steps=steps,
             seed=seed,
-            outcome=Bands.radial(model.cfg.pixels, cut=cut),
+            cut=cut,
             batch=16 if batch is None else batch,
-            resume=out / PATCHES,
+            labels=labels,
             progress=progress,
         )
-    report.show(found, patched, (kept, report.store_patches(patched, out)), onsets)
+    if patched is not None:
+        report.show(found, patched, (kept, report.store_patches(patched, out)), onsets)
+
+    def write(name: str, result: Any) -> None:
+        if not helping():
+            cause_details.write(name, result, out)
 
     # what else was asked for, each shown as soon as it is known
     if sets:
         depths = sorted({max(1, round(n * k / 7)) for k in range(1, 8)})
         with _bar("cumulative") as progress:
-            summed = accumulated(engine, checked_depths(depths, n), progress)
-        cause_details.write("cumulative.nc", summed, out)
+            summed = helped(accumulated, engine, checked_depths(depths, n), progress)
+        write("cumulative.nc", summed)
         with _bar("smallest set") as progress:
-            smallest = found_set(engine, 0.5, progress)
-        cause_details.write("smallest_set.nc", smallest, out)
+            smallest = helped(found_set, engine, 0.5, progress)
+        write("smallest_set.nc", smallest)
     if shapley is not None:
         with _bar("shares") as progress:
-            split = shares(engine, likely_players(engine, max(2, shapley)), 16, progress)
-        cause_details.write("shapley.nc", split, out)
+            split = helped(shares, engine, likely_players(engine, max(2, shapley)), 16, progress)
+        write("shapley.nc", split)
     if spans is not None:
         with _bar("windows") as progress:
-            timed = knocked(engine, "layer", layers, spans, False, progress)
-        cause_details.write("windows.nc", timed, out)
+            timed = helped(knocked, engine, "layer", layers, spans, False, progress)
+        write("windows.nc", timed)
     if interchange is not None:
         with _bar("exchanged bands") as progress:
             taken = exchange(
@@ -234,10 +268,9 @@ def find_causes(
                 steps=steps,
                 seed=seed,
                 cut=cut,
-                resume=out / f"exchange-{interchange}.safetensors",
                 progress=progress,
             )
-        cause_details.write("interchange.nc", taken, out)
+        write("interchange.nc", taken)
 
 
 @contextmanager

@@ -22,9 +22,11 @@ not: statistics (`measures`), pictures (`report`), single interventions (`patchi
 - `knocked_out`: one run without some layers; `knock_outs`, `cumulative`: how far each layer, set of
   layers, or layer in a window of steps moves the gap; `couple_alone`: twins coupled in one layer.
 - `interchange`: what the finished image takes from twin A with one band of a layer's stream.
+- `Engine`: where the pieces of a measurement are run (`engine=`).
 - `shapley`: each layer's share when they act together; `smallest_set`: the fewest that it takes.
 """
 
+from ..pieces import Engine
 from ..plans.plan import Plan
 from .ablation import knocked_out
 from .attributes import attributes
@@ -50,6 +52,7 @@ from .there_and_back import there_and_back
 __all__ = [
     "Curves",
     "Diagnosis",
+    "Engine",
     "Outcome",
     "Plan",
     "Repair",

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,11 @@ from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.run import decode
-from ..twinning.twins import Twins, chosen_labels, twins
+from ..twinning.twins import Twins, chosen_labels
 from .gap import CLASS_MEANS, SAMPLERS
+from .kept_twins import kept_twins
 from .modes import partition
 from .outcomes import Decoder, Outcome, latents
 from .release import release_sweep
@@ -131,6 +134,7 @@ class Categories(Outcome):
         return torch.stack(list(_read(self.read, self.of(latents), self.names).values()), 1)
 
 
+@measured
 def attributes(
     model: HookedDiT,
     read: Reader,
@@ -144,6 +148,9 @@ def attributes(
     progress: Callable[[int, int], object] | None = None,
     batch: int | None = None,
     labels: Labels | None = None,
+    *,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """The step at which each attribute of the finished image is decided, beside the bands;
     `dit_lens.report.attributes` shows it.
@@ -165,6 +172,9 @@ def attributes(
             clones estimated.
         batch: images that go through the model, or its VAE, at once; None is all.
         labels: one a pair, each two times or more; by default classes or prompts in turn.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: intervals are 95 %.
@@ -202,6 +212,7 @@ def attributes(
     >>> found.commitment.sizes["attribute"], found.agreement.shape  # [release, attribute]
     (1, (3, 1))
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.function("read", read, "of images [n, channel, height, width]")
     pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
@@ -226,7 +237,8 @@ def attributes(
         if progress is not None:
             progress(done, total)
 
-    pair = twins(
+    pair = kept_twins(
+        "twins",
         model,
         pairs,
         chosen,
@@ -246,13 +258,19 @@ def attributes(
         each=lambda release, a, b: ends.update({release: (a, b)}),
     )
 
+    (found,) = results(
+        [Piece("what is read at each step", lambda: _read_stats(pair, compared)._asdict())]
+    )
+    can_be_read = Agreement(**found)
+    enough()
+
     # when they are decided, in which order, and when they can be read
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     decided, readable = (
         fit_commitment(stats, at, curves.log_snr, names=compared.names, what="attribute", **options)
         for stats, at in (
             (curves.statistics("attribute"), curves.releases),
-            (_read_stats(pair, compared), range(steps)),
+            (can_be_read, range(steps)),
         )
     )
     variables: dict[str, Any] = {

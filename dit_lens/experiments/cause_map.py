@@ -35,9 +35,11 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
 from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..patching.first_order import Additions, check_gradients, directions, projected
+from ..patching.first_order import Additions, check_gradients, directions, projected_at
 from ..patching.patch import Patch, steps_text
 from ..patching.sweeps import check_patches, sweep
+from ..pieces import Engine, Piece, enough, measured, results
+from ..sampling.kept import kept_run
 from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
@@ -50,6 +52,7 @@ SMALLEST = 1e-12
 """An effect below this is rounding, and counts as none."""
 
 
+@measured
 def cause_map(
     model: HookedDiT,
     kind: MapKind = "hold",
@@ -71,8 +74,9 @@ def cause_map(
     seed: int = 0,
     resamples: int = 1000,
     batch: int = 64,
-    resume: str | Path | None = None,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """How far an intervention in each layer and window of steps moves the finished image.
 
@@ -99,8 +103,10 @@ def cause_map(
         seed: of the samples, the directions, the checked cells and the bootstrap.
         resamples: of the items.
         batch: images that run at once in exact cells.
-        resume: a file in which finished exact cells are kept.
         progress: called with how much is done, and how much there is.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `effect` [site, layer, window, band] with `effect_interval` [..., bound], 95 %
@@ -115,13 +121,14 @@ def cause_map(
 
     Raises:
         InvalidValue: for what does not fit the model, too few items, or windows that have nothing
-            to be held from; for a file of another map.
+            to be held from.
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> found = cause_map(model, items=8, steps=3, projections=1, check=0, resamples=100)
     >>> dict(found.effect.sizes)
     {'site': 2, 'layer': 28, 'window': 2, 'band': 2}
     """
+    del store, engine  # `measured` sees to them
     # What is asked for fits the model.
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.choice("kind", kind, get_args(MapKind))
@@ -159,7 +166,7 @@ def cause_map(
         return Patch(site, layer, window, kind=kind, lag=lag, order=order, depth=depth)
 
     patches = [patch(*cell) for cell in cells]
-    check_patches(patches, model, steps, items, batch=batch, progress=progress, resume=resume)
+    check_patches(patches, model, steps, items, batch=batch, progress=progress)
     own = model.conditions.numbers(items_of_labels(model, items) if labels is None else labels)
     if len(own) != items:
         raise InvalidValue(f"There are {items} items and {len(own)} labels; expected one an item.")
@@ -175,7 +182,12 @@ def cause_map(
         check_gradients(plan)
 
     # The run itself, and how far strangers are apart.
-    run = sample(model, own, seed, steps, guidance, scheduler, eta)
+    run = kept_run(
+        "the run",
+        lambda: sample(model, own, seed, steps, guidance, scheduler, eta),
+        model,
+        name,
+    )
     spread = Spread(run, bands, draws(items, resamples, seed))
     quadrants = _quadrants(model.cfg.n_layers, steps, first) if kind == "hold" else {}
     work = _Work(progress, steps * (not exact), (exact and len(cells)) or check, len(quadrants))
@@ -194,8 +206,9 @@ def cause_map(
     ]
     if tested or whole:
         todo = [patches[i] for i in tested] + whole
-        swept = sweep(run, run, todo, bands, batch=batch, resume=resume, progress=work.sweep)
+        swept = sweep(run, run, todo, bands, batch=batch, progress=work.sweep)
         energy[tested] = swept.distance.values[: len(tested)]
+    enough()
     is_exact = np.isin(np.arange(len(cells)), tested)
 
     # As a map.
@@ -303,11 +316,23 @@ def _first_order(
             for window in windows
         ]
 
-    for step, found in projected(run, every, aims, changes):
-        by_window = dict(zip(windows, found, strict=True))
-        for i, (*_, window) in enumerate(cells):
-            for place in places[i] if step in window else ():
-                summed[i] += by_window[window][place]
+    pulls = aims
+    for step in reversed(range(run.settings.steps)):
+        active = [i for i, (*_, window) in enumerate(cells) if step in window]
+
+        def at_step(step: int = step, active: list[int] = active, pulls: Tensor = pulls) -> Any:
+            pulls = pulls.clone()
+            found = projected_at(run, step, every, pulls, changes)
+            by_window = dict(zip(windows, found, strict=True))
+            of_cells = np.zeros((len(active), *aims.shape[:3]))
+            for row, i in zip(of_cells, active, strict=True):
+                for place in places[i]:
+                    row += by_window[cells[i][2]][place]
+            return {"moved": of_cells, "pulls": pulls.cpu().numpy()}
+
+        (found,) = results([Piece(f"first order, step {step}", at_step)])
+        summed[active] += found["moved"]
+        pulls = torch.from_numpy(np.array(found["pulls"])).to(aims)
         tick(run.settings.steps - step)
     moved: Array = np.square(summed).mean(2).swapaxes(1, 2)
     return moved

@@ -27,6 +27,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
+from ..patching import tiles
 from ..sampling.guidance import model_inputs
 from ..sampling.loop import prepared
 from ..sampling.parts import Split, is_out_of_memory
@@ -148,6 +149,63 @@ def gap_cost(
         memory=weights + trajectories + kept + active,
         stored=(layers + 2) * 2 * pairs * steps * latent,
         seconds=seconds,
+        available=free_memory(model.device) + weights,
+    )
+
+
+def patch_cost(
+    model: HookedDiT,
+    pairs: int,
+    steps: int,
+    *,
+    ways: int = 2,
+    direct: bool = False,
+    patched: int = 10,
+    windows: int = 4,
+    batch: int | None = None,
+) -> Cost:
+    """What the knock-outs and patches of `dit-lens patch` will cost.
+
+    Args:
+        model: the opened model, with a scheduler.
+        pairs: of twins.
+        steps: of denoising.
+        ways: of knocking out.
+        direct: whether effects are split.
+        patched: pairs of the patches.
+        windows: of the patches, from a third of the steps on.
+        batch: images at once; None is all.
+
+    >>> import dit_lens; model = dit_lens.load("digits")
+    >>> patch_cost(model, 16, 12, ways=1, patched=2).images > 16 * 12 * 29
+    True
+    """
+    layers, latent = model.cfg.n_layers, _bytes_of_latents(model)
+    knocked = ways * 2 * pairs * steps * (1 + layers * (1 + direct))
+    release, patched = steps // 3, min(patched, pairs)
+    starts = [span.start for span in tiles(release, steps, min(windows, steps - release))]
+    # each of two sites of each layer, from its window on; in its first step only the layers above
+    later = sum(steps - start - 1 for start in starts) * 2 * layers * patched
+    first = len(starts) * patched * (layers + 1)
+    images = knocked + later + first + 2 * patched * steps
+    at_once = min(batch or 2 * pairs, 2 * pairs)
+    with torch.no_grad():
+        inputs = _inputs(model, min(at_once, 16))
+        active = _most_bytes(model, lambda: model(*inputs)) * at_once / len(inputs[0])
+        plain = _seconds(model, lambda: model(*inputs)) / len(inputs[0])
+    weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
+    return Cost(
+        what="patch",
+        exact=False,
+        forwards=-(-knocked // at_once) + -(-(later + first) // (batch or 16)) + steps,
+        images=images,
+        blocks=images * layers,
+        macs=images * macs_of(model),
+        batch=at_once,
+        # the run, and the one without a layer
+        memory=int(weights + 2 * 3 * 2 * pairs * (steps + 1) * latent + active),
+        stored=3 * 2 * pairs * (steps + 1) * latent,
+        seconds=images * plain,
         available=free_memory(model.device) + weights,
     )
 

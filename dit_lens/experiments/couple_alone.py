@@ -5,6 +5,7 @@ part of the model away.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pieces import Engine, Piece, enough, measured, results
 from ..twinning.coupling import CouplingForm, check_coupling
 from ..twinning.twins import paired_labels
 from .coupling_sweep import coupled_twins, difference_curves
 from .effects import effects
-from .knock_outs import checked_sets
+from .knock_outs import checked_sets, set_text
 from .knocked_gap import gap_of
 
 
+@measured
 def couple_alone(
     model: HookedDiT,
     layers: Sequence[int] | None = None,
@@ -39,6 +42,8 @@ def couple_alone(
     cut: float = CUT,
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """The gap of twins coupled in one layer alone, each in turn, and how far that moved it.
 
@@ -57,6 +62,9 @@ def couple_alone(
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
         progress: called with (done, total) layers.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `gap`, `effect`, `effect_interval`, `commitment` and attributes as `knock_outs`
@@ -71,6 +79,7 @@ def couple_alone(
     >>> dict(found.gap.sizes), found.attrs["g"]
     ({'layer': 1}, 1.0)
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     if layers is not None:
         layers = arguments.layers(layers, model.cfg.n_layers)
@@ -89,17 +98,27 @@ def couple_alone(
         )
         return half_crossing(difference_curves(pair, bands, counts))
 
-    before = taus(0.0, None)
+    def kept(name: str, strength: float, only: list[int] | None) -> Piece:
+        return Piece(name, lambda: {"taus": taus(strength, only)})
+
+    (uncoupled,) = results([kept("uncoupled", 0.0, None)])
+    before = uncoupled["taus"]
     if not np.isfinite(before[0]).all():
         raise InvalidValue(
             "The uncoupled twins do not part within the run in both bands, so there is no gap to "
             "find causes of."
         )
-    after = []
-    for done, only in enumerate(chosen, start=1):
-        after.append(taus(g, only))
+    done = 0
+
+    def told(_number: int) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
             progress(done, len(chosen))
+
+    found = results([kept(f"coupled in {set_text(only)}", g, only) for only in chosen], told)
+    enough()
+    after = [of["taus"] for of in found]
     settings: dict[str, Any] = {"g": g, "form": form, "eps": eps, "n_layers": model.cfg.n_layers}
     settings |= {"done": "coupled", "pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
     was, rows = gap_of(before), pairs - len(set(labels))

@@ -26,6 +26,8 @@ still be read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.guidance import model_inputs
 from ..sampling.run import decode
 from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention
@@ -61,6 +64,7 @@ RELEASES, RELEASED_PAIRS = 5, 24
 NEAREST = "nearest to the mean image of its label among the images of other pairs at the weakest"
 
 
+@measured
 def couplings(
     model: HookedDiT,
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0),
@@ -75,6 +79,8 @@ def couplings(
     reader: Callable[[Tensor], Tensor] | None = None,
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """The gap against the coupling, all strengths on the same pairs.
 
@@ -92,6 +98,9 @@ def couplings(
             default that of the nearest mean image.
         resamples: of the pairs; the same at every strength.
         progress: called with (done, total) strengths.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `parting` [g, band], in steps; `difference` [g, step, band], the energy of the
@@ -113,6 +122,7 @@ def couplings(
     >>> found.gap.dims, found.rho.values.tolist()
     (('g', 'sense'), [1.0, 0.0])
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
@@ -125,27 +135,55 @@ def couplings(
     labels = paired_labels(model, pairs)
 
     # every strength on the same pairs
-    fewer = min(pairs, RELEASED_PAIRS)
-    parted, gaps, curves_of, energies, committed, finished = [], [], [], [], [], []
-    for done, g in enumerate(gs, start=1):
-        tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
+    fewer, done = min(pairs, RELEASED_PAIRS), 0
+    tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
+
+    def strength(g: float, first: bool) -> dict[str, Array]:
         pair = coupled_twins(model, labels, g, form, **tie)
         curves = difference_curves(pair, bands, counts)
-        tau, last = half_crossing(curves), np.log(np.maximum(curves[..., -1], 1e-30))
-        parted.append(tau[0])
-        gaps.append(np.stack([tau[:, 1] - tau[:, 0], last[:, 0] - last[:, 1]], -1))
-        curves_of.append(curves[0].T)
-        finished.append((pair.a.latents[-1], pair.b.latents[-1]))
-        energies.append(_energy(*finished[-1], labels, bands, counts))
+        tau = half_crossing(curves)
+        finished = pair.a.latents[-1], pair.b.latents[-1]
         tied = coupled_twins(model, paired_labels(model, fewer), g, form, **tie, eta=1.0)
         sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed)
-        committed.append(_committed(sweep, resamples, seed))
-        # the same twins, coupled by every g in turn; at the step by which the weakest have parted
-        if done == 1:
-            at = int(np.nan_to_num(np.nanmean(tau[0]) if np.isfinite(tau[0]).any() else steps / 2))
+        own, ends = _committed(sweep, resamples, seed)
+        found = {
+            "tau": tau,
+            "last": curves[..., -1],
+            "curve": curves[0].T,
+            "finished": torch.stack(finished).cpu().numpy(),
+            "energy": _energy(*finished, labels, bands, counts),
+            "committed": own,
+            "ends": np.asarray(ends),
+        }
+        if first:
+            # the same twins, coupled by every g in turn; at the step by which the weakest parted
+            known = np.isfinite(tau[0]).any()
+            at = int(np.nan_to_num(np.nanmean(tau[0]) if known else steps / 2))
             routing, pattern = _responses(pair, gs, form, at)
+            found |= {"routing": routing, "pattern": pattern, "at": np.array(at)}
+        return found
+
+    def told(_number: int) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
             progress(done, len(gs))
+
+    pieces = [Piece(f"strength {g:g}", partial(strength, g, i == 0)) for i, g in enumerate(gs)]
+    of_g = results(pieces, told)
+    enough()
+    weakest = of_g[0]
+    routing, pattern, at = weakest["routing"], weakest["pattern"], int(weakest["at"])
+    parted, curves_of = [of["tau"][0] for of in of_g], [of["curve"] for of in of_g]
+    energies = [of["energy"] for of in of_g]
+    last = [np.log(np.maximum(of["last"], 1e-30)) for of in of_g]
+    gaps = [
+        np.stack([of["tau"][:, 1] - of["tau"][:, 0], end[:, 0] - end[:, 1]], -1)
+        for of, end in zip(of_g, last, strict=True)
+    ]
+    committed = [(of["committed"], of["ends"]) for of in of_g]
+    # a reader may be a network: as all that is seen of images, it looks where they are wanted
+    finished = [(x[0], x[1]) for x in (torch.from_numpy(np.array(of["finished"])) for of in of_g)]
 
     # a band that does not part in some resample has no interval
     rows = pairs - len(set(labels))

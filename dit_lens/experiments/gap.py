@@ -18,6 +18,7 @@ All intervals are bootstraps over pairs (`dit_lens.measures.bootstrap`, and for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -37,9 +38,12 @@ from ..measures.estimate import Estimate
 from ..measures.onset import Onset
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..twinning.twins import chosen_labels, twins
+from ..pieces import Engine, Piece, enough, flat, measured, results, whole
+from ..sampling.kept import arrays_of, run_of
+from ..twinning.twins import Twins, chosen_labels, twins
 from .data_gap import as_latents, data_gap, data_sentence
 from .gap_sentences import ESTIMATORS, NO_DEPTH, TITLES, headline
+from .kept_twins import kept_twins
 from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
 from .modes import BandKind, Modes
 from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles
@@ -56,6 +60,7 @@ ONE_PASS = (
 SAMPLERS = {"ddim": "DDIM", "euler-flow": "Euler on a flow"}
 
 
+@measured
 def measure_gap(
     model: HookedDiT,
     pairs: int = 48,
@@ -73,6 +78,9 @@ def measure_gap(
     batch: int | None = None,
     clones: bool = True,
     labels: Labels | None = None,
+    *,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
@@ -102,6 +110,9 @@ def measure_gap(
         clones: whether the behaviour is also measured with clones; without them it is read in one
             pass only, and what is said of clones is NaN.
         labels: one a pair, each two times or more; by default classes or prompts in turn.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: intervals are 95 %. "Commits" is when the agreement of finished twins passes
@@ -165,6 +176,7 @@ def measure_gap(
     >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
     (29, True)
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     pairs = arguments.whole("pairs", pairs, 2 * FEWEST_PAIRS, why=CLASS_MEANS)
     steps = arguments.whole("steps", steps, 4, why="to see anything settle in")
@@ -191,7 +203,8 @@ def measure_gap(
     # the modes of latents and stream; eigenmodes are those of other twins
     pilot = None
     if bands == "eigen":
-        pilot = twins(
+        pilot = kept_twins(
+            "other twins",
             model,
             pairs,
             chosen,
@@ -204,18 +217,14 @@ def measure_gap(
 
     # one run of twins, seen by the probes, and clones of it
     outcomes = _outcomes(model, modes, cut, feature, batch)
-    divergence, lens = (
-        TwinDivergence(modes.token_split, fine=modes.token_spectrum),
-        LayerLens(modes.split),
-    )
-    pair = twins(
+    pair, seen, lensed = _observed(
         model,
+        modes,
         pairs,
         chosen,
         steps=steps,
         seed=seed,
         batch=batch,
-        probes=[divergence, lens],
         progress=lambda *_: count(2 * pairs),
     )
     with once():
@@ -232,36 +241,9 @@ def measure_gap(
                 progress=lambda *_: count(pairs * steps // 2),
             )
 
-    # when the finished image is decided, and how much of it the data's spectrum explains
-    options = {"resamples": resamples, "seed": seed}
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
-    behaviour = _behaviour(one, sweep, x_t, modes, options)
-    of_data = data_gap(pair, sweep or one, modes.split, "split", known, groups, **options)
-    decided = behaviour.split_commitment.sel(estimator="clones" if clones else "one_pass").values
-    decided = decided[np.isfinite(decided)]
-    # at step 0 the twins are one
-    at = int(np.clip(np.round(decided.mean() if len(decided) else steps / 2), 1, steps - 1))
-
-    # and in which layers
-    seen = divergence.result()
-    commits = np.full((1 + resamples, modes.token_split.n * (model.cfg.n_layers + 1)), np.nan)
-    if sweep is not None:
-        commits = commitment_draws(
-            sweep.stats["stream"], sweep.releases, sweep.log_snr, resamples=resamples, seed=seed
-        )
-    token_modes = modes.token_split, modes.token_spectrum
-    values = profile_values(
-        seen,
-        lens.result(pair.run.latents[-1]),
-        commits,
-        *token_modes,
-        draws(pairs, resamples, seed),
-        at,
-    )
-    layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
-    parts = [behaviour, of_data, layers]
-    if nulls:
-        parts.append(
+    shuffled = (
+        [
             null_profiles(
                 model,
                 nulls,
@@ -271,7 +253,38 @@ def measure_gap(
                 batch=batch,
                 progress=lambda _: count(each),
             )
+        ]
+        if nulls
+        else []
+    )
+    enough()
+
+    # when the finished image is decided, and how much of it the data's spectrum explains
+    options = {"resamples": resamples, "seed": seed}
+    behaviour = _behaviour(one, sweep, x_t, modes, options)
+    of_data = data_gap(pair, sweep or one, modes.split, "split", known, groups, **options)
+    decided = behaviour.split_commitment.sel(estimator="clones" if clones else "one_pass").values
+    decided = decided[np.isfinite(decided)]
+    # at step 0 the twins are one
+    at = int(np.clip(np.round(decided.mean() if len(decided) else steps / 2), 1, steps - 1))
+
+    # and in which layers
+    commits = np.full((1 + resamples, modes.token_split.n * (model.cfg.n_layers + 1)), np.nan)
+    if sweep is not None:
+        commits = commitment_draws(
+            sweep.stats["stream"], sweep.releases, sweep.log_snr, resamples=resamples, seed=seed
         )
+    token_modes = modes.token_split, modes.token_spectrum
+    values = profile_values(
+        seen,
+        lensed,
+        commits,
+        *token_modes,
+        draws(pairs, resamples, seed),
+        at,
+    )
+    layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
+    parts = [behaviour, of_data, layers, *shuffled]
     sampler = SAMPLERS[pair.run.settings.scheduler]
     result = xr.merge(parts, combine_attrs="drop_conflicts").assign_attrs(
         model=name,
@@ -296,18 +309,37 @@ def measure_gap(
     return result
 
 
-def _hold_against_null(results: xr.Dataset, view: str) -> None:
+def _observed(
+    model: HookedDiT, modes: Modes, pairs: int, chosen: Sequence[int], **settings: Any
+) -> tuple[Twins, xr.Dataset, xr.Dataset]:
+    """Twins, how they differ in every layer, and how every layer's stream reads."""
+    divergence = TwinDivergence(modes.token_split, fine=modes.token_spectrum)
+    lens = LayerLens(modes.split)
+    made: list[Twins] = []
+
+    def run() -> dict[str, Array]:
+        made.append(twins(model, pairs, chosen, probes=[divergence, lens], **settings))
+        run = made[0].run
+        seen, lensed = divergence.result(), lens.result(run.latents[-1])
+        return arrays_of(run) | flat(seen, "divergence") | flat(lensed, "lens")
+
+    (found,) = results([Piece("twins under observation", run)])
+    pair = made[0] if made else Twins(run_of(found, model), pairs, 0, "noise", 0.0)
+    return pair, whole(found, "divergence"), whole(found, "lens")
+
+
+def _hold_against_null(found: xr.Dataset, view: str) -> None:
     """An onset is named only among the last layers, and where null models rarely change there."""
-    attrs, claimed = results.attrs, False
-    if "null_p" in results:
-        layers = results.sizes["layer"] - 1  # beside the embedding
-        rare = bool(results.null_p.sel(profile=view) <= 0.05)
+    attrs, claimed = found.attrs, False
+    if "null_p" in found:
+        layers = found.sizes["layer"] - 1  # beside the embedding
+        rare = bool(found.null_p.sel(profile=view) <= 0.05)
         claimed = rare and attrs[f"onset_layer_{view}"] >= layers - last_layers(layers)
-        attrs[f"onset_{view}"] = depth_sentence(view, TITLES[view], results)
+        attrs[f"onset_{view}"] = depth_sentence(view, TITLES[view], found)
     else:
         attrs[f"onset_{view}"] = NO_DEPTH
     if not claimed:
-        results.attrs |= {f"onset_layer_{view}": -1, f"onset_verdict_{view}": "unclaimed"}
+        attrs |= {f"onset_layer_{view}": -1, f"onset_verdict_{view}": "unclaimed"}
 
 
 def _image_labels(labels: Sequence[int] | None, images: Tensor | None) -> list[int] | None:

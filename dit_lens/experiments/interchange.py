@@ -32,8 +32,9 @@ from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..patching import Patch, check_patches, sweep
 from ..patching.patch import steps_text
-from ..twinning.twins import twins
+from ..pieces import Engine, enough, measured
 from .ablation import windows_of
+from .kept_twins import kept_twins
 
 BOTH = ("low", "high")
 STREAM = -1
@@ -42,6 +43,7 @@ FEWEST_MOVE = 0.005
 """A smaller share of the way is not named, however certain."""
 
 
+@measured
 def interchange(
     model: HookedDiT,
     layers: Sequence[int] | None = None,
@@ -55,8 +57,9 @@ def interchange(
     seed: int = 0,
     cut: float = CUT,
     batch: int = 16,
-    resume: str | Path | None = None,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """Put one band of twin A's stream into twin B, layer by layer.
 
@@ -72,8 +75,10 @@ def interchange(
         seed: of the twins.
         cut: between low and high, in cycles per pixel of the latents and per token of the stream.
         batch: images that run at once.
-        resume: a file in which finished patches are kept; see `dit_lens.patching.sweep`.
         progress: called with the patch-steps done and in all.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `move` [layer, head, window, dose, taken, band], of the stream with a single
@@ -89,6 +94,7 @@ def interchange(
     >>> interchange(model, [9], windows=1, pairs=8, steps=4).move.sizes
     Frozen({'layer': 1, 'head': 1, 'window': 1, 'dose': 1, 'taken': 2, 'band': 2})
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     n = model.cfg.n_layers
     chosen = list(range(n)) if layers is None else arguments.layers(layers, n)
@@ -114,11 +120,10 @@ def interchange(
         )
         for layer, head, span, dose, band in cells
     ]
-    check_patches(
-        patches, model, steps, pairs, outcome, batch=batch, progress=progress, resume=resume
-    )
-    pair = twins(model, pairs, steps=steps, release=release, seed=seed)
-    swept = sweep(pair.a, pair.b, patches, outcome, batch=batch, progress=progress, resume=resume)
+    check_patches(patches, model, steps, pairs, outcome, batch=batch, progress=progress)
+    pair = kept_twins("twins", model, pairs, None, steps=steps, release=release, seed=seed)
+    swept = sweep(pair.a, pair.b, patches, outcome, batch=batch, progress=progress)
+    enough()
     labels: dict[str, Sequence[Any]] = {
         "layer": chosen,
         "head": list(numbers),

@@ -13,6 +13,7 @@ is said in `dit_lens.experiments.ablation`; the intervals hold for all cells of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -24,14 +25,16 @@ from ..measures import Array
 from ..measures.bands import CUT
 from ..model.hooked import HookedDiT
 from ..patching.patch import steps_text
+from ..pieces import Engine, enough, measured
 from ..sampling.settings import Progress
 from .ablation import How, Part, added_by, windows_of
 from .effects import effects, together
-from .knocked_gap import KnockedGap, gap_of
+from .knocked_gap import KnockedGap, gap_of, set_text
 
 Sets = Sequence[int] | Sequence[Sequence[int]]
 
 
+@measured
 def knock_outs(
     model: HookedDiT,
     layers: Sets | None = None,
@@ -47,6 +50,8 @@ def knock_outs(
     resamples: int = 1000,
     progress: Progress | None = None,
     batch: int | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """The gap without each layer in turn, and how far that moved it.
 
@@ -69,6 +74,9 @@ def knock_outs(
         resamples: of the pairs.
         progress: called with (done, total) knock-outs.
         batch: images that go through the model at once; None is all. With how="zero" only.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: over layer (or set), and window where there are some, in steps: `gap` and
@@ -88,6 +96,7 @@ def knock_outs(
     >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
     ({'layer': 1, 'bound': 2}, True)
     """
+    del store, engine  # `measured` sees to them
     axis, sets = checked_sets(model, layers, part)
     arguments.choice("how", how, get_args(How))
     arguments.flag("direct", direct)
@@ -129,14 +138,18 @@ def knocked(
     spans: Sequence[range | None] = [None] if windows is None else windows
     cells = [(layers, span) for layers in sets for span in spans]
     shape = (len(sets), len(spans))
-    after, straight = [], []
-    for done, (layers, span) in enumerate(cells, start=1):
-        after.append(known.without(layers, window=span))
-        if direct:
-            straight.append(known.without(layers, window=span, direct=True))
-        if progress is not None:
-            progress(done, len(cells))
+    done = 0
 
+    def told(_number: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None and not done % len(kinds):
+            progress(done // len(kinds), len(cells))
+
+    kinds = (False, True) if direct else (False,)
+    found = known.all([(*cell, kind) for cell in cells for kind in kinds], told)
+    enough()
+    after, straight = found[:: len(kinds)], found[1 :: len(kinds)]
     labels: dict[str, Any] = {axis: [_label(axis, layers) for layers in sets]}
     if windows is not None:
         labels["window"] = [steps_text(span) for span in windows]
@@ -156,6 +169,7 @@ def knocked(
     return result
 
 
+@measured
 def cumulative(
     model: HookedDiT,
     depths: Sequence[int] | None = None,
@@ -168,6 +182,8 @@ def cumulative(
     cut: float = CUT,
     resamples: int = 1000,
     progress: Progress | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """The gap without the first k layers, and without the last k, for growing k.
 
@@ -182,6 +198,9 @@ def cumulative(
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
         progress: called with (done, total) knock-outs.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `gap`, `effect` [end, depth], their intervals and attributes as those of
@@ -194,6 +213,7 @@ def cumulative(
     >>> cumulative(model, [1], pairs=16, steps=6, resamples=100).effect.sizes
     Frozen({'end': 2, 'depth': 1})
     """
+    del store, engine  # `measured` sees to them
     checked_sets(model, None, part)
     n = model.cfg.n_layers
     chosen = checked_depths(depths, n)
@@ -217,11 +237,16 @@ def accumulated(
     """
     n, ends = known.model.cfg.n_layers, ["first", "last"]
     sets = [range(k) for k in depths] + [range(n - k, n) for k in depths]
-    after = []
-    for done, layers in enumerate(sets, start=1):
-        after.append(known.without(layers))
+    done = 0
+
+    def told(_number: int) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
             progress(done, len(sets))
+
+    after = known.all([(layers, None, False) for layers in sets], told)
+    enough()
     stacked = np.stack(after)
     whole = stacked.reshape(2, len(depths), *stacked.shape[1:])
     cells: dict[str, Sequence[Any]] = {"end": ends, "depth": list(depths)}
@@ -275,21 +300,6 @@ def checked_depths(depths: Any, n: int) -> list[int]:
             "in increasing order."
         )
     return found
-
-
-def set_text(layers: Sequence[int]) -> str:
-    """A set of layers as text, neighbours drawn together.
-
-    >>> set_text([3, 4, 5, 9])
-    '3-5, 9'
-    """
-    parts: list[list[int]] = []
-    for layer in sorted(layers):
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def _label(axis: str, layers: list[int]) -> int | str:

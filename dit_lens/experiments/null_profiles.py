@@ -12,6 +12,7 @@ by itself. The model is measured as its nulls are, with as few pairs and steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import xarray as xr
@@ -23,6 +24,7 @@ from ..groundtruth.nulls import shuffle_layers
 from ..measures import Array
 from ..measures.commitment import commitment_draws
 from ..model.hooked import HookedDiT
+from ..pieces import Piece, results
 from ..twinning.twins import paired_labels, twins
 from .layer_profile import VIEWS, Streams, last_layers, profile_values
 from .modes import Modes
@@ -76,13 +78,19 @@ def null_profiles(
             `null_profile` [profile, null, layer].
     """
     steps = min(steps, STEPS)
-    found = []
-    for i in range(nulls + 1):
-        found.append(
-            _profiles(shuffled(model, seed + i) if i else model, modes, steps, seed, batch)
-        )
+    done = 0
+
+    def profile(i: int) -> dict[str, Array]:
+        return _profiles(shuffled(model, seed + i) if i else model, modes, steps, seed, batch)
+
+    def told(_number: int) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress(i + 1)
+            progress(done)
+
+    pieces = [Piece(f"null model {i}", partial(profile, i)) for i in range(nulls + 1)]
+    found = results(pieces, told)
     own, null = found[0], found[1:]
     shares = {view: np.array([late_share(one[view]) for one in found]) for view in VIEWS}
     return xr.Dataset(

@@ -20,11 +20,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import arguments
@@ -34,16 +36,19 @@ from ..measures.agreement import Agreement, Contrasts, curve
 from ..measures.bootstrap import draws, interval
 from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
-from ..sampling.branches import Branch, ends
+from ..pieces import Piece, results
 from ..sampling.run import Run
-from ..twinning.twins import Twins, twin_seeds
+from ..twinning.twins import Twins
 from .outcomes import Outcome, compared, once
+from .released import Released
 
 SLACK = 0.01
 """A share of the run's steps: what the fitted logistic can make of nothing. A smaller difference of
 two estimators is none of the model's (`tests/checks.py`, part `coverage`: exact curves differ by at
 most 0.5 % of the steps).
 """
+AT_ONCE = 10
+"""So many steps of one pass are a piece of the measurement."""
 RELEASES = 8
 """How many releases clones get where nobody says."""
 MISFIT = 0.05
@@ -217,19 +222,31 @@ def one_pass(
     run = twins.run
     seen = run.x0 if quantity == "x0" else run.latents[:-1]
     contrasts = Contrasts(run.labels.tolist(), len(run.labels))
-    found: dict[str, list[Tensor]] = {o.name: [] for o in outcomes}
     with once():
-        ends = [o.modes(run.latents[-1], contrasts) for o in outcomes]
-        for done, x in enumerate(seen, start=1):
-            if done == len(seen) and torch.equal(x, run.latents[-1]):
-                x = run.latents[-1]  # decoded already
-            for o, end in zip(outcomes, ends, strict=True):
-                stats = o.sums(o.modes(x, contrasts), end, contrasts)
-                # both twins of a pair add up
-                found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
-            if progress is not None:
-                progress(done, len(seen))
-    stacked = {name: Agreement.of(torch.stack(each, 1)) for name, each in found.items()}
+        ends: list[Tensor] = []  # of each outcome, once they are asked for
+
+        def part(steps: range) -> dict[str, NDArray[Any]]:
+            if not ends:
+                ends.extend(o.modes(run.latents[-1], contrasts) for o in outcomes)
+            found: dict[str, list[Tensor]] = {o.name: [] for o in outcomes}
+            for step in steps:
+                x = seen[step]
+                if step + 1 == len(seen) and torch.equal(x, run.latents[-1]):
+                    x = run.latents[-1]  # decoded already
+                for o, end in zip(outcomes, ends, strict=True):
+                    stats = o.sums(o.modes(x, contrasts), end, contrasts)
+                    # both twins of a pair add up
+                    found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
+                if progress is not None:
+                    progress(step + 1, len(seen))
+            return {name: torch.stack(each, 1).cpu().numpy() for name, each in found.items()}
+
+        spans = [range(s, min(s + AT_ONCE, len(seen))) for s in range(0, len(seen), AT_ONCE)]
+        what = f"one pass on {quantity}, {', '.join(o.name for o in outcomes)}"
+        parts = results([Piece(f"{what}, from step {s.start}", partial(part, s)) for s in spans])
+    stacked = {
+        o.name: Agreement(*np.concatenate([part[o.name] for part in parts], 1)) for o in outcomes
+    }
     steps = tuple(range(run.settings.steps))
     curves = Curves.of("one_pass", steps, run, outcomes, stacked, squared=True)
     return replace(curves, quantity=quantity)
@@ -280,7 +297,7 @@ def release_sweep(
     """
     arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
     outcomes, seed = compared(outcomes), arguments.seed("seed", seed)
-    names = [each.name for each in outcomes]
+    names = [o.name for o in outcomes]
     steering = names if by is None else arguments.listed("by", by, "names of the outcomes")
     for name in steering:
         arguments.choice("by", name, names)
@@ -294,43 +311,20 @@ def release_sweep(
         )
     planned = planned_releases(releases, steps)
     batch = arguments.optional(arguments.whole, "batch", batch, 1)
-    a, b, clones = twins.a, twins.b, twins.tie == "noise"
-    labels = a.labels.tolist()
-    contrasts = Contrasts(labels, len(labels))
-    finished = twins.run.latents[-1]
+    released = Released(twins, outcomes, seed, batch, kept=each is not None)
     found: dict[int, dict[str, Agreement]] = {}
+    total = len(planned) if planned else arguments.whole("releases", releases)
     with once():
-        # bands of another grid are refused before anything is run, and so is another model
-        shared = {o.name: o.modes(finished[: twins.pairs], contrasts) for o in outcomes}
-        if clones:
-            a.check(steps - 1)
+        released.check()
 
         def part_at(chosen: Sequence[int]) -> None:
-            branches: list[Branch] = []
-            for release in chosen:
-                fresh = tuple(twin_seeds(seed + 1_000_003 * (release + 1), twins.pairs)[1])
-                if not clones:  # twin A's future is not there yet
-                    branches.append(Branch(a, release, a.seeds_at(steps - 1)))
-                branches.append(Branch(a if clones else b, release, fresh))
-            done = ends(branches, batch)
-            for i, release in enumerate(chosen):
-                mine, theirs = (None, done[i]) if clones else done[2 * i : 2 * i + 2]
-                found[release] = {
-                    o.name: Agreement.of(
-                        o.sums(
-                            shared[o.name] if mine is None else o.modes(mine, contrasts),
-                            o.modes(theirs, contrasts),
-                            contrasts,
-                        )
-                    )
-                    for o in outcomes
-                }
+            for release, stats, finished in released.at(chosen):
+                found[release] = stats
                 if each is not None:
-                    each(release, finished[: twins.pairs] if mine is None else mine, theirs)
+                    each(release, *finished)
                 if progress is not None:
                     progress(len(found), total)
 
-        total = len(planned) if planned else arguments.whole("releases", releases)
         if planned:
             part_at(planned)
         while len(found) < total:
@@ -339,7 +333,7 @@ def release_sweep(
             }
             part_at([steepest(seen, steps)])
     order = tuple(sorted(found))
-    estimator = "clones" if clones else "coupled"
+    estimator = "clones" if released.clones else "coupled"
     stacked = {o.name: Agreement.stack([found[r][o.name] for r in order]) for o in outcomes}
     return Curves.of(estimator, order, twins.run, outcomes, stacked)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -30,13 +31,15 @@ from ..measures.bands import CUT
 from ..measures.bootstrap import interval
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pieces import Engine, enough, measured
 from ..sampling.settings import Progress
 from .ablation import How, Part
 from .effects import MATTERS, first_few, together
-from .knock_outs import Sets, checked_sets, set_text
-from .knocked_gap import KnockedGap, gap_of
+from .knock_outs import Sets, checked_sets
+from .knocked_gap import KnockedGap, gap_of, set_text
 
 
+@measured
 def shapley(
     model: HookedDiT,
     layers: Sets | None = None,
@@ -50,6 +53,8 @@ def shapley(
     cut: float = CUT,
     resamples: int = 1000,
     progress: Progress | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """Each player's share of what becomes of the gap when all of them are knocked out.
 
@@ -67,6 +72,9 @@ def shapley(
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
         progress: called with (done, total) sets, an upper bound of these.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: in steps, `share` [player] and `share_interval` [player, bound], 95 % for all
@@ -87,6 +95,7 @@ def shapley(
     >>> abs(float(found.share.sum()) - found.total) < 1e-9
     True
     """
+    del store, engine  # `measured` sees to them
     _, players = checked_sets(model, layers, part, fewest=2)
     disjoint(players)
     orders = arguments.whole("orders", orders, 2)
@@ -134,10 +143,12 @@ def shares(
     asked |= {frozenset(p) for p in [*pairs_of_players, *((i,) for i in range(n))]}
     values: dict[frozenset[int], Array] = {frozenset(): gap_of(known.before)}
 
+    def layers_of(members: frozenset[int]) -> list[int]:
+        return [layer for i in sorted(members) for layer in players[i]]
+
     def value(members: frozenset[int]) -> Array:  # [1 + resample]
         if members not in values:
-            layers = [layer for i in sorted(members) for layer in players[i]]
-            values[members] = gap_of(known.without(layers))
+            values[members] = gap_of(known.without(layers_of(members)))
             if progress is not None:
                 progress(len(values) - 1, len(asked))
         return values[members]
@@ -151,6 +162,17 @@ def shares(
             "fewer ones or other ones, or how='mean'."
         )
     total = everybody - values[frozenset()]
+    rest, done = sorted((m for m in asked if m not in values), key=sorted), len(values) - 1
+
+    def told(_number: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(asked))
+
+    found = known.all([(layers_of(m), None, False) for m in rest], told)
+    values |= {m: gap_of(taus) for m, taus in zip(rest, found, strict=True)}
+    enough()
 
     # along each order, every player's change at its turn
     marginal = np.full((len(drawn), n, len(total)), np.nan)
@@ -219,7 +241,8 @@ def likely_players(known: KnockedGap, n: int) -> list[list[int]]:
         n: how many.
     """
     layers = range(known.model.cfg.n_layers)
-    effect = {i: abs(float((gap_of(known.without([i])) - gap_of(known.before))[0])) for i in layers}
+    alone = known.all([([i], None, False) for i in layers])
+    effect = {i: abs(float((gap_of(alone[i]) - gap_of(known.before))[0])) for i in layers}
     found: list[int] = []
     for layer in sorted((i for i in layers if np.isfinite(effect[i])), key=lambda i: -effect[i]):
         if len(found) == n:

@@ -11,6 +11,7 @@ takes away is then measured on other twins, and only that figure is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -21,10 +22,11 @@ from ..measures.bands import CUT
 from ..measures.bootstrap import interval
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pieces import Engine, enough, measured
 from ..sampling.settings import Progress
 from .ablation import How, Part
-from .knock_outs import checked_sets, set_text
-from .knocked_gap import KnockedGap, gap_of
+from .knock_outs import checked_sets
+from .knocked_gap import KnockedGap, gap_of, set_text
 
 MOST = 4
 """From single layers up, a set of at most so many is looked for."""
@@ -34,6 +36,7 @@ OTHER_TWINS = 1_000_003
 """Added to the seed for the twins on which the set is measured."""
 
 
+@measured
 def smallest_set(
     model: HookedDiT,
     share: float = 0.5,
@@ -46,6 +49,8 @@ def smallest_set(
     cut: float = CUT,
     resamples: int = 1000,
     progress: Progress | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """Look for the fewest layers that, knocked out together, take this share of the gap away.
 
@@ -60,6 +65,9 @@ def smallest_set(
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
         progress: called with (done, total) knock-outs; the total is a guess.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `gap` [tried], in steps, without each set that the search tried, NaN where a
@@ -77,6 +85,7 @@ def smallest_set(
     >>> smallest_set(model, pairs=16, steps=10, cut=0.1, resamples=200).found
     '1, 3'
     """
+    del store, engine  # `measured` sees to them
     checked_sets(model, None, part)
     share = arguments.number("share", share, above=0, most=1)
     arguments.choice("how", how, get_args(How))
@@ -99,6 +108,21 @@ class Search:
         self.known, self.share, self.progress = known, share, progress
         self.whole = float(gap_of(known.before)[0])
         self.tried: dict[tuple[int, ...], float] = {}
+        self.done = 0
+
+    def ahead(self, sets: Sequence[Sequence[int]]) -> None:
+        """Run all that is about to be asked for, at once.
+
+        Args:
+            sets: of layers.
+        """
+        new = [s for s in sets if tuple(sorted(s)) not in self.tried]
+        self.known.all([(layers, None, False) for layers in new], self._told)
+
+    def _told(self, _number: int) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, max(self.done, 3 * self.known.model.cfg.n_layers))
 
     def gap(self, layers: Sequence[int]) -> float:
         """Without these layers; NaN where a band does not commit.
@@ -108,10 +132,9 @@ class Search:
         """
         key = tuple(sorted(layers))
         if key not in self.tried:
+            if not self.known.has(key):
+                self.ahead([key])
             self.tried[key] = float(gap_of(self.known.without(key))[0])
-            if self.progress is not None:
-                done, n = len(self.tried), self.known.model.cfg.n_layers
-                self.progress(done, max(done, 3 * n))
         return self.tried[key]
 
     def left(self, layers: Sequence[int]) -> float:
@@ -134,6 +157,7 @@ class Search:
 
     def up(self) -> list[int]:
         """From single layers: the set of at most `MOST` that takes enough, or none."""
+        self.ahead([[layer] for layer in range(self.known.model.cfg.n_layers)])
         singles = sorted(([layer] for layer in range(self.known.model.cfg.n_layers)), key=self.left)
         best = singles[0]
         candidates = [layer for (layer,) in singles[:CANDIDATES]]
@@ -141,6 +165,7 @@ class Search:
             wider = [[*best, layer] for layer in candidates if layer not in best]
             if not wider:
                 return []
+            self.ahead(wider)
             best = min(wider, key=self.left)
         return self.pruned(best) if self.enough(best) else []
 
@@ -199,9 +224,11 @@ def found_set(known: KnockedGap, share: float, progress: Progress | None = None)
             seed=known.seed + OTHER_TWINS,
             cut=known.cut,
             resamples=known.resamples,
+            labels=known.labels,
         )
         ratio = gap_of(other.without(chosen)) / gap_of(other.before)
         left = Estimate.of(ratio[0], interval(ratio, known.pairs))
+    enough()
     allowed = 1 - share
     result = xr.Dataset(
         {

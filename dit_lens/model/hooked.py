@@ -26,11 +26,13 @@ from ..hooks.points import (
     StopForward,
     pairs_of,
 )
+from ..pieces.content import content
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
 from .offloading import computing_device
 from .partial import StoppedAtLayer
+from .state import State
 from .taken import Taken
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
@@ -124,6 +126,11 @@ class HookedDiT:
         for _ in range(2):  # twice, as all that gives something back
             dropped = weakref.finalize(self, _dropped, weakref.ref(self.transformer), self.place)
             dropped.atexit = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or unpickled view looks at its own copy of the model."""
+        parts = (self.transformer, self.scheduler, self.vae, self.conditions, self.size)
+        return _reopened, (type(self), *parts)
 
     def close(self) -> None:
         """Look no more: the hook points are taken out, unless somebody else looks at them too."""
@@ -624,6 +631,34 @@ class HookedDiT:
             raise InvalidState(
                 "This model's hook points were removed; wrap it again with dit_lens.HookedDiT(...)."
             )
+
+
+def _reopened(
+    kind: type[HookedDiT],
+    transformer: Any,
+    scheduler: Any,
+    vae: Any,
+    conditions: Conditions,
+    size: Size | None,
+) -> HookedDiT:
+    """A copied or unpickled view."""
+    made = kind(transformer, scheduler=scheduler, vae=vae, size=size)
+    made.conditions = conditions
+    return made
+
+
+@content.register(HookedDiT)
+def _content(model: HookedDiT) -> str:
+    """What a model computes, for stores of pieces: weights, configuration, adapters, scheduler."""
+    state = State.of(model.transformer)
+    if model.instrumentation.busy or state.hooks:
+        what = "hooks or a trace" if model.instrumentation.busy else "module hooks"
+        raise InvalidState(
+            f"The model has {what} on, and a store of pieces can't tell what they do; take them "
+            "off, or measure without a store and in this process."
+        )
+    parts = [model.transformer, state.adapters, state.settings, model.scheduler, model.vae]
+    return f"HookedDiT{content([*parts, model.size, model.conditions.prompts])}"
 
 
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:

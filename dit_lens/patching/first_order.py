@@ -80,32 +80,48 @@ def projected(
     Yields:
         The step, and for each change and place [band, direction, item].
     """
-    names = list(dict.fromkeys(name for place in places for name in place if name))
-    passes = n_passes(run.model, run.settings.guidance)
     pulls = aims.clone()
     for step in reversed(range(run.settings.steps)):
-        x = run.latents[step].clone().requires_grad_()
-        seen, following = _seen(run, x, step, names, graph=True)
-        here = {p: _added(p, seen).detach() for p in places}
+        yield step, projected_at(run, step, places, pulls, changes)
 
-        def elsewhere(other: int) -> Additions:
-            theirs, _ = _seen(run, run.latents[other], other, names)
-            return {p: _added(p, theirs) for p in places}
 
-        asked = changes(step, here, elsewhere)
-        found = [{p: np.zeros(pulls.shape[:3]) for p in change} for change in asked]
-        flat = pulls.flatten(0, 1)
-        for i in range(len(flat)):
-            wanted = [x, *(seen[p.name] for p in places)]
-            flat[i], *pulled = torch.autograd.grad(
-                following, wanted, flat[i], retain_graph=i + 1 < len(flat)
-            )
-            gradient = dict(zip(places, pulled, strict=True))
-            for change, into in zip(asked, found, strict=True):
-                for place, by in change.items():
-                    moved = (gradient[place] * by).flatten(1).sum(1).view(passes, -1).sum(0)
-                    into[place][divmod(i, pulls.shape[1])] = moved.double().cpu().numpy()
-        yield step, found
+def projected_at(
+    run: Run, step: int, places: Sequence[Added], pulls: Tensor, changes: Changes
+) -> list[dict[Added, NDArray[np.float64]]]:
+    """The same of one step.
+
+    Args:
+        run: that is changed.
+        step: of the run.
+        places: where.
+        pulls: the directions carried back to the end of this step, [band, direction, item, ...];
+            carried on to its start.
+        changes: what is asked at a step.
+    """
+    names = list(dict.fromkeys(name for place in places for name in place if name))
+    passes = n_passes(run.model, run.settings.guidance)
+    x = run.latents[step].clone().requires_grad_()
+    seen, following = _seen(run, x, step, names, graph=True)
+    here = {p: _added(p, seen).detach() for p in places}
+
+    def elsewhere(other: int) -> Additions:
+        theirs, _ = _seen(run, run.latents[other], other, names)
+        return {p: _added(p, theirs) for p in places}
+
+    asked = changes(step, here, elsewhere)
+    found = [{p: np.zeros(pulls.shape[:3]) for p in change} for change in asked]
+    flat = pulls.flatten(0, 1)
+    for i in range(len(flat)):
+        wanted = [x, *(seen[p.name] for p in places)]
+        flat[i], *pulled = torch.autograd.grad(
+            following, wanted, flat[i], retain_graph=i + 1 < len(flat)
+        )
+        gradient = dict(zip(places, pulled, strict=True))
+        for change, into in zip(asked, found, strict=True):
+            for place, by in change.items():
+                moved = (gradient[place] * by).flatten(1).sum(1).view(passes, -1).sum(0)
+                into[place][divmod(i, pulls.shape[1])] = moved.double().cpu().numpy()
+    return found
 
 
 def _added(place: Added, seen: dict[str, Tensor]) -> Tensor:

@@ -16,25 +16,29 @@ patch does nothing, 1 where it makes the source of the target, below 0 where it 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 
 from .. import arguments
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
+from ..pieces import Piece, current, kept_in, results, scope
 from ..sampling.run import Run
 from ..sampling.settings import Progress
-from .checkpoint import Store, scheduler_text, sweep_key
 from .lanes import Lanes
 from .measure import Measure, applied, check_measure, compared, latent_bands
 from .patch import Patch, Planned, plan
 
 IN_FLIGHT = 64
-"""So many patches advance together; when they have finished they are stored.
+"""So many patches advance together, as one piece of the measurement.
 
 Only their x_t is in memory.
 """
@@ -48,7 +52,7 @@ def sweep(
     *,
     batch: int = 16,
     progress: Progress | None = None,
-    resume: str | Path | None = None,
+    store: str | Path | None = None,
 ) -> xr.Dataset:
     """Patch `source` into `target`, once for each patch, and compare what becomes of the target.
 
@@ -65,7 +69,7 @@ def sweep(
         batch: images that run at once, at least one lane's; twice an item with guidance. Results do
             not depend on it but for rounding.
         progress: called with the patch-steps done and in all.
-        resume: a file in which finished patches are kept; an interrupted sweep that is given it
+        store: a folder in which finished patches are kept; an interrupted sweep that is given it
             again goes on from there.
 
     Returns:
@@ -82,10 +86,10 @@ def sweep(
 
     Raises:
         ValueError: before anything is run, for runs that do not fit each other, patches that do not
-            fit the runs, and a file of another sweep or a damaged one.
+            fit the runs, and a store of another sweep or a damaged one.
         UnknownName: for a site that the model does not have.
         RuntimeError: if the weights have changed since, or another process is at this sweep.
-        OSError: before anything is run, where the file can't be written.
+        OSError: where the store can't be written, if it can be seen before anything is run.
 
     >>> import dit_lens; pair = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=3)
     >>> patches = dit_lens.patching.grid([9], "attn_out", [range(1, 2), range(2, 3)])
@@ -95,8 +99,9 @@ def sweep(
     # What is asked for fits the runs.
     check_kind_of_runs(source, target)
     steps, items = target.settings.steps, len(target.labels)
-    options: dict[str, Any] = {"batch": batch, "progress": progress, "resume": resume}
+    options: dict[str, Any] = {"batch": batch, "progress": progress}
     planned = _planned(patches, target.model, steps, items, outcome, **options)
+    folder = arguments.optional(arguments.path, "store", store)
     tied = max(source.tied_until, target.tied_until)
     early = [p.patch for p in planned if len(p.steps) and min(p.steps) < tied]
     if early:
@@ -105,29 +110,42 @@ def sweep(
             f"{tied}; expected windows from there on."
         )
     bands = None if callable(outcome) else latent_bands(outcome, target)
-    check_runs(source, target)
+    if current() is None:  # where pieces are shared the model is known by its content
+        check_runs(source, target)
 
     # The patches are run, those of a wave together.
-    key, like = sweep_key(source, target, planned), target.latents[-1]
-    with Store(resume, key, len(patches), like) as store:
-        lanes = Lanes(source, target, batch)
-        for wave in _waves(planned):
-            if all(p in store.done for p in wave):
-                continue
+    key, waves, done = sweep_key(source, target, planned), _waves(planned), 0
+    lanes = Lanes(source, target, batch)
 
-            def tick(step: int, size: int = len(wave)) -> None:
-                # the last step counts when its patches are stored
-                if progress is not None and step < steps - 1:
-                    progress(len(store.done) * steps + size * (step + 1), len(patches) * steps)
+    def run(wave: Sequence[int]) -> dict[str, NDArray[Any]]:
+        def tick(step: int) -> None:
+            # the last step counts when its patches are kept
+            if progress is not None and step < steps - 1:
+                progress(done * steps + len(wave) * (step + 1), len(patches) * steps)
 
-            before = lanes.blocks
-            found = lanes.run([planned[p] for p in wave], tick)
-            store.add(wave, found, lanes.blocks - before)
-            if progress is not None:
-                progress(len(store.done) * steps, len(patches) * steps)
+        before = lanes.blocks
+        found = lanes.run([planned[p] for p in wave], tick)
+        return {"latents": found.cpu().numpy(), "blocks": np.array(lanes.blocks - before)}
+
+    def told(number: int) -> None:
+        nonlocal done
+        done += len(waves[number])
+        if progress is not None:
+            progress(done * steps, len(patches) * steps)
+
+    pieces = [Piece(f"patches, wave {i}", partial(run, wave)) for i, wave in enumerate(waves)]
+    about = {"sweep": key, "patches": len(planned)}
+    with kept_in(folder, "sweep", about, target.model), scope(f"sweep {key}"):
+        made = results(pieces, told)
+    latents = {
+        p: x
+        for wave, of in zip(waves, made, strict=True)
+        for p, x in zip(wave, torch.from_numpy(np.array(of["latents"])), strict=True)
+    }
+    blocks = sum(int(of["blocks"]) for of in made)
 
     # What became of the target.
-    finished = torch.stack([store.done[p] for p in range(len(patches))]).to(target.latents)
+    finished = torch.stack([latents[p] for p in range(len(patches))]).to(target.latents)
     if callable(outcome):
         result = applied(outcome, finished, source, target)
     else:
@@ -141,7 +159,7 @@ def sweep(
         "kind": ("patch", [patch.kind for patch in patches]),
     }
     attrs = {
-        "block_evaluations": store.blocks,
+        "block_evaluations": blocks,
         "steps": steps,
         "items": len(target.labels),
     }
@@ -157,7 +175,6 @@ def check_patches(
     *,
     batch: int = 16,
     progress: Progress | None = None,
-    resume: str | Path | None = None,
 ) -> None:
     """Refuse what `sweep` would, before there are runs to sweep.
 
@@ -169,7 +186,6 @@ def check_patches(
         outcome: as for `sweep`.
         batch: as for `sweep`.
         progress: as for `sweep`.
-        resume: as for `sweep`.
 
     Raises:
         ValueError: for what does not fit, in one sentence.
@@ -181,7 +197,7 @@ def check_patches(
     'swap attn_out, layer 99, every step': there is no layer 99; the model has 28, 0 to 27.
     """
     steps, items = arguments.whole("steps", steps, 1), arguments.whole("items", items, 1)
-    _planned(patches, model, steps, items, outcome, batch=batch, progress=progress, resume=resume)
+    _planned(patches, model, steps, items, outcome, batch=batch, progress=progress)
 
 
 def _planned(
@@ -193,7 +209,6 @@ def _planned(
     *,
     batch: int,
     progress: Progress | None,
-    resume: str | Path | None,
 ) -> list[Planned]:
     """The patches, checked as all else is."""
     several = "one or more patches, see dit_lens.patching.grid"
@@ -201,7 +216,6 @@ def _planned(
         arguments.instance("patches", patch, Patch, several)
     batch = arguments.whole("batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    arguments.optional(arguments.path, "resume", resume)
     check_measure(outcome)
     return [plan(patch, model, steps, items) for patch in patches]
 
@@ -300,3 +314,28 @@ def _waves(planned: Sequence[Planned]) -> list[list[int]]:
 
     order = sorted(range(len(planned)), key=place)
     return [order[i : i + IN_FLIGHT] for i in range(0, len(order), IN_FLIGHT)]
+
+
+def scheduler_text(scheduler: Any) -> str:
+    """The class of a scheduler and a digest of its settings."""
+    config = sorted((k, str(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
+    return f"{type(scheduler).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
+
+
+def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:
+    """A digest of all that finished patches depend on: the two runs, and what each patch does.
+
+    A run's edits are functions, which have no content to compare, so they are only counted. That is
+    enough: edits that do something else leave other latents, and these are compared to the bit.
+    """
+    digest = hashlib.sha256()
+    for run in (source, target):
+        settings = run.settings
+        about = (settings.eta, settings.guidance, settings.guided_channels)
+        digest.update(repr((*about, scheduler_text(run.scheduler), run.labels.tolist())).encode())
+        digest.update(repr([(c.from_step, c.seeds, len(c.edits)) for c in run.history]).encode())
+        for kept in (run.latents, run.outputs):  # these depend on the weights
+            digest.update(kept.cpu().contiguous().numpy().tobytes())
+    for patch in patches:
+        digest.update(patch.digest.encode())
+    return digest.hexdigest()[:16]

@@ -275,7 +275,7 @@ class Run:
             )
 
     def select(self, items: arguments.Index) -> Run:
-        """The same run for some of its items only.
+        """The same run for some of its items only; neighbours share its memory.
 
         Args:
             items: a number, a slice, indices or a boolean mask of the batch.
@@ -284,7 +284,11 @@ class Run:
             ValueError: for items that are not there, or none.
         """
         chosen = arguments.positions("items", items, len(self.labels))
-        parts = {name: getattr(self, name)[:, chosen] for name in ("latents", "x0", "outputs")}
+        wanted, first = chosen.tolist(), int(chosen[0])
+        # neighbours, as one of two twins is, share the run's memory
+        beside = wanted == list(range(first, first + len(wanted)))
+        at = slice(first, first + len(wanted)) if beside else chosen
+        parts = {name: getattr(self, name)[:, at] for name in ("latents", "x0", "outputs")}
         whole = len(self.labels)
         passes = n_passes(self.model, self.settings.guidance)
         rows = torch.cat([chosen + whole * i for i in range(passes)]).to(self.latents.device)

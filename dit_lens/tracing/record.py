@@ -39,6 +39,7 @@ class Record:
         calls_at: each step's calls: one, or one for each branch of guidance; more where a step was
             run more than once.
         activations: what was recorded, by hook name and call.
+        forgets: whether calls are only shown to probes, and nothing can be read.
         state: a glance at the model when the trace opened, to name what changed since.
         exact: whether all that was recomputed so far was so bit for bit.
         file: of a trace from a file: which.
@@ -58,6 +59,7 @@ class Record:
     calls: list[Call] = field(default_factory=list)
     calls_at: dict[int, list[int]] = field(default_factory=dict)
     activations: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    forgets: bool = False
     state: State | None = None
     exact: bool = True
     file: str = ""

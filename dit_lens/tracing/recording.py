@@ -30,7 +30,7 @@ from ..hooks.names import NamesFilter, select
 from ..hooks.points import Editor
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..patching.checkpoint import scheduler_text
+from ..patching.sweeps import scheduler_text
 from ..sampling.guidance import model_inputs, n_passes
 from ..sampling.loop import prepared
 from ..sampling.noise import START, noise

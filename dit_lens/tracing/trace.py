@@ -621,7 +621,11 @@ class _Recorder(StepCounter):
         if not finished:
             self._drop_unfinished()
             return
-        record, kept = self.record, call.kept(self.copies)
+        record = self.record
+        if record.forgets:
+            record.calls_at.setdefault(self.row, [])
+            return
+        kept = call.kept(self.copies)
         # in this order: an interrupt in between leaves a call that is no step's
         record.calls.append(kept)
         record.calls_at.setdefault(self.row, []).append(len(record.calls) - 1)
@@ -704,6 +708,18 @@ def trace(
     finally:
         if model is not model_or_pipe:
             model.close()  # until the `with` block
+
+
+def observed(model: HookedDiT, probes: Sequence[Observing]) -> Trace:
+    """A trace that only shows what it sees to probes, and keeps nothing: the run keeps itself.
+
+    Args:
+        model: the opened model.
+        probes: `Probe` instances that observe.
+    """
+    found = trace(model, probes=probes)
+    found.record.forgets = True
+    return found
 
 
 def load_trace(path: str | Path, model: Any = None) -> Trace:

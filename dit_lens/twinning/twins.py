@@ -30,7 +30,7 @@ from ..sampling.run import Run, made_of
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Change, Progress, Settings, checked_settings
 from ..tracing.probe import Probe
-from ..tracing.trace import trace
+from ..tracing.trace import observed
 from .coupling import CouplingForm
 from .ties import NoiseTie, Tie, make_tie
 
@@ -161,7 +161,7 @@ def twins(
                     progress(kept.done, steps)
 
         names = (("A",) * pairs + ("B",) * pairs) * passes
-        watch = trace(model, probes=probes) if probes else contextlib.nullcontext()
+        watch = observed(model, probes) if probes else contextlib.nullcontext()
         with watch, model.instrumentation.under(twin=names):
             # clones are one until they part, unless somebody wants to see two
             alike = release if isinstance(held, NoiseTie) and not model.instrumentation.busy else 0

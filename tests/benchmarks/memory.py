@@ -19,6 +19,7 @@ import dit_lens
 
 PROC = Path("/proc/self")
 STEPS, BATCH = 30, 4
+PAIRS = 16
 STREAMS = "blocks.*.hook_resid_post"
 
 
@@ -62,6 +63,33 @@ def main() -> None:
     case("t.stack, recorded", lambda: stacked(recorded))
     case("t.stack, recomputed", lambda: stacked(lazy))
     case("save, 28 streams", lambda: saved(recorded))
+    gaps()
+
+
+def gaps() -> None:
+    """The peak of the gap beside one trajectory of its twins, for shallow and deep models, short
+    and long runs. A latent is as large as what a forward of one image takes, so that the model's
+    own memory is small beside it.
+    """
+    from dit_lens.experiments import measure_gap
+    from dit_lens.groundtruth import random_weights
+
+    def measured(layers: int, steps: int) -> int:
+        truth = random_weights(0, layers, sample_size=64, patch_size=16, in_channels=4)
+        model = dit_lens.HookedDiT(truth.transformer, scheduler=truth.scheduler)
+        labels = [0]
+        measure_gap(model, PAIRS, 4, resamples=10, batch=2, labels=labels)  # all code has run once
+        gc.collect()
+
+        def work() -> int:
+            measure_gap(model, PAIRS, steps, resamples=10, batch=2, labels=labels)
+            return (steps + 1) * 2 * PAIRS * 4 * model.cfg.latent_shape[0] * 64 * 64
+
+        case(f"gap, {layers} layers, {steps} steps", work)
+        return 0
+
+    for layers, steps in ((2, 12), (2, 24), (8, 12)):
+        measured(layers, steps)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ... import arguments
 from ...errors import InvalidValue
 from ...measures.bootstrap import FEWEST_PAIRS
 from ...model.noise_schedule import signal_and_noise
-from ...patching.checkpoint import scheduler_text
+from ...patching.sweeps import scheduler_text
 from ...sampling.loop import is_stochastic
 from ...sampling.noise import noise
 from ...sampling.run import Run

@@ -1,0 +1,120 @@
+"""What `--store`, `--engine`, `--workers` and `--address` do: finished pieces are kept as they
+come, and run where there is room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import count
+
+if TYPE_CHECKING:
+    from ..model.hooked import HookedDiT
+
+ASIDE = set(
+    "store engine workers address out device dry_run batch argv again parse json quiet kept".split()
+)
+"""Options that the result does not depend on, or that are known better once the model is open."""
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """The options `--store`, `--engine`, `--workers` and `--address`.
+
+    Args:
+        parser: of a subcommand with `--out`.
+    """
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="folder in which finished pieces are kept: an interrupted command goes on from there, "
+        "and `dit-lens work DIR` helps with it (default: in --out, until the command is done)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="where pieces are run: on this machine, or on a Ray cluster (default: local)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="processes that run pieces (default: one for each accelerator; local without any: "
+        "this one)",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of the Ray cluster (default: RAY_ADDRESS, or auto)"
+    )
+
+
+def about_command(
+    args: argparse.Namespace, model: HookedDiT, batch: int | None
+) -> Mapping[str, Any]:
+    """Which measurement a command is.
+
+    Args:
+        args: of the command.
+        model: the opened model.
+        batch: images at once.
+    """
+    from ..pieces import about_of
+
+    plain = (type(None), bool, int, float, str, list, Path)
+    settings = {
+        name: value
+        for name, value in sorted(vars(args).items())
+        if name not in ASIDE and isinstance(value, plain) and not name.startswith("default_")
+    }
+    name = f"dit-lens {settings.pop('command')}"
+    return about_of(name, settings | {"batch": batch}, model)
+
+
+@contextmanager
+def keeping(
+    args: argparse.Namespace, model: HookedDiT, batch: int | None, out: Path
+) -> Iterator[None]:
+    """Within the block, pieces are kept and run as the options say.
+
+    Args:
+        args: of a subcommand with `add_store`.
+        model: the opened model.
+        batch: images at once.
+        out: folder of the results.
+    """
+    from ..pieces import NEEDED, Engine, current, digest, has_zarr, working
+
+    if current() is not None:  # this process helps
+        yield
+        return
+    engine, about = (
+        Engine(args.engine, args.workers, args.address),
+        about_command(args, model, batch),
+    )
+    store = args.store
+    if store is None:
+        if not has_zarr() and not engine.elsewhere:
+            print(f"dit-lens: nothing is kept of an interrupted run. {NEEDED}", file=sys.stderr)
+            yield
+            return
+        store = out / ".pieces" / digest(dict(about))
+    args.kept = store
+    job = {"argv": args.argv, "cwd": os.getcwd(), "batch": batch}
+    given = {"argv": args.argv, "model": model, "batch": batch}
+    with working(
+        store, about, engine, args.again, given, model.device.type, extra={"job": job}
+    ) as work:
+        if work.found():
+            print(f"{work.found()} finished pieces are in {store}")
+        yield
+    if args.store is None:  # it was there for the case of an interruption
+        shutil.rmtree(store, ignore_errors=True)
+        with suppress(OSError):
+            store.parent.rmdir()

@@ -1,0 +1,116 @@
+"""Runs as pieces of a measurement: kept as arrays, and put together again for the same model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..model.hooked import HookedDiT
+from ..model.kernels import Kernels
+from ..model.state import State
+from ..model.witness import Checksum
+from ..pieces import Piece, results
+from .loop import prepared
+from .parts import Split
+from .run import Run
+from .settings import Change, Settings
+
+
+def kept_run(name: str, make: Callable[[], Run], model: HookedDiT, scheduler: Any = None) -> Run:
+    """A run as one piece: made, or found made.
+
+    Args:
+        name: of the piece.
+        make: samples it, without edits.
+        model: that is sampled.
+        scheduler: of the run, where it is an object and no name.
+    """
+    made: list[Run] = []
+
+    def piece() -> dict[str, NDArray[Any]]:
+        made.append(make())
+        return arrays_of(made[0])
+
+    (arrays,) = results([Piece(name, piece)])
+    return made[0] if made else run_of(arrays, model, scheduler)
+
+
+def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
+    """All of a run but its model, as arrays.
+
+    Args:
+        run: without edits.
+    """
+    witnessed = list(run.witnesses[0]) if run.witnesses else []
+    about = {
+        "settings": {k: v for k, v in vars(run.settings).items() if k != "scheduler"},
+        "scheduler": run.settings.scheduler if isinstance(run.settings.scheduler, str) else None,
+        "history": [[c.from_step, list(c.seeds)] for c in run.history],
+        "splits": [[list(map(list, s.parts)), s.size, s.copied] for s in run.splits],
+        "witnessed": witnessed,
+        "tied_until": run.tied_until,
+        "batch": run.batch,
+    }
+    found = {
+        name: getattr(run, name).cpu().numpy() for name in ("labels", "latents", "x0", "outputs")
+    }
+    for part in ("bits", "total"):
+        found[part] = np.stack(
+            [
+                np.stack([getattr(w[name], part).cpu().numpy() for name in witnessed])
+                for w in run.witnesses
+            ]
+        )
+    found["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    return found
+
+
+def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any = None) -> Run:
+    """The run that `arrays_of` took apart.
+
+    Args:
+        arrays: as it gave them.
+        model: the same model.
+        scheduler: the one that was given, where it was an object and no name.
+    """
+    about = json.loads(arrays["about"].tobytes())
+    settings = Settings(scheduler=about["scheduler"] or scheduler, **about["settings"])
+    plan = prepared(model, settings)
+    held = {name: torch.from_numpy(np.array(arrays[name])) for name in ("bits", "total")}
+    witnesses = tuple(
+        {
+            name: Checksum(*(held[part][step, i].to(model.device) for part in ("bits", "total")))
+            for i, name in enumerate(about["witnessed"])
+        }
+        for step in range(settings.steps)
+    )
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(np.array(arrays[name])).to(model.device)
+
+    return Run(
+        model=model,
+        labels=tensor("labels"),
+        history=tuple(Change(step, tuple(seeds)) for step, seeds in about["history"]),
+        settings=settings,
+        timesteps=plan.timesteps.cpu(),
+        latents=tensor("latents"),
+        x0=tensor("x0"),
+        outputs=tensor("outputs"),
+        witnesses=witnesses,
+        scheduler=copy.deepcopy(plan),
+        kernels=Kernels.of_sampling(model.device),
+        state=State.of(model.transformer),
+        splits=tuple(
+            Split(tuple(map(tuple, parts)), size, copied) for parts, size, copied in about["splits"]
+        ),
+        tied_until=about["tied_until"],
+        batch=about["batch"],
+    )

@@ -1,0 +1,641 @@
+"""Measurements in pieces: kept, gone on with, shared between processes, and the same to the bit."""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import zarr
+from conftest import make_dit
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import HookedDiT
+from dit_lens.commands import main
+from dit_lens.errors import InvalidState, InvalidType, InvalidValue, UnwritableFile
+from dit_lens.experiments import (
+    Engine,
+    attributes,
+    cause_map,
+    couple_alone,
+    couplings,
+    interchange,
+    knock_outs,
+    measure_gap,
+    shapley,
+    smallest_set,
+)
+from dit_lens.pieces import content, digest, flat, leases, whole
+from dit_lens.pieces.leases import Leases
+from dit_lens.pieces.store import Store
+from dit_lens.pieces.work import Piece, Work, at, results
+from dit_lens.sampling.kept import arrays_of, run_of
+
+GAP = {"pairs": 16, "steps": 6, "resamples": 20, "batch": 8}
+KILLS = int(os.environ.get("DIT_LENS_ATTACK_KILLS", "4"))
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+
+
+def fresh_model():
+    return HookedDiT(make_dit(classes=4), scheduler=DDIMScheduler(1000, clip_sample=False))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fresh_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return measure_gap(model, **GAP)
+
+
+def parity(images):
+    return {"bright": (images.mean((1, 2, 3)) > 0.5).long()}
+
+
+# One process.
+
+
+MEASUREMENTS = {
+    "gap": (measure_gap, GAP),
+    "couplings": (couplings, {"strengths": [0, 1], "pairs": 8, "steps": 5, "resamples": 20}),
+    "couple_alone": (
+        couple_alone,
+        {"model": "digits", "layers": [0, 1], "pairs": 8, "steps": 6, "resamples": 20},
+    ),
+    "map": (cause_map, {"items": 8, "steps": 4, "check": 2, "resamples": 20}),
+    "interchange": (interchange, {"pairs": 8, "steps": 4, "windows": 1}),
+    "attributes": (attributes, {"read": parity, "pairs": 16, "steps": 4, "resamples": 20}),
+}
+
+
+class Counted(Exception):
+    """The process ends here, as if it was killed."""
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_what_was_finished_is_not_run_again(name, model, tmp_path, monkeypatch):
+    """Broken off at every piece in turn, the measurement ends with the same bits and has run each
+    piece once."""
+    function, settings = MEASUREMENTS[name][0], dict(MEASUREMENTS[name][1])
+    model = dit_lens.load(settings.pop("model")) if "model" in settings else model
+    alone = function(model, **settings)
+    runs, write = [], Store.write
+
+    def break_off(self, name, arrays, seconds):
+        write(self, name, arrays, seconds)
+        runs.append(name)
+        raise Counted
+
+    monkeypatch.setattr(Store, "write", break_off)
+    for _ in range(60):
+        try:
+            found = function(model, **settings, store=tmp_path / "store")
+            break
+        except Counted:
+            pass
+    assert found.identical(alone)
+    assert len(runs) == len(set(runs)) > 1, runs
+
+
+def test_knock_outs_in_pieces(tmp_path):
+    from dit_lens.groundtruth import redundant
+
+    truth = redundant()
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    options = {"pairs": 16, "steps": 10, "cut": 0.1, "resamples": 50}
+    for function, more in (
+        (knock_outs, {"layers": [1, 3], "direct": True}),
+        (smallest_set, {}),
+        (shapley, {"layers": [1, 2]}),
+    ):
+        folder = tmp_path / function.__name__
+        alone = function(model, **more, **options)
+        kept = function(model, **more, **options, store=folder)
+        before = sorted(folder.iterdir())
+        assert kept.identical(alone) and kept.identical(
+            function(model, **more, **options, store=folder)
+        )
+        assert sorted(folder.iterdir()) == before and len(before) > 3
+
+
+def test_a_store_is_zarr_and_says_what_it_is(model, tmp_path):
+    measure_gap(model, **GAP, store=tmp_path / "s")
+    root = zarr.open_group(tmp_path / "s", mode="r")
+    about = root.attrs["about"]
+    assert about["measurement"] == "measure_gap" and about["settings"]["pairs"] == "16"
+    assert about["versions"]["torch"] == torch.__version__.partition("+")[0] or about["versions"]
+    name = next(n for n in root.group_keys() if n.startswith("twins"))
+    piece = xr.open_zarr(tmp_path / "s" / name, consolidated=False)
+    assert piece.latents.shape == (7, 32, *model.cfg.latent_shape)
+    assert piece.attrs["seconds"] > 0
+
+
+def test_another_experiment_model_or_version(model, tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    measure_gap(model, **GAP, store=folder)
+    names = sorted(p.name for p in folder.iterdir())
+
+    def refused(match, of=model, **changed):
+        with pytest.raises(InvalidValue, match=f"holds pieces of another measurement: {match}"):
+            measure_gap(of, **GAP | changed, store=folder)
+
+    refused("its setting pairs is 16 and here it is 18; give another store", pairs=18)
+    refused("its setting labels is None and here it is", labels=[1, 2])
+    with pytest.raises(InvalidValue, match="its measurement is measure_gap and here it is coupl"):
+        couplings(model, [0, 1], pairs=8, steps=5, store=folder)
+    other = fresh_model()
+    with torch.no_grad():
+        list(other.transformer.parameters())[-1][0] += 1e-6
+    refused("its model is [0-9a-f]+ and here it is [0-9a-f]+", of=other)
+    monkeypatch.setattr(dit_lens.pieces.kept, "versions", lambda: {"device": "", "torch": "9"})
+    refused("its version (dit_lens|torch) is .* and here it is")
+    assert sorted(p.name for p in folder.iterdir()) == names
+
+
+def test_hooks_can_not_be_told_apart(model, tmp_path):
+    with model.hooks([("hook_embed", lambda x, hook: x)]):
+        with pytest.raises(InvalidState, match="The model has hooks or a trace on, and a store"):
+            measure_gap(model, **GAP, store=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "root"])
+def test_damaged_pieces(damage, model, plain, tmp_path):
+    folder = tmp_path / "s"
+    measure_gap(model, **GAP, store=folder)
+    piece = next(folder.glob("twins-*"))
+    file = {
+        "flip": piece / "latents" / "c" / "0" / "0" / "0" / "0" / "0",
+        "cut": next(piece.glob("about/c/0")),
+        "gone": next(piece.glob("x0/zarr.json")),
+        "root": folder / "zarr.json",
+    }[damage]
+    raw = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    else:
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw if damage != "cut" else raw[: len(raw) // 2])
+    if damage == "root":  # any bit of it is another measurement, or none
+        with pytest.raises(InvalidValue, match="damaged or not ours|holds pieces of another|kind"):
+            measure_gap(model, **GAP, store=folder)
+        return
+    with pytest.raises(InvalidValue, match="delete that folder and start again: only it is run"):
+        measure_gap(model, **GAP, store=folder)
+    shutil.rmtree(piece)
+    assert measure_gap(model, **GAP, store=folder).identical(plain)
+
+
+def test_folders_that_are_no_stores(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidValue, match="file' is a file; expected a store of pieces, or a fol"):
+        measure_gap(model, **GAP, store=tmp_path / "file")
+    with pytest.raises(InvalidValue, match="holds 'file' and no store; expected"):
+        measure_gap(model, **GAP, store=tmp_path)
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "zarr.json").write_text('{"attributes": {"kind": "other", "about": {}}}')
+    with pytest.raises(InvalidValue, match="is a store of the kind 'other'"):
+        measure_gap(model, **GAP, store=tmp_path / "z")
+
+
+def test_a_folder_that_can_not_be_written(model, tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    measure_gap(model, **GAP, store=folder)
+
+    def read_only(path):
+        raise UnwritableFile(f"{str(path)!r} can't be written (Read-only file system); choose a")
+
+    monkeypatch.setattr(dit_lens.pieces.store, "try_folder", read_only)
+    with pytest.raises(UnwritableFile, match="Read-only file system"):
+        measure_gap(model, **GAP, store=folder)
+
+
+def test_a_full_disk_loses_nothing(model, plain, tmp_path, monkeypatch):
+    """The disk is full at the fourth piece; with room again the measurement goes on."""
+    to_zarr, written = xr.Dataset.to_zarr, []
+
+    def full(self, path, **options):
+        if len(written) == 3:
+            Path(path).mkdir()  # half of it is there
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        return to_zarr(self, path, **options)
+
+    monkeypatch.setattr(xr.Dataset, "to_zarr", full)
+    with pytest.raises(
+        UnwritableFile, match=r"No space left on device\); what was finished is kep"
+    ):
+        measure_gap(model, **GAP, store=tmp_path / "s")
+    monkeypatch.setattr(xr.Dataset, "to_zarr", to_zarr)
+    assert not list((tmp_path / "s").glob(".part-*"))
+    assert measure_gap(model, **GAP, store=tmp_path / "s").identical(plain)
+
+
+def test_a_kept_run_is_the_run(model):
+    pair = dit_lens.twins(model, pairs=3, steps=4, release=2, batch=2)
+    run = run_of(arrays_of(pair.run), model)
+    assert torch.equal(run.latents, pair.run.latents) and run.splits == pair.run.splits
+    assert run.settings == pair.run.settings and run.history == pair.run.history
+    run.check(3)
+    assert torch.equal(run.replay(from_step=2).latents, pair.run.latents)
+
+
+def test_datasets_as_arrays():
+    was = xr.Dataset(
+        {"x": (("band", "n"), [[1.0, np.nan], [2.0, 3.0]]), "flag": ((), True)},
+        {"band": ["low", "high"]},
+        {"steps": 3, "name": "x"},
+    )
+    assert whole(flat(was, "some") | {"other": np.zeros(1)}, "some").identical(was)
+
+
+# Content.
+
+
+def test_content_tells_apart():
+    def shift(by):
+        return lambda x: x + by
+
+    values = [
+        *(None, True, 1, 1.0, "1", b"1", [1], (1, 2), {1}, {"a": 1}, range(2), np.float32(1)),
+        *(torch.ones(2), torch.ones(2).double(), torch.ones(2, 1), np.ones(2), shift(1), shift(2)),
+        *(torch.nn.Linear(2, 2), functools.partial(max, 1), functools.partial(max, 2), max),
+        *(Engine("local", 2), Engine("local", 3), dit_lens.Bands.radial((8, 8), cut=0.25)),
+    ]
+    assert len({content(v) for v in values}) == len(values)
+    assert digest(shift(3)) == digest(shift(3))
+    assert digest(dit_lens.load("digits")) == digest(dit_lens.load("digits"))
+    with pytest.raises(InvalidType, match="A generator can't be told from another by what it hol"):
+        content(x for x in ())
+
+
+# Claims.
+
+
+def test_a_claim_outlives_no_process(tmp_path, monkeypatch):
+    mine, other = Leases(tmp_path), Leases(tmp_path)
+    assert mine.claim("a") and not other.claim("a") and other.claim("b")
+    mine.release()
+    assert other.claim("a")
+    other.close()
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    dead = {"host": leases.here(), "pid": int(gone.stdout), "started": "1"}
+    (tmp_path / "c").write_text(json.dumps(dead))
+    assert mine.claim("c")
+    # of another host nothing is known but that it has been silent
+    (tmp_path / "d").write_text(json.dumps(dead | {"host": "elsewhere"}))
+    monkeypatch.setattr(leases, "PATIENCE", 0.2)
+    assert not mine.claim("d")
+    time.sleep(0.1)
+    os.utime(tmp_path / "d")  # a sign of life
+    assert not mine.claim("d")
+    time.sleep(0.15)
+    assert not mine.claim("d")
+    time.sleep(0.15)
+    assert mine.claim("d")
+    mine.close()
+
+
+def test_whoever_waits_gets_what_others_made(tmp_path):
+    """A piece that another process is at is waited for, and not run."""
+    about = {"measurement": "x", "settings": {}, "model": "", "versions": {}}
+    one, two = (Store(tmp_path / "s", about) for _ in range(2))
+    work = Work(one, "key")
+    piece = Piece("a", lambda: pytest.fail("run twice"))
+    name = Work(one, "key").name(piece)
+    assert two.claim(name)
+
+    def meanwhile():
+        time.sleep(0.3)
+        two.write(name, {"x": np.arange(3)}, 1.0)
+        two.release()
+
+    import threading
+
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    with at(work):
+        (found,) = results([piece])
+    thread.join()
+    assert found["x"].tolist() == [0, 1, 2] and work.before == 0.0
+    # what was found finished counts as time taken
+    again = Work(one, "key", workers=2)
+    with at(again):
+        results([piece])
+    assert again.before == 0.5 and again.found() == 1
+
+
+# Several processes.
+
+
+def killed_at_random(rng, find, until):
+    """Kill one of the processes that `find` gives, every now and then."""
+    hits = 0
+    while not until():
+        time.sleep(rng.uniform(0.5, 4))
+        found = find()
+        if found and hits < KILLS:
+            victim = rng.choice(found)
+            try:
+                os.kill(victim, signal.SIGKILL)
+                hits += 1
+            except ProcessLookupError:
+                pass
+    return hits
+
+
+def children(word):
+    """Processes with a word in their command line, by number."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if word in (entry / "cmdline").read_bytes().decode(errors="replace"):
+                    found.append(int(entry.name))
+            except OSError:
+                pass
+    return found
+
+
+@linux
+@pytest.mark.slow
+def test_local_workers_that_are_killed(model, plain, tmp_path):
+    import threading
+
+    over, hits = threading.Event(), []
+    mine = f"{os.getpid()}"
+
+    def workers():
+        return [p for p in children("dit_lens.pieces.worker") if parent_of(p) == mine]
+
+    thread = threading.Thread(
+        target=lambda: hits.append(killed_at_random(random.Random(0), workers, over.is_set))
+    )
+    thread.start()
+    try:
+        found = measure_gap(model, **GAP, store=tmp_path / "s", engine=Engine("local", workers=2))
+    finally:
+        over.set()
+        thread.join()
+    assert found.identical(plain)
+    assert not workers()
+    print(f"{hits[0]} local workers killed")
+
+
+def parent_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1]
+    except OSError:
+        return None
+
+
+def descends(pid, ancestor):
+    while pid not in (None, "0", "1"):
+        if str(pid) == str(ancestor):
+            return True
+        pid = parent_of(pid)
+    return False
+
+
+def fails(images):
+    raise InvalidValue("images of nothing")
+
+
+def dies(images):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@linux
+@pytest.mark.slow
+def test_a_worker_s_mistake_is_one_sentence(model, tmp_path, monkeypatch):
+    engine = Engine("local", workers=2)
+    with pytest.raises(InvalidState, match="A worker stopped: images of nothing"):
+        measure_gap(model, **GAP, feature=fails, engine=engine)
+    with pytest.raises(InvalidValue, match="feature can't be sent to other processes .*lambdas"):
+        measure_gap(model, **GAP, feature=lambda x: x, engine=engine)
+    monkeypatch.setattr(dit_lens.pieces.deaths, "DEATHS", 1)
+    with pytest.raises(InvalidState, match="Workers died 3 times .signal 9. and no piece was fin"):
+        measure_gap(model, **GAP, feature=dies, engine=engine, store=tmp_path / "s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model):
+    """A saved model."""
+    path = tmp_path_factory.mktemp("model")
+    model.transformer.save_pretrained(path)
+    model.scheduler.save_pretrained(path / "scheduler")
+    return path
+
+
+def command(*words):
+    code = "import sys, torch; torch.set_num_threads(1); from dit_lens.commands import main; "
+    code += "sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdout=-1, stderr=-1, text=True
+    )
+
+
+@linux
+@pytest.mark.slow
+def test_commands_are_killed_helped_and_gone_on_with(folder, tmp_path):
+    """A command killed at random moments and started again, with a helper that is killed too, gives
+    the very files of one that was left alone."""
+    torch.set_num_threads(1)
+    options = ["--pairs", "16", "--steps", "5", "--device", "cpu"]
+    alone, out, store = tmp_path / "alone", tmp_path / "out", tmp_path / "store"
+    assert main(["gap", str(folder), *options, "--out", str(alone)]) == 0
+    assert not (alone / ".pieces").exists()
+    rng, words = random.Random(1), ["gap", folder, *options, "--out", out, "--store", store]
+    codes = []
+    for _ in range(8):
+        leader = command(*words)
+        helper = command("work", store) if store.exists() else None
+        before = len(list(store.glob("*/zarr.json")))
+        deadline = time.monotonic() + 200
+        while leader.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            if len(codes) < 4 and len(list(store.glob("*/zarr.json"))) > before:
+                time.sleep(rng.uniform(0, 0.3))
+                leader.kill()
+                break
+        codes.append(leader.wait())
+        if helper is not None:
+            helper.kill()
+            helper.wait()
+        if codes[-1] != -signal.SIGKILL:
+            break
+    assert codes[-1] == 0, leader.stderr.read()
+    assert codes.count(-signal.SIGKILL) >= 2
+    one, other = (xr.load_dataset(next(p.glob("*.nc"))) for p in (alone, out))
+    assert one.drop_attrs().identical(other.drop_attrs())
+    # whoever comes late finds nothing to do; the model is known by its content
+    late = command("work", store)
+    said, _ = late.communicate()
+    assert late.returncode == 0 and said.startswith("0 more pieces are in")
+
+
+def test_work_says_what_is_wrong(folder, model, tmp_path, capsys):
+    assert main(["work", str(tmp_path / "none")]) == 2
+    assert "There is no store at" in capsys.readouterr().err
+    measure_gap(model, **GAP, store=tmp_path / "python")
+    assert main(["work", str(tmp_path / "python")]) == 2
+    assert "was begun from Python, where its model and functions are" in capsys.readouterr().err
+    # a machine without the model, and one with another
+    moved, store = tmp_path / "moved", tmp_path / "store"
+    shutil.copytree(folder, moved)
+    words = ["map", str(moved), "--items", "8", "--steps", "3", "--check", "0", "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "o"), "--store", str(store)]) == 0
+    capsys.readouterr()
+    shutil.rmtree(moved)
+    assert main(["work", str(store)]) == 2
+    assert "This machine can't open the model" in capsys.readouterr().err
+    other = make_dit(classes=4)
+    with torch.no_grad():
+        list(other.parameters())[-1] += 1
+    other.save_pretrained(moved)
+    model.scheduler.save_pretrained(moved / "scheduler")
+    assert main(["work", str(store)]) == 2
+    assert "holds pieces of another measurement: its model is" in capsys.readouterr().err
+    (store / ".device").write_text("cuda")
+    shutil.rmtree(moved)
+    shutil.copytree(folder, moved)
+    assert main(["work", str(store)]) == 2
+    assert "are run on cuda, and this process has cpu" in capsys.readouterr().err
+
+
+def test_engines_that_there_are_not(model):
+    with pytest.raises(InvalidValue, match="engine='slurm' can't be used; expected"):
+        measure_gap(model, **GAP, engine="slurm")
+    with pytest.raises(InvalidValue, match="address='x' can't be used; expected one with the eng"):
+        Engine("local", address="x")
+
+
+# Ray.
+
+RAY = importlib.util.find_spec("ray") is not None
+needs_ray = pytest.mark.skipif(not RAY, reason="Ray is not installed")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster on this machine, of two processors; its address and process."""
+    port = random.Random(os.getpid()).randrange(20_000, 30_000)
+    start = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    more = ["--include-dashboard=false", "--object-store-memory=200000000"]
+    head = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), *start, *more, "--disable-usage-stats"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    import ray
+
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert head.poll() is None
+                time.sleep(0.2)
+        time.sleep(3)
+        yield f"127.0.0.1:{port}", head.pid
+    finally:  # this cluster only, whatever else runs on the machine
+        ray.shutdown()
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, how)
+                time.sleep(3)
+        head.wait()
+
+
+@needs_ray
+def test_no_cluster_answers(model):
+    with pytest.raises(
+        InvalidState, match="No Ray cluster answers at '127.0.0.1:9'.*Connection re"
+    ):
+        measure_gap(model, **GAP, engine=Engine("ray", address="127.0.0.1:9"))
+
+
+@needs_ray
+@linux
+@pytest.mark.slow
+def test_ray_gives_the_same_bits(model, plain, cluster, tmp_path):
+    """Workers killed at random moments; then the store is gone on with by this process."""
+    import threading
+
+    address, head = cluster
+
+    over, hits = threading.Event(), []
+
+    def workers():
+        return [p for p in children("ray::Worker") if descends(p, head)]
+
+    thread = threading.Thread(
+        target=lambda: hits.append(killed_at_random(random.Random(2), workers, over.is_set))
+    )
+    thread.start()
+    engine = Engine("ray", workers=2, address=address)
+    try:
+        found = measure_gap(model, **GAP, store=tmp_path / "s", engine=engine)
+    finally:
+        over.set()
+        thread.join()
+    assert found.identical(plain)
+    print(f"{hits[0]} workers of Ray killed")
+    pieces = sorted(p.name for p in (tmp_path / "s").glob("*/zarr.json"))
+    again = measure_gap(model, **GAP, store=tmp_path / "s")
+    assert again.identical(plain)
+    assert sorted(p.name for p in (tmp_path / "s").glob("*/zarr.json")) == pieces
+
+
+@needs_ray
+@linux
+@pytest.mark.slow
+def test_a_driver_of_ray_is_killed(folder, cluster, tmp_path):
+    torch.set_num_threads(1)
+    options = ["--pairs", "16", "--steps", "5", "--device", "cpu"]
+    alone, out, store = tmp_path / "alone", tmp_path / "out", tmp_path / "store"
+    assert main(["gap", str(folder), *options, "--out", str(alone)]) == 0
+    ray = ["--engine", "ray", "--address", cluster[0], "--workers", "2"]
+    words = ["gap", folder, *options, "--out", out, "--store", store, *ray]
+    first = command(*words)
+    deadline = time.monotonic() + 200
+    while first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if len(list(store.glob("*/zarr.json"))) >= 2:
+            first.kill()
+    assert first.wait() == -signal.SIGKILL
+    kept = set(store.glob("*/zarr.json"))
+    second = command(*words)
+    said, errors = second.communicate()
+    assert second.returncode == 0, errors
+    assert "finished pieces are in" in said and kept <= set(store.glob("*/zarr.json"))
+    one, other = (xr.load_dataset(next(p.glob("*.nc"))) for p in (alone, out))
+    assert one.drop_attrs().identical(other.drop_attrs())
+
+
+@needs_ray
+@linux
+@pytest.mark.slow
+def test_workers_of_other_versions(model, cluster, monkeypatch):
+    from dit_lens.pieces import on_ray
+
+    monkeypatch.setattr(on_ray, "about_here", lambda: {"torch": "9.9", "python": "3"})
+    with pytest.raises(InvalidState, match="A worker of the cluster has torch .* process 9.9; exp"):
+        measure_gap(model, **GAP, engine=Engine("ray", workers=1, address=cluster[0]))
