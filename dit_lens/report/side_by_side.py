@@ -46,7 +46,7 @@ def show(result: xr.Dataset, stored: Path) -> None:
         result: of `dit_lens.experiments.side_by_side`.
         stored: the file that holds it.
     """
-    console = plain_console(140)
+    console = plain_console(180)
     for i in range(result.sizes["budget"]):
         console.print(_table(result.isel(budget=i)))
     for line in str(result.attrs["sentence"]).split("\n"):
