@@ -21,6 +21,7 @@ from conftest import make_dit
 from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_layouts import DiT
 
 import dit_lens
 from dit_lens import arguments, experiments, families, measures, patching
@@ -47,6 +48,7 @@ from dit_lens.experiments import (
     smallest_set,
     step_doubling,
 )
+from dit_lens.hooks.stored_edits import StoredEdit, architecture, save_edits
 from dit_lens.measures import Agreement, agreement, curve, fit_commitment, half_crossing, onset
 from dit_lens.patching import (
     Patch,
@@ -91,6 +93,14 @@ def opened():
 MODEL = opened()
 
 
+def same(activation, hook):
+    return activation
+
+
+def ink(images):
+    return images.flatten(1).mean(1) + 1
+
+
 @cache
 def world():
     """Runs, twins and results of them, made once."""
@@ -107,8 +117,12 @@ def world():
     folder = tempfile.mkdtemp()
     recorded = dit_lens.record(model, ("resid_post", 1), [0, 1], f"{folder}/first", steps=3)
     file = seen.save(Path(tempfile.mkdtemp()) / "trace")
+    zero = [StoredEdit("blocks.1.hook_attn_out", (1,), "zero")]
+    about = {"architecture": architecture(model.transformer), "timesteps": run.timesteps.tolist()}
+    edits = save_edits(f"{folder}/edits.json", zero, about)
     return dict(
         folder=folder,
+        edits=edits,
         recorded=recorded,
         model=model,
         x=x,
@@ -132,6 +146,13 @@ def world():
 def edited(**region):
     with dit_lens.trace(MODEL) as t:
         t.edit(region.pop("name", "resid_post"), region.pop("fn", lambda a, hook: a), **region)
+
+
+ORIGINAL = DiT(d=16, heads=2).state_dict()
+
+
+def own_model(**given):
+    dit_lens.HookedDiT(make_dit(classes=4), **given)
 
 
 def hooked_with(**given):
@@ -253,8 +274,12 @@ def table():
             {},
             {
                 "from_step": whole(1),
-                "edits": [(), [("attn_out", lambda a, hook: a)]],
-                "until": [None, *whole(2)],
+                "edits": [
+                    (),
+                    [("attn_out", lambda a, hook: a)],
+                    {2: [("attn_out", same)]},
+                ],
+                "until": [None],
                 "seeds": [None, *whole(5), [1, 2]],
                 "latents": [None, w["x"]],
                 "released": [False, True],
@@ -350,6 +375,36 @@ def table():
         ),
         ("HookedDiT.hooks", hooked_with, {}, {"names": ["attn_out"], "fn": [lambda a, hook: a]}),
         ("HookedDiT.resolve", model.resolve, {}, {}),
+        (
+            "Adapter",
+            dit_lens.Adapter,
+            {},
+            {
+                "latents": [(4, 8, 8), [4, 8, 8], np.array([4, 8, 8]), torch.tensor([1, 2, 2])],
+                "labels": [*whole(3), {"y": torch.zeros(1)}],
+                "time": [None, (1.0, 0.0), [0, 1], np.array([0.0, 1.0])],
+                "output": [None, torch.neg],
+                "names": [(), ("x",), ["x"]],
+                "tokens": [slice(2, None)],
+                "grid": [None, (4, 4)],
+            },
+        ),
+        (
+            "HookedDiT own",
+            own_model,
+            {},
+            {
+                "blocks": ["transformer_blocks", ["transformer_blocks"]],
+                "parts": [None, {"attn": "attn1"}],
+                "adapter": [None],
+            },
+        ),
+        (
+            "dit_from_original",
+            families.dit_from_original,
+            {},
+            {"weights": [ORIGINAL], "heads": whole(2)},
+        ),
         (
             "HookedDiT size",
             lambda size: dit_lens.HookedDiT(model, size=size),
@@ -491,6 +546,19 @@ def table():
                 "each": [None, lambda release, a, b: None],
             },
         ),
+        (
+            "there_and_back",
+            experiments.there_and_back,
+            {"runs": pair},
+            {
+                "outcomes": [w["outcomes"]],
+                "releases": [*whole(3), [0, 1, 2]],
+                "seed": whole(0),
+                "progress": [None, lambda done, total: None],
+                "batch": [None, *whole(8)],
+            },
+        ),
+        ("load_edits", experiments.load_edits, {"model": model}, {"path": [w["edits"]]}),
         (
             "Curves.commitment",
             w["curves"].commitment,
@@ -688,6 +756,39 @@ def table():
                     "projections": whole(1),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
+                },
+            ),
+            (
+                "diagnose",
+                experiments.diagnose,
+                {"model": model, "run": run.select([0]), "fault": ink},
+                {
+                    "good": [None],
+                    "at": [0.5, np.float32(0.5)],
+                    "others": whole(4),
+                    "clones": whole(2),
+                    "releases": whole(2),
+                    "pairs": whole(2),
+                    "batch": whole(8),
+                    "progress": [None, lambda images: None],
+                    "seed": whole(0),
+                },
+            ),
+            (
+                "diagnose_all",
+                experiments.diagnose_all,
+                {"model": model, "faults": {"ink": ink}},
+                {
+                    "samples": whole(2),
+                    "steps": whole(4),
+                    "guidance": [1],
+                    "scheduler": ["ddim", None],
+                    "eta": [1, *HALF],
+                    "most": whole(1),
+                    "at": [0.5, np.float32(0.5)],
+                    "batch": whole(8),
+                    "progress": [None, lambda done, total: None],
+                    "seed": whole(0),
                 },
             ),
             (
@@ -1090,9 +1191,9 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """attributes cause_map compare couple_alone cumulative interchange knock_outs
-measure_gap random_planted reuse_plan shapley side_by_side smallest_set step_doubling to_nnsight
-to_transformer_lens""".split()
+ONLY_IN_THE_ATTACK = """attributes cause_map compare couple_alone cumulative diagnose diagnose_all
+interchange knock_outs measure_gap random_planted reuse_plan shapley side_by_side smallest_set
+step_doubling to_nnsight to_transformer_lens""".split()
 
 
 def test_every_public_function_is_tried():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import (
+    Answer,
     add_model,
     add_seed,
     add_size,
@@ -14,6 +15,7 @@ from .common import (
     frequency,
     open_model,
     progress_bar,
+    stored,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder for the figures (default: compare-MODEL)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Run the model and the changed one, and say what differs."""
     from ..experiments import Plan, compare
     from ..report import compare as report
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
     report.show(result, report.store(result, out))
+    return stored(out)
 
 
 def _opened(args: argparse.Namespace, dtype: str) -> HookedDiT:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_seed,
@@ -14,6 +15,7 @@ from .common import (
     frequency,
     open_model,
     progress_bar,
+    stored,
 )
 
 
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Make the plan, or check one, and say what it does."""
     from ..experiments.reuse_plan import check_plan, plan_sentence, reuse_plan
     from ..plans.plan import Plan
@@ -68,13 +70,12 @@ def run(args: argparse.Namespace) -> None:
 
     console = plain_console(120)
     if args.side_by_side is not None:
-        _side_by_side(args)
-        return
+        return _side_by_side(args)
     if args.check is not None:
         plan = Plan.load(args.check)
         plan = check_plan(open_model(args), plan, items=args.items, seed=args.seed)
         console.print(plan_sentence(plan), soft_wrap=True)
-        return
+        return Answer({"plan": str(args.check), "sentence": plan_sentence(plan)})
     out = args.out or Path(f"plan-{file_name(str(args.model))}.json")
     try_file(out)  # before minutes are spent
     model = open_model(args)
@@ -93,9 +94,10 @@ def run(args: argparse.Namespace) -> None:
     plan.save(out)
     console.print(plan_sentence(plan), soft_wrap=True)
     console.print(f"plan: {out}", style="dim", soft_wrap=True)
+    return Answer({"plan": str(out), "sentence": plan_sentence(plan)})
 
 
-def _side_by_side(args: argparse.Namespace) -> None:
+def _side_by_side(args: argparse.Namespace) -> Answer:
     """Measure plans beside published ways to spend as little."""
     from ..experiments import Plan, side_by_side
     from ..report import side_by_side as report
@@ -115,3 +117,4 @@ def _side_by_side(args: argparse.Namespace) -> None:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     report.show(result, report.store(result, out))
+    return stored(out)

@@ -348,7 +348,9 @@ def identity(model: HookedDiT) -> dict[str, str]:
     numbers of each of its weights.
     """
     transformer = model.transformer
-    config = sorted((k, str(v)) for k, v in transformer.config.items() if not k.startswith("_"))
+    own = getattr(transformer, "config", {})  # which only diffusers' classes all have
+    own = own if isinstance(own, Mapping) else {}
+    config = sorted((k, str(v)) for k, v in own.items() if not k.startswith("_"))
     weights = hashlib.sha256()
     for name, value in transformer.state_dict().items():
         if value.device.type == "meta":

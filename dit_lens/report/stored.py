@@ -20,6 +20,8 @@ from . import (
     cause_map,
     compare,
     coupling_sweep,
+    diagnoses,
+    diagnosis,
     gap,
     knock_outs,
     side_by_side,
@@ -74,6 +76,23 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "agreement": ("release", "attribute"),
         "agrees": ("release", "pair", "attribute"),
         "end": ("release", "twin", "shown", "channel", "row", "column"),
+    },
+    "diagnosis.nc": {
+        "chance": ("release",),
+        "chance_interval": ("release", ENDS),
+        "base_rate": (),
+        "base_rate_interval": (ENDS,),
+        "picture": ("shown", "channel", "row", "column"),
+    },
+    "diagnoses.nc": {
+        "decided": ("fault",),
+        "effect": ("fault", "window", "stack"),
+        "depth": ("fault",),
+        "when": ("fault",),
+        "mean_decided": ("kind",),
+        "mean_decided_interval": ("kind", ENDS),
+        "mean_depth": ("kind",),
+        "mean_depth_interval": ("kind", ENDS),
     },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
@@ -164,6 +183,8 @@ LABELS: dict[str, dict[str, set[Any]]] = {
         ENDS: {"low", "high"},
     },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
+    "diagnosis.nc": {"shown": {"bad"}, ENDS: {"low", "high"}},
+    "diagnoses.nc": {ENDS: {"low", "high"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
     "side_by_side.nc": {"way": set(WAYS), ENDS: {"low", "high"}},
     "compare.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
@@ -198,6 +219,11 @@ ATTRS: dict[str, dict[str, str]] = {
     "patches.nc": {},
     "side_by_side.nc": {"sentence": TEXTS, "items": NUMBERS},
     "compare.nc": {"sentence": TEXTS, "items": NUMBERS},
+    "diagnosis.nc": {
+        **dict.fromkeys(("sentence", "layers", "how", "window"), TEXTS),
+        **dict.fromkeys(("steps", "n_layers", "clones"), NUMBERS),
+    },
+    "diagnoses.nc": {"sentence": TEXTS, "steps": NUMBERS, "n_layers": NUMBERS},
     "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
     "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
     "smallest_set.nc": {"sentence": TEXTS},
@@ -229,15 +255,7 @@ def show(path: Path) -> None:
         MissingFile: if there is nothing at the path, or no result in the folder.
         InvalidValue: for a file that is no result, or is damaged.
     """
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).exists()]
-    else:
-        found = [path] if path.exists() else []
-    if not found:
-        raise MissingFile(
-            f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "
-            f"`dit-lens patch` wrote, or one of {', '.join(FILES)} in it."
-        )
+    found = _files(path)
     kinds = {kind: (file, results) for file in found for kind, results in [read(file)]}
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
@@ -252,10 +270,41 @@ def show(path: Path) -> None:
             side_by_side.show(results, file)
         elif kind == "compare.nc":
             compare.show(results, file)
+        elif kind == "diagnosis.nc":
+            diagnosis.show(results, file)
+        elif kind == "diagnoses.nc":
+            diagnoses.show(results, file)
         elif kind in cause_details.SHOWN:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
             _show_causes(kind, file)
+
+
+def results_at(path: Path) -> dict[str, xr.Dataset]:
+    """Every stored result, by the name of its file.
+
+    Args:
+        path: a folder, or one file.
+
+    Raises:
+        MissingFile: if there is none.
+        InvalidValue: for a file that is no result, or is damaged.
+    """
+    return {file.name: read(file)[1] for file in _files(path)}
+
+
+def _files(path: Path) -> list[Path]:
+    """The results in a folder, or the one file."""
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).exists()]
+    else:
+        found = [path] if path.exists() else []
+    if not found:
+        raise MissingFile(
+            f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "
+            f"`dit-lens patch` wrote, or one of {', '.join(FILES)} in it."
+        )
+    return found
 
 
 def read(path: Path) -> tuple[str, xr.Dataset]:
