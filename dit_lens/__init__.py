@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ActivationCache": "hooks.cache",
     "Activations": "tracing.activations",
+    "Adapter": "families.adapter",
     "Bands": "measures.bands",
     "DitLensError": "errors",
     "HookedDiT": "model.hooked",

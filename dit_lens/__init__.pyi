@@ -15,6 +15,7 @@ from . import testing as testing
 from .bridges.nnsight import to_nnsight as to_nnsight
 from .bridges.transformer_lens import to_transformer_lens as to_transformer_lens
 from .errors import DitLensError as DitLensError
+from .families.adapter import Adapter as Adapter
 from .hooks.cache import ActivationCache as ActivationCache
 from .hooks.names import UnknownName as UnknownName
 from .measures.bands import Bands as Bands

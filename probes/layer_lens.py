@@ -37,6 +37,7 @@ class LayerLens(Probe):
 
     names = ("hook_embed", "resid_post")
     in_parts = True
+    of_each_label = 2
 
     def __init__(self, bands: Bands | None = None) -> None:
         self.wanted_bands = bands

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import test_cause_map
 import test_circuits
 import test_commitment
 import test_faults
@@ -379,6 +380,21 @@ def acting_together(models: int) -> Iterator[Row]:
         yield Row("either of two layers suffices", case, wanted, share(hits, n), ok)
 
 
+def holds(scale: float) -> Iterator[Row]:
+    """The map of causes on E6 models with causes and decoys drawn at random: the effect of holding
+    a causing layer at a step is computed exactly, that of every other cell is 0.
+    """
+    n = max(4, round(100 * scale))
+    right = sum(test_cause_map.finds_causes(seed) for seed in range(n))
+    yield Row(
+        "map, E6 DiTs",
+        "every causing cell's effect within its interval, all others 0",
+        "at least 95 %",
+        share(right, n),
+        right >= 0.95 * n,
+    )
+
+
 def faults(scale: float) -> Iterator[Row]:
     """Planted faults in `digits` (12 steps of DDIM, eta 1; one bad image and the one of the model
     without the fault), and what `diagnose` makes of them; simpler ways beside it. Places at which
@@ -441,7 +457,7 @@ def faults(scale: float) -> Iterator[Row]:
     yield Row(check, "a layer at random: right layer first", "", f"{1 / 28:.1%}", None)
 
 
-PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes, faults)
+PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes, holds, faults)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from conftest import make_dit
 from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_layouts import DiT
 
 import dit_lens
 from dit_lens import arguments, experiments, families, measures, patching
@@ -145,6 +146,13 @@ def world():
 def edited(**region):
     with dit_lens.trace(MODEL) as t:
         t.edit(region.pop("name", "resid_post"), region.pop("fn", lambda a, hook: a), **region)
+
+
+ORIGINAL = DiT(d=16, heads=2).state_dict()
+
+
+def own_model(**given):
+    dit_lens.HookedDiT(make_dit(classes=4), **given)
 
 
 def hooked_with(**given):
@@ -367,6 +375,36 @@ def table():
         ),
         ("HookedDiT.hooks", hooked_with, {}, {"names": ["attn_out"], "fn": [lambda a, hook: a]}),
         ("HookedDiT.resolve", model.resolve, {}, {}),
+        (
+            "Adapter",
+            dit_lens.Adapter,
+            {},
+            {
+                "latents": [(4, 8, 8), [4, 8, 8], np.array([4, 8, 8]), torch.tensor([1, 2, 2])],
+                "labels": [*whole(3), {"y": torch.zeros(1)}],
+                "time": [None, (1.0, 0.0), [0, 1], np.array([0.0, 1.0])],
+                "output": [None, torch.neg],
+                "names": [(), ("x",), ["x"]],
+                "tokens": [slice(2, None)],
+                "grid": [None, (4, 4)],
+            },
+        ),
+        (
+            "HookedDiT own",
+            own_model,
+            {},
+            {
+                "blocks": ["transformer_blocks", ["transformer_blocks"]],
+                "parts": [None, {"attn": "attn1"}],
+                "adapter": [None],
+            },
+        ),
+        (
+            "dit_from_original",
+            families.dit_from_original,
+            {},
+            {"weights": [ORIGINAL], "heads": whole(2)},
+        ),
         (
             "HookedDiT size",
             lambda size: dit_lens.HookedDiT(model, size=size),
@@ -652,6 +690,7 @@ def table():
         ),
     ]
     if ATTACK:
+        made = experiments.reuse_plan(model, 0.7, items=8, steps=4, rounds=0, resamples=20)
         small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT}
         rows += [
             (
@@ -669,6 +708,36 @@ def table():
                 },
             ),
             (
+                "compare",
+                experiments.compare,
+                {"model": model},
+                {
+                    "changed": [model],
+                    "items": whole(12),
+                    "labels": [None],
+                    "steps": whole(3),
+                    "guidance": [1, 2.5],
+                    "scheduler": ["ddim", None],
+                    "eta": [0, 1],
+                    "cut": [0.25, np.float32(0.25)],
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                },
+            ),
+            (
+                "side_by_side",
+                experiments.side_by_side,
+                {"model": model},
+                {
+                    "plans": [[made], (made,)],
+                    "items": whole(8),
+                    "judge": [None, lambda images, labels: {"mean": float(images.mean())}],
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                    "seed": whole(500),
+                },
+            ),
+            (
                 "reuse_plan",
                 experiments.reuse_plan,
                 {"model": model},
@@ -682,6 +751,8 @@ def table():
                     "eta": [0],
                     "cut": [0.25, np.float32(0.25)],
                     "longest": whole(2),
+                    "lines": [True, False],
+                    "rounds": whole(0),
                     "projections": whole(1),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
@@ -835,7 +906,7 @@ def rest():
         "Plan.of",
         experiments.Plan.of,
         {"model": model},
-        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}]},
+        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}], "lines": [[], ()]},
     )
     yield "Plan.load", experiments.Plan.load, {}, {"path": [plan.save(f"{w['folder']}/p.json")]}
     yield (
@@ -1120,9 +1191,9 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """attributes cause_map couple_alone cumulative diagnose diagnose_all
-interchange knock_outs measure_gap random_planted reuse_plan shapley smallest_set step_doubling
-to_nnsight to_transformer_lens""".split()
+ONLY_IN_THE_ATTACK = """attributes cause_map compare couple_alone cumulative diagnose diagnose_all
+interchange knock_outs measure_gap random_planted reuse_plan shapley side_by_side smallest_set
+step_doubling to_nnsight to_transformer_lens""".split()
 
 
 def test_every_public_function_is_tried():

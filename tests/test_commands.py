@@ -1,6 +1,8 @@
 """The commands and loading, as a user meets them."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 
 import dit_lens
 from dit_lens.commands import main
+from dit_lens.commands.main import COMMANDS
+from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
 from dit_lens.experiments import measure_gap
 from dit_lens.report.stored import read
@@ -297,7 +301,7 @@ def raising(error):
 
 
 def test_every_subcommand_explains_itself_without_loading_torch():
-    names = ["hooks", "gap", "patch", "map", "plan", "probe", "record", "cost"]
+    names = ["hooks", "gap", "patch", "map", "plan", "compare", "probe", "record", "cost"]
     names += ["check", "check-family", "report"]
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "dit_lens", "--help"],
@@ -520,6 +524,15 @@ def test_map_and_plan_end_to_end(folder, tmp_path, monkeypatch, capsys):
     assert "of the multiply-accumulates" in made and "on samples that it was not made from" in made
     assert main(["plan", str(folder), "--check", "plan.json", "--items", "8", "--seed", "5"]) == 0
     assert "of the multiply-accumulates" in capsys.readouterr().out
+    beside = ["--side-by-side", "plan.json", "--items", "8", "--out", "beside"]
+    assert main(["plan", str(folder), *beside]) == 0
+    shown = capsys.readouterr().out
+    assert "even (FORA)" in shown and (tmp_path / "beside" / "side_by_side.png").exists()
+    compared = ["--with", "plan.json", "--items", "12", "--out", "compared"]
+    assert main(["compare", str(folder), *compared]) == 0
+    assert "the unchanged model's error" in capsys.readouterr().out
+    assert main(["report", "beside"]) == main(["report", "compared"]) == 0
+    assert "even (FORA)" in capsys.readouterr().out
     assert main(["plan", "digits", "--check", "plan.json"]) == 2
     assert "The plan was made for another model" in capsys.readouterr().err
     (tmp_path / "plan.json").write_text("{")
@@ -542,3 +555,75 @@ def test_the_cost_of_a_model_is_a_table(folder, capsys):
     assert main(["cost", str(folder), "--pairs", "16", "--steps", "6"]) == 0
     shown = capsys.readouterr().out
     assert "gap --one-pass" in shown and "192" in shown  # 2 x 16 images x 6 steps
+
+
+# What people expect of a command line.
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dit-lens {dit_lens.__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completions_know_the_subcommands(shell, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "check-family" in script and ("--guidance" in script or "guidance" in script)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_shows_examples_that_parse(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert EXAMPLES[name] and "Exit codes: 0 done" in shown
+    for line in EXAMPLES[name]:
+        assert f"  dit-lens {line}\n" in shown
+        assert parser(COMMANDS)[0].parse_args(shlex.split(line)).command == name
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["gpa"], "did you mean 'gap'?"),
+        (["probes", "LayerLens"], "did you mean 'probe'?"),
+        (["gap", "--stpes", "4"], "unrecognized arguments: --stpes; did you mean '--steps'?"),
+        (["map", "--kind", "holds"], "did you mean 'hold'?"),
+    ],
+)
+def test_slips_are_told_what_was_meant(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_json_is_all_of_stdout(folder, capsys):
+    assert main(["hooks", str(folder), "--filter", "resid_post", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert [each["name"] for each in found["hook_points"]][0] == "blocks.0.hook_resid_post"
+    assert "hook point" in shown.err
+    assert main(["hooks", "nowhere", "--json"]) == 2 and capsys.readouterr().out == ""
+
+
+def test_quiet_prints_nothing(folder, capsys):
+    assert main(["hooks", str(folder), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["hooks", "nowhere", "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("dit-lens: ")
+
+
+@pytest.mark.parametrize("name", ["SpectralSplit", "LayerLens", "TwinDivergence"])
+def test_probes_run_with_default_settings(name, folder, tmp_path, monkeypatch, capsys):
+    """But for the number of steps, which only takes time."""
+    monkeypatch.chdir(tmp_path)
+    command = ["probe", f"dit_lens.probes:{name}", str(folder), "--steps", "4", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stored"] == f"{name}.nc" and (tmp_path / f"{name}.nc").exists()
+    assert found["result"]["data_vars"]

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_seed,
@@ -18,6 +19,7 @@ from .common import (
     open_model,
     progress_bar,
     seed,
+    stored,
 )
 
 
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Measure the map, store it and show it."""
     from ..experiments import cause_map
     from ..report import cause_map as report
@@ -77,5 +79,6 @@ def run(args: argparse.Namespace) -> None:
             resume=args.kept,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-        stored = report.store(result, out)
-    report.show(result, stored)
+        kept = report.store(result, out)
+    report.show(result, kept)
+    return stored(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_probe, console
+from .common import Answer, add_probe, console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_probe(parser, "probe")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Print a row for each check; see `dit_lens.testing.check_probe`."""
     from ..testing import probe_checks
 
@@ -20,4 +20,4 @@ def run(args: argparse.Namespace) -> int:
     failed = sum(not row.ok for row in checks)
     title = f"{args.probe}: {len(checks)} checks, {failed} failed"
     console(width=140).print(probe_checks.table(checks, title=title))
-    return 1 if failed else 0
+    return Answer([vars(row) for row in checks], 1 if failed else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import console
+from .common import Answer, console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Print a table for each family, or one for all; see `dit_lens.testing.check_family`."""
     from ..families import modules
     from ..testing import family_contract
@@ -33,4 +33,5 @@ def run(args: argparse.Namespace) -> int:
             console(width=160).print(family_contract.table(name, rows[name]))
     if args.table:
         print(family_contract.markdown(rows))
-    return 1 if any(not row.ok for some in rows.values() for row in some) else 0
+    failed = any(not row.ok for some in rows.values() for row in some)
+    return Answer({name: [vars(row) for row in some] for name, some in rows.items()}, int(failed))

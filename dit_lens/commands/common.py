@@ -3,17 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
     from ..model.hooked import HookedDiT
+
+
+class Answer(NamedTuple):
+    """What a subcommand found, for those who read it by machine (`--json`).
+
+    Attributes:
+        data: datasets, lists, dicts, numbers and words; or a function that gives them.
+        code: the exit code.
+    """
+
+    data: Any
+    code: int = 0
+
+
+def stored(folder: Path) -> Answer:
+    """All results in a folder, by file.
+
+    Args:
+        folder: what a subcommand wrote, or one file of it.
+    """
+
+    def found() -> dict[str, Any]:
+        from ..report.stored import results_at
+
+        return {"stored": str(folder), "results": results_at(folder)}
+
+    return Answer(found)  # read again only where somebody wants it
+
+
+def as_json(data: Any) -> str:
+    """An answer as JSON: datasets by their variables, numbers that are none as null.
+
+    >>> as_json({"layers": (1, float("nan"))})
+    '{"layers": [1, null]}'
+    """
+    return json.dumps(_plain(data))
+
+
+def _plain(data: Any) -> Any:
+    if hasattr(data, "to_dict"):
+        data = data.to_dict()
+    if hasattr(data, "tolist"):
+        data = data.tolist()
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data if isinstance(data, (int, float, str, type(None))) else str(data)
 
 
 def count(text: str) -> int:

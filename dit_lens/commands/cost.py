@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_quick,
@@ -29,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Calibrate, and print a table."""
     from ..experiments.cost import gap_cost
 
     pairs, steps = sizes(args)
     model = open_model(args)
     batch = batch_of(args, model, 2 * pairs)
-    show([gap_cost(model, pairs, steps, batch=batch, clones=clones) for clones in (True, False)])
+    costs = [gap_cost(model, pairs, steps, batch=batch, clones=clones) for clones in (True, False)]
+    show(costs)
+    return Answer([vars(each) for each in costs])
 
 
 def show(costs: Sequence[Cost]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .attributes import EXPECTED
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_seed,
@@ -19,6 +20,7 @@ from .common import (
     open_model,
     progress_bar,
     seed,
+    stored,
     strength,
 )
 
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Diagnose, store it and show it."""
     from ..errors import InvalidValue
     from ..storage import file_name, try_folder
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path(f"diagnosis-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
     (_every if args.all else _one)(args, out)
+    return stored(out)
 
 
 def _one(args: argparse.Namespace, out: Path) -> None:

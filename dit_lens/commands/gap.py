@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import InvalidValue, MissingFile
 from . import attributes, cost, patch
 from .common import (
+    Answer,
     add_device,
     add_labels,
     add_model,
@@ -23,6 +24,7 @@ from .common import (
     open_model,
     progress_bar,
     sizes,
+    stored,
     strength,
 )
 
@@ -103,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments import couplings, measure_gap
     from ..experiments.attributes import attribute_names
@@ -139,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         more += ["bands"] * (args.bands == "eigen")
         if more:
             print(f"not counted: {', '.join(f'--{name}' for name in more)}")
-        return
+        return Answer(vars(planned))
 
     with progress_bar() as bar:
         first = bar.add_task("twins", total=None)
@@ -195,6 +197,7 @@ def run(args: argparse.Namespace) -> None:
         onsets = gap_report.onsets(results)
         fewer = min(pairs, 24), min(steps, 25)
         patch.find_causes(model, *fewer, args.seed, args.cut, out, onsets, batch=batch)
+    return stored(out)
 
 
 def reader_of(name: str) -> Callable[[Tensor], Tensor] | None:

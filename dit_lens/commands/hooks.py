@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import add_model, console
+from .common import Answer, add_model, console
 
 if TYPE_CHECKING:
     from ..families.config import Config
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Print one row for each site; the same site of every layer is one row."""
     from rich.table import Table
     from rich.text import Text
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
         site = site_of(name)
         rows.setdefault(name if name == site else f"blocks.{{i}}.{site}", []).append(name)
 
+    shapes = {name: [sizes.get(axis, axis) for axis in sites[name]] for name in chosen}
+    found = [{"name": n, "axes": sites[n], "shape": shape} for n, shape in shapes.items()]
     title = f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers"
     table = Table("hook point", "shape", "axes", "of", title=title)
     for row, members in rows.items():
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         # Text, not str: rich would take the brackets for markup
         table.add_row(Text(row), Text(shape), ", ".join(axes), layers)
     console(width=120).print(table)
+    return Answer({"model": str(args.model), "layers": cfg.n_layers, "hook_points": found})
 
 
 def _printed_sizes(cfg: Config, known: dict[str, int], sites: dict[str, Axes]) -> dict[str, Any]:

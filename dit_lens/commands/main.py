@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import DitLensError
@@ -14,6 +14,7 @@ from . import (
     cause_map,
     check,
     check_family,
+    compare,
     cost,
     diagnose,
     gap,
@@ -24,6 +25,8 @@ from . import (
     record,
     report,
 )
+from .common import Answer, as_json
+from .parser import parser
 
 COMMANDS = {
     "hooks": hooks,
@@ -31,6 +34,7 @@ COMMANDS = {
     "patch": patch,
     "map": cause_map,
     "plan": plan,
+    "compare": compare,
     "diagnose": diagnose,
     "probe": probe,
     "record": record,
@@ -82,21 +86,11 @@ def _parse(argv: Sequence[str] | None, args: argparse.Namespace) -> None:
     """Read the command line into `args`; SystemExit after `--help`, or for arguments that are
     none.
     """
-    parser = argparse.ArgumentParser(
-        prog="dit-lens",
-        description="Open up Diffusion Transformers: hook points, twins, and which layer creates "
-        "the synchronization gap.",
-        epilog="Exit codes: 0 done, 1 a check failed, 2 a mistake (one line on stderr says which), "
-        "130 interrupted.",
-    )
-    subcommands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        about = (command.__doc__ or "").partition("\n")[0]
-        subparser = subcommands.add_parser(name, help=about, description=about)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+    whole, subcommands = parser(COMMANDS)
     try:
-        parser.parse_args(argv, args)
+        _, more = whole.parse_known_args(argv, args)
+        if more:
+            subcommands[args.command].error(f"unrecognized arguments: {' '.join(more)}")
     finally:
         sys.stdout.flush()  # what `--help` prints
 
@@ -104,7 +98,7 @@ def _parse(argv: Sequence[str] | None, args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Run the subcommand that was asked for."""
     try:
-        code = int(args.run(args) or 0)
+        code = _answered(args)
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # rich makes one of the other
             return _ended(CUT_OFF)
@@ -114,9 +108,25 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
+def _answered(args: argparse.Namespace) -> int:
+    """Run the subcommand, with what it prints where it was asked for."""
+    with contextlib.ExitStack() as stack:
+        if args.quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        elif args.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        found = args.run(args)
+    if not isinstance(found, Answer):
+        found = Answer(None, int(found or 0))
+    if args.json:
+        print(as_json(found.data() if callable(found.data) else found.data))
+    return found.code
+
+
 def _ended(why: str, code: int = 2) -> int:
     """Say in one line why nothing more is done; gives the exit code."""
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         print(f"dit-lens: {why}", file=sys.stderr)
     try:
         if sys.stdout is not None:

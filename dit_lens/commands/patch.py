@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    Answer,
     add_device,
     add_model,
     add_quick,
@@ -23,6 +24,7 @@ from .common import (
     open_model,
     progress_bar,
     sizes,
+    stored,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Knock out every layer, and patch every layer of twin A into twin B."""
     from ..storage import file_name, try_folder
 
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         interchange=args.interchange,
         batch=batch,
     )
+    return stored(out)
 
 
 def find_causes(
@@ -183,7 +186,7 @@ def find_causes(
         engine = engine or known
     assert engine is not None
     found = report.side_by_side(results)
-    stored = report.store_knock_outs(found, out)
+    kept = report.store_knock_outs(found, out)
     with _bar("patches") as progress:
         patched = probes.TwinPatching().run(
             model,
@@ -197,7 +200,7 @@ def find_causes(
             resume=out / PATCHES,
             progress=progress,
         )
-    report.show(found, patched, (stored, report.store_patches(patched, out)), onsets)
+    report.show(found, patched, (kept, report.store_patches(patched, out)), onsets)
 
     # what else was asked for, each shown as soon as it is known
     if sets:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    Answer,
     add_device,
     add_labels,
     add_model,
@@ -23,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """NAME, MODEL, and the size of the run."""
     add_probe(parser, "name")
     add_model(parser)
-    parser.add_argument("--items", type=count, default=8, help="images to sample (default: 8)")
+    parser.add_argument(
+        "--items",
+        type=count,
+        help="images to sample (default: 8, or as many as the probe needs to see each label often "
+        "enough)",
+    )
     parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
     add_seed(parser)
     add_labels(parser)
@@ -32,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="netCDF file (default: NAME.nc)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
     from ..storage import file_name, save_dataset, try_file
     from ..testing.probe_checks import find_probe
@@ -44,16 +50,19 @@ def run(args: argparse.Namespace) -> None:
     model, probe = open_model(args), found()
     given = list(range(model.conditions.n)) if chosen is None else chosen
     known = model.conditions.numbers(given).tolist()
-    batch = batch_of(args, model, args.items)
+    each = found.of_each_label
+    items = 8 * each if args.items is None else args.items
+    batch = batch_of(args, model, items)
     parts = {} if batch is None else {"batch": batch}
     if found.of_twins:  # two images a pair
-        pairs = max(1, args.items // 2)
+        pairs = max(1, items // 2)
         labels = None if chosen is None else [known[i % len(known)] for i in range(pairs)]
         result = probe.run(model, labels, pairs=pairs, seed=args.seed, steps=args.steps, **parts)
     else:
-        labels = [known[i % len(known)] for i in range(args.items)]
+        labels = [known[i // each % len(known)] for i in range(items)]
         result = probe.run(model, labels, seeds=args.seed, steps=args.steps, **parts)
     save_dataset(out, f"probe {found.__name__}", result)
 
     print(result)
     print(f"stored in {out}")
+    return Answer({"stored": str(out), "result": result})

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    Answer,
     add_device,
     add_labels,
     add_seed,
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Record what is missing, and say what there is."""
     from ..storage import file_name, try_folder
     from ..tracing.recording import record
@@ -84,3 +85,4 @@ def run(args: argparse.Namespace) -> None:
 
     for name in found.names:
         print(found.of(name))
+    return Answer({"stored": str(out), "names": list(found.names)})

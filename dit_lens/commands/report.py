@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .common import Answer, stored
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RESULTS."""
@@ -15,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Show what is stored there; see `dit_lens.report.stored`."""
     from ..report.stored import show
 
     show(args.results)
+    return stored(args.results)

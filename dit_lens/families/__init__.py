@@ -8,9 +8,11 @@ examples/new_family.py a whole family.
 """
 
 from ..hooks.passes import Pass
+from .adapter import Adapter
 from .base import Family, shift_of
 from .config import Condition, Config, Size, image_config
 from .forwards import BlockForward, Forward, Points, Tap, TransformerForward
+from .original_dit import dit_from_original
 from .parts.attention import Attend, HeadsOut, Kernel, dispatched, sdpa
 from .parts.joint import (
     AnyPoints,
@@ -61,6 +63,7 @@ __all__ = [
     "SAMPLE",
     "TEXT",
     "AdaNormForward",
+    "Adapter",
     "AnyPoints",
     "Attend",
     "Axes",
@@ -90,6 +93,7 @@ __all__ = [
     "check_processor",
     "cross_sites",
     "dispatched",
+    "dit_from_original",
     "family_named",
     "family_of",
     "final_norm",

@@ -22,6 +22,7 @@ from ..hooks.passes import Pass
 from .config import Condition, Config, Size
 from .forwards import Forward, Points, Tap, TransformerForward
 from .parts.sites import FINAL_SITES, RESID, SAMPLE, Sites
+from .parts.words import Text
 
 Skipped = tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Any]]
 """What takes the place of a block that is left out; see `Family.skip_block`."""
@@ -56,6 +57,8 @@ class Family:
         pads: whether the blocks' sequence has tokens that are neither image nor text and that
             others attend to; these have no hook points, and get nothing from a part that is left
             out.
+        empty: the condition that asks for nothing, batch axis 1, where it is known without a
+            pipeline.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
             see `dit_lens.families.upstream`.
 
@@ -85,6 +88,7 @@ class Family:
     known_options: frozenset[str] | None = None
     read_only = False
     pads = False
+    empty: Condition | None = None
     computes: dict[str, tuple[str, ...]] = {
         "attn": ("attn1",),
         "cross_attn": ("attn2",),
@@ -289,6 +293,17 @@ class Family:
         """
         return {self.x_name: x, self.t_name: t, **condition}
 
+    def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
+        """What the transformer answers, not yet as the scheduler expects it.
+
+        Args:
+            transformer: the transformer.
+            inputs: its arguments by name.
+        """
+        answer = transformer(**inputs, return_dict=False)
+        # some classes answer with the bare tensor
+        return answer if isinstance(answer, Tensor) else answer[0]
+
     def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
         """What the transformer answered, as the scheduler expects it, in the latents' shape.
 
@@ -354,6 +369,47 @@ class Family:
             prompt: the prompt; "" is what guidance compares with.
         """
         raise NotImplementedError
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        """What the keys of a prompt come from: the text that each tokenizer is given.
+
+        Args:
+            pipe: the pipeline.
+            prompt: the prompt.
+        """
+        return [Text(pipe.tokenizer, prompt)]
+
+    def said(self, prompt: str) -> str:
+        """The prompt that a user gave, from what its pipeline makes of it.
+
+        Args:
+            prompt: what the pipeline holds as its prompt while it runs.
+        """
+        return prompt
+
+    def text_length(self, inputs: dict[str, Any], item: int) -> int | None:
+        """How many of an item's text tokens are no padding; None where the arguments don't say.
+
+        Args:
+            inputs: the transformer's arguments by name.
+            item: which one.
+        """
+        for name in ("encoder_attention_mask", "encoder_hidden_states_mask"):
+            mask = inputs.get(name)
+            if isinstance(mask, Tensor) and mask.ndim == 2 and item < len(mask):
+                return int((mask[item] > 0).sum())
+        return None
+
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        """Where the text's keys are among those of the image's attention, a slice or positions
+        [batch, n]; all of them in a cross-attention.
+
+        Args:
+            transformer: the transformer.
+            inputs: its arguments by name.
+            keys: how many keys there are.
+        """
+        return slice(None)
 
     def stack(self, conditions: Sequence[Condition]) -> Condition:
         """Conditions of single items as one of a batch.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tokenize
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,7 +119,8 @@ def parts(block: nn.Module) -> list[tuple[str, str]]:
     """
     try:
         source = inspect.getsource(inspect.unwrap(type(block).forward))
-    except (OSError, TypeError):  # without its source nothing of it is clear
+    # without its source nothing of it is clear
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
         return []
     joined, found = JOINS_TOKENS.search(source), []
     for prefix, names in PARTS.items():

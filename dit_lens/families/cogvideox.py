@@ -346,6 +346,9 @@ class CogVideoXFamily(Family):
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         return returned[0]
 
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        return text_first(inputs, keys, transformer).text
+
     def encode(self, pipe: Any, prompt: str) -> Condition:
         # for so many tokens and no others
         placed = hasattr(pipe.transformer.patch_embed, "pos_embedding")

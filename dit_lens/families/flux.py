@@ -51,6 +51,7 @@ from .parts.two_streams import (
     double_sites,
     refuse_fused,
 )
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text, small_vae
 
@@ -303,6 +304,12 @@ class FluxFamily(PackedFamily):
         # further images, as in Kontext, have another first coordinate
         last = ids[ids[:, 0] == ids[0, 0]][-1]
         return int(last[1]) + 1, int(last[2]) + 1
+
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        return text_first(inputs, keys, transformer).text
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        return [Text(pipe.tokenizer_2, prompt)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         embeds, pooled, ids = pipe.encode_prompt(prompt, prompt)

@@ -20,6 +20,9 @@ from torch import Tensor
 from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
 
+Identity = Callable[[Tensor], Tensor]
+"""A hook point, or what stands for two of them."""
+
 Points = dict[str, HookPoint]
 """Hook points by name; of one block without `blocks.{i}.`."""
 
@@ -84,8 +87,16 @@ class TransformerForward(Forward):
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         return_dict = inputs.pop("return_dict", return_dict)
         with self.current_pass.forward(inputs):
-            output = self.answer(self.own(**inputs, return_dict=False)[0])
+            output = self.run(inputs)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """What the transformer answers to these arguments, through its hook points.
+
+        Args:
+            inputs: its arguments by name.
+        """
+        return self.answer(self.own(**inputs, return_dict=False)[0])
 
     def answer(self, output: Any) -> Any:
         """What the transformer answers, after its hook point.
@@ -155,7 +166,7 @@ class Tap(Forward):
     repeats = False
 
     def __init__(
-        self, module: Any, before: HookPoint | None = None, after: HookPoint | None = None
+        self, module: Any, before: Identity | None = None, after: Identity | None = None
     ) -> None:
         super().__init__(module)
         self.before, self.after = before, after

@@ -30,6 +30,7 @@ from .forwards import BlockForward, Forward, Points, TransformerForward
 from .parts.attention import Attend, HeadsOut
 from .parts.layers import check_processor, final_norm, gated, neurons, refuse_processors
 from .parts.sites import COND, RESID, Sites, attention_sites, cross_sites, mlp_sites
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text
 
@@ -244,6 +245,10 @@ class HunyuanFamily(Family):
             sizes["image_rotary_emb"] = rotary(transformer, x)
         # the time's type is the embedder's
         return sizes | super().inputs(transformer, x, t.to(x.dtype), condition)
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        bert = Text(pipe.tokenizer, prompt, pipe.transformer.config.text_len)
+        return [bert, Text(pipe.tokenizer_2, prompt)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         def encoded(index: int, length: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ from .parts.one_sequence import (
     sandwich_sites,
 )
 from .parts.sites import Sites
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text, small_vae
 
@@ -256,6 +257,14 @@ class Lumina2Family(OneSequenceFamily):
             else {}
         )
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **options)
+
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        return self.joint(inputs, keys, transformer).text
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        # what goes before all prompts but the empty one
+        whole = f"{pipe.system_prompt} <Prompt Start> {prompt}" if prompt else prompt
+        return [Text(pipe.tokenizer, whole)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         """The empty prompt is encoded as the pipeline's negative one: without the system prompt

@@ -25,6 +25,7 @@ from ..errors import InvalidValue
 from ..hooks.passes import Pass
 from .config import Condition, Size
 from .forwards import Forward, Points
+from .parts.joint import text_first
 from .parts.layers import final_norm, neurons, refuse_processors
 from .parts.sites import Sites, adaln_sites
 from .parts.two_streams import (
@@ -37,6 +38,7 @@ from .parts.two_streams import (
     pack,
     unpack,
 )
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text
 
@@ -187,6 +189,13 @@ class QwenImageFamily(PackedFamily):
         # the others are given for editing
         _, height, width = first if isinstance(first, tuple) else first[0]
         return height, width
+
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        return text_first(inputs, keys, transformer).text
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        whole = pipe.prompt_template_encode.format(prompt)
+        return [Text(pipe.tokenizer, whole, dropped=pipe.prompt_template_encode_start_idx)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         embeds, mask = pipe.encode_prompt(prompt, max_sequence_length=512)

@@ -9,16 +9,21 @@ such a model is met. A family can come from any package, by the entry-point grou
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from .. import arguments
 from ..errors import InvalidType, InvalidValue
+from .adapter import Adapter
 from .base import Family
-from .readonly import ReadOnlyFamily, read_only
+from .layouts import layout_of
+from .own import OwnFamily
+from .readonly import read_only
 
 OURS = {
     "DiTTransformer2DModel": "dit",
@@ -36,7 +41,9 @@ OURS = {
 """The modules of this package's own families, by model class, in the order of the docs."""
 
 _families: dict[str, Family] = {}
-_read_only: WeakKeyDictionary[nn.Module, ReadOnlyFamily] = WeakKeyDictionary()
+_of_one: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
+"""Families of one transformer, which know it by its modules."""
+_described: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def register(family: Family) -> Family:
@@ -99,29 +106,95 @@ def family_named(model_class: str) -> Family | None:
     return _families.get(model_class)
 
 
+def describe(
+    transformer: nn.Module,
+    blocks: str | Sequence[str] | None,
+    parts: Mapping[str, str] | None,
+    adapter: Adapter | None,
+) -> Family:
+    """Open a transformer from now on as its user describes it.
+
+    Args:
+        transformer: the transformer.
+        blocks: paths of its blocks; None for one whose layout is known.
+        parts: paths within a block, by name.
+        adapter: how it is called.
+
+    Returns:
+        The family of this one transformer.
+
+    Raises:
+        InvalidType: without blocks, for a transformer of unknown layout.
+        InvalidValue: for paths that lead nowhere, or an adapter that is not this model's.
+    """
+    arguments.instance("transformer", transformer, nn.Module, "a torch module")
+    if adapter is not None:
+        arguments.instance("adapter", adapter, Adapter, "a dit_lens.Adapter")
+    if blocks is None:
+        found: Family | None = layout_of(transformer, adapter)
+        if found is None or parts is not None:
+            what = "adapter" if parts is None else "parts"
+            raise InvalidType(
+                f"{what}= also needs blocks=, the path of the blocks of "
+                f"{type(transformer).__name__}{_lists(transformer)}."
+            )
+    else:
+        given = [blocks] if isinstance(blocks, str) else blocks
+        paths = arguments.listed("blocks", given, "a path of modules, or a list of them", fewest=0)
+        paths = [arguments.text(f"blocks[{i}]", path) for i, path in enumerate(paths)]
+        if parts is not None:
+            arguments.instance("parts", parts, Mapping, "a dict of paths by name")
+            for name, path in parts.items():
+                arguments.text("parts: a name", name)
+                arguments.text(f"parts[{name!r}]", path)
+        found = OwnFamily(transformer, paths, parts, adapter)
+    _of_one[transformer], _described[transformer] = found, (blocks, parts, adapter)
+    return found
+
+
+def described_as(transformer: nn.Module) -> tuple[Any, ...] | None:
+    """How its user described a transformer: blocks, parts, adapter; None where nobody did.
+
+    Args:
+        transformer: the transformer.
+    """
+    return _described.get(transformer)
+
+
 def family_of(transformer: nn.Module) -> Family:
-    """The family that opens this module, by the names of its class and base classes; for other
-    diffusers transformers a read-only one, which remembers what was seen of this one.
+    """The family that opens this module: as its user described it; by the names of its class and
+    base classes; by the layout of its modules; for other diffusers transformers a read-only one.
 
     Args:
         transformer: the transformer.
 
     Raises:
-        InvalidType: if there is none (a U-Net, say).
+        InvalidType: if there is none, with the ways on.
 
     >>> family_of(family_named("PixArtTransformer2DModel").small(0)[0]).model_class
     'PixArtTransformer2DModel'
     """
     arguments.instance("transformer", transformer, nn.Module, "a diffusers transformer")
+    if transformer in _of_one:
+        return _of_one[transformer]
     for cls in type(transformer).__mro__:
         if family := family_named(cls.__name__):
             return family
-    unknown = _read_only.get(transformer) or read_only(transformer)
+    unknown = layout_of(transformer) or read_only(transformer)
     if unknown is not None:
-        _read_only[transformer] = unknown
+        _of_one[transformer] = unknown
         return unknown
     known = ", ".join(sorted({*modules(), *_families}))
     raise InvalidType(
-        f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open; it "
-        f"knows {known}."
+        f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open by "
+        f"itself; it knows {known}, and the layouts of the original DiT, SiT and U-ViT. Three ways "
+        "on (docs/own-models.md): HookedDiT(module, blocks='path.of.blocks')"
+        f"{_lists(transformer)}; the same with adapter=dit_lens.Adapter(...), to sample and "
+        "measure; a family of your own."
     )
+
+
+def _lists(transformer: nn.Module) -> str:
+    """Where blocks may be, in words."""
+    lists = [n for n, m in transformer.named_modules() if isinstance(m, nn.ModuleList) and n]
+    return f" (its lists of modules: {', '.join(map(repr, lists[:4]))})" if lists else ""

@@ -55,6 +55,7 @@ from .parts.sites import (
     out_sites,
     qkv_sites,
 )
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text
 
@@ -409,21 +410,24 @@ class SanaFamily(Family):
     def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         return inputs["timestep"] / self.timestep_scale(transformer)
 
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        chi = "\n".join(instruction(pipe, prompt) or [])
+        # the instruction's tokens go, but for the first, and that of its end is the prompt's
+        dropped = len(pipe.tokenizer.encode(chi)) - 2 if chi else 0
+        return [Text(pipe.tokenizer, chi + prompt, dropped=dropped)]
+
     def encode(self, pipe: Any, prompt: str) -> Condition:
         """As the pipeline does: a prompt comes after the instruction to enhance it, the empty one,
         for guidance, does not.
         """
-        chi = (
-            inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-            if prompt
-            else None
-        )
         options: Any = (
             {}
             if pipe.transformer.config.guidance_embeds
             else {"do_classifier_free_guidance": False}
         )
-        embeds, mask, *_ = pipe.encode_prompt(prompt, complex_human_instruction=chi, **options)
+        embeds, mask, *_ = pipe.encode_prompt(
+            prompt, complex_human_instruction=instruction(pipe, prompt), **options
+        )
         return Condition(
             encoder_hidden_states=embeds.to(pipe.transformer.dtype), encoder_attention_mask=mask
         )
@@ -482,6 +486,12 @@ class SanaFamily(Family):
             "width": 128,
             "use_resolution_binning": False,
         }
+
+
+def instruction(pipe: Any, prompt: str) -> Any:
+    """What Sana's pipeline puts before a prompt, as lines; None before the empty one."""
+    options = inspect.signature(type(pipe).__call__).parameters
+    return options["complex_human_instruction"].default if prompt else None
 
 
 register(SanaFamily())

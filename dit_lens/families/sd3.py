@@ -47,6 +47,7 @@ from .parts.sites import (
     scores_sites,
     texts,
 )
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text, small_vae
 
@@ -334,6 +335,13 @@ class SD3Family(Family):
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         stream: Tensor = returned[1]
         return stream
+
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        return image_first(inputs, keys, transformer).text
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        clip = Text(pipe.tokenizer, prompt, pipe.tokenizer_max_length)
+        return [clip] if pipe.tokenizer_3 is None else [clip, Text(pipe.tokenizer_3, prompt)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         embeds, _, pooled, _ = pipe.encode_prompt(

@@ -105,10 +105,10 @@ def _difference(family: Family, opened: Callable[[nn.Module], Any]) -> str:
             other = copy.deepcopy(plain)
             instrumentation = opened(other)
             with torch.no_grad():
-                want, got = (flat(m(**inputs, return_dict=False)[0]) for m in (plain, other))
+                want, got = (flat(family.call(m, inputs)) for m in (plain, other))
                 for name in instrumentation.points:
                     instrumentation.attach(name, Observer(lambda _, point: None))
-                seen = flat(other(**inputs, return_dict=False)[0])
+                seen = flat(family.call(other, inputs))
         except Exception as error:  # whatever a changed block may raise
             first = str(error).partition("\n")[0]
             return f"its small model {variant} fails ({type(error).__name__}: {first})"

@@ -45,6 +45,7 @@ from .parts.one_sequence import (
     sandwich_sites,
 )
 from .parts.sites import Sites
+from .parts.words import Text
 from .registry import register
 from .small import alive, small_text, small_vae
 
@@ -309,6 +310,24 @@ class ZImageFamily(OneSequenceFamily):
             else {}
         )
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), **options)
+
+    def said(self, prompt: str) -> str:
+        # its pipeline writes the prompt into its template in place
+        head, _, rest = prompt.partition("<|im_start|>user\n")
+        return rest.partition("<|im_end|>")[0] if rest and not head else prompt
+
+    def text_length(self, inputs: dict[str, Any], item: int) -> int | None:
+        return len(inputs["cap_feats"][item])
+
+    def text_keys(self, transformer: Any, inputs: dict[str, Any], keys: int) -> slice | Tensor:
+        return self.joint(inputs, keys, transformer).text
+
+    def texts(self, pipe: Any, prompt: str) -> list[Text]:
+        said = [{"role": "user", "content": prompt}]
+        whole = pipe.tokenizer.apply_chat_template(
+            said, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return [Text(pipe.tokenizer, whole)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         return Condition(cap_feats=pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0])

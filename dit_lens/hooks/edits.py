@@ -98,6 +98,27 @@ def patch_from_tensor(source: Tensor) -> HookFunction:
     return fn
 
 
+class Steering:
+    """An edit that adds a direction, a certain number of times.
+
+    Args:
+        direction: what is added.
+        scale: how often.
+    """
+
+    def __init__(self, direction: Tensor, scale: float) -> None:
+        self.direction, self.scale = direction, scale
+
+    def __call__(self, activation: Tensor, hook: HookPoint) -> Tensor:
+        try:
+            return activation + self.scale * self.direction.to(activation)
+        except RuntimeError:
+            raise InvalidValue(
+                f"direction has shape {list(self.direction.shape)}; expected one that broadcasts "
+                f"against {hook.name!r}, {list(activation.shape)}."
+            ) from None
+
+
 def ablation(mode: str) -> HookFunction:
     """The function that knocks an activation out. Raises ValueError for an unknown mode."""
     modes: dict[str, Callable[[Tensor], Tensor]] = {

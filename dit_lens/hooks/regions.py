@@ -59,8 +59,13 @@ class Region:
     def of(cls, **parts: Any) -> Region:
         """A region by keyword.
 
-        Raises TypeError for a keyword that is none, with the nearest.
+        One head may be said as `head=`. Raises TypeError for a keyword that is none, with the
+        nearest.
         """
+        if "head" in parts:
+            if "heads" in parts:
+                raise InvalidType("head= and heads= are both given; expected one of them.")
+            parts["heads"] = parts.pop("head")
         for name in parts:
             if name not in cls.__dataclass_fields__:
                 near = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0)[0]

@@ -28,6 +28,8 @@ class Call:
         t: the time among them, [batch] or [1], in the scheduler's units.
         condition: all arguments but x_t and the time, as `HookedDiT` takes them for y.
         labels: [batch], classes or prompts by number, where they are known.
+        prompts: the prompt of each item [batch] as its pipeline was given it, where one runs that
+            says so; not kept in files.
         context: what the pass was run under.
         kernels: the settings that chose its kernels.
         witness: checksums of the streams that left each layer, by hook name.
@@ -45,6 +47,7 @@ class Call:
     t: Tensor
     condition: Condition = field(repr=False)
     labels: Tensor | None = None
+    prompts: tuple[str, ...] | None = field(default=None, repr=False)
     context: PassContext = field(default_factory=PassContext)
     kernels: Kernels = field(default_factory=Kernels)
     witness: Witness = field(default_factory=dict, repr=False)

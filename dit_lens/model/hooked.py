@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
+from ..families.adapter import Adapter
 from ..families.config import Condition, Size
 from ..hooks.cache import ActivationCache
 from ..hooks.names import NamesFilter, resolve, select
@@ -75,9 +76,14 @@ class HookedDiT:
         vae: in place of the pipeline's.
         size: (height, width) of the latents that are sampled, for video (frames, height, width); by
             default the model's own.
+        blocks: for a transformer of your own (docs/own-models.md), the path of its blocks, such as
+            "blocks", or several in the order in which they run.
+        parts: paths within a block by the names that they get, such as {"attn": "attn"}; by default
+            what is clearly its attention and MLP.
+        adapter: how it is called, a `dit_lens.Adapter`; without it only a loop of yours calls it.
 
     Raises:
-        TypeError: if there is no family for the model (a U-Net).
+        TypeError: if there is no family for the model (a U-Net), with the ways on.
         RuntimeError: if it is compiled or wrapped by another tool.
         ValueError: if a feature is switched on that a hooked forward can't honour, or the weights
             are missing or quantised.
@@ -89,6 +95,9 @@ class HookedDiT:
         scheduler: Any = None,
         vae: Any = None,
         size: Size | None = None,
+        blocks: str | Sequence[str] | None = None,
+        parts: Mapping[str, str] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         pipe = pipe_or_transformer
         conditions: Conditions | None = None
@@ -96,6 +105,8 @@ class HookedDiT:
             conditions, size = pipe.conditions, pipe.size if size is None else size
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
+        if any(given is not None for given in (blocks, parts, adapter)):
+            Instrumentation.describe(self.transformer, blocks, parts, adapter)
         taken = Taken()
         try:
             self._open(taken)
@@ -133,6 +144,8 @@ class HookedDiT:
         self.conditions: Conditions = conditions or Conditions(
             self.family, self.cfg, pipe if pipe is not self.transformer else None
         )
+        if self.family.empty is not None:
+            self.conditions.add({"": self.family.empty})
         self.sites = self.instrumentation.sites
         self.names = list(self.sites)
         self.handles: list[Handle] = []
@@ -208,11 +221,9 @@ class HookedDiT:
             self.instrumentation.under(labels=condition.labels),
         ):
             try:
-                answer = self.transformer(**inputs, return_dict=False)
+                answer = self.family.call(self.transformer, inputs)
             except StoppedAtLayer as halted:
                 return halted.stream.clone()  # a record may hold the stream itself
-        # some classes answer with the bare tensor
-        answer = answer if isinstance(answer, Tensor) else answer[0]
         return self.family.output(self.transformer, answer, inputs)
 
     def _condition(self, y: Any, x: Tensor) -> Condition:
@@ -581,9 +592,14 @@ class HookedDiT:
                 f"{len(self.names)} hook points; "
                 f"{len(self.absent)} standard names are absent: model.absent)"
             )
+        if not c.grid:
+            return (
+                f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, "
+                f"{len(self.names)} hook points on the boundaries of its modules)"
+            )
         return (
             f"HookedDiT({type(self.transformer).__name__}, {c.n_layers} layers, d_model "
-            f"{c.d_model}, {c.n_heads} heads, "
+            f"{c.d_model}, {f'{c.n_heads} heads, ' if c.n_heads else ''}"
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
 

@@ -28,6 +28,7 @@ from ..errors import InvalidState, InvalidValue
 from ..families import family_of
 from ..families.config import Condition
 from ..families.forwards import Forward
+from ..families.registry import describe, described_as
 from ..families.upstream import check_sources
 from ..hooks.names import layer_of
 from ..hooks.passes import Coupling, PassContext, Span
@@ -173,6 +174,26 @@ class Instrumentation:
                 if found is not None and user is not None:
                     found.users.add(user)
             return cls(transformer, user=user) if found is None else found
+
+    @classmethod
+    def describe(cls, transformer: nn.Module, *described: Any) -> None:
+        """Open a transformer as its user describes it, from now on.
+
+        Args:
+            transformer: the transformer.
+            *described: as for `families.registry.describe`.
+
+        Raises:
+            RuntimeError: if it is open already, and otherwise.
+        """
+        with OPENING:
+            if cls.found(transformer) is None:
+                describe(transformer, *described)
+            elif described_as(transformer) != described:
+                raise InvalidState(
+                    f"This {type(transformer).__name__} is open already, and otherwise; call "
+                    "remove() on the HookedDiT that holds it first."
+                )
 
     @classmethod
     def let_go(cls, transformer: nn.Module, user: object) -> None:
@@ -458,6 +479,7 @@ class Instrumentation:
             t=t,
             condition=Condition.numbered(rest, labels),
             labels=labels,
+            prompts=self.pipeline.prompts,
             context=context,
             kernels=Kernels.now(x.device.type),
             branch=branch,
@@ -563,8 +585,7 @@ class Instrumentation:
             if answer is None:  # the whole model, with nothing between embedding and last layer
                 self._inputs.put(taken, inputs)
                 with self.part((len(self.family.blocks(self.transformer)), None), stream):
-                    own = self.replaced[0][0]
-                    answer = own.answer(own.own(**inputs, return_dict=False)[0])  # type: ignore[attr-defined]
+                    answer = self.replaced[0][0].run(inputs)  # type: ignore[attr-defined]
             return self.family.output(self.transformer, answer, inputs)
 
     def _memo_of(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class PipelineFrame:
         self.frame: FrameType | None = None
         self.step: Any = None
         self.calls = self.counted = 0
+        self.prompts: tuple[str, ...] | None = None
 
     def now(
         self, transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
@@ -112,6 +113,7 @@ class PipelineFrame:
             return None, None
         local = {} if frame is None else frame.f_locals
         own, step = local.get("latents"), local.get("i")
+        self.prompts = _prompts(local.get("prompt"), items)
         if said is not None and said.step is not None:
             step = said.step
         if frame is not self.frame:  # held, so that another run's frame can't lie at its address
@@ -143,6 +145,16 @@ class PipelineFrame:
         if items == 2 * latents and order is not None:
             return (order[0],) * latents + (order[1],) * latents
         return ("",) * items
+
+
+def _prompts(given: Any, items: int) -> tuple[str, ...] | None:
+    """The prompt of each item, where they are words: each as often in a row as images were asked
+    for, all of them once more where the batch is doubled.
+    """
+    prompts = [given] if isinstance(given, str) else given
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        return None
+    return tuple(prompts) if prompts and items % len(prompts) == 0 else None
 
 
 def _pipeline(transformer: Any) -> FrameType | None:

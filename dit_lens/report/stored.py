@@ -12,16 +12,19 @@ import xarray as xr
 
 from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
+from ..experiments.side_by_side import WAYS
 from ..storage import load_dataset
 from . import (
     attributes,
     cause_details,
     cause_map,
+    compare,
     coupling_sweep,
     diagnoses,
     diagnosis,
     gap,
     knock_outs,
+    side_by_side,
 )
 
 ENDS = "bound"
@@ -109,6 +112,26 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "effect": ("how", "layer"),
         "effect_interval": ("how", "layer", ENDS),
     },
+    "side_by_side.nc": {
+        name: ("budget", "way", *more)
+        for kind, more in {
+            "macs": (),
+            "time": (),
+            "effect": ("band",),
+            "total": (),
+            "over_plan": (),
+            "psnr": (),
+        }.items()
+        for name, more in (
+            (kind, more),
+            *([] if kind in ("macs", "time") else [(f"{kind}_interval", (*more, ENDS))]),
+        )
+    },
+    "compare.nc": {
+        name: axes
+        for kind in ("effect", "power", "error", "later")
+        for name, axes in ((kind, ("band",)), (f"{kind}_interval", ("band", ENDS)))
+    },
     "cause_map.nc": {
         "effect": ("site", "layer", "window", "band"),
         "effect_interval": ("site", "layer", "window", "band", ENDS),
@@ -163,6 +186,8 @@ LABELS: dict[str, dict[str, set[Any]]] = {
     "diagnosis.nc": {"shown": {"bad"}, ENDS: {"low", "high"}},
     "diagnoses.nc": {ENDS: {"low", "high"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
+    "side_by_side.nc": {"way": set(WAYS), ENDS: {"low", "high"}},
+    "compare.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
@@ -192,6 +217,8 @@ ATTRS: dict[str, dict[str, str]] = {
     },
     "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
+    "side_by_side.nc": {"sentence": TEXTS, "items": NUMBERS},
+    "compare.nc": {"sentence": TEXTS, "items": NUMBERS},
     "diagnosis.nc": {
         **dict.fromkeys(("sentence", "layers", "how", "window"), TEXTS),
         **dict.fromkeys(("steps", "n_layers", "clones"), NUMBERS),
@@ -208,11 +235,13 @@ ATTRS: dict[str, dict[str, str]] = {
 
 COORDINATES = {
     **dict.fromkeys(("layer", "step", "release", "depth", "head"), "i"),
-    **dict.fromkeys(("g", "cut", "dose", "frequency", "token_frequency"), "f"),
+    **dict.fromkeys(("g", "cut", "dose", "budget", "frequency", "token_frequency"), "f"),
 }
 """Axes whose labels are numbers, and of which kind."""
 
-EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch` and `map` write them"
+EXPECTED = (
+    f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch`, `map`, `plan` and `compare` write them"
+)
 
 
 def show(path: Path) -> None:
@@ -226,15 +255,7 @@ def show(path: Path) -> None:
         MissingFile: if there is nothing at the path, or no result in the folder.
         InvalidValue: for a file that is no result, or is damaged.
     """
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).exists()]
-    else:
-        found = [path] if path.exists() else []
-    if not found:
-        raise MissingFile(
-            f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "
-            f"`dit-lens patch` wrote, or one of {', '.join(FILES)} in it."
-        )
+    found = _files(path)
     kinds = {kind: (file, results) for file in found for kind, results in [read(file)]}
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
@@ -245,6 +266,10 @@ def show(path: Path) -> None:
             coupling_sweep.show(results, file)
         elif kind == "cause_map.nc":
             cause_map.show(results, file)
+        elif kind == "side_by_side.nc":
+            side_by_side.show(results, file)
+        elif kind == "compare.nc":
+            compare.show(results, file)
         elif kind == "diagnosis.nc":
             diagnosis.show(results, file)
         elif kind == "diagnoses.nc":
@@ -253,6 +278,33 @@ def show(path: Path) -> None:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:
             _show_causes(kind, file)
+
+
+def results_at(path: Path) -> dict[str, xr.Dataset]:
+    """Every stored result, by the name of its file.
+
+    Args:
+        path: a folder, or one file.
+
+    Raises:
+        MissingFile: if there is none.
+        InvalidValue: for a file that is no result, or is damaged.
+    """
+    return {file.name: read(file)[1] for file in _files(path)}
+
+
+def _files(path: Path) -> list[Path]:
+    """The results in a folder, or the one file."""
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).exists()]
+    else:
+        found = [path] if path.exists() else []
+    if not found:
+        raise MissingFile(
+            f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "
+            f"`dit-lens patch` wrote, or one of {', '.join(FILES)} in it."
+        )
+    return found
 
 
 def read(path: Path) -> tuple[str, xr.Dataset]:

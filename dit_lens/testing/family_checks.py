@@ -48,12 +48,12 @@ class Case:
     def ask(self, model: Any = None) -> Tensor:
         """What the transformer (this one, or the opened one) answers."""
         with torch.no_grad():
-            return flat((model or self.model.transformer)(**self.inputs, return_dict=False)[0])
+            return flat(self.family.call(model or self.model.transformer, self.inputs))
 
     def ask_of(self, inputs: dict[str, Any]) -> Tensor:
         """What the opened transformer answers to these arguments."""
         with torch.no_grad():
-            return flat(self.model.transformer(**inputs, return_dict=False)[0])
+            return flat(self.family.call(self.model.transformer, inputs))
 
     def look(self, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The answer, and the activations of these names in the order in which they came."""
@@ -93,15 +93,13 @@ def same_output(case: Case) -> None:
     with case.model.hooks([(None, lambda _, hook: None)]):
         assert torch.equal(want, case.ask()), "with hooks that return None the output is another"
         with torch.enable_grad():
-            graded = flat(case.model.transformer(**case.inputs, return_dict=False)[0])
+            graded = flat(case.family.call(case.model.transformer, case.inputs))
         assert torch.equal(want, graded), (
             "with hooks that return None, and gradients on, the output is another"
         )
     with torch.no_grad():
         output = case.model(case.x, case.t, case.condition)
-    direct = case.family.output(
-        case.plain, case.plain(**case.inputs, return_dict=False)[0], case.inputs
-    )
+    direct = case.family.output(case.plain, case.family.call(case.plain, case.inputs), case.inputs)
     assert torch.equal(output, direct), "model(x, t, y) gives another output than the transformer"
     assert output.shape[0] == 2 and output.shape[-2:] == case.x.shape[-2:], (
         f"model(x, t, y) has shape {list(output.shape)}"
@@ -287,7 +285,7 @@ def holds_what_was_added(case: Case) -> None:
                 with trace(case.model, names=recorded) as t, torch.no_grad():
                     t.hold(site, [1])
                     for inputs in (case.inputs, second):
-                        case.model.transformer(**inputs, return_dict=False)
+                        case.family.call(case.model.transformer, inputs)
                 seen.append(t.get(read))
             for place in places:
                 values = [at[place.name].double() for at in seen]
@@ -504,7 +502,7 @@ def reaches_backward(case: Case) -> None:
         case.model.hooks(bwd_hooks=[(names, lambda _, hook: seen.append(hook.name))]),
         torch.enable_grad(),
     ):
-        flat(case.model.transformer(**case.inputs, return_dict=False)[0]).sum().backward()
+        flat(case.family.call(case.model.transformer, case.inputs)).sum().backward()
     assert sorted(seen) == sorted(names), (
         f"no gradient arrives at {sorted(set(names) - set(seen))[:1]}"
     )

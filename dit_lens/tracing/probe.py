@@ -48,10 +48,12 @@ class Probe:
             together). If not, a run in parts is refused.
         of_twins: whether `run` makes pairs of twins and takes the settings of `dit_lens.twins`
             (`pairs`, `seed`), and not those of `dit_lens.sample` (`labels`, `seeds`).
+        of_each_label: how many images of a label it needs, where nobody says what is sampled.
     """
 
     names: NamesFilter = None
     of_twins: bool = False
+    of_each_label: int = 1
     in_parts: bool = False
 
     def start(self, model: HookedDiT) -> None:
@@ -86,7 +88,8 @@ class Probe:
         """
         model = HookedDiT.of(model)
         if labels is None:
-            labels = [i % model.conditions.n for i in range(8)]
+            each = self.of_each_label
+            labels = [i // each % model.conditions.n for i in range(8 * each)]
         with trace(model, probes=[self]):
             sample(model, labels, **settings)
         return self.result()

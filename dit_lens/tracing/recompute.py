@@ -60,7 +60,11 @@ def read(
 
 
 def stacked(
-    record: Record, model: HookedDiT | None, names: Sequence[str], steps: Steps = None
+    record: Record,
+    model: HookedDiT | None,
+    names: Sequence[str],
+    steps: Steps = None,
+    branch: str | None = None,
 ) -> Tensor | None:
     """[name, step, batch, ...]: what `read` gives as one tensor, which is filled as the activations
     come, so that nothing is in memory twice. None where they can't be stacked.
@@ -70,8 +74,9 @@ def stacked(
         model: that was traced, or None if only the record is at hand.
         names: full hook names.
         steps: which steps; None is those that were recorded.
+        branch: only the items of one branch of guidance.
     """
-    rows = {s: rows_of(record, s, None) for s in steps_of(record, steps)}
+    rows = {s: rows_of(record, s, branch) for s in steps_of(record, steps)}
     if any(order_of(record, of_step) is not None for of_step in rows.values()):
         return None
     place: dict[int, tuple[int, slice]] = {}  # of each call: its step, and its items in the batch
@@ -253,7 +258,7 @@ def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener
         call.kernels.restored(call.x.device.type),
         suppress(StopForward),
     ):
-        model.transformer(**call.inputs, return_dict=False)
+        model.family.call(model.transformer, call.inputs)
 
 
 @contextmanager

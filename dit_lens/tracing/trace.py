@@ -27,6 +27,7 @@ from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.config import Config
 from ..families.parts.sites import Axes
 from ..hooks.edits import (
+    Steering,
     Steps,
     ablation,
     checked_steps,
@@ -47,6 +48,7 @@ from ..model.state import State
 from ..model.steps import StepCounter
 from ..model.taken import Taken
 from . import files
+from .attention_map import attention_map
 from .dataset import to_dataset
 from .recompute import order_of, read, stacked
 from .record import Record
@@ -256,6 +258,45 @@ class Trace:
         """
         return self.edit(name, ablation(mode), steps, **region)
 
+    def steer(
+        self,
+        name: NamesFilter,
+        direction: Tensor,
+        scale: float = 1.0,
+        steps: Steps = None,
+        **region: Any,
+    ) -> Trace:
+        """Add a direction to activations: `activation + scale * direction`.
+
+        Chains. The direction is added as it is given: of length 1, `scale` is in the activation's
+        own units.
+
+        Args:
+            name: which hook points, such as ("resid_post", 12).
+            direction: of the length of the activation's last axis, such as [d_model]; or any shape
+                that broadcasts against the activation.
+            scale: how much of it; negative ones turn it round.
+            steps: at which steps.
+            **region: which part, as for `edit`.
+
+        Raises:
+            UnknownName: if nothing matches.
+            ValueError: for a direction of another length.
+
+            t.steer(("resid_post", 12), smile / smile.norm(), scale=8.0, steps=range(10))
+        """
+        model = self._traced_model()
+        along = arguments.tensor("direction", direction, finite=True).detach().clone()
+        by, sizes = arguments.number("scale", scale), model.cfg.axis_sizes()
+        for each in select(name, self.names):
+            last = model.sites[each][-1]
+            if along.ndim and along.shape[-1] not in (1, sizes.get(last, along.shape[-1])):
+                raise InvalidValue(
+                    f"direction has {along.shape[-1]} entries; expected {sizes[last]}, the length "
+                    f"of the axis {last!r} of {each!r}."
+                )
+        return self.edit(name, Steering(along, by), steps, **region)
+
     def hold(
         self,
         name: NamesFilter,
@@ -363,21 +404,24 @@ class Trace:
         found = self.read(select(names, self.names), steps, branch)
         return {name: _stacked(name, at) for name, at in found.items()}
 
-    def stack(self, site: str, steps: Steps = None) -> Tensor:
+    def stack(self, site: str, steps: Steps = None, branch: str | None = None) -> Tensor:
         """One site of every layer, [layer, step, batch, ...].
 
         Args:
             site: a hook point without its layer, such as "resid_post".
             steps: which steps; by default those that were recorded.
+            branch: only the items of one branch of guidance, as for `get`.
         """
+        if branch is not None:
+            arguments.choice("branch", branch, ["cond", "uncond", "skip"])
         found_names = select(arguments.text("site", site), self.names)
         chosen = [n for n in found_names if layer_of(n) is not None]
         if not chosen:
             raise InvalidValue(f"site={site!r} is in no layer; expected one such as 'resid_post'.")
-        whole = stacked(self.record, self.model, chosen, steps)
+        whole = stacked(self.record, self.model, chosen, steps, branch)
         if whole is not None:
             return whole
-        found = self.read(chosen, steps)  # says what can't be stacked
+        found = self.read(chosen, steps, branch)  # says what can't be stacked
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
@@ -393,6 +437,58 @@ class Trace:
         if branch is not None:
             arguments.choice("branch", branch, ["cond", "uncond", "skip"])
         return read(self.record, self.model, select(names, self.names), steps, branch)
+
+    def attention_map(
+        self,
+        words: str | Sequence[str] | None = None,
+        *,
+        layers: Any = None,
+        steps: Steps = None,
+        heads: Any = None,
+        over: Sequence[str] = ("layer", "step", "head"),
+        prompt: str | None = None,
+        branch: str = "cond",
+    ) -> xr.DataArray:
+        """Where in the image its tokens attend to words of the prompt.
+
+        The share of each image token's attention that goes to the word's tokens: summed over its
+        sub-tokens, wherever it stands and in every text encoder. A pattern sums to 1 over all keys;
+        in a joint attention these are the image's too. Padding, templates and marks are no words.
+
+        Args:
+            words: of the prompt: one, or several in a row, as "red fox"; a list of such; None is
+                every word.
+            layers: which layers; None is all with attention to the text.
+            steps: which steps; None is those that were recorded.
+            heads: which heads; None is all.
+            over: what is averaged, of "layer", "step" and "head".
+            prompt: what the text encoders were given, where it can't be known: a loop of your own,
+                a trace out of a file.
+            branch: of guidance.
+
+        Returns:
+            xr.DataArray [word, layer, step, head, batch, frame, row, column], 0 to 1, without the
+            axes that are averaged, `word` for one word and `frame` for images. The batch is those
+            items whose prompt has all words, by number.
+
+        Raises:
+            ValueError: for a model that is given no text, a word that is not in the prompt, or a
+                prompt that is not known.
+            RuntimeError: for a model without its tokenizers.
+
+            t.attention_map("fox", layers=range(10, 20), steps=[5]).plot()
+        """
+        return attention_map(
+            self.record,
+            self.model,
+            words,
+            layers=layers,
+            steps=steps,
+            heads=heads,
+            over=over,
+            prompt=prompt,
+            branch=branch,
+        )
 
     @property
     def names(self) -> list[str]:

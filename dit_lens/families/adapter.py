@@ -1,0 +1,305 @@
+"""How a transformer that is no diffusers class is spoken to: what it is given, in which units, and
+what its answer means.
+
+dit_lens knows latents, timesteps in the scheduler's units, conditions, and outputs as a diffusers
+scheduler takes them. An `Adapter` is what lies between those and the model's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..errors import InvalidState, InvalidType, InvalidValue
+from ..hooks.points import HookPoint
+from .base import Family
+from .config import Condition, Size
+from .forwards import TransformerForward
+from .parts.joint import Point
+
+UNITS = 1000.0
+"""Timesteps that a diffusers scheduler counts from clean data to pure noise."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a model of one's own is called, so that it can be sampled and measured.
+
+    Give only what differs from: a forward whose first three arguments are x_t, the time in the
+    scheduler's units and class labels, and which returns what the scheduler takes.
+
+    Args:
+        latents: the shape of one item's x_t: (channel, height, width), for video with frames among
+            them. A known layout says it itself.
+        labels: how many classes there are, the label for no class coming behind them; 0 for a model
+            that takes none; or, for a model that is given anything else, the further arguments that
+            ask for nothing, as tensors with a batch axis of 1.
+        time: the model's own time of clean data and of pure noise, such as (1.0, 0.0) for SiT; None
+            is the scheduler's timestep as it is.
+        output: from what the model returns to what the scheduler takes, such as `torch.neg`.
+        names: of the arguments for x_t, time and labels; the first three by default.
+        tokens: where the image's tokens are in the residual stream, such as slice(2, None).
+        grid: the grid of the image's tokens, (height, width) or (frame, height, width); by default
+            that of square patches.
+
+    >>> Adapter(latents=(4, 32, 32), labels=1000, time=(1.0, 0.0), output=torch.neg).labels
+    1000
+    """
+
+    latents: Size = ()
+    labels: int | Mapping[str, Tensor] = 0
+    time: tuple[float, float] | None = None
+    output: Callable[[Any], Tensor] | None = None
+    names: tuple[str, ...] = ()
+    tokens: slice = field(default_factory=lambda: slice(None))
+    grid: Size | None = None
+
+    def __post_init__(self) -> None:
+        found = arguments.listed("latents", self.latents, "(channel, height, width)", fewest=0)
+        if len(found) not in (0, 3, 4):
+            raise arguments.refusal("latents", self.latents, "(channel, height, width)")
+        fit = [arguments.whole(f"latents[{i}]", n, 1, 2**20) for i, n in enumerate(found)]
+        object.__setattr__(self, "latents", tuple(fit))
+        if not isinstance(self.labels, Mapping):
+            object.__setattr__(self, "labels", arguments.whole("labels", self.labels, 0, 2**31))
+        for name, value in self.labels.items() if isinstance(self.labels, Mapping) else ():
+            arguments.text("labels: an argument's name", name)
+            arguments.tensor(f"labels[{name!r}]", value)
+        if self.time is not None:
+            ends = arguments.listed("time", self.time, "the time of (clean data, pure noise)")
+            known = [arguments.number(f"time[{i}]", v) for i, v in enumerate(ends)]
+            if len(known) != 2 or known[0] == known[1]:
+                raise arguments.refusal("time", self.time, "two different numbers (clean, noise)")
+            object.__setattr__(self, "time", tuple(known))
+        if self.output is not None:
+            arguments.function("output", self.output, "fn(what the model returned)")
+        found = arguments.listed("names", self.names, "a list of arguments' names", fewest=0)
+        names = tuple(arguments.text(f"names[{i}]", name) for i, name in enumerate(found))
+        object.__setattr__(self, "names", names)
+        arguments.instance("tokens", self.tokens, slice, "a slice, such as slice(2, None)")
+        if self.grid is not None:
+            found = arguments.listed("grid", self.grid, "(height, width)", fewest=1)
+            fit = [arguments.whole(f"grid[{i}]", n, 1, 2**20) for i, n in enumerate(found)]
+            object.__setattr__(self, "grid", tuple(fit))
+
+
+def arguments_of(transformer: Any, names: tuple[str, ...] = ()) -> tuple[str, str, str]:
+    """The names of the arguments that hold x_t, the time and the labels; of the last "" where there
+    is none.
+
+    Args:
+        transformer: the transformer.
+        names: those that are known; its forward's first three otherwise.
+
+    Raises:
+        InvalidType: for a forward without a time.
+        InvalidValue: for a name that its forward does not have.
+    """
+    cls = type(transformer)
+    taken = list(inspect.signature(cls.forward).parameters)[1:]
+    for name in names:
+        arguments.choice(f"names, the arguments of {cls.__name__}.forward,", name, taken)
+    found = [*names, *taken[len(names) :]][:3]
+    if len(found) < 2:
+        raise InvalidType(
+            f"{cls.__name__}.forward takes {', '.join(map(repr, found)) or 'nothing'}; expected "
+            "x_t and the time, forward(x, t, y)."
+        )
+    x, t, y = (*found, "")[:3]
+    return x, t, y
+
+
+class Spoken(Family):
+    """A family that is spoken to by an `Adapter`.
+
+    Args:
+        x: the name of the argument that holds x_t.
+        t: of the one that holds the time.
+        y: of the one that holds labels; "" for none.
+        adapter: what else is known; None where nothing is.
+
+    Attributes:
+        time: the model's own time of clean data and of pure noise; None is the scheduler's.
+        turned: from what the model returns to what the scheduler takes.
+    """
+
+    batch_order = None
+    time: tuple[float, float] | None = None
+    turned: Callable[[Any], Tensor] | None = None
+
+    def __init__(self, x: str, t: str, y: str, adapter: Adapter | None) -> None:
+        self.x_name, self.t_name, self.labels_name, self.adapter = x, t, y, adapter
+        if adapter is not None:
+            self.time, self.turned = adapter.time, adapter.output
+
+    def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
+        return transformer(**inputs)
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes the model's labels choose from; a model that takes nothing has one."""
+        labels = None if self.adapter is None else self.adapter.labels
+        return max(1, labels) if isinstance(labels, int) else 0
+
+    @property
+    def empty(self) -> Condition | None:  # type: ignore[override]
+        """The condition that asks for nothing, batch axis 1; None where labels do."""
+        labels = None if self.adapter is None else self.adapter.labels
+        return Condition(labels) if isinstance(labels, Mapping) else None
+
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
+        given = dict(condition)
+        if self.adapter is not None and self.adapter.labels == 0:
+            given.pop(self.labels_name, None)
+        return {self.x_name: x, self.t_name: self.to_own(t), **given}
+
+    def to_own(self, t: Tensor) -> Tensor:
+        """The scheduler's timesteps in the model's own units.
+
+        Args:
+            t: timesteps [batch].
+        """
+        if self.time is None:
+            return t
+        clean, noise = self.time
+        return (clean + (noise - clean) * (t.double() / UNITS)).float()
+
+    def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
+        t = torch.as_tensor(inputs[self.t_name])
+        t = t.reshape(len(t), -1).amax(1) if t.ndim > 1 else t.reshape(-1)
+        if self.time is None:
+            return t
+        clean, noise = self.time
+        # in double, so that the way there and back ends where it began
+        return (t.double() - clean) / (noise - clean) * UNITS
+
+    def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.turned is not None:
+            answer = self.turned(answer)
+        return tensor_of(answer, type(transformer).__name__)
+
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        if self.adapter is None:
+            raise InvalidState(
+                "How this model is called is not known, so that it can't be sampled; expected "
+                "HookedDiT(module, ..., adapter=dit_lens.Adapter(latents=..., labels=...)), or a "
+                "loop of your own inside dit_lens.trace(model) (docs/own-models.md)."
+            )
+        super().set_timesteps(scheduler, steps, tokens)
+
+
+def heard(point: Point, x: Any) -> Any:
+    """What goes on from a hook point.
+
+    Args:
+        point: the hook point.
+        x: the value.
+
+    Raises:
+        InvalidState: if somebody listens, and it is no stream.
+    """
+    if not point.listeners:
+        return x
+    if not isinstance(x, Tensor) or (x.ndim != 3 and not name_of(point).endswith("hook_sample")):
+        got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InvalidState(
+            f"{name_of(point)!r} has {got}; expected a stream [batch, token, d_model]."
+        )
+    return point(x)
+
+
+def name_of(point: Point) -> str:
+    """A point's hook name."""
+    return point.name if isinstance(point, HookPoint) else point.image.name
+
+
+def through(point: Point, returned: Any, like: Any = None) -> Any:
+    """What a module returned, after a hook point on its tensor; of several, the first one, or the
+    only one of a stream's shape.
+
+    Args:
+        point: the hook point.
+        returned: what the module returned.
+        like: the stream that it was given.
+
+    Raises:
+        InvalidState: if which tensor is meant can't be told, or it can't be put back.
+    """
+    if not point.listeners:
+        return returned
+    if isinstance(returned, Tensor):
+        return heard(point, returned)
+    if isinstance(returned, Mapping) or not isinstance(returned, (tuple, list)):
+        found = tensor_of(returned, name_of(point))
+        new = heard(point, found)
+        if new is found:
+            return returned
+        if type(returned) is dict:
+            return {name: new if value is found else value for name, value in returned.items()}
+        raise InvalidState(
+            f"{name_of(point)!r} lies in a {type(returned).__name__}, in which another value "
+            "can't be put; expected a hook that returns None."
+        )
+    at = [i for i, each in enumerate(returned) if isinstance(each, Tensor)]
+    if isinstance(like, Tensor) and len(at) > 1:
+        at = [i for i in at if returned[i].shape == like.shape]
+        if len(at) != 1:
+            raise InvalidState(
+                f"{name_of(point)!r} can't be read: of {len(returned)} returned values {len(at)} "
+                f"have the stream's shape {list(like.shape)}."
+            )
+    if not at:
+        raise InvalidState(f"{name_of(point)!r} can't be read: no tensor is returned.")
+    values = list(returned)
+    values[at[0]] = heard(point, values[at[0]])
+    make = getattr(type(returned), "_make", type(returned))
+    return returned if values[at[0]] is returned[at[0]] else make(values)
+
+
+def tensor_of(answer: Any, whose: str) -> Tensor:
+    """The tensor that a model answers with: the answer, the first of several in a list, its
+    `sample`, or the only one in a dict.
+
+    Args:
+        answer: what it returned.
+        whose: the name of its class.
+
+    Raises:
+        InvalidValue: if there is none.
+    """
+    found = answer
+    if isinstance(answer, Mapping):
+        tensors = [value for value in answer.values() if isinstance(value, Tensor)]
+        found = (
+            answer["sample"] if "sample" in answer else tensors[0] if len(tensors) == 1 else None
+        )
+    elif isinstance(answer, (tuple, list)):
+        found = answer[0] if answer else None
+    elif not isinstance(answer, Tensor):
+        found = getattr(answer, "sample", None)
+    if not isinstance(found, Tensor):
+        raise InvalidValue(
+            f"{whose} returns a {type(answer).__name__}; expected a tensor, or "
+            "Adapter(output=fn), which makes one of it."
+        )
+    return found
+
+
+class SpokenTransformer(TransformerForward):
+    """The whole model as its class runs it, with `hook_sample` on what it returns."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        with self.current_pass.forward(inputs):
+            return self.run(inputs)
+
+    def run(self, inputs: dict[str, Any]) -> Any:
+        return through(self.sample, self.own(**inputs))

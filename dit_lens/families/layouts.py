@@ -1,0 +1,613 @@
+"""Transformers that are laid out as published ones are: the original DiT, SiT, U-ViT.
+
+They are known by the names of their modules, which are facts; every forward here is written from
+the papers (DiT: Peebles & Xie 2023, arXiv 2212.09748; SiT: Ma et al. 2024, arXiv 2401.08740; U-ViT:
+Bao et al. 2023, arXiv 2209.12152). That a module of such a layout also computes so is tried as it
+is opened: each block, attention and last layer, its own forward against the one here, bit for bit.
+
+- DiT and SiT: `x_embedder`, `t_embedder`, `y_embedder`, `blocks` (`norm1`, `attn`, `norm2`, `mlp`,
+  `adaLN_modulation`), `final_layer`. The names are DiT's, all of them. A class named SiT is given
+  SiT's time, 0 for noise and 1 for data, and its velocity is turned round, as diffusers' flow
+  schedulers have it. A block with a `skip_linear` is given what left a block of the first half,
+  `hook_skip_in`, and merges it before `hook_resid_pre`.
+- U-ViT: `in_blocks`, `mid_block`, `out_blocks`, skips between them; time and label are tokens
+  before the image's, and have no names. No modulations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidState, InvalidValue
+from ..hooks.passes import Pass
+from ..hooks.points import HookPoint
+from .adapter import Adapter, Spoken, SpokenTransformer, arguments_of
+from .base import Family, Skipped
+from .config import Condition, Config, Size
+from .forwards import BlockForward, Forward, Points, Tap, TransformerForward
+from .own import skipping
+from .parts.attention import Attend, HeadsOut, Kernel, sdpa
+from .parts.joint import AnyPoints, Joint, joint_points
+from .parts.sites import BLOCK_SITES, FINAL_SITES, RESID, SAMPLE, Sites, attention_sites, mlp_sites
+
+SKIP: Sites = {"hook_skip_in": RESID}
+UVIT_SITES: Sites = {
+    "hook_resid_pre": RESID,
+    "ln1.hook_normalized": RESID,
+    **attention_sites(rotary=False),
+    "hook_attn_out": RESID,
+    "hook_resid_mid": RESID,
+    "ln2.hook_normalized": RESID,
+    **mlp_sites(),
+    "hook_mlp_out": RESID,
+    "hook_resid_post": RESID,
+}
+
+
+def scaled_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention written out, its queries scaled before they meet the keys."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def scaled_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention written out, its scores scaled."""
+    return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+KERNELS: tuple[Kernel, ...] = (sdpa, scaled_queries, scaled_scores)
+"""The ways in which such models compute attention; which one a module takes is tried."""
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: a normalised stream [batch, token, d_model], scaled and shifted [batch, d_model]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class AdaBlockForward(BlockForward):
+    """DiT's block: the conditioning vector gives shift, scale and gate of attention and MLP."""
+
+    def __call__(self, x: Tensor, c: Tensor, skip: Tensor | None = None) -> Tensor:
+        block, hook = self.module, self.points
+        x = entered(self, x, skip)
+
+        chunks = block.adaLN_modulation(hook["hook_cond"](c)).chunk(6, dim=1)
+        shift, scale, gate, *mlp = (
+            hook[f"adaln.hook_{name}"](chunk)
+            for name, chunk in zip(MODULATIONS, chunks, strict=True)
+        )
+        h = hook["ln1.hook_normalized"](block.norm1(x))
+        out = block.attn(hook["attn.hook_in"](modulated(h, shift, scale)))
+        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](gate.unsqueeze(1) * out))
+
+        shift, scale, gate = mlp
+        h = hook["ln2.hook_normalized"](block.norm2(x))
+        out = hook["mlp.hook_out"](block.mlp(hook["mlp.hook_in"](modulated(h, shift, scale))))
+        return hook["hook_resid_post"](x + hook["hook_mlp_out"](gate.unsqueeze(1) * out))
+
+
+MODULATIONS = [f"{what}_{sub}" for sub in ("attn", "mlp") for what in ("shift", "scale", "gate")]
+
+
+class PlainBlockForward(BlockForward):
+    """U-ViT's block: a transformer's, with nothing but the stream."""
+
+    points: Any
+
+    def __call__(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        block, hook = self.module, self.points
+        x = entered(self, x, skip)
+        out = block.attn(hook["attn.hook_in"](hook["ln1.hook_normalized"](block.norm1(x))))
+        x = hook["hook_resid_mid"](x + hook["hook_attn_out"](out))
+        h = hook["mlp.hook_in"](hook["ln2.hook_normalized"](block.norm2(x)))
+        out = hook["mlp.hook_out"](block.mlp(h))
+        return hook["hook_resid_post"](x + hook["hook_mlp_out"](out))
+
+
+def entered(forward: BlockForward, x: Tensor, skip: Tensor | None) -> Tensor:
+    """The stream as it enters a block, merged with a skipped one where the block is given one."""
+    hook, merge = forward.points, skip_of(forward.module)
+    embed = hook.get("hook_embed")
+    x = x if embed is None else embed(x)
+    if merge is not None:
+        assert skip is not None
+        x = merged(merge, x, hook["hook_skip_in"](skip))
+    return hook["hook_resid_pre"](x)
+
+
+def merged(merge: Any, x: Tensor, skip: Tensor) -> Tensor:
+    """The stream of a block that is given a skipped one."""
+    stream: Tensor = merge(torch.cat([x, skip], dim=-1))
+    return stream
+
+
+def skip_of(block: Any) -> Any:
+    """What merges a block's stream with a skipped one; None where it is given none."""
+    return getattr(block, "skip_linear", None)
+
+
+class AttentionForward(Forward):
+    """Multi-head self-attention, its queries, keys and values in one projection.
+
+    Args:
+        module: the attention.
+        points: its block's hook points.
+        current_pass: the pass.
+        layer: the block's number.
+        kernel: how it computes.
+    """
+
+    def __init__(
+        self, module: Any, points: AnyPoints, current_pass: Pass, layer: int, kernel: Kernel
+    ) -> None:
+        super().__init__(module)
+        self.qkv = [points[f"attn.hook_{name}"] for name in "qkv"]
+        self.attend, self.heads_out = Attend(points, current_pass, layer), HeadsOut(points)
+        self.kernel = kernel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        attn = self.module
+        batch, tokens, _ = x.shape
+        parts = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0)
+        q, k, v = (
+            hook(part.transpose(1, 2)).transpose(1, 2)
+            for hook, part in zip(self.qkv, (q, k, v), strict=True)
+        )
+        z = self.attend(q, k, v, kernel=self.kernel).transpose(1, 2)
+        return self.heads_out(z, attn.proj, getattr(attn, "proj_drop", None))
+
+
+class LastLayerForward(Forward):
+    """DiT's last layer."""
+
+    def __init__(self, module: Any, points: Points) -> None:
+        super().__init__(module)
+        self.points = points
+
+    def __call__(self, x: Tensor, c: Tensor) -> Tensor:
+        last, hook = self.module, self.points
+        shift, scale = last.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = hook["final.hook_shift"](shift), hook["final.hook_scale"](scale)
+        h = modulated(hook["ln_final.hook_normalized"](last.norm_final(x)), shift, scale)
+        return hook["final.hook_out"](last.linear(hook["final.hook_in"](h)))
+
+
+def has(module: Any, *paths: str) -> bool:
+    """Whether a module has children at all these paths."""
+    try:
+        return all(isinstance(module.get_submodule(path), nn.Module) for path in paths)
+    except AttributeError:
+        return False
+
+
+BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
+
+
+class Layout(Spoken):
+    """A family that is known by the names of a module's children, and whose forwards are tried on
+    each module before it is opened.
+
+    Args:
+        transformer: the module.
+        adapter: how it is called, where that is not as the published one.
+        named: whether its class's name says that it is called as the published one.
+
+    Attributes:
+        outside: children that the module must have.
+        inside: children that each of its blocks must have.
+    """
+
+    computes = {"attn": ("attn",), "mlp": ("mlp",)}
+    outside: tuple[str, ...]
+    inside: tuple[str, ...]
+
+    def __init__(
+        self, transformer: Any, adapter: Adapter | None = None, named: bool = True
+    ) -> None:
+        names = () if adapter is None else adapter.names
+        super().__init__(*arguments_of(transformer, names), adapter)
+        self.named, self.beside = named, beside_image(transformer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        return self  # the same for a copy of the model
+
+    @classmethod
+    def fits(cls, transformer: Any) -> bool:
+        """Whether a module is laid out so.
+
+        Args:
+            transformer: any module.
+        """
+        if not has(transformer, *cls.outside):
+            return False
+        blocks = cls.blocks(transformer)  # type: ignore[call-arg]
+        return bool(blocks) and all(has(block, *cls.inside) for block in blocks)
+
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        if self.named or self.adapter is not None:
+            return Family.set_timesteps(self, scheduler, steps, tokens)
+        raise InvalidState(
+            f"In which units this model counts time can't be told from its class's name, which "
+            f"has no {self.model_class!r} in it; expected HookedDiT(module, "
+            "adapter=dit_lens.Adapter(time=...)) (docs/own-models.md)."
+        )
+
+    def check_model(self, transformer: Any) -> None:
+        """Refuse a module that has the names and computes something else.
+
+        Args:
+            transformer: the transformer.
+
+        Raises:
+            InvalidValue: with what differs, and how to open it all the same.
+        """
+        if transformer.training:
+            raise InvalidState(
+                f"{type(transformer).__name__} is in train mode; call model.eval() before it is "
+                "opened."
+            )
+        points = {name: HookPoint(name) for name in self.sites(transformer)}
+        with torch.no_grad():
+            for forward in self.forwards(transformer, points, Trial(transformer)):
+                arguments = self.tried(forward)
+                if arguments is None:
+                    continue
+                try:
+                    same = torch.equal(forward.own(*arguments), forward(*arguments))
+                    why = "computes something else"
+                except Exception as error:  # of a stranger's forward
+                    same, why = False, f"fails ({type(error).__name__}: {error})"
+                if not same:
+                    raise InvalidValue(
+                        f"{type(transformer).__name__} has the modules of {self.model_class}, and "
+                        f"its {type(forward.module).__name__} {why}; expected it opened by "
+                        "its blocks' path, HookedDiT(module, blocks='blocks'), or by a family of "
+                        "its own (docs/own-models.md)."
+                    )
+
+    def tried(self, forward: Forward) -> tuple[Tensor, ...] | None:
+        """Arguments to try a forward with; None where there is nothing to try.
+
+        Args:
+            forward: one of this family's.
+        """
+        raise NotImplementedError
+
+    def inside_forwards(
+        self, block: Any, points: AnyPoints, current_pass: Pass, layer: int
+    ) -> list[Forward]:
+        """The replacements within a block's attention and MLP.
+
+        Args:
+            block: the block.
+            points: its hook points.
+            current_pass: the pass.
+            layer: its number.
+        """
+        return [
+            AttentionForward(block.attn, points, current_pass, layer, kernel_of(block.attn)),
+            Tap(block.mlp.fc1, after=points["mlp.hook_pre"]),
+            Tap(block.mlp.act, after=points["mlp.hook_post"]),
+        ]
+
+    def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
+        return skipping(args[0] if args else kwargs["x"], slice(self.beside, None))
+
+    def stream_in(self, block: Any, inputs: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
+        x, merge = args[0] if args else kwargs["x"], skip_of(block)
+        if merge is not None:
+            x = merged(merge, x, kwargs["skip"] if "skip" in kwargs else args[-1])
+        stream: Tensor = x[:, self.beside :]
+        return stream
+
+    def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
+        stream: Tensor = returned[:, self.beside :]
+        return stream
+
+    def whole_forward(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> TransformerForward:
+        return SpokenTransformer(transformer, points, current_pass)
+
+    def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
+        return self.config(transformer).grid
+
+    def sizes(
+        self,
+        transformer: Any,
+        tokens: int,
+        channels: int,
+        patch: int,
+        classes: int,
+        out: int,
+        size: Size | None,
+    ) -> Config:
+        """The sizes of a square image model.
+
+        Args:
+            transformer: the transformer.
+            tokens: how many image tokens there are.
+            channels: of x_t.
+            patch: the side of a token in the latents.
+            classes: how many there are.
+            out: channels of what it returns.
+            size: as for `config`.
+        """
+        blocks, side = self.blocks(transformer), round(tokens**0.5)
+        first: Any = blocks[0]
+        d_model, heads = first.attn.proj.out_features, first.attn.num_heads
+        latents = (channels, side * patch, side * patch)
+        given = self.adapter
+        said = latents if given is None or not given.latents else tuple(given.latents)
+        wanted = latents[1:] if size is None else tuple(size)
+        if side * side != tokens or said != latents or wanted != latents[1:]:
+            raise InvalidValue(
+                f"{type(transformer).__name__} has {tokens} image tokens of {patch}x{patch}, those "
+                f"of latents {list(latents)}; it can't be opened for {list(said)} of size "
+                f"{list(wanted)}."
+            )
+        if given is not None and given.labels:
+            classes = self.n_classes
+        skips = any(skip_of(block) is not None for block in blocks)
+        return Config(
+            n_layers=len(blocks),
+            d_model=d_model,
+            n_heads=heads,
+            d_head=d_model // heads,
+            d_mlp=first.mlp.fc1.out_features,
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=out,
+            latent_shape=latents,
+            grid=(side, side),
+            n_classes=classes,
+            restartable=not skips,
+        )
+
+
+class Trial:
+    """The pass in which forwards are tried: nobody listens.
+
+    Args:
+        transformer: the transformer.
+    """
+
+    now = None
+    couplings: Mapping[int, Any] = {}
+    listening = 0
+    watchers: Sequence[Any] = ()
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+def noise_for(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Seeded noise of the dtype and on the device of a module's weights."""
+    weight, gen = next(module.parameters()), torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=gen).to(weight) for shape in shapes)
+
+
+def kernel_of(attn: Any) -> Kernel:
+    """How an attention computes, found by trying; `sdpa` where none fits, which is then told.
+
+    Args:
+        attn: the attention.
+    """
+    (x,) = noise_for(attn, (1, 8, attn.proj.out_features))
+    points = {name: HookPoint(name) for name in attention_sites(rotary=False)}
+    with torch.no_grad():
+        for kernel in KERNELS:
+            try:
+                tried = AttentionForward(attn, points, Trial(None), 0, kernel)
+                if torch.equal(tried(x), tried.own(x)):
+                    return kernel
+            except Exception:  # of a stranger's forward: `check_model` tells it
+                break
+    return sdpa
+
+
+class DiTLayout(Layout):
+    """How dit_lens opens a module that is laid out as the original DiT."""
+
+    model_class = "DiT"
+    differs = "DiT's block under the original's own module names"
+    outside = (
+        "x_embedder.proj",
+        "t_embedder",
+        "y_embedder.embedding_table",
+        "blocks",
+        "final_layer.norm_final",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation",
+    )
+    inside = (*BLOCK, "adaLN_modulation")
+
+    @staticmethod
+    def blocks(transformer: Any) -> list[nn.Module]:
+        return list(transformer.blocks)
+
+    def config(self, transformer: Any, size: Size | None = None) -> Config:
+        project, table = transformer.x_embedder.proj, transformer.y_embedder.embedding_table
+        patch, channels = project.kernel_size[0], project.in_channels
+        known = getattr(transformer.y_embedder, "num_classes", None)
+        return self.sizes(
+            transformer,
+            transformer.pos_embed.shape[1],
+            channels,
+            patch,
+            known if isinstance(known, int) else table.num_embeddings - 1,
+            self.channels_out(transformer, patch, channels),
+            size,
+        )
+
+    def channels_out(self, transformer: Any, patch: int, channels: int) -> int:
+        """Channels of what the model returns; the last layer's."""
+        width: int = transformer.final_layer.linear.out_features
+        return width // patch**2
+
+    def block_sites(self, block: Any) -> Sites:
+        return BLOCK_SITES if skip_of(block) is None else SKIP | BLOCK_SITES
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        inside = self.inside_forwards(block, points, current_pass, layer)
+        return [AdaBlockForward(block, points), *inside]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        return [LastLayerForward(transformer.final_layer, points)]
+
+    def tried(self, forward: Forward) -> tuple[Tensor, ...] | None:
+        module: Any = forward.module
+        if isinstance(forward, AdaBlockForward):
+            d = module.attn.proj.out_features
+            skip = () if skip_of(module) is None else ((2, 4, d),)
+            return noise_for(module, (2, 4, d), (2, d), *skip)
+        if isinstance(forward, AttentionForward):
+            return noise_for(module, (2, 4, module.proj.out_features))
+        if isinstance(forward, LastLayerForward):
+            d = module.linear.in_features
+            return noise_for(module, (2, 4, d), (2, d))
+        return None
+
+
+class SiTLayout(DiTLayout):
+    """How dit_lens opens a module that is laid out as SiT."""
+
+    model_class = "SiT"
+    differs = "DiT's, with time from data, 1, to noise, 0, and a velocity towards the data"
+    time = (1.0, 0.0)
+    turned = staticmethod(torch.neg)
+
+    def channels_out(self, transformer: Any, patch: int, channels: int) -> int:
+        return channels  # the second half of a learned variance it keeps to itself
+
+    def config(self, transformer: Any, size: Size | None = None) -> Config:
+        width: int = transformer.final_layer.linear.out_features
+        return replace(super().config(transformer, size), own_axes={"patch": width})
+
+
+class UViTLayout(Layout):
+    """How dit_lens opens a module that is laid out as U-ViT."""
+
+    model_class = "UViT"
+    differs = "skips from the first to the second half; time and label are tokens; no modulations"
+    outside = ("patch_embed.proj", "in_blocks", "mid_block", "out_blocks", "norm", "decoder_pred")
+    inside = BLOCK
+    pads = True
+    last_sites = {
+        "ln_final.hook_normalized": RESID,
+        "final.hook_in": RESID,
+        "final.hook_out": FINAL_SITES["final.hook_out"],
+        "hook_sample": SAMPLE,
+    }
+
+    @staticmethod
+    def blocks(transformer: Any) -> list[nn.Module]:
+        t = transformer
+        return [*t.in_blocks, t.mid_block, *t.out_blocks]
+
+    def config(self, transformer: Any, size: Size | None = None) -> Config:
+        project, labels = transformer.patch_embed.proj, getattr(transformer, "label_emb", None)
+        patch, beside = project.kernel_size[0], beside_image(transformer)
+        found = self.sizes(
+            transformer,
+            transformer.pos_embed.shape[1] - beside,
+            project.in_channels,
+            patch,
+            1 if labels is None else labels.num_embeddings,
+            transformer.decoder_pred.out_features // patch**2,
+            size,
+        )
+        return replace(found, restartable=False, own_axes={"key": found.tokens + beside})
+
+    def inputs(
+        self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
+    ) -> dict[str, Any]:
+        found = super().inputs(transformer, x, t, condition)
+        if getattr(transformer, "label_emb", None) is None:
+            found.pop(self.labels_name, None)
+        return found
+
+    def block_sites(self, block: Any) -> Sites:
+        return UVIT_SITES if skip_of(block) is None else SKIP | UVIT_SITES
+
+    def layout(self, inputs: dict[str, Any], length: int, transformer: Any) -> Joint:
+        """Where the image's tokens lie: behind those of time and label.
+
+        Args:
+            inputs: the transformer's arguments.
+            length: how many tokens the sequence has.
+            transformer: the transformer.
+        """
+        return Joint(slice(beside_image(transformer), None), slice(0, 0))
+
+    def of_image(self, points: Points, current_pass: Pass) -> dict[str, Any]:
+        """The hook points on the image's tokens of the sequence.
+
+        Args:
+            points: hook points by name.
+            current_pass: the pass.
+        """
+        return joint_points(points, current_pass, self.layout, points)
+
+    def block_forwards(
+        self, block: Any, points: Points, current_pass: Pass, layer: int
+    ) -> Sequence[Forward]:
+        hook = self.of_image(points, current_pass)
+        inside = self.inside_forwards(block, hook, current_pass, layer)
+        return [PlainBlockForward(block, hook), *inside]
+
+    def outer_forwards(
+        self, transformer: Any, points: Points, current_pass: Pass
+    ) -> Sequence[Forward]:
+        hook = self.of_image(points, current_pass)
+        return [
+            Tap(transformer.norm, after=hook["ln_final.hook_normalized"]),
+            Tap(transformer.decoder_pred, hook["final.hook_in"], hook["final.hook_out"]),
+        ]
+
+    def tried(self, forward: Forward) -> tuple[Tensor, ...] | None:
+        module: Any = forward.module
+        if isinstance(forward, PlainBlockForward):
+            shape = (2, 4, module.attn.proj.out_features)
+            return noise_for(module, *[shape] * (1 if skip_of(module) is None else 2))
+        if isinstance(forward, AttentionForward):
+            return noise_for(module, (2, 4, module.proj.out_features))
+        return None
+
+
+def beside_image(transformer: Any) -> int:
+    """How many tokens of the stream are not the image's: in a U-ViT those of time and label."""
+    if not hasattr(transformer, "mid_block"):
+        return 0
+    return 1 if getattr(transformer, "label_emb", None) is None else 2
+
+
+LAYOUTS: tuple[type[Layout], ...] = (DiTLayout, SiTLayout, UViTLayout)
+
+
+def layout_of(transformer: Any, adapter: Adapter | None = None) -> Layout | None:
+    """The family for a module that is laid out as a published one; None where it is not.
+
+    Args:
+        transformer: any module.
+        adapter: how it is called, where that is not as the published one.
+    """
+    name = type(transformer).__name__.lower()
+    for layout in LAYOUTS:
+        if layout is DiTLayout and "sit" in name:
+            continue
+        if layout.fits(transformer):
+            return layout(transformer, adapter, named=layout.model_class.lower() in name)
+    return None

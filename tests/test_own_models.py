@@ -1,0 +1,274 @@
+"""Transformers of one's own, opened by the paths of their modules: what is read and changed is what
+torch's module hooks read and change, and an adapter that does not fit is refused.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from small_layouts import UViT
+from torch import nn
+
+import dit_lens
+from dit_lens import Adapter, HookedDiT
+from dit_lens.errors import InvalidState, InvalidType, InvalidValue
+from dit_lens.experiments import measure_gap
+from dit_lens.families import alive
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from own_sit import SiT  # noqa: E402 (an example)
+
+SIT = Adapter((1, 16, 16), labels=10, time=(1.0, 0.0), output=torch.neg)
+X, T, Y = torch.randn(2, 1, 16, 16), torch.tensor([0.3, 0.9]), torch.tensor([3, 7])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return alive(SiT(layers=3))
+
+
+@pytest.fixture
+def sit(plain):
+    return copy.deepcopy(plain)
+
+
+def with_hooks(model, module, before=None, after=None):
+    """What torch's own module hooks see and make of a pass."""
+    seen = {}
+
+    def pre(_, args):
+        seen["in"] = args[0].clone()
+        if before:
+            new = before(args[0])
+            return tuple(new if arg is args[0] else arg for arg in args)
+
+    def post(_, args, out):
+        first = out[0] if isinstance(out, tuple) else out
+        seen["out"] = first.clone()
+        if after:
+            return (after(first), *out[1:]) if isinstance(out, tuple) else after(first)
+
+    handles = [module.register_forward_pre_hook(pre), module.register_forward_hook(post)]
+    with torch.no_grad():
+        out = model(X, T, Y)
+    for handle in handles:
+        handle.remove()
+    return out, seen
+
+
+@pytest.mark.parametrize("adapter", [None, SIT])
+def test_reads_and_edits_are_those_of_module_hooks(plain, sit, adapter):
+    model = HookedDiT(sit, blocks="layers", adapter=adapter)
+    shift = torch.randn(64)
+    for layer in range(3):
+        block, at = plain.layers[layer], f"blocks.{layer}"
+        for module, before, after in (
+            (block, f"{at}.hook_resid_pre", f"{at}.hook_resid_post"),
+            (block.attention, f"{at}.attn.hook_in", f"{at}.attn.hook_out"),
+            (block.mlp, f"{at}.mlp.hook_in", f"{at}.mlp.hook_out"),
+        ):
+            want, seen = with_hooks(plain, module)
+            with dit_lens.trace(model) as t, torch.no_grad():
+                assert torch.equal(sit(X, T, Y), want)
+            assert torch.equal(t[before][0], seen["in"]) and torch.equal(t[after][0], seen["out"])
+            for name, edit in ((before, "before"), (after, "after")):
+                want, _ = with_hooks(plain, module, **{edit: lambda x: x + shift})
+                with model.hooks([(name, lambda a, hook: a + shift)]), torch.no_grad():
+                    assert torch.equal(sit(X, T, Y), want), name
+    model.remove()
+    assert not any("forward" in vars(module) for module in sit.modules())
+    assert torch.equal(sit(X, T, Y), plain(X, T, Y))
+
+
+def test_three_lines_and_the_gap(sit):
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
+    assert model.cfg.grid == (8, 8) and model.cfg.d_model == 64 and model.cfg.null_class == 10
+    found = measure_gap(model, pairs=16, steps=4, resamples=20)
+    assert found.layer_gap.sizes["layer"] == 4 and "gap" in found.attrs["headline"]
+    with dit_lens.trace(model) as t:
+        t.ablate("attn.hook_out", steps=[1])
+        run = dit_lens.sample(model, [3, 7], steps=3, guidance=2.0)
+    out = t["hook_sample"]
+    assert run.latents.isfinite().all() and out.shape == (3, 4, 1, 16, 16)
+    pair = dit_lens.twins(model, pairs=1, steps=3, release=2)
+    assert torch.equal(pair.run.latents[2][0], pair.run.latents[2][1])
+    with pytest.raises(InvalidState, match="its attention can't couple twins; expected tie='noise"):
+        dit_lens.twins(model, pairs=1, steps=3, release=2, tie="attention", g=0.5)
+
+
+def test_the_lens_reads_the_last_stream(sit):
+    model = HookedDiT(sit, blocks="layers", adapter=SIT)
+    t = torch.tensor([700.0, 31.0])
+    with torch.no_grad():
+        out, cache = model.run_with_cache(X, t, Y)
+        assert torch.equal(model.unembed(cache["resid_post", -1], t, Y), out)
+        assert torch.equal(model(X, t, Y, stop_at_layer=1), cache["resid_pre", 1])
+
+
+def test_it_is_remembered_and_taken_out(sit):
+    """A trace of the bare module opens it as it was described."""
+    model = HookedDiT(sit, blocks="layers", adapter=SIT)
+    again = HookedDiT(sit, blocks="layers", adapter=SIT)
+    assert again.instrumentation is model.instrumentation
+    with pytest.raises(InvalidState, match="This SiT is open already, and otherwise; call remove"):
+        HookedDiT(sit, blocks="layers")
+    model.remove()
+    with dit_lens.trace(sit) as t, torch.no_grad():
+        sit(X, T, Y)
+    assert t["resid_post", 2].shape == (1, 2, 64, 64)
+    other = HookedDiT(sit, blocks="layers", parts={"mixer": "attention"})
+    assert "blocks.0.mixer.hook_out" in other.names and "blocks.0.mlp.hook_out" not in other.names
+
+
+def test_tokens_beside_the_image(sit):
+    """A model with tokens of its own, and skips, opened by its paths."""
+    torch.manual_seed(0)
+    vit = alive(UViT())
+    adapter = Adapter((4, 8, 8), labels=10, tokens=slice(2, None))
+    lists = ["in_blocks", "mid_block", "out_blocks"]
+    model = HookedDiT(vit, DDIMScheduler(1000), blocks=lists, adapter=adapter)
+    assert model.cfg.tokens == 16
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([700, 31]), torch.tensor([3, 7])
+    with torch.no_grad():
+        out, cache = model.run_with_cache(x, t, y)
+        assert cache["resid_post", 4].shape == (2, 16, 16)
+        assert torch.equal(model.unembed(cache["resid_post", -1], t, y), out)
+    assert dit_lens.sample(model, [3, 7], steps=3).latents.isfinite().all()
+    with pytest.raises(InvalidValue, match="18 tokens, which are no grid of square patches of 8x8"):
+        HookedDiT(alive(UViT()), blocks=lists, adapter=Adapter((4, 8, 8), labels=10))
+
+
+class Conditioned(nn.Module):
+    """Given words, and nothing else; its blocks answer in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+        self.core = nn.ModuleDict({"layers": nn.ModuleList(Tupled() for _ in range(2))})
+
+    def forward(self, latent, sigma, context):
+        x = self.embed(latent).flatten(2).mT + context.mean(1, keepdim=True) + sigma[:, None, None]
+        for block in self.core["layers"]:
+            x, _ = block(x=x)
+        return {"sample": self.out(x).mT.unflatten(2, latent.shape[2:])}
+
+
+class Tupled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ff = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.ff(x), None
+
+
+def test_words_as_dictionaries_and_blocks_that_return_tuples():
+    torch.manual_seed(0)
+    module = alive(Conditioned())
+    adapter = Adapter(
+        (3, 4, 4), labels={"context": torch.zeros(1, 5, 8)}, output=lambda out: out["sample"]
+    )
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.4])
+    y = {"context": torch.randn(2, 5, 8)}
+    model = HookedDiT(module, DDIMScheduler(1000), blocks="core.layers")
+    assert model.names[1:4] == [
+        "blocks.0.hook_resid_pre", "blocks.0.mlp.hook_in", "blocks.0.mlp.hook_out",
+    ]  # fmt: skip
+    with dit_lens.trace(model) as seen, torch.no_grad():
+        module(x, t, **y)
+    assert seen["resid_post", 0].shape == (1, 2, 16, 8)
+    with pytest.raises(InvalidState, match="expected HookedDiT.module, ..., adapter=dit_lens.Ada"):
+        dit_lens.sample(model, "a cat", steps=2)
+    model.remove()
+    with pytest.raises(InvalidValue, match="A block returns .* expected one stream through all bl"):
+        HookedDiT(module, DDIMScheduler(1000), blocks="core.layers", adapter=adapter)
+
+
+def test_a_model_without_labels():
+    class Unconditional(SiT):
+        def forward(self, x, t):
+            return super().forward(x, t, torch.full((len(x),), 10))
+
+    module = alive(Unconditional(layers=2))
+    adapter = Adapter((1, 16, 16), time=(1.0, 0.0), output=torch.neg)
+    model = HookedDiT(module, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=adapter)
+    assert dit_lens.sample(model, [0, 0], steps=2).latents.isfinite().all()
+
+
+# Refusals.
+
+
+def test_anything_else_is_told_the_three_ways_on():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.ModuleList([nn.Linear(2, 2)])
+
+    with pytest.raises(InvalidType) as error:
+        HookedDiT(Mine())
+    ways = "blocks='path.of.blocks'", "adapter=dit_lens.Adapter", "a family of your own"
+    for said in (*ways, "DiTTransformer2DModel", "docs/own-models.md", "modules: 'stack')"):
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"blocks": "layer"}, r"SiT has no module at blocks='layer' \(nearest: 'layers'\)"),
+        ({"blocks": []}, "holds no block"),
+        ({"blocks": ["layers", "layers"]}, "holds a block more than once"),
+        ({"blocks": 3}, "blocks"),
+        ({"blocks": "layers", "parts": {"attn": "attn"}}, r"parts\['attn'\]='attn' \(nearest"),
+        ({"adapter": SIT}, "adapter= also needs blocks=, .*its lists of modules: 'layers'"),
+        ({"blocks": "layers", "adapter": "sit"}, "adapter='sit' can't be used"),
+        ({"blocks": "layers", "adapter": Adapter(labels=10)}, r"latents=\(\) can't be used"),
+        ({"blocks": "layers", "adapter": Adapter((1, 16, 12), labels=10)}, "can't be called as"),
+        ({"blocks": "layers", "adapter": Adapter((3, 16, 16), labels=10)}, "can't be called as"),
+        ({"blocks": "layers", "adapter": Adapter((1, 16, 16), {"c": torch.zeros(1)})}, "argument"),
+        (
+            {"blocks": "layers", "adapter": Adapter((1, 16, 16), 10, output=lambda x: x[..., :8])},
+            r"answers with shape \[1, 16, 8\] to latents \[1, 16, 16\]",
+        ),
+        (
+            {"blocks": "layers", "adapter": Adapter((1, 16, 16), 10, names=("z",))},
+            "the arguments of SiT.forward",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_left(sit, arguments, said):
+    with pytest.raises((InvalidType, InvalidValue), match=said):
+        HookedDiT(sit, **arguments)
+    assert not any("forward" in vars(module) for module in sit.modules())
+
+
+def test_blocks_in_another_order_than_they_run(sit):
+    class Turned(SiT):
+        def forward(self, x, t, y):
+            self.layers = nn.ModuleList(reversed(self.layers))
+            try:
+                return super().forward(x, t, y)
+            finally:
+                self.layers = nn.ModuleList(reversed(self.layers))
+
+    module = alive(Turned(layers=3))
+    with pytest.raises(InvalidValue, match="The blocks run in the order 2, 1, 0; expected each of"):
+        HookedDiT(module, blocks="layers", adapter=SIT)
+    model = HookedDiT(module, blocks="layers")
+    with pytest.raises(InvalidState, match="Block 1 runs after block 2, so that layer numbers wou"):
+        model.run_with_cache(X, T, {"y": Y})
+
+
+def test_opening_leaves_random_numbers_and_others_hooks_alone(sit):
+    calls = []
+    sit.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(5)
+    want = torch.rand(1)
+    torch.manual_seed(5)
+    HookedDiT(sit, blocks="layers", adapter=SIT)
+    assert torch.equal(torch.rand(1), want) and not calls
+    sit(X, T, Y)
+    assert calls
