@@ -44,6 +44,7 @@ from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pictures.result import Result
 from ..sampling.guidance import model_inputs
 from ..sampling.run import decode
 from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention
@@ -75,7 +76,7 @@ def couplings(
     reader: Callable[[Tensor], Tensor] | None = None,
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
-) -> xr.Dataset:
+) -> Result:
     """The gap against the coupling, all strengths on the same pairs.
 
     Args:
@@ -205,7 +206,7 @@ def couplings(
     for sense in SENSES:
         result.attrs[f"sentence_{sense}"] = collapse(result, sense)
     result.attrs["sentence_quality"] = quality(result)
-    return result
+    return Result.of(result)
 
 
 def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[float]:

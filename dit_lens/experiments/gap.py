@@ -37,6 +37,7 @@ from ..measures.estimate import Estimate
 from ..measures.onset import Onset
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..pictures.result import Result
 from ..twinning.twins import chosen_labels, twins
 from .data_gap import as_latents, data_gap, data_sentence
 from .gap_sentences import ESTIMATORS, NO_DEPTH, TITLES, headline
@@ -73,7 +74,7 @@ def measure_gap(
     batch: int | None = None,
     clones: bool = True,
     labels: Labels | None = None,
-) -> xr.Dataset:
+) -> Result:
     """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
     Args:
@@ -293,7 +294,7 @@ def measure_gap(
         _hold_against_null(result, view)
     result.attrs["headline"] = headline(result)
     result.attrs["data"] = data_sentence(result)
-    return result
+    return Result.of(result)
 
 
 def _hold_against_null(results: xr.Dataset, view: str) -> None:
@@ -473,7 +474,9 @@ def _onset_attrs(view: str, found: Onset | str) -> dict[str, Any]:
         message, layer, verdict = f"No onset can be named: {found}", None, "cannot tell"
     else:
         message, layer, verdict = found.message, found.layer, found.verdict
-    return {
+    known = None if isinstance(found, str) or layer is None else found.interval
+    ends = {} if known is None else {f"onset_interval_{view}": np.array(known)}
+    return ends | {
         f"onset_{view}": message,
         f"onset_layer_{view}": -1 if layer is None else layer,
         f"onset_verdict_{view}": verdict,
