@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import test_cause_map
 import test_circuits
 import test_commitment
+import test_faults
 import test_intervals
 import test_knock_outs
 import test_layer_profile
@@ -378,7 +380,84 @@ def acting_together(models: int) -> Iterator[Row]:
         yield Row("either of two layers suffices", case, wanted, share(hits, n), ok)
 
 
-PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes)
+def holds(scale: float) -> Iterator[Row]:
+    """The map of causes on E6 models with causes and decoys drawn at random: the effect of holding
+    a causing layer at a step is computed exactly, that of every other cell is 0.
+    """
+    n = max(4, round(100 * scale))
+    right = sum(test_cause_map.finds_causes(seed) for seed in range(n))
+    yield Row(
+        "map, E6 DiTs",
+        "every causing cell's effect within its interval, all others 0",
+        "at least 95 %",
+        share(right, n),
+        right >= 0.95 * n,
+    )
+
+
+def faults(scale: float) -> Iterator[Row]:
+    """Planted faults in `digits` (12 steps of DDIM, eta 1; one bad image and the one of the model
+    without the fault), and what `diagnose` makes of them; simpler ways beside it. Places at which
+    no strength makes an image that is misread are left out.
+    """
+    check = "faults planted in digits"
+    few = {"layer": 20, "head": 10, "tokens": 6, "two": 6, "decoy": 10, "noise": 10, "nothing": 10}
+    cases = {kind: [] for kind in few}
+    done: dict[str, list[test_faults.Outcome]] = {kind: [] for kind in few}
+    for kind, full in few.items():
+        seed, wanted = 0, max(2, round(full * scale))
+        while len(cases[kind]) < wanted and seed < 6 * wanted:
+            one = test_faults.case(kind, seed)
+            if one is not None:
+                cases[kind].append(one)
+                done[kind].append(test_faults.outcome(one, seed))
+            seed += 1
+
+    def counted(case: str, wanted: str, hits: list[bool], least: float | None) -> Row:
+        ok = None if least is None else sum(hits) >= least * len(hits)
+        return Row(check, case, wanted, share(sum(hits), len(hits)), ok)
+
+    one = done["layer"] + done["tokens"] + done["decoy"]
+    yield counted("one layer: right layer first", "at least 90 %", [o.first for o in one], 0.9)
+    yield counted("one layer: among three", "", [o.three for o in one], None)
+    yield counted("one layer: named, and no other", "", [o.all_named for o in one], None)
+    heads = done["head"]
+    yield counted("one head: layer and head right", "at least 80 %", [o.head for o in heads], 0.8)
+    two = done["two"]
+    yield counted("two layers: one of them first", "", [o.first for o in two], None)
+    yield counted("two layers: both named", "", [o.all_named for o in two], None)
+    planted = one + heads + two
+    iou = float(np.mean([o.iou for o in planted]))
+    yield Row(check, "overlap (IoU) of the steps, mean", "at least 0.6", f"{iou:.2f}", iou >= 0.6)
+    calm = done["noise"] + done["nothing"]
+    alarms = [o.alarm for o in calm]
+    ok = sum(alarms) <= 0.05 * len(alarms)
+    yield Row(check, "false alarms", "at most 5 %", share(sum(alarms), len(alarms)), ok)
+    blamed = [o.decoy for o in done["decoy"]]
+    ok = sum(blamed) <= 0.05 * len(blamed)
+    yield Row(check, "decoys blamed", "at most 5 %", share(sum(blamed), len(blamed)), ok)
+    ratio = float(np.mean([o.where / o.grid for o in planted]))
+    text = f"{ratio:.2f}; {np.mean([o.images for o in planted]):.0f} images for a whole diagnosis"
+    yield Row(
+        check, "images to find the place, of a full grid's", "at most 0.2", text, ratio <= 0.2
+    )
+    works = [o.works and o.collateral <= 0.1 for o in planted]
+    yield counted("repaired, with a collateral of at most 0.1", "at least 90 %", works, 0.9)
+    yield counted("repaired at all", "", [o.works for o in planted], None)
+    moved = [o.collateral for o in planted if o.works]
+    yield Row(check, "collateral of repairs, median", "", f"{np.median(moved):.3f}", None)
+    cured = [o.cured for o in planted if o.had]
+    text = f"{np.mean(cured):.0%} of the faulty ones, over {len(cured)} faults" if cured else "-"
+    yield Row(check, "transfer: other seeds cured", "", text, None)
+    for name, way in test_faults.BASELINES.items():
+        found = [way(one) for one in cases["layer"]]
+        hits = [layer in one.layers for (layer, _), one in zip(found, cases["layer"], strict=True)]
+        cost = np.mean([images for _, images in found])
+        yield counted(f"{name} ({cost:.0f} images): right layer first", "", hits, None)
+    yield Row(check, "a layer at random: right layer first", "", f"{1 / 28:.1%}", None)
+
+
+PARTS = (sampled, coverage, intervals, profiles, models, nulls, causes, holds, faults)
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ from dit_lens.experiments import (
     smallest_set,
     step_doubling,
 )
+from dit_lens.hooks.stored_edits import StoredEdit, architecture, save_edits
 from dit_lens.measures import Agreement, agreement, curve, fit_commitment, half_crossing, onset
 from dit_lens.patching import (
     Patch,
@@ -92,6 +93,14 @@ def opened():
 MODEL = opened()
 
 
+def same(activation, hook):
+    return activation
+
+
+def ink(images):
+    return images.flatten(1).mean(1) + 1
+
+
 @cache
 def world():
     """Runs, twins and results of them, made once."""
@@ -108,8 +117,12 @@ def world():
     folder = tempfile.mkdtemp()
     recorded = dit_lens.record(model, ("resid_post", 1), [0, 1], f"{folder}/first", steps=3)
     file = seen.save(Path(tempfile.mkdtemp()) / "trace")
+    zero = [StoredEdit("blocks.1.hook_attn_out", (1,), "zero")]
+    about = {"architecture": architecture(model.transformer), "timesteps": run.timesteps.tolist()}
+    edits = save_edits(f"{folder}/edits.json", zero, about)
     return dict(
         folder=folder,
+        edits=edits,
         recorded=recorded,
         model=model,
         x=x,
@@ -261,8 +274,12 @@ def table():
             {},
             {
                 "from_step": whole(1),
-                "edits": [(), [("attn_out", lambda a, hook: a)]],
-                "until": [None, *whole(2)],
+                "edits": [
+                    (),
+                    [("attn_out", lambda a, hook: a)],
+                    {2: [("attn_out", same)]},
+                ],
+                "until": [None],
                 "seeds": [None, *whole(5), [1, 2]],
                 "latents": [None, w["x"]],
                 "released": [False, True],
@@ -530,6 +547,19 @@ def table():
             },
         ),
         (
+            "there_and_back",
+            experiments.there_and_back,
+            {"runs": pair},
+            {
+                "outcomes": [w["outcomes"]],
+                "releases": [*whole(3), [0, 1, 2]],
+                "seed": whole(0),
+                "progress": [None, lambda done, total: None],
+                "batch": [None, *whole(8)],
+            },
+        ),
+        ("load_edits", experiments.load_edits, {"model": model}, {"path": [w["edits"]]}),
+        (
             "Curves.commitment",
             w["curves"].commitment,
             {},
@@ -660,6 +690,7 @@ def table():
         ),
     ]
     if ATTACK:
+        made = experiments.reuse_plan(model, 0.7, items=8, steps=4, rounds=0, resamples=20)
         small_gap = {"pairs": whole(16), "steps": whole(4), "cut": [0.25], **COUNT}
         rows += [
             (
@@ -677,6 +708,36 @@ def table():
                 },
             ),
             (
+                "compare",
+                experiments.compare,
+                {"model": model},
+                {
+                    "changed": [model],
+                    "items": whole(12),
+                    "labels": [None],
+                    "steps": whole(3),
+                    "guidance": [1, 2.5],
+                    "scheduler": ["ddim", None],
+                    "eta": [0, 1],
+                    "cut": [0.25, np.float32(0.25)],
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                },
+            ),
+            (
+                "side_by_side",
+                experiments.side_by_side,
+                {"model": model},
+                {
+                    "plans": [[made], (made,)],
+                    "items": whole(8),
+                    "judge": [None, lambda images, labels: {"mean": float(images.mean())}],
+                    "progress": [None, lambda done, total: None],
+                    **COUNT,
+                    "seed": whole(500),
+                },
+            ),
+            (
                 "reuse_plan",
                 experiments.reuse_plan,
                 {"model": model},
@@ -690,9 +751,44 @@ def table():
                     "eta": [0],
                     "cut": [0.25, np.float32(0.25)],
                     "longest": whole(2),
+                    "lines": [True, False],
+                    "rounds": whole(0),
                     "projections": whole(1),
                     "progress": [None, lambda done, total: None],
                     **COUNT,
+                },
+            ),
+            (
+                "diagnose",
+                experiments.diagnose,
+                {"model": model, "run": run.select([0]), "fault": ink},
+                {
+                    "good": [None],
+                    "at": [0.5, np.float32(0.5)],
+                    "others": whole(4),
+                    "clones": whole(2),
+                    "releases": whole(2),
+                    "pairs": whole(2),
+                    "batch": whole(8),
+                    "progress": [None, lambda images: None],
+                    "seed": whole(0),
+                },
+            ),
+            (
+                "diagnose_all",
+                experiments.diagnose_all,
+                {"model": model, "faults": {"ink": ink}},
+                {
+                    "samples": whole(2),
+                    "steps": whole(4),
+                    "guidance": [1],
+                    "scheduler": ["ddim", None],
+                    "eta": [1, *HALF],
+                    "most": whole(1),
+                    "at": [0.5, np.float32(0.5)],
+                    "batch": whole(8),
+                    "progress": [None, lambda done, total: None],
+                    "seed": whole(0),
                 },
             ),
             (
@@ -810,7 +906,7 @@ def rest():
         "Plan.of",
         experiments.Plan.of,
         {"model": model},
-        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}]},
+        {"timesteps": times, "cells": cells, "about": [None, {"aim": "same"}], "lines": [[], ()]},
     )
     yield "Plan.load", experiments.Plan.load, {}, {"path": [plan.save(f"{w['folder']}/p.json")]}
     yield (
@@ -1095,9 +1191,9 @@ def test_every_call_works_or_is_refused(forwards):
     assert len(TRIED) >= (2000 if ATTACK else 300)
 
 
-ONLY_IN_THE_ATTACK = """attributes cause_map couple_alone cumulative interchange knock_outs
-measure_gap random_planted reuse_plan shapley smallest_set step_doubling to_nnsight
-to_transformer_lens""".split()
+ONLY_IN_THE_ATTACK = """attributes cause_map compare couple_alone cumulative diagnose diagnose_all
+interchange knock_outs measure_gap random_planted reuse_plan shapley side_by_side smallest_set
+step_doubling to_nnsight to_transformer_lens""".split()
 
 
 def test_every_public_function_is_tried():

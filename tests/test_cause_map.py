@@ -122,6 +122,54 @@ def test_the_cause_is_the_layer_that_makes_the_gap():
     assert float(high.max()) < 1e-3 * float(attn.max())
 
 
+def exact_effects(run, layers, shares, energy):
+    """E_low of holding the attention of each causing layer at each step of a run of E6's models,
+    [layer, step]: the token mean goes its way by a number a step.
+    """
+    abar = run.scheduler.alphas_cumprod.double()[run.timesteps.long()].numpy()
+    after = np.append(abar[1:], float(run.scheduler.final_alpha_cumprod))
+    low, high = (np.sqrt(1 - abar) / (lam * abar + 1 - abar) for lam in (4.0, 0.25))
+    ratios = np.array([(low / high) ** share for share in shares])  # [layer, step]
+    before = np.cumprod(np.vstack([np.ones_like(abar), ratios]), 0)
+    x = run.latents.double().mean((-1, -2)).flatten(1).numpy()  # [step, item]
+    of_eps = np.sqrt(1 - after) - np.sqrt(after * (1 - abar) / abar)
+    found = np.zeros((len(layers), len(abar)))
+    for k in range(len(layers)):
+        added = (ratios[k] - 1) * before[k]  # of the mean of x
+        for s in range(1, len(abar)):
+            behind = high[s] * before[-1, s] / before[k + 1, s]
+            moved = of_eps[s] * behind * (added[s - 1] * x[s - 1] - added[s] * x[s])
+            moved = moved * x[-1] / x[s + 1]
+            found[k, s] = run.latents[0, 0, 0].numel() * np.mean(moved**2) / energy
+    return found
+
+
+def finds_causes(seed, layers=4, steps=6, items=10):
+    """Whether the map of an E6 model with causes and decoys drawn at random has the exact effect of
+    every causing cell within its interval, and none elsewhere.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(layers).tolist()
+    causes, decoys = sorted(order[: 1 + seed % 2]), order[2:3]
+    shares = rng.dirichlet(np.full(len(causes), 3.0)).tolist()
+    truth = gaussian(layers=causes, n_layers=layers, shares=shares, decoys=decoys, in_channels=1)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = cause_map(
+        model, labels=[0] * items, items=items, steps=steps, check=0, resamples=300, seed=seed
+    )
+    run = dit_lens.sample(model, [0] * items, seed, steps)
+    exact = exact_effects(run, causes, shares, float(found.spread.sel(band="low")))[:, 1:]
+    attn = found.effect_interval.sel(site="attn", band="low", layer=causes).values
+    inside = (attn[..., 0] <= exact) & (exact <= attn[..., 1])
+    rest = found.effect.drop_sel(layer=causes).max()
+    others = [rest, found.effect.sel(site="mlp").max(), found.effect.sel(band="high").max()]
+    return bool(inside.all()) and max(map(float, others)) < 1e-6 * exact.max()
+
+
+def test_the_map_has_the_exact_effect_of_every_causing_cell_and_none_elsewhere():
+    assert sum(finds_causes(seed) for seed in range(3)) >= 2
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -301,7 +301,7 @@ def raising(error):
 
 
 def test_every_subcommand_explains_itself_without_loading_torch():
-    names = ["hooks", "gap", "patch", "map", "plan", "probe", "record", "cost"]
+    names = ["hooks", "gap", "patch", "map", "plan", "compare", "probe", "record", "cost"]
     names += ["check", "check-family", "report"]
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "dit_lens", "--help"],
@@ -524,6 +524,15 @@ def test_map_and_plan_end_to_end(folder, tmp_path, monkeypatch, capsys):
     assert "of the multiply-accumulates" in made and "on samples that it was not made from" in made
     assert main(["plan", str(folder), "--check", "plan.json", "--items", "8", "--seed", "5"]) == 0
     assert "of the multiply-accumulates" in capsys.readouterr().out
+    beside = ["--side-by-side", "plan.json", "--items", "8", "--out", "beside"]
+    assert main(["plan", str(folder), *beside]) == 0
+    shown = capsys.readouterr().out
+    assert "even (FORA)" in shown and (tmp_path / "beside" / "side_by_side.png").exists()
+    compared = ["--with", "plan.json", "--items", "12", "--out", "compared"]
+    assert main(["compare", str(folder), *compared]) == 0
+    assert "the unchanged model's error" in capsys.readouterr().out
+    assert main(["report", "beside"]) == main(["report", "compared"]) == 0
+    assert "even (FORA)" in capsys.readouterr().out
     assert main(["plan", "digits", "--check", "plan.json"]) == 2
     assert "The plan was made for another model" in capsys.readouterr().err
     (tmp_path / "plan.json").write_text("{")

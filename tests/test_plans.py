@@ -1,6 +1,9 @@
 """Plans: their files, what they refuse, and running them."""
 
+import contextlib
+import copy
 import json
+import random
 import re
 import warnings
 
@@ -8,12 +11,13 @@ import pytest
 import torch
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler
+from test_storage import mutated
 
 import dit_lens
 from dit_lens import HookedDiT
-from dit_lens.errors import InvalidState
+from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.experiments import Plan
-from dit_lens.plans.plan import Costs
+from dit_lens.plans.plan import Costs, _digest
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -59,6 +63,72 @@ def test_a_run_under_a_plan_is_the_run_with_its_cells_held(model, plan, guidance
     assert torch.equal(found, expected) and torch.equal(again, expected)
     assert not model.instrumentation.busy and forwards_left(model.transformer) == before
     assert not torch.equal(sampled(model, guidance).latents, expected)
+
+
+LINES = [(0, "mlp", 3), (0, "mlp", 4), (1, "attn", 5), (2, "attn", 5), (2, "mlp", 5)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_lines_go_through_the_last_two_computed_steps(model, guidance):
+    """Beside hooks written by hand."""
+    plan = Plan.of(model, sampled(model).timesteps, CELLS_OF_LINES, lines=LINES)
+    at, seen, now = plan.timesteps, {}, [-1]
+
+    def by_hand(layer, part):
+        def fn(value, hook):
+            step, cell = now[0], (layer, part, now[0])
+            known = seen.setdefault((layer, part), [])
+            if cell not in plan.cells:
+                known.append((at[step], value))
+                return None
+            (t, last), (u, earlier) = known[-1], known[-2 if cell in plan.lines else -1]
+            return (
+                last
+                if cell not in plan.lines
+                else (last + (at[step] - t) / (t - u) * (last - earlier))
+            )
+
+        return fn
+
+    def count(value, hook):
+        now[0] += 1
+
+    hooks = [(f"blocks.{i}.hook_{p}_out", by_hand(i, p)) for i in range(3) for p in ("attn", "mlp")]
+    with model.hooks([("hook_embed", count), *hooks]):
+        expected = sampled(model, guidance).latents
+    with dit_lens.reuse(model, plan):
+        found = sampled(model, guidance).latents
+        assert torch.equal(found, sampled(model, guidance).latents)
+    plain = sampled(model, guidance).latents
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-3
+    with dit_lens.reuse(model, Plan.of(model, plan.timesteps, plan.cells)):
+        assert (sampled(model, guidance).latents - found).abs().max() > 1e-3
+
+
+CELLS_OF_LINES = [*CELLS, (0, "mlp", 1), (0, "mlp", 3), (0, "mlp", 4), (1, "attn", 5)]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([(0, "mlp", 2)], "lines has .0, 'mlp', 2., which is not held; expected some of cells"),
+        ([(0, "attn", 1)], "before it the part is computed at 1 other time; expected two"),
+        ([(0, "attn", 2)], "can't be held along a line"),
+    ],
+)
+def test_lines_that_are_none(model, plan, lines, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.of(model, plan.timesteps, CELLS, lines=lines)
+
+
+def test_a_run_that_begins_in_the_midst_has_nothing_to_hold_from(model, plan):
+    run = sampled(model)
+    with dit_lens.reuse(model, plan):
+        run.replay(from_step=0)
+        with pytest.raises(RuntimeError, match="holds it from step 0, and there was none"):
+            run.replay(from_step=1)
+    assert not model.instrumentation.busy
 
 
 def test_a_pipeline_under_a_plan_skips_and_is_left_as_it_was():
@@ -218,6 +288,13 @@ def test_costs_are_those_counted_by_hand(model):
 # For other tools.
 
 
+def test_other_tools_have_no_lines(model, plan):
+    lines = Plan.of(model, plan.timesteps, CELLS, lines=[(1, "attn", 4), (2, "mlp", 5)])
+    for export in (lines.to_smoothcache, lines.to_cache_dit):
+        with pytest.raises(ValueError, match="holds 2 cells along lines, which .* can't say"):
+            export()
+
+
 def test_a_schedule_of_smoothcache(plan):
     schedule = plan.to_smoothcache()
     assert list(schedule) == [f"{part}-{i}" for i in range(3) for part in ("attn1", "ff")]
@@ -247,8 +324,11 @@ def test_cache_dit_takes_it(model, plan):
     assert cache_dit.DBCacheConfig(**found, num_inference_steps=STEPS).steps_computation_mask
 
 
-@pytest.mark.parametrize("cells", [CELLS, whole_steps(0, [1, 2, 4])])
-def test_a_file_runs_a_plan_on_plain_diffusers(cells, tmp_path):
+@pytest.mark.parametrize(
+    "cells, lines",
+    [(CELLS, ()), (CELLS_OF_LINES, LINES), (whole_steps(0, [1, 3, 4]), whole_steps(0, [3, 4]))],
+)
+def test_a_file_runs_a_plan_on_plain_diffusers(cells, lines, tmp_path):
     call = {"class_labels": [3, 7], "num_inference_steps": STEPS, "output_type": "np"}
 
     def image(pipe):
@@ -257,7 +337,7 @@ def test_a_file_runs_a_plan_on_plain_diffusers(cells, tmp_path):
     pipe = make_pipe()
     pipe.scheduler.set_timesteps(STEPS)
     model = HookedDiT(pipe)
-    plan = Plan.of(model, pipe.scheduler.timesteps.tolist(), cells)
+    plan = Plan.of(model, pipe.scheduler.timesteps.tolist(), cells, lines=lines)
     with dit_lens.reuse(pipe, plan):
         expected = image(pipe)
     model.remove()
@@ -319,3 +399,44 @@ def test_what_a_plan_left_out_is_not_read_as_if_it_had_been_computed(model, plan
             t.get(f"blocks.1.{site}")
     found = t.get([f"blocks.1.hook_{site}" for site in ("resid_pre", "attn_out", "resid_post")])
     assert all(len(value) == len(t.steps) for value in found.values())
+
+
+def test_a_sealed_file_of_other_content_is_no_plan_or_one_that_can_be_run(model, plan, tmp_path):
+    path, rng = plan.save(tmp_path / "plan.json"), random.Random(0)
+    base = json.loads(path.read_text())
+    base.pop("sha256")
+    loaded = 0
+    for _ in range(300):
+        content = mutated(copy.deepcopy(base), rng)
+        path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+        try:
+            found = Plan.load(path)
+        except InvalidValue as error:
+            assert str(error).startswith(repr(str(path))) and str(error).count("\n") == 0
+            continue
+        loaded += 1
+        for use in (found.__repr__, found.to_smoothcache, found.to_cache_dit):
+            with contextlib.suppress(InvalidValue):
+                use()
+        with contextlib.suppress(InvalidValue), dit_lens.reuse(model, found):
+            pass
+    assert 30 < loaded < 270 and not model.instrumentation.busy
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"timesteps": []}, "has timesteps = "),
+        ({"cells": [[10**30, "attn", 2]]}, "The plan holds 'attn' in layer 1e+30, which the model"),
+        ({"cells": [[0, "attn", 6]]}, "The plan holds step 6; expected steps 1 to 5"),
+        ({"model": {"class": "DiTTransformer2DModel"}}, "expected it to have"),
+        ({"macs": 7.0}, "has macs = 7"),
+    ],
+)
+def test_what_a_plan_has_to_say(plan, tmp_path, change, text):
+    path = plan.save(tmp_path / "plan.json")
+    content = json.loads(path.read_text()) | change
+    content.pop("sha256")
+    path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+    with pytest.raises(InvalidValue, match=re.escape(text)):
+        Plan.load(path)

@@ -65,6 +65,43 @@ def test_what_does_nothing_is_held_first():
     assert plan.about["effect_low"] < 1e-6 and plan.about["effect_high"] < 1e-6
 
 
+def with_an_idle_layer(layer, timesteps):
+    """A DiT in which all gates of a layer are 0 at these timesteps, for both classes, and as they
+    were at the others of a run of 6 steps.
+    """
+    dit = make_dit(channels=1, classes=2)
+    norm = dit.transformer_blocks[layer].norm1
+    with torch.no_grad():
+        times = torch.tensor(sampled_times()).repeat(2)
+        labels = torch.arange(2).repeat_interleave(len(times) // 2)
+        inner = torch.nn.functional.silu(norm.emb(times, labels))
+        d = norm.linear.in_features
+        for rows in (slice(2 * d, 3 * d), slice(5 * d, 6 * d)):
+            weight, bias = norm.linear.weight[rows], norm.linear.bias[rows]
+            wanted = inner @ weight.T + bias
+            wanted[torch.isin(times, torch.tensor(timesteps))] = 0
+            weight.copy_(torch.linalg.lstsq(inner.double(), wanted.double()).solution.T)
+            bias.zero_()
+    return HookedDiT(dit, scheduler=SCHEDULER)
+
+
+def sampled_times():
+    scheduler = DDIMScheduler.from_config(SCHEDULER.config)
+    scheduler.set_timesteps(6)
+    return scheduler.timesteps.tolist()
+
+
+def test_a_layer_that_is_idle_in_known_steps_is_held_there_first():
+    model = with_an_idle_layer(1, sampled_times()[:4])
+    idle = {(1, part, step) for part in ("attn", "mlp") for step in (1, 2, 3)}
+    run = dit_lens.sample(model, [0, 1], steps=6)
+    assert run.activations("attn_out", 1, step=3).abs().max() < 1e-4
+    assert run.activations("attn_out", 1, step=4).abs().max() > 1e-2
+    budget = Plan.of(model, run.timesteps, idle).macs + 1e-6
+    plan = reuse_plan(model, budget, items=8, steps=6, rounds=1, resamples=20)
+    assert plan.cells == idle and plan.about["effect_low"] < 1e-6
+
+
 def test_the_best_of_all_plans_of_an_exact_denoiser():
     """All choices of four cells of two causing layers, each run, against the plan that is found."""
     truth = gaussian(layers=(0, 1), n_layers=2, in_channels=1)

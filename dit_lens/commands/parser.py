@@ -15,6 +15,11 @@ EXAMPLES = {
     "patch": ["patch digits --quick", "patch digits --how zero --windows 4 --sets"],
     "map": ["map digits --quick", "map digits --kind zero --sites attn mlp"],
     "plan": ["plan digits --budget 0.6 --steps 20", "plan digits --check plan-digits.json"],
+    "compare": ["compare digits --with plan-digits.json", "compare digits --dtype bfloat16"],
+    "diagnose": [
+        "diagnose portraits --label 3 --seed 7",
+        "diagnose digits --all --samples 200 --most 4",
+    ],
     "probe": [
         "probe LayerLens digits --steps 12",
         "probe examples/custom_probe.py:Locality digits --labels 3 7 --out local.nc",

@@ -15,6 +15,7 @@ from .common import (
     frequency,
     open_model,
     progress_bar,
+    stored,
 )
 
 
@@ -38,9 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(parser)
     add_size(parser)
     add_device(parser, batch=False)
-    parser.add_argument("--out", type=Path, help="the plan's file (default: plan-MODEL.json)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the plan's file (default: plan-MODEL.json); with --side-by-side, a folder",
+    )
     parser.add_argument(
         "--check", type=Path, metavar="PLAN", help="measure this plan again, and make none"
+    )
+    parser.add_argument(
+        "--side-by-side",
+        type=Path,
+        nargs="+",
+        metavar="PLAN",
+        help="measure these plans beside published ways to spend as little, and make none",
+    )
+    parser.add_argument(
+        "--no-lines",
+        action="store_true",
+        help="hold only what was last added, for tools that can't do lines",
     )
 
 
@@ -52,6 +69,8 @@ def run(args: argparse.Namespace) -> Answer:
     from ..storage import file_name, try_file
 
     console = plain_console(120)
+    if args.side_by_side is not None:
+        return _side_by_side(args)
     if args.check is not None:
         plan = Plan.load(args.check)
         plan = check_plan(open_model(args), plan, items=args.items, seed=args.seed)
@@ -69,9 +88,33 @@ def run(args: argparse.Namespace) -> Answer:
             items=args.items,
             steps=args.steps,
             seed=args.seed,
+            lines=not args.no_lines,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     plan.save(out)
     console.print(plan_sentence(plan), soft_wrap=True)
     console.print(f"plan: {out}", style="dim", soft_wrap=True)
     return Answer({"plan": str(out), "sentence": plan_sentence(plan)})
+
+
+def _side_by_side(args: argparse.Namespace) -> Answer:
+    """Measure plans beside published ways to spend as little."""
+    from ..experiments import Plan, side_by_side
+    from ..report import side_by_side as report
+    from ..storage import file_name, try_folder
+
+    plans = [Plan.load(path) for path in args.side_by_side]
+    out = args.out or Path(f"plans-{file_name(str(args.model))}")
+    try_folder(out)  # before minutes are spent
+    model = open_model(args)
+    with progress_bar() as bar:
+        task = bar.add_task("side by side", total=None)
+        result = side_by_side(
+            model,
+            plans,
+            items=args.items,
+            seed=args.seed + 1000,  # not those that they were made from
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    report.show(result, report.store(result, out))
+    return stored(out)

@@ -1,6 +1,6 @@
 """What twins still agree on at the end, as a function of the step at which they parted.
 
-The same curve is estimated in two ways, and both are a `Curves`:
+The same curve is estimated in three ways, and all are a `Curves`:
 
 - `release_sweep`: part twins at chosen steps and run each of them to its end. With the noise tie
   these are clones; with the attention tie both twins run on alone from where they were when the
@@ -9,6 +9,8 @@ The same curve is estimated in two ways, and both are a `Curves`:
   x_t are independent draws from one posterior, so the covariance of the finished clones is
   Var(E[x0 | x_t]), whatever the data; an exact denoiser predicts that expectation, so this is the
   clones' curve. Costs nothing beyond the run, and gives every step.
+- `there_and_back` (in a file of its own): noise finished images again up to a step and denoise
+  them. Needs no noise of the sampler's, so it is there for deterministic ones and flows too.
 
 What is compared is an `Outcome` of the finished latents (`dit_lens.experiments.outcomes`).
 """
@@ -53,11 +55,11 @@ in any number of steps (on Gaussian data).
 
 @dataclass(frozen=True)
 class Curves:
-    """Agreement of finished twins by release step, for every outcome; what `one_pass` and
-    `release_sweep` give.
+    """Agreement of finished twins by release step, for every outcome; what `one_pass`,
+    `release_sweep` and `there_and_back` give.
 
     Attributes:
-        estimator: "one_pass", "clones" or "coupled".
+        estimator: "one_pass", "clones", "coupled" or "there_and_back".
         releases: [release], steps.
         log_snr: [step], of the whole run.
         stats: for each outcome's name its statistics [release, pair, band].
@@ -65,6 +67,7 @@ class Curves:
         model: the transformer that they come from.
         source: a digest of the finished latents, by which curves of the same runs are known.
         quantity: what one pass compared with the finished image.
+        squared: whether it is the squared correlation that is the agreement.
 
     >>> import dit_lens
     >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
@@ -82,6 +85,7 @@ class Curves:
     model: Any
     source: str
     quantity: Literal["x0", "x_t"] = "x0"
+    squared: bool = False
 
     @classmethod
     def of(
@@ -91,15 +95,17 @@ class Curves:
         run: Run,
         outcomes: Sequence[Outcome],
         stats: Mapping[str, Agreement],
+        squared: bool = False,
     ) -> Curves:
         """From the statistics found.
 
         Args:
-            estimator: "one_pass", "clones" or "coupled".
+            estimator: "one_pass", "clones", "coupled" or "there_and_back".
             releases: steps.
             run: the twins' run.
             outcomes: what was compared.
             stats: by outcome, [release, pair, band].
+            squared: whether it is the squared correlation that is the agreement.
         """
         return cls(
             estimator,
@@ -109,6 +115,7 @@ class Curves:
             {o.name: o.band_names for o in outcomes},
             run.model.transformer,
             hashlib.sha256(run.latents[-1].float().cpu().numpy().tobytes()).hexdigest(),
+            squared=squared,
         )
 
     def agreement(self, outcome: str) -> Array:
@@ -123,7 +130,7 @@ class Curves:
         Raises:
             InvalidValue: for an outcome that was not compared.
         """
-        return curve(self.statistics(outcome), squared=self.estimator == "one_pass")
+        return curve(self.statistics(outcome), squared=self.squared)
 
     def commitment(
         self, outcome: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
@@ -148,7 +155,7 @@ class Curves:
             self.releases,
             self.log_snr,
             names=self.bands[outcome],
-            squared=self.estimator == "one_pass",
+            squared=self.squared,
             resamples=resamples,
             seed=seed,
             level=level,
@@ -223,7 +230,8 @@ def one_pass(
             if progress is not None:
                 progress(done, len(seen))
     stacked = {name: Agreement.of(torch.stack(each, 1)) for name, each in found.items()}
-    curves = Curves.of("one_pass", tuple(range(run.settings.steps)), run, outcomes, stacked)
+    steps = tuple(range(run.settings.steps))
+    curves = Curves.of("one_pass", steps, run, outcomes, stacked, squared=True)
     return replace(curves, quantity=quantity)
 
 
@@ -284,7 +292,7 @@ def release_sweep(
             f"These twins were released at step {twins.release}; a sweep needs them coupled "
             f"throughout, release={steps}."
         )
-    planned = _planned(releases, steps)
+    planned = planned_releases(releases, steps)
     batch = arguments.optional(arguments.whole, "batch", batch, 1)
     a, b, clones = twins.a, twins.b, twins.tie == "noise"
     labels = a.labels.tolist()
@@ -329,15 +337,20 @@ def release_sweep(
             seen = {
                 r: np.concatenate([curve(of[name]) for name in steering]) for r, of in found.items()
             }
-            part_at([_steepest(seen, steps)])
+            part_at([steepest(seen, steps)])
     order = tuple(sorted(found))
     estimator = "clones" if clones else "coupled"
     stacked = {o.name: Agreement.stack([found[r][o.name] for r in order]) for o in outcomes}
     return Curves.of(estimator, order, twins.run, outcomes, stacked)
 
 
-def _planned(releases: int | Sequence[int], steps: int) -> list[int]:
-    """The releases that were asked for by step; none if only their number was."""
+def planned_releases(releases: int | Sequence[int], steps: int) -> list[int]:
+    """The releases that were asked for by step; none if only their number was.
+
+    Args:
+        releases: steps, or how many of them.
+        steps: of the run.
+    """
     if arguments.is_whole(releases):
         many = arguments.whole("releases", releases, 3, steps, "as many as a curve needs")
         return list(range(steps)) if many == steps else []
@@ -345,9 +358,13 @@ def _planned(releases: int | Sequence[int], steps: int) -> list[int]:
     return arguments.unlike("releases", planned)
 
 
-def _steepest(curves: Mapping[int, Array], steps: int) -> int:
+def steepest(curves: Mapping[int, Array], steps: int) -> int:
     """The middle of the interval between releases over which some curve rises most; 0 and 1 are
     taken for the run's ends.
+
+    Args:
+        curves: by release, those that are known.
+        steps: of the run.
     """
     ends = {-1: 0.0, steps: 1.0}
     known = sorted([*curves, *ends])
@@ -412,7 +429,7 @@ def commitment_difference(
             c.statistics(outcome),
             c.releases,
             c.log_snr,
-            squared=c.estimator == "one_pass",
+            squared=c.squared,
             resamples=resamples,
             seed=seed if paired else seed + number,
         )

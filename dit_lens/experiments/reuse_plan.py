@@ -1,15 +1,15 @@
 """Reuse plans: which cells of a run can be held within a budget of multiply-accumulates.
 
-A cell (layer, part, step) that is held adds what its layer added when it was last computed. To
-first order every choice of cells moves the finished image by the sum of what its cells do
-(`dit_lens.patching.first_order`), which depends on how long ago each was computed. So the plan is
-composed greedily on these sums: the next cell is the one that adds the least error for what it
-saves, errors that pile up or cancel counted; then cells are swapped while that lowers the error.
-What comes out is run, with the computation really left out, on samples that it was not made from;
-its figures are those of that run.
+A cell (layer, part, step) that is held adds what its layer added when it was last computed, or the
+point of the line through the last two times. To first order every choice of cells moves the
+finished image by the sum of what its cells do (`plan_gradients`), and the search is on these sums
+(`plan_search`): around the plain run it composes a plan, and around the best plan so far it
+exchanges cells.
 
-Sums over few samples find cells whose errors cancel by chance. So to the error of the sum that of
-each cell by itself is added, as if half of all cancelling were chance.
+It does so four times over: for whole steps, for the parts of all layers, for the parts of a quarter
+of the layers, and for every cell by itself. The finer the choice, the more of it is fitted to the
+samples and to what the first order leaves out; so each plan is run on other samples, and the one
+that errs least there is taken. Its figures are those of a run on samples of a third kind.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..hooks.hold import parts
 from ..measures import Array
 from ..measures.agreement import agreement, curve
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
-from ..patching.first_order import Additions, check_gradients, directions, projected
-from ..plans.plan import Cell, Costs, Plan
+from ..patching.first_order import check_gradients, directions
+from ..plans.costs import Costs
+from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
 from .cause_map import Spread, items_of_labels, log_interval
+from .plan_gradients import slopes
+from .plan_search import Effects, Search
+from .whole_steps import even_steps, number_of_steps, whole_steps
 
 Aim = Literal["same", "good"]
-SWAPS = 300
+EXCHANGES = 300
+QUARTERS = 4
 
 
 def reuse_plan(
@@ -54,7 +59,9 @@ def reuse_plan(
     eta: float = 0.0,
     cut: float = CUT,
     longest: int = 15,
-    projections: int = 4,
+    lines: bool = True,
+    rounds: int = 2,
+    projections: int = 2,
     seed: int = 0,
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
@@ -66,17 +73,20 @@ def reuse_plan(
         budget: the share that may be left, above 0 and up to 1.
         aim: "same" for the same image; "good" for one as good: errors count only as far as their
             band is decided by then, since before that they make another image and no worse one.
-        items: samples that it is made from, 8 or more; as many others are what it is measured on.
+        items: samples that it is made from, 8 or more; as many others are what it is chosen by, and
+            as many again what it is measured on.
         steps: of denoising.
         guidance: strength of classifier-free guidance.
         scheduler: as for `dit_lens.sample`.
         eta: as for `dit_lens.sample`.
         cut: between low and high, in cycles per pixel of the latents.
         longest: for how many steps in a row a cell may be held.
+        lines: whether cells may be held along lines; plans for most other tools can't.
+        rounds: how often cells are exchanged around the best plan so far.
         projections: random directions an item and band.
-        seed: of the samples; the samples that it is measured on have others.
+        seed: of the samples that it is made from; the others have others.
         resamples: of the items.
-        progress: called with the steps done, and in all.
+        progress: called with how much is done, and how much there is.
 
     Returns:
         Plan: in `about` are `budget`, `aim`, `effect_low`, `effect_high` with their 95 % intervals
@@ -102,12 +112,12 @@ def reuse_plan(
         arguments.whole("longest", longest, 1, 1000),
     )
     projections = arguments.whole("projections", projections, 1, 1000)
+    arguments.flag("lines", lines)
+    rounds = arguments.whole("rounds", rounds, 0, 100)
     seed, resamples = arguments.seed("seed", seed), arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     name = default_name(model.scheduler) if scheduler is None else scheduler
     check_gradients(prepared(model, checked_settings(steps, guidance, "all", name, eta)))
-    bands = Bands.radial(model.cfg.pixels, cut=cut)
-    labels = items_of_labels(model, items)
     costs = Costs.of(model)
     least = _cheapest(costs, steps, longest)
     if budget < least:
@@ -116,28 +126,51 @@ def reuse_plan(
             f"{least:.3g} of the multiply-accumulates is left; expected more, or a larger longest."
         )
 
-    # What every cell does, to first order.
     settings = (steps, guidance, scheduler, eta)
-    run = sample(model, labels, seed, *settings)
-    counts = draws(items, resamples, seed)
-    spread = Spread(run, bands, counts)
-    surrogate = _Surrogate(run, bands, spread, costs, longest, projections, seed, aim, progress)
-
-    # The plan, and what it really does on other samples.
-    greedy = surrogate.compose(budget)
-    swapped = surrogate.swap(greedy, budget)
     about: dict[str, Any] = {"aim": aim, "budget": budget, "steps": steps, "guidance": guidance}
     about |= {"eta": eta, "cut": cut, "seed": seed, "items": items, "longest": longest}
-    about |= {"scheduler": type(run.scheduler).__name__}
-    times = run.timesteps.tolist()
-    plans = [Plan.of(model, times, cells) for cells in dict.fromkeys((greedy, swapped))]
-    if len(plans) > 1:  # on the samples that they were made from
-        tried = [_moved(run, plan, bands, spread, labels, seed, settings)[0] for plan in plans]
-        plans = [plans[int(np.argmin([values.sum() for values in tried]))]]
+    makers, judges = (Samples(model, items, s, settings, cut) for s in (seed, seed + 2 * items))
+    about["scheduler"] = type(makers.run.scheduler).__name__
     if scheduler is None or isinstance(scheduler, str):
         about["sampler"] = scheduler
-    plan = replace(plans[0], about=about)
-    return _measured(model, plan, scheduler, items, seed + items, resamples)
+    aims = directions(makers.run, makers.bands, projections, seed)
+    decided = _decided(makers) if aim == "good" else np.ones((steps, makers.bands.n))
+    # so that the squares of a sum of cells add up to E, all bands together
+    size = makers.spread.of_all * projections * items
+    scale = np.sqrt(decided / size)[..., None, None]
+
+    # Plans from coarse to fine, around the plain run and then around the best plan so far.
+    times, columns = makers.run.timesteps.tolist(), list(costs.parts)
+    even = even_steps(steps, number_of_steps(model, steps, budget))
+    best, least = Plan.of(model, times, []), np.inf
+    for turn in range(rounds + 1):
+
+        def tell(done: int, turn: int = turn) -> None:
+            if progress is not None:
+                progress(2 * steps * turn + done, 2 * steps * (rounds + 1))
+
+        under = makers.under(best) if turn else makers.run
+        found = slopes(under, best, columns, aims, longest, tell) * scale[:, None]
+        cells = found.reshape(*found.shape[:3], -1)
+        effects = Effects([(place,) for place in columns], cells, times, costs, lines)
+        groups = _groups(columns, model.cfg.n_layers)
+        tried = [] if turn else [whole_steps(model, times, even, lines)]
+        if aim == "good":
+            groups = groups[:2][-1:]
+        for together in groups:
+            search = Search(effects.together(together), best.cells)
+            search.compose(budget)
+            search.exchange(budget, EXCHANGES)
+            tried.append(Plan.of(model, times, search.cells, lines=search.lines))
+        if aim == "good":  # few samples can't judge how good they are
+            best = tried[-1]
+            continue
+        errors = [judges.moved(p)[0].sum() if p.macs <= budget else np.inf for p in tried]
+        if min(errors) >= least:
+            break
+        best, least = tried[int(np.argmin(errors))], min(errors)
+    best = replace(best, about=about)
+    return _measured(model, best, scheduler, items, seed + items, resamples)
 
 
 def check_plan(
@@ -159,15 +192,20 @@ def check_plan(
         InvalidValue: for a plan of another model, or one without the settings of `reuse_plan`.
     """
     plan.require_model(model)
-    wanted = ("steps", "guidance", "sampler", "eta", "cut")
+    require_settings(plan)
+    items = arguments.whole("items", items, FEWEST_PAIRS, why="for an interval")
+    return _measured(model, plan, plan.about["sampler"], items, seed, resamples)
+
+
+def require_settings(plan: Plan) -> None:
+    """Raise InvalidValue for a plan that does not say how it was made."""
+    wanted = ("steps", "guidance", "sampler", "eta", "cut", "seed", "items", "longest")
     absent = [name for name in wanted if name not in plan.about]
     if absent:
         raise InvalidValue(
             f"The plan does not say with which {absent[0]} it was made; expected one of "
             "dit_lens.experiments.reuse_plan."
         )
-    items = arguments.whole("items", items, FEWEST_PAIRS, why="for an interval")
-    return _measured(model, plan, plan.about["sampler"], items, seed, resamples)
 
 
 def _measured(
@@ -175,38 +213,17 @@ def _measured(
 ) -> Plan:
     """The plan with what it, and one that holds whole steps evenly, do to these samples."""
     about = dict(plan.about)
-    even = evenly(model, plan)
+    number = max(1, round(plan.macs * plan.steps))
+    even = whole_steps(model, plan.timesteps, even_steps(plan.steps, number))
     settings = (about["steps"], about["guidance"], scheduler, about["eta"])
-    bands, labels = Bands.radial(model.cfg.pixels, cut=about["cut"]), items_of_labels(model, items)
-    run = sample(model, labels, seed, *settings)
-    spread = Spread(run, bands, draws(items, resamples, seed))
+    samples = Samples(model, items, seed, settings, about["cut"], resamples)
     about["even_macs"] = even.macs
     for what, each in (("effect", plan), ("even", even)):
-        drawn = _moved(run, each, bands, spread, labels, seed, settings)
-        for b, band in enumerate(bands.names):
+        drawn = samples.moved(each)
+        for b, band in enumerate(samples.bands.names):
             about[f"{what}_{band}"] = float(drawn[0, b])
             about[f"{what}_{band}_interval"] = log_interval(drawn[:, b], items).tolist()
     return replace(plan, about=about)
-
-
-def evenly(model: HookedDiT, plan: Plan) -> Plan:
-    """The plan that holds whole steps at even distances (FORA, Selvaraju et al. 2024, arXiv
-    2407.01425) and leaves about as many multiply-accumulates as another one.
-
-    Args:
-        model: the opened model.
-        plan: the other one.
-    """
-    computed = max(1, round(plan.macs * plan.steps))
-    kept = {int(i * plan.steps / computed) for i in range(computed)}
-    cells = [
-        (layer, part, step)
-        for layer, of_layer in enumerate(plan.parts)
-        for part in of_layer
-        for step in range(plan.steps)
-        if step not in kept
-    ]
-    return Plan.of(model, plan.timesteps, cells)
 
 
 def plan_sentence(plan: Plan) -> str:
@@ -239,181 +256,69 @@ def _cheapest(costs: Costs, steps: int, longest: int) -> float:
     return costs.share([(i, part, s) for i, part in costs.parts for s in held], steps)
 
 
-def _moved(
-    run: Run,
-    plan: Plan,
-    bands: Bands,
-    spread: Spread,
-    labels: Sequence[int],
-    seed: int,
-    settings: tuple[Any, ...],
-) -> Array:
-    """E_b under a plan, [1 + resample, band], by running it."""
-    with reuse(run.model, plan):
-        found = sample(run.model, labels, seed, *settings)
-    away = bands.energy((found.latents[-1] - run.latents[-1]).double()).sum(1).cpu().numpy()
-    moved: Array = spread.relative(away[None])[:, 0]
-    return moved
+def _groups(columns: Sequence[tuple[int, str]], n_layers: int) -> list[list[list[int]]]:
+    """Which columns are held together, by index, from coarse to fine: all; the parts of all layers;
+    those of a quarter of the layers; none.
+    """
+    keys: list[list[Any]] = [
+        [None for _ in columns],
+        [part for _, part in columns],
+        [(part, QUARTERS * layer // n_layers) for layer, part in columns],
+        list(columns),
+    ]
+    found: list[list[list[int]]] = []
+    for key in keys:
+        groups = [[i for i, k in enumerate(key) if k == each] for each in dict.fromkeys(key)]
+        if groups not in found:
+            found.append(groups)
+    return found
 
 
-class _Surrogate:
-    """What every cell does to first order, by how many steps ago it was computed, and the search
-    on it.
+class Samples:
+    """A run, and how far it is moved by plans.
+
+    Args:
+        model: the opened model.
+        items: samples.
+        seed: of them.
+        settings: of the run: steps, guidance, scheduler, eta.
+        cut: between low and high.
+        resamples: of the items.
     """
 
     def __init__(
         self,
-        run: Run,
-        bands: Bands,
-        spread: Spread,
-        costs: Costs,
-        longest: int,
-        projections: int,
+        model: HookedDiT,
+        items: int,
         seed: int,
-        aim: str,
-        progress: Callable[[int, int], object] | None,
+        settings: tuple[Any, ...],
+        cut: float,
+        resamples: int = 1,
     ) -> None:
-        self.costs, self.longest, self.steps = costs, longest, run.settings.steps
-        self.columns = list(costs.parts)  # (layer, part)
-        names = run.model.names
-        places = [parts(names, layer)[part] for layer, part in self.columns]
-        every = list(dict.fromkeys(place for column in places for place in column))
-        aims = directions(run, bands, projections, seed)
-        # so that the squares of a sum of cells add up to E, all bands together
-        scale = np.sqrt(spread.of_all * projections * len(run.labels))[:, None, None]
-        weight = _decided(run, bands) if aim == "good" else np.ones((self.steps, bands.n))
-        size = int(np.prod(aims.shape[:3]))
-        # [column, step, steps since it was computed, direction]
-        self.z = np.zeros((len(places), self.steps, longest + 1, size), np.float32)
-        known: dict[int, Additions] = {}
+        self.labels, self.seed, self.settings = items_of_labels(model, items), seed, settings
+        self.run = sample(model, self.labels, seed, *settings)
+        self.bands = Bands.radial(model.cfg.pixels, cut=cut)
+        self.spread = Spread(self.run, self.bands, draws(items, resamples, seed))
 
-        def changes(
-            step: int, here: Additions, elsewhere: Callable[[int], Additions]
-        ) -> list[Additions]:
-            for s in [s for s in known if s >= step]:
-                del known[s]
-            found = []
-            for since in range(1, min(longest, step) + 1):
-                if step - since not in known:
-                    known[step - since] = elsewhere(step - since)
-                theirs = known[step - since]
-                found.append({p: theirs[p] - here[p] for p in every})
-            return found
+    def under(self, plan: Plan) -> Run:
+        """The same samples under a plan."""
+        with reuse(self.run.model, plan):
+            return sample(self.run.model, self.labels, self.seed, *self.settings)
 
-        for step, found in projected(run, every, aims, changes):
-            weights = np.sqrt(weight[step])[:, None, None] / scale
-            for since, change in enumerate(found, start=1):
-                for c, column in enumerate(places):
-                    moved = sum(change[place] for place in column)
-                    self.z[c, step, since] = (moved * weights).ravel()
-            if progress is not None:
-                progress(self.steps - step, self.steps)
+    def moved(self, plan: Plan) -> Array:
+        """E_b under a plan, [1 + resample, band]."""
+        return self.effect(self.under(plan).latents[-1])
 
-    def compose(self, budget: float) -> frozenset[Cell]:
-        """Greedily: cells by the error that they add for what they save."""
-        search = _Search(self)
-        while search.share > budget and search.hold_one():
-            pass
-        return search.cells
-
-    def swap(self, cells: frozenset[Cell], budget: float) -> frozenset[Cell]:
-        """Compute the cell again that errs most for what it saves, and hold others instead, as long
-        as that lowers the error.
-        """
-        search, best = _Search(self, cells), cells
-        error = search.error
-        for _ in range(SWAPS):
-            freed = search.compute_one()
-            while freed is not None and search.share > budget and search.hold_one(but=freed):
-                pass
-            if freed is None or search.share > budget or search.error >= error:
-                break
-            best, error = search.cells, search.error
-        return best
+    def effect(self, finished: Tensor) -> Array:
+        """E_b of finished latents, [1 + resample, band]."""
+        apart = (finished - self.run.latents[-1]).double()
+        found: Array = self.spread.relative(self.bands.energy(apart).sum(1).cpu().numpy()[None])
+        return found[:, 0]
 
 
-class _Search:
-    """A choice of cells, and what toggling each of them would change."""
-
-    def __init__(self, surrogate: _Surrogate, cells: frozenset[Cell] = frozenset()) -> None:
-        self.of = surrogate
-        columns, steps, _, size = surrogate.z.shape
-        self.held = np.zeros((columns, steps), bool)
-        for layer, part, step in cells:
-            self.held[surrogate.columns.index((layer, part)), step] = True
-        self.sums, self.errors = np.zeros((columns, size)), np.zeros(columns)
-        self.by_sum, self.by_error = np.zeros((columns, steps, size)), np.zeros((columns, steps))
-        self.cost = np.array([max(surrogate.costs.parts[c], 1e-9) for c in surrogate.columns])
-        for column in range(columns):
-            self._look(column)
-
-    @property
-    def cells(self) -> frozenset[Cell]:
-        return frozenset((*self.of.columns[c], s) for c, s in np.argwhere(self.held).tolist())
-
-    @property
-    def share(self) -> float:
-        """The share of multiply-accumulates that is left."""
-        costs, layers = self.of.costs, np.array([layer for layer, _ in self.of.columns])
-        saved = float((self.held.sum(1) * self.cost).sum())
-        for layer, rest in enumerate(costs.rest):
-            saved += rest * int(self.held[layers == layer].all(0).sum())
-        return 1 - saved / (costs.whole * self.of.steps)
-
-    @property
-    def error(self) -> float:
-        """Of the sum of all cells, and of each by itself."""
-        return float(np.square(self.sums.sum(0)).sum() + self.errors.sum())
-
-    def hold_one(self, but: tuple[int, int] | None = None) -> bool:
-        """Hold the cell that adds the least error for what it saves; False where there is none."""
-        price = np.where(self.held, np.inf, self._changes() / self.cost[:, None])
-        price[:, 0] = np.inf  # the first step has nothing to be held from
-        if but is not None:
-            price[but] = np.inf
-        return self._toggle(price) is not None
-
-    def compute_one(self) -> tuple[int, int] | None:
-        """Compute the held cell that takes away the most error for what it costs."""
-        return self._toggle(np.where(self.held, self._changes() / self.cost[:, None], np.inf))
-
-    def _toggle(self, price: Array) -> tuple[int, int] | None:
-        column, step = map(int, np.unravel_index(int(np.argmin(price)), price.shape))
-        if not np.isfinite(price[column, step]):
-            return None
-        self.held[column, step] ^= True
-        self._look(column)
-        return column, step
-
-    def _changes(self) -> Array:
-        """What toggling each cell does to the error, [column, step]."""
-        total = self.sums.sum(0)
-        changed: Array = 2 * self.by_sum @ total + np.square(self.by_sum).sum(-1) + self.by_error
-        return changed
-
-    def _look(self, column: int) -> None:
-        """Work out anew what a column is, and would be with each of its cells toggled."""
-        self.sums[column], self.errors[column] = self._measured(column, self.held[column])
-        for step in range(1, self.of.steps):
-            row = self.held[column].copy()
-            row[step] ^= True
-            found, error = self._measured(column, row)
-            self.by_sum[column, step] = found - self.sums[column]
-            self.by_error[column, step] = error - self.errors[column]
-
-    def _measured(self, column: int, row: Array) -> tuple[Array, float]:
-        """The sum of a column's held cells, and of their errors one by one."""
-        steps = np.flatnonzero(row)
-        # how many steps ago each was computed
-        since = steps - np.maximum.accumulate(np.where(row, 0, np.arange(len(row))))[steps]
-        if len(since) and since.max() > self.of.longest:
-            return self.sums[column], np.inf
-        z = self.of.z[column, steps, since]
-        return z.sum(0), float(np.square(z).sum())
-
-
-def _decided(run: Run, bands: Bands) -> Array:
+def _decided(samples: Samples) -> Array:
     """How far each band is decided by each step, [step, band]."""
+    run, bands = samples.run, samples.bands
     labels = run.labels.cpu().numpy()
     found = [curve(agreement(x0, run.latents[-1], bands, labels), squared=True) for x0 in run.x0]
     return np.clip(np.nan_to_num(np.stack(found)), 0, 1)

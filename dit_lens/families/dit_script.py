@@ -1,7 +1,8 @@
 """A file that runs a reuse plan on diffusers' DiT without dit_lens (`dit_lens.plans`)."""
 
 SCRIPT = '''"""Runs a reuse plan on diffusers' DiTTransformer2DModel, written by dit_lens:
-`with plan(pipe.transformer): pipe(...)`. Held parts add what they added the step before."""
+`with plan(pipe.transformer): pipe(...)`. HELD: steps at which a part adds what it added when it
+was last computed (0), or the line through the last two times (1)."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -25,13 +26,17 @@ def plan(transformer):
             raise RuntimeError(f"timestep {{t}}; the plan has {{TIMESTEPS[now['step']]}} here")
 
     def block_forward(block, i, x, timestep=None, class_labels=None, **_):
-        def added(part, make):
-            if now["step"] not in HELD.get((i, part), ()):
-                kept[i, part] = make()
-            return kept[i, part]
+        def added(part, make=None):
+            line = HELD.get((i, part), {{}}).get(now["step"])
+            if line is None:
+                kept[i, part] = [(now["t"], make()), *kept.get((i, part), [])[:1]]
+            (t, value), *earlier = kept[i, part]
+            if not line:
+                return value
+            return value + (now["t"] - t) / (t - earlier[0][0]) * (value - earlier[0][1])
 
         if all(now["step"] in HELD.get((i, part), ()) for part in ("attn", "mlp")):
-            return x + kept[i, "attn"] + kept[i, "mlp"]
+            return x + added("attn") + added("mlp")
         n, gate, shift, scale, gate_mlp = block.norm1(
             x, timestep, class_labels, hidden_dtype=x.dtype)
         x = x + added("attn", lambda: gate[:, None] * block.attn1(n))

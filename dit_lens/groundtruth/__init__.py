@@ -11,13 +11,15 @@ anything that measures a model of unknown answer.
   (`two_scale`).
 - `nulls`: models in which there is nothing to find (`random_weights`, `shuffle_layers`).
 - `measured`: how near a model comes to its answer (`stream_gains`).
+- `faults`: trained models with a fault planted where and when it is known (`plant`, `Fault`).
+- `digits`, `portraits`: readers of the bundled models' images.
 - `construction`: the few tricks that put a formula into a DiT's weights.
 
 Belongs here: models and formulas whose answer is known. Does not: what is held against them
 (`testing`). docs/checks.md derives the exact answers, which it and the docstrings number E1 to E6.
 """
 
-from . import portraits
+from . import digits, faults, portraits
 from .circuits import exact_agreement, redundant, relayed
 from .closed_forms import (
     commitment_log_snr,
@@ -43,7 +45,9 @@ __all__ = [
     "commitment_timestep",
     "ddim_agreement",
     "deterministic_ratio",
+    "digits",
     "exact_agreement",
+    "faults",
     "gaussian",
     "gaussian_agreement",
     "gaussian_eps",

@@ -274,14 +274,6 @@ class Hold:
         same = self.made is not None and self.made[0] is value
         self._keep(self.made[1] if same and self.made else self.place.of(value, self.entered))
 
-    def passed_over(self, value: Tensor) -> None:
-        """Keep what was held where it was added without a pass through the place.
-
-        Args:
-            value: what `value` gave.
-        """
-        self._keep(value)
-
     def _keep(self, added: Tensor) -> None:
         """Keep what is added at a step from which a later one is held, and drop what is no longer
         needed.

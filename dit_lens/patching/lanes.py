@@ -137,7 +137,8 @@ class Lanes:
         stay with the target.
         """
         plain = (
-            not edits_at(self.source.history, step)
+            self.source.model.transformer is self.target.model.transformer
+            and not edits_at(self.source.history, step)
             and not edits_at(self.target.history, step)
             and self.same_labels
         )
@@ -180,10 +181,12 @@ class Lanes:
         seen: dict[str, Tensor] = {}
         if any(job.act.from_source for job in jobs if job.act):
             names = {
-                place.name
+                name
                 for job in jobs
                 if job.act and job.act.from_source and job.key != SOURCE
                 for place in job.act.places
+                for name in place
+                if name
             }
             seen, output = self._look(self.source, "source", step, names)
             for job in jobs:
@@ -318,7 +321,9 @@ class Lanes:
             for own, job, place in acting[hook.name]:
                 act, held = job.act, job.held.get(place)
                 assert act is not None
-                source = seen[place.name] if act.from_source else None
+                source = None
+                if act.from_source:
+                    source = place.of(seen[place.name], seen.get(place.entered))
                 activation[own] = act.new(
                     place, activation[own], source, entered(place, own), held, self.passes
                 )
@@ -369,10 +374,10 @@ class Lanes:
         def keep(value: Tensor, point: HookPoint) -> None:
             kept[point.name] = value
 
-        x = run.latents[step]
-        observed = self.model.observing(sorted(names), keep) if names else nullcontext()
-        with self.model.hooks(edits_at(run.history, step)), observed:
-            output = model_output(self.model, x, step, run.labels, self.settings, self.scheduler)
+        model, x = run.model, run.latents[step]
+        observed = model.observing(sorted(names), keep) if names else nullcontext()
+        with model.hooks(edits_at(run.history, step)), observed:
+            output = model_output(model, x, step, run.labels, self.settings, self.scheduler)
         self.blocks += self.passes * len(x) * self.model.cfg.n_layers
         if not bool(output.isfinite().all()):
             raise InvalidValue(

@@ -33,6 +33,8 @@ from ..model.hooked import HookedDiT
 
 Kind = Literal["swap", "zero", "mean", "resample", "skip", "hold"]
 KINDS: tuple[str, ...] = get_args(Kind)
+OF_BLOCKS = ("hold", "swap", "mean", "resample")
+"""The kinds that a whole block, or a stack of them, can be patched by."""
 STREAMS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
@@ -55,7 +57,7 @@ class Patch:
     Args:
         site: a hook point in a layer, "resid_post", "attn_out", "attn.hook_z", ...; or a part of
             it, "attn", "mlp", ..., all that the layer adds by that to the streams of image and
-            text. A "skip" is always at "resid_post"; a "hold" can be at "block".
+            text; or "block", all that the layer adds. A "skip" is always at "resid_post".
         layer: the block; negative ones count from the end.
         steps: a range of steps, 0 the noisiest; None is every step.
         heads: only these heads.
@@ -74,7 +76,7 @@ class Patch:
         lag: of "hold": from how many steps before.
         order: of "hold": 0, what was added then; 1, the next point of the line through that and
             what was added `lag` steps before it.
-        depth: of "hold" at "block": so many layers from `layer` on are held as one.
+        depth: at "block": so many layers from `layer` on are patched as one.
 
     Raises:
         ValueError: for an unknown kind, a band without bands, a direction without length.
@@ -128,10 +130,10 @@ class Patch:
             checked["steps"] = self.steps[::-1]  # a window has no order
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.depth > 1 and (self.kind, self.site) != ("hold", "block"):
+        if self.depth > 1 and (self.site != "block" or self.kind not in OF_BLOCKS):
             raise InvalidValue(
                 f"depth={self.depth} at {self.site!r} with kind={self.kind!r}; expected 1: only "
-                "blocks are held as one, Patch('block', 3, kind='hold', depth=5)."
+                "blocks are held or swapped as one, Patch('block', 3, kind='hold', depth=5)."
             )
         if (self.bands is None) != (self.band is None):
             raise InvalidValue(
@@ -246,7 +248,7 @@ class Planned:
     Attributes:
         patch: the description.
         places: the hook points that are patched, several where a layer writes to several streams;
-            for a "skip" and for held blocks with the stream that enters.
+            for a "skip" and for blocks with the stream that enters.
         layer: its first block, 0 or more.
         axes: the hook points', by name.
         inside: the part of the activation that is replaced.
@@ -300,7 +302,9 @@ class Planned:
         """Whether the image's whole residual stream becomes the source's: then nothing before this
         point matters.
         """
-        return self.patch.kind == "swap" and site_of(self.places[0].name) in STREAMS and self.whole
+        place = self.places[0]
+        stream = not place.entered and site_of(place.name) in STREAMS
+        return self.patch.kind == "swap" and stream and self.whole
 
     def new(
         self,
@@ -316,8 +320,8 @@ class Planned:
         Args:
             place: which of the hook points.
             old: the target's own, [batch, ...].
-            source: the source's, if it is needed.
-            entered: the stream that entered the layer, for "skip" and held blocks.
+            source: what the source has there, of blocks what they added, if it is needed.
+            entered: the stream that entered the layer, for "skip" and for blocks.
             held: what was added earlier, for "hold".
             passes: 2 if the batch is [cond | null].
         """
@@ -340,7 +344,7 @@ class Planned:
                 )
             # [cond | null]: a null item is not another item of the cond half
             halves = source.chunk(passes)
-            coming = torch.cat([self._of_items(half) for half in halves])
+            coming = place.put(torch.cat([self._of_items(half) for half in halves]), entered)
 
         # What of it is let in.
         if self.patch.direction is not None:
@@ -456,10 +460,10 @@ def _places(patch: Patch, model: HookedDiT, layer: int) -> tuple[Added, ...]:
     if patch.kind == "skip":
         return (Added(f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.hook_resid_pre"),)
     if patch.site == "block":
-        if patch.kind != "hold":
+        if patch.kind not in OF_BLOCKS:
             raise InvalidValue(
-                f"{str(patch)!r}: a whole block can be held or skipped; expected kind='hold', or "
-                "kind='skip'."
+                f"{str(patch)!r}: a whole block can't be patched so; expected one of "
+                f"{', '.join(map(repr, OF_BLOCKS))}, or kind='skip'."
             )
         if layer + patch.depth > n:
             raise InvalidValue(

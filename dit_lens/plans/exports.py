@@ -14,8 +14,18 @@ LINES = 60
 """How long the file of plain diffusers may be."""
 
 
+def _refuse_lines(plan: Any, tool: str) -> None:
+    """Raise InvalidValue for a plan that holds cells along lines."""
+    if plan.lines:
+        raise InvalidValue(
+            f"The plan holds {len(plan.lines)} cells along lines, which {tool} can't say; expected "
+            "one without, such as reuse_plan(model, lines=False) makes."
+        )
+
+
 def smoothcache(plan: Any) -> dict[str, list[int]]:
     """See `Plan.to_smoothcache`."""
+    _refuse_lines(plan, "SmoothCache")
     family = family_named(plan.model["class"])
     computes = {} if family is None else family.computes
     unknown = sorted({part for parts in plan.parts for part in parts} - set(computes))
@@ -36,6 +46,7 @@ def smoothcache(plan: Any) -> dict[str, list[int]]:
 
 def cache_dit(plan: Any) -> dict[str, Any]:
     """See `Plan.to_cache_dit`."""
+    _refuse_lines(plan, "cache-dit's mask of steps")
     steps = sorted({step for *_, step in plan.cells})
     first = min((layer for layer, *_ in plan.cells), default=1)
     if first < 1:
@@ -68,10 +79,15 @@ def script(plan: Any) -> str:
             "DiTTransformer2DModel alone. Run it by dit_lens.reuse(pipe, plan)."
         )
     cells = [
-        f"({layer}, {part!r}): {set(sorted(steps))},"
+        f"({layer}, {part!r}): {_spelled(plan, layer, part, steps)},"
         for (layer, part), steps in sorted(plan.held.items())
     ]
     lines = max(1, LINES - SCRIPT.count("\n"))
     each = -(-len(cells) // lines) or 1  # several to a line, so that the file stays a page
     held = (" ".join(cells[i : i + each]) for i in range(0, len(cells), each))
     return SCRIPT.format(times=list(plan.timesteps), held="\n".join(f"    {line}" for line in held))
+
+
+def _spelled(plan: Any, layer: int, part: str, steps: frozenset[int]) -> str:
+    """A part's held steps, with whether each is along a line."""
+    return str({step: int((layer, part, step) in plan.lines) for step in sorted(steps)})

@@ -1,50 +1,56 @@
 """A reuse plan as data: the cells that are held, what it is for, and its file.
 
-A cell is a part of a layer ("attn", "mlp", ...) at a step: there the layer adds what it added the
-step before, which may have been held itself. A plan knows the model and the steps that it was made
-for, so that it can't be run on others unnoticed.
+A cell is a part of a layer ("attn", "mlp", ...) at a step. Held, the layer adds there what it added
+when the part was last computed; or, held along a line, the point at this step's time of the line
+through the last two steps at which it was (the first order of TaylorSeer, Liu et al. 2025, arXiv
+2503.06923). A plan knows the model and the steps that it was made for, so that it can't be run on
+others unnoticed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue, MissingFile
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..storage import replacing
-from ..storage.schema import Listed, Schema, conform
+from ..storage.schema import Listed, Schema, conform, fits
 from . import exports
+from .costs import Cell, Costs
 
-FORMAT = "dit_lens.plans.plan/1"
+FORMAT = "dit_lens.plans.plan/2"
 EXPECTED = "a plan written by Plan.save"
 CELLS = "cells, each (layer, part, step) such as (5, 'attn', 12)"
-Cell = tuple[int, str, int]
-"""A layer, a part of it, and a step."""
+
+
+KNOWN_BY = ("class", "layers", "configuration", "weights")
+"""What a model is known by."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Content(Schema):
     """What a plan's file says."""
 
     format: str
-    model: dict[str, str]
-    timesteps: Listed[float]
-    parts: Listed[Listed[str]]
+    model: Annotated[
+        dict[str, str], fits(lambda known: set(known) == set(KNOWN_BY), f"have {KNOWN_BY}")
+    ]
+    timesteps: Annotated[Listed[Finite], Field(min_length=1)]
+    parts: Annotated[Listed[Listed[str]], Field(min_length=1)]
     cells: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
-    macs: float
+    lines: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
+    macs: Annotated[float, Field(ge=0, le=1)]
     about: dict[str, Any]
 
 
@@ -64,6 +70,7 @@ class Plan:
         cells: (layer, part, step) that are held.
         macs: the share of the multiply-accumulates that is left.
         about: how it was made and what was measured of it, by name.
+        lines: those of the cells that are held along a line.
     """
 
     model: Mapping[str, str]
@@ -72,6 +79,7 @@ class Plan:
     cells: frozenset[Cell]
     macs: float
     about: Mapping[str, Any] = field(default_factory=dict)
+    lines: frozenset[Cell] = frozenset()
 
     @classmethod
     def of(
@@ -81,6 +89,7 @@ class Plan:
         cells: Iterable[Cell],
         about: Mapping[str, Any] | None = None,
         y: Any = None,
+        lines: Iterable[Cell] = (),
     ) -> Plan:
         """A plan for a model, with its cost.
 
@@ -91,10 +100,11 @@ class Plan:
             about: what else is kept with it.
             y: a condition for one item, to count the cost with, where the model has neither classes
                 nor a pipeline that encodes prompts.
+            lines: those of the cells that are held along a line.
 
         Raises:
             InvalidValue: for a cell that the model or the run does not have; the first step can't
-                be held.
+                be held, nor one along a line that has not two computed ones before it.
 
         >>> import dit_lens; model = dit_lens.load("digits")
         >>> Plan.of(model, [900, 500, 100], [(0, "attn", 1), (0, "mlp", 1)])
@@ -113,19 +123,12 @@ class Plan:
             json.dumps(dict(about or {}), allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise arguments.refusal("about", about, "what JSON can hold, by name") from None
-        for layer, part, step in sorted(held):
-            if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
-                raise InvalidValue(
-                    f"The plan holds {part!r} in layer {layer}, which the model does not have; "
-                    f"expected layers 0 to {len(of_layer) - 1} and {', '.join(of_layer[0])}."
-                )
-            if not 1 <= step < len(times):
-                raise InvalidValue(
-                    f"The plan holds step {step}; expected steps 1 to {len(times) - 1}, those that "
-                    "have one before them."
-                )
+        _require_cells(held, of_layer, len(times))
+        along = frozenset(_checked(cell, n) for cell in arguments.listed("lines", lines, CELLS, 0))
         share = Costs.of(model, y).share(held, len(times))
-        return cls(identity(model), times, of_layer, held, share, dict(about or {}))
+        plan = cls(identity(model), times, of_layer, held, share, dict(about or {}), along)
+        plan._require_lines()
+        return plan
 
     @property
     def steps(self) -> int:
@@ -139,6 +142,29 @@ class Plan:
         for layer, part, step in self.cells:
             found.setdefault((layer, part), set()).add(step)
         return {place: frozenset(steps) for place, steps in found.items()}
+
+    @cached_property
+    def sources(self) -> dict[Cell, tuple[int, ...]]:
+        """The steps that each held cell is made of, the latest first: one, or two along a line."""
+        found = {}
+        for (layer, part), held in self.held.items():
+            for step in held:
+                computed = [s for s in range(step) if s not in held]
+                number = 1 + ((layer, part, step) in self.lines)
+                found[layer, part, step] = tuple(reversed(computed[-number:]))
+        return found
+
+    def _require_lines(self) -> None:
+        """Raise InvalidValue for a line that there is none through."""
+        for cell in sorted(self.lines):
+            if cell not in self.cells:
+                raise InvalidValue(f"lines has {cell}, which is not held; expected some of cells.")
+            times = [self.timesteps[s] for s in self.sources[cell]]
+            if len(set(times)) < 2:
+                raise InvalidValue(
+                    f"{cell} can't be held along a line: before it the part is computed at "
+                    f"{len(set(times))} other time; expected two, or a cell held without a line."
+                )
 
     def require_model(self, model: HookedDiT) -> None:
         """Raise InvalidValue for a model that the plan was not made for.
@@ -170,6 +196,7 @@ class Plan:
             "timesteps": list(self.timesteps),
             "parts": [list(of_layer) for of_layer in self.parts],
             "cells": [list(cell) for cell in sorted(self.cells)],
+            "lines": [list(cell) for cell in sorted(self.lines)],
             "macs": self.macs,
             "about": dict(self.about),
         }
@@ -189,7 +216,8 @@ class Plan:
             `steps` numbers for each module and layer, such as "ff-0".
 
         Raises:
-            InvalidValue: for a model whose family does not say which modules compute a part.
+            InvalidValue: for a model whose family does not say which modules compute a part; for a
+                plan with lines, which SmoothCache has not.
 
         >>> import dit_lens; model = dit_lens.load("digits")
         >>> Plan.of(model, [900, 500, 100], [(0, "mlp", 1)]).to_smoothcache()["ff-0"]
@@ -206,7 +234,7 @@ class Plan:
 
         Raises:
             InvalidValue: for a plan that cache-dit can't run: it must hold, at every step, nothing
-                or all parts of the layers from one on, and never layer 0.
+                or all parts of the layers from one on, never layer 0, and nothing along a line.
 
         >>> import dit_lens; model = dit_lens.load("digits")
         >>> rear = [(layer, part, 1) for layer in range(1, 28) for part in ("attn", "mlp")]
@@ -266,14 +294,21 @@ class Plan:
                 f"{EXPECTED}."
             )
         read = conform(content, Content, where)
-        cells = frozenset(read.cells)
-        return cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about)
+        cells, lines = frozenset(read.cells), frozenset(read.lines)
+        try:
+            _require_cells(cells, read.parts, len(read.timesteps))
+            plan = cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about, lines)
+            plan._require_lines()
+        except InvalidValue as error:
+            raise InvalidValue(f"{where} is no plan that could be run. {error}") from None
+        return plan
 
     def __repr__(self) -> str:
         return (
             f"Plan({self.steps} steps, {len(self.parts)} layers: {len(self.cells)} of "
-            f"{self.steps * sum(map(len, self.parts))} cells held, {self.macs:.1%} of the "
-            "multiply-accumulates)"
+            f"{self.steps * sum(map(len, self.parts))} cells held"
+            f"{f', {len(self.lines)} of them along lines' if self.lines else ''}, {self.macs:.1%} "
+            "of the multiply-accumulates)"
         ).replace("%", " %")
 
 
@@ -286,6 +321,22 @@ def _checked(cell: Any, n: int) -> Cell:
     layer = arguments.whole("layer", cell[0])
     layer += n if -n <= layer < 0 else 0
     return layer, arguments.text("part", cell[1]), arguments.whole("step", cell[2])
+
+
+def _require_cells(cells: Iterable[Cell], of_layer: Sequence[Sequence[str]], steps: int) -> None:
+    """Raise InvalidValue for a cell that the model or the run does not have."""
+    for layer, part, step in sorted(cells):
+        if not 0 <= layer < len(of_layer) or part not in of_layer[layer]:
+            parts_of_it = ", ".join(of_layer[0]) if of_layer else "no parts"
+            raise InvalidValue(
+                f"The plan holds {part!r} in layer {layer:.6g}, which the model does not have; "
+                f"expected layers 0 to {len(of_layer) - 1} and {parts_of_it}."
+            )
+        if not 1 <= step < steps:
+            raise InvalidValue(
+                f"The plan holds step {step:.6g}; expected steps 1 to {steps - 1}, those that have "
+                "one before them."
+            )
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -309,74 +360,6 @@ def identity(model: HookedDiT) -> dict[str, str]:
             )
         first = value.detach().flatten()[:8].to("cpu", torch.float32)
         weights.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
-    return {
-        "class": type(transformer).__name__,
-        "layers": str(model.cfg.n_layers),
-        "configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
-        "weights": weights.hexdigest()[:16],
-    }
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Multiply-accumulates of one forward for one item.
-
-    Attributes:
-        parts: of each part of each layer.
-        rest: of each layer besides its parts, such as its modulation.
-        whole: of the whole forward.
-    """
-
-    parts: Mapping[tuple[int, str], float]
-    rest: tuple[float, ...]
-    whole: float
-
-    @classmethod
-    def of(cls, model: HookedDiT, y: Any = None) -> Costs:
-        """Counted in a forward.
-
-        Args:
-            model: the opened model.
-            y: a condition for one item; by default the first of the model's own.
-        """
-        blocks = model.family.blocks(model.transformer)
-        names = {module: name for name, module in model.transformer.named_modules()}
-        x = torch.zeros(1, *model.cfg.latent_shape, device=model.device, dtype=model.dtype)
-        t = torch.full((1,), 500.0, device=model.device)
-        y = torch.zeros(1, dtype=torch.long, device=model.device) if y is None else y
-        counter = FlopCounterMode(display=False)
-        # the fused kernels of some devices are not counted; this one is, and does the same work
-        with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
-            model(x, t.long() if model.cfg.n_classes else t, y)
-        counts = counter.get_flop_counts()
-        top = type(model.transformer).__name__
-
-        def of_module(module: Any) -> float:
-            return sum(counts.get(f"{top}.{names[module]}", {}).values()) / 2
-
-        by_part: dict[tuple[int, str], float] = {}
-        rest = []
-        for i, block in enumerate(blocks):
-            whole = of_module(block)
-            own = parts(model.names, i)
-            for part in own:
-                children = [getattr(block, c, None) for c in model.family.computes.get(part, ())]
-                found = sum(of_module(child) for child in children if child is not None)
-                by_part[i, part] = whole if len(own) == 1 else found
-            rest.append(whole - sum(by_part[i, part] for part in own))
-        return cls(by_part, tuple(rest), sum(counts["Global"].values()) / 2)
-
-    def share(self, cells: Iterable[Cell], steps: int) -> float:
-        """The share of the multiply-accumulates of a run that is left.
-
-        Args:
-            cells: that are held.
-            steps: of the run.
-        """
-        cells = set(cells)
-        saved = sum(self.parts[layer, part] for layer, part, _ in cells)
-        for layer, rest in enumerate(self.rest):
-            of_layer = [place for place in self.parts if place[0] == layer]
-            held = [{s for i, p, s in cells if (i, p) == place} for place in of_layer]
-            saved += rest * len(set.intersection(*held)) if held else 0
-        return float(np.clip(1 - saved / (self.whole * steps), 0, 1))
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+    known = type(transformer).__name__, str(model.cfg.n_layers), digest, weights.hexdigest()[:16]
+    return dict(zip(KNOWN_BY, known, strict=True))

@@ -1,6 +1,6 @@
 """Running a plan: the held computations are left out, and what was added before is added again.
 
-What is held is exactly what `Trace.hold` holds, by the same listeners. In addition the modules that
+What is held is put in by the listeners of `Trace.hold`. In addition the modules that
 compute a held part answer with zeros in its place, which nobody reads; and where all that a block
 adds is held, the block itself is left out: what was added is added to the streams that enter it.
 """
@@ -13,22 +13,22 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
-from ..hooks.hold import STREAMS, Added, Clock, Hold, parts
+from ..hooks.hold import STREAMS, Added, Clock, parts
 from ..hooks.names import layer_of, site_of
-from ..hooks.regions import Region
 from ..model.call import Call
 from ..model.forward_slot import find, put_back, slot
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.steps import StepCounter
 from ..model.taken import Taken
+from .kept import KeptHold
 from .plan import Plan
 
 APART = 1e-3
@@ -94,18 +94,20 @@ class _Runner(StepCounter):
         self.last = -1
         self.under_way = False
         self.of_plan = 0  # the plan's step that is run
+        self.time = 0.0
         self.said = False
         self.longest = max(map(abs, plan.timesteps))
-        self.holds: dict[tuple[int, str], list[Hold]] = {}
+        self.holds: dict[tuple[int, str], list[KeptHold]] = {}
         self.silent: dict[frozenset[tuple[int, str]], frozenset[str]] = {}
 
     # Which step it is.
 
     def begin(self, call: Call) -> None:
         self.number(call, self.last)
-        self.of_plan = self._of_plan(float(call.t[0]))
+        self.time = float(call.t[0])
+        self.of_plan = self._of_plan(self.time)
         self.under_way = True
-        held = frozenset(place for place in self.plan.held if self.is_held(*place, self.step))
+        held = frozenset(place for place in self.plan.held if self.is_held(*place))
         if held not in self.silent:
             self.silent[held] = frozenset(_left_out(self.model.names, held))
         call.left_out |= self.silent[held]
@@ -130,7 +132,7 @@ class _Runner(StepCounter):
             self.said = True
             warnings.warn(
                 f"The plan was made for {len(times)} other timesteps: each step does what it does "
-                "at the nearest one, which nobody has measured.",
+                "at the one whose noise is nearest, which nobody has measured.",
                 stacklevel=2,
             )
         falling = [-time for time in times]
@@ -138,14 +140,10 @@ class _Runner(StepCounter):
         near = min((max(right - 1, 0), right), key=lambda s: abs(times[s] - t))
         return max(near, 1)  # the first step of a run has nothing to be held from
 
-    def is_held(self, layer: int, part: str, step: int) -> bool:
-        """Whether a part is held at a step of the run: the one under way, or a later one, of which
-        it may not be known.
-        """
+    def is_held(self, layer: int, part: str) -> bool:
+        """Whether a part is held in the call under way."""
         steps = self.plan.held.get((layer, part), frozenset[int]())
-        if step == self.step:
-            return step > 0 and self.of_plan in steps
-        return bool(steps) if self.remap else step in steps
+        return self.under_way and self.step > 0 and self.of_plan in steps
 
     # What is put in.
 
@@ -172,11 +170,14 @@ class _Runner(StepCounter):
         taken.undo(inst.unwatch, self)
         inst.watch(self)
 
-    def _hold(self, layer: int, part: str, place: Added) -> Hold:
-        def held(step: int) -> bool:
-            return self.is_held(layer, part, step)
+    def _hold(self, layer: int, part: str, place: Added) -> KeptHold:
+        def made_of() -> tuple[int, ...] | None:
+            if not self.is_held(layer, part):
+                return None
+            return self.plan.sources[layer, part, self.of_plan]
 
-        return Hold(place, held, self.clock, 1, 0, Region(), self.model.sites[place.name])
+        axes = self.model.sites[place.name]
+        return KeptHold(place, made_of, self.clock, lambda: self.time, self.remap, axes)
 
     def _stand_in(self, taken: Taken, block: nn.Module, layer: int, of_layer: list[str]) -> None:
         """What leaves out a block of which all is held, and the children of a held part."""
@@ -195,14 +196,17 @@ class _Runner(StepCounter):
                     "or a family with `computes`."
                 )
             for child in children if mine else ():
-                idle = partial(_Idle, held=partial(self._idle, layer, part), now=self.clock)
+                idle = partial(_Idle, held=partial(self.is_held, layer, part), now=self.clock)
                 _replace(taken, child, idle)
         if all((layer, part) in self.plan.held for part in of_layer):
             places = [(part, hold) for part in of_layer for hold in self.holds[layer, part]]
             _replace(taken, block, lambda own: _Over(own, self, block, layer, places))
 
-    def _idle(self, layer: int, part: str) -> bool:
-        return self.under_way and self.is_held(layer, part, self.step)
+
+class _Like(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class _Idle:
@@ -245,15 +249,15 @@ def _left_out(names: list[str], held: Collection[tuple[int, str]]) -> Iterator[s
 
 
 def _shapes(answer: Any) -> Any:
-    """What is remembered of a module's answer: its tensors on no device, without their content."""
+    """What is remembered of a module's answer: of each tensor its shape, type and device."""
     if isinstance(answer, (tuple, list)):
         return tuple(map(_shapes, answer))
-    return (torch.empty_like(answer, device="meta"), answer.device)
+    return _Like(answer.shape, answer.dtype, answer.device)
 
 
 def _zeros(like: Any) -> Any:
-    if isinstance(like[0], Tensor):
-        return torch.zeros_like(like[0], device=like[1])
+    if isinstance(like, _Like):
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     return tuple(map(_zeros, like))
 
 
@@ -266,7 +270,7 @@ class _Over:
         runner: _Runner,
         block: nn.Module,
         layer: int,
-        places: list[tuple[str, Hold]],
+        places: list[tuple[str, KeptHold]],
     ) -> None:
         self.own, self.runner, self.block, self.layer = own, runner, block, layer
         self.places = places
@@ -276,10 +280,7 @@ class _Over:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self.runner
-        step = runner.step
-        if not runner.under_way or not all(
-            runner.is_held(self.layer, part, step) for part, _ in self.places
-        ):
+        if not all(runner.is_held(self.layer, part) for part, _ in self.places):
             return self.own(*args, **kwargs)
         family, inputs = runner.model.family, runner.model.instrumentation.now or {}
         streams, returned = family.skip_block(inputs, args, kwargs)
@@ -287,12 +288,11 @@ class _Over:
         for _, hold in self.places:
             value = hold.value()
             assert value is not None
-            hold.passed_over(value)
             stream = STREAMS[site_of(hold.place.name).startswith("text.")]
             x = streams[stream]
             if x.shape != value.shape:
                 raise InvalidValue(
-                    f"{hold.place.name!r} is {list(x.shape)} at step {step} and was "
+                    f"{hold.place.name!r} is {list(x.shape)} at step {runner.step} and was "
                     f"{list(value.shape)} where it is held from; a plan needs one batch and one "
                     "size throughout."
                 )

@@ -13,9 +13,21 @@ import xarray as xr
 from .. import arguments
 from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
+from ..experiments.side_by_side import WAYS
 from ..pictures.result import Result
 from ..storage import load_dataset
-from . import attributes, cause_details, cause_map, coupling_sweep, gap, knock_outs
+from . import (
+    attributes,
+    cause_details,
+    cause_map,
+    compare,
+    coupling_sweep,
+    diagnoses,
+    diagnosis,
+    gap,
+    knock_outs,
+    side_by_side,
+)
 
 ENDS = "bound"
 """The axis of an interval's ends."""
@@ -67,6 +79,23 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "agrees": ("release", "pair", "attribute"),
         "end": ("release", "twin", "shown", "channel", "row", "column"),
     },
+    "diagnosis.nc": {
+        "chance": ("release",),
+        "chance_interval": ("release", ENDS),
+        "base_rate": (),
+        "base_rate_interval": (ENDS,),
+        "picture": ("shown", "channel", "row", "column"),
+    },
+    "diagnoses.nc": {
+        "decided": ("fault",),
+        "effect": ("fault", "window", "stack"),
+        "depth": ("fault",),
+        "when": ("fault",),
+        "mean_decided": ("kind",),
+        "mean_decided_interval": ("kind", ENDS),
+        "mean_depth": ("kind",),
+        "mean_depth_interval": ("kind", ENDS),
+    },
     "coupling_sweep.nc": {
         "parting": ("g", "band"),
         "gap": ("g", "sense"),
@@ -84,6 +113,26 @@ FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "gap": ("how", "layer"),
         "effect": ("how", "layer"),
         "effect_interval": ("how", "layer", ENDS),
+    },
+    "side_by_side.nc": {
+        name: ("budget", "way", *more)
+        for kind, more in {
+            "macs": (),
+            "time": (),
+            "effect": ("band",),
+            "total": (),
+            "over_plan": (),
+            "psnr": (),
+        }.items()
+        for name, more in (
+            (kind, more),
+            *([] if kind in ("macs", "time") else [(f"{kind}_interval", (*more, ENDS))]),
+        )
+    },
+    "compare.nc": {
+        name: axes
+        for kind in ("effect", "power", "error", "later")
+        for name, axes in ((kind, ("band",)), (f"{kind}_interval", ("band", ENDS)))
     },
     "cause_map.nc": {
         "effect": ("site", "layer", "window", "band"),
@@ -136,7 +185,11 @@ LABELS: dict[str, dict[str, set[Any]]] = {
         ENDS: {"low", "high"},
     },
     "coupling_sweep.nc": {"band": {"low", "high"}, "sense": {"agreement", "parting", "size"}},
+    "diagnosis.nc": {"shown": {"bad"}, ENDS: {"low", "high"}},
+    "diagnoses.nc": {ENDS: {"low", "high"}},
     "knock_outs.nc": {ENDS: {"low", "high"}},
+    "side_by_side.nc": {"way": set(WAYS), ENDS: {"low", "high"}},
+    "compare.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cause_map.nc": {"half": set(HALVES), "part": set(PARTS), ENDS: {"low", "high"}},
     "patches.nc": {"band": {"low", "high"}, ENDS: {"low", "high"}},
     "cumulative.nc": {"end": {"first", "last"}, ENDS: {"low", "high"}},
@@ -166,6 +219,13 @@ ATTRS: dict[str, dict[str, str]] = {
     },
     "knock_outs.nc": dict.fromkeys(("gap", "matters", "n_layers"), NUMBERS),
     "patches.nc": {},
+    "side_by_side.nc": {"sentence": TEXTS, "items": NUMBERS},
+    "compare.nc": {"sentence": TEXTS, "items": NUMBERS},
+    "diagnosis.nc": {
+        **dict.fromkeys(("sentence", "layers", "how", "window"), TEXTS),
+        **dict.fromkeys(("steps", "n_layers", "clones"), NUMBERS),
+    },
+    "diagnoses.nc": {"sentence": TEXTS, "steps": NUMBERS, "n_layers": NUMBERS},
     "cause_map.nc": {"sentence": TEXTS, "kind": TEXTS, "steps": NUMBERS},
     "cumulative.nc": {"sentence": TEXTS, "how": TEXTS, "gap": NUMBERS},
     "smallest_set.nc": {"sentence": TEXTS},
@@ -177,11 +237,13 @@ ATTRS: dict[str, dict[str, str]] = {
 
 COORDINATES = {
     **dict.fromkeys(("layer", "step", "release", "depth", "head"), "i"),
-    **dict.fromkeys(("g", "cut", "dose", "frequency", "token_frequency"), "f"),
+    **dict.fromkeys(("g", "cut", "dose", "budget", "frequency", "token_frequency"), "f"),
 }
 """Axes whose labels are numbers, and of which kind."""
 
-EXPECTED = f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch` and `map` write them"
+EXPECTED = (
+    f"one of {', '.join(FILES)}, as `dit-lens gap`, `patch`, `map`, `plan` and `compare` write them"
+)
 
 
 def show(path: Path) -> None:
@@ -206,6 +268,14 @@ def show(path: Path) -> None:
             coupling_sweep.show(results, file)
         elif kind == "cause_map.nc":
             cause_map.show(results, file)
+        elif kind == "side_by_side.nc":
+            side_by_side.show(results, file)
+        elif kind == "compare.nc":
+            compare.show(results, file)
+        elif kind == "diagnosis.nc":
+            diagnosis.show(results, file)
+        elif kind == "diagnoses.nc":
+            diagnoses.show(results, file)
         elif kind in cause_details.SHOWN:
             cause_details.show(kind, results, file)
         elif kind == "knock_outs.nc" or "knock_outs.nc" not in kinds:

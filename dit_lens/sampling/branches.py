@@ -29,11 +29,20 @@ class Branch:
         run: that is left.
         step: at which it is left.
         seeds: of the noise from there on, one for each item.
+        latents: x_t at that step, in place of the run's own; the scheduler then remembers nothing
+            of the run.
     """
 
     run: Run
     step: int
     seeds: tuple[int, ...]
+    latents: Tensor | None = None
+
+    def begin(self) -> tuple[Tensor, Any]:
+        """x_t at the step, and the scheduler that goes on from there."""
+        if self.latents is None:
+            return self.run.latents[self.step], self.run.scheduler_at(self.step)
+        return self.latents, self.run.fresh_scheduler()
 
 
 @dataclass
@@ -59,13 +68,13 @@ def ends(
     """
     model, settings = branches[0].run.model, branches[0].run.settings
     splitter = Splitter(batch, n_passes(model, settings.guidance))
-    lanes = [_Lane(b, b.run.latents[b.step], b.run.scheduler_at(b.step)) for b in branches]
+    lanes = [_Lane(b, *b.begin()) for b in branches]
     for step in range(min(b.step for b in branches), settings.steps):
         going = [lane for lane in lanes if lane.branch.step <= step]
         fresh = []
         for lane in going:
             run = lane.branch.run
-            stored = step == lane.branch.step >= run.tied_until
+            stored = step == lane.branch.step >= run.tied_until and lane.branch.latents is None
             lane.output = run.outputs[step] if stored else None
             if not stored:
                 fresh.append(lane)

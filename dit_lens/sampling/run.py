@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -74,7 +74,7 @@ class Run:
         scheduler: as it was before the first step, with the run's timesteps set.
         kernels: the settings that chose the kernels.
         state: a glance at the model, to name what changed since.
-        selected: whether these are some of the items of a larger batch.
+        selected: whether these are items of a batch of another size.
         splits: how each step's batch went through the model.
         batch: so many images go through the model at once; None is all.
         tied_until: before this step each item was coupled to its twin through attention, which a
@@ -304,14 +304,14 @@ class Run:
             history=history,
             witnesses=witnesses,
             splits=splits,
-            selected=self.selected or len(chosen) < whole,
+            selected=self.selected or len(chosen) != whole,
             **parts,
         )
 
     def replay(
         self,
         from_step: int = 0,
-        edits: Edits = (),
+        edits: Edits | Mapping[int, Edits] = (),
         *,
         until: int | None = None,
         seeds: Seeds | None = None,
@@ -325,7 +325,8 @@ class Run:
 
         Args:
             from_step: the first step that is run again.
-            edits: (name, fn(activation, hook)) that act from there on, beside the run's own.
+            edits: (name, fn(activation, hook)) that act from there on, beside the run's own; or
+                {step: such edits}, which act at that step only.
             until: the first step at which they no longer act; None is the run's end.
             seeds: other ones make clones, which share the past and not the future.
             latents: x_t at `from_step`, [batch, *latent_shape], in place of the stored one.
@@ -344,11 +345,11 @@ class Run:
         """
         # What is asked for fits the run.
         from_step = check_step(from_step, self.settings.steps, "from_step")
-        edits = pairs_of("edits", edits)
         if until is not None:
             last = self.settings.steps
             until = arguments.whole("until", until, from_step + 1, last, "after from_step")
-        for names, _ in edits:
+        mine = self._changes(from_step, edits, until)
+        for names, _ in [edit for change in mine for edit in change.edits]:
             select(names, self.model.names)
         if not arguments.flag("released", released):
             self.require_released(from_step)
@@ -371,14 +372,14 @@ class Run:
                 *(c if c.from_step < from_step else replace(c, seeds=fresh) for c in history),
                 Change(from_step, fresh),
             )
-        if edits:
-            mine = Change(from_step, seeds_at(history, from_step), tuple(edits), until)
-            history = tuple(sorted((*history, mine), key=lambda change: change.from_step))
+        if mine:
+            mine = [replace(c, seeds=seeds_at(history, c.from_step)) for c in mine]
+            history = tuple(sorted((*history, *mine), key=lambda change: change.from_step))
 
         # The steps before are taken over, those after are run, split as they were if nothing is
         # different.
         batch = self.batch if batch is None else batch
-        same = fresh is None and latents is None and not edits and batch == self.batch
+        same = fresh is None and latents is None and not mine and batch == self.batch
         # who watches wants to see both twins
         same = same and not (self.model.instrumentation.busy and any(s.copied for s in self.splits))
         splitter = Splitter(batch, self.passes, given=self.splits if same else None)
@@ -415,6 +416,23 @@ class Run:
             batch=batch if splitter.batch is None else splitter.batch,
             tied_until=min(self.tied_until, from_step),
         )
+
+    def _changes(self, from_step: int, edits: Any, until: int | None) -> list[Change]:
+        """The edits that a replay is given, as changes."""
+        if not isinstance(edits, Mapping):
+            pairs = pairs_of("edits", edits)
+            return [Change(from_step, (), tuple(pairs), until)] if pairs else []
+        last = self.settings.steps - 1
+        if until is not None:
+            raise InvalidValue(
+                f"until={until} with edits by step, each of which acts at its step only; expected "
+                "one or the other."
+            )
+        found = []
+        for step, own in edits.items():
+            step = arguments.whole("edits", step, from_step, last, "steps from from_step on")
+            found.append(Change(step, (), tuple(pairs_of("edits", own)), step + 1))
+        return found
 
     def fresh_scheduler(self) -> Any:
         """A copy of the scheduler as it was before the run's first step, whatever became of the

@@ -40,6 +40,7 @@ from ..hooks.hold import Hold, check_steps, held_places
 from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
+from ..hooks.stored_edits import edits_for
 from ..model.call import Call, Copies
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
@@ -341,6 +342,45 @@ class Trace:
                     self._attach(each, listener, self._undo)
                 else:
                     self._waiting.append((each, listener))
+        return self
+
+    def load_edits(self, path: str | Path) -> Trace:
+        """Edits from a file, such as a repair that `dit_lens.experiments.diagnose` found, each at
+        its own steps.
+
+            with dit_lens.trace(pipe) as t:
+                t.load_edits("repair.json")
+                pipe(class_labels=[8], num_inference_steps=50)
+
+        Args:
+            path: of the file, `found.repair.save(path)`.
+
+        Raises:
+            MissingFile: if it is not there.
+            InvalidValue: for a file that holds no edits, is damaged, or was made for another model;
+                when run, for other timesteps than it was made for.
+            UnknownName: for hook points that the model does not have.
+        """
+        model, recorder = self._traced_model(), self._recorder
+        edits, times = edits_for(path, model.transformer, model.names)
+
+        def at_its_time(fn: HookFunction) -> HookFunction:
+            def edit(activation: Tensor, hook: HookPoint) -> Tensor | None:
+                step, call = hook.step, recorder.call
+                if call is not None and step == recorder.step and step < len(times):
+                    now = float(call.t[0])
+                    if abs(now - times[step]) > 1e-3 * max(1.0, abs(times[step])):
+                        raise InvalidValue(
+                            f"Step {step} is at timestep {now:g} here, and the edits of "
+                            f"{str(path)!r} are for {times[step]:g}; expected a run of "
+                            f"{len(times)} steps with the sampler that they were made for."
+                        )
+                return fn(activation, hook)
+
+            return edit
+
+        for each in edits:
+            self.edit(each.name, at_its_time(each.fn(model.sites)), list(each.steps))
         return self
 
     # Reading.

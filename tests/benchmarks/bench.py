@@ -1,7 +1,7 @@
 """What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 12]`.
 
 Prints, stores nothing. Below the tables described here come those of `costs.py`: what witnesses,
-reads, edits and runs cost, beside their targets.
+reads, edits and runs cost, beside their targets, and of `reuse_cost.py`, what running a plan does.
 
 Each row is one way to watch a forward. In every repeat all rows run once, in an order drawn anew,
 so that drift of the machine falls on all alike; times are process time on one thread, which other
@@ -25,6 +25,7 @@ import nnsight
 import torch
 from costs import STREAMS, Forward, Row, make_model, seconds, show_costs, spread, twin_of
 from diffusers import DiTTransformer2DModel
+from reuse_cost import show_reuse
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -175,6 +176,7 @@ def main() -> None:
         title = f"{what}, batch {batch}"
         show(title, *measure(rows(model, batch), args.repeats, inner, title), console)
     show_costs(args.repeats, console)
+    show_reuse(args.repeats, console)
 
 
 if __name__ == "__main__":

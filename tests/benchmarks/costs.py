@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -29,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dit_lens
+from dit_lens.measures import agreement
 from dit_lens.model.witness import checksum
 from dit_lens.probes import LayerLens
 
@@ -225,6 +227,17 @@ def small_rows(b: Bench, half: Bench) -> dict[str, Cost]:
     def twins() -> object:
         return dit_lens.twins(b.model, pairs=1, steps=STEPS, release=2)
 
+    bands = dit_lens.Bands.radial((32, 32), 6)
+    a, c = torch.randn(2, 64, 4, 32, 32)
+
+    def by_band() -> object:
+        """What agreement is, as it is written down: each twin's part in each band, multiplied."""
+        return [
+            [(p * q).flatten(1).sum(1) for p, q in ((x, y), (x, x), (y, y))]
+            for x, y in ((bands.project(a, b), bands.project(c, b)) for b in range(bands.n))
+        ]
+
+    apart = "agreement of 64 pairs, band by band"
     run, pair = f"{STEPS} bare forwards", f"{STEPS} bare forwards of batch 2"
     return common(b, 1.03) | {
         "opening and closing": Cost(simply(b.open_and_close), once=True),
@@ -236,6 +249,10 @@ def small_rows(b: Bench, half: Bench) -> dict[str, Cost]:
         "the same, guidance": Cost(simply(sampled(4.0)), of=pair, once=True),
         f"twins, 1 pair, {STEPS} steps": Cost(simply(twins), of=pair, once=True),
         "bare forward, bfloat16": Cost(simply(half.bare_forward)),
+        apart: Cost(simply(by_band), once=True),
+        "agreement of 64 pairs": Cost(
+            simply(lambda: agreement(a, c, bands)), of=apart, target=0.2, once=True
+        ),
         "watched, bfloat16": Cost(half.watching, of="bare forward, bfloat16", turns=1),
     }
 
@@ -296,23 +313,31 @@ def show(
     out.print("")
 
 
+def cases_of(script: str) -> list[dict[str, Any]]:
+    """What a script prints, in a process of its own from which freed memory leaves."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "32768"}
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def show_memory(out: Console) -> None:
-    """Print what reading and saving take, from a process of its own."""
+    """Print what reading and saving take, and what is counted."""
     if not Path("/proc/self/clear_refs").exists():
         out.print("Memory is measured on Linux only.")
         return
-    script = Path(__file__).with_name("memory.py")
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "32768"}
-    done = subprocess.run(
-        [sys.executable, script], env=env, capture_output=True, text=True, check=True
-    )
     table = Table("", "MB given", "MB taken", "ratio", "target", "", title="Memory at its highest")
-    for line in done.stdout.splitlines():
-        case = json.loads(line)
+    for case in cases_of("memory.py"):
         ratio = case["taken"] / case["given"]
         sizes = [f"{case[key] / 1e6:.1f}" for key in ("given", "taken")]
         met = "met" if ratio <= 1.1 else "missed"
         table.add_row(case["name"], *sizes, f"{ratio:.3f}", "1.100", met)
+    out.print(table)
+    out.print("")
+    table = Table("", "", "target", "", title="Counted")
+    for case in cases_of("counts.py"):
+        met = "met" if case["figure"] <= case["target"] else "missed"
+        table.add_row(case["name"], f"{case['figure']:.3f}", f"{case['target']:g}", met)
     out.print(table)
 
 

@@ -1,0 +1,95 @@
+"""Say what a change does to a model: a reuse plan, an adapter, another type of numbers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .common import (
+    Answer,
+    add_model,
+    add_seed,
+    add_size,
+    count,
+    frequency,
+    open_model,
+    progress_bar,
+    stored,
+)
+
+if TYPE_CHECKING:
+    from ..model.hooked import HookedDiT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the change, and what `dit_lens.experiments.compare` takes."""
+    add_model(parser)
+    change = parser.add_mutually_exclusive_group(required=True)
+    change.add_argument("--with", dest="plan", type=Path, metavar="PLAN", help="a reuse plan")
+    change.add_argument("--lora", metavar="FILE", help="an adapter, a file or a hub id")
+    change.add_argument("--dtype", help="of the changed model's weights, such as bfloat16")
+    parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator, if any)")
+    parser.add_argument("--items", type=count, default=64, help="samples (default: 64)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: a plan's, or 50)")
+    add_seed(parser)
+    parser.add_argument(
+        "--cut",
+        type=frequency,
+        default=0.25,
+        help="between low and high, in cycles per pixel (default: 0.25)",
+    )
+    add_size(parser)
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: compare-MODEL)")
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Run the model and the changed one, and say what differs."""
+    from ..experiments import Plan, compare
+    from ..report import compare as report
+    from ..storage import file_name, try_folder
+
+    out = args.out or Path(f"compare-{file_name(str(args.model))}")
+    try_folder(out)  # before minutes are spent
+    plan = None if args.plan is None else Plan.load(args.plan)
+    model = _opened(args, "float32")
+    options = {}
+    if plan is not None and "sampler" in plan.about:
+        options = {name: plan.about[name] for name in ("guidance", "eta")}
+        options["scheduler"] = plan.about["sampler"]
+    steps = args.steps or (50 if plan is None else plan.steps)
+    with progress_bar() as bar:
+        task = bar.add_task("compare", total=None)
+        result = compare(
+            model,
+            plan or _changed(args),
+            items=args.items,
+            steps=steps,
+            seed=args.seed,
+            cut=args.cut,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )
+    report.show(result, report.store(result, out))
+    return stored(out)
+
+
+def _opened(args: argparse.Namespace, dtype: str) -> HookedDiT:
+    return open_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+
+
+def _changed(args: argparse.Namespace) -> HookedDiT:
+    """The model once more, changed."""
+    if args.lora is None:
+        return _opened(args, args.dtype)
+    from ..errors import InvalidValue
+
+    model = _opened(args, "float32")
+    if not hasattr(model.transformer, "load_lora_adapter"):
+        raise InvalidValue(
+            f"{type(model.transformer).__name__} takes no adapters in diffusers (it has no "
+            "load_lora_adapter); expected a model that does, or fuse the adapter and compare the "
+            "models in Python: dit_lens.experiments.compare(model, changed)."
+        )
+    model.transformer.load_lora_adapter(args.lora)
+    return model

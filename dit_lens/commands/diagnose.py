@@ -1,0 +1,169 @@
+"""Find the layer and the step in which a fault of an image arises, and repair it.
+
+One image by its label and seed, or with --all every faulty image of many.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .attributes import EXPECTED
+from .common import (
+    Answer,
+    add_device,
+    add_model,
+    add_seed,
+    add_size,
+    count,
+    open_model,
+    progress_bar,
+    seed,
+    stored,
+    strength,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and what `dit_lens.experiments.diagnose` takes."""
+    add_model(parser)
+    parser.add_argument("--label", type=seed, help="class of the bad image")
+    parser.add_argument(
+        "--fault",
+        help="digits: 'read as another digit'; portraits: 'no legal avatar' or a factor; or "
+        f"{EXPECTED}, which gives scores (default: the model's first by name)",
+    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--mask",
+        type=seed,
+        nargs=4,
+        metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"),
+        help="in place of a fault: what is wrong in these rows and columns, the last ones left out",
+    )
+    one.add_argument(
+        "--band", choices=["low", "high"], help="in place of a fault: what is wrong in this band"
+    )
+    parser.add_argument(
+        "--good", metavar="MODEL", help="another state of the weights, which does it right"
+    )
+    parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
+    parser.add_argument(
+        "--eta", type=strength, default=1.0, help="how stochastic the sampler is (default: 1)"
+    )
+    parser.add_argument("--pairs", type=count, default=8, help="pairs to patch (default: 8)")
+    parser.add_argument("--all", action="store_true", help="every fault of many samples")
+    parser.add_argument(
+        "--samples", type=count, default=1000, help="with --all, so many (default: 1000)"
+    )
+    parser.add_argument(
+        "--most", type=count, default=12, help="with --all, faults of a kind (default: 12)"
+    )
+    add_seed(parser)
+    add_size(parser)
+    add_device(parser, batch=False)
+    parser.add_argument(
+        "--out", type=Path, help="folder for the page and figures (default: diagnosis-MODEL)"
+    )
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Diagnose, store it and show it."""
+    from ..errors import InvalidValue
+    from ..storage import file_name, try_folder
+
+    if args.all == (args.label is not None):
+        raise InvalidValue(
+            f"{'--all and --label' if args.all else 'Neither --label nor --all'} can't be used; "
+            "expected --label L for one image, or --all."
+        )
+    out = args.out or Path(f"diagnosis-{file_name(str(args.model))}")
+    try_folder(out)  # before minutes are spent
+    (_every if args.all else _one)(args, out)
+    return stored(out)
+
+
+def _one(args: argparse.Namespace, out: Path) -> None:
+    from ..experiments import diagnose
+    from ..model.loading import load
+    from ..report import diagnosis as report
+    from ..sampling.run import sample
+
+    model = open_model(args)
+    fault = _fault(args, model)
+    options: dict[str, Any] = {"seeds": args.seed, "steps": args.steps, "eta": args.eta}
+    bad, good = sample(model, [args.label], **options), None
+    if args.good is not None:
+        other = load(args.good, dtype=args.dtype, device=str(model.device))
+        good = sample(other, [args.label], **options)
+    with progress_bar() as bar:
+        task = bar.add_task("diagnosis", total=None)
+        found = diagnose(
+            model,
+            bad,
+            fault,
+            good,
+            pairs=args.pairs,
+            seed=args.seed,
+            progress=lambda images: bar.update(task, completed=images),
+        )
+    more: tuple[Path, ...] = ()
+    if found.repair is not None and found.repair.edits:
+        more = (found.repair.save(out / "repair.json"),)
+    report.show(found.result, report.store(found.result, out), more)
+
+
+def _every(args: argparse.Namespace, out: Path) -> None:
+    from ..experiments import diagnose_all
+    from ..report import diagnoses as report
+
+    model = open_model(args)
+    with progress_bar() as bar:
+        task = bar.add_task("samples", total=None)
+        result = diagnose_all(
+            model,
+            args.samples,
+            None if args.fault is None else {args.fault: _fault(args, model)},
+            steps=args.steps,
+            eta=args.eta,
+            most=args.most,
+            seed=args.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    report.show(result, report.store(result, out))
+
+
+def _fault(args: argparse.Namespace, model: Any) -> Any:
+    """The fault that was asked for."""
+    import torch
+
+    from ..errors import InvalidValue
+    from ..experiments.diagnosis.fault import names_of
+    from ..measures.bands import CUT, Bands
+    from ..sampling.run import decode
+    from .attributes import find
+
+    if args.mask is not None or args.band is not None:
+        shape = decode(model, torch.zeros(1, *model.cfg.latent_shape)).shape
+        side = (int(shape[-2]), int(shape[-1]))
+        if args.band is not None:
+            return Bands.radial(side, cut=CUT * model.cfg.pixels[0] / side[0]), args.band
+        top, bottom, left, right = args.mask
+        mask = torch.zeros(side, dtype=torch.bool)
+        mask[top:bottom, left:right] = True
+        if not bool(mask.any()):
+            raise InvalidValue(
+                f"--mask {top} {bottom} {left} {right} covers nothing of a {side[0]}x{side[1]} "
+                "image; expected TOP below BOTTOM, LEFT below RIGHT."
+            )
+        return mask
+    known = names_of(model)
+    if args.fault is None and known:
+        return known[0]
+    if args.fault is None:
+        raise InvalidValue(
+            f"There is no fault by name for this model; expected --fault {EXPECTED}, --mask or "
+            "--band."
+        )
+    return args.fault if args.fault in known or ":" not in args.fault else find(args.fault, "")

@@ -1,0 +1,83 @@
+"""What a plan costs: multiply-accumulates, counted in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..hooks.hold import parts
+from ..model.hooked import HookedDiT
+
+Cell = tuple[int, str, int]
+"""A layer, a part of it, and a step."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-accumulates of one forward for one item.
+
+    Attributes:
+        parts: of each part of each layer.
+        rest: of each layer besides its parts, such as its modulation.
+        whole: of the whole forward.
+    """
+
+    parts: Mapping[tuple[int, str], float]
+    rest: tuple[float, ...]
+    whole: float
+
+    @classmethod
+    def of(cls, model: HookedDiT, y: Any = None) -> Costs:
+        """Counted in a forward.
+
+        Args:
+            model: the opened model.
+            y: a condition for one item; by default the first of the model's own.
+        """
+        blocks = model.family.blocks(model.transformer)
+        names = {module: name for name, module in model.transformer.named_modules()}
+        x = torch.zeros(1, *model.cfg.latent_shape, device=model.device, dtype=model.dtype)
+        t = torch.full((1,), 500.0, device=model.device)
+        y = torch.zeros(1, dtype=torch.long, device=model.device) if y is None else y
+        counter = FlopCounterMode(display=False)
+        # the fused kernels of some devices are not counted; this one is, and does the same work
+        with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
+            model(x, t.long() if model.cfg.n_classes else t, y)
+        counts = counter.get_flop_counts()
+        top = type(model.transformer).__name__
+
+        def of_module(module: Any) -> float:
+            return sum(counts.get(f"{top}.{names[module]}", {}).values()) / 2
+
+        by_part: dict[tuple[int, str], float] = {}
+        rest = []
+        for i, block in enumerate(blocks):
+            whole = of_module(block)
+            own = parts(model.names, i)
+            for part in own:
+                children = [getattr(block, c, None) for c in model.family.computes.get(part, ())]
+                found = sum(of_module(child) for child in children if child is not None)
+                by_part[i, part] = whole if len(own) == 1 else found
+            rest.append(whole - sum(by_part[i, part] for part in own))
+        return cls(by_part, tuple(rest), sum(counts["Global"].values()) / 2)
+
+    def share(self, cells: Iterable[Cell], steps: int) -> float:
+        """The share of the multiply-accumulates of a run that is left.
+
+        Args:
+            cells: that are held.
+            steps: of the run.
+        """
+        cells = set(cells)
+        saved = sum(self.parts[layer, part] for layer, part, _ in cells)
+        for layer, rest in enumerate(self.rest):
+            of_layer = [place for place in self.parts if place[0] == layer]
+            held = [{s for i, p, s in cells if (i, p) == place} for place in of_layer]
+            saved += rest * len(set.intersection(*held)) if held else 0
+        return float(np.clip(1 - saved / (self.whole * steps), 0, 1))

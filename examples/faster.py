@@ -1,0 +1,91 @@
+"""Plans beside published ways to spend as little, with what a judge says of the images.
+
+    dit-lens plan digits --budget 0.5 --out half.json
+    dit-lens plan digits --budget 0.33 --out third.json
+    python examples/faster.py digits half.json third.json --data package/src/digits
+
+To what `dit-lens plan --side-by-side` prints this adds the share of images that are what was asked
+for, and the Fréchet distance to real images: by the classifier of `examples/evaluate_reference.py`
+for `digits`, by the exact reader for `portraits`; and prints the same of the plain run.
+
+Writes side_by_side.nc and its picture into --out.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from evaluate_reference import Classifier, frechet
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_model
+from torch import Tensor
+from train_reference import HELD_OUT, read_digits
+
+import dit_lens
+from dit_lens.experiments import Plan, side_by_side
+from dit_lens.groundtruth import portraits
+from dit_lens.report import side_by_side as report
+
+Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
+
+
+def judge_of_digits(data: Path, work: Path) -> Judge:
+    """By the classifier that `evaluate_reference.py digits` has left in `work`."""
+    judge = Classifier().eval()
+    load_model(judge, work / "classifier.safetensors")
+    images, _ = read_digits(data)
+    with torch.no_grad():
+        real = judge.features(images[-HELD_OUT:]).numpy()
+
+    def judged(made: Tensor, labels: Tensor) -> Mapping[str, float]:
+        with torch.no_grad():
+            features = judge.features(made * 2 - 1)
+            right = judge.last(features).argmax(1) == labels
+        return {"right": float(right.double().mean()), "frechet": frechet(features.numpy(), real)}
+
+    return judged
+
+
+def judge_of_portraits() -> Judge:
+    """By the exact reader: whether the label is right, and distances to every variant."""
+    real = portraits.read(portraits.draw(portraits.random_factors(1000, seed=1))).distances.numpy()
+
+    def judged(made: Tensor, labels: Tensor) -> Mapping[str, float]:
+        read = portraits.read(made)
+        right = float((read.labels == labels).double().mean())
+        return {"right": right, "frechet": frechet(read.distances.numpy(), real)}
+
+    return judged
+
+
+def main() -> None:
+    """Compare, print, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=["digits", "portraits"])
+    parser.add_argument("plans", type=Path, nargs="+")
+    parser.add_argument("--items", type=int, default=64)
+    parser.add_argument("--data", type=Path, default=Path("package/src/digits"))
+    parser.add_argument("--work", type=Path, default=Path("."), help="where the classifier is")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    args = parser.parse_args()
+    digits = args.model == "digits"
+    judge = judge_of_digits(args.data, args.work) if digits else judge_of_portraits()
+    model = dit_lens.load(args.model)
+    plans = [Plan.load(path) for path in args.plans]
+    with Progress() as bar:
+        task = bar.add_task("side by side", total=None)
+        result = side_by_side(
+            model,
+            plans,
+            items=args.items,
+            judge=judge,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    report.show(result, report.store(result, args.out))
+    Console().print({k: v for k, v in result.attrs.items() if k.startswith("plain_")})
+
+
+if __name__ == "__main__":
+    main()

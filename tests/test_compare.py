@@ -1,0 +1,125 @@
+"""What a change to a model does: the same image, a different one, or a worse one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DDIMScheduler
+
+import dit_lens
+from dit_lens import Bands, HookedDiT
+from dit_lens.commands.main import main
+from dit_lens.experiments import Plan, compare
+from dit_lens.experiments.compare import compared_runs
+from dit_lens.groundtruth import gaussian
+
+SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
+BANDS = Bands.radial((8, 8), cut=0.25)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """An exact denoiser: whatever it draws is as good as the data."""
+    truth = gaussian(layers=(1,), n_layers=3, decoys=(2,), in_channels=1)
+    return HookedDiT(truth.transformer, scheduler=truth.scheduler)
+
+
+@pytest.fixture(scope="module")
+def run(exact):
+    return dit_lens.sample(exact, [0] * 64, 0, 12)
+
+
+def with_finished(run, finished):
+    return replace(run, latents=torch.cat([run.latents[:-1], finished[None]]))
+
+
+@pytest.fixture(scope="module")
+def bands(run):
+    return Bands.radial(tuple(run.latents.shape[-2:]), cut=0.25)
+
+
+def test_other_seeds_are_a_different_sample_and_no_worse(exact, run, bands):
+    verdicts = []
+    for seed in range(5):
+        other = dit_lens.sample(exact, [0] * 64, 1000 * (seed + 1), 12)
+        found = compared_runs(run, other, bands, seed, 300)
+        assert found.effect.values == pytest.approx(1, abs=0.3)
+        verdicts.append(found.attrs["verdict"])
+    assert verdicts.count("different") >= 4
+
+
+@pytest.mark.parametrize(
+    "spoil, name, above",
+    [
+        (lambda x: x + 0.5 * x.std() * torch.randn(x.shape, generator=GENERATOR), "error", True),
+        (lambda x: 0.7 * x, "power", False),
+        (lambda x: 1.4 * x, "power", True),
+    ],
+)
+def test_spoiled_images_are_worse(run, bands, spoil, name, above):
+    found = compared_runs(run, with_finished(run, spoil(run.latents[-1])), bands, 0, 300)
+    assert found.attrs["verdict"] == "worse" and "worse ones" in found.attrs["sentence"]
+    assert (found[name] > 1).any() == above
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def test_a_small_change_is_the_same_image(run, bands):
+    x = run.latents[-1]
+    found = compared_runs(run, with_finished(run, x + 0.01 * x.std()), bands, 0, 300)
+    assert found.attrs["verdict"] == "same" and "The same images" in found.attrs["sentence"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedDiT(make_dit(channels=1, classes=2), scheduler=SCHEDULER)
+
+
+def test_a_plan_by_hand(model):
+    times = dit_lens.sample(model, [0], steps=8).timesteps
+    plan = Plan.of(
+        model, times, [(i, p, s) for i in range(3) for p in ("attn", "mlp") for s in (1, 3)]
+    )
+    found = compare(model, plan, items=16, steps=8, resamples=100)
+    labels = [i % 2 for i in range(16)]
+    plain = dit_lens.sample(model, labels, 0, 8).latents[-1].double()
+    with dit_lens.reuse(model, plan):
+        held = dit_lens.sample(model, labels, 0, 8).latents[-1].double()
+    power = BANDS.energy(held).sum((0, 1)) / BANDS.energy(plain).sum((0, 1))
+    np.testing.assert_allclose(found.power, power, rtol=1e-6)
+    same = [(i, j) for i in range(16) for j in range(i) if labels[i] == labels[j]]
+    apart = sum(BANDS.energy((plain[i] - plain[j])[None]).sum(1)[0] for i, j in same) / len(same)
+    expected = BANDS.energy(held - plain).sum(1).mean(0) / apart
+    np.testing.assert_allclose(found.effect, expected, rtol=1e-6)
+    low, high = found.error_interval.values[0]
+    assert low < found.error.values[0] < high and not model.instrumentation.busy
+
+
+def test_nothing_changed_is_the_same(model):
+    copy = HookedDiT(make_dit(channels=1, classes=2), scheduler=SCHEDULER)
+    found = compare(model, copy, items=12, steps=4, resamples=50)
+    assert found.attrs["verdict"] == "same" and (found.effect == 0).all()
+    assert (found.later == 0).all() or found.later.isnull().any()
+
+
+def test_bad_input(model):
+    with pytest.raises(ValueError, match="The changed model's latent_shape is .3, 8, 8., this"):
+        compare(model, HookedDiT(make_dit(channels=3, classes=2), scheduler=SCHEDULER))
+    with pytest.raises(ValueError, match="items=8 of 2 labels leave 6 to compare within labels"):
+        compare(model, model, items=8)
+    with pytest.raises(TypeError, match="changed=3 can't be used; expected a HookedDiT or a Plan"):
+        compare(model, 3)
+
+
+def test_the_command(tmp_path, capsys):
+    out = str(tmp_path)
+    options = ["--items", "12", "--steps", "3", "--out", out]
+    assert main(["compare", "digits", "--dtype", "bfloat16", *options]) == 0
+    assert "times that on its own" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["compare", "digits", "--lora", "nowhere", *options]) == 2
+    assert "DiTTransformer2DModel takes no adapters" in capsys.readouterr().err
+    assert main(["compare", "digits", "--with", "nowhere.json", *options]) == 2
+    assert "There is no file 'nowhere.json'" in capsys.readouterr().err
