@@ -46,6 +46,7 @@ from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.guidance import model_inputs
 from ..sampling.run import decode
@@ -81,7 +82,7 @@ def couplings(
     progress: Callable[[int, int], object] | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """The gap against the coupling, all strengths on the same pairs.
 
     Args:
@@ -243,7 +244,7 @@ def couplings(
     for sense in SENSES:
         result.attrs[f"sentence_{sense}"] = collapse(result, sense)
     result.attrs["sentence_quality"] = quality(result)
-    return result
+    return Result.of(result)
 
 
 def checked_steps(steps: int) -> int:

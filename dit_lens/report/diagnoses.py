@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ..pictures.style import HIGH, INK, LOW, legend, whole_numbers
 from ..storage import save_dataset
-from .style import HIGH, INK, LOW, beside, files, legend, picture, plain_console, whole_numbers
+from .style import beside, files, picture, plain_console
 
 KIND = "diagnoses.nc"
 

@@ -10,8 +10,9 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
+from ..pictures.style import HIGH, error_bars, legend
 from ..storage import save_dataset
-from .style import HIGH, beside, error_bars, files, legend, picture, plain_console
+from .style import beside, files, picture, plain_console
 
 KIND = "side_by_side.nc"
 SHOWN = {
