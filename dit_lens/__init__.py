@@ -34,6 +34,7 @@ _HOME = {
     "Twins": "twinning.twins",
     "UnknownName": "hooks.names",
     "load": "model.loading",
+    "load_result": "report.stored",
     "load_trace": "tracing.trace",
     "record": "tracing.recording",
     "reuse": "plans.runner",

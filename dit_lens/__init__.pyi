@@ -23,6 +23,7 @@ from .model.hooked import HookedDiT as HookedDiT
 from .model.loading import load as load
 from .model.witness import NotReproduced as NotReproduced
 from .plans.runner import reuse as reuse
+from .report.stored import load_result as load_result
 from .sampling.run import Run as Run
 from .sampling.run import sample as sample
 from .tracing.activations import Activations as Activations

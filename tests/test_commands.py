@@ -71,6 +71,10 @@ def test_hooks_of_a_hub_id(folder, tmp_path):
             ["gap", "--couple", "1", "0"],
             "strengths is [1.0, 0.0]; expected two or more in increasing order",
         ),
+        (
+            ["gap", "/nowhere", "--couple", "0", "1", "--steps", "4"],
+            "steps=4 can't be used; expected a whole number of 5 or more, to release twins at",
+        ),
         (["gap", "--pairs", "8"], "pairs=8 can't be used; expected a whole number of 16 or more"),
         (["gap", "--steps", "2"], "steps=2 can't be used; expected a whole number of 4 or more"),
         (

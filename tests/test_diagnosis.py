@@ -16,6 +16,7 @@ from dit_lens.measures.proportion import proportion
 from dit_lens.patching import Patch
 from dit_lens.patching.lanes import Lanes
 from dit_lens.patching.patch import plan
+from dit_lens.report import diagnoses
 from dit_lens.report import diagnosis as report
 
 STEPS, SMALL = 8, {"others": 8, "clones": 2, "releases": 3, "pairs": 8}
@@ -247,6 +248,7 @@ def test_a_fault_by_name_says_the_same_as_its_reader():
     assert score.bad(score.scores(images)).tolist() == (~portraits.read(images).is_avatar).tolist()
 
 
+@pytest.mark.slow
 def test_every_fault_of_many_samples(tmp_path, capsys):
     digits = dit_lens.load("digits")
     kinds = {
@@ -256,6 +258,11 @@ def test_every_fault_of_many_samples(tmp_path, capsys):
     result = diagnose_all(digits, 20, kinds, steps=4, most=2)
     assert result.sizes["fault"] <= 4 and "arise later than those of structure" in result.sentence
     assert result.decided.min() >= 0 and result.decided.max() <= 4
+    stored = diagnoses.store(result, tmp_path)
+    diagnoses.show(result, stored)
+    said = capsys.readouterr().out
+    assert "faults in 20 samples" in said and (tmp_path / "diagnoses.png").exists()
+    assert main(["report", str(tmp_path)]) == 0 and capsys.readouterr().out == said
 
 
 def test_a_proportion_has_wilsons_interval():

@@ -85,7 +85,7 @@ def case(kind: str, seed: int, steps: int = STEPS) -> Case | None:
         mask[row : row + 5, column : column + 5] = True
         return Case(kind, model, good, None, mask, (), None, set(), ())
     if kind == "noise":
-        for strength in (1.0, 2.0, 4.0):
+        for strength in (2.0, 4.0, 8.0, 16.0):
             start = tilted(good.latents[0], strength, seed=seed)
             bad = dit_lens.sample(model, [label], latents=start, **options(seed, steps))
             if int(digits.read(bad.images).argmax()) != label:

@@ -27,7 +27,7 @@ FLOORS = [  # high to low; folders of one line do not import each other
     ["model"],
     ["families"],
     ["hooks"],
-    ["measures", "groundtruth"],
+    ["measures", "groundtruth", "pictures"],
     ["pieces"],
     ["storage"],
     ["arguments"],

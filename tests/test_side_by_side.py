@@ -43,7 +43,7 @@ def test_each_keeps_the_budget_and_uses_most_of_it(model, run, budget):
         front_and_rear(model, times, budget),
         similarity(run, budget),
     ):
-        assert budget - 0.17 < plan.macs <= budget
+        assert budget - 0.17 < plan.macs <= budget + 0.5 / STEPS
     assert 0.8 < pairs(model, times).macs < 0.9
 
 
@@ -101,11 +101,11 @@ def test_side_by_side(model):
     psnr = -10 * (plain.images - held.images).square().flatten(1).mean(1).log10()
     assert by["even (FORA)"].psnr.item() == pytest.approx(float(psnr.mean()), rel=1e-4)
     assert by["even (FORA)"].bright.item() == pytest.approx(float(held.images.mean()), rel=1e-5)
-    fewer = dit_lens.sample(model, labels, 1000, int(plan.macs * STEPS))
+    fewer = dit_lens.sample(model, labels, 1000, round(plan.macs * STEPS))
     psnr = -10 * (plain.images - fewer.images).square().flatten(1).mean(1).log10()
     assert by["fewer steps"].psnr.item() == pytest.approx(float(psnr.mean()), rel=1e-4)
     assert float(by["plan"].over_plan) == 1
-    assert all(by[m].macs <= plan.macs + 1e-6 for m in by if " pairs" not in m)
+    assert all(by[m].macs <= plan.macs + 0.5 / STEPS for m in by if " pairs" not in m)
     low, high = by["random"].over_plan_interval.values
     assert low < by["random"].over_plan.item() < high
     ratio = by["late pairs"].effect / by["early pairs (L2C's structure)"].effect

@@ -113,13 +113,14 @@ def run(args: argparse.Namespace) -> Answer:
     """Measure, print, draw and store; then the coupling sweep and the causes, if asked for."""
     from ..experiments.attributes import attribute_names
     from ..experiments.cost import gap_cost
-    from ..experiments.coupling_sweep import checked_strengths
+    from ..experiments.coupling_sweep import checked_steps, checked_strengths
     from ..experiments.null_profiles import checked_nulls
     from ..storage import file_name, try_folder
 
     pairs, steps = sizes(args)
     if args.couple is not None:
         checked_strengths(args.couple)  # before minutes are spent
+        checked_steps(steps)
     checked_nulls(args.null)
     images, of_images = read_images(args.images) if args.images else (None, None)
     read = args.attributes and attributes.find(args.attributes, str(args.model))

@@ -16,7 +16,10 @@ EXAMPLES = {
     "map": ["map digits --quick", "map digits --kind zero --sites attn mlp"],
     "plan": ["plan digits --budget 0.6 --steps 20", "plan digits --check plan-digits.json"],
     "compare": ["compare digits --with plan-digits.json", "compare digits --dtype bfloat16"],
-    "diagnose": ["diagnose digits --label 8 --seed 368"],
+    "diagnose": [
+        "diagnose digits --label 8 --seed 368",
+        "diagnose digits --all --samples 200 --most 4",
+    ],
     "probe": [
         "probe LayerLens digits --steps 12",
         "probe examples/custom_probe.py:Locality digits --labels 3 7 --out local.nc",

@@ -27,7 +27,8 @@ BISECTIONS = 40
 
 def uniform(model: HookedDiT, times: Sequence[float], budget: float, lines: bool = False) -> Plan:
     """Whole steps held at even distances: FORA (Selvaraju et al. 2024, arXiv 2407.01425); along
-    lines, the first order of TaylorSeer (Liu et al. 2025, arXiv 2503.06923).
+    lines, the first order of TaylorSeer (Liu et al. 2025, arXiv 2503.06923). The number of steps is
+    the one nearest to the budget, within it or a little above.
 
     Args:
         model: the opened model.
@@ -36,7 +37,7 @@ def uniform(model: HookedDiT, times: Sequence[float], budget: float, lines: bool
         lines: whether they are held along lines.
     """
     steps = len(times)
-    kept = even_steps(steps, number_of_steps(model, steps, budget))
+    kept = even_steps(steps, number_of_steps(model, steps, budget, nearest=True))
     return whole_steps(model, times, kept, lines)
 
 

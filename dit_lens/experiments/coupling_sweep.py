@@ -46,6 +46,7 @@ from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
+from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.guidance import model_inputs
 from ..sampling.run import decode
@@ -81,7 +82,7 @@ def couplings(
     progress: Callable[[int, int], object] | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """The gap against the coupling, all strengths on the same pairs.
 
     Args:
@@ -126,7 +127,7 @@ def couplings(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     gs, seed = checked_strengths(strengths, form), arguments.seed("seed", seed)
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
-    steps = arguments.whole("steps", steps, RELEASES, why="to release twins at")
+    steps = checked_steps(steps)
     arguments.optional(arguments.function, "reader", reader, "of images; gives a label each")
     cut = arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
@@ -243,7 +244,19 @@ def couplings(
     for sense in SENSES:
         result.attrs[f"sentence_{sense}"] = collapse(result, sense)
     result.attrs["sentence_quality"] = quality(result)
-    return result
+    return Result.of(result)
+
+
+def checked_steps(steps: int) -> int:
+    """The denoising steps, enough of them to release twins at.
+
+    Args:
+        steps: of denoising.
+
+    >>> checked_steps(5)
+    5
+    """
+    return arguments.whole("steps", steps, RELEASES, why="to release twins at")
 
 
 def checked_strengths(strengths: Sequence[float], form: str = "mix") -> list[float]:

@@ -38,6 +38,7 @@ from ..measures.estimate import Estimate
 from ..measures.onset import Onset
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, flat, measured, results, whole
 from ..sampling.kept import arrays_of, run_of
 from ..twinning.twins import Twins, chosen_labels, twins
@@ -81,7 +82,7 @@ def measure_gap(
     *,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """The gap of one model, in behaviour and layer by layer; `dit_lens.report.gap` shows it.
 
     Args:
@@ -306,7 +307,7 @@ def measure_gap(
         _hold_against_null(result, view)
     result.attrs["headline"] = headline(result)
     result.attrs["data"] = data_sentence(result)
-    return result
+    return Result.of(result)
 
 
 def _observed(
@@ -505,7 +506,9 @@ def _onset_attrs(view: str, found: Onset | str) -> dict[str, Any]:
         message, layer, verdict = f"No onset can be named: {found}", None, "cannot tell"
     else:
         message, layer, verdict = found.message, found.layer, found.verdict
-    return {
+    known = None if isinstance(found, str) or layer is None else found.interval
+    ends = {} if known is None else {f"onset_interval_{view}": np.array(known)}
+    return ends | {
         f"onset_{view}": message,
         f"onset_layer_{view}": -1 if layer is None else layer,
         f"onset_verdict_{view}": verdict,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import xarray as xr
 
 from .. import arguments
 from ..errors import InvalidValue
@@ -25,6 +24,7 @@ from ..measures import Array
 from ..measures.bands import CUT
 from ..model.hooked import HookedDiT
 from ..patching.patch import steps_text
+from ..pictures.result import Result
 from ..pieces import Engine, enough, measured
 from ..sampling.settings import Progress
 from .ablation import How, Part, added_by, windows_of
@@ -52,7 +52,7 @@ def knock_outs(
     batch: int | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """The gap without each layer in turn, and how far that moved it.
 
     Args:
@@ -124,7 +124,7 @@ def knocked(
     windows: Sequence[range] | None = None,
     direct: bool = False,
     progress: Progress | None = None,
-) -> xr.Dataset:
+) -> Result:
     """The dataset of `knock_outs`, with an engine that is already there.
 
     Args:
@@ -166,7 +166,7 @@ def knocked(
         for name, effect in (("direct_effect", alone), ("mediated_effect", total - alone)):
             result[name] = (axes, effect[0])
             result[f"{name}_interval"] = ((*axes, "bound"), together(effect, known.pairs))
-    return result
+    return Result.of(result)
 
 
 @measured
@@ -184,7 +184,7 @@ def cumulative(
     progress: Progress | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """The gap without the first k layers, and without the last k, for growing k.
 
     Args:
@@ -227,7 +227,7 @@ def cumulative(
 
 def accumulated(
     known: KnockedGap, depths: Sequence[int], progress: Progress | None = None
-) -> xr.Dataset:
+) -> Result:
     """The dataset of `cumulative`, with an engine that is already there.
 
     Args:
@@ -250,7 +250,7 @@ def accumulated(
     stacked = np.stack(after)
     whole = stacked.reshape(2, len(depths), *stacked.shape[1:])
     cells: dict[str, Sequence[Any]] = {"end": ends, "depth": list(depths)}
-    return effects(known.gap, known.before, whole, cells, known.pairs, known.attrs)
+    return Result.of(effects(known.gap, known.before, whole, cells, known.pairs, known.attrs))
 
 
 def checked_sets(

@@ -175,7 +175,7 @@ def _ways(model: HookedDiT, plan: Plan, calibration: Run) -> Iterator[Way]:
         at_random(model, times, budget),
     ):
         yield Way(each.macs, plan.steps, each)
-    fewer = max(2, int(budget * plan.steps + 1e-9))
+    fewer = max(2, round(budget * plan.steps))
     yield Way(fewer / plan.steps, fewer)
     for late in (False, True):
         each = pairs(model, times, late)
@@ -299,7 +299,7 @@ def sentences(result: xr.Dataset) -> list[str]:
             )
             found.append(
                 f"That early steps need less precision, in the {band} band: {says}; every second "
-                f"step held in the last 40 % moves the image {ratio:.2g} times as much as in the "
-                "first 40 %."
+                f"step held in the last 40% moves the image {ratio:.2g} times as much as in the "
+                "first 40%."
             )
     return [line.replace("%", " %") for line in found]

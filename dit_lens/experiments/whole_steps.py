@@ -36,14 +36,16 @@ def even_steps(steps: int, number: int) -> list[int]:
     return [i * steps // number for i in range(number)]
 
 
-def number_of_steps(model: HookedDiT, steps: int, budget: float) -> int:
+def number_of_steps(model: HookedDiT, steps: int, budget: float, nearest: bool = False) -> int:
     """How many whole steps can be computed within a budget; at least one.
 
     Args:
         model: the opened model.
         steps: of the run.
         budget: the share of multiply-accumulates that may be left.
+        nearest: take the number that comes nearest to the budget, within it or not.
     """
     costs = Costs.of(model)
     held = 1 - costs.share([(*place, 0) for place in costs.parts], 1)  # of a step, held whole
-    return max(1, min(steps, int((budget - (1 - held)) / held * steps + 1e-9)))
+    number = (budget - (1 - held)) / held * steps + (0.5 if nearest else 1e-9)
+    return max(1, min(steps, int(number)))

@@ -12,8 +12,9 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
+from ..pictures.style import HIGH, INK, LOW, error_bars, legend
 from ..storage import save_dataset
-from .style import HIGH, INK, LOW, beside, error_bars, files, legend, picture, plain_console
+from .style import beside, files, picture, plain_console
 
 CAPTION = (
     "decided: clones released at this step end with the same value half as often as they could, "

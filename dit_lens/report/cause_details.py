@@ -15,20 +15,9 @@ from rich.table import Table
 
 from ..experiments.effects import moves
 from ..measures.estimate import Estimate, number
+from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
 from ..storage import save_dataset
-from .style import (
-    DOT,
-    HIGH,
-    INK,
-    LOW,
-    beside,
-    error_bars,
-    files,
-    legend,
-    picture,
-    plain_console,
-    whole_numbers,
-)
+from .style import DOT, beside, files, picture, plain_console
 
 WIDTH = 120
 

@@ -11,8 +11,9 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
+from ..pictures.style import HIGH, INK, LOW, legend, whole_numbers
 from ..storage import save_dataset
-from .style import HIGH, INK, LOW, beside, files, legend, picture, plain_console, whole_numbers
+from .style import beside, files, picture, plain_console
 
 KIND = "cause_map.nc"
 

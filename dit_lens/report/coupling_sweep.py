@@ -11,8 +11,9 @@ from rich.table import Table
 
 from ..experiments.coupling_sweep import SENSES
 from ..measures.estimate import Estimate, number
+from ..pictures.style import HIGH, INK, LOW, error_bars, legend
 from ..storage import save_dataset
-from .style import HIGH, INK, LOW, beside, error_bars, files, legend, picture, plain_console
+from .style import beside, files, picture, plain_console
 
 
 def write(results: xr.Dataset, folder: Path) -> None:

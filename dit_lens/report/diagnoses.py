@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ..pictures.style import HIGH, INK, LOW, legend, whole_numbers
 from ..storage import save_dataset
-from .style import HIGH, INK, LOW, beside, files, legend, picture, plain_console, whole_numbers
+from .style import beside, files, picture, plain_console
 
 KIND = "diagnoses.nc"
 
@@ -55,7 +56,7 @@ def draw(result: xr.Dataset, path: Path) -> Path:
             seen = own[np.isfinite(own).all((1, 2))]
             mean = seen.mean(0) if len(seen) else np.zeros(own.shape[1:])
             shown = ax.imshow(mean.T, origin="lower", vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            ax.set(title=f"{kind}: {len(seen)} faults", xlabel="quarter of the steps left")
+            ax.set(title=f"{kind}: {len(seen)} looked at", xlabel="quarter of the steps left")
             ax.set_ylabel("quarter of the layers")
             whole_numbers(ax.xaxis, ax.yaxis)
         figure.colorbar(shown, ax=list(axes[: len(kinds)]), label="mean effect of a patch")
@@ -71,5 +72,5 @@ def draw(result: xr.Dataset, path: Path) -> Path:
             )
         last.set(title="decided by", xlabel="step, 0 the noisiest", ylabel="share of the faults")
         last.set(xlim=(0, steps), ylim=(0, 1.03))
-        legend(last, loc="upper left")
+        legend(last, loc="lower right")
     return path

@@ -11,8 +11,9 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate, number
+from ..pictures.style import HIGH, INK, LOW, error_bars, whole_numbers
 from ..storage import save_dataset
-from .style import HIGH, INK, LOW, beside, error_bars, files, picture, plain_console, whole_numbers
+from .style import beside, files, picture, plain_console
 
 KIND = "diagnosis.nc"
 COLUMNS = 6

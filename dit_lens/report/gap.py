@@ -12,19 +12,10 @@ from rich.table import Table
 
 from ..experiments.gap_sentences import TITLES, bands_sentence, gap_of
 from ..measures.estimate import Estimate, number
+from ..pictures.result import onset
+from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
 from ..storage import save_dataset
-from .style import (
-    HIGH,
-    INK,
-    LOW,
-    beside,
-    error_bars,
-    files,
-    legend,
-    picture,
-    plain_console,
-    whole_numbers,
-)
+from .style import beside, files, picture, plain_console
 
 CAPTION = (
     "stream: the release at which finished clones agree by half in the layer's residual stream; "
@@ -226,17 +217,7 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
                 ax.fill_between(layers, *shown.values.T, color=INK, alpha=0.12, linewidth=0)
             ax.plot(layers, value, color=INK, marker="o", markersize=2.5, linewidth=1)
             ax.set(title=title, ylabel=unit, xlim=(layers[0] - 0.5, layers[-1] + 0.5))
-            if (onset := int(results.attrs[f"onset_layer_{view}"])) >= 0:
-                ax.axvline(onset, color=HIGH, linewidth=0.8, linestyle="--")
-                ax.annotate(
-                    f"onset {onset}",
-                    (onset, 1.0),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(3, -10),
-                    textcoords="offset points",
-                    color=HIGH,
-                    fontsize=8,
-                )
+            onset(ax, results.attrs, view)
             whole_numbers(ax.xaxis)
         for ax in axes[1]:
             ax.set_xlabel("layer ($-$1: the embedding)")

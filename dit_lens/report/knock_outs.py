@@ -13,21 +13,10 @@ from rich.table import Table
 
 from ..experiments.effects import moves
 from ..measures.estimate import Estimate, number
+from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
 from ..storage import save_dataset
 from .gap import VIEWS
-from .style import (
-    DOT,
-    HIGH,
-    INK,
-    LOW,
-    beside,
-    error_bars,
-    files,
-    legend,
-    picture,
-    plain_console,
-    whole_numbers,
-)
+from .style import DOT, beside, files, picture, plain_console
 
 BANDS = ("low", "high")
 REPLACED = {"zero": "nothing", "mean": "the mean over items", "resample": "another item's addition"}

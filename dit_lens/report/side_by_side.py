@@ -10,8 +10,9 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
+from ..pictures.style import HIGH, error_bars, legend
 from ..storage import save_dataset
-from .style import HIGH, beside, error_bars, files, legend, picture, plain_console
+from .style import beside, files, picture, plain_console
 
 KIND = "side_by_side.nc"
 SHOWN = {
@@ -46,7 +47,7 @@ def show(result: xr.Dataset, stored: Path) -> None:
         result: of `dit_lens.experiments.side_by_side`.
         stored: the file that holds it.
     """
-    console = plain_console(140)
+    console = plain_console(180)
     for i in range(result.sizes["budget"]):
         console.print(_table(result.isel(budget=i)))
     for line in str(result.attrs["sentence"]).split("\n"):
@@ -98,7 +99,7 @@ def draw(result: xr.Dataset, path: Path) -> Path:
     others = [way for way in ways if way != "plan"]
     colours = dict(zip(others, colormaps["tab10"](range(10)), strict=False))
     marks = dict(zip(others, "os^vDPX<>", strict=False))
-    with picture(path, (5.2, 3.6)) as (_, ax):
+    with picture(path, (6.8, 3.6)) as (_, ax):
         for way in ways:
             rows = result.sel(way=way).sortby("macs")
             colour = HIGH if way == "plan" else colours[way]
@@ -112,12 +113,11 @@ def draw(result: xr.Dataset, path: Path) -> Path:
                 linewidth=1.5 if way == "plan" else 0.8,
                 elinewidth=0.7,
                 capsize=2,
+                zorder=3 if way == "plan" else 2,
                 label=way,
             )
         ax.set_yscale("log")
         ax.set_xlabel("share of multiply-accumulates left")
         ax.set_ylabel("error, 1 a stranger's distance in a band")
-        low, high = ax.get_xlim()
-        ax.set_xlim(low, high + 0.45 * (high - low))
-        legend(ax, loc="center right")
+        legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return path

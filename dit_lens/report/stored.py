@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from .. import arguments
 from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
 from ..experiments.side_by_side import WAYS
+from ..pictures.result import Result
 from ..storage import load_dataset
 from . import (
     attributes,
@@ -293,6 +295,24 @@ def results_at(path: Path) -> dict[str, xr.Dataset]:
     return {file.name: read(file)[1] for file in _files(path)}
 
 
+def load_result(path: str | Path) -> Result:
+    """A stored result, of any kind, whole as it was written.
+
+    Args:
+        path: its file, such as "gap-digits/gap.nc".
+
+    Returns:
+        Result: an `xarray.Dataset`, with pictures: `result.plot.profile()`, ...
+
+    Raises:
+        MissingFile: if it is not there.
+        InvalidValue: for a file that is no result of dit_lens, or is damaged.
+
+        load_result("gap-digits/gap.nc").plot.profile("lens")
+    """
+    return read(arguments.path("path", path))[1]
+
+
 def _files(path: Path) -> list[Path]:
     """The results in a folder, or the one file."""
     if path.is_dir():
@@ -307,7 +327,7 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def read(path: Path) -> tuple[str, xr.Dataset]:
+def read(path: Path) -> tuple[str, Result]:
     """One stored result, and which of `FILES` it is.
 
     Args:
@@ -342,7 +362,7 @@ def read(path: Path) -> tuple[str, xr.Dataset]:
                     f"{str(path)!r} has how={way!r:.60} and the sentence {said!r:.60}; expected "
                     f"{', '.join(knock_outs.REPLACED)} with a sentence each."
                 )
-    return kind, results
+    return kind, Result.of(results)
 
 
 def _labelled(results: xr.Dataset, axis: str, wanted: set[Any]) -> bool:

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
 from rich.console import Console
 
+from ..pictures.style import INK
 from ..storage import replacing, versions
 
-LOW, HIGH, INK = "#2166ac", "#b2182b", "#333333"
 DOT: dict[str, Any] = {
     "linestyle": "none",
     "marker": "o",
@@ -76,25 +74,6 @@ def beside(stored: Path, kind: str, picture: str) -> Path:
     'mine_x.png'
     """
     return stored.with_name(picture if stored.name == kind else f"{stored.stem}_{picture}")
-
-
-def whole_numbers(*axes: Any) -> None:
-    """Ticks at whole numbers only, for axes (such as `ax.xaxis`) of layers or steps."""
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator(integer=True))
-
-
-def error_bars(value: ArrayLike, interval: ArrayLike) -> Any:
-    """matplotlib's `yerr` [2, n] for values [n] with intervals [n, bound]."""
-    return np.abs(np.asarray(interval).T - np.asarray(value))
-
-
-def legend(ax: Any, **options: Any) -> None:
-    """A small legend, readable where it lies over what is drawn."""
-    options = {"fontsize": 7, "edgecolor": "none", "framealpha": 0.8} | options
-    ax.legend(**options)
 
 
 def plain_console(width: int) -> Console:

@@ -293,7 +293,8 @@ def _candidates(
     found.append((f"{what} of {where} left out", [StoredEdit(n, steps, "zero") for n in names], 0))
     assert shop.pairs is not None
     sources = [(good_others, "the mean over good runs of other seeds", True)]
-    sources.append((shop.pairs.good, "the mean over its good runs", True))
+    if shop.pairs.n > 1:
+        sources.append((shop.pairs.good, "the mean over its good runs", True))
     if shop.reference is not None:
         sources.append((shop.pairs.good, "what the good run has there", False))
     for source, words, mean in sources:

@@ -1,0 +1,308 @@
+"""A result: an `xarray.Dataset` whose `plot` also draws what it measured.
+
+    result = measure_gap(model)
+    ax = result.plot.profile("lens")           # matplotlib axes
+    ax.figure.savefig("profile.pdf")           # or .png, .svg
+    result.plot.commitment(ax=axes[1])         # into axes of yours
+
+It stays an `xarray.Dataset` in everything else, xarray's own `plot.scatter` and others among it.
+Which pictures a result has depends on what it holds: `dir(result.plot)` lists them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from xarray.plot.accessor import DatasetPlotAccessor
+
+from .. import arguments
+from ..errors import InvalidValue
+from .style import (
+    HIGH,
+    INK,
+    LOW,
+    SEQUENTIAL,
+    axes_for,
+    legend,
+    points,
+    signed_map,
+    whole_numbers,
+    zero,
+)
+
+NEEDS = {
+    "profile": ("layer_gap", "log_ratio"),
+    "commitment": ("band_commitment",),
+    "agreement": ("agreement_one_pass",),
+    "spectrum": ("spectrum_commitment",),
+    "cut": ("cut_gap",),
+    "knob": ("gap", "sense", "parting"),
+    "causes": ("effect", "how"),
+    "sweep": ("effect", "depth"),
+    "map": ("effect", "window"),
+}
+"""The pictures by name, and the variables or axes by which a result is known to have them."""
+
+
+class Pictures(DatasetPlotAccessor):
+    """What `result.plot` draws; every picture takes `ax=` and gives matplotlib axes back."""
+
+    __slots__ = ()
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__()} - NEEDS.keys() | {*self.names})
+
+    @property
+    def names(self) -> list[str]:
+        """The pictures that this result has."""
+        has = set(map(str, self._ds.variables)) | set(map(str, self._ds.dims))
+        return [name for name, needs in NEEDS.items() if has.issuperset(needs)]
+
+    def _data(self, name: str) -> xr.Dataset:
+        if name not in self.names:
+            known = ", ".join(self.names) or "none of ours"
+            raise InvalidValue(
+                f"This result has no picture {name!r}; expected one of: {known}, or xarray's own."
+            )
+        found: xr.Dataset = self._ds
+        return found
+
+    def profile(self, view: str | None = None, ax: Any = None) -> Any:
+        """Low against high over depth, with its interval, and its onset with the onset's interval.
+
+        Args:
+            view: such as "lens"; the first one by default.
+            ax: where.
+        """
+        data = self._data("profile")
+        views = [*data.view.values.tolist(), *data.energy.values.tolist()]
+        view = views[0] if view is None else arguments.choice("view", view, views)
+        steps = view in data.view.values
+        one = data.sel(view=view) if steps else data.sel(energy=view)
+        what = "layer_gap" if steps else "log_ratio"
+        ax, layers = axes_for(ax), data.layer.values
+        for ends in (f"{what}_interval", f"{what}_together"):  # of each by itself, and of all
+            if ends in one:
+                shade = {"color": INK, "alpha": 0.15, "linewidth": 0}
+                ax.fill_between(layers, *one[ends].values.T, **shade)
+        ax.plot(layers, one[what], color=INK, marker="o", markersize=2.5, linewidth=1)
+        if steps:
+            zero(ax)
+        onset(ax, data.attrs, view)
+        unit = "gap, steps (high minus low)" if steps else "log low $-$ log high"
+        ax.set(xlabel="layer ($-$1: the embedding)", ylabel=unit, title=view)
+        whole_numbers(ax.xaxis)
+        return ax
+
+    def commitment(self, ax: Any = None) -> Any:
+        """When each band commits, by each estimator, with its interval.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("commitment"), axes_for(ax)
+        n, estimators = data.sizes["band"], data.estimator.values.tolist()
+        for i, name in enumerate(estimators):
+            one, face = data.sel(estimator=name), INK if i == 0 else "white"
+            points(
+                ax,
+                np.arange(n) + 0.12 * (2 * i - len(estimators) + 1),
+                one.band_commitment,
+                one.band_commitment_interval,
+                fmt="os^"[i % 3],
+                markersize=4,
+                markerfacecolor=face,
+                label=str(name).replace("_", " "),
+            )
+        ax.set_xticks(range(n), data.band.values, rotation=30, fontsize=7)
+        ax.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
+        whole_numbers(ax.yaxis)
+        legend(ax)
+        return ax
+
+    def agreement(self, ax: Any = None) -> Any:
+        """Agreement of the finished twins by release step: lines in one pass, points by clones.
+
+        Args:
+            ax: where.
+        """
+        import matplotlib
+
+        data, ax = self._data("agreement"), axes_for(ax)
+        colours = matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 0.85, data.sizes["band"]))
+        for band, colour in zip(data.band.values, colours, strict=True):
+            ax.plot(data.step, data.agreement_one_pass.sel(band=band), color=colour, label=band)
+            if "agreement_clones" in data:
+                clones = data.agreement_clones.sel(band=band)
+                ax.plot(data.release, clones, "o", color=colour, markersize=3.5)
+        zero(ax, 0.5)
+        ax.set(xlabel="release step (0 is the noisiest)", ylabel="agreement of the finished twins")
+        whole_numbers(ax.xaxis)
+        legend(ax, title="cycles/pixel", title_fontsize=7)
+        return ax
+
+    def spectrum(self, ax: Any = None) -> Any:
+        """When each frequency commits, in one pass, with its interval.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("spectrum"), axes_for(ax)
+        tau = data.spectrum_commitment
+        points(ax, data.frequency, tau, data.spectrum_commitment_interval)
+        ax.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
+        whole_numbers(ax.yaxis)
+        return ax
+
+    def cut(self, ax: Any = None) -> Any:
+        """The gap against the cut between low and high, in one pass, with its interval.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("cut"), axes_for(ax)
+        points(ax, data.cut, data.cut_gap, data.cut_gap_interval, fmt="o-")
+        zero(ax)
+        ax.set(xlabel="cut, cycles/pixel", ylabel="gap, steps (high minus low)")
+        return ax
+
+    def knob(self, sense: str = "agreement", ax: Any = None) -> Any:
+        """The gap against the strength of the coupling, with its interval.
+
+        Args:
+            sense: of the gap.
+            ax: where.
+        """
+        data, ax = self._data("knob"), axes_for(ax)
+        arguments.choice("sense", sense, data.sense.values.tolist())
+        one = data.sel(sense=sense)
+        points(ax, data.g, one.gap, one.gap_interval, fmt="o-")
+        zero(ax)
+        unit = "log E low $-$ log E high" if sense == "size" else "gap, steps (high minus low)"
+        ax.set(xlabel="coupling g", ylabel=unit, title=sense)
+        return ax
+
+    def causes(self, ax: Any = None) -> Any:
+        """What each layer's knock-out does to the gap, by way, with intervals for all at once.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("causes"), axes_for(ax, (5.4, 3.0))
+        ways = np.atleast_1d(data.how.values).tolist()
+        for i, way in enumerate(ways):
+            one = data.sel(how=way) if data.how.ndim else data
+            x = data.layer.values + (i - (len(ways) - 1) / 2) * 0.25
+            colour = (INK, LOW, HIGH)[i % 3]
+            points(ax, x, one.effect, one.effect_interval, colour, label=f"by {way}")
+        zero(ax)
+        if "gap" in data.attrs:
+            options = {"color": HIGH, "linewidth": 0.8, "linestyle": "--"}
+            ax.axhline(-float(data.attrs["gap"]), label="no gap left", **options)
+        ax.set(xlabel="layer knocked out", ylabel="change of the gap, steps")
+        whole_numbers(ax.xaxis)
+        legend(ax)
+        return ax
+
+    def sweep(self, ax: Any = None) -> Any:
+        """The first and the last layers knocked out together, as many as the depth says.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("sweep"), axes_for(ax)
+        for end, colour in (("first", LOW), ("last", HIGH)):
+            one = data.sel(end=end)
+            label = f"{end} layers"
+            points(ax, one.depth, one.effect, one.effect_interval, colour, fmt="o-", label=label)
+        zero(ax)
+        ax.set(xlabel="layers knocked out together", ylabel="change of the gap, steps")
+        whole_numbers(ax.xaxis)
+        legend(ax)
+        return ax
+
+    def map(self, ax: Any = None, **at: Any) -> Any:
+        """Effects by layer and window of steps; signed ones with their colours centred on zero.
+
+        Args:
+            ax: where.
+            **at: which site and band, the first ones by default.
+        """
+        data, ax = self._data("map"), axes_for(ax, (5.4, 3.0))
+        effect = data.effect
+        for axis in set(effect.dims) - {"layer", "window"}:
+            values = data[axis].values.tolist()
+            chosen = arguments.choice(str(axis), at.pop(str(axis), values[0]), values)
+            effect = effect.sel({axis: chosen})
+        if at:
+            raise InvalidValue(
+                f"{next(iter(at))!r} is no axis of the map; expected one of "
+                f"{list(data.effect.dims)}."
+            )
+        values, layers = effect.transpose("window", "layer"), data.layer.values
+        signed_map(ax, values, layers, "effect")
+        ax.set_yticks(range(data.sizes["window"]), data.window.values)
+        ax.set(xlabel="layer", ylabel="steps")
+        whole_numbers(ax.xaxis)
+        return ax
+
+
+def onset(ax: Any, attrs: Any, view: str) -> None:
+    """A profile's onset, if one is named, with its interval.
+
+    Args:
+        ax: where.
+        attrs: of the result.
+        view: of the profile.
+    """
+    layer = int(attrs.get(f"onset_layer_{view}", -1))
+    if layer < 0:
+        return
+    ends = attrs.get(f"onset_interval_{view}")
+    if ends is not None:
+        ax.axvspan(*ends, color=HIGH, alpha=0.2, linewidth=0)
+    ax.axvline(layer, color=HIGH, linewidth=0.8, linestyle="--")
+    said = f"onset {layer}" + ("" if ends is None else f" [{int(ends[0])}, {int(ends[1])}]")
+    ax.annotate(
+        said,
+        (layer, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -10),
+        textcoords="offset points",
+        color=INK,
+        fontsize=8,
+    )
+
+
+class Result(xr.Dataset):
+    """A dataset whose `plot` has pictures of ours.
+
+    Args:
+        values: what makes a dataset: variables, coordinates, attributes.
+
+    >>> import numpy as np
+    >>> ends = np.array([[0.5, 1.5], [1.5, 2.5]])
+    >>> found = Result({"cut_gap": ("cut", [1.0, 2.0]), "cut_gap_interval": (("cut", "b"), ends)})
+    >>> found.plot.names
+    ['cut']
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, dataset: xr.Dataset) -> Result:
+        """A dataset as a result; its variables are shared.
+
+        Args:
+            dataset: any.
+        """
+        found = cls(dataset.data_vars, dataset.coords, dict(dataset.attrs))
+        found.encoding = dict(dataset.encoding)
+        return found
+
+    @property
+    def plot(self) -> Pictures:  # type: ignore[override]
+        """Draws; see `Pictures`."""
+        return Pictures(self)

@@ -1,0 +1,92 @@
+"""What all pictures share: three colours that stay apart for every kind of colour vision and in
+grey, ticks at whole numbers, intervals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+LOW, HIGH, INK = "#0b559f", "#e08214", "#222222"
+"""Of low frequencies, of high ones, of everything else."""
+DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
+
+
+def axes_for(ax: Any, size: tuple[float, float] = (4.2, 3.0)) -> Any:
+    """The axes that were given, or new ones in a figure of pyplot's.
+
+    Args:
+        ax: matplotlib axes, or None.
+        size: of the figure, in inches.
+    """
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def whole_numbers(*axes: Any) -> None:
+    """Ticks at whole numbers only, for axes (such as `ax.xaxis`) of layers or steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def error_bars(value: ArrayLike, interval: ArrayLike) -> Any:
+    """matplotlib's `yerr` [2, n] for values [n] with intervals [n, bound]."""
+    return np.abs(np.asarray(interval).T - np.asarray(value))
+
+
+def legend(ax: Any, **options: Any) -> None:
+    """A small legend, readable where it lies over what is drawn."""
+    options = {"fontsize": 7, "edgecolor": "none", "framealpha": 0.8} | options
+    ax.legend(**options)
+
+
+def points(ax: Any, x: Any, value: Any, interval: Any, color: str = INK, **options: Any) -> None:
+    """Points with their intervals, joined by a line where `linestyle` says so.
+
+    Args:
+        ax: where.
+        x: their places.
+        value: their values [n].
+        interval: their intervals [n, bound].
+        color: of both.
+        options: further ones of matplotlib's `errorbar`.
+    """
+    usual = {"fmt": "o", "markersize": 3, "linewidth": 0.9, "capsize": 2, "color": color}
+    ax.errorbar(x, value, yerr=error_bars(value, interval), **(usual | options))
+
+
+def zero(ax: Any, at: float = 0.0) -> None:
+    """A thin line at nothing, or at another value."""
+    ax.axhline(at, color=INK, linewidth=0.6, linestyle=":")
+
+
+def signed_map(ax: Any, values: Any, x: Any, label: str) -> Any:
+    """A heat map of signed effects, its colours centred on zero, with a colour bar.
+
+    Args:
+        ax: where.
+        values: [row, column].
+        x: the columns' numbers, rising by one.
+        label: of the colours.
+    """
+    found = np.asarray(values, dtype=float)
+    top = max(float(np.nanmax(np.abs(found))) if np.isfinite(found).any() else 0.0, 1e-9)
+    image = ax.imshow(
+        found,
+        aspect="auto",
+        origin="lower",
+        cmap=DIVERGING,
+        vmin=-top,
+        vmax=top,
+        extent=(x[0] - 0.5, x[-1] + 0.5, -0.5, len(found) - 0.5),
+    )
+    ax.set_facecolor("#dddddd")
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return image

@@ -1,0 +1,190 @@
+"""Pictures as objects: what is drawn is what was measured, in colours that stay apart."""
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.colors import to_rgb
+
+import dit_lens
+from dit_lens.errors import InvalidValue
+from dit_lens.pictures.result import NEEDS, Result, onset
+from dit_lens.pictures.style import HIGH, INK, LOW
+from dit_lens.storage import save_dataset
+
+
+def made(**more):
+    """Results with known figures under all names that pictures need."""
+    layers, n = np.arange(-1, 4), 5
+    rng = np.random.default_rng(0)
+
+    def ends(value):
+        return np.stack([np.asarray(value) - 1, np.asarray(value) + 1], -1)
+
+    gap, tau = rng.normal(size=(1, n)), rng.normal(size=(2, 3))
+    base = {
+        "layer_gap": (("view", "layer"), gap),
+        "layer_gap_interval": (("view", "layer", "bound"), ends(gap)),
+        "log_ratio": (("energy", "layer"), gap),
+        "log_ratio_interval": (("energy", "layer", "bound"), ends(gap)),
+        "band_commitment": (("estimator", "band"), tau),
+        "band_commitment_interval": (("estimator", "band", "bound"), ends(tau)),
+        "agreement_one_pass": (("step", "band"), rng.random((6, 3))),
+        "spectrum_commitment": ("frequency", [1.0, 2.0]),
+        "spectrum_commitment_interval": (("frequency", "bound"), ends([1.0, 2.0])),
+        "cut_gap": ("cut", [1.0, 2.0]),
+        "cut_gap_interval": (("cut", "bound"), ends([1.0, 2.0])),
+    }
+    coords = {
+        "layer": layers, "view": ["lens"], "energy": ["ratio"], "band": ["a", "b", "c"],
+        "estimator": ["one_pass", "clones"], "step": range(6), "frequency": [0.1, 0.2],
+        "cut": [0.1, 0.2],
+    }  # fmt: skip
+    return Result(base, coords=coords, attrs=more)
+
+
+def effects(*axes):
+    shape = {"how": 2, "layer": 4, "window": 3, "band": 2, "end": 2, "depth": 3}
+    value = np.random.default_rng(1).normal(size=[shape[a] for a in axes])
+    ends = np.stack([value - 0.5, value + 0.5], -1)
+    labels = {"how": ["zero", "mean"], "layer": range(4), "window": ["0-1", "2-3", "4-5"]}
+    labels |= {"band": ["low", "high"], "end": ["first", "last"], "depth": [1, 2, 4]}
+    return Result(
+        {"effect": (axes, value), "effect_interval": ((*axes, "bound"), ends)},
+        coords={a: list(labels[a]) for a in axes},
+        attrs={"gap": 2.0},
+    )
+
+
+def coupled():
+    gap = np.random.default_rng(2).normal(size=(3, 2))
+    return Result(
+        {
+            "gap": (("g", "sense"), gap),
+            "gap_interval": (("g", "sense", "bound"), np.stack([gap - 1, gap + 1], -1)),
+            "parting": ("g", [1.0, 2.0, 3.0]),
+        },
+        coords={"g": [0.0, 0.5, 1.0], "sense": ["agreement", "size"]},
+    )
+
+
+RESULTS = {
+    **dict.fromkeys(("profile", "commitment", "agreement", "spectrum", "cut"), made),
+    "knob": coupled,
+    "causes": lambda: effects("how", "layer"),
+    "sweep": lambda: effects("end", "depth"),
+    "map": lambda: effects("layer", "window", "band"),
+}
+
+
+def test_every_picture_is_tried():
+    assert RESULTS.keys() == NEEDS.keys()
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_pictures_give_axes_and_take_them(name, tmp_path):
+    result = RESULTS[name]()
+    assert name in result.plot.names and name in dir(result.plot)
+    mine = plt.subplots()[1]
+    assert getattr(result.plot, name)(ax=mine) is mine
+    ax = getattr(result.plot, name)()
+    assert ax is not mine and ax.get_xlabel() and ax.get_ylabel()
+    for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        ax.figure.savefig(tmp_path / f"a.{kind}")
+        assert (tmp_path / f"a.{kind}").read_bytes().startswith(start)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", ["profile", "causes", "sweep", "map"])
+def test_layers_have_whole_ticks(name):
+    ax = getattr(RESULTS[name]().plot, name)()
+    ax.figure.canvas.draw()
+    ticks = ax.get_xticks()
+    assert np.array_equal(ticks, ticks.round())
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", ["commitment", "spectrum", "cut", "knob", "causes", "sweep"])
+def test_points_have_their_intervals(name):
+    result = RESULTS[name]()
+    ax = getattr(result.plot, name)()
+    bars = [bar for each in ax.containers for bar in each.lines[2][0].get_segments()]
+    lengths = {round(float(bar[1, 1] - bar[0, 1]), 6) for bar in bars}
+    assert bars and lengths == {1.0 if name in ("causes", "sweep") else 2.0}
+    plt.close("all")
+
+
+def test_signed_maps_are_centred_on_zero():
+    image = effects("layer", "window", "band").plot.map(band="high").images[0]
+    low, high = image.get_clim()
+    assert low == -high and high >= np.abs(image.get_array()).max()
+    plt.close("all")
+
+
+def test_an_onset_is_drawn_with_its_interval():
+    result = made(onset_layer_lens=2, onset_interval_lens=np.array([1, 3]))
+    ax = result.plot.profile("lens")
+    (span,) = [patch for patch in ax.patches if patch.get_alpha() == 0.2]
+    ends = span.get_extents().transformed(ax.transData.inverted()).intervalx
+    assert np.allclose(ends, [1, 3])
+    assert [text.get_text() for text in ax.texts] == ["onset 2 [1, 3]"]
+    bare = plt.subplots()[1]
+    onset(bare, {"onset_layer_lens": -1}, "lens")
+    assert not bare.patches and not bare.texts
+    plt.close("all")
+
+
+def test_a_picture_that_a_result_has_not_is_refused():
+    with pytest.raises(InvalidValue, match="This result has no picture 'causes'; expected one"):
+        made().plot.causes()
+    with pytest.raises(InvalidValue, match="view='lense' can't be used; .*'lens'"):
+        made().plot.profile("lense")
+    with pytest.raises(InvalidValue, match="'size' is no axis of the map"):
+        effects("layer", "window", "band").plot.map(size=1)
+
+
+def test_a_result_stays_a_dataset(tmp_path):
+    result = made(note="kept")
+    assert isinstance(result, xr.Dataset) and result.attrs["note"] == "kept"
+    assert isinstance(result.isel(layer=[0, 1]).plot.profile(), plt.Axes)
+    plain = xr.Dataset(result.data_vars, result.coords, result.attrs)
+    assert Result.of(plain).equals(result) and result.plot.scatter
+    with pytest.raises(InvalidValue):
+        dit_lens.load_result(save_dataset(tmp_path / "a.nc", "gap.nc", result))
+    plt.close("all")
+
+
+# Colours, as they are seen (Machado, Oliveira and Fernandes 2009, table 1, severity 1).
+
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+
+
+def lab(colour, seen):
+    """CIE Lab of an sRGB colour, as somebody sees it."""
+    rgb = np.asarray(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.asarray(seen) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    t = np.asarray(to_xyz) @ linear / [0.9505, 1.0, 1.089]
+    f = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("pair", [(LOW, HIGH), (LOW, INK), (HIGH, INK)])
+def test_colours_stay_apart_for_every_eye_and_in_print(pair):
+    for name, seen in VISION.items():
+        one, other = (lab(colour, seen) for colour in pair)
+        assert np.linalg.norm(one - other) > 20, name
+    grey = [lab(colour, VISION["normal"])[0] for colour in pair]
+    assert abs(grey[0] - grey[1]) > 15
