@@ -20,7 +20,7 @@ from dit_lens.experiments import (
     one_pass,
     release_sweep,
 )
-from dit_lens.experiments.release import _steepest
+from dit_lens.experiments.release import steepest
 from dit_lens.groundtruth import ddim_agreement, gaussian
 from dit_lens.measures.agreement import Agreement
 
@@ -113,9 +113,9 @@ def test_releases_are_spent_where_the_curve_rises(exact):
     # the first guesses are made blindly
     assert sum(rising[0] - 1 <= r <= rising[-1] + 1 for r in found.releases) >= 5
     assert (
-        _steepest({}, 10) == 4
-        and _steepest({4: np.array([0.1])}, 10) == 7
-        and _steepest({4: np.array([0.9])}, 10) == 1
+        steepest({}, 10) == 4
+        and steepest({4: np.array([0.1])}, 10) == 7
+        and steepest({4: np.array([0.9])}, 10) == 1
     )
 
 
