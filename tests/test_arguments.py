@@ -1205,6 +1205,7 @@ def test_every_public_function_is_tried():
     """But for the kit of `families`, and `check_probe`, which tests/test_checking.py has."""
     tried = {name for row in table() for name in (row[0], getattr(row[1], "__name__", ""))}
     tried |= set(() if ATTACK else ONLY_IN_THE_ATTACK)
+    tried |= {"load_result"}  # of wrong values below; good ones are files of tests/test_report.py
     for space in (dit_lens, experiments, gt, measures, patching):
         public = {n for n in space.__all__ if inspect.isfunction(getattr(space, n))}
         assert public <= tried, public - tried
@@ -1414,3 +1415,9 @@ def test_the_agreement_of_a_tuple_is_refused():
     with pytest.raises(InvalidType, match="stats=.* expected an Agreement"):
         curve((1, 2, 3))
     assert np.isnan(curve(Agreement(*np.zeros((3, 9, 1)))))
+
+
+def test_no_wrong_value_is_a_stored_result():
+    for value in POOL:
+        with pytest.raises(DitLensError):
+            dit_lens.load_result(value)
