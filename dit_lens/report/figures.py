@@ -18,10 +18,13 @@ import xarray as xr
 from ..measures.estimate import Estimate, number
 from .attributes import order
 from .gap import VIEWS
+from .knock_outs import FEWEST_MOVE
 
 STEPS = "gap, steps (high minus low)"
 INK, LOW, HIGH = "var(--ink)", "var(--low)", "var(--high)"
 NULL_LINE = {"color": LOW, "width": 0.5}
+WHOLE = 12
+"""Axes of layers shorter than this would get ticks at halves."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -46,19 +49,18 @@ class Figure:
         """The hook points that it shows, each once."""
         return list(dict.fromkeys(row[3] for row in self.rows if row[3]))
 
-    def axes(self, x: str, y: str, **more: Any) -> Figure:
+    def axes(self, x: str, y: str) -> Figure:
         """The same, with its axes named.
 
         Args:
             x: title of the horizontal one.
             y: of the vertical one.
-            more: further settings, such as `xaxis_dtick`.
         """
         for axis, title in (("xaxis", x), ("yaxis", y)):
             self.layout.setdefault(axis, {})["title"] = {"text": escape(title)}
-        for name, value in more.items():
-            axis, _, key = name.partition("_")
-            self.layout[axis][key] = value
+        places = [v for trace in self.traces for v in trace["x"] if v is not None]
+        if x.startswith("layer") and max(places) - min(places) < WHOLE:
+            self.layout["xaxis"]["dtick"] = 1  # there is no half of a layer
         return self
 
     def zero(self, at: float = 0.0) -> Figure:
@@ -97,6 +99,7 @@ class Figure:
         color: str = INK,
         form: str = "+.2f",
         at: str = "",
+        said: Sequence[str] | None = None,
         hooks: Sequence[str] | None = None,
         lines: bool = False,
         ribbon: Any = None,
@@ -113,6 +116,7 @@ class Figure:
             color: of the series.
             form: the format of a value.
             at: what a place is, in a word, such as "layer".
+            said: each place in words, where `x` is not what it is called.
             hooks: a name for each point, "" for none.
             lines: join them, and draw the interval as a ribbon.
             ribbon: a second, wider interval, drawn below.
@@ -126,7 +130,7 @@ class Figure:
             number(v, form) if ends is None else format(Estimate.of(v, ends[i]), form)
             for i, v in enumerate(values)
         ]
-        words = [p if isinstance(p, str) else f"{p:.4g}" for p in places]
+        words = said or [p if isinstance(p, str) else f"{p:.4g}" for p in places]
         if lines:
             for low_high in (ribbon, ends):
                 if low_high is not None:
@@ -177,7 +181,7 @@ class Figure:
         texts: Sequence[Sequence[str]],
         hooks: Sequence[Sequence[str]],
         label: str,
-        signed: bool,
+        top: float | None = None,
     ) -> Figure:
         """The same, with a heat map.
 
@@ -188,12 +192,11 @@ class Figure:
             texts: what a cell says, [row][column].
             hooks: names, [row][column], "" for none.
             label: of the colours.
-            signed: centre them on zero.
+            top: where they end on both sides of zero, for signed values.
         """
         columns = np.asarray(x).tolist()
         known = np.asarray(z, dtype=float)
-        top = float(np.nanmax(np.abs(known))) if np.isfinite(known).any() else 1.0
-        limits = {"zmin": -top, "zmax": top, "colorscale": "diverging"} if signed else {}
+        limits = {} if top is None else {"zmin": -top, "zmax": top, "colorscale": "diverging"}
         said = [
             [
                 "<br>".join(escape(t) for t in (f"layer {c}, {r}", text, hook) if t)
@@ -258,6 +261,7 @@ def gap(results: xr.Dataset) -> list[Figure]:
         one = results.sel(view=view) if steps else results.sel(energy=view)
         what, unit = ("layer_gap", STEPS) if steps else ("log_ratio", "log low − log high")
         at = int(results.attrs["commitment_step"])
+        title = title[0].upper() + title[1:]
         figure = Figure(title if steps else f"{title}, step {at}")
         if "null_profile" in results:
             for null in results.null_profile.sel(profile=view).values:
@@ -282,7 +286,9 @@ def gap(results: xr.Dataset) -> list[Figure]:
             figure.line(HIGH, "dash", x=onset)
         found.append(figure)
 
-    decided = Figure("When each frequency is decided")
+    decided = Figure(
+        "When each frequency (cycles/pixel) is decided; lines: one pass, points: clones"
+    )
     for i, band in enumerate(results.band.values):
         shade = f"var(--band-{i % 8})"
         one = results.sel(band=band)
@@ -298,7 +304,7 @@ def gap(results: xr.Dataset) -> list[Figure]:
             line={"color": shade, "width": 2, "dash": DASHES[i % len(DASHES)]},
         )
         if results.sizes["release"]:
-            clones, group = one.agreement_clones, {"legendgroup": str(i), "showlegend": False}
+            clones = one.agreement_clones
             decided.points(
                 f"{band}, clones",
                 results.release,
@@ -306,26 +312,33 @@ def gap(results: xr.Dataset) -> list[Figure]:
                 color=shade,
                 form=".2f",
                 at="released at step",
-                **group,
+                legendgroup=str(i),
+                showlegend=False,
             )
     decided.axes("release step (0 is the noisiest)", "agreement of the finished twins").zero(0.5)
-    decided.layout["legend"] = {"title": {"text": "cycles/pixel; points: clones"}}
 
     bands = Figure("When each band commits")
-    for name, symbol in (("one_pass", "circle"), ("clones", "square-open")):
-        if name in results.estimator.values and np.isfinite(
-            results.band_commitment.sel(estimator=name).values
-        ).any():
+    named = [str(band) for band in results.band.values]
+    for shift, name, symbol in ((-0.1, "one_pass", "circle"), (0.1, "clones", "square-open")):
+        if (
+            name in results.estimator.values
+            and np.isfinite(results.band_commitment.sel(estimator=name).values).any()
+        ):
             one = results.sel(estimator=name)
             bands.points(
                 name.replace("_", " "),
-                [str(b) for b in results.band.values],
+                np.arange(len(named)) + shift,
                 one.band_commitment,
                 one.band_commitment_interval,
                 form=".1f",
+                said=named,
                 marker={"symbol": symbol, "size": 8, "color": INK},
             )
-    bands.axes("frequency, cycles/pixel", "commitment step", xaxis_type="category")
+    bands.axes("frequency, cycles/pixel", "commitment step")
+    bands.layout["xaxis"] |= {
+        "tickvals": list(range(len(named))),
+        "ticktext": [escape(band) for band in named],
+    }
 
     spectrum = Figure("Commitment of each frequency (one pass)").points(
         "",
@@ -347,7 +360,7 @@ def gap(results: xr.Dataset) -> list[Figure]:
     rows = [f"{f:.3g}" for f in results.token_frequency.values]
     texts = [[f"10^{v:.2f}" for v in line] for line in energy]
     differ = Figure(f"What twins differ by, step {int(results.attrs['commitment_step'])}")
-    differ.heat(layers, rows, energy, texts, [names] * len(rows), "log10 energy", signed=False)
+    differ.heat(layers, rows, energy, texts, [names] * len(rows), "log10 energy")
     differ.axes("layer (−1: the embedding)", axis.replace("pixel", "token"))
     return [*found, decided, bands, spectrum, cut, differ]
 
@@ -406,22 +419,17 @@ def knock_outs(results: xr.Dataset) -> list[Figure]:
     for i, way in enumerate(ways):
         one, color = results.sel(how=way), (INK, LOW, "var(--third)")[i % 3]
         shift = (i - (len(ways) - 1) / 2) * 0.2
-        before = len(figure.rows)
         figure.points(
             f"by {way}",
             layers + shift,
             one.effect,
             one.effect_interval,
             color=color,
+            at="layer",
+            said=[str(layer) for layer in layers],
             hooks=[hook(int(layer), "resid_post") for layer in layers],
             marker={"color": color, "size": 6, "symbol": ("circle", "square", "diamond")[i % 3]},
         )
-        trace, rows = figure.traces[-1], figure.rows[before:]
-        places = [f"layer {layer}" for layer in layers]
-        trace["text"] = ["<br>".join((p, *r[2:])) for p, r in zip(places, rows, strict=True)]
-        figure.rows[before:] = [
-            (way, p, *row[2:]) for p, (way, *_), row in zip(places, rows, rows, strict=True)
-        ]
     figure.axes("layer knocked out", "change of the gap, steps").zero()
     return [figure.line(HIGH, "dash", y=-gap_of)]
 
@@ -476,6 +484,7 @@ def patches(results: xr.Dataset) -> list[Figure]:
         results: the stored result.
     """
     found = []
+    top = max(float(np.nan_to_num(np.abs(results.move.values)).max()), FEWEST_MOVE)
     for band in results.band.values:
         one = results.sel(band=band)
         rows = [(str(s), str(w)) for s in one.site.values for w in one.window.values]
@@ -488,7 +497,7 @@ def patches(results: xr.Dataset) -> list[Figure]:
             [_estimates(c.move.values, c.move_together.values, "+.1%") for c in cells],
             [[hook(int(layer), s) for layer in one.layer.values] for s, _ in rows],
             "share",
-            signed=True,
+            top,
         )
         found.append(figure.axes("layer patched", "site, steps"))
     return found
@@ -505,22 +514,27 @@ def cause_map(results: xr.Dataset) -> list[Figure]:
         for band in results.band.values:
             one = results.sel(site=site, band=band).transpose("window", "layer", ...)
             effect = one.effect.values
-            with np.errstate(divide="ignore", invalid="ignore"):
-                logs = np.where(effect > 0, np.log10(effect), np.nan)
-            named = "resid_post" if site == "block" else site
+            least = float(np.min(effect, initial=1.0, where=effect > 0))
+            named = "resid_post" if site == "block" else f"{site}_out"
             kind = str(results.attrs["kind"])
             figure = Figure(f"{kind}: {site}, {band} band (1: a stranger's distance)")
             figure.heat(
                 one.layer,
                 [f"steps {w}" for w in one.window.values],
-                logs,
+                np.log10(np.maximum(effect, least)),  # none at all has the colour of the least
                 [
                     _estimates(row, ends, ".2e")
                     for row, ends in zip(effect, one.effect_interval.values, strict=True)
                 ],
-                [[hook(int(layer), named) for layer in one.layer.values]] * len(effect),
+                [
+                    # a layer without such a part has no effect and no hook
+                    [
+                        hook(int(layer), named) if np.isfinite(value) else ""
+                        for layer, value in zip(one.layer.values, row, strict=True)
+                    ]
+                    for row in effect
+                ],
                 "log10 effect",
-                signed=False,
             )
             found.append(figure.axes("layer", "steps"))
     return found

@@ -88,16 +88,18 @@ def write(folders: Sequence[Path], page: Path) -> Path:
     from markupsafe import Markup
 
     shown = [result for folder in folders for result in _results(folder)]
-    kinds = [kind for kind in KINDS if any(result.kind == kind for result in shown)]
+    groups = [(KINDS[kind], [r for r in shown if r.kind == kind]) for kind in KINDS]
+    groups = [(name, results) for name, results in groups if results]
+    figures = [figure for _, results in groups for r in results for figure in r.figures]
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     html = environment.from_string(template).render(
         plotly=Markup(get_plotlyjs()),
-        groups=[(KINDS[kind], [r for r in shown if r.kind == kind]) for kind in kinds],
+        groups=groups,
         palette={"ink": INK, "low": LOW, "high": HIGH},
-        figures=_json([f.traces and {"data": f.traces, "layout": f.layout} for f in _all(shown)]),
+        figures=_json([{"title": f.title, "data": f.traces, "layout": f.layout} for f in figures]),
         several=len(folders) > 1,
     )
     with replacing(page) as part:
@@ -138,7 +140,9 @@ class Shown:
         """The answer."""
         attrs = self.result.attrs
         found = [str(attrs[name]) for name in ("headline", "sentence") if name in attrs]
-        found += [str(v) for name, v in attrs.items() if str(name).startswith("sentence_")]
+        said = {str(n): str(v) for n, v in attrs.items() if str(n).startswith("sentence_")}
+        by = "By {}: " if self.kind == "knock_outs.nc" else ""
+        found += [by.format(n.removeprefix("sentence_")) + v for n, v in said.items()]
         if self.kind == "patches.nc":
             found.append(sufficiency(self.result))
         return [line for text in found for line in text.splitlines() if line]
@@ -256,10 +260,6 @@ def _results(folder: Path) -> list[Shown]:
         lines = [line for line in said.getvalue().splitlines() if not line.startswith(WRITTEN)]
         found.append(Shown(kind, file, result, "\n".join(lines).strip(), pictures))
     return found
-
-
-def _all(shown: Sequence[Shown]) -> list[Figure]:
-    return [figure for result in shown for figure in result.figures]
 
 
 def _json(data: Any) -> Any:
