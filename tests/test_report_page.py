@@ -182,6 +182,27 @@ def test_points_say_value_interval_and_hook(folder, page):
     assert page.count("<option>blocks.1.hook_resid_post</option>") >= 2
 
 
+def test_an_onset_has_its_interval(folder):
+    gap = stored.read(folder / "gap.nc")[1]
+    gap.attrs |= {"onset_layer_lens": 1, "onset_interval_lens": np.array([0, 1])}
+    plain, lens, *_ = FIGURES["gap.nc"](gap)
+    assert "annotations" not in plain.layout
+    assert lens.layout["annotations"][0]["text"] == "onset 1 [0, 1]"
+    (band,) = (shape for shape in lens.layout["shapes"] if shape["type"] == "rect")
+    assert (band["x0"], band["x1"]) == (0, 1)
+
+
+def test_maps_of_one_result_share_their_colours(folder):
+    """So that no effect at all never looks like a large one."""
+    for kind in ("cause_map.nc", "patches.nc"):
+        traces = [f.traces[0] for f in FIGURES[kind](stored.read(folder / kind)[1])]
+        assert len({(trace["zmin"], trace["zmax"]) for trace in traces}) == 1
+        assert len(traces) > 1 and traces[0]["zmin"] < traces[0]["zmax"]
+    effects = stored.read(folder / "cause_map.nc")[1]
+    nothing = FIGURES["cause_map.nc"](effects.assign(effect=effects.effect * 0))[0].traces[0]
+    assert {value for row in nothing["z"] for value in row} == {nothing["zmin"]}
+
+
 def test_data_of_figures_are_json(page):
     data = Reader(page).scripts[0]
     figures = json.loads(data)
@@ -293,6 +314,26 @@ def test_a_browser_draws_it(folder, page, tmp_path):
     visible = re.findall(r'<div class="release" data-step="(\d+)">', shown)
     assert visible == [str(releases[-1])]
     assert re.search(rf"<output[^>]*>{releases[-1]}</output>", shown)
+
+    acts = """
+    const last = plots[0].data.length - 1, name = plots[0].data[last].customdata[2];
+    Plotly.Fx.hover(plots[0], [{ curveNumber: last, pointNumber: 2 }]);
+    document.body.dataset.hovered = plots[0].querySelector(".hoverlayer").textContent;
+    plots[0].emit("plotly_click", { points: [{ customdata: name }] });
+    document.body.dataset.chosen = document.querySelector("select.hook").value;
+    dispatchEvent(new Event("beforeprint")); dispatchEvent(new Event("afterprint"));
+    document.querySelector("[data-copy]").click();
+    addEventListener("hashchange", addressed);"""
+    path.write_text(
+        page.replace('addEventListener("hashchange", addressed);', acts), encoding="utf-8"
+    )
+    shown, console = opened(path, tmp_path / "profile")
+    assert console == []
+    row = FIGURES["gap.nc"](stored.read(folder / "gap.nc")[1])[0].rows[2]
+    hovered = re.search(r'data-hovered="([^"]*)"', shown)[1]
+    assert row[2] in hovered and row[3] in hovered
+    assert f'data-chosen="{row[3]}"' in shown
+    assert re.search(rf'role="status"[^>]*>(not copied: |copied ){row[3]}<', shown)
 
     path.write_text(page.replace("draw();\nfor", "draw();\nnowhere();\nfor"), encoding="utf-8")
     assert "nowhere is not defined" in "".join(opened(path, tmp_path / "profile")[1])

@@ -89,6 +89,26 @@ class Figure:
         self.layout.setdefault("shapes", []).append({"type": "line", "line": look} | ends)
         return self
 
+    def onset(self, layer: int, interval: Any = None) -> Figure:
+        """The same, with a profile's onset and its interval.
+
+        Args:
+            layer: of the onset.
+            interval: its ends, if they are known.
+        """
+        said = f"onset {layer}"
+        if interval is not None:
+            low, high = (int(end) for end in interval)
+            said += f" [{low}, {high}]"
+            band = {"type": "rect", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
+            look = {"fillcolor": "var(--shade-high)", "line": {"width": 0}}
+            self.layout.setdefault("shapes", []).append(band | look)
+        note = {"x": layer, "y": 1, "yref": "paper", "xanchor": "left", "showarrow": False}
+        self.layout.setdefault("annotations", []).append(note | {"text": said})
+        self.rows.append(("onset", str(layer), said, hook(layer, "resid_post")))
+        self.line(HIGH, "dash", x=layer)
+        return self
+
     def points(
         self,
         name: str,
@@ -181,7 +201,8 @@ class Figure:
         texts: Sequence[Sequence[str]],
         hooks: Sequence[Sequence[str]],
         label: str,
-        top: float | None = None,
+        limits: tuple[float, float],
+        colors: str = "Viridis",
     ) -> Figure:
         """The same, with a heat map.
 
@@ -192,11 +213,11 @@ class Figure:
             texts: what a cell says, [row][column].
             hooks: names, [row][column], "" for none.
             label: of the colours.
-            top: where they end on both sides of zero, for signed values.
+            limits: where the colours end, the same in all figures that are compared.
+            colors: plotly's scale, or "diverging" for signed values.
         """
         columns = np.asarray(x).tolist()
         known = np.asarray(z, dtype=float)
-        limits = {} if top is None else {"zmin": -top, "zmax": top, "colorscale": "diverging"}
         said = [
             [
                 "<br>".join(escape(t) for t in (f"layer {c}, {r}", text, hook) if t)
@@ -213,10 +234,11 @@ class Figure:
                 "text": said,
                 "customdata": [list(row) for row in hooks],
                 "hovertemplate": "%{text}<extra></extra>",
-                "colorscale": "Viridis",
+                "colorscale": colors,
+                "zmin": limits[0],
+                "zmax": limits[1],
                 "colorbar": {"title": {"text": escape(label), "side": "right"}, "thickness": 12},
             }
-            | limits
         )
         self.rows += [
             (str(row), str(c), text, hook)
@@ -225,6 +247,12 @@ class Figure:
         ]
         self.layout.setdefault("yaxis", {}).update(type="category", automargin=True)
         return self
+
+
+def _limits(values: Any) -> tuple[float, float]:
+    """Where the colours of these values end."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    return low, max(high, low + 0.1)
 
 
 def _plain(values: Any) -> list[float | None]:
@@ -283,7 +311,7 @@ def gap(results: xr.Dataset) -> list[Figure]:
             figure.zero()
         onset = int(results.attrs[f"onset_layer_{view}"])
         if onset >= 0:
-            figure.line(HIGH, "dash", x=onset)
+            figure.onset(onset, results.attrs.get(f"onset_interval_{view}"))
         found.append(figure)
 
     decided = Figure(
@@ -360,7 +388,7 @@ def gap(results: xr.Dataset) -> list[Figure]:
     rows = [f"{f:.3g}" for f in results.token_frequency.values]
     texts = [[f"10^{v:.2f}" for v in line] for line in energy]
     differ = Figure(f"What twins differ by, step {int(results.attrs['commitment_step'])}")
-    differ.heat(layers, rows, energy, texts, [names] * len(rows), "log10 energy")
+    differ.heat(layers, rows, energy, texts, [names] * len(rows), "log10 energy", _limits(energy))
     differ.axes("layer (−1: the embedding)", axis.replace("pixel", "token"))
     return [*found, decided, bands, spectrum, cut, differ]
 
@@ -497,7 +525,8 @@ def patches(results: xr.Dataset) -> list[Figure]:
             [_estimates(c.move.values, c.move_together.values, "+.1%") for c in cells],
             [[hook(int(layer), s) for layer in one.layer.values] for s, _ in rows],
             "share",
-            top,
+            (-top, top),
+            "diverging",
         )
         found.append(figure.axes("layer patched", "site, steps"))
     return found
@@ -510,18 +539,21 @@ def cause_map(results: xr.Dataset) -> list[Figure]:
         results: the stored result.
     """
     found = []
+    positive = results.effect.values[results.effect.values > 0]
+    # a few cells lie far below the rest, and would take all the colours
+    least = float(np.quantile(positive, 0.02)) if positive.size else 1e-12
+    limits = _limits(np.log10(np.maximum(positive, least)) if positive.size else [np.log10(least)])
     for site in map(str, results.site.values):
         for band in results.band.values:
             one = results.sel(site=site, band=band).transpose("window", "layer", ...)
             effect = one.effect.values
-            least = float(np.min(effect, initial=1.0, where=effect > 0))
             named = "resid_post" if site == "block" else f"{site}_out"
             kind = str(results.attrs["kind"])
             figure = Figure(f"{kind}: {site}, {band} band (1: a stranger's distance)")
             figure.heat(
                 one.layer,
                 [f"steps {w}" for w in one.window.values],
-                np.log10(np.maximum(effect, least)),  # none at all has the colour of the least
+                np.log10(np.maximum(effect, least)),
                 [
                     _estimates(row, ends, ".2e")
                     for row, ends in zip(effect, one.effect_interval.values, strict=True)
@@ -535,6 +567,7 @@ def cause_map(results: xr.Dataset) -> list[Figure]:
                     for row in effect
                 ],
                 "log10 effect",
+                limits,
             )
             found.append(figure.axes("layer", "steps"))
     return found
