@@ -28,7 +28,9 @@ def reference(name):
     """A page of everything that a namespace's `__all__` names, where it is defined."""
     space = dit_lens if name == "dit_lens" else getattr(dit_lens, name)
     lines = [f"# {name if name == 'dit_lens' else f'dit_lens.{name}'}", "", first(space), ""]
-    elsewhere = dit_lens.errors.__all__ if name == "dit_lens" else ()
+    # what a namespace has too is shown there
+    spaces = [getattr(dit_lens, space) for space in SPACES] if name == "dit_lens" else []
+    elsewhere = {public for space in spaces for public in space.__all__}
     for public in space.__all__:
         value = getattr(space, public)
         home = getattr(value, "__module__", None)

@@ -38,39 +38,13 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_model, save_model
 from scipy.stats import chisquare
-from torch import Tensor, nn
+from torch import Tensor
 from train_reference import HELD_OUT, N_PORTRAITS, read_digits
 
 import dit_lens
 from dit_lens.groundtruth import portraits
+from dit_lens.groundtruth.digits import Classifier
 from dit_lens.groundtruth.portraits import FACTORS, VARIANTS
-
-
-class Classifier(nn.Module):
-    """Images [n, 1, 16, 16] in [-1, 1] -> logits [n, 10]; `features` are the 64 numbers before the
-    last layer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for wide_in, wide_out, stride in [
-            (1, 32, 1),
-            (32, 32, 2),
-            (32, 64, 1),
-            (64, 64, 2),
-            (64, 128, 1),
-        ]:
-            conv = nn.Conv2d(wide_in, wide_out, 3, stride, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(wide_out), nn.ReLU()]
-        self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 64), nn.ReLU()
-        )
-        self.last = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.features(x))
-        return logits
 
 
 def jittered(x: Tensor) -> Tensor:

@@ -79,16 +79,13 @@ def draw(result: xr.Dataset, path: Path) -> Path:
     """
     sentence = str(result.attrs["sentence"]).split("\n")[0]
     shown = [str(name) for name in result.shown.values]
-    mosaic = [
-        [f"image {i}" for i in range(COLUMNS)],
-        ["chance", "chance", "map", "map", "layers", "layers"],
-    ]
     with picture(path, (9.5, 5.2)) as (figure, blank):
         blank.remove()
-        axes = figure.subplot_mosaic(mosaic, height_ratios=[0.75, 1.0])
         figure.suptitle("\n".join(textwrap.wrap(sentence, 125)), fontsize=9, x=0.01, ha="left")
-        for i in range(COLUMNS):
-            ax = axes[f"image {i}"]
+        # two figures in one: the columns of the pictures and of the images are not the same
+        above, below = figure.subfigures(2, 1, height_ratios=[0.55, 1.0])
+        chance, where, layers = below.subplots(1, 3)
+        for i, ax in enumerate(above.subplots(1, COLUMNS)):
             ax.set_axis_off()
             name = _slot(i, shown)
             if name is None:
@@ -103,9 +100,9 @@ def draw(result: xr.Dataset, path: Path) -> Path:
                 interpolation="nearest",
             )
             ax.set_title(name, fontsize=8)
-        _chance(axes["chance"], result)
-        _map(figure, axes["map"], result)
-        _layers(axes["layers"], result)
+        _chance(chance, result)
+        _map(below, where, result)
+        _layers(layers, result)
     return path
 
 
