@@ -154,6 +154,18 @@ def test_commands_are_commands(folder):
     assert "'a model; rm'" in Shown("gap.nc", folder / "gap.nc", gap, "", []).command
 
 
+def test_a_gap_in_one_pass_and_one_with_null_models(folder):
+    gap = stored.read(folder / "gap.nc")[1]
+    one_pass = Shown("gap.nc", folder / "gap.nc", gap.isel(release=slice(0)), "", [])
+    assert one_pass.command.endswith(" --one-pass") and len(one_pass.figures) == 9
+    profiles = ["stream", "lens", "ratio", "growth"]
+    null = (("profile", "null", "layer"), np.zeros((4, 19, gap.sizes["layer"])))
+    with_null = gap.assign(null_profile=null).assign_coords(profile=profiles, null=range(19))
+    shown = Shown("gap.nc", folder / "gap.nc", with_null, "", [])
+    assert shown.command.endswith(" --null 19")
+    assert len(shown.figures[0].traces) == len(one_pass.figures[0].traces) + 19
+
+
 def test_points_say_value_interval_and_hook(folder, page):
     gap = stored.read(folder / "gap.nc")[1]
     figures = FIGURES["gap.nc"](gap)

@@ -130,7 +130,7 @@ class Figure:
 
         Args:
             name: of the series.
-            x: places [n].
+            x: places [n], numbers.
             value: values [n].
             interval: their ends [n, bound], if they have any.
             color: of the series.
@@ -140,7 +140,7 @@ class Figure:
             hooks: a name for each point, "" for none.
             lines: join them, and draw the interval as a ribbon.
             ribbon: a second, wider interval, drawn below.
-            across: the values run from left to right.
+            across: the values run from left to right, and the places from top to bottom.
             look: further settings of the trace.
         """
         places, values = np.asarray(x).tolist(), np.asarray(value, dtype=float)
@@ -150,18 +150,17 @@ class Figure:
             number(v, form) if ends is None else format(Estimate.of(v, ends[i]), form)
             for i, v in enumerate(values)
         ]
-        words = said or [p if isinstance(p, str) else f"{p:.4g}" for p in places]
+        words = said or [f"{p:.4g}" for p in places]
         if lines:
             for low_high in (ribbon, ends):
                 if low_high is not None:
                     self._ribbon(places, np.asarray(low_high, dtype=float), color)
-        shown = places if not across else [escape(word) for word in words]
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "lines+markers" if lines else "markers",
             "name": escape(name),
-            "x": _plain(values) if across else shown,
-            "y": shown if across else _plain(values),
+            "x": _plain(values) if across else places,
+            "y": places if across else _plain(values),
             "customdata": names,
             "text": [
                 "<br>".join(escape(t) for t in (f"{at} {word}".strip(), text, hook) if t)
@@ -400,36 +399,48 @@ def attributes(results: xr.Dataset) -> list[Figure]:
         results: the stored result.
     """
     names, step = order(results), results.sel(quantity="step")
-    figure = Figure("When each attribute is decided")
-    labels = [name.replace("_", " ") for name in names]
-    one = step.sel(attribute=names)
-    for variable, said, symbol, color in (
-        ("readable", "readable (predicted x0)", "diamond-open", "var(--agree)"),
-        ("commitment", "decided (clones)", "circle", INK),
+    figure, one = Figure("When each attribute is decided"), step.sel(attribute=names)
+    rows = [name.replace("_", " ") for name in names]
+    for variable, said, symbol, color, shift in (
+        ("commitment", "decided (clones)", "circle", INK, 0.0),
+        ("readable", "readable (predicted x0)", "diamond-open", "var(--agree)", 0.3),
     ):
-        marker = {"symbol": symbol, "color": color, "size": 8}
-        values, ends = one[variable], one[f"{variable}_interval"]
         figure.points(
-            said, labels, values, ends, color=color, form=".1f", across=True, marker=marker
+            said,
+            np.arange(len(names)) + shift,
+            one[variable],
+            one[f"{variable}_interval"],
+            color=color,
+            form=".1f",
+            said=rows[: len(names)],
+            across=True,
+            marker={"symbol": symbol, "color": color, "size": 8},
         )
-    for axis, said in (("split", "low and high"), ("band", "bands, cycles/pixel")):
-        values, ends = step[f"{axis}_commitment"], step[f"{axis}_commitment_interval"]
-        color = HIGH if axis == "split" else "var(--nothing)"
+    for axis, said, color in (
+        ("split", "low and high", HIGH),
+        ("band", "bands, cycles/pixel", "var(--nothing)"),
+    ):
         own = [str(name) for name in results[axis].values]
-        square = {"symbol": "square", "color": color, "size": 8}
-        figure.points(said, own, values, ends, color=color, form=".1f", across=True, marker=square)
+        figure.points(
+            said,
+            len(rows) + np.arange(len(own)),
+            step[f"{axis}_commitment"],
+            step[f"{axis}_commitment_interval"],
+            color=color,
+            form=".1f",
+            said=own,
+            across=True,
+            marker={"symbol": "square", "color": color, "size": 8},
+        )
+        rows += own
     steps = int(results.attrs["steps"])
     figure.axes(f"step of {steps} (0 is the noisiest)", "")
-    rows = [*labels, *(str(n) for axis in ("split", "band") for n in results[axis].values)]
-    categories = [escape(row) for row in rows]
-    figure.layout["yaxis"] |= {
-        "type": "category",
-        "categoryorder": "array",
-        "categoryarray": categories,
-        "autorange": "reversed",
-        "automargin": True,
-    }
     figure.layout["xaxis"]["range"] = [0, steps]
+    figure.layout["yaxis"] |= {
+        "tickvals": list(range(len(rows))),
+        "ticktext": [escape(row) for row in rows],
+        "range": [len(rows) - 0.4, -0.6],
+    }
     figure.layout["height"] = 160 + 24 * len(rows)
     return [figure]
 

@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 
 from ..errors import MissingFile
+from ..measures.estimate import number
 from ..pictures.style import HIGH, INK, LOW
 from ..storage import made_with, replacing
 from . import stored
@@ -209,7 +210,7 @@ def releases(results: xr.Dataset) -> list[dict[str, Any]]:
                     for i in range(results.sizes["shown"])
                 ],
                 "agreement": [
-                    (name.replace("_", " "), f"{value:.2f}" if np.isfinite(value) else "-")
+                    (name.replace("_", " "), number(round(float(value), 2) + 0.0, ".2f"))
                     for name, value in zip(names, agreement, strict=True)
                 ],
             }
