@@ -33,17 +33,18 @@ class Answer(NamedTuple):
     code: int = 0
 
 
-def stored(folder: Path) -> Answer:
-    """All results in a folder, by file.
+def stored(*folders: Path) -> Answer:
+    """All results in a folder, by file; of several, a list.
 
     Args:
-        folder: what a subcommand wrote, or one file of it.
+        folders: what a subcommand wrote, or one file of it.
     """
 
-    def found() -> dict[str, Any]:
+    def found() -> Any:
         from ..report.stored import results_at
 
-        return {"stored": str(folder), "results": results_at(folder)}
+        all_ = [{"stored": str(folder), "results": results_at(folder)} for folder in folders]
+        return all_[0] if len(all_) == 1 else all_
 
     return Answer(found)  # read again only where somebody wants it
 

@@ -29,7 +29,7 @@ EXAMPLES = {
     "cost": ["cost digits"],
     "check": ["check LayerLens", "check examples/custom_probe.py:Locality"],
     "check-family": ["check-family DiTTransformer2DModel"],
-    "report": ["report gap-digits"],
+    "report": ["report gap-digits", "report gap-digits patch-digits --html both.html"],
 }
 """What `--help` of a subcommand shows; a test parses them all."""
 

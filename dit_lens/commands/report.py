@@ -1,4 +1,4 @@
-"""Print the tables and draw the pictures of stored results again."""
+"""Print the tables and draw the pictures of stored results again, or write them as a page."""
 
 from __future__ import annotations
 
@@ -7,19 +7,40 @@ from pathlib import Path
 
 from .common import Answer, stored
 
+PAGE = Path("report.html")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RESULTS."""
+    """RESULTS, and --html."""
     parser.add_argument(
         "results",
         type=Path,
-        help="the folder that `dit-lens gap` or `patch` wrote, or a file in it",
+        nargs="+",
+        metavar="FOLDER",
+        help="the folder that `dit-lens gap`, `patch` and others wrote, or a file in it; several "
+        "are shown side by side",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        nargs="?",
+        const=PAGE,
+        metavar="PAGE",
+        help="write one page with interactive figures instead, which needs no network (default: "
+        f"{PAGE}); give it after the folders",
     )
 
 
 def run(args: argparse.Namespace) -> Answer:
-    """Show what is stored there; see `dit_lens.report.stored`."""
+    """Show what is stored there; see `dit_lens.report.stored` and `dit_lens.report.page`."""
+    if args.html is not None:
+        from ..report.page import write
+
+        page = write(args.results, args.html)
+        print(f"page: {page}")
+        return Answer({"page": str(page)})
     from ..report.stored import show
 
-    show(args.results)
-    return stored(args.results)
+    for folder in args.results:
+        show(folder)
+    return stored(*args.results)

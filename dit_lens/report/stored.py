@@ -257,7 +257,7 @@ def show(path: Path) -> None:
         MissingFile: if there is nothing at the path, or no result in the folder.
         InvalidValue: for a file that is no result, or is damaged.
     """
-    found = _files(path)
+    found = files_at(path)
     kinds = {kind: (file, results) for file in found for kind, results in [read(file)]}
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
@@ -292,7 +292,7 @@ def results_at(path: Path) -> dict[str, xr.Dataset]:
         MissingFile: if there is none.
         InvalidValue: for a file that is no result, or is damaged.
     """
-    return {file.name: read(file)[1] for file in _files(path)}
+    return {file.name: read(file)[1] for file in files_at(path)}
 
 
 def load_result(path: str | Path) -> Result:
@@ -313,8 +313,15 @@ def load_result(path: str | Path) -> Result:
     return read(arguments.path("path", path))[1]
 
 
-def _files(path: Path) -> list[Path]:
-    """The results in a folder, or the one file."""
+def files_at(path: Path) -> list[Path]:
+    """The results in a folder, or the one file.
+
+    Args:
+        path: a folder, or one file.
+
+    Raises:
+        MissingFile: if there is none.
+    """
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).exists()]
     else:

@@ -21,6 +21,8 @@ DOT: dict[str, Any] = {
     "markeredgewidth": 0.6,
 }
 """A mark on a coloured cell, of any colour."""
+WRITTEN = "pictures and figures: "
+"""Before the names of what was written."""
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -84,4 +86,4 @@ def plain_console(width: int) -> Console:
 def files(console: Console, paths: Sequence[Path]) -> None:
     """Say which files were written."""
     written = ", ".join(map(str, paths))
-    console.print(f"pictures and figures: {written}", style="dim", soft_wrap=True)
+    console.print(f"{WRITTEN}{written}", style="dim", soft_wrap=True)

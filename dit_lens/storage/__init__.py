@@ -4,7 +4,7 @@ Belongs here: how a file is written, sealed, locked, and held against a schema. 
 it; the schemas are beside those who write it (`tracing`, `patching`, `report`, `model`).
 """
 
-from .datasets import load_dataset, save_dataset
+from .datasets import load_dataset, made_with, save_dataset
 from .locks import locked
 from .seals import check_seal, versions
 from .tensors import load_tensors, mapped_tensors, save_tensors
@@ -16,6 +16,7 @@ __all__ = [
     "load_dataset",
     "load_tensors",
     "locked",
+    "made_with",
     "mapped_tensors",
     "replacing",
     "save_dataset",

@@ -41,6 +41,17 @@ def save_dataset(
     return Path(path)
 
 
+def made_with(path: str | Path) -> dict[str, str]:
+    """The versions and the device that made a file of `save_dataset`, by name.
+
+    Args:
+        path: the file, read and found whole before.
+    """
+    with xr.open_dataset(path, engine="scipy") as results:
+        found: dict[str, str] = json.loads(results.attrs[VERSIONS])
+    return found
+
+
 def load_dataset(path: str | Path, expected: str) -> tuple[str, xr.Dataset]:
     """The kind and the result of a file of `save_dataset`.
 

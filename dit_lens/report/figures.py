@@ -1,0 +1,599 @@
+"""Interactive figures of stored results, as plotly reads them: every value with its 95 % interval
+and, where it belongs to a layer's site, the hook point's name.
+
+They are plain dictionaries, and their colours are names of the page's own (`var(--ink)`), so that
+one page serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..measures.estimate import Estimate, number
+from .attributes import order
+from .gap import VIEWS
+from .knock_outs import FEWEST_MOVE
+
+STEPS = "gap, steps (high minus low)"
+INK, LOW, HIGH = "var(--ink)", "var(--low)", "var(--high)"
+NULL_LINE = {"color": LOW, "width": 0.5}
+WHOLE = 12
+"""Axes of layers shorter than this would get ticks at halves."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+@dataclass
+class Figure:
+    """One figure of a page.
+
+    Attributes:
+        title: what it shows.
+        traces: as plotly reads them.
+        layout: likewise.
+        rows: its values as a table: series, place, value with interval, hook name.
+    """
+
+    title: str
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    @property
+    def hooks(self) -> list[str]:
+        """The hook points that it shows, each once."""
+        return list(dict.fromkeys(row[3] for row in self.rows if row[3]))
+
+    def axes(self, x: str, y: str) -> Figure:
+        """The same, with its axes named.
+
+        Args:
+            x: title of the horizontal one.
+            y: of the vertical one.
+        """
+        for axis, title in (("xaxis", x), ("yaxis", y)):
+            self.layout.setdefault(axis, {})["title"] = {"text": escape(title)}
+        places = [v for trace in self.traces for v in trace["x"] if v is not None]
+        if x.startswith("layer") and max(places) - min(places) < WHOLE:
+            self.layout["xaxis"]["dtick"] = 1  # there is no half of a layer
+        return self
+
+    def zero(self, at: float = 0.0) -> Figure:
+        """The same, with a line across at nothing, or at another value.
+
+        Args:
+            at: the value.
+        """
+        return self.line(INK, "dot", y=at)
+
+    def line(self, color: str, dash: str, *, y: float | None = None, x: float | None = None) -> Any:
+        """The same, with a line through the whole of it.
+
+        Args:
+            color: its colour.
+            dash: plotly's.
+            y: where it is level, or
+            x: where it stands.
+        """
+        ends: dict[str, Any] = (
+            {"xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
+            if x is None
+            else {"yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x}
+        )
+        look = {"color": color, "width": 1, "dash": dash}
+        self.layout.setdefault("shapes", []).append({"type": "line", "line": look} | ends)
+        return self
+
+    def onset(self, layer: int, interval: Any = None) -> Figure:
+        """The same, with a profile's onset and its interval.
+
+        Args:
+            layer: of the onset.
+            interval: its ends, if they are known.
+        """
+        said = f"onset {layer}"
+        if interval is not None:
+            low, high = (int(end) for end in interval)
+            said += f" [{low}, {high}]"
+            band = {"type": "rect", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
+            look = {"fillcolor": "var(--shade-high)", "line": {"width": 0}}
+            self.layout.setdefault("shapes", []).append(band | look)
+        note = {"x": layer, "y": 1, "yref": "paper", "xanchor": "left", "showarrow": False}
+        self.layout.setdefault("annotations", []).append(note | {"text": said})
+        self.rows.append(("onset", str(layer), said, hook(layer, "resid_post")))
+        self.line(HIGH, "dash", x=layer)
+        return self
+
+    def points(
+        self,
+        name: str,
+        x: Any,
+        value: Any,
+        interval: Any = None,
+        *,
+        color: str = INK,
+        form: str = "+.2f",
+        at: str = "",
+        said: Sequence[str] | None = None,
+        hooks: Sequence[str] | None = None,
+        lines: bool = False,
+        ribbon: Any = None,
+        across: bool = False,
+        **look: Any,
+    ) -> Figure:
+        """The same, with a series more.
+
+        Args:
+            name: of the series.
+            x: places [n], numbers.
+            value: values [n].
+            interval: their ends [n, bound], if they have any.
+            color: of the series.
+            form: the format of a value.
+            at: what a place is, in a word, such as "layer".
+            said: each place in words, where `x` is not what it is called.
+            hooks: a name for each point, "" for none.
+            lines: join them, and draw the interval as a ribbon.
+            ribbon: a second, wider interval, drawn below.
+            across: the values run from left to right, and the places from top to bottom.
+            look: further settings of the trace.
+        """
+        places, values = np.asarray(x).tolist(), np.asarray(value, dtype=float)
+        ends = None if interval is None else np.asarray(interval, dtype=float)
+        names = list(hooks) if hooks is not None else [""] * len(places)
+        texts = [
+            number(v, form) if ends is None else format(Estimate.of(v, ends[i]), form)
+            for i, v in enumerate(values)
+        ]
+        words = said or [f"{p:.4g}" for p in places]
+        if lines:
+            for low_high in (ribbon, ends):
+                if low_high is not None:
+                    self._ribbon(places, np.asarray(low_high, dtype=float), color)
+        trace: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "lines+markers" if lines else "markers",
+            "name": escape(name),
+            "x": _plain(values) if across else places,
+            "y": places if across else _plain(values),
+            "customdata": names,
+            "text": [
+                "<br>".join(escape(t) for t in (f"{at} {word}".strip(), text, hook) if t)
+                for word, text, hook in zip(words, texts, names, strict=True)
+            ],
+            "hovertemplate": "%{text}<extra>" + escape(name) + "</extra>",
+            "line": {"color": color, "width": 1.5},
+            "marker": {"color": color, "size": 6},
+            "showlegend": bool(name),
+        }
+        if ends is not None and not lines:
+            trace["error_x" if across else "error_y"] = {
+                "type": "data",
+                "symmetric": False,
+                "array": _plain(np.abs(ends[:, 1] - values)),
+                "arrayminus": _plain(np.abs(values - ends[:, 0])),
+                "color": color,
+                "thickness": 1.2,
+                "width": 3,
+            }
+        self.traces.append(trace | look)
+        self.rows += [(name, *row) for row in zip(words, texts, names, strict=True)]
+        return self
+
+    def _ribbon(self, x: list[Any], ends: np.ndarray, color: str) -> None:
+        edge = {"type": "scatter", "mode": "lines", "x": x, "line": {"width": 0}}
+        quiet = {"hoverinfo": "skip", "showlegend": False}
+        shade = {"fill": "tonexty", "fillcolor": color.replace("var(--", "var(--shade-")}
+        self.traces.append(edge | quiet | {"y": _plain(ends[:, 0])})
+        self.traces.append(edge | quiet | shade | {"y": _plain(ends[:, 1])})
+
+    def heat(
+        self,
+        x: Any,
+        y: Sequence[Any],
+        z: Any,
+        texts: Sequence[Sequence[str]],
+        hooks: Sequence[Sequence[str]],
+        label: str,
+        limits: tuple[float, float],
+        colors: str = "Viridis",
+    ) -> Figure:
+        """The same, with a heat map.
+
+        Args:
+            x: columns' places.
+            y: rows' names or places.
+            z: values [row, column] that the colours show.
+            texts: what a cell says, [row][column].
+            hooks: names, [row][column], "" for none.
+            label: of the colours.
+            limits: where the colours end, the same in all figures that are compared.
+            colors: plotly's scale, or "diverging" for signed values.
+        """
+        columns = np.asarray(x).tolist()
+        known = np.asarray(z, dtype=float)
+        said = [
+            [
+                "<br>".join(escape(t) for t in (f"layer {c}, {r}", text, hook) if t)
+                for c, text, hook in zip(columns, line, named, strict=True)
+            ]
+            for r, line, named in zip(y, texts, hooks, strict=True)
+        ]
+        self.traces.append(
+            {
+                "type": "heatmap",
+                "x": columns,
+                "y": [escape(str(row)) for row in y],
+                "z": [_plain(row) for row in known],
+                "text": said,
+                "customdata": [list(row) for row in hooks],
+                "hovertemplate": "%{text}<extra></extra>",
+                "colorscale": colors,
+                "zmin": limits[0],
+                "zmax": limits[1],
+                "colorbar": {"title": {"text": escape(label), "side": "right"}, "thickness": 12},
+            }
+        )
+        self.rows += [
+            (str(row), str(c), text, hook)
+            for row, line, named in zip(y, texts, hooks, strict=True)
+            for c, text, hook in zip(columns, line, named, strict=True)
+        ]
+        self.layout.setdefault("yaxis", {}).update(type="category", automargin=True)
+        return self
+
+
+def _limits(values: Any) -> tuple[float, float]:
+    """Where the colours of these values end."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    return low, max(high, low + 0.1)
+
+
+def _plain(values: Any) -> list[float | None]:
+    """Numbers for JSON, which has no NaN."""
+    return [float(v) if np.isfinite(v) else None for v in np.asarray(values, dtype=float)]
+
+
+def hook(layer: int, site: str) -> str:
+    """The name of a hook point, "" for the embedding, which is no layer.
+
+    Args:
+        layer: of the block.
+        site: in it, as results write it.
+
+    >>> hook(5, "resid_post"), hook(0, "attn.hook_z"), hook(-1, "resid_post")
+    ('blocks.5.hook_resid_post', 'blocks.0.attn.hook_z', '')
+    """
+    own = site if "hook_" in site else f"hook_{site}"
+    return f"blocks.{layer}.{own}" if layer >= 0 else ""
+
+
+def gap(results: xr.Dataset) -> list[Figure]:
+    """Of gap.nc: profiles over depth, commitment by band, frequency and cut, and what twins differ
+    by.
+
+    Args:
+        results: the stored result.
+    """
+    layers = results.layer.values
+    names = [hook(int(layer), "resid_post") for layer in layers]
+    found = []
+    for view, title in VIEWS.items():
+        steps = view in results.view.values
+        one = results.sel(view=view) if steps else results.sel(energy=view)
+        what, unit = ("layer_gap", STEPS) if steps else ("log_ratio", "log low − log high")
+        at = int(results.attrs["commitment_step"])
+        title = title[0].upper() + title[1:]
+        figure = Figure(title if steps else f"{title}, step {at}")
+        if "null_profile" in results:
+            for null in results.null_profile.sel(profile=view).values:
+                quiet = {"hoverinfo": "skip", "showlegend": False, "opacity": 0.4}
+                line = {"type": "scatter", "mode": "lines", "line": NULL_LINE} | quiet
+                figure.traces.append(line | {"x": layers.tolist(), "y": _plain(null)})
+        figure.points(
+            "",
+            layers,
+            one[what],
+            one[f"{what}_interval"],
+            at="layer",
+            hooks=names,
+            lines=True,
+            ribbon=one[f"{what}_together"],
+        )
+        figure.axes("layer (−1: the embedding)", unit)
+        if steps:
+            figure.zero()
+        onset = int(results.attrs[f"onset_layer_{view}"])
+        if onset >= 0:
+            figure.onset(onset, results.attrs.get(f"onset_interval_{view}"))
+        found.append(figure)
+
+    decided = Figure(
+        "When each frequency (cycles/pixel) is decided; lines: one pass, points: clones"
+    )
+    for i, band in enumerate(results.band.values):
+        shade = f"var(--band-{i % 8})"
+        one = results.sel(band=band)
+        decided.points(
+            str(band),
+            results.step,
+            one.agreement_one_pass,
+            color=shade,
+            form=".2f",
+            at="step",
+            mode="lines",
+            legendgroup=str(i),
+            line={"color": shade, "width": 2, "dash": DASHES[i % len(DASHES)]},
+        )
+        if results.sizes["release"]:
+            clones = one.agreement_clones
+            decided.points(
+                f"{band}, clones",
+                results.release,
+                clones,
+                color=shade,
+                form=".2f",
+                at="released at step",
+                legendgroup=str(i),
+                showlegend=False,
+            )
+    decided.axes("release step (0 is the noisiest)", "agreement of the finished twins").zero(0.5)
+
+    bands = Figure("When each band commits")
+    named = [str(band) for band in results.band.values]
+    for shift, name, symbol in ((-0.1, "one_pass", "circle"), (0.1, "clones", "square-open")):
+        if (
+            name in results.estimator.values
+            and np.isfinite(results.band_commitment.sel(estimator=name).values).any()
+        ):
+            one = results.sel(estimator=name)
+            bands.points(
+                name.replace("_", " "),
+                np.arange(len(named)) + shift,
+                one.band_commitment,
+                one.band_commitment_interval,
+                form=".1f",
+                said=named,
+                marker={"symbol": symbol, "size": 8, "color": INK},
+            )
+    bands.axes("frequency, cycles/pixel", "commitment step")
+    bands.layout["xaxis"] |= {
+        "tickvals": list(range(len(named))),
+        "ticktext": [escape(band) for band in named],
+    }
+
+    spectrum = Figure("Commitment of each frequency (one pass)").points(
+        "",
+        results.frequency,
+        results.spectrum_commitment,
+        results.spectrum_commitment_interval,
+        form=".1f",
+        at="frequency",
+    )
+    kind = results.attrs["bands"]
+    axis = {"pooling": "level", "eigen": "rank of the mode"}.get(kind, "frequency, cycles/pixel")
+    spectrum.axes(axis, "commitment step")
+    cut = Figure("The gap against the cut (one pass)").points(
+        "", results.cut, results.cut_gap, results.cut_gap_interval, at="cut", lines=True
+    )
+    cut.axes(f"cut, {axis.removeprefix('frequency, ')}", STEPS).zero()
+
+    energy = np.log10(np.maximum(results.difference_spectrum.values.T, 1e-12))
+    rows = [f"{f:.3g}" for f in results.token_frequency.values]
+    texts = [[f"10^{v:.2f}" for v in line] for line in energy]
+    differ = Figure(f"What twins differ by, step {int(results.attrs['commitment_step'])}")
+    differ.heat(layers, rows, energy, texts, [names] * len(rows), "log10 energy", _limits(energy))
+    differ.axes("layer (−1: the embedding)", axis.replace("pixel", "token"))
+    return [*found, decided, bands, spectrum, cut, differ]
+
+
+def attributes(results: xr.Dataset) -> list[Figure]:
+    """Of attributes.nc: when each attribute is decided and when it can be read, beside the bands.
+
+    Args:
+        results: the stored result.
+    """
+    names, step = order(results), results.sel(quantity="step")
+    figure, one = Figure("When each attribute is decided"), step.sel(attribute=names)
+    rows = [name.replace("_", " ") for name in names]
+    for variable, said, symbol, color, shift in (
+        ("commitment", "decided (clones)", "circle", INK, 0.0),
+        ("readable", "readable (predicted x0)", "diamond-open", "var(--agree)", 0.3),
+    ):
+        figure.points(
+            said,
+            np.arange(len(names)) + shift,
+            one[variable],
+            one[f"{variable}_interval"],
+            color=color,
+            form=".1f",
+            said=rows[: len(names)],
+            across=True,
+            marker={"symbol": symbol, "color": color, "size": 8},
+        )
+    for axis, said, color in (
+        ("split", "low and high", HIGH),
+        ("band", "bands, cycles/pixel", "var(--nothing)"),
+    ):
+        own = [str(name) for name in results[axis].values]
+        figure.points(
+            said,
+            len(rows) + np.arange(len(own)),
+            step[f"{axis}_commitment"],
+            step[f"{axis}_commitment_interval"],
+            color=color,
+            form=".1f",
+            said=own,
+            across=True,
+            marker={"symbol": "square", "color": color, "size": 8},
+        )
+        rows += own
+    steps = int(results.attrs["steps"])
+    figure.axes(f"step of {steps} (0 is the noisiest)", "")
+    figure.layout["xaxis"]["range"] = [0, steps]
+    figure.layout["yaxis"] |= {
+        "tickvals": list(range(len(rows))),
+        "ticktext": [escape(row) for row in rows],
+        "range": [len(rows) - 0.4, -0.6],
+    }
+    figure.layout["height"] = 160 + 24 * len(rows)
+    return [figure]
+
+
+def knock_outs(results: xr.Dataset) -> list[Figure]:
+    """Of knock_outs.nc: what each layer's knock-out does to the gap.
+
+    Args:
+        results: the stored result.
+    """
+    gap_of = float(results.attrs["gap"])
+    figure = Figure(f"Knocked out one by one; the gap is {gap_of:+.2f} steps, by one pass")
+    ways = [str(way) for way in results.how.values]
+    layers = results.layer.values
+    for i, way in enumerate(ways):
+        one, color = results.sel(how=way), (INK, LOW, "var(--third)")[i % 3]
+        shift = (i - (len(ways) - 1) / 2) * 0.2
+        figure.points(
+            f"by {way}",
+            layers + shift,
+            one.effect,
+            one.effect_interval,
+            color=color,
+            at="layer",
+            said=[str(layer) for layer in layers],
+            hooks=[hook(int(layer), "resid_post") for layer in layers],
+            marker={"color": color, "size": 6, "symbol": ("circle", "square", "diamond")[i % 3]},
+        )
+    figure.axes("layer knocked out", "change of the gap, steps").zero()
+    return [figure.line(HIGH, "dash", y=-gap_of)]
+
+
+def coupling_sweep(results: xr.Dataset) -> list[Figure]:
+    """Of coupling_sweep.nc: the gap in three senses and the images' energy, by the coupling.
+
+    Args:
+        results: the stored result.
+    """
+    titles = {
+        "agreement": ("When they commit", STEPS),
+        "parting": ("When they part", STEPS),
+        "size": ("What they end up differing by", "log E low − log E high"),
+    }
+    found = []
+    for sense, (title, unit) in titles.items():
+        one = results.sel(sense=sense)
+        figure = Figure(title).points("", results.g, one.gap, one.gap_interval, at="g")
+        found.append(figure.axes("coupling g", unit).zero())
+    images = Figure("The finished images")
+    for band, color, symbol in zip(
+        results.band.values, (LOW, HIGH), ("circle", "square"), strict=True
+    ):
+        one, look = results.sel(band=band), {"symbol": symbol, "color": color, "size": 7}
+        images.points(
+            f"{band} energy",
+            results.g,
+            one.energy,
+            one.energy_interval,
+            color=color,
+            form=".2f",
+            at="g",
+            marker=look,
+        )
+    images.points("read", results.g, results["read"], results.read_interval, form=".2f", at="g")
+    found.append(images.axes("coupling g", "energy, share of the first; read").zero(1.0))
+    for part, law in (("routing", "rho"), ("pattern", "xi")):
+        figure = Figure(f"{part.capitalize()}, step {int(results.attrs['step'])}")
+        mean = results[part].mean("layer")
+        figure.points("mean of layers", results.g, mean, color=LOW, at="g", lines=True)
+        dashed = {"color": HIGH, "width": 1.5, "dash": "dash"}
+        figure.points(law, results.g, results[law], color=HIGH, at="g", mode="lines", line=dashed)
+        found.append(figure.axes("coupling g", "difference left by attention").zero())
+    return found
+
+
+def patches(results: xr.Dataset) -> list[Figure]:
+    """Of patches.nc: how far each patch moves twin B's bands to A, by layer, site and window.
+
+    Args:
+        results: the stored result.
+    """
+    found = []
+    top = max(float(np.nan_to_num(np.abs(results.move.values)).max()), FEWEST_MOVE)
+    for band in results.band.values:
+        one = results.sel(band=band)
+        rows = [(str(s), str(w)) for s in one.site.values for w in one.window.values]
+        cells = [one.sel(site=s, window=w) for s, w in rows]
+        figure = Figure(f"B's {band} band moved to A by a patch, share of the way")
+        figure.heat(
+            one.layer,
+            [f"{s.removesuffix('_out')} {w}" for s, w in rows],
+            np.stack([cell.move.values for cell in cells]),
+            [_estimates(c.move.values, c.move_together.values, "+.1%") for c in cells],
+            [[hook(int(layer), s) for layer in one.layer.values] for s, _ in rows],
+            "share",
+            (-top, top),
+            "diverging",
+        )
+        found.append(figure.axes("layer patched", "site, steps"))
+    return found
+
+
+def cause_map(results: xr.Dataset) -> list[Figure]:
+    """Of cause_map.nc: the effect by layer and window of steps, for each site and band.
+
+    Args:
+        results: the stored result.
+    """
+    found = []
+    positive = results.effect.values[results.effect.values > 0]
+    # a few cells lie far below the rest, and would take all the colours
+    least = float(np.quantile(positive, 0.02)) if positive.size else 1e-12
+    limits = _limits(np.log10(np.maximum(positive, least)) if positive.size else [np.log10(least)])
+    for site in map(str, results.site.values):
+        for band in results.band.values:
+            one = results.sel(site=site, band=band).transpose("window", "layer", ...)
+            effect = one.effect.values
+            named = "resid_post" if site == "block" else f"{site}_out"
+            kind = str(results.attrs["kind"])
+            figure = Figure(f"{kind}: {site}, {band} band (1: a stranger's distance)")
+            figure.heat(
+                one.layer,
+                [f"steps {w}" for w in one.window.values],
+                np.log10(np.maximum(effect, least)),
+                [
+                    _estimates(row, ends, ".2e")
+                    for row, ends in zip(effect, one.effect_interval.values, strict=True)
+                ],
+                [
+                    # a layer without such a part has no effect and no hook
+                    [
+                        hook(int(layer), named) if np.isfinite(value) else ""
+                        for layer, value in zip(one.layer.values, row, strict=True)
+                    ]
+                    for row in effect
+                ],
+                "log10 effect",
+                limits,
+            )
+            found.append(figure.axes("layer", "steps"))
+    return found
+
+
+def _estimates(values: Any, ends: Any, form: str) -> list[str]:
+    return [format(Estimate.of(*pair), form) for pair in zip(values, ends, strict=True)]
+
+
+FIGURES: dict[str, Callable[[xr.Dataset], list[Figure]]] = {
+    "gap.nc": gap,
+    "attributes.nc": attributes,
+    "coupling_sweep.nc": coupling_sweep,
+    "knock_outs.nc": knock_outs,
+    "patches.nc": patches,
+    "cause_map.nc": cause_map,
+}
+"""The results with figures of this kind; the others have their picture."""
