@@ -186,7 +186,7 @@ HOLDS = [
     Patch("block", 1, range(2, 4), kind="hold"),
     Patch("block", 0, range(1, 6, 2), kind="hold", depth=3),
     Patch("attn.hook_z", 1, range(2, 4), heads=[1], kind="hold"),
-    Patch("attn_out", 1, range(1, 4), region=[0, 3], kind="hold"),
+    Patch("attn_out", 1, range(1, 4), tokens=[0, 3], kind="hold"),
 ]
 
 
@@ -198,7 +198,7 @@ def held_in_a_trace(run, patch):
     }
     name = words.get(patch.site, (patch.site, patch.layer))
     region = {} if patch.heads is None else {"heads": patch.heads}
-    region |= {} if patch.region is None else {"tokens": patch.region}
+    region |= {} if patch.tokens is None else {"tokens": patch.tokens}
     with dit_lens.trace(run.model) as t:
         t.hold(name, patch.steps, patch.lag, patch.order, **region)
         return run.replay().latents[-1]

@@ -92,8 +92,8 @@ def by_itself(source, target, patch):
         out = old.clone()
         if patch.heads is not None:
             out[:, :, patch.heads] = new[:, :, patch.heads]
-        elif patch.region is not None:
-            out[:, patch.region] = new[:, patch.region]
+        elif patch.tokens is not None:
+            out[:, patch.tokens] = new[:, patch.tokens]
         else:
             out = new
         return out
@@ -119,12 +119,12 @@ EVERYTHING = [
     Patch("mlp_out", 1, range(2, 4), kind="mean"),
     Patch("attn.hook_out", 1, range(2, 4), kind="resample", seed=3),
     Patch("resid_post", 2, range(3, 5), kind="skip"),
-    Patch("resid_post", 0, None, kind="skip", region=[0, 5]),
+    Patch("resid_post", 0, None, kind="skip", tokens=[0, 5]),
     Patch("attn.hook_z", 1, range(2, 5), heads=[1]),
     Patch("attn.hook_q", 1, range(2, 5), kind="zero", heads=0),
     Patch("attn.hook_pattern", 2, range(2, 4)),
     Patch("adaln.hook_gate_mlp", 1, range(1, 4), kind="zero"),
-    Patch("resid_post", 1, range(2, 4), region=[3, 4, 9]),
+    Patch("resid_post", 1, range(2, 4), tokens=[3, 4, 9]),
     Patch("attn_out", 1, range(2, 4), bands=BANDS, band=1),
     Patch("resid_post", 0, range(2, 4), bands=BANDS, band=0, kind="mean"),
     Patch("resid_post", 1, range(2, 6), direction=torch.linspace(-1, 2, 16)),
@@ -356,11 +356,11 @@ NUDGED = torch.ones(16).index_fill(0, torch.tensor([3]), 1 + 1e-6)
         (dict(site="attn_out"), dict(site="hook_attn_out")),
         (dict(steps=None), dict(steps=range(6))),
         (dict(steps=range(2, 5)), dict(steps=range(4, 1, -1))),
-        (dict(region=MASK), dict(region=[1, 5, 9, 13])),
-        (dict(region=MASK), dict(region=slice(1, None, 4))),
-        (dict(region=MASK), dict(region=torch.tensor([13, 9, 5, 1, 1]))),
-        (dict(region=15), dict(region=[-1])),
-        (dict(region=3), dict(region=np.int64(3))),
+        (dict(tokens=MASK), dict(tokens=[1, 5, 9, 13])),
+        (dict(tokens=MASK), dict(tokens=slice(1, None, 4))),
+        (dict(tokens=MASK), dict(tokens=torch.tensor([13, 9, 5, 1, 1]))),
+        (dict(tokens=15), dict(tokens=[-1])),
+        (dict(tokens=3), dict(tokens=np.int64(3))),
         (dict(site="z", heads=1), dict(site="attn.hook_z", heads=torch.tensor([False, True]))),
         (dict(bands=BANDS, band=0), dict(bands=BANDS, band=BANDS.names[0])),
         (dict(bands=BANDS, band=1), dict(bands=BANDS, band=torch.tensor(1))),
@@ -381,10 +381,10 @@ def test_descriptions_of_one_intervention_are_one_patch(model, one, other):
     [
         (dict(layer=1), dict(layer=2)),
         (dict(steps=range(2, 5)), dict(steps=range(2, 5, 2))),
-        (dict(region=MASK), dict(region=~MASK)),
-        (dict(region=MASK), dict(region=MASK.T)),
+        (dict(tokens=MASK), dict(tokens=~MASK)),
+        (dict(tokens=MASK), dict(tokens=MASK.T)),
         (dict(site="z", heads=[0]), dict(site="z", heads=[1])),
-        (dict(site="z", heads=[0, 1]), dict(site="z", region=[0, 1])),
+        (dict(site="z", heads=[0, 1]), dict(site="z", tokens=[0, 1])),
         (dict(bands=BANDS, band=0), dict(bands=BANDS, band=1)),
         (dict(bands=BANDS, band=0), dict(bands=Bands.dct((4, 4), n=2), band=0)),
         (dict(bands=EIGEN[0], band=0), dict(bands=EIGEN[1], band=0)),
@@ -449,10 +449,10 @@ ALL = slice(None)
 @pytest.mark.parametrize(
     ("family", "site", "options", "where"),
     [
-        ("WanTransformer3DModel", "resid_post", dict(region=[47]), (ALL, [47])),
-        ("CogVideoXTransformer3DModel", "resid_mid", dict(region=[31, 3]), (ALL, [31, 3])),
+        ("WanTransformer3DModel", "resid_post", dict(tokens=[47]), (ALL, [47])),
+        ("CogVideoXTransformer3DModel", "resid_mid", dict(tokens=[31, 3]), (ALL, [31, 3])),
         ("WanTransformer3DModel", "attn.hook_z", dict(heads=[1]), (ALL, ALL, [1])),
-        ("WanTransformer3DModel", "attn.hook_pattern", dict(region=[47]), (ALL, ALL, [47])),
+        ("WanTransformer3DModel", "attn.hook_pattern", dict(tokens=[47]), (ALL, ALL, [47])),
         ("SD3Transformer2DModel", "text.attn_out", dict(), (ALL,)),
         ("SD3Transformer2DModel", "text.attn.hook_z", dict(heads=0), (ALL, ALL, 0)),
         ("SD3Transformer2DModel", "text.resid_post", dict(), (ALL,)),
@@ -472,9 +472,9 @@ def test_patches_in_video_and_text(family, site, options, where):
 def test_what_text_and_video_do_not_have_is_refused():
     model, source, target = small("WanTransformer3DModel")
     for patch, text in [
-        (Patch("attn_out", 0, region=[48]), "token index 48 is out of range; expected 0 to 47"),
+        (Patch("attn_out", 0, tokens=[48]), "token index 48 is out of range; expected 0 to 47"),
         (
-            Patch("cross_attn.hook_k", 0, region=[0]),
+            Patch("cross_attn.hook_k", 0, tokens=[0]),
             "'blocks.0.cross_attn.hook_k' has no token axis; its axes are batch, text_token, head, "
             "d_head",
         ),
@@ -547,8 +547,8 @@ def test_bad_input(model, pair):
             "'blocks.0.hook_attn_out' has no head axis; its axes are batch, token, d_model",
         ),
         (dict(site="attn.hook_z", heads=[2]), "head index 2 is out of range; expected 0 to 1"),
-        (dict(region=[16]), "token index 16 is out of range; expected 0 to 15"),
-        (dict(region=[]), r"region=\[\] chooses nothing"),
+        (dict(tokens=[16]), "token index 16 is out of range; expected 0 to 15"),
+        (dict(tokens=[]), r"tokens=\[\] chooses nothing"),
         (dict(bands=BANDS, band="lo"), "There is no band 'lo'; expected 0 to 1 or a name"),
         (dict(bands=empty, band=1), "holds no mode; the bands with modes are"),
         (

@@ -61,7 +61,7 @@ class Patch:
         layer: the block; negative ones count from the end.
         steps: a range of steps, 0 the noisiest; None is every step.
         heads: only these heads.
-        region: only these image tokens, indices or a mask over the grid, as `tokens` of
+        tokens: only these image tokens, indices or a mask over the grid, as `tokens` of
             `dit_lens.hooks.regions`.
         bands: a partition of the token grid, for `band`.
         band: only this frequency band, P_band h_source + (1 - P_band) h_target.
@@ -92,7 +92,7 @@ class Patch:
     layer: int
     steps: range | None = None
     heads: Index | None = None
-    region: Index | None = None
+    tokens: Index | None = None
     bands: Bands | None = None
     band: int | str | None = None
     direction: Tensor | None = field(default=None, repr=False)
@@ -115,7 +115,7 @@ class Patch:
             "order": arguments.whole("order", self.order, 0, 1),
             "depth": arguments.whole("depth", self.depth, 1),
             "heads": arguments.optional(arguments.index, "heads", self.heads),
-            "region": arguments.optional(arguments.index, "region", self.region),
+            "tokens": arguments.optional(arguments.index, "tokens", self.tokens),
         }
         arguments.optional(arguments.tensor, "direction", self.direction)
         arguments.optional(
@@ -167,7 +167,7 @@ class Patch:
             parts.append(f"seed {self.seed}")
         if self.kind == "hold" and (self.lag, self.order) != (1, 0):
             parts.append(f"lag {self.lag}, order {self.order}")
-        for name, index in (("heads", self.heads), ("tokens", self.region)):
+        for name, index in (("heads", self.heads), ("tokens", self.tokens)):
             if index is not None:
                 parts.append(f"{name} {_index_text(index)}")
         if self.bands is not None and self.band is not None:
@@ -427,7 +427,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
 
     # Which part of it.
     band = _band(patch, cfg.grid)
-    inside = Region(heads=patch.heads, tokens=patch.region, band=band)
+    inside = Region(heads=patch.heads, tokens=patch.tokens, band=band)
     axes = {place.name: model.sites[place.name] for place in places}
     first = axes[places[0].name]
     try:
@@ -435,7 +435,7 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
         for name, own in axes.items():
             inside.check(name, own, sizes)
         heads = _chosen("heads", patch.heads, "head", sizes)
-        tokens = _chosen("region", patch.region, "token" if "token" in first else "query", sizes)
+        tokens = _chosen("tokens", patch.tokens, "token" if "token" in first else "query", sizes)
     except ValueError as error:
         raise InvalidValue(f"{str(patch)!r}: {error}") from None
     key = _digest(
