@@ -62,12 +62,9 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
         name: getattr(run, name).cpu().numpy() for name in ("labels", "latents", "x0", "outputs")
     }
     for part in ("bits", "total"):
-        found[part] = np.stack(
-            [
-                np.stack([getattr(w[name], part).cpu().numpy() for name in witnessed])
-                for w in run.witnesses
-            ]
-        )
+        # one transfer for all steps and names: each would wait for the device
+        of_steps = [torch.stack([getattr(w[n], part) for n in witnessed]) for w in run.witnesses]
+        found[part] = torch.stack(of_steps).cpu().numpy()
     found["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     return found
 
