@@ -112,6 +112,7 @@ def test_what_was_finished_is_not_run_again(name, model, tmp_path, monkeypatch):
     assert len(runs) == len(set(runs)) > 1, runs
 
 
+@pytest.mark.slow
 def test_knock_outs_in_pieces(tmp_path):
     from dit_lens.groundtruth import redundant
 

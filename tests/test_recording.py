@@ -195,6 +195,7 @@ def test_a_shard_has_no_more_than_its_room(model, tmp_path, small_shards):
         assert torch.equal(value, whole.take(slice(None))[key])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_items_or_steps(model, tmp_path, monkeypatch, small_shards):
     """Counted in bytes of live tensors, whenever a shard is written."""
     peaks = []

@@ -102,6 +102,7 @@ def test_a_layer_that_is_idle_in_known_steps_is_held_there_first():
     assert plan.cells == idle and plan.about["effect_low"] < 1e-6
 
 
+@pytest.mark.slow
 def test_the_best_of_all_plans_of_an_exact_denoiser():
     """All choices of four cells of two causing layers, each run, against the plan that is found."""
     truth = gaussian(layers=(0, 1), n_layers=2, in_channels=1)

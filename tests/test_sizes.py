@@ -198,6 +198,7 @@ def test_edits_in_parts_say_that_they_may_be(model):
     assert torch.allclose(read, whole.activations("attn_out", 0, step=2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_knock_outs_in_parts(model):
     settings = {"pairs": 16, "steps": 6, "resamples": 20, "direct": True}
     digits = dit_lens.load("digits")
@@ -279,6 +280,7 @@ def test_a_gap_seldom_waits_for_the_device():
     assert (more - few) / 10 <= 5
 
 
+@pytest.mark.slow
 def test_a_run_holds_three_trajectories():
     model = make_model(channels=4)
     n, steps = 32, 50

@@ -19,6 +19,7 @@ def truth():
     return dit_lens.HookedDiT(found.transformer, scheduler=found.scheduler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_curve_is_the_exact_one(truth, eta):
     steps, items = 100, 400
