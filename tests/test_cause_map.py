@@ -181,7 +181,6 @@ def test_the_map_has_the_exact_effect_of_every_causing_cell_and_none_elsewhere()
         ({"items": 4}, "items=4 can't be used; expected a whole number of 8 or more"),
         ({"labels": list(range(2)) * 4, "items": 9}, "There are 9 items and 8 labels"),
         ({"scheduler": "dpm++"}, "remembers earlier steps"),
-        ({"kind": "mean", "sites": ["block"]}, "a whole block can be held or skipped"),
         ({"lag": 6}, "windows"),
     ],
 )

@@ -301,13 +301,15 @@ def test_sets_without_which_nothing_commits_do_not_become_numbers(monkeypatch):
     """A layer whose loss destroys the model has no share, and no set that holds it is found."""
     from dit_lens.experiments import knocked_gap
 
-    plain = knocked_gap.KnockedGap.without
+    plain = knocked_gap.KnockedGap.all
 
-    def destroyed(self, layers, **options):
-        found = plain(self, layers, **options)
-        return np.full_like(found, np.nan) if {0, 2} <= set(layers) else found
+    def destroyed(self, cells, *told):
+        return [
+            np.full_like(found, np.nan) if {0, 2} <= set(layers) else found
+            for (layers, *_), found in zip(cells, plain(self, cells, *told), strict=True)
+        ]
 
-    monkeypatch.setattr(knocked_gap.KnockedGap, "without", destroyed)
+    monkeypatch.setattr(knocked_gap.KnockedGap, "all", destroyed)
     model = opened(gaussian(4.0, 0.25, (1,), 3, sample_size=4))
     with pytest.raises(InvalidValue) as caught:
         shapley(model, [0, 2], **SHORT)
@@ -324,13 +326,15 @@ def test_sets_without_which_nothing_commits_do_not_become_numbers(monkeypatch):
 def test_orders_that_pass_through_a_destroyed_model_are_left_out_and_said(monkeypatch):
     from dit_lens.experiments import knocked_gap
 
-    plain = knocked_gap.KnockedGap.without
+    plain = knocked_gap.KnockedGap.all
 
-    def destroyed(self, layers, **options):
-        found = plain(self, layers, **options)
-        return np.full_like(found, np.nan) if set(layers) == {0, 2} else found
+    def destroyed(self, cells, *told):
+        return [
+            np.full_like(found, np.nan) if set(layers) == {0, 2} else found
+            for (layers, *_), found in zip(cells, plain(self, cells, *told), strict=True)
+        ]
 
-    monkeypatch.setattr(knocked_gap.KnockedGap, "without", destroyed)
+    monkeypatch.setattr(knocked_gap.KnockedGap, "all", destroyed)
     split = shapley(opened(gaussian(4.0, 0.25, (1,), 3, sample_size=4)), **SHORT)
     assert split.attrs["lost"] == 2 and split.attrs["orders"] == 6
     assert float(split.share.sum()) == pytest.approx(split.total, abs=1e-9)

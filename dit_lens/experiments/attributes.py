@@ -41,6 +41,7 @@ from ..measures.commitment import commitment_draws, fit_commitment
 from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.run import decode
 from ..twinning.twins import Twins, chosen_labels
@@ -151,7 +152,7 @@ def attributes(
     *,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """The step at which each attribute of the finished image is decided, beside the bands;
     `dit_lens.report.attributes` shows it.
 
@@ -322,7 +323,7 @@ def attributes(
         ),
     }
     result.attrs["headline"] = headline(result)
-    return result
+    return Result.of(result)
 
 
 def attribute_names(model: HookedDiT, read: Reader) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ from ..model.hooked import HookedDiT
 from ..patching.first_order import Additions, check_gradients, directions, projected_at
 from ..patching.patch import Patch, steps_text
 from ..patching.sweeps import check_patches, sweep
+from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.kept import kept_run
 from ..sampling.loop import prepared
@@ -77,7 +78,7 @@ def cause_map(
     progress: Callable[[int, int], object] | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
-) -> xr.Dataset:
+) -> Result:
     """How far an intervention in each layer and window of steps moves the finished image.
 
     Args:
@@ -235,7 +236,7 @@ def cause_map(
     result.attrs |= {"seed": seed, "cut": cut, "n_layers": model.cfg.n_layers}
     result.attrs |= {"projections": 0 if exact else projections, "guidance": guidance, "eta": eta}
     result.attrs["sentence"] = "\n".join(sentences(result))
-    return result
+    return Result.of(result)
 
 
 def items_of_labels(model: HookedDiT, items: int) -> list[int]:
