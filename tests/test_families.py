@@ -418,7 +418,7 @@ def test_what_is_refused(tmp_path):
     dit = make_dit()
     with pytest.raises(
         TypeError,
-        match="UNet2DModel is not a Diffusion Transformer that dit_lens can open; it knows Cog",
+        match="UNet2DModel is not a Diffusion Transformer that dit_lens can open by itself; it",
     ):
         dit_lens.HookedDiT(
             UNet2DModel(
