@@ -276,7 +276,7 @@ def test_a_proportion_has_wilsons_interval():
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     scores = tmp_path / "scores.py"
-    scores.write_text("def inked(images):\n    return images.mean((1, 2, 3)) * 4\n")
+    scores.write_text("def inked(images):\n    return images.mean((1, 2, 3)) * 6\n")
     out = tmp_path / "out"
     code = main(
         [
