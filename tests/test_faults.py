@@ -287,9 +287,3 @@ def test_a_planted_layer_is_found_and_repaired():
     found = outcome(one)
     assert found.first and found.all_named and found.iou > 0.4 and found.works
     assert found.collateral < 0.1 and found.where < found.grid / 5
-
-
-@pytest.mark.slow
-def test_tilted_noise_blames_no_layer():
-    one = next(c for c in (case("noise", seed) for seed in range(9)) if c is not None)
-    assert not outcome(one).alarm
