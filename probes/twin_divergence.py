@@ -90,10 +90,9 @@ class TwinDivergence(Probe):
                 "dit_lens.twins(model, probes=[...])."
             )
         layer = -1 if site.layer is None else site.layer
-        a, b = (
-            activation[site.where(branch="cond", twin="A")],
-            activation[site.where(branch="cond", twin="B")],
-        )
+        # sums over many values, which half precision does not hold
+        stream = activation.to(torch.promote_types(activation.dtype, torch.float32))
+        a, b = (stream[site.where(branch="cond", twin=twin)] for twin in "AB")
         if self.band is None:
             # of the finer bands, and which of them make up each band
             self.band, self.within = (each.to(a) for each in _indicators(self.bands, self.fine))

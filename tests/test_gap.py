@@ -256,3 +256,16 @@ def test_every_variable_is_documented_with_its_dimensions(with_features):
     for name, axes in dims.items():
         if not name.endswith("_interval"):
             assert re.search(rf"`{name}`[^;:.]*?{re.escape(axes)}", flat), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gap_of_a_model_in_half_precision(dtype):
+    """Half precision rounds the model; what is summed over pairs and places is in float32."""
+    gaps = []
+    for kind in (torch.float32, dtype):
+        truth = gaussian(4.0, 0.25, (1,), 3, sample_size=4)
+        model = HookedDiT(truth.transformer, scheduler=truth.scheduler).to(kind)
+        found = measure_gap(model, pairs=16, steps=6, cut=0.1, resamples=50)
+        gaps.append(found.split_gap.sel(quantity="step").values)
+        assert np.isfinite(found.difference_energy).all()
+    np.testing.assert_allclose(*gaps, atol=0.3)

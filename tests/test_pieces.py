@@ -518,6 +518,13 @@ def test_work_says_what_is_wrong(folder, model, tmp_path, capsys):
     assert "are run on cuda, and this process has cpu" in capsys.readouterr().err
 
 
+def test_wrong_names_of_arguments_are_refused_by_the_function(model):
+    with pytest.raises(
+        TypeError, match=r"^measure_gap\(\) got an unexpected keyword argument 'pear'"
+    ):
+        measure_gap(model, pear=16)
+
+
 def test_engines_that_there_are_not(model):
     with pytest.raises(InvalidValue, match="engine='slurm' can't be used; expected"):
         measure_gap(model, **GAP, engine="slurm")

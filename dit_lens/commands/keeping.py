@@ -101,8 +101,11 @@ def keeping(
     store = args.store
     if store is None:
         if not has_zarr() and not engine.elsewhere:
-            print(f"dit-lens: nothing is kept of an interrupted run. {NEEDED}", file=sys.stderr)
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                print(f"dit-lens: nothing is kept. {NEEDED}", file=sys.stderr)
+                raise
             return
         store = out / ".pieces" / digest(dict(about))
     args.kept = store

@@ -35,7 +35,10 @@ def measured(function: Function) -> Function:
 
     @functools.wraps(function)
     def made(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:  # Python's own would say of which function
+            raise TypeError(f"{function.__name__}() {error}") from None
         given = bound.arguments
         store = arguments.optional(arguments.path, "store", given.pop("store", None))
         engine = checked_engine(given.pop("engine", "local"))
