@@ -7,7 +7,6 @@ adds is held, the block itself is left out: what was added is added to the strea
 
 from __future__ import annotations
 
-import bisect
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -135,10 +134,8 @@ class _Runner(StepCounter):
                 "at the one whose noise is nearest, which nobody has measured.",
                 stacklevel=2,
             )
-        falling = [-time for time in times]
-        right = min(bisect.bisect(falling, -t), len(times) - 1)
-        near = min((max(right - 1, 0), right), key=lambda s: abs(times[s] - t))
-        return max(near, 1)  # the first step of a run has nothing to be held from
+        # not the first, which has nothing to be held from
+        return min(range(1, len(times)), key=lambda s: abs(times[s] - t), default=0)
 
     def is_held(self, layer: int, part: str) -> bool:
         """Whether a part is held in the call under way."""
