@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> Answer:
 
     if args.all == (args.label is not None):
         raise InvalidValue(
-            f"{'--all and --label' if args.all else 'Neither --label nor --all'} can't be used; "
-            "expected --label L for one image, or --all."
+            f"{'Both' if args.all else 'Neither'} of --label and --all "
+            f"{'are' if args.all else 'is'} given; expected --label L for one image, or --all."
         )
     out = args.out or Path(f"diagnosis-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent

@@ -256,7 +256,7 @@ def _verdict(result: xr.Dataset) -> str:
 VERDICTS = {
     "same": "The same images",
     "different": "Different images, and none the worse as far as can be told",
-    "worse": "Other images, and worse ones",
+    "worse": "Different images, and worse ones as the unchanged model judges",
 }
 
 
