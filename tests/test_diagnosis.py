@@ -96,7 +96,7 @@ def test_its_repair_works_again_from_the_file(found, spoiled, bad, tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         load_edits(path, spoiled)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="holds no edits of this version"):
+    with pytest.raises(ValueError, match="is not a file of edits of this version"):
         load_edits(path, spoiled)
 
 

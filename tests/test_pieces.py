@@ -21,6 +21,7 @@ import xarray as xr
 import zarr
 from conftest import make_dit
 from diffusers import DDIMScheduler
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 import dit_lens
 from dit_lens import HookedDiT
@@ -38,6 +39,7 @@ from dit_lens.experiments import (
     shapley,
     smallest_set,
 )
+from dit_lens.families import family_named, modules
 from dit_lens.pieces import content, digest, flat, leases, whole
 from dit_lens.pieces.leases import Leases
 from dit_lens.pieces.store import Store
@@ -282,6 +284,127 @@ def test_content_tells_apart():
     assert digest(dit_lens.load("digits")) == digest(dit_lens.load("digits"))
     with pytest.raises(InvalidType, match="A generator can't be told from another by what it hol"):
         content(x for x in ())
+
+
+FACTOR = 2.0
+
+
+def scaled(x):
+    return x * FACTOR
+
+
+def again(x):
+    return again(x - 1) if x else "done"
+
+
+class Score:
+    """A user's own, as a class with a method, a setting and a constant."""
+
+    weight = 1.0
+
+    def __init__(self, cut):
+        self.cut = cut
+
+    @property
+    def double(self):
+        return 2 * self.cut
+
+    def __call__(self, images):
+        return images.mean() + self.double
+
+
+class Own(torch.nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("mask", torch.ones(2), persistent=False)
+
+    def forward(self, x):
+        return self.scale * x * self.mask
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: (scaled, lambda: m.setitem(globals(), "FACTOR", 3.0)),
+        lambda m: (lambda x: [scaled(y) for y in x], lambda: m.setitem(globals(), "FACTOR", 3.0)),
+        lambda m: (Score(1), lambda: m.setattr(Score, "weight", 2.0)),
+        lambda m: (Score(1).__call__, lambda: m.setattr(Score, "double", property(len))),
+        lambda m: (Score, lambda: m.setattr(Score, "__call__", again)),
+        lambda m: ((own := Own()), lambda: setattr(own, "scale", 2.0)),
+        lambda m: ((own := Own()), lambda: own.mask.zero_()),
+        lambda m: ((own := Own()), lambda: own.train(False)),
+        lambda m: ((own := Own()), lambda: own.register_forward_hook(lambda *_: None)),
+        lambda m: ((own := Own()), lambda: setattr(own, "forward", scaled)),
+        lambda m: (Own(), lambda: m.setattr(Own, "forward", scaled)),
+        lambda m: ((norm := torch.nn.LayerNorm(2)), lambda: setattr(norm, "eps", 0.1)),
+        lambda m: ((held := [1]), lambda: held.append(held)),
+    ],
+)
+def test_content_is_all_that_acts(monkeypatch, change):
+    value, act = change(monkeypatch)
+    before = content(value)
+    assert content(value) == before
+    act()
+    assert content(value) != before
+
+
+def test_content_of_what_holds_itself():
+    held = [1]
+    held.append(held)
+    assert digest(held) == digest(held)
+    assert digest(again) == digest(again)
+    linear = torch.nn.Linear(2, 2)
+    linear.forward = linear.forward  # as accelerate puts it
+    assert digest(linear) == digest(linear)
+
+
+def test_content_is_the_same_in_any_process(tmp_path):
+    """Sets of text come in another order in every process."""
+    (tmp_path / "score.py").write_text(
+        "NAMES = {'low', 'high', 'mid', 'all'}\n"
+        "def score(x):\n    return x in {'a', 'b', 'c', 'd'} and x in NAMES\n"
+    )
+    line = "import score; from dit_lens.pieces import digest; print(digest(score.score))"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", line],
+            env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("family", modules())
+def test_every_family_has_a_content(family):
+    model = HookedDiT(family_named(family).small(0)[0], scheduler=DDIMScheduler(1000))
+    before = digest(model)
+    assert digest(model) == before
+    next(p for p in model.transformer.parameters()).data.flatten()[0] += 1
+    assert digest(model) != before
+
+
+def test_caches_are_told(model):
+    """diffusers' caching changes what a model computes, and no weight."""
+    told = [digest(model)]
+    for threshold in (0.1, 0.2):
+        fresh = fresh_model()
+        apply_first_block_cache(fresh.transformer, FirstBlockCacheConfig(threshold))
+        told.append(digest(fresh))
+    assert len(set(told)) == 3 and digest(fresh_model()) == told[0]
+
+
+def test_the_model_is_told_once(model, tmp_path, monkeypatch):
+    """A measurement within another says no more than its name of the same model."""
+    digests = []
+    monkeypatch.setattr("dit_lens.pieces.kept.digest", lambda v: digests.append(v) or digest(v))
+    measure_gap(model, **GAP, store=tmp_path / "s")
+    assert sum(v is model for v in digests) == 1
+    assert not [v for v in digests if isinstance(v, dict) and v.get("model") is model]
 
 
 # Claims.

@@ -17,7 +17,8 @@ import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.experiments import Plan
-from dit_lens.plans.plan import Costs, _digest
+from dit_lens.plans.plan import Costs
+from dit_lens.storage import save_document
 
 STEPS = 6
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -194,8 +195,11 @@ def damaged(text, path):
     [
         (lambda text, path: path.unlink(), "There is no file"),
         (lambda text, path: path.write_text(text[:100]), "is not JSON"),
-        (lambda text, path: path.write_text("[1]"), "is no plan of this version"),
-        (lambda text, path: path.write_text('{"format": "other"}'), "is no plan of this version"),
+        (lambda text, path: path.write_text("[1]"), "is not a plan of th"),
+        (
+            lambda text, path: path.write_text('{"format": "other"}'),
+            "is not a plan of this version",
+        ),
         (damaged, "is damaged: it is not what was written, by its checksum"),
     ],
 )
@@ -408,7 +412,7 @@ def test_a_sealed_file_of_other_content_is_no_plan_or_one_that_can_be_run(model,
     loaded = 0
     for _ in range(300):
         content = mutated(copy.deepcopy(base), rng)
-        path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+        save_document(path, content)
         try:
             found = Plan.load(path)
         except InvalidValue as error:
@@ -437,6 +441,6 @@ def test_what_a_plan_has_to_say(plan, tmp_path, change, text):
     path = plan.save(tmp_path / "plan.json")
     content = json.loads(path.read_text()) | change
     content.pop("sha256")
-    path.write_text(json.dumps(content | {"sha256": _digest(content)}))
+    save_document(path, content)
     with pytest.raises(InvalidValue, match=re.escape(text)):
         Plan.load(path)

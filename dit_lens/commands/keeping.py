@@ -111,9 +111,7 @@ def keeping(
     args.kept = store
     job = {"argv": args.argv, "cwd": os.getcwd(), "batch": batch}
     given = {"argv": args.argv, "model": model, "batch": batch}
-    with working(
-        store, about, engine, args.again, given, model.device.type, extra={"job": job}
-    ) as work:
+    with working(store, about, engine, args.again, given, model, extra={"job": job}) as work:
         if work.found():
             print(f"{work.found()} finished pieces are in {store}")
         yield

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     before = len(store.names())
     token = GIVEN.set((model, job["batch"]))
     try:
-        quiet(lambda: command.run(command), store, digest(dict(about)))
+        quiet(lambda: command.run(command), store, digest(dict(about)), model)
     finally:
         GIVEN.reset(token)
         store.close()

@@ -9,8 +9,6 @@ acts alike in a trace, in a run and in a single call.
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import arguments
-from ..errors import InvalidValue, MissingFile
-from ..storage import replacing
+from ..errors import InvalidValue
+from ..pieces.content import config_digest
+from ..storage import load_document, save_document
 from .names import select
 from .points import HookFunction, HookPoint
 from .regions import Region
@@ -148,9 +146,7 @@ def save_edits(path: str | Path, edits: Sequence[StoredEdit], about: Mapping[str
             for e in edits
         ],
     }
-    with replacing(path) as part:
-        part.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
-    return Path(path)
+    return save_document(path, content)
 
 
 def load_edits(path: str | Path) -> tuple[list[StoredEdit], dict[str, Any]]:
@@ -163,22 +159,8 @@ def load_edits(path: str | Path) -> tuple[list[StoredEdit], dict[str, Any]]:
         MissingFile: if it is not there.
         InvalidValue: for another file, or one that is not as it was written.
     """
-    path = arguments.path("path", path)
-    where = repr(str(path))
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MissingFile(f"There is no file {where}; expected {EXPECTED}.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InvalidValue(f"{where} is not JSON ({reason}); expected {EXPECTED}.") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InvalidValue(f"{where} holds no edits of this version; expected {EXPECTED}.")
-    if content.pop("sha256", None) != _digest(content):
-        raise InvalidValue(
-            f"{where} is damaged: it is not what was written, by its checksum; expected {EXPECTED}."
-        )
-    return _conformed(content, where), content["about"]
+    content = load_document(path, FORMAT, "a file of edits", EXPECTED)
+    return _conformed(content, repr(str(path))), content["about"]
 
 
 def _conformed(content: dict[str, Any], where: str) -> list[StoredEdit]:
@@ -253,8 +235,7 @@ def architecture(transformer: Any) -> str:
     Args:
         transformer: a diffusers transformer.
     """
-    config = sorted((k, str(v)) for k, v in transformer.config.items() if not k.startswith("_"))
-    return f"{type(transformer).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:16]}"
+    return f"{type(transformer).__name__} {config_digest(transformer)}"
 
 
 def _text(values: Tensor) -> str:
@@ -271,7 +252,3 @@ def _numbers(text: str, shape: Sequence[int], where: str) -> Tensor:
     if not bool(values.isfinite().all()):
         raise InvalidValue(f"{where}: values that are not finite.")
     return values
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,7 @@ from ..hooks.points import (
     StopForward,
     pairs_of,
 )
-from ..pieces.content import content
+from ..pieces.content import Tell, part_text
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
@@ -647,8 +647,8 @@ def _reopened(
     return made
 
 
-@content.register(HookedDiT)
-def _content(model: HookedDiT) -> str:
+@part_text.register(HookedDiT)
+def _content(model: HookedDiT, tell: Tell) -> str:
     """What a model computes, for stores of pieces: weights, configuration, adapters, scheduler."""
     state = State.of(model.transformer)
     if model.instrumentation.busy or state.hooks:
@@ -657,8 +657,13 @@ def _content(model: HookedDiT) -> str:
             f"The model has {what} on, and a store of pieces can't tell what they do; take them "
             "off, or measure without a store and in this process."
         )
-    parts = [model.transformer, state.adapters, state.settings, model.scheduler, model.vae]
-    return f"HookedDiT{content([*parts, model.size, model.conditions.prompts])}"
+    caches = [
+        (name, {k: v for k, v in vars(hook).items() if isinstance(v, (bool, int, float, str))})
+        for module in model.transformer.modules()
+        for name, hook in getattr(vars(module).get("_diffusers_hook"), "hooks", {}).items()
+    ]
+    parts = [model.transformer, state.adapters, caches, model.scheduler, model.vae]
+    return f"HookedDiT{tell([*parts, model.size, model.conditions.prompts])}"
 
 
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:

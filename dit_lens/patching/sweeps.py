@@ -31,6 +31,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
 from ..pieces import Piece, current, kept_in, results, scope
+from ..pieces.content import config_digest
 from ..sampling.run import Run
 from ..sampling.settings import Progress
 from .lanes import Lanes
@@ -318,8 +319,7 @@ def _waves(planned: Sequence[Planned]) -> list[list[int]]:
 
 def scheduler_text(scheduler: Any) -> str:
     """The class of a scheduler and a digest of its settings."""
-    config = sorted((k, str(v)) for k, v in scheduler.config.items() if not k.startswith("_"))
-    return f"{type(scheduler).__name__} {hashlib.sha256(repr(config).encode()).hexdigest()[:8]}"
+    return f"{type(scheduler).__name__} {config_digest(scheduler)[:8]}"
 
 
 def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import hashlib
+import sys
 import types
-from collections.abc import Mapping
-from functools import partial, singledispatch
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import cached_property, partial, singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,27 @@ from torch import Tensor, nn
 
 from ..errors import InvalidType
 
+Tell = Callable[[Any], str]
+"""The text of a part of a value."""
+
 
 class _Plain:
     """Without anything that Python does not see."""
 
 
-@singledispatch
+_MODULE = frozenset(vars(nn.Module())) | {"forward"}
+_NUMBERS = bool, int, float, str, type(None)
+_SLOTS = types.MemberDescriptorType, types.GetSetDescriptorType
+_READS = "LOAD_GLOBAL", "LOAD_NAME"
+_PATCHES = types.FunctionType, types.MethodType, partial
+
+
 def content(value: Any) -> str:
     """A text that is the same for the same content, and only for it.
+
+    Of a function it holds the code, what it closes over, and the globals that it reads; of a class
+    or an object the code of its methods. What is installed is taken by name: a store's root has
+    the versions.
 
     Args:
         value: an argument of a measurement: numbers, text, arrays, modules, functions, and
@@ -35,110 +51,7 @@ def content(value: Any) -> str:
     >>> content([1, "a"]) == content([1, "a"]) != content([1, "b"])
     True
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return f"{type(value).__qualname__}{content(fields)}"
-    if hasattr(value, "config") and hasattr(value, "timesteps"):  # a scheduler of diffusers'
-        config = {k: str(v) for k, v in sorted(value.config.items()) if k[:1] != "_"}
-        return f"{type(value).__qualname__}{content(config)}"
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    # an object of plain Python is its class and what it holds, as for pickle
-    kind = type(value)
-    own = {name for base in kind.__mro__[:-1] for name in vars(base)}
-    if not own & {"__reduce_ex__", "__reduce__", "__getstate__"}:
-        if hasattr(value, "__dict__") and kind.__basicsize__ == _Plain.__basicsize__:
-            code = [f for f in vars(kind).values() if isinstance(f, types.FunctionType)]
-            return f"{kind.__module__}.{kind.__qualname__}{content([*code, vars(value)])}"
-    raise InvalidType(
-        f"A {type(value).__name__} can't be told from another by what it holds, as a store of "
-        "pieces needs; expected numbers, text, arrays, modules or functions."
-    )
-
-
-@content.register(type(None))
-@content.register(bool)
-@content.register(int)
-@content.register(float)
-@content.register(complex)
-@content.register(str)
-@content.register(bytes)
-@content.register(range)
-@content.register(slice)
-@content.register(np.generic)
-@content.register(torch.dtype)
-@content.register(torch.device)
-def _plain(value: Any) -> str:
-    return f"{type(value).__name__}({value!r})"
-
-
-@content.register(Path)
-def _path(value: Path) -> str:
-    return f"Path({str(value)!r})"
-
-
-@content.register(list)
-@content.register(tuple)
-def _sequence(value: Any) -> str:
-    return f"[{', '.join(map(content, value))}]"
-
-
-@content.register(set)
-@content.register(frozenset)
-def _set(value: Any) -> str:
-    return f"{{{', '.join(sorted(map(content, value)))}}}"
-
-
-@content.register(Mapping)
-def _mapping(value: Mapping[Any, Any]) -> str:
-    return f"{{{', '.join(f'{content(k)}: {content(v)}' for k, v in value.items())}}}"
-
-
-@content.register(Tensor)
-def _tensor(value: Tensor) -> str:
-    held = value.detach().to("cpu").contiguous()
-    raw = held.reshape(-1).view(torch.uint8).numpy() if held.numel() else np.zeros(0, np.uint8)
-    return f"Tensor({value.dtype}, {tuple(value.shape)}, {_hash(raw)})"
-
-
-@content.register(np.ndarray)
-def _array(value: np.ndarray[Any, Any]) -> str:
-    if value.dtype == object:
-        return f"Array({value.shape}, {content(value.tolist())})"
-    raw = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-    return f"Array({value.dtype.str}, {value.shape}, {_hash(raw)})"
-
-
-@content.register(nn.Module)
-def _module(value: nn.Module) -> str:
-    config = getattr(value, "config", None)
-    settings = {} if config is None else {k: str(v) for k, v in config.items() if k[:1] != "_"}
-    return f"{type(value).__qualname__}{content(settings)}{content(value.state_dict())}"
-
-
-@content.register(types.FunctionType)
-@content.register(types.MethodType)
-@content.register(types.BuiltinFunctionType)
-@content.register(partial)
-def _function(value: Any) -> str:
-    if isinstance(value, types.BuiltinFunctionType):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, partial):
-        return f"partial({content(value.func)}, {content(value.args)}, {content(value.keywords)})"
-    if isinstance(value, types.MethodType):
-        return f"{content(value.__func__)} of {content(value.__self__)}"
-    closed = [cell.cell_contents for cell in value.__closure__ or ()]
-    held = [value.__defaults__, value.__kwdefaults__, closed]
-    return f"{value.__qualname__}({_code(value.__code__)}, {content(held)})"
-
-
-def _code(code: types.CodeType) -> str:
-    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return _hash(code.co_code + repr((code.co_names, constants)).encode())
-
-
-def _hash(raw: Any) -> str:
-    return hashlib.sha256(raw).hexdigest()[:32]
+    return _Told()(value)
 
 
 def digest(value: Any) -> str:
@@ -150,10 +63,235 @@ def digest(value: Any) -> str:
     >>> digest(1) == digest(1.0)
     False
     """
+    return hashlib.sha256(content(value).encode()).hexdigest()[:16]
+
+
+def config_digest(value: Any) -> str:
+    """A digest of the configuration of a model or a scheduler, 16 digits.
+
+    Args:
+        value: of diffusers'; what has no configuration has an empty one.
+    """
+    return digest(_settings(value))
+
+
+class _Told:
+    """The texts of one value's parts, each made once: a part may hold what it is a part of."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, str] = {}
+        self.alive: list[Any] = []
+
+    def __call__(self, value: Any) -> str:
+        if isinstance(value, _NUMBERS):
+            return part_text.dispatch(type(value))(value, self)
+        if id(value) not in self.texts:
+            self.alive.append(value)  # so that no other gets its id
+            self.texts[id(value)] = f"part {len(self.texts)}"
+            self.texts[id(value)] = part_text.dispatch(type(value))(value, self)
+        return self.texts[id(value)]
+
+
+@singledispatch
+def part_text(value: Any, tell: Tell) -> str:
+    kind = type(value)
+    if dataclasses.is_dataclass(value):
+        return f"{tell(kind)}{tell({f.name: getattr(value, f.name) for f in _fields(value)})}"
+    if hasattr(value, "config") and hasattr(value, "timesteps"):  # a scheduler of diffusers'
+        return f"{tell(kind)}{tell(_settings(value))}"
+    # an object of plain Python is its class and what it holds, as for pickle
+    own = {name for base in kind.__mro__[:-1] for name in vars(base)}
+    if not own & {"__reduce_ex__", "__reduce__", "__getstate__"}:
+        if hasattr(value, "__dict__") and kind.__basicsize__ == _Plain.__basicsize__:
+            return f"{tell(kind)}{tell(vars(value))}"
+    raise InvalidType(
+        f"A {kind.__name__} can't be told from another by what it holds, as a store of "
+        "pieces needs; expected numbers, text, arrays, modules or functions."
+    )
+
+
+def _fields(value: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(value)
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """The configuration of a model or a scheduler of diffusers'; of others nothing."""
+    config = getattr(value, "config", None)
+    config = config if isinstance(config, Mapping) else {}
+    return {k: v for k, v in sorted(config.items()) if k[:1] != "_"}
+
+
+@part_text.register(type(None))
+@part_text.register(type(...))
+@part_text.register(type(NotImplemented))
+@part_text.register(bool)
+@part_text.register(int)
+@part_text.register(float)
+@part_text.register(complex)
+@part_text.register(str)
+@part_text.register(bytes)
+@part_text.register(range)
+@part_text.register(slice)
+@part_text.register(np.generic)
+@part_text.register(torch.dtype)
+@part_text.register(torch.device)
+def _plain(value: Any, _: Tell) -> str:
+    return f"{type(value).__name__}({value!r})"
+
+
+@part_text.register(Enum)
+def _enum(value: Enum, _: Tell) -> str:
+    return f"{type(value).__qualname__}.{value.name}"
+
+
+@part_text.register(Path)
+def _path(value: Path, _: Tell) -> str:
+    return f"Path({str(value)!r})"
+
+
+@part_text.register(list)
+@part_text.register(tuple)
+def _sequence(value: Any, tell: Tell) -> str:
+    return f"[{', '.join(map(tell, value))}]"
+
+
+@part_text.register(set)
+@part_text.register(frozenset)
+def _set(value: Any, tell: Tell) -> str:
+    return f"{{{', '.join(sorted(map(tell, value)))}}}"
+
+
+@part_text.register(Mapping)
+@part_text.register(types.MappingProxyType)
+def _mapping(value: Mapping[Any, Any], tell: Tell) -> str:
+    return f"{{{', '.join(f'{tell(k)}: {tell(v)}' for k, v in value.items())}}}"
+
+
+@part_text.register(Tensor)
+def _tensor(value: Tensor, _: Tell) -> str:
+    held = value.detach().to("cpu").contiguous()
+    raw = held.reshape(-1).view(torch.uint8).numpy() if held.numel() else np.zeros(0, np.uint8)
+    return f"Tensor({value.dtype}, {tuple(value.shape)}, {_hash(raw)})"
+
+
+@part_text.register(np.ndarray)
+def _array(value: np.ndarray[Any, Any], tell: Tell) -> str:
+    if value.dtype == object:
+        return f"Array({value.shape}, {tell(value.tolist())})"
+    raw = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
+    return f"Array({value.dtype.str}, {value.shape}, {_hash(raw)})"
+
+
+@part_text.register(nn.Module)
+def _module(value: nn.Module, tell: Tell) -> str:
+    """Its configuration, and of each module in it the class, tensors, hooks and attributes."""
+    parts = [tell(_settings(value))]
+    for name, module in value.named_modules():
+        own = vars(module)
+        forward = own.get("forward")
+        if isinstance(forward, _PATCHES) and not _is_installed(_under(forward).__module__):
+            parts.append(tell(forward))
+        # of a library's own modules the numbers; the rest of what they hold is bookkeeping
+        known = _is_installed(type(module).__module__)
+        held = {
+            key: each
+            for key, each in own.items()
+            if key not in _MODULE and (isinstance(each, _NUMBERS) or not known)
+        }
+        tensors = own["_parameters"] | own["_buffers"]
+        hooks = [list(each.values()) for key, each in own.items() if key.endswith("_hooks")]
+        parts.append(f"{name} {tell(type(module))}{tell(tensors)}{tell(hooks)}{tell(held)}")
+        parts.append(str(module.training))
+    return f"[{', '.join(parts)}]"
+
+
+@part_text.register(types.BuiltinFunctionType)
+@part_text.register(types.ModuleType)
+def _named(value: Any, _: Tell) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+
+
+@part_text.register(partial)
+def _partial(value: Any, tell: Tell) -> str:
+    return f"partial({tell(value.func)}, {tell(value.args)}, {tell(value.keywords)})"
+
+
+@part_text.register(types.MethodType)
+def _method(value: types.MethodType, tell: Tell) -> str:
+    return f"{tell(value.__func__)} of {tell(value.__self__)}"
+
+
+@part_text.register(types.FunctionType)
+def _function(value: types.FunctionType, tell: Tell) -> str:
+    named = f"{value.__module__}.{value.__qualname__}"
+    closed = [_cell(cell) for cell in value.__closure__ or ()]
+    held = [value.__defaults__, value.__kwdefaults__, closed]
+    if _is_installed(value.__module__):
+        return f"{named}({tell(value.__code__)}, {tell(held)})"
+    read = {k: value.__globals__[k] for k in _globals(value.__code__) if k in value.__globals__}
+    return f"{named}({tell(value.__code__)}, {tell(held)}, {tell(read)})"
+
+
+def _cell(cell: types.CellType) -> Any:
     try:
-        return hashlib.sha256(content(value).encode()).hexdigest()[:16]
-    except RecursionError:
-        raise InvalidType(
-            f"A {type(value).__name__} holds itself, so its content can't be told; expected "
-            "numbers, text, arrays, modules or functions."
-        ) from None
+        return cell.cell_contents
+    except ValueError:  # not there yet
+        return None
+
+
+@part_text.register(types.CodeType)
+def _code(value: types.CodeType, tell: Tell) -> str:
+    constants = [tell(each) for each in value.co_consts]
+    names = value.co_names, value.co_varnames, value.co_freevars
+    return _hash(value.co_code + repr((names, constants)).encode())
+
+
+def _globals(code: types.CodeType) -> list[str]:
+    """The names of the globals that a function reads, also in functions within it."""
+    found = {str(i.argval) for i in dis.get_instructions(code) if i.opname in _READS}
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            found |= set(_globals(each))
+    return sorted(found)
+
+
+@part_text.register(type)
+def _class(value: type, tell: Tell) -> str:
+    named = f"{value.__module__}.{value.__qualname__}"
+    if _is_installed(value.__module__):
+        return named
+    own = {
+        key: _method_of(each)
+        for key, each in vars(value).items()
+        if isinstance(each, types.FunctionType) or not (key[:2] == key[-2:] == "__")
+        if not isinstance(each, _SLOTS) and key != "_abc_impl"
+    }
+    return f"{named}({tell(own)}, {tell(value.__bases__)})"
+
+
+def _method_of(value: Any) -> Any:
+    """What a class holds, out of its wrapping."""
+    if isinstance(value, property):
+        return [value.fget, value.fset]
+    if isinstance(value, cached_property):
+        return value.func
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+
+
+def _under(forward: Any) -> Any:
+    """The function that a patched forward calls."""
+    while inner := getattr(forward, "func", None) or getattr(forward, "__func__", None):
+        forward = inner
+    return forward
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a module is Python's, a package's or ours, and so is known by its version."""
+    if name.partition(".")[0] in {*sys.stdlib_module_names, "dit_lens"} - {"__main__"}:
+        return True
+    place = str(getattr(sys.modules.get(name), "__file__", None) or "")
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(place).parts)
+
+
+def _hash(raw: Any) -> str:
+    return hashlib.sha256(raw).hexdigest()[:32]

@@ -42,8 +42,9 @@ def measured(function: Function) -> Function:
         given = bound.arguments
         store = arguments.optional(arguments.path, "store", given.pop("store", None))
         engine = checked_engine(given.pop("engine", "local"))
-        if current() is not None:
-            own = {k: v for k, v in given.items() if k not in ASIDE}
+        work = current()
+        if work is not None:
+            own = {k: v for k, v in given.items() if k not in ASIDE and not work.knows(v)}
             with scope(f"{function.__name__} {digest(own)}"):
                 return helped(function, **given)
         if store is None and not engine.elsewhere:
@@ -52,7 +53,7 @@ def measured(function: Function) -> Function:
         settings = {k: v for k, v in bound.arguments.items() if k not in ASIDE}
         model = settings.pop("model", None)
         about = about_of(function.__name__, settings, model)
-        with working(store, about, engine, made, given, device_of(model)):
+        with working(store, about, engine, made, given, model):
             return made(**given)
 
     return made  # type: ignore[return-value]
@@ -73,7 +74,7 @@ def kept_in(
     if store is None or current() is not None:
         yield
         return
-    with working(store, about_of(name, settings, model), Engine(), None, {}, device_of(model)):
+    with working(store, about_of(name, settings, model), Engine(), None, {}, model):
         yield
 
 
@@ -114,7 +115,7 @@ def working(
     engine: Engine,
     again: Callable[..., Any] | None,
     given: dict[str, Any],
-    device: str,
+    model: Any,
     extra: Mapping[str, Any] | None = None,
 ) -> Iterator[Work]:
     """Within the block, pieces are kept in a store and run by an engine.
@@ -125,7 +126,7 @@ def working(
         engine: where pieces are run.
         again: what other processes call to help.
         given: its arguments.
-        device: the kind of device.
+        model: that is measured, opened; None where there is none.
         extra: what else the store's root says.
 
     Raises:
@@ -133,6 +134,7 @@ def working(
         InvalidState: if another process is at it.
         UnwritableFile: where it can't be written.
     """
+    device = device_of(model)
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-lens-")))
@@ -145,6 +147,7 @@ def working(
             sent = {k: v for k, v in given.items() if k not in ASIDE}
             others = engine.started(kept, key, Call(again, sent), device)
             stack.callback(others.close)
-        work = Work(kept, key, others=others, workers=1 if others is None else others.n)
+        n = 1 if others is None else others.n
+        work = Work(kept, key, others=others, workers=n, model=model)
         with at(work):
             yield work

@@ -68,6 +68,7 @@ class Work:
         others: where other processes run the pieces: called while they are waited for, with the
             names wanted, to see to it that they do.
         workers: how many processes run pieces.
+        model: that the key tells.
 
     Attributes:
         before: seconds that what was found finished had taken.
@@ -80,12 +81,18 @@ class Work:
         helping: bool = False,
         others: Callable[[Sequence[str]], object] | None = None,
         workers: int = 1,
+        model: Any = None,
     ) -> None:
         self.store, self.key, self.helping, self.others = store, key, helping, others
+        self.model = model
         self.workers, self.early = workers, set(store.names())
         self.scopes: list[str] = []
         self.before = 0.0
         self.asked: set[str] = set()
+
+    def knows(self, value: Any) -> bool:
+        """Whether a value is the model that the key tells."""
+        return value is not None and value is self.model
 
     def found(self) -> int:
         """How many pieces were there already."""
@@ -221,18 +228,19 @@ def helping() -> bool:
     return work is not None and work.helping
 
 
-def quiet(call: Callable[[], Any], store: Kept, key: str) -> None:
+def quiet(call: Callable[[], Any], store: Kept, key: str, model: Any = None) -> None:
     """Make a call as one who helps, without a word.
 
     Args:
         call: the measurement.
         store: where pieces are kept.
         key: of the measurement.
+        model: that the key tells.
     """
     with (
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),
-        at(Work(store, key, helping=True)),
+        at(Work(store, key, helping=True, model=model)),
         suppress(NothingLeft),
     ):
         call()

@@ -36,7 +36,7 @@ def helped(
     """
     torch.set_num_threads(threads)
     function, arguments = Call.made(packed, tensors, device)
-    quiet(lambda: function(**arguments), store, key)
+    quiet(lambda: function(**arguments), store, key, arguments.get("model"))
 
 
 def main(folder: Path, number: str) -> int:

@@ -21,10 +21,11 @@ import torch
 from pydantic import Field
 
 from .. import arguments
-from ..errors import InvalidState, InvalidValue, MissingFile
+from ..errors import InvalidState, InvalidValue
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
-from ..storage import replacing
+from ..pieces.content import config_digest
+from ..storage import load_document, replacing, save_document
 from ..storage.schema import Listed, Schema, conform, fits
 from . import exports
 from .costs import Cell, Costs
@@ -200,9 +201,7 @@ class Plan:
             "macs": self.macs,
             "about": dict(self.about),
         }
-        with replacing(arguments.path("path", path)) as part:
-            part.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
-        return Path(path)
+        return save_document(path, content)
 
     def to_smoothcache(self) -> dict[str, list[int]]:
         """The plan as a schedule of SmoothCache (Liu et al. 2024, arXiv 2411.10510): for each
@@ -277,22 +276,7 @@ class Plan:
             MissingFile: if it is not there.
             InvalidValue: for a file that is no plan, or is not as it was written.
         """
-        path = arguments.path("path", path)
-        where = repr(str(path))
-        try:
-            content = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise MissingFile(f"There is no file {where}; expected {EXPECTED}.") from None
-        except (OSError, ValueError, RecursionError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InvalidValue(f"{where} is not JSON ({reason}); expected {EXPECTED}.") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InvalidValue(f"{where} is no plan of this version; expected {EXPECTED}.")
-        if content.pop("sha256", None) != _digest(content):
-            raise InvalidValue(
-                f"{where} is damaged: it is not what was written, by its checksum; expected "
-                f"{EXPECTED}."
-            )
+        content, where = load_document(path, FORMAT, "a plan", EXPECTED), repr(str(path))
         read = conform(content, Content, where)
         cells, lines = frozenset(read.cells), frozenset(read.lines)
         try:
@@ -339,18 +323,11 @@ def _require_cells(cells: Iterable[Cell], of_layer: Sequence[Sequence[str]], ste
             )
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def identity(model: HookedDiT) -> dict[str, str]:
     """What a model is known by: its class, and digests of its configuration and of the first
     numbers of each of its weights.
     """
     transformer = model.transformer
-    own = getattr(transformer, "config", {})  # which only diffusers' classes all have
-    own = own if isinstance(own, Mapping) else {}
-    config = sorted((k, str(v)) for k, v in own.items() if not k.startswith("_"))
     weights = hashlib.sha256()
     for name, value in transformer.state_dict().items():
         if value.device.type == "meta":
@@ -360,6 +337,6 @@ def identity(model: HookedDiT) -> dict[str, str]:
             )
         first = value.detach().flatten()[:8].to("cpu", torch.float32)
         weights.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
-    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
-    known = type(transformer).__name__, str(model.cfg.n_layers), digest, weights.hexdigest()[:16]
+    shape = str(model.cfg.n_layers), config_digest(transformer)
+    known = type(transformer).__name__, *shape, weights.hexdigest()[:16]
     return dict(zip(KNOWN_BY, known, strict=True))

@@ -16,7 +16,7 @@ from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.state import State
 from ..model.witness import Checksum
-from ..pieces import Piece, results
+from ..pieces import Piece, current, results
 from .loop import prepared
 from .parts import Split
 from .run import Run
@@ -32,6 +32,8 @@ def kept_run(name: str, make: Callable[[], Run], model: HookedDiT, scheduler: An
         model: that is sampled.
         scheduler: of the run, where it is an object and no name.
     """
+    if current() is None:
+        return make()
     made: list[Run] = []
 
     def piece() -> dict[str, NDArray[Any]]:

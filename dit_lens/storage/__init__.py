@@ -5,6 +5,7 @@ it; the schemas are beside those who write it (`tracing`, `patching`, `report`, 
 """
 
 from .datasets import load_dataset, made_with, save_dataset
+from .documents import load_document, save_document
 from .locks import locked
 from .seals import check_seal, versions
 from .tensors import load_tensors, mapped_tensors, save_tensors
@@ -14,12 +15,14 @@ __all__ = [
     "check_seal",
     "file_name",
     "load_dataset",
+    "load_document",
     "load_tensors",
     "locked",
     "made_with",
     "mapped_tensors",
     "replacing",
     "save_dataset",
+    "save_document",
     "save_tensors",
     "try_file",
     "try_folder",
