@@ -9,7 +9,8 @@ exchanges cells.
 It does so four times over: for whole steps, for the parts of all layers, for the parts of a quarter
 of the layers, and for every cell by itself. The finer the choice, the more of it is fitted to the
 samples and to what the first order leaves out; so each plan is run on other samples, and the one
-that errs least there is taken. Its figures are those of a run on samples of a third kind.
+that errs least there is taken ("same"; "good" takes the parts of all layers). Its figures are those
+of a run on samples of a third kind.
 """
 
 from __future__ import annotations
@@ -155,14 +156,14 @@ def reuse_plan(
         effects = Effects([(place,) for place in columns], cells, times, costs, lines)
         groups = _groups(columns, model.cfg.n_layers)
         tried = [] if turn else [whole_steps(model, times, even, lines)]
-        if aim == "good":
-            groups = groups[:2][-1:]
+        if aim == "good":  # few samples can't judge how good plans are, so a coarse one is taken
+            groups = [groups[min(1, len(groups) - 1)]]
         for together in groups:
             search = Search(effects.together(together), best.cells)
             search.compose(budget)
             search.exchange(budget, EXCHANGES)
             tried.append(Plan.of(model, times, search.cells, lines=search.lines))
-        if aim == "good":  # few samples can't judge how good they are
+        if aim == "good":
             best = tried[-1]
             continue
         errors = [judges.moved(p)[0].sum() if p.macs <= budget else np.inf for p in tried]
