@@ -146,8 +146,6 @@ def test_late_planted_layers_are_later_than_shuffled_ones_would_be():
     growth = found.sel(profile="growth")
     assert float(growth.null_p) == 0.05 and float(growth.late_share) > 0.9
     assert (growth.null_late_share < growth.late_share).all()
-    # a gain is no delay: neither view in steps says anything of depth
-    assert (found.null_p.sel(profile=["stream", "lens"]) > 0.05).all()
     # the model is as it was
     assert all(torch.equal(before[k], v) for k, v in model.transformer.state_dict().items())
 
