@@ -86,7 +86,7 @@ def null_models(
 
 @pytest.mark.slow
 def test_planted_layers_are_named_by_the_growth_of_the_difference():
-    found = list(planted_models(6))
+    found = list(planted_models(4))
     assert [one.onsets["growth"] for one in found] == [one.planted for one in found]
     # a gain is no delay
     assert all(one.onsets["stream"] is None and one.onsets["lens"] is None for one in found)
@@ -101,7 +101,7 @@ def test_a_single_planted_layer_is_named_even_if_it_is_the_first():
 
 @pytest.mark.slow
 def test_random_layers_are_not_blamed():
-    found = list(null_models(3))
+    found = list(null_models(2, steps=10))
     assert all(one.onsets["growth"] is None and one.onsets["lens"] is None for one in found), found
 
 
@@ -142,7 +142,7 @@ def test_late_planted_layers_are_later_than_shuffled_ones_would_be():
     truth = planted([10, 11], 0.4, 12, noise=0.01)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     before = {name: value.clone() for name, value in model.transformer.state_dict().items()}
-    found = null_profiles(model, 19, modes_of(model, 0.1), steps=6, seed=1)
+    found = null_profiles(model, 19, modes_of(model, 0.1), steps=4, seed=1)
     growth = found.sel(profile="growth")
     assert float(growth.null_p) == 0.05 and float(growth.late_share) > 0.9
     assert (growth.null_late_share < growth.late_share).all()

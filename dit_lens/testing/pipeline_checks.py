@@ -199,7 +199,7 @@ def gap_is_measured(case: InPipeline) -> None:
         case.run(False)
     model = HookedDiT(case.pipe, size=_size_of(case.model, t.latents[0]))
     try:
-        result = measure_gap(model, pairs=16, steps=6, resamples=50)
+        result = measure_gap(model, pairs=16, steps=4, resamples=50)
     finally:
         model.remove()
     assert result.attrs["headline"] and result.layer_gap.sizes["layer"] == model.cfg.n_layers + 1
