@@ -372,3 +372,27 @@ def test_a_step_of_which_a_part_is_missing_is_refused(model):
     assert len(probe.kept.at("hook_sample", 0)) == 4
     with pytest.raises(RuntimeError, match="at step 1 only a part of the batch was kept"):
         probe.kept.at("hook_sample", 1)
+
+
+@pytest.mark.parametrize("host", ["cpu", "none here"])
+@pytest.mark.parametrize("batch", [None, 2, 3])
+def test_what_is_kept_on_disk_is_what_is_kept_in_memory(model, monkeypatch, host, batch):
+    """Also where a step waits until it is whole, as on a device, and is changed meanwhile."""
+    monkeypatch.setattr("dit_lens.tracing.series.HOST", host)
+
+    class Both(dit_lens.Probe):
+        names, in_parts = ("hook_embed", "resid_post"), True
+
+        def start(self, model):
+            self.memory, self.disk = dit_lens.Series(), dit_lens.Series(on_disk=True)
+
+        def observe(self, activation, site):
+            for series in (self.memory, self.disk):
+                series.put(site, (mine := activation.clone()))
+                mine.zero_() if host != "cpu" else None
+
+    probe = Both()
+    with dit_lens.trace(model, probes=[probe]):
+        dit_lens.twins(model, pairs=3, steps=4, release=2, batch=batch)
+    assert probe.disk.keys == probe.memory.keys and probe.disk.steps == probe.memory.steps
+    assert torch.equal(probe.disk.stacked(), probe.memory.stacked())

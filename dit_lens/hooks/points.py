@@ -58,7 +58,10 @@ class Hearing:
         """
         if listener.scope is None:
             return not self.alone
-        return any(listener.scope is scope for scope in self.scopes)
+        for scope in self.scopes:  # no `any`: this is asked at every point of every pass
+            if scope is listener.scope:
+                return True
+        return False
 
 
 def pairs_of(name: str, hooks: Any) -> list[tuple[NamesFilter, HookFunction]]:

@@ -41,7 +41,7 @@ from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
 from .pipeline_frame import PipelineFrame, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
 from .taken import Layers, Taken
-from .witness import Witness, checksum, witnessed
+from .witness import Witness, Witnessing, witnessed
 
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
@@ -493,16 +493,20 @@ class Instrumentation:
         if self._witness.top is not None:  # whoever runs the pass takes them already
             yield self._witness.top
             return
-        witness: Witness = {}
-
-        observer = Observer(lambda value, point: witness.update({point.name: checksum(value)}))
+        taking = Witnessing()
+        witness, observer = taking.witness, Observer(taking.see)
         observer.scope = witness
         with Taken() as taken:
             self._witness.put(taken, witness)
             heard = self._hearing.top
             self._hearing.put(taken, replace(heard, scopes=(*heard.scopes, witness)))
             self._put_on(taken, [(name, observer) for name in self.witnessed])
-            yield witness
+            try:
+                yield witness
+            except StoppedAtLayer:
+                taking.finished()
+                raise
+            taking.finished()
 
     def _put_on(self, taken: Taken, listeners: Iterable[tuple[str, Listener]]) -> None:
         """Add listeners that have a scope of their own, until `taken` gives them back."""

@@ -108,8 +108,8 @@ class KeptHold(Hold):
         if self.made_of() is not None:
             return
         clock = self.now()
-        for each in [c for c in self.computed if c.run != clock.run]:
-            del self.computed[each]
+        if any(each.run != clock.run for each in self.computed):
+            self.computed = {c: known for c, known in self.computed.items() if c.run == clock.run}
         known = self.computed.setdefault(clock._replace(step=0), [])
         earlier = [each for each in known if each.step < clock.step][:1]
         known[:] = [Computed(clock.step, self.time(), value.detach()), *earlier]

@@ -91,8 +91,9 @@ class _Runner(StepCounter):
         super().__init__()
         self.model, self.plan, self.remap = model, plan, remap
         self.last = -1
-        self.under_way = False
         self.of_plan = 0  # the plan's step that is run
+        self.held: frozenset[tuple[int, str]] = frozenset()  # in the call under way
+        self.now = Clock(0, 0)
         self.time = 0.0
         self.said = False
         self.longest = max(map(abs, plan.timesteps))
@@ -103,16 +104,16 @@ class _Runner(StepCounter):
 
     def begin(self, call: Call) -> None:
         self.number(call, self.last)
-        self.time = float(call.t[0])
+        self.now, self.time = self.clock(), float(call.t[0])
         self.of_plan = self._of_plan(self.time)
-        self.under_way = True
-        held = frozenset(place for place in self.plan.held if self.is_held(*place))
-        if held not in self.silent:
-            self.silent[held] = frozenset(_left_out(self.model.names, held))
-        call.left_out |= self.silent[held]
+        steps = self.plan.held.items() if self.step else ()
+        self.held = frozenset(place for place, held in steps if self.of_plan in held)
+        if self.held not in self.silent:
+            self.silent[self.held] = frozenset(_left_out(self.model.names, self.held))
+        call.left_out |= self.silent[self.held]
 
     def end(self, call: Call, finished: bool) -> None:  # noqa: ARG002 (a watcher is given it)
-        self.under_way = False
+        self.held = frozenset()
         self.last = max(self.last, self.row) if finished else self.last
 
     def _of_plan(self, t: float) -> int:
@@ -136,11 +137,6 @@ class _Runner(StepCounter):
             )
         # not the first, which has nothing to be held from
         return min(range(1, len(times)), key=lambda s: abs(times[s] - t), default=0)
-
-    def is_held(self, layer: int, part: str) -> bool:
-        """Whether a part is held in the call under way."""
-        steps = self.plan.held.get((layer, part), frozenset[int]())
-        return self.under_way and self.step > 0 and self.of_plan in steps
 
     # What is put in.
 
@@ -169,12 +165,12 @@ class _Runner(StepCounter):
 
     def _hold(self, layer: int, part: str, place: Added) -> KeptHold:
         def made_of() -> tuple[int, ...] | None:
-            if not self.is_held(layer, part):
+            if (layer, part) not in self.held:
                 return None
             return self.plan.sources[layer, part, self.of_plan]
 
         axes = self.model.sites[place.name]
-        return KeptHold(place, made_of, self.clock, lambda: self.time, self.remap, axes)
+        return KeptHold(place, made_of, lambda: self.now, lambda: self.time, self.remap, axes)
 
     def _stand_in(self, taken: Taken, block: nn.Module, layer: int, of_layer: list[str]) -> None:
         """What leaves out a block of which all is held, and the children of a held part."""
@@ -193,11 +189,11 @@ class _Runner(StepCounter):
                     "or a family with `computes`."
                 )
             for child in children if mine else ():
-                idle = partial(_Idle, held=partial(self.is_held, layer, part), now=self.clock)
+                idle = partial(_Idle, runner=self, place=(layer, part))
                 _replace(taken, child, idle)
         if all((layer, part) in self.plan.held for part in of_layer):
-            places = [(part, hold) for part in of_layer for hold in self.holds[layer, part]]
-            _replace(taken, block, lambda own: _Over(own, self, block, layer, places))
+            places = {(layer, part): self.holds[layer, part] for part in of_layer}
+            _replace(taken, block, lambda own: _Over(own, self, block, places))
 
 
 class _Like(NamedTuple):
@@ -211,19 +207,16 @@ class _Idle:
     zeros of the shape that it last gave, in whose place what is held is put.
     """
 
-    def __init__(
-        self, own: Callable[..., Any], held: Callable[[], bool], now: Callable[[], Clock]
-    ) -> None:
-        self.own, self.held, self.now = own, held, now
+    def __init__(self, own: Callable[..., Any], runner: _Runner, place: tuple[int, str]) -> None:
+        self.own, self.runner, self.place = own, runner, place
         self.like: dict[tuple[Any, ...], Any] = {}  # branches may differ in the length of the text
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _itself, (self.own,)  # a copied model is under no plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        clock = self.now()
-        which = (clock.branch, clock.rows)
-        if self.held() and which in self.like:
+        which = (self.runner.now.branch, self.runner.now.rows)
+        if self.place in self.runner.held and which in self.like:
             return _zeros(self.like[which])
         found = self.own(*args, **kwargs)
         self.like[which] = _shapes(found)
@@ -266,23 +259,23 @@ class _Over:
         own: Callable[..., Any],
         runner: _Runner,
         block: nn.Module,
-        layer: int,
-        places: list[tuple[str, KeptHold]],
+        places: dict[tuple[int, str], list[KeptHold]],
     ) -> None:
-        self.own, self.runner, self.block, self.layer = own, runner, block, layer
-        self.places = places
+        self.own, self.runner, self.block = own, runner, block
+        self.places = frozenset(places)
+        self.holds = [hold for holds in places.values() for hold in holds]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _itself, (self.own,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self.runner
-        if not all(runner.is_held(self.layer, part) for part, _ in self.places):
+        if not self.places <= runner.held:
             return self.own(*args, **kwargs)
         family, inputs = runner.model.family, runner.model.instrumentation.now or {}
         streams, returned = family.skip_block(inputs, args, kwargs)
         streams = streams | {"": family.stream_in(self.block, inputs, args, kwargs)}
-        for _, hold in self.places:
+        for hold in self.holds:
             value = hold.value()
             assert value is not None
             stream = STREAMS[site_of(hold.place.name).startswith("text.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .. import arguments
 from ..errors import InvalidState
 from .site import Site
 
+HOST = "cpu"
 ROOM = 64
 """Steps that memory is taken for at first, where nobody says how many there will be; then twice as
 many, and so on.
@@ -46,8 +48,9 @@ class Series:
         self._missing: dict[tuple[Any, int], set[int]] = {}  # rows that have not come yet
         self._seen: dict[tuple[Any, int], int] = {}  # on disk: where
         self._rooms: dict[Any, Tensor] = {}
-        self._waiting: dict[tuple[Any, int], Tensor] = {}  # on disk: what the step under way has
+        self._waiting: list[tuple[int, Tensor]] = []  # for the disk, and where: a device's step
         self._file: Any = None
+        self._end = 0
         if on_disk:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (for as long as this lives)
             weakref.finalize(self, self._file.close)
@@ -56,7 +59,7 @@ class Series:
     @property
     def keys(self) -> list[Any]:
         """What was kept, in the order of its coming."""
-        return list(dict.fromkeys(key for key, _ in (*self._seen, *self._waiting)))
+        return list(dict.fromkeys(key for key, _ in self._seen))
 
     @property
     def steps(self) -> list[int]:
@@ -78,19 +81,15 @@ class Series:
             missing = self._missing.setdefault((key, step), set(range(part.size)))
             missing.difference_update(part.rows)
         size = len(value) if part is None else part.size
-        shape, rows = (size, *value.shape[1:]), slice(None) if part is None else _index(part.rows)
+        shape = (size, *value.shape[1:])
         if self.on_disk:
-            if step not in self._slots:
-                self._write()
-            self._slots.setdefault(step, len(self._slots))
-            room = self._waiting.get((key, step))
-            if room is None or room.shape != shape:
-                room = self._waiting[key, step] = value.new_empty(shape)
-            room[rows] = value.detach()
+            rows = range(size) if part is None else part.rows
+            self._put_on_disk((key, step), shape, rows, value.detach())
             return
+        index = slice(None) if part is None else _index(part.rows)
         slot = self._slots.setdefault(step, len(self._slots))
         least = site.call.context.steps or ROOM
-        self._room(key, slot, shape, value, least)[rows] = value.detach()
+        self._room(key, slot, shape, value, least)[index] = value.detach()
         self._seen[key, step] = 1
 
     def _room(
@@ -110,20 +109,40 @@ class Series:
             room = self._rooms[key] = more
         return room[slot]
 
+    def _put_on_disk(
+        self,
+        place: tuple[Any, int],
+        shape: tuple[int, ...],
+        rows: Sequence[int],
+        value: Tensor,
+    ) -> None:
+        """Write rows of one key at one step; from a device, all of a step in one go."""
+        if place[1] not in self._slots:
+            self._write()
+        self._slots.setdefault(place[1], len(self._slots))
+        if self._shapes.get(place) != shape:
+            self._seen[place], self._shapes[place] = self._end, shape
+            self._end += 4 * torch.Size(shape).numel()
+        at, size = self._seen[place], 4 * torch.Size(shape[1:]).numel()
+        on_host = value.device.type == HOST
+        value = value if on_host else value.clone()  # it may be changed before it is written
+        if isinstance(_index(tuple(rows)), slice):
+            self._waiting.append((at + size * rows[0], value))
+        else:
+            self._waiting += zip([at + size * row for row in rows], value, strict=True)
+        if on_host:
+            self._write()
+
     def _write(self) -> None:
-        """Move what waits to the file, from a device in one go."""
+        """Move what waits to the file."""
         if not self._waiting:
             return
-        flat = torch.cat([value.float().flatten() for value in self._waiting.values()])
-        data, start = flat.cpu().numpy(), 0
-        self._file.seek(0, 2)
-        at = self._file.tell()
-        self._file.write(data.tobytes())
-        for place, value in self._waiting.items():
-            self._seen[place] = at + 4 * start
-            self._shapes[place] = tuple(value.shape)
-            start += value.numel()
-        self._waiting = {}
+        flat = [value.float().flatten() for _, value in self._waiting]
+        host = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu()
+        for (at, _), value in zip(self._waiting, host.split([len(f) for f in flat]), strict=True):
+            self._file.seek(at)
+            self._file.write(value.contiguous().numpy().data)
+        self._waiting = []
 
     def at(self, key: Any, step: int) -> Tensor:
         """What was kept under a key at a step, [batch, ...]; of a file, float32 on the host.
@@ -162,7 +181,7 @@ class Series:
         return whole
 
     def _require(self, key: Any, step: int) -> None:
-        if (key, step) not in self._seen and (key, step) not in self._waiting:
+        if (key, step) not in self._seen:
             raise InvalidState(
                 f"Nothing was kept of {key!r} at step {step}: it did not run there, or the run was "
                 "broken off."

@@ -181,7 +181,7 @@ def main() -> None:
         )
 
     for i, window in enumerate(track(windows, "windows")):
-        patches = grid(layers, SITES, [window])
+        patches = grid(layers, list(SITES), [window])
         one = rng.randrange(len(patches))
         todo = [("sweep", sweeping, patches), ("plain hooks", looping, patches)]
         todo += [("nnsight", sampling, patches[one : one + 1])] if i in sampled else []
