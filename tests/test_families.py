@@ -83,6 +83,10 @@ def test_the_checker_finds_what_is_wrong(monkeypatch):
 
     family = family_named("DiTTransformer2DModel")
 
+    kept = "same_output names_in_order shapes_as_named edits_reach_the_stream sources_are_noted"
+    checks = tuple(check for check in contract.CHECKS if check.__name__ in kept.split())
+    monkeypatch.setattr(contract, "CHECKS", checks)  # the others take their time and find nothing
+
     def failing():
         return {row.check for row in contract.examine(family, where="small(1)") if not row.ok}
 

@@ -592,7 +592,7 @@ def test_commands_are_killed_helped_and_gone_on_with(folder, tmp_path):
         deadline = time.monotonic() + 200
         while leader.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            if len(codes) < 4 and len(list(store.glob("[!.]*/zarr.json"))) > before:
+            if len(codes) < max(2, KILLS // 6) and len(list(store.glob("[!.]*/zarr.json"))) > before:
                 time.sleep(rng.uniform(0, 0.3))
                 leader.kill()
                 break
@@ -738,6 +738,7 @@ def test_ray_gives_the_same_bits(model, plain, cluster, tmp_path):
 @needs_ray
 @linux
 @pytest.mark.slow
+@pytest.mark.skipif("DIT_LENS_ATTACK" not in os.environ, reason="takes a minute; make attack")
 def test_a_driver_of_ray_is_killed(folder, cluster, tmp_path):
     torch.set_num_threads(1)
     options = ["--pairs", "16", "--steps", "5", "--device", "cpu"]
