@@ -179,7 +179,7 @@ def test_the_map_has_the_exact_effect_of_every_causing_cell_and_none_elsewhere()
         ({"windows": [range(0, 2)]}, "Step 0 can't be held with lag=1"),
         ({"windows": [range(5, 9)]}, "is outside the run; it has 6 steps"),
         ({"items": 4}, "items=4 can't be used; expected a whole number of 8 or more"),
-        ({"labels": list(range(2)) * 4, "items": 9}, "There are 9 items and 8 labels"),
+        ({"labels": list(range(2)) * 5, "items": 9}, "There are 9 items and 10 labels"),
         ({"scheduler": "dpm++"}, "remembers earlier steps"),
         ({"lag": 6}, "windows"),
     ],

@@ -517,8 +517,8 @@ def test_patch_end_to_end(tmp_path, capsys):
 @pytest.mark.slow
 def test_map_and_plan_end_to_end(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["--items", "8", "--steps", "4"]
-    assert main(["map", str(folder), *small, "--check", "2", "--out", "map"]) == 0
+    small = ["--items", "8", "--steps", "4", "--labels", "1", "0"]
+    assert main(["map", str(folder), *small, "--check", "2", "--batch", "8", "--out", "map"]) == 0
     shown = capsys.readouterr().out
     assert "cause_map.nc" in shown and (tmp_path / "map" / "cause_map.nc").exists()
     assert main(["report", "map"]) == 0

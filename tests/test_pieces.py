@@ -588,11 +588,11 @@ def test_commands_are_killed_helped_and_gone_on_with(folder, tmp_path):
     for _ in range(8):
         leader = command(*words)
         helper = command("work", store) if store.exists() else None
-        before = len(list(store.glob("[!.]*/zarr.json")))
+        before, kill = len(list(store.glob("[!.]*/zarr.json"))), len(codes) < max(2, KILLS // 6)
         deadline = time.monotonic() + 200
         while leader.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            if len(codes) < max(2, KILLS // 6) and len(list(store.glob("[!.]*/zarr.json"))) > before:
+            if kill and len(list(store.glob("[!.]*/zarr.json"))) > before:
                 time.sleep(rng.uniform(0, 0.3))
                 leader.kill()
                 break

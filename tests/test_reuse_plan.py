@@ -10,7 +10,10 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT
+from dit_lens.errors import InvalidValue
 from dit_lens.experiments import Plan, reuse_plan
+from dit_lens.experiments.reuse_plan import check_plan
+from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian
 
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -54,6 +57,37 @@ def test_its_figures_are_of_other_samples(model):
     low, high = plan.about["effect_high_interval"]
     assert low < plan.about["effect_high"] < high
     assert plan == reuse_plan(model, 0.6, items=8, steps=6, projections=2, resamples=50, seed=3)
+
+
+def test_a_plan_for_labels_of_ones_own(model):
+    options = {"items": 8, "steps": 6, "projections": 2, "resamples": 20, "rounds": 0}
+    plan = reuse_plan(model, 0.6, labels=[1], **options)
+    assert plan.about["labels"] == [1] and "labels" not in reuse_plan(model, 0.6, **options).about
+    moves = moved(model, plan, 8, 8, labels=[1])
+    again = check_plan(model, plan, items=8, seed=8, resamples=20)
+    run = dit_lens.sample(model, [1] * 8, 8, 6)
+    bands = Bands.radial(model.cfg.pixels, cut=0.25)
+    apart = [
+        run.latents[-1] - run.latents[-1][[(i + k) % 8 for i in range(8)]] for k in range(1, 8)
+    ]
+    spread = np.mean([bands.energy(d.double()).sum(1).mean(0).numpy() for d in apart], 0)
+    effects = [again.about[f"effect_{band}"] for band in bands.names]
+    assert float(effects @ spread) == pytest.approx(moves / 8, rel=1e-3)
+    with pytest.raises(InvalidValue, match="There are 8 items and 9 labels"):
+        reuse_plan(model, 0.6, labels=[0] * 9, **options)
+
+
+def test_a_plan_for_prompts():
+    """They are kept in words: their numbers are this process's own."""
+    transformer, condition = family_named("PixArtTransformer2DModel").small(0)
+    model = HookedDiT(transformer, scheduler=SCHEDULER)
+    one = {key: value if value is None else value[:1] for key, value in condition.items()}
+    model.conditions.add({"a cat": one, "a dog": one, "": one})
+    model.conditions.prompts = ["a cat", "a dog"]  # without the examples
+    options = {"items": 8, "steps": 4, "projections": 1, "resamples": 20, "rounds": 0}
+    plan = reuse_plan(model, 0.7, labels=["a dog"], **options)
+    assert plan.about["labels"] == ["a dog"]
+    assert check_plan(model, plan, items=8, resamples=20).about["labels"] == ["a dog"]
 
 
 def test_what_does_nothing_is_held_first():

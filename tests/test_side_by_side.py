@@ -125,6 +125,9 @@ def test_bad_input(model):
     other = reuse_plan(model, 0.6, items=8, steps=5, rounds=0, resamples=20)
     with pytest.raises(ValueError, match="made with steps=6 and 5; expected one setting"):
         side_by_side(model, [plan, other], items=8)
+    labelled = reuse_plan(model, 0.6, labels=[0], items=8, steps=6, rounds=0, resamples=20)
+    with pytest.raises(ValueError, match=r"made with labels=None and \[0\]; expected one setting"):
+        side_by_side(model, [plan, labelled], items=8)
     with pytest.raises(ValueError, match="plans=. . can't be used|plans="):
         side_by_side(model, [], items=8)
     assert torch.is_grad_enabled()

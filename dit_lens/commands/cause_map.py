@@ -11,11 +11,14 @@ from pathlib import Path
 from .common import (
     Answer,
     add_device,
+    add_labels,
     add_model,
     add_seed,
     add_size,
+    batch_of,
     count,
     frequency,
+    labels_of,
     open_model,
     progress_bar,
     seed,
@@ -48,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.25,
         help="between low and high, in cycles per pixel (default: 0.25)",
     )
+    add_labels(parser)
     add_size(parser)
-    add_device(parser, batch=False)
+    add_device(parser)
     add_store(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: map-MODEL)"
@@ -66,18 +70,21 @@ def run(args: argparse.Namespace) -> Answer:
     out = args.out or Path(f"map-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
     model = open_model(args)
-    with keeping(args, model, None, out), progress_bar() as bar:
+    batch = batch_of(args, model, 64) or 64
+    with keeping(args, model, batch, out), progress_bar() as bar:
         task = bar.add_task("map", total=None)
         result = cause_map(
             model,
             args.kind,
             args.sites,
             items=args.items or (8 if args.quick else 16),
+            labels=labels_of(args),
             steps=args.steps or (12 if args.quick else 50),
             check=args.check,
             exact=args.exact,
             seed=args.seed,
             cut=args.cut,
+            batch=batch,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         if helping():

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from .common import (
     Answer,
+    add_labels,
     add_model,
     add_seed,
     add_size,
     count,
     frequency,
+    labels_of,
     open_model,
     progress_bar,
     stored,
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=count, default=64, help="samples (default: 64)")
     parser.add_argument("--steps", type=count, help="denoising steps (default: a plan's, or 50)")
     add_seed(parser)
+    add_labels(parser)
     parser.add_argument(
         "--cut",
         type=frequency,
@@ -57,6 +60,9 @@ def run(args: argparse.Namespace) -> Answer:
     if plan is not None and "sampler" in plan.about:
         options = {name: plan.about[name] for name in ("guidance", "eta")}
         options["scheduler"] = plan.about["sampler"]
+    labels = labels_of(args)
+    if labels is None and plan is not None:
+        labels = plan.about.get("labels")
     steps = args.steps or (50 if plan is None else plan.steps)
     with progress_bar() as bar:
         task = bar.add_task("compare", total=None)
@@ -64,6 +70,7 @@ def run(args: argparse.Namespace) -> Answer:
             model,
             plan or _changed(args),
             items=args.items,
+            labels=labels,
             steps=steps,
             seed=args.seed,
             cut=args.cut,

@@ -8,11 +8,13 @@ from pathlib import Path
 from .common import (
     Answer,
     add_device,
+    add_labels,
     add_model,
     add_seed,
     add_size,
     count,
     frequency,
+    labels_of,
     open_model,
     progress_bar,
     stored,
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=count, default=16, help="samples (default: 16)")
     parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
     add_seed(parser)
+    add_labels(parser)
     add_size(parser)
     add_device(parser, batch=False)
     parser.add_argument(
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> Answer:
             args.budget,
             args.aim,
             items=args.items,
+            labels=labels_of(args),
             steps=args.steps,
             seed=args.seed,
             lines=not args.no_lines,

@@ -26,12 +26,11 @@ import xarray as xr
 from torch import Tensor
 
 from .. import arguments
-from ..errors import InvalidValue
 from ..hooks.hold import Added, before, line, parts, stack
 from ..measures import Array
 from ..measures.agreement import agreement, curve
 from ..measures.bands import CUT, Bands
-from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
+from ..measures.bootstrap import FEWEST_PAIRS, draws, simultaneous
 from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
@@ -45,12 +44,11 @@ from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
+from .spread import Spread, item_labels, log_interval
 
 MapKind = Literal["hold", "zero", "mean"]
 HALVES = ("early", "late")
 PARTS = ("front", "rear")
-SMALLEST = 1e-12
-"""An effect below this is rounding, and counts as none."""
 
 
 @measured
@@ -92,7 +90,7 @@ def cause_map(
         lag: of "hold", how many steps back.
         order: of "hold", 0, or 1 for the line through two earlier steps.
         items: samples, 8 or more.
-        labels: one an item, for at least two items each; by default the model's conditions in turn.
+        labels: one an item, or fewer, which are then taken in turn; by default the model's own.
         steps: of denoising.
         guidance: strength of classifier-free guidance.
         scheduler: as for `dit_lens.sample`.
@@ -168,14 +166,7 @@ def cause_map(
 
     patches = [patch(*cell) for cell in cells]
     check_patches(patches, model, steps, items, batch=batch, progress=progress)
-    own = model.conditions.numbers(items_of_labels(model, items) if labels is None else labels)
-    if len(own) != items:
-        raise InvalidValue(f"There are {items} items and {len(own)} labels; expected one an item.")
-    if len(set(own.tolist())) == items:
-        raise InvalidValue(
-            f"labels={arguments.shown(own.tolist())} has each label once; expected two items or "
-            "more of one, to compare with how far unrelated samples are apart."
-        )
+    own = item_labels(model, items, labels)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     name = default_name(model.scheduler) if scheduler is None else scheduler
     plan = prepared(model, checked_settings(steps, guidance, "all", name, eta))
@@ -237,37 +228,6 @@ def cause_map(
     result.attrs |= {"projections": 0 if exact else projections, "guidance": guidance, "eta": eta}
     result.attrs["sentence"] = "\n".join(sentences(result))
     return Result.of(result)
-
-
-def items_of_labels(model: HookedDiT, items: int) -> list[int]:
-    """The conditions in turn, as many as leave each four items or more."""
-    return [i % max(1, min(model.conditions.n, items // 4)) for i in range(items)]
-
-
-class Spread:
-    """D_b: how far unrelated samples of one label are apart, for the items and their resamples.
-
-    Args:
-        run: of the samples.
-        bands: of the latents' grid.
-        counts: how often each resample draws each item, as `draws` gives them.
-    """
-
-    def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
-        labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
-        same = (labels[:, None] == labels) & ~np.eye(n, dtype=bool)
-        apart = np.stack([bands.energy(x - x[i]).sum(1).cpu().numpy() for i in range(n)])
-        number = np.einsum("ri,ij,rj->r", counts, same, counts)
-        summed = np.einsum("ri,ij,rj,ijb->rb", counts, same, counts, apart, optimize=True)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a resample without two of one label
-            self.drawn: Array = summed / number[:, None]  # [1 + resample, band]
-        self.counts, self.of_all = counts, self.drawn[0]
-
-    def relative(self, energy: Array) -> Array:
-        """Effects [1 + resample, cell, band] from energies [cell, item, band]."""
-        mean = np.einsum("ri,cib->rcb", self.counts, energy, optimize=True) / energy.shape[1]
-        found: Array = mean / self.drawn[:, None]
-        return np.where(np.abs(found[0]) < SMALLEST, 0.0, found)
 
 
 def _first_order(
@@ -387,13 +347,6 @@ def _intervals(effects: Array, items: int) -> Array:
     logs[:, ~np.isfinite(logs[0])] = np.nan
     ends = np.exp(simultaneous(logs, items)).reshape(*effects.shape[1:], 2)
     return np.where(effects[0][..., None] == 0, 0.0, ends)
-
-
-def log_interval(values: Array, items: int) -> Array:
-    """The same for single statistics [1 + resample, ...]."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ends = np.exp(interval(np.log(values), items))
-    return np.where(values[0][..., None] == 0, 0.0, ends)
 
 
 def _compare(

@@ -34,7 +34,7 @@ from ..plans.runner import reuse
 from ..sampling.loop import model_output
 from ..sampling.noise import generators
 from ..sampling.run import Run, sample
-from .cause_map import Spread, items_of_labels, log_interval
+from .spread import Spread, item_labels, log_interval
 
 SAME = 0.01
 """A finished image that moves by less than this share of a stranger's distance is the same one."""
@@ -106,10 +106,8 @@ def compare(
                     f"The changed model's {what} is {theirs}, this one's {ours}; expected a change "
                     "of the same model."
                 )
-    own = model.conditions.numbers(items_of_labels(model, items) if labels is None else labels)
-    if len(own) != items:
-        raise InvalidValue(f"There are {items} items and {len(own)} labels; expected one an item.")
-    kinds = len(set(own.tolist()))
+    own = item_labels(model, items, labels)
+    kinds = len(set(own))
     if items - kinds < FEWEST_PAIRS:
         raise InvalidValue(
             f"items={items} of {kinds} labels leave {items - kinds} to compare within labels; "

@@ -29,6 +29,7 @@ from ..measures.agreement import agreement, curve
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.first_order import check_gradients, directions
 from ..plans.costs import Costs
@@ -38,9 +39,9 @@ from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
-from .cause_map import Spread, items_of_labels, log_interval
 from .plan_gradients import slopes
 from .plan_search import Effects, Search
+from .spread import Spread, item_labels, log_interval
 from .whole_steps import even_steps, number_of_steps, whole_steps
 
 Aim = Literal["same", "good"]
@@ -54,6 +55,7 @@ def reuse_plan(
     aim: Aim = "same",
     *,
     items: int = 16,
+    labels: Labels | None = None,
     steps: int = 50,
     guidance: float = 1.0,
     scheduler: Any = None,
@@ -76,6 +78,7 @@ def reuse_plan(
             band is decided by then, since before that they make another image and no worse one.
         items: samples that it is made from, 8 or more; as many others are what it is chosen by, and
             as many again what it is measured on.
+        labels: one an item, or fewer, which are then taken in turn; by default the model's own.
         steps: of denoising.
         guidance: strength of classifier-free guidance.
         scheduler: as for `dit_lens.sample`.
@@ -130,7 +133,14 @@ def reuse_plan(
     settings = (steps, guidance, scheduler, eta)
     about: dict[str, Any] = {"aim": aim, "budget": budget, "steps": steps, "guidance": guidance}
     about |= {"eta": eta, "cut": cut, "seed": seed, "items": items, "longest": longest}
-    makers, judges = (Samples(model, items, s, settings, cut) for s in (seed, seed + 2 * items))
+    makers, judges = (
+        Samples(model, items, s, settings, cut, labels=labels) for s in (seed, seed + 2 * items)
+    )
+    if labels is not None:  # prompts in words: their numbers are this process's own
+        numbers, words = model.conditions.numbers(labels).tolist(), model.conditions.prompts
+        about["labels"] = (
+            [words[i] if i < len(words) else "" for i in numbers] if words else numbers
+        )
     about["scheduler"] = type(makers.run.scheduler).__name__
     if scheduler is None or isinstance(scheduler, str):
         about["sampler"] = scheduler
@@ -217,7 +227,7 @@ def _measured(
     number = max(1, round(plan.macs * plan.steps))
     even = whole_steps(model, plan.timesteps, even_steps(plan.steps, number))
     settings = (about["steps"], about["guidance"], scheduler, about["eta"])
-    samples = Samples(model, items, seed, settings, about["cut"], resamples)
+    samples = Samples(model, items, seed, settings, about["cut"], resamples, about.get("labels"))
     about["even_macs"] = even.macs
     for what, each in (("effect", plan), ("even", even)):
         drawn = samples.moved(each)
@@ -285,6 +295,7 @@ class Samples:
         settings: of the run: steps, guidance, scheduler, eta.
         cut: between low and high.
         resamples: of the items.
+        labels: of the items, as for `item_labels`.
     """
 
     def __init__(
@@ -295,8 +306,9 @@ class Samples:
         settings: tuple[Any, ...],
         cut: float,
         resamples: int = 1,
+        labels: Labels | None = None,
     ) -> None:
-        self.labels, self.seed, self.settings = items_of_labels(model, items), seed, settings
+        self.labels, self.seed, self.settings = item_labels(model, items, labels), seed, settings
         self.run = sample(model, self.labels, seed, *settings)
         self.bands = Bands.radial(model.cfg.pixels, cut=cut)
         self.spread = Spread(self.run, self.bands, draws(items, resamples, seed))

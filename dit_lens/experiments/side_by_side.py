@@ -23,8 +23,8 @@ from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.run import Run, sample
 from .baselines import at_random, front_and_rear, pairs, similarity, uniform
-from .cause_map import log_interval
 from .reuse_plan import Samples, require_settings
+from .spread import log_interval
 
 Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
 """Figures by name of images [n, channel, height, width] in [0, 1] and the labels asked for."""
@@ -111,13 +111,13 @@ def side_by_side(
         arguments.instance("plans", plan, Plan, "plans of reuse_plan")
         plan.require_model(model)
         require_settings(plan)
-    wanted = ("steps", "guidance", "sampler", "eta", "cut")
-    first = {name: plans[0].about[name] for name in wanted}
+    wanted = ("steps", "guidance", "sampler", "eta", "cut", "labels")
+    first = {name: plans[0].about.get(name) for name in wanted}
     for plan in plans:
         for name in wanted:
-            if plan.about[name] != first[name]:
+            if (other := plan.about.get(name)) != first[name]:
                 raise InvalidValue(
-                    f"The plans were made with {name}={first[name]!r} and {plan.about[name]!r}; "
+                    f"The plans were made with {name}={first[name]!r} and {other!r}; "
                     "expected one setting, to be run on the same samples."
                 )
     items = arguments.whole("items", items, FEWEST_PAIRS, why="for an interval")
@@ -133,9 +133,10 @@ def side_by_side(
                 f"another, such as seed={max(made) + 1}."
             )
 
-    samples = Samples(model, items, seed, settings, first["cut"], resamples)
+    cut, labels = first["cut"], first["labels"]
+    samples = Samples(model, items, seed, settings, cut, resamples, labels)
     shown = min(plan.about["items"] for plan in plans)
-    calibration = Samples(model, shown, plans[0].about["seed"], settings, first["cut"]).run
+    calibration = Samples(model, shown, plans[0].about["seed"], settings, cut, labels=labels).run
     total = len(plans) * len(WAYS) + 1
 
     def tell(done: int) -> None:

@@ -1,0 +1,88 @@
+"""How far unrelated samples of one label are apart, which effects on finished images are measured
+in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import arguments
+from ..errors import InvalidValue
+from ..measures import Array
+from ..measures.bands import Bands
+from ..measures.bootstrap import interval
+from ..model.conditions import Labels
+from ..model.hooked import HookedDiT
+from ..sampling.run import Run
+
+SMALLEST = 1e-12
+"""An effect below this is rounding, and counts as none."""
+
+
+def item_labels(model: HookedDiT, items: int, labels: Labels | None) -> list[int]:
+    """One label an item, by number.
+
+    Args:
+        model: whose labels.
+        items: how many items.
+        labels: one an item, or fewer, which are then taken in turn; None is the model's own in
+            turn, as many as leave each four items or more.
+
+    Raises:
+        InvalidValue: for labels that the model does not have, more than items, or all different.
+    """
+    if labels is None:
+        return [i % max(1, min(model.conditions.n, items // 4)) for i in range(items)]
+    given: list[int] = model.conditions.numbers(labels).tolist()
+    if len(given) > items:
+        raise InvalidValue(
+            f"There are {items} items and {len(given)} labels; expected at most one an item."
+        )
+    found = [given[i % len(given)] for i in range(items)]
+    if len(set(found)) == items:
+        raise InvalidValue(
+            f"labels={arguments.shown(given)} has each label once; expected two items or more of "
+            "one, to compare with how far unrelated samples are apart."
+        )
+    return found
+
+
+class Spread:
+    """D_b: how far unrelated samples of one label are apart, for the items and their resamples.
+
+    Args:
+        run: of the samples.
+        bands: of the latents' grid.
+        counts: how often each resample draws each item, as `draws` gives them.
+    """
+
+    def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
+        labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
+        same = (labels[:, None] == labels) & ~np.eye(n, dtype=bool)
+        apart = np.stack([bands.energy(x - x[i]).sum(1).cpu().numpy() for i in range(n)])
+        number = np.einsum("ri,ij,rj->r", counts, same, counts)
+        summed = np.einsum("ri,ij,rj,ijb->rb", counts, same, counts, apart, optimize=True)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample without two of one label
+            self.drawn: Array = summed / number[:, None]  # [1 + resample, band]
+        self.counts, self.of_all = counts, self.drawn[0]
+
+    def relative(self, energy: Array) -> Array:
+        """Effects [1 + resample, cell, band] from energies [cell, item, band]."""
+        mean = np.einsum("ri,cib->rcb", self.counts, energy, optimize=True) / energy.shape[1]
+        found: Array = mean / self.drawn[:, None]
+        return np.where(np.abs(found[0]) < SMALLEST, 0.0, found)
+
+
+def log_interval(values: Array, items: int) -> Array:
+    """95 % intervals of effects, taken of their logarithms; an effect of 0 has none.
+
+    Args:
+        values: [1 + resample, ...].
+        items: that were resampled.
+
+    Returns:
+        Array: [..., bound].
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = np.exp(interval(np.log(values), items))
+    return np.where(values[0][..., None] == 0, 0.0, ends)
