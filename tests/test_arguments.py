@@ -1138,6 +1138,7 @@ ONLY_SEEN_BY_RUNNING = (
     "does not commit within the run",
     "do not part within the run",
     "that are not finite",
+    "does not have the fault by its own score",
 )
 """Sentences about what came out; no look at the arguments could have told."""
 

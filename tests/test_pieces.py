@@ -40,7 +40,7 @@ from dit_lens.experiments import (
     smallest_set,
 )
 from dit_lens.families import family_named, modules
-from dit_lens.pieces import content, digest, flat, leases, whole
+from dit_lens.pieces import content, deaths, digest, flat, leases, whole
 from dit_lens.pieces.leases import Leases
 from dit_lens.pieces.store import Store
 from dit_lens.pieces.work import Piece, Work, at, results
@@ -466,17 +466,20 @@ def test_whoever_waits_gets_what_others_made(tmp_path):
 # Several processes.
 
 
-def killed_at_random(rng, find, until):
-    """Kill one of the processes that `find` gives, every now and then."""
-    hits = 0
+def killed_at_random(rng, find, until, store):
+    """Kill one of the processes that `find` gives, every now and then; but no more between two
+    pieces that come into the store than are borne.
+    """
+    hits = since = pieces = 0
     while not until():
         time.sleep(rng.uniform(0.5, 4))
-        found = find()
-        if found and hits < KILLS:
+        found, before, pieces = find(), pieces, len(list(store.glob("[!.]*/zarr.json")))
+        since = since if pieces == before else 0
+        if found and hits < KILLS and since < deaths.DEATHS:
             victim = rng.choice(found)
             try:
                 os.kill(victim, signal.SIGKILL)
-                hits += 1
+                hits, since = hits + 1, since + 1
             except ProcessLookupError:
                 pass
     return hits
@@ -500,18 +503,18 @@ def children(word):
 def test_local_workers_that_are_killed(model, plain, tmp_path):
     import threading
 
-    over, hits = threading.Event(), []
+    over, hits, store = threading.Event(), [], tmp_path / "s"
     mine = f"{os.getpid()}"
 
     def workers():
         return [p for p in children("dit_lens.pieces.worker") if parent_of(p) == mine]
 
     thread = threading.Thread(
-        target=lambda: hits.append(killed_at_random(random.Random(0), workers, over.is_set))
+        target=lambda: hits.append(killed_at_random(random.Random(0), workers, over.is_set, store))
     )
     thread.start()
     try:
-        found = measure_gap(model, **GAP, store=tmp_path / "s", engine=Engine("local", workers=2))
+        found = measure_gap(model, **GAP, store=store, engine=Engine("local", workers=2))
     finally:
         over.set()
         thread.join()
@@ -712,18 +715,18 @@ def test_ray_gives_the_same_bits(model, plain, cluster, tmp_path):
 
     address, head = cluster
 
-    over, hits = threading.Event(), []
+    over, hits, store = threading.Event(), [], tmp_path / "s"
 
     def workers():
         return [p for p in children("ray::Worker") if descends(p, head)]
 
     thread = threading.Thread(
-        target=lambda: hits.append(killed_at_random(random.Random(2), workers, over.is_set))
+        target=lambda: hits.append(killed_at_random(random.Random(2), workers, over.is_set, store))
     )
     thread.start()
     engine = Engine("ray", workers=2, address=address)
     try:
-        found = measure_gap(model, **GAP, store=tmp_path / "s", engine=engine)
+        found = measure_gap(model, **GAP, store=store, engine=engine)
     finally:
         over.set()
         thread.join()
