@@ -369,9 +369,9 @@ def test_stored_and_shown_again(found, tmp_path, capsys):
 @pytest.mark.parametrize("size", [(3, 200, 300), (2, 8, 8), (4, 5, 16, 16)])
 def test_pictures_of_any_images(size):
     """Large ones are shown smaller, odd numbers of channels as grey or the first three."""
-    from dit_lens.experiments.attributes import LARGEST, _small
+    from dit_lens.experiments.shown import LARGEST, small
 
-    shown = _small(torch.rand(3, *size))
+    shown = small(torch.rand(3, *size))
     assert shown.shape[1] in (1, 3) and max(shown.shape[2:]) <= LARGEST
     assert len(shown) == 3 and shown.ndim == 4
 

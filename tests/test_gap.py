@@ -5,16 +5,21 @@ layers that do it. "E6" and the others are in docs/checks.md.
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
+import dit_lens
 from dit_lens import Bands, HookedDiT, twins
 from dit_lens.experiments import knock_outs, latents, measure_gap, release_sweep
 from dit_lens.experiments.data_gap import as_latents, data_gap
 from dit_lens.experiments.gap_sentences import NO_DEPTH
 from dit_lens.experiments.layer_profile import VIEWS
 from dit_lens.groundtruth import ddim_agreement, gaussian
+from dit_lens.pictures.result import Result
+from dit_lens.probes import LayerLens
+from dit_lens.sampling.run import decode
 
 
 def abar_of(run):
@@ -269,3 +274,37 @@ def test_the_gap_of_a_model_in_half_precision(dtype):
         gaps.append(found.split_gap.sel(quantity="step").values)
         assert np.isfinite(found.difference_energy).all()
     np.testing.assert_allclose(*gaps, atol=0.3)
+
+
+def test_the_images_are_what_they_say():
+    model = dit_lens.load("digits")
+    found = measure_gap(model, pairs=16, steps=6, seed=2, resamples=20)
+    lens = LayerLens()
+    pair = twins(model, 16, [i % 8 for i in range(16)], steps=6, seed=2, probes=[lens])
+    assert found.shown_layer[0] == -1 and found.shown_layer[-1] == 27
+    for layer, step in ((-1, 0), (27, 5), (int(found.shown_layer[2]), int(found.shown_step[3]))):
+        shown = found.lens_image.sel(shown_layer=layer, shown_step=step).values
+        np.testing.assert_array_equal(shown, decode(model, lens.x0(layer, step)[:1])[0])
+    ends = {}
+    all_at_once = release_sweep(
+        pair,
+        [latents(Bands.radial((16, 16), cut=0.25))],
+        found.release.values.tolist(),
+        seed=2,
+        each=lambda release, *both: ends.update({release: both}),
+    )
+    assert list(all_at_once.releases) == found.release.values.tolist()
+    for release, both in ends.items():
+        for twin, x in zip("AB", both, strict=True):
+            shown = found.end.sel(release=release, twin=twin).values
+            np.testing.assert_allclose(shown, decode(model, x[: len(shown)]), atol=1e-5)
+    assert "end" not in measure_gap(model, pairs=16, steps=6, resamples=20, clones=False)
+    assert not {"twins"} & {*found.drop_vars("end").pipe(Result.of).plot.names}
+    with pytest.raises(ValueError, match="pairs=0 can't be used"):
+        found.plot.twins(pairs=0)
+    ax = found.plot.twins(pairs=2)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["twins 1", "twins 2"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [str(r) for r in ends]
+    ax = found.plot.lens()
+    assert ax.get_yticklabels()[0].get_text() == "embedding"
+    plt.close("all")

@@ -71,12 +71,24 @@ def coupled():
     )
 
 
+def images():
+    drawn = np.random.default_rng(3).random((3, 2, 5, 3, 4, 6))
+    return Result(
+        {
+            "end": (("release", "twin", "shown", "channel", "row", "column"), drawn),
+            "lens_image": (("shown_layer", "shown_step", "channel", "row", "column"), drawn[0]),
+        },
+        coords={"release": [2, 5, 9], "shown_layer": [-1, 3], "shown_step": [0, 1, 2, 3, 4]},
+    )
+
+
 RESULTS = {
     **dict.fromkeys(("profile", "commitment", "agreement", "spectrum", "cut"), made),
     "knob": coupled,
     "causes": lambda: effects("how", "layer"),
     "sweep": lambda: effects("end", "depth"),
     "map": lambda: effects("layer", "window", "band"),
+    **dict.fromkeys(("twins", "lens"), images),
 }
 
 

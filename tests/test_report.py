@@ -33,6 +33,8 @@ PICTURES = (
     "layer_profile.png",
     "frequencies.png",
     "spectrum.png",
+    "twins.png",
+    "lens.png",
     "coupling_sweep.png",
     "causes.png",
 )

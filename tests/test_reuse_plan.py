@@ -165,10 +165,18 @@ def test_the_best_of_all_plans_of_an_exact_denoiser():
         ({"aim": "best"}, "aim='best' can't be used; expected one of 'same', 'good'"),
         ({"scheduler": "dpm++"}, "remembers earlier steps"),
         ({"items": 4}, "items=4 can't be used"),
+        ({"cut": 0}, "cut=0 can't be used; expected a finite number above 0"),
+        ({"cut": 1.7}, "inner edges [1.7] holds no mode"),
+        ({"labels": [0] * 9}, "There are 8 items and 9 labels"),
+        ({"labels": [2]}, "Label 2 is out of range"),
     ],
 )
 def test_bad_input(model, options, message):
+    forwards = []
+    counted = model.transformer.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(ValueError) as error:
         reuse_plan(model, **({"items": 8, "steps": 6} | options))
+    counted.remove()
     assert message in str(error.value)
+    assert not forwards or "budget=0.01" in message  # which takes a count of what a forward costs
     assert torch.is_grad_enabled()

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, one_hot
+from torch.nn.functional import one_hot
 
 from .. import arguments
 from ..errors import InvalidValue
@@ -50,13 +50,10 @@ from .kept_twins import kept_twins
 from .modes import partition
 from .outcomes import Decoder, Outcome, latents
 from .release import release_sweep
+from .shown import SHOWN, small
 
 Reader = Callable[[Tensor], Mapping[str, Tensor]]
 PAIRS, RELEASES = 96, 8
-SHOWN = 6
-"""Pairs whose finished images are kept, for the picture."""
-LARGEST = 128
-"""Pixels a side that they are kept with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -458,21 +455,9 @@ def _finished(
         same = found[:, :, labels == label].flatten(0, 2)
         decided = (same == same[0]).all(0)
         agrees[:, (labels == label)[:, None] & decided] = torch.nan
-    shown = stacked(lambda x: _small(compared.of(x[:SHOWN])))
+    shown = stacked(lambda x: small(compared.of(x[:SHOWN])))
     return {
         "category": (("release", "twin", "pair", "attribute"), found.int().numpy()),
         "agrees": (("release", "pair", "attribute"), agrees.numpy()),
         "end": (("release", "twin", "shown", "channel", "row", "column"), shown.numpy()),
     }
-
-
-def _small(images: Tensor) -> Tensor:
-    """Images as a picture shows them: [n, 1 or 3, row, column], of a video the middle frame."""
-    if images.ndim == 5:
-        images = images[:, :, images.shape[2] // 2]
-    images = images[:, : 3 if images.shape[1] >= 3 else 1].float().cpu()
-    height, width = images.shape[-2:]
-    share = min(1.0, LARGEST / max(height, width))
-    return adaptive_avg_pool2d(
-        images, (max(1, round(height * share)), max(1, round(width * share)))
-    )

@@ -52,6 +52,7 @@ from .null_profiles import RELEASES as NULL_RELEASES
 from .outcomes import Outcome, features, latents, once
 from .outcomes import images as images_of
 from .release import RELEASES, Curves, commitment_difference, one_pass, release_sweep
+from .shown import SHOWN, lens_images, pictures
 
 CLASS_MEANS = "for intervals over pairs with class means removed"
 ONE_PASS = (
@@ -146,18 +147,23 @@ def measure_gap(
             and, at the commitment step, `difference_spectrum` [layer, token_frequency], the
             difference of twins as a share of their energy.
 
+            Images, at most 128 pixels a side: `lens_image` [shown_layer, shown_step, channel, row,
+            column], what the first image reads as in some layers at some steps; `end` [release,
+            twin, shown, channel, row, column], the finished images of the first pairs of clones.
+
             With null models: `null_profile` [profile, null, layer], the same views of these;
             `late_share` [profile], what the last layers change as a share of the range over depth,
             of the model measured as its nulls are, and `null_late_share` [profile, null];
             `null_p` [profile], the share of models that have as much.
 
             Coordinates: `layer`, from -1, the embedding; `step`, 0 the noisiest; `release`, the
-            clones' steps; `band`, six or so, low to high; `split`, low and high; `estimator`,
-            one_pass and clones; `view`, stream and lens; `energy`, ratio and growth; `profile`, all
-            four; `null`, the null models; `channels`, how `dit_lens.probes.TwinDivergence` weighs
-            channels; `quantity`, step, time (step / steps) and log_snr; `frequency` and `cut`,
-            cycles per pixel; `token_frequency`, cycles per token (pooling: levels, eigen: ranks);
-            `bound`, low and high.
+            clones' steps; `shown_layer` and `shown_step`, those of `lens_image`; `twin`, A and B;
+            `band`, six or so, low to high; `split`, low and high; `estimator`, one_pass and clones;
+            `view`, stream and lens; `energy`, ratio and growth; `profile`, all four; `null`, the
+            null models; `channels`, how `dit_lens.probes.TwinDivergence` weighs channels;
+            `quantity`, step, time (step / steps) and log_snr; `frequency` and `cut`, cycles per
+            pixel; `token_frequency`, cycles per token (pooling: levels, eigen: ranks); `bound`, low
+            and high.
 
             Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `channels`, the
             weighing that the views use; `commitment_step`, of `log_ratio`; `vae`, whether one
@@ -218,7 +224,7 @@ def measure_gap(
 
     # one run of twins, seen by the probes, and clones of it
     outcomes = _outcomes(model, modes, cut, feature, batch)
-    pair, seen, lensed = _observed(
+    pair, seen, lensed, strip = _observed(
         model,
         modes,
         pairs,
@@ -228,6 +234,7 @@ def measure_gap(
         batch=batch,
         progress=lambda *_: count(2 * pairs),
     )
+    ends: dict[int, list[Tensor]] = {}
     with once():
         # the spectrum is read in one pass only: its rings are too noisy to steer clones by
         one, sweep = one_pass(pair, outcomes), None
@@ -240,6 +247,7 @@ def measure_gap(
                 seed=seed,
                 batch=batch,
                 progress=lambda *_: count(pairs * steps // 2),
+                each=lambda release, *both: ends.update({release: [x[:SHOWN] for x in both]}),
             )
 
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
@@ -285,7 +293,7 @@ def measure_gap(
         at,
     )
     layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
-    parts = [behaviour, of_data, layers, *shuffled]
+    parts = [behaviour, of_data, layers, *shuffled, pictures(model, strip, ends, batch)]
     sampler = SAMPLERS[pair.run.settings.scheduler]
     result = xr.merge(parts, combine_attrs="drop_conflicts").assign_attrs(
         model=name,
@@ -312,8 +320,8 @@ def measure_gap(
 
 def _observed(
     model: HookedDiT, modes: Modes, pairs: int, chosen: Sequence[int], **settings: Any
-) -> tuple[Twins, xr.Dataset, xr.Dataset]:
-    """Twins, how they differ in every layer, and how every layer's stream reads."""
+) -> tuple[Twins, xr.Dataset, xr.Dataset, dict[str, Array]]:
+    """Twins, how they differ in every layer, how every layer's stream reads, and that in images."""
     divergence = TwinDivergence(modes.token_split, fine=modes.token_spectrum)
     lens = LayerLens(modes.split)
     made: list[Twins] = []
@@ -322,11 +330,13 @@ def _observed(
         made.append(twins(model, pairs, chosen, probes=[divergence, lens], **settings))
         run = made[0].run
         seen, lensed = divergence.result(), lens.result(run.latents[-1])
-        return arrays_of(run) | flat(seen, "divergence") | flat(lensed, "lens")
+        strip = {f"strip {key}": value for key, value in lens_images(lens, run.batch).items()}
+        return arrays_of(run) | flat(seen, "divergence") | flat(lensed, "lens") | strip
 
     (found,) = results([Piece("twins under observation", run)])
     pair = made[0] if made else Twins(run_of(found, model), pairs, 0, "noise", 0.0)
-    return pair, whole(found, "divergence"), whole(found, "lens")
+    strip = {key: found[f"strip {key}"] for key in ("images", "layers", "steps")}
+    return pair, whole(found, "divergence"), whole(found, "lens"), strip
 
 
 def _hold_against_null(found: xr.Dataset, view: str) -> None:

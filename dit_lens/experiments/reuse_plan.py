@@ -122,6 +122,8 @@ def reuse_plan(
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     name = default_name(model.scheduler) if scheduler is None else scheduler
     check_gradients(prepared(model, checked_settings(steps, guidance, "all", name, eta)))
+    Bands.radial(model.cfg.pixels, cut=arguments.number("cut", cut, above=0))
+    item_labels(model, items, labels)
     costs = Costs.of(model)
     least = _cheapest(costs, steps, longest)
     if budget < least:

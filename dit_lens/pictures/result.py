@@ -19,6 +19,7 @@ from xarray.plot.accessor import DatasetPlotAccessor
 
 from .. import arguments
 from ..errors import InvalidValue
+from .images import beside, show_grid
 from .style import (
     HIGH,
     INK,
@@ -42,6 +43,8 @@ NEEDS = {
     "causes": ("effect", "how"),
     "sweep": ("effect", "depth"),
     "map": ("effect", "window"),
+    "twins": ("end", "release"),
+    "lens": ("lens_image",),
 }
 """The pictures by name, and the variables or axes by which a result is known to have them."""
 
@@ -166,6 +169,43 @@ class Pictures(DatasetPlotAccessor):
         points(ax, data.cut, data.cut_gap, data.cut_gap_interval, fmt="o-")
         zero(ax)
         ax.set(xlabel="cut, cycles/pixel", ylabel="gap, steps (high minus low)")
+        return ax
+
+    def twins(self, pairs: int = 4, ax: Any = None) -> Any:
+        """What twins ended as, a row for each release step: what the two of a pair have in common
+        was decided before they parted.
+
+        Args:
+            pairs: so many of them.
+            ax: where.
+        """
+        data = self._data("twins")
+        shown = min(arguments.whole("pairs", pairs, 1), data.sizes["shown"])
+        ends = data.end.isel(shown=slice(shown)).transpose("twin", "release", "shown", ...)
+        images = beside(*ends.values)
+        high, wide = images.shape[-2:]
+        rows = len(images)
+        ax = axes_for(ax, (0.9 + 0.85 * shown * wide / high, 0.6 + 0.78 * rows))
+        numbers = [f"twins {i + 1}" for i in range(shown)]
+        show_grid(ax, images, data.release.values.tolist(), numbers)
+        ax.xaxis.tick_top()
+        ax.set(xlabel="A on the left, B on the right", ylabel="released at step")
+        return ax
+
+    def lens(self, ax: Any = None) -> Any:
+        """What the stream after a layer reads as, at some steps: the first image's x0, by the final
+        layer.
+
+        Args:
+            ax: where.
+        """
+        data = self._data("lens")
+        images = data.lens_image.transpose("shown_layer", "shown_step", ...).values
+        rows, columns, _, high, wide = images.shape
+        ax = axes_for(ax, (0.9 + 0.85 * columns * wide / high, 0.7 + 0.85 * rows))
+        layers = ["embedding" if i < 0 else str(i) for i in data.shown_layer.values]
+        show_grid(ax, images, layers, data.shown_step.values.tolist())
+        ax.set(xlabel="step (0: the noisiest)", ylabel="stream after layer")
         return ax
 
     def knob(self, sense: str = "agreement", ax: Any = None) -> Any:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..experiments.gap_sentences import TITLES, bands_sentence, gap_of
 from ..measures.estimate import Estimate, number
-from ..pictures.result import onset
+from ..pictures.result import Result, onset
 from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
 from ..storage import save_dataset
 from .style import beside, files, picture, plain_console
@@ -42,7 +42,7 @@ def write(results: xr.Dataset, folder: Path) -> None:
 
 
 def show(results: xr.Dataset, stored: Path) -> None:
-    """Print the tables and the sentences, and draw three pictures beside the stored result.
+    """Print the tables and the sentences, and draw pictures beside the stored result.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
@@ -57,6 +57,11 @@ def show(results: xr.Dataset, stored: Path) -> None:
         draw_profile(results, beside(stored, "gap.nc", "layer_profile.png")),
         draw_frequencies(results, beside(stored, "gap.nc", "frequencies.png")),
         draw_spectrum(results, beside(stored, "gap.nc", "spectrum.png")),
+    ]
+    pictures += [
+        draw_images(results, beside(stored, "gap.nc", f"{name}.png"), name)
+        for name in ("twins", "lens")
+        if name in Result.of(results).plot.names  # older files have none
     ]
     files(console, [*pictures, stored])
 
@@ -354,4 +359,20 @@ def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
         taus.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
         legend(taus)
         whole_numbers(lines.xaxis, taus.yaxis)
+    return path
+
+
+def draw_images(results: xr.Dataset, path: Path, name: str) -> Path:
+    """Images in rows and columns, as `result.plot` has them: "twins" or "lens".
+
+    Args:
+        results: of `dit_lens.experiments.measure_gap`.
+        path: of the picture.
+        name: which.
+    """
+    with picture(path, (4, 4)) as (figure, ax):
+        getattr(Result.of(results).plot, name)(ax=ax)
+        high, wide, _ = ax.images[0].get_array().shape
+        inches = 0.75 / results.sizes["row"]
+        figure.set_size_inches(0.9 + inches * wide, 0.7 + inches * high)
     return path

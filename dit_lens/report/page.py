@@ -129,12 +129,19 @@ class Shown:
     def __post_init__(self) -> None:
         self.figures: list[Figure] = FIGURES[self.kind](self.result) if self.interactive else []
         self.hooks = list(dict.fromkeys(hook for f in self.figures for hook in f.hooks))
-        self.releases = releases(self.result) if self.kind == "attributes.nc" else []
+        self.releases = releases(self.result) if "end" in self.result else []
 
     @property
     def interactive(self) -> bool:
         """Whether it has figures."""
         return self.kind in FIGURES
+
+    @property
+    def agreeing(self) -> str:
+        """What the shares beside finished twins are."""
+        if self.kind == "attributes.nc":
+            return "Agreement of all pairs beyond chance"
+        return "Agreement of all pairs in each band, cycles per pixel"
 
     @property
     def sentences(self) -> list[str]:
@@ -193,15 +200,20 @@ class Shown:
 
 
 def releases(results: xr.Dataset) -> list[dict[str, Any]]:
-    """For each release step: what twins ended as, and which attributes agree how often.
+    """For each release step: what twins ended as, and how far attributes, or bands, agree.
 
     Args:
-        results: of attributes.nc.
+        results: of attributes.nc or gap.nc.
     """
-    names, found = order(results), []
+    if "attribute" in results.dims:
+        names, shares = order(results), results.agreement.rename(attribute="what")
+    else:
+        shares = results.agreement_clones.rename(band="what")
+        names = shares.what.values.tolist()
+    found = []
     for release in results.release.values.tolist():
         one = results.sel(release=release)
-        agreement = one.agreement.sel(attribute=names).values
+        agreement = shares.sel(release=release, what=names).values
         found.append(
             {
                 "step": release,
@@ -256,7 +268,7 @@ def _results(folder: Path) -> list[Shown]:
                     if file.with_name(name).exists():
                         shutil.copy(file.with_name(name), here)
                 stored.show(here / "knock_outs.nc")
-            drawn = [] if kind in FIGURES else sorted(here.glob("*.png"))
+            drawn = sorted(here.glob("lens.png" if kind in FIGURES else "*.png"))
             pictures = [_uri(path.read_bytes()) for path in drawn]
         lines = [line for line in said.getvalue().splitlines() if not line.startswith(WRITTEN)]
         found.append(Shown(kind, file, result, "\n".join(lines).strip(), pictures))
