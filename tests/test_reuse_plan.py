@@ -168,7 +168,7 @@ def test_the_best_of_all_plans_of_an_exact_denoiser():
         ({"cut": 0}, "cut=0 can't be used; expected a finite number above 0"),
         ({"cut": 1.7}, "inner edges [1.7] holds no mode"),
         ({"labels": [0] * 9}, "There are 8 items and 9 labels"),
-        ({"labels": [2]}, "Label 2 is out of range"),
+        ({"labels": [3]}, "Label 3 is out of range"),
     ],
 )
 def test_bad_input(model, options, message):
