@@ -19,7 +19,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..errors import DitLensError, InvalidState, InvalidValue
+from ..hooks.hold import Holding
 from ..hooks.passes import Part
+from ..hooks.points import Editor
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import is_flow, log_snr, predict_x0, signal_and_noise
 from ..model.witness import Checksum, Witness
@@ -193,6 +195,8 @@ def answered(
     split = splitter.at(step, len(x))
     waiting, done = deque(split.parts), list[tuple[int, ...]]()
     outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
+    others = [name for name, each in inst.ears if isinstance(each, Editor)]
+    edited = any(isinstance(each, Holding) for _, each in inst.ears)  # a plan's leave points out
     if not split.whole:
         _require_parts(inst, edits)
     while waiting:
@@ -209,6 +213,7 @@ def answered(
                 whole = len(part) == len(x)
                 own = (x, labels) if whole else (x[index], labels[index])
                 output = model_output(model, own[0], step, own[1], settings, scheduler)
+            edited = edited or any(inst.points[name].changed for name in others)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -221,7 +226,7 @@ def answered(
         done.append(part)
         outputs.append(output)
         witnesses.append(witness)
-    split = replace(split, parts=tuple(done))
+    split = replace(split, parts=tuple(done), edited=edited)
     if split.whole:
         return outputs[0], witnesses[0], split
     return _joined(outputs, witnesses, split, passes)
