@@ -330,6 +330,16 @@ def test_a_later_step_made_under_edits_is_noticed(model, kind):
                 run.replay(step, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_cast_since_is_named(model, inputs, dtype):
+    with dit_lens.trace(model) as t:
+        model(*inputs)
+    model.transformer.to(dtype)
+    with pytest.raises(NotReproduced, match=r"Step 0 can't be recomputed.* changed\. Run it again"):
+        t["resid_post", 1]
+    assert model.instrumentation.listening == 0
+
+
 def test_a_hook_that_changes_nothing_is_no_edit(model):
     with model.hooks([("blocks.1.hook_attn_out", lambda a, hook: a)]):
         run = dit_lens.sample(model, [3], steps=3)
