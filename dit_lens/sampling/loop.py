@@ -197,6 +197,9 @@ def answered(
     outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
     others = [name for name, each in inst.ears if isinstance(each, Editor)]
     edited = any(isinstance(each, Holding) for _, each in inst.ears)  # a plan's leave points out
+    level = None
+    if inst.watchers:
+        level = float(log_snr(scheduler, scheduler.timesteps[step]))
     if not split.whole:
         _require_parts(inst, edits)
     while waiting:
@@ -205,7 +208,10 @@ def answered(
         try:
             with (
                 inst.under(
-                    step=step, steps=settings.steps, **_place(inst, split, part, passes, tries)
+                    step=step,
+                    steps=settings.steps,
+                    log_snr=level,
+                    **_place(inst, split, part, passes, tries),
                 ),
                 model.hooks(edits),
                 inst.witnessing() as witness,
