@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ from dit_lens.experiments import (
     smallest_set,
 )
 from dit_lens.families import family_named, modules
-from dit_lens.pieces import content, deaths, digest, flat, leases, whole
+from dit_lens.pieces import content, deaths, digest, flat, leases, measured, whole
 from dit_lens.pieces.leases import Leases
 from dit_lens.pieces.store import Store
 from dit_lens.pieces.work import Piece, Work, at, results
@@ -347,6 +349,131 @@ def test_content_is_all_that_acts(monkeypatch, change):
     assert content(value) == before
     act()
     assert content(value) != before
+
+
+def made(source, key="f", **read):
+    """What a source defines, as a module of the user's."""
+    space = {"__name__": "users", "nn": torch.nn, **read}
+    exec("import functools, enum, typing, dataclasses\n" + source, space)
+    return space[key]
+
+
+OF_A_CLASS = "class F({}):\n k: int = 1\n def __call__(self, x): return x{}\nf = F({})"
+SHARED = torch.nn.Linear(2, 2)
+
+
+def conv(**settings):
+    """The same weights with other settings."""
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(3, 3, 3, **settings)
+
+
+def module(**held):
+    """A module of Python's, a file of the user's."""
+    found = types.ModuleType("helpers")
+    vars(found).update(held)
+    return found
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (made("f = lambda *x: x[0]"), made("f = lambda x: x[0]")),
+        (made("def f(a, b): return a - b"), made("def f(a, *, b): return a - b")),
+        (made("f = lambda x: x[AT]", AT=[0, 1]), made("f = lambda x: x[AT]", AT=(0, 1))),
+        (made("f = lambda x: m.k", m=module(k=1)), made("f = lambda x: m.k", m=module(k=2))),
+        (
+            made("f = lambda x: m.m.k", m=module(m=module(k=1))),
+            made("f = lambda x: m.m.k", m=module(m=module(k=2))),
+        ),
+        (made("f = lambda x: f.k\nf.k = 1"), made("f = lambda x: f.k\nf.k = k", k=2)),
+        (eval("lambda x: x * k", {"k": 2}), eval("lambda x: x * k", {"k": 3})),
+        (made("class F(enum.Enum): A = 1\nf = F.A"), made("class F(enum.Enum): A = 2\nf = F.A")),
+        *(
+            (made(OF_A_CLASS.format(kind, "", given)), made(OF_A_CLASS.format(kind, "+1", given)))
+            for kind, given in {
+                "typing.NamedTuple": "",
+                "dict": "",
+                "float": "1",
+                "functools.partial": "max",
+                "list": "",
+            }.items()
+        ),
+        (conv(), conv(stride=2)),
+        (conv(), conv(padding=(1, 1))),
+        (torch.nn.AvgPool2d((2, 2)), torch.nn.AvgPool2d((4, 4))),
+        (torch.nn.Sequential(SHARED), torch.nn.Sequential(SHARED, SHARED)),
+        (np.zeros(2, [("a", "f4")]), np.zeros(2, [("a", "i4")])),
+        (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2], mask=[0, 0])),
+        (torch.ones(1, dtype=torch.cfloat).conj(), torch.ones(1, dtype=torch.cfloat) * 1j),
+        ([].append, [1].append),
+        (functools.lru_cache(scaled), functools.lru_cache(again)),
+    ],
+)
+def test_content_of_near_twins(one, other):
+    assert content(one) != content(other)
+
+
+def test_a_module_of_the_users_that_a_function_imports(tmp_path, monkeypatch):
+    (tmp_path / "of_the_user.py").write_text("def factor(): return 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = made("def f(x):\n from of_the_user import factor\n return x * factor()")
+    before = content(function)
+    monkeypatch.setattr("of_the_user.factor", lambda: 2)
+    assert content(function) != before
+
+
+def test_content_is_the_same_after_use():
+    """What is computed of a value, and kept in it, is no other value."""
+
+    class Table:
+        @functools.cached_property
+        def table(self):
+            return [1, 2]
+
+    class Frozen(torch.nn.Module):
+        @functools.cached_property
+        def table(self):
+            return [1, 2]
+
+    for value in (Table(), Frozen()):
+        before = content(value)
+        assert value.table and content(value) == before
+    for name in ("WanTransformer3DModel", "QwenImageTransformer2DModel"):
+        vae = family_named(name).small_pipeline().vae
+        before = content(vae)
+        vae.decode(torch.zeros(1, vae.config.z_dim, 1, 4, 4))
+        assert content(vae) == before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.eye(2).to_sparse(),
+        torch.zeros(1, device="meta"),
+        torch.nn.Sequential(torch.jit.script(torch.nn.Linear(2, 2))),
+    ],
+)
+def test_what_can_not_be_seen_is_refused(value):
+    with pytest.raises(InvalidType, match="can't be told from another by what it holds"):
+        content(value)
+
+
+def test_a_model_of_prompts_is_told_with_its_texts():
+    """The same call has the same store; another text encoder, or condition, is another model."""
+    model = HookedDiT(family_named("PixArtTransformer2DModel").small_pipeline())
+
+    @measured
+    def drawn(model, labels, *, store=None, engine="local"):
+        return model.conditions.numbers(labels).tolist()
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert drawn(model, ["a fox"], store=folder) == drawn(model, ["a fox"], store=folder)
+    told = [digest(model)]
+    next(model.conditions.pipe.text_encoder.parameters()).data.add_(1)
+    told.append(digest(model))
+    model.conditions.add({"a fox": {"encoder_hidden_states": torch.ones(1)}})
+    assert len({*told, digest(model)}) == 3
 
 
 def test_content_of_what_holds_itself():

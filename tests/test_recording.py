@@ -369,6 +369,18 @@ def test_another_model_is_refused(model, tmp_path):
         record(opened(seed=1), RESID, LABELS, tmp_path, **SMALL)
 
 
+@pytest.mark.parametrize("label", [1, 4])
+def test_a_model_with_another_embedding_of_one_label_is_refused(model, tmp_path, label):
+    """Also of one that is not the first, or of the null class, which guidance asks for."""
+    given = SMALL | {"guidance": 2.0}
+    record(model, RESID, LABELS, tmp_path, **given)
+    other = opened()
+    for block in other.transformer.transformer_blocks:
+        block.norm1.emb.class_embedder.embedding_table.weight.data[label] += 1
+    with pytest.raises(InvalidValue, match="of another model, or one whose weights have changed"):
+        record(other, RESID, LABELS, tmp_path, **given)
+
+
 def test_values_that_a_dtype_cannot_hold(tmp_path):
     model = opened()
     with torch.no_grad():

@@ -75,6 +75,25 @@ def test_x0_is_what_a_scheduler_that_clips_makes_of_it(name):
     assert run.x0.abs().max() == 0.5
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DPMSolverSinglestep"])
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta", "flow"])
+def test_noise_levels_are_those_a_scheduler_spaces_itself(name, spacing):
+    """Its timesteps are rounded, some to the same one; x_t is not quite what they stand for."""
+    flow = {"prediction_type": "flow_prediction"} if spacing == "flow" else {}
+    cls, options = getattr(diffusers, f"{name}Scheduler"), {f"use_{spacing}_sigmas": True, **flow}
+    own, steps = cls(1000, final_sigmas_type="zero", **options), 30
+    run = dit_lens.sample(model_with(own), [3], steps=steps, scheduler=own)
+    own.set_timesteps(steps)
+    assert torch.equal(run.timesteps, own.timesteps)
+    for step in range(steps):
+        own._step_index = step
+        x0 = own.convert_model_output(run.outputs[step], sample=run.latents[step])
+        torch.testing.assert_close(run.x0[step], x0, rtol=1e-4, atol=1e-4)
+    signal, noise = own._sigma_to_alpha_sigma_t(own.sigmas[:-1].double())
+    expected = 2 * (signal.clamp_min(0.0005) / noise).log()
+    torch.testing.assert_close(run.log_snr.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_samplers_that_call_the_model_more_often_are_refused():
     model = model_with(diffusers.DDIMScheduler(1000))
     with pytest.raises(ValueError, match="PNDMScheduler calls the model 15 times in 6 steps"):

@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import diffusers
 import pytest
 import torch
 from conftest import make_dit, make_pipe
@@ -446,3 +447,21 @@ def test_bad_input(pipe, dit):
     assert forwards(dit) == []
     with pytest.raises(TypeError, match="is not a dit_lens.Probe"):
         dit_lens.trace(pipe, probes=["SpectralSplit"])
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDIMScheduler(1000, clip_sample=False, beta_schedule="squaredcos_cap_v2"),
+        diffusers.DPMSolverMultistepScheduler(1000, use_karras_sigmas=True),
+    ],
+)
+def test_noise_levels_are_those_of_the_runs_own_scheduler(pipe, tmp_path, scheduler):
+    """The model's own may have others at the same timesteps."""
+    model = dit_lens.HookedDiT(pipe)
+    with dit_lens.trace(model) as t:
+        run = dit_lens.sample(model, [3], steps=4, scheduler=scheduler)
+    loaded = dit_lens.load_trace(t.save(tmp_path / "t.safetensors"), model)
+    for each in (t, loaded):
+        found = torch.from_numpy(each.to_xarray("hook_embed").log_snr.values)
+        torch.testing.assert_close(found, run.log_snr, rtol=1e-5, atol=1e-5)

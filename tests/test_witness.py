@@ -2,6 +2,7 @@
 which it was silently something else.
 """
 
+import contextlib
 import gc
 import pickle
 import types
@@ -294,6 +295,55 @@ def test_a_run_made_under_edits_says_that_it_cant_be_read(model):
         for act in (run.replay, run.forward, partial(read, run=run)):
             with pytest.raises(NotReproduced, match="hooks or edits that are not in its history"):
                 act(1)
+
+
+def at_the_third_pass(model):
+    """A module hook that acts in the third pass after it was put there."""
+    block, passes = model.transformer.transformer_blocks[1], []
+    return block.register_forward_hook(
+        lambda _, args, out: out + 1 if passes.append(1) or len(passes) == 3 else out
+    )
+
+
+@pytest.mark.parametrize("kind", ["edit", "hold", "hooks", "module", "select"])
+def test_a_later_step_made_under_edits_is_noticed(model, kind):
+    """By whoever begins before it, whatever else is asked of the replay."""
+    with contextlib.ExitStack() as stack:
+        if kind == "module":
+            stack.callback(at_the_third_pass(model).remove)
+        elif kind == "hooks":
+            calls = []
+            third = lambda a, hook: 0 * a if calls.append(1) or len(calls) == 3 else None  # noqa: E731
+            stack.enter_context(model.hooks([("blocks.1.hook_attn_out", third)]))
+        else:
+            t = stack.enter_context(dit_lens.trace(model))
+            act = t.hold if kind == "hold" else t.ablate
+            act("blocks.1.hook_attn_out", steps=[2])
+        run = dit_lens.sample(model, [3, 1], steps=4)
+    if kind == "select":
+        run = run.select([1])
+    assert torch.allclose(run.replay(3).latents, run.latents, atol=1e-5)
+    other = {"edits": [("blocks.0.hook_mlp_out", zero)]}
+    for options in ({},) if kind == "module" else ({}, other, {"seeds": 9}, {"batch": 1}):
+        for step in (0, 1, 2):
+            with pytest.raises(NotReproduced, match="Step 2 can't be recomputed: from layer"):
+                run.replay(step, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_cast_since_is_named(model, inputs, dtype):
+    with dit_lens.trace(model) as t:
+        model(*inputs)
+    model.transformer.to(dtype)
+    with pytest.raises(NotReproduced, match=r"Step 0 can't be recomputed.* changed\. Run it again"):
+        t["resid_post", 1]
+    assert model.instrumentation.listening == 0
+
+
+def test_a_hook_that_changes_nothing_is_no_edit(model):
+    with model.hooks([("blocks.1.hook_attn_out", lambda a, hook: a)]):
+        run = dit_lens.sample(model, [3], steps=3)
+    assert torch.equal(run.replay(0).latents, run.latents)
 
 
 def read(step, run):

@@ -50,6 +50,7 @@ class PassContext:
         step: the denoising step of a loop of dit_lens's own; a pipeline's steps are counted.
         part: which part of the step's batch it is; None is all of it.
         steps: how many steps the run has, if that is known.
+        log_snr: the noise level of the step, by the run's own scheduler, if that is known.
     """
 
     span: Span = (None, None)
@@ -60,6 +61,7 @@ class PassContext:
     step: int | None = None
     part: Part | None = None
     steps: int | None = None
+    log_snr: float | None = None
 
 
 class Pass(Protocol):

@@ -43,11 +43,13 @@ class Conditions:
 
     Attributes:
         prompts: the prompts so far, by number; empty for a class-conditional model.
+        given: conditions that were given by hand, by prompt.
     """
 
     def __init__(self, family: Family, cfg: Config, pipe: Any = None) -> None:
         self.family, self.cfg, self.pipe = family, cfg, pipe
         self.prompts: list[str] = [] if cfg.n_classes else list(PROMPTS)
+        self.given: dict[str, Condition] = {}
         self._encoded: dict[str, Condition] = {}
         self._batches: dict[tuple[int, ...], Condition] = {}
 
@@ -66,7 +68,7 @@ class Conditions:
         without text encoders; "" is the null one.
         """
         for prompt, condition in conditions.items():
-            self._encoded[prompt] = Condition(condition)
+            self.given[prompt] = self._encoded[prompt] = Condition(condition)
             self._batches.clear()
             if prompt and prompt not in self.prompts:
                 self.prompts.append(prompt)

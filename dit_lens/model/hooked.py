@@ -663,7 +663,14 @@ def _content(model: HookedDiT, tell: Tell) -> str:
         for name, hook in getattr(vars(module).get("_diffusers_hook"), "hooks", {}).items()
     ]
     parts = [model.transformer, state.adapters, caches, model.scheduler, model.vae]
-    return f"HookedDiT{tell([*parts, model.size, model.conditions.prompts])}"
+    asked = model.conditions
+    components = getattr(asked.pipe, "components", {})
+    encoders = [
+        [name, part, State.of(part).adapters]
+        for name, part in components.items()
+        if name.startswith("text_encoder") and isinstance(part, nn.Module)
+    ]
+    return f"HookedDiT{tell([*parts, model.size, asked.prompts, asked.given, encoders])}"
 
 
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:

@@ -23,6 +23,16 @@ CLIPPING = (
 """The schedulers that honour `clip_sample`."""
 
 
+SPACINGS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
+)
+"""The settings by which a scheduler spaces its noise levels itself."""
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether the scheduler is of flow matching (rectified flow) and not variance preserving."""
     config, name = scheduler.config, type(scheduler).__name__
@@ -37,8 +47,10 @@ def is_flow(scheduler: Any) -> bool:
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of x0 and of eps in x_t at timesteps [...], each [...], float64."""
     t = _on_host(torch.as_tensor(t))
+    own = _own_sigmas(scheduler, t)
     if is_flow(scheduler):
         sigma = t.double() / scheduler.config.num_train_timesteps
+        sigma = torch.where(own.isnan(), sigma, own)
         return 1 - sigma, sigma
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InvalidValue(
@@ -46,7 +58,32 @@ def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
             "variance-preserving or flow-matching scheduler."
         )
     abar = _on_host(scheduler.alphas_cumprod).double()[t.long()]
+    abar = torch.where(own.isnan(), abar, 1 / (1 + own**2))
     return abar.sqrt(), (1 - abar).sqrt()
+
+
+def _own_sigmas(scheduler: Any, t: Tensor) -> Tensor:
+    """The scheduler's own noise levels where it spaces them itself, float64 [...]; NaN elsewhere.
+
+    Its timesteps are then rounded, and x_t is not quite what they stand for. Of steps that are
+    rounded to the same timestep it is the one under way, or the first.
+    """
+    none = torch.full(t.shape, torch.nan, dtype=torch.float64)
+    if not hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # of diffusers' solvers
+        return none
+    if not any(scheduler.config.get(spacing) for spacing in SPACINGS):
+        return none
+    times = _on_host(scheduler.timesteps)
+    sigmas = _on_host(scheduler.sigmas).double()
+    if len(sigmas) != len(times) + 1:  # nobody has set its timesteps
+        return none
+    if torch.equal(times, t):
+        return sigmas[:-1]
+    same = times == t.reshape(-1, 1)
+    at, now = same.int().argmax(1), scheduler.step_index
+    if now is not None and now < len(times):
+        at = torch.where(same[:, now], now, at)
+    return torch.where(same.any(1), sigmas[at], torch.nan).reshape(t.shape)
 
 
 def _on_host(x: Tensor) -> Tensor:

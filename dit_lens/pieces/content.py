@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import dis
 import hashlib
+import importlib
+import re
 import sys
 import types
+from collections import namedtuple
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum
-from functools import cached_property, partial, singledispatch
+from functools import cached_property, lru_cache, partial, singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,11 @@ class _Plain:
 
 
 _MODULE = frozenset(vars(nn.Module())) | {"forward"}
+_HOOKS = re.compile(r"_(forward|backward)(_pre)?_hooks")
 _NUMBERS = bool, int, float, str, type(None)
-_SLOTS = types.MemberDescriptorType, types.GetSetDescriptorType
+_FIELD = type(vars(namedtuple("_Pair", "first"))["first"])  # of a named tuple
+_SLOTS = types.MemberDescriptorType, types.GetSetDescriptorType, _FIELD
 _READS = "LOAD_GLOBAL", "LOAD_NAME"
-_PATCHES = types.FunctionType, types.MethodType, partial
 
 
 def content(value: Any) -> str:
@@ -83,35 +88,55 @@ class _Told:
         self.alive: list[Any] = []
 
     def __call__(self, value: Any) -> str:
-        if isinstance(value, _NUMBERS):
-            return part_text.dispatch(type(value))(value, self)
+        kind = type(value)
+        if kind in _NUMBERS:
+            return part_text.dispatch(kind)(value, self)
         if id(value) not in self.texts:
             self.alive.append(value)  # so that no other gets its id
             self.texts[id(value)] = f"part {len(self.texts)}"
-            self.texts[id(value)] = part_text.dispatch(type(value))(value, self)
+            self.texts[id(value)] = self._own(value) + part_text.dispatch(kind)(value, self)
         return self.texts[id(value)]
+
+    def _own(self, value: Any) -> str:
+        """What a class of the user's adds to the kind that it is told as, such as a dict's."""
+        kind = type(value)
+        told = isinstance(value, (nn.Module, type)) or dataclasses.is_dataclass(value)
+        if told or part_text.dispatch(kind) is part_text.dispatch(object):
+            return ""
+        if _is_installed(kind.__module__):
+            return ""
+        return f"{self(kind)}{self(_held(value))}"
 
 
 @singledispatch
 def part_text(value: Any, tell: Tell) -> str:
     kind = type(value)
     if dataclasses.is_dataclass(value):
-        return f"{tell(kind)}{tell({f.name: getattr(value, f.name) for f in _fields(value)})}"
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        more = {} if _is_installed(kind.__module__) else _held(value)
+        return f"{tell(kind)}{tell(fields | more)}"
     if hasattr(value, "config") and hasattr(value, "timesteps"):  # a scheduler of diffusers'
         return f"{tell(kind)}{tell(_settings(value))}"
     # an object of plain Python is its class and what it holds, as for pickle
     own = {name for base in kind.__mro__[:-1] for name in vars(base)}
     if not own & {"__reduce_ex__", "__reduce__", "__getstate__"}:
         if hasattr(value, "__dict__") and kind.__basicsize__ == _Plain.__basicsize__:
-            return f"{tell(kind)}{tell(vars(value))}"
+            return f"{tell(kind)}{tell(_held(value))}"
     raise InvalidType(
         f"A {kind.__name__} can't be told from another by what it holds, as a store of "
         "pieces needs; expected numbers, text, arrays, modules or functions."
     )
 
 
-def _fields(value: Any) -> tuple[Any, ...]:
-    return dataclasses.fields(value)
+def _held(value: Any) -> dict[str, Any]:
+    """The attributes of an object, but for what it has computed of them."""
+    found = getattr(value, "__dict__", {})
+    made = {k for c in type(value).__mro__ for k, v in vars(c).items() if _is_cached(v)}
+    return {k: v for k, v in found.items() if k not in made}
+
+
+def _is_cached(value: Any) -> bool:
+    return isinstance(value, cached_property)
 
 
 def _settings(value: Any) -> dict[str, Any]:
@@ -140,8 +165,8 @@ def _plain(value: Any, _: Tell) -> str:
 
 
 @part_text.register(Enum)
-def _enum(value: Enum, _: Tell) -> str:
-    return f"{type(value).__qualname__}.{value.name}"
+def _enum(value: Enum, tell: Tell) -> str:
+    return f"{tell(type(value))}.{value.name}"
 
 
 @part_text.register(Path)
@@ -169,46 +194,84 @@ def _mapping(value: Mapping[Any, Any], tell: Tell) -> str:
 
 @part_text.register(Tensor)
 def _tensor(value: Tensor, _: Tell) -> str:
-    held = value.detach().to("cpu").contiguous()
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        raise InvalidType(
+            f"A tensor that is {'without data' if value.is_meta else value.layout} can't be told "
+            "from another by what it holds, as a store of pieces needs; expected a dense one."
+        )
+    held = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     raw = held.reshape(-1).view(torch.uint8).numpy() if held.numel() else np.zeros(0, np.uint8)
     return f"Tensor({value.dtype}, {tuple(value.shape)}, {_hash(raw)})"
 
 
 @part_text.register(np.ndarray)
 def _array(value: np.ndarray[Any, Any], tell: Tell) -> str:
+    if isinstance(value, np.ma.MaskedArray):
+        return f"Masked{tell([value.data, np.ma.getmaskarray(value)])}"
     if value.dtype == object:
         return f"Array({value.shape}, {tell(value.tolist())})"
     raw = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-    return f"Array({value.dtype.str}, {value.shape}, {_hash(raw)})"
+    kind = value.dtype.str if value.dtype.names is None else repr(value.dtype)
+    return f"Array({kind}, {value.shape}, {_hash(raw)})"
 
 
 @part_text.register(nn.Module)
 def _module(value: nn.Module, tell: Tell) -> str:
     """Its configuration, and of each module in it the class, tensors, hooks and attributes."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in value.modules()):
+        raise InvalidType(
+            "A scripted module can't be told from another by what it holds, as a store of pieces "
+            "needs; expected the module that it was made from."
+        )
     parts = [tell(_settings(value))]
+    names = {id(module): name for name, module in value.named_modules()}
     for name, module in value.named_modules():
         own = vars(module)
         forward = own.get("forward")
-        if isinstance(forward, _PATCHES) and not _is_installed(_under(forward).__module__):
+        patch = getattr(_under(forward), "__module__", None)
+        if forward is not None and not _is_installed(patch):
             parts.append(tell(forward))
-        # of a library's own modules the numbers; the rest of what they hold is bookkeeping
+        # of a library's own modules the settings; the rest of what they hold is bookkeeping
         known = _is_installed(type(module).__module__)
         held = {
             key: each
-            for key, each in own.items()
-            if key not in _MODULE and (isinstance(each, _NUMBERS) or not known)
+            for key, each in _held(module).items()
+            if key not in _MODULE and (not known or (key[0] != "_" and _is_setting(each)))
         }
         tensors = own["_parameters"] | own["_buffers"]
-        hooks = [list(each.values()) for key, each in own.items() if key.endswith("_hooks")]
+        hooks = [list(each.values()) for key, each in own.items() if _HOOKS.fullmatch(key)]
         parts.append(f"{name} {tell(type(module))}{tell(tensors)}{tell(hooks)}{tell(held)}")
-        parts.append(str(module.training))
+        # one that stands in several places is listed at the first
+        inside = {key: child and names[id(child)] for key, child in own["_modules"].items()}
+        code = module.code if isinstance(module, torch.fx.GraphModule) else ""
+        parts.append(f"{tell(inside)}{module.training}{code}")
     return f"[{', '.join(parts)}]"
 
 
+def _is_setting(value: Any) -> bool:
+    """Numbers, text, and collections of these."""
+    if isinstance(value, Mapping):
+        return all(map(_is_setting, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    return isinstance(value, (*_NUMBERS, torch.dtype))
+
+
 @part_text.register(types.BuiltinFunctionType)
+@part_text.register(types.MethodDescriptorType)
+@part_text.register(types.WrapperDescriptorType)
 @part_text.register(types.ModuleType)
-def _named(value: Any, _: Tell) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+@part_text.register(np.ufunc)
+def _named(value: Any, tell: Tell) -> str:
+    named = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+    of = getattr(value, "__self__", None)
+    bound = of is not None and not isinstance(of, (type, types.ModuleType))
+    return f"{named} of {tell(of)}" if bound else named
+
+
+@part_text.register(type(lru_cache(len)))
+def _cached(value: Any, tell: Tell) -> str:
+    return f"cached({tell(value.__wrapped__)})"
 
 
 @part_text.register(partial)
@@ -228,8 +291,42 @@ def _function(value: types.FunctionType, tell: Tell) -> str:
     held = [value.__defaults__, value.__kwdefaults__, closed]
     if _is_installed(value.__module__):
         return f"{named}({tell(value.__code__)}, {tell(held)})"
-    read = {k: value.__globals__[k] for k in _globals(value.__code__) if k in value.__globals__}
-    return f"{named}({tell(value.__code__)}, {tell(held)}, {tell(read)})"
+    code, known, more = value.__code__, value.__globals__, vars(value)
+    read = {name: known[name] for name in _globals(code) if name in known}
+    # [0, 1] and (0, 1) are not the same index
+    kinds = [type(each).__name__ for each in (*closed, *read.values())]
+    modules = [m for m in (*closed, *read.values()) if isinstance(m, types.ModuleType)]
+    parts = [code, held, read, kinds, more, _read_of(modules + _imported(code), _names(code))]
+    return f"{named}({', '.join(map(tell, parts))})"
+
+
+def _read_of(modules: list[Any], names: set[str]) -> dict[str, Any]:
+    """What a function may read of modules of the user's, as `helpers.scale`."""
+    found: dict[str, Any] = {}
+    for module in modules:
+        if not _is_installed(module.__name__):
+            read = {name: vars(module)[name] for name in sorted(names & vars(module).keys())}
+            inner = [m for m in read.values() if isinstance(m, types.ModuleType)]
+            found |= _read_of(inner, names - {module.__name__.rpartition(".")[2]})
+            found |= {f"{module.__name__}.{name}": each for name, each in read.items()}
+    return found
+
+
+def _imported(code: types.CodeType) -> list[types.ModuleType]:
+    """The modules that are imported within a function."""
+    found = []
+    for each in dis.get_instructions(code):
+        if each.opname == "IMPORT_NAME" and not _is_installed(each.argval):
+            with suppress(Exception):  # of one that is not there the function will say so
+                found.append(importlib.import_module(each.argval))
+    inner = [_imported(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return sum(inner, found)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names of globals and attributes in a function, and in functions within it."""
+    inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _cell(cell: types.CellType) -> Any:
@@ -243,7 +340,10 @@ def _cell(cell: types.CellType) -> Any:
 def _code(value: types.CodeType, tell: Tell) -> str:
     constants = [tell(each) for each in value.co_consts]
     names = value.co_names, value.co_varnames, value.co_freevars
-    return _hash(value.co_code + repr((names, constants)).encode())
+    # of how it is called and what is tried the instructions say nothing
+    taken = value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags
+    tried = getattr(value, "co_exceptiontable", b"")
+    return _hash(value.co_code + repr((names, constants, taken, tried)).encode())
 
 
 def _globals(code: types.CodeType) -> list[str]:
@@ -266,6 +366,9 @@ def _class(value: type, tell: Tell) -> str:
         if isinstance(each, types.FunctionType) or not (key[:2] == key[-2:] == "__")
         if not isinstance(each, _SLOTS) and key != "_abc_impl"
     }
+    if issubclass(value, Enum):
+        functions = {k: f for k, f in own.items() if isinstance(f, types.FunctionType)}
+        own = functions | {k: member.value for k, member in value.__members__.items()}
     return f"{named}({tell(own)}, {tell(value.__bases__)})"
 
 
@@ -285,8 +388,9 @@ def _under(forward: Any) -> Any:
     return forward
 
 
-def _is_installed(name: str) -> bool:
+def _is_installed(name: str | None) -> bool:
     """Whether a module is Python's, a package's or ours, and so is known by its version."""
+    name = name or ""  # of a function without a module
     if name.partition(".")[0] in {*sys.stdlib_module_names, "dit_lens"} - {"__main__"}:
         return True
     place = str(getattr(sys.modules.get(name), "__file__", None) or "")

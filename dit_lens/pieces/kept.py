@@ -52,6 +52,9 @@ def measured(function: Function) -> Function:
         bound.apply_defaults()
         settings = {k: v for k, v in bound.arguments.items() if k not in ASIDE}
         model = settings.pop("model", None)
+        words = settings.get("labels")
+        if words is not None and hasattr(model, "conditions"):
+            model.conditions.numbers(words)  # which the model knows from then on
         about = about_of(function.__name__, settings, model)
         with working(store, about, engine, made, given, model):
             return made(**given)

@@ -19,7 +19,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..errors import DitLensError, InvalidState, InvalidValue
+from ..hooks.hold import Holding
 from ..hooks.passes import Part
+from ..hooks.points import Editor
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import is_flow, log_snr, predict_x0, signal_and_noise
 from ..model.witness import Checksum, Witness
@@ -193,6 +195,11 @@ def answered(
     split = splitter.at(step, len(x))
     waiting, done = deque(split.parts), list[tuple[int, ...]]()
     outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
+    others = [name for name, each in inst.ears if isinstance(each, Editor)]
+    edited = any(isinstance(each, Holding) for _, each in inst.ears)  # a plan's leave points out
+    level = None
+    if inst.watchers:
+        level = float(log_snr(scheduler, scheduler.timesteps[step]))
     if not split.whole:
         _require_parts(inst, edits)
     while waiting:
@@ -201,7 +208,10 @@ def answered(
         try:
             with (
                 inst.under(
-                    step=step, steps=settings.steps, **_place(inst, split, part, passes, tries)
+                    step=step,
+                    steps=settings.steps,
+                    log_snr=level,
+                    **_place(inst, split, part, passes, tries),
                 ),
                 model.hooks(edits),
                 inst.witnessing() as witness,
@@ -209,6 +219,7 @@ def answered(
                 whole = len(part) == len(x)
                 own = (x, labels) if whole else (x[index], labels[index])
                 output = model_output(model, own[0], step, own[1], settings, scheduler)
+            edited = edited or any(inst.points[name].changed for name in others)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -221,7 +232,7 @@ def answered(
         done.append(part)
         outputs.append(output)
         witnesses.append(witness)
-    split = replace(split, parts=tuple(done))
+    split = replace(split, parts=tuple(done), edited=edited)
     if split.whole:
         return outputs[0], witnesses[0], split
     return _joined(outputs, witnesses, split, passes)

@@ -31,11 +31,13 @@ class Split:
         parts: the positions of each part's items.
         size: how many items the step has.
         copied: whether the second half are copies of the first, as twins are before they part.
+        edited: whether an edit that is not the run's own may have acted in the step.
     """
 
     parts: tuple[tuple[int, ...], ...]
     size: int
     copied: bool = False
+    edited: bool = False
 
     @classmethod
     def of(cls, size: int, at_once: int | None, pairs: bool = False, copied: bool = False) -> Split:

@@ -301,7 +301,10 @@ class Run:
         splits = self.splits
         if chosen.tolist() != list(range(whole)):
             own = Splitter(self.batch, passes)
-            splits = tuple(own.at(step, len(chosen)) for step in range(self.settings.steps))
+            splits = tuple(
+                replace(own.at(step, len(chosen)), edited=split.edited)
+                for step, split in enumerate(self.splits)
+            )
         return replace(
             self,
             labels=self.labels[chosen],
@@ -366,8 +369,10 @@ class Run:
             )
         fresh = None if seeds is None else tuple(item_seeds(seeds, len(self.labels)))
         batch = arguments.optional(arguments.whole, "batch", batch, 1)
-        if max(from_step, self.tied_until) < self.settings.steps:
-            self._recomputed(max(from_step, self.tied_until), "hook_sample")
+        first = max(from_step, self.tied_until)
+        edited = [s for s, split in enumerate(self.splits) if split.edited and s > first]
+        for step in [*range(self.settings.steps)[first : first + 1], *edited]:
+            self._recomputed(step, "hook_sample")
 
         # The history that the new run will have.
         history = self.history
@@ -379,6 +384,11 @@ class Run:
         if mine:
             mine = [replace(c, seeds=seeds_at(history, c.from_step)) for c in mine]
             history = tuple(sorted((*history, *mine), key=lambda change: change.from_step))
+
+        # A model that is as it was gives the run again, if nobody edits it now either.
+        again = fresh is None and latents is None and not (mine or released)
+        ears = self.model.instrumentation.ears
+        again = again and not any(isinstance(each, Editor) for _, each in ears)
 
         # The steps before are taken over, those after are run, split as they were if nothing is
         # different.
@@ -409,6 +419,8 @@ class Run:
             kept=kept,
         ):
             pass
+        if again:
+            self._require_same(kept.witnesses, from_step)
         return replace(
             self,
             history=history,
@@ -420,6 +432,15 @@ class Run:
             batch=batch if splitter.batch is None else splitter.batch,
             tied_until=min(self.tied_until, from_step),
         )
+
+    def _require_same(self, witnesses: Sequence[Witness], first: int) -> None:
+        """Raise NotReproduced, or warn of rounding, where a replay of all departs from this run."""
+        for step in range(first, self.settings.steps):
+            then, now = self.witnesses[step], witnesses[step]
+            odd = [(then[name].bits != now[name].bits).any() for name in then if name in now]
+            if odd and bool(torch.stack(odd).any()):
+                self._recomputed(step, "hook_sample")
+                return
 
     def _changes(self, from_step: int, edits: Any, until: int | None) -> list[Change]:
         """The edits that a replay is given, as changes."""

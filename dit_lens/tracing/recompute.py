@@ -22,7 +22,7 @@ from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
 from ..model.taken import Taken
-from ..model.witness import Departure, Proof, until
+from ..model.witness import Departure, NotReproduced, Proof, until
 from .record import Record
 
 Rows = dict[int, list[int] | None]
@@ -243,7 +243,7 @@ def recompute(
             observers: list[tuple[str, Listener]] = [*proof.listeners]
             observers += [(name, Observer(see)) for name in names]
             observers += model.instrumentation.stopping(last)
-            with _understood(record, c):
+            with _understood(record, model, c, steps[c]):
                 _again(model, record.calls[c], observers)
             _judge(proof.departure(), steps[c], record, model)
 
@@ -262,16 +262,25 @@ def _again(model: HookedDiT, call: Call, observers: Sequence[tuple[str, Listener
 
 
 @contextmanager
-def _understood(record: Record, c: int) -> Iterator[None]:
-    """Of a call out of a file: that the model can't be called so is the file's mistake."""
+def _understood(record: Record, model: HookedDiT, c: int, step: int) -> Iterator[None]:
+    """That the model can't be called as it was: of a call out of a file the file's mistake, of a
+    model that has changed since, such as by a cast, the change's.
+    """
     try:
         yield
     except DitLensError:
         raise
     except Exception as error:
-        if not record.file:
-            raise
         reason = str(error).strip().partition("\n")[0] or repr(error)
+        if not record.file:
+            changes = record.state.changes(State.of(model.transformer)) if record.state else []
+            if not changes or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NotReproduced(
+                f"Step {step} can't be recomputed, the model can no longer be called so "
+                f"({reason}); {'; '.join(changes)}. Run it again, with names= for what you will "
+                "read."
+            ) from error
         raise InvalidValue(
             f"Call {c} of {record.file} can't be run on this model ({reason}); expected the model "
             "that was traced."

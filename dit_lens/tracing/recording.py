@@ -172,7 +172,9 @@ def _planned(
         if known := model.cfg.axis_sizes().get("token"):  # refused before anything runs
             arguments.positions("tokens", tokens, known, axis="token")
     scheduler = prepared(model, settings)
-    digest, found = _first_pass(model, chosen, numbers[0], own[0], scheduler.timesteps[0], settings)
+    t, passes = scheduler.timesteps[0], n_passes(model, settings.guidance)
+    asked = [*numbers, *[model.conditions.null] * (passes > 1)]
+    answers, found = _first_passes(model, chosen, asked, own[0], t, settings, batch)
     shapes = {name: list(value.shape[1:]) for name, value in found.items()}
     places = None
     if tokens is not None:
@@ -180,7 +182,6 @@ def _planned(
         places = sorted(set(arguments.positions("tokens", tokens, least, axis="token").tolist()))
         shapes = {name: [len(places), *shape[1:]] for name, shape in shapes.items()}
     kinds = {name: value.dtype if given is None else given for name, value in found.items()}
-    passes = n_passes(model, settings.guidance)
     images = min(batch, len(numbers)) * passes
     of_a_step = images * sum(math.prod(shapes[n]) * kinds[n].itemsize for n in chosen)
     prompts = (
@@ -192,7 +193,7 @@ def _planned(
         words = [model.conditions.prompts[n] if n >= 0 else "" for n in numbers]
         numbers = [prompts.index(word) if word else model.conditions.null for word in words]
     return Recorded(
-        model=digest,
+        model=answers,
         names=tuple(chosen),
         axes=tuple(model.sites[name][1:] for name in chosen),
         shapes=tuple(tuple(shapes[name]) for name in chosen),
@@ -229,23 +230,33 @@ def _dtype(dtype: Any) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def _first_pass(
+def _first_passes(
     model: HookedDiT,
     names: Sequence[str],
-    label: int,
+    labels: Sequence[int],
     seed: int,
     t: Tensor,
     settings: Settings,
+    batch: int,
 ) -> tuple[str, dict[str, Tensor]]:
-    """One image through the model, as the first of the recording: a digest of the answer, by which
-    the model is known again, and the activations.
+    """One image of each label through the model, the first one as in the recording: a digest of the
+    answers, by which the model is known again, and the first one's activations.
     """
     x = noise([seed], START, model.cfg.latent_shape, model.device)
     strength = settings.guidance if model.cfg.distilled_guidance else 1.0
-    inputs = model_inputs(model, x, t, torch.tensor([label]), strength)
-    answer, cache = model.run_with_cache(*inputs, names_filter=list(names))
-    content = answer.float().cpu().contiguous().numpy().tobytes()
-    return hashlib.sha256(content).hexdigest(), {name: cache[name] for name in names}
+
+    def inputs(some: Sequence[int]) -> Sequence[Any]:
+        images = x.expand(len(some), *x.shape[1:])
+        return model_inputs(model, images, t, torch.tensor(some), strength)
+
+    first, *others = dict.fromkeys(labels)  # a label may have weights of its own
+    answer, cache = model.run_with_cache(*inputs([first]), names_filter=list(names))
+    answers = [answer]
+    answers += [model(*inputs(others[i : i + batch])) for i in range(0, len(others), batch)]
+    made = hashlib.sha256()
+    for answer in answers:
+        made.update(answer.float().cpu().contiguous().numpy().tobytes())
+    return made.hexdigest(), {name: cache[name] for name in names}
 
 
 def _settle_on(folder: Path, plan: Recorded, model: HookedDiT) -> None:
@@ -265,7 +276,7 @@ def _settle_on(folder: Path, plan: Recorded, model: HookedDiT) -> None:
         return
     field, old, new = next(
         (name, getattr(known, name), getattr(plan, name))
-        for name in Recorded.model_fields
+        for name in sorted(Recorded.model_fields, key=lambda name: name == "model")
         if getattr(known, name) != getattr(plan, name)
     )
     what = (
