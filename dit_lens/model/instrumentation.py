@@ -487,6 +487,14 @@ class Instrumentation:
             grid=tuple(family.grid(self.transformer, inputs)),
         )
 
+    def is_witness(self, listener: Listener) -> bool:
+        """Whether a listener only takes checksums of the pass under way.
+
+        Args:
+            listener: at some hook point.
+        """
+        return listener.scope is not None and listener.scope is self._witness.top
+
     @contextmanager
     def witnessing(self) -> Iterator[Witness]:
         """Take the checksums of the streams of one pass; gives the dict that they go to."""
