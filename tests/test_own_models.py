@@ -3,6 +3,7 @@ torch's module hooks read and change, and an adapter that does not fit is refuse
 """
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 import dit_lens
 from dit_lens import Adapter, HookedDiT
 from dit_lens.errors import InvalidState, InvalidType, InvalidValue
-from dit_lens.experiments import measure_gap
+from dit_lens.experiments import Plan, cause_map, diagnose, measure_gap, reuse_plan
 from dit_lens.families import alive
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -107,6 +108,31 @@ def test_the_lens_reads_the_last_stream(sit):
         out, cache = model.run_with_cache(X, t, Y)
         assert torch.equal(model.unembed(cache["resid_post", -1], t, Y), out)
         assert torch.equal(model(X, t, Y, stop_at_layer=1), cache["resid_pre", 1])
+
+
+def test_what_needs_what_blocks_add_is_refused(sit):
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
+    run = dit_lens.sample(model, [3], steps=3)
+    with dit_lens.trace(model) as t:
+        for ask in (
+            lambda: t.hold("blocks.1", steps=[1]),
+            lambda: t.hold("blocks.1.attn", steps=[1]),
+            lambda: Plan.of(model, run.timesteps, [(1, "attn", 1)]),
+            lambda: cause_map(model, items=8, steps=3),
+            lambda: reuse_plan(model, budget=0.8, items=8, steps=3),
+            lambda: diagnose(model, run, lambda images: images.mean((1, 2, 3))),
+        ):
+            with pytest.raises(InvalidState, match="What this model's blocks add has no hook poin"):
+                ask()
+
+
+def test_a_copy_of_an_open_model_is_opened_by_the_same_words(sit):
+    HookedDiT(sit, blocks="layers", adapter=SIT)
+    other = copy.deepcopy(sit)
+    again = HookedDiT(other, blocks="layers", adapter=dataclasses.replace(SIT))
+    assert again.transformer is other
+    with pytest.raises(InvalidState, match="This SiT is open already, and otherwise; call remove"):
+        HookedDiT(other, blocks="layers")
 
 
 def test_it_is_remembered_and_taken_out(sit):
