@@ -51,6 +51,10 @@ def shown(value: Any) -> str:
             return str(value.tolist())
         kind = "a tensor" if isinstance(value, Tensor) else "an array"
         return f"{kind} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if type(value) in (tuple, list, dict) and len(value) <= 8:
+        held = value.values() if type(value) is dict else value
+        if any(isinstance(each, Tensor) for each in held):
+            return f"a {type(value).__name__} of {', '.join(map(shown, held))}"
     try:
         text = " ".join(repr(value).split())
     except Exception:  # a stranger's repr

@@ -217,6 +217,34 @@ def test_a_probe_that_ends_the_program_fails_its_check(tmp_path, monkeypatch, ca
     assert "SystemExit: 0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            "def __init__(self, radius): ...",
+            "Mine() can't be made from the command line: missing a",
+        ),
+        ("def result(self): return None", "Mine.result()=None can't be used"),
+        ("def result(self): return xr.Dataset({'a': 1j})", "The result of Mine can't be stored: N"),
+        (
+            "def result(self): return xr.Dataset(attrs={'a': None})",
+            "The result of Mine can't be st",
+        ),
+    ],
+)
+def test_a_probe_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys, method, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import dit_lens, xarray as xr\n"
+        "class Mine(dit_lens.Probe):\n"
+        "    names = 'resid_post'\n"
+        "    def observe(self, activation, site): pass\n"
+        f"    {method}\n"
+    )
+    assert main(["probe", "mine.py:Mine", "digits", "--steps", "2", "--items", "1"]) == 2
+    assert capsys.readouterr().err.strip().startswith(f"dit-lens: {said}")
+
+
 def test_a_broken_entry_point_is_one_line(monkeypatch, capsys):
     broken = EntryPoint("Mine", "no_such_module:Mine", "dit_lens.probes")
     monkeypatch.setattr("dit_lens.tracing.probe.registered_probes", lambda: {"Mine": broken})

@@ -12,7 +12,7 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.experiments import Plan, compare
-from dit_lens.experiments.compare import compared_runs
+from dit_lens.experiments.compare import compared_runs, sentences
 from dit_lens.groundtruth import gaussian
 
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -103,6 +103,14 @@ def test_nothing_changed_is_the_same(model):
     found = compare(model, copy, items=12, steps=4, resamples=50)
     assert found.attrs["verdict"] == "same" and (found.effect == 0).all()
     assert (found.later == 0).all() or found.later.isnull().any()
+    for values, said in (
+        ([1, 2], "later by low 1.00 [1.00, 1.00], high"),
+        ([np.nan, 2], "by high"),
+    ):
+        found.later.values[:], found.later_interval.values[:] = values, np.array(values)[:, None]
+        assert said in " ".join(sentences(found))
+    found.later.values[:] = np.nan
+    assert "decided" not in " ".join(sentences(found))
 
 
 def test_bad_input(model):

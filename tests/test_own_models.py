@@ -3,6 +3,7 @@ torch's module hooks read and change, and an adapter that does not fit is refuse
 """
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 import dit_lens
 from dit_lens import Adapter, HookedDiT
 from dit_lens.errors import InvalidState, InvalidType, InvalidValue
-from dit_lens.experiments import measure_gap
+from dit_lens.experiments import Plan, cause_map, diagnose, measure_gap, reuse_plan
 from dit_lens.families import alive
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -109,6 +110,31 @@ def test_the_lens_reads_the_last_stream(sit):
         assert torch.equal(model(X, t, Y, stop_at_layer=1), cache["resid_pre", 1])
 
 
+def test_what_needs_what_blocks_add_is_refused(sit):
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
+    run = dit_lens.sample(model, [3], steps=3)
+    with dit_lens.trace(model) as t:
+        for ask in (
+            lambda: t.hold("blocks.1", steps=[1]),
+            lambda: t.hold("blocks.1.attn", steps=[1]),
+            lambda: Plan.of(model, run.timesteps, [(1, "attn", 1)]),
+            lambda: cause_map(model, items=8, steps=3),
+            lambda: reuse_plan(model, budget=0.8, items=8, steps=3),
+            lambda: diagnose(model, run, lambda images: images.mean((1, 2, 3))),
+        ):
+            with pytest.raises(InvalidState, match="What this model's blocks add has no hook poin"):
+                ask()
+
+
+def test_a_copy_of_an_open_model_is_opened_by_the_same_words(sit):
+    HookedDiT(sit, blocks="layers", adapter=SIT)
+    other = copy.deepcopy(sit)
+    again = HookedDiT(other, blocks="layers", adapter=dataclasses.replace(SIT))
+    assert again.transformer is other
+    with pytest.raises(InvalidState, match="This SiT is open already, and otherwise; call remove"):
+        HookedDiT(other, blocks="layers")
+
+
 def test_it_is_remembered_and_taken_out(sit):
     """A trace of the bare module opens it as it was described."""
     model = HookedDiT(sit, blocks="layers", adapter=SIT)
@@ -197,6 +223,84 @@ def test_a_model_without_labels():
     adapter = Adapter((1, 16, 16), time=(1.0, 0.0), output=torch.neg)
     model = HookedDiT(module, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=adapter)
     assert dit_lens.sample(model, [0, 0], steps=2).latents.isfinite().all()
+
+
+class Step(nn.Module):
+    """A block whose condition stands in front of its stream, or not."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.attn, self.mlp, self.first = nn.MultiheadAttention(8, 2), nn.Linear(8, 8), first
+
+    def forward(self, a, b):
+        x, c = (b, a) if self.first else (a, b)
+        return x + self.mlp(x + c) + self.attn(x, x, x, need_weights=False)[0]
+
+
+class Stepping(nn.Module):
+    """Its blocks stand in a ModuleDict, and its answer among others in a dict."""
+
+    def __init__(self, first=False, turned=False):
+        super().__init__()
+        self.embed, self.last, self.words = nn.Linear(4, 8), nn.Linear(8, 4), nn.Embedding(11, 8)
+        self.steps = nn.ModuleDict({name: Step(first) for name in ("one", "two", "three")})
+        self.first, self.turned, self.aux = first, turned, None
+
+    def forward(self, x, t, y):
+        h = self.embed(x.flatten(2))
+        c = self.words(y)[:, None].expand_as(h)
+        if self.turned:
+            h, c = h.transpose(0, 1), c.transpose(0, 1)
+        for block in self.steps.values():
+            h = block(c, h) if self.first else block(h, c)
+        if self.turned:
+            h = h.transpose(0, 1)
+        return {"pred": self.last(h).reshape(x.shape), "aux": c if self.aux is None else self.aux}
+
+
+FOURS = torch.randn(2, 4, 2, 2)
+
+
+def test_blocks_in_a_module_dict_and_an_answer_among_others():
+    module = alive(Stepping())
+    adapter = Adapter((4, 2, 2), labels=10, output=lambda out: out["pred"], grid=(2, 2))
+    model = HookedDiT(module, FlowMatchEulerDiscreteScheduler(), blocks="steps", adapter=adapter)
+    assert model.cfg.n_layers == 3
+    with torch.no_grad():
+        out, cache = model.run_with_cache(FOURS, T, Y)
+        assert torch.equal(out, module(FOURS, T, Y)["pred"])
+        assert torch.equal(cache["hook_sample"], out)
+        with model.hooks([("hook_sample", lambda a, hook: 2 * a)]):
+            assert torch.equal(module(FOURS, T, Y)["pred"], 2 * out)
+    model.remove()
+    HookedDiT(module, blocks="steps")
+    with dit_lens.trace(module) as t, torch.no_grad():
+        module(FOURS, T, Y)
+    assert torch.equal(t["hook_sample"][0], out)
+    module.aux = FOURS
+    with pytest.raises(InvalidState, match="'hook_sample' can't be read: .* is a dict of a tensor"):
+        with dit_lens.trace(module):
+            module(FOURS, T, Y)
+
+
+def test_what_is_no_stream_is_not_read_as_one():
+    """A condition in front of the stream, and tokens in front of the items."""
+    fits = {"labels": 10, "output": lambda out: out["pred"], "grid": (2, 2)}
+    module = alive(Stepping(first=True))
+    with pytest.raises(InvalidValue, match="Block 1 is given as 'a' the very tensor that the bloc"):
+        HookedDiT(module, blocks="steps", adapter=Adapter((4, 2, 2), **fits))
+    HookedDiT(module, blocks="steps")
+    with dit_lens.trace(module, names="resid_post"):
+        module(FOURS, T, Y)
+    with pytest.raises(InvalidState, match="Block 1 is given as 'a' the very tensor that the bloc"):
+        with dit_lens.trace(module, names="resid_pre"):
+            module(FOURS, T, Y)
+    module = alive(Stepping(turned=True))
+    HookedDiT(module, blocks="steps", parts={"attn": "attn"})
+    for name in ("hook_resid_pre", "hook_resid_post", "attn.hook_in", "attn.hook_out"):
+        with pytest.raises(InvalidState, match=r"has shape \[4, 2, 8\] for 2 items, tokens before"):
+            with dit_lens.trace(module, names=f"blocks.1.{name}"):
+                module(FOURS, T, Y)
 
 
 # Refusals.

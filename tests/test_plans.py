@@ -382,6 +382,29 @@ def test_other_families_have_no_file():
         unknown.to_smoothcache()
 
 
+@pytest.mark.parametrize("name", ["hook_embed", "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"])
+def test_hooks_at_a_block_of_which_all_is_held_are_called(model, name):
+    """The block is left out only where nobody listens."""
+    times = sampled(model).timesteps
+    plan = Plan.of(model, times, cells_of((0, "attn", [2, 3]), (0, "mlp", [2, 3])))
+    found, seen = [], []
+    for held_by_plan in (True, False):
+        with contextlib.ExitStack() as stack:
+            t = stack.enter_context(dit_lens.trace(model))
+            if held_by_plan:
+                stack.enter_context(dit_lens.reuse(model, plan))
+            else:
+                t.hold(["blocks.0.attn", "blocks.0.mlp"], steps=[2, 3])
+            late = stack.enter_context(dit_lens.trace(model))
+            late.edit(name, lambda value, hook: 2 * value, steps=[3])
+            stack.enter_context(model.hooks([(name, lambda value, hook: seen.append(1))]))
+            found.append(sampled(model).latents)
+        assert len(seen) == STEPS * len(found)
+        assert t["resid_post", 2].isfinite().all()
+        seen[STEPS * len(found) :] = []
+    assert torch.equal(*found)
+
+
 def test_what_a_plan_left_out_is_not_read_as_if_it_had_been_computed(model, plan):
     """Neither the zeros that stand in for it, nor what it would have been."""
     names = ["blocks.0.attn.hook_out", "blocks.0.attn.hook_q", "blocks.0.hook_attn_out"]

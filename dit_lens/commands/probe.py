@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 
 from .common import (
@@ -40,10 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
+    import xarray as xr
+
+    from .. import arguments
+    from ..errors import InvalidType, InvalidValue
     from ..storage import file_name, save_dataset, try_file
     from ..testing.probe_checks import find_probe
 
     found = find_probe(args.name)
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise InvalidType(
+            f"{found.__name__}() can't be made from the command line: {error}; expected a default "
+            "for each of its arguments."
+        ) from None
     out = args.out or Path(f"{file_name(found.__name__)}.nc")
     try_file(out)  # before minutes are spent
     chosen = labels_of(args)
@@ -61,7 +73,14 @@ def run(args: argparse.Namespace) -> Answer:
     else:
         labels = [known[i // each % len(known)] for i in range(items)]
         result = probe.run(model, labels, seeds=args.seed, steps=args.steps, **parts)
-    save_dataset(out, f"probe {found.__name__}", result)
+    arguments.instance(f"{found.__name__}.result()", result, xr.Dataset, "an xarray.Dataset")
+    try:
+        save_dataset(out, f"probe {found.__name__}", result)
+    except (TypeError, ValueError) as error:  # of what a netCDF file can't hold
+        raise InvalidValue(
+            f"The result of {found.__name__} can't be stored: {error}; expected real numbers and "
+            "text, also as attributes."
+        ) from error
 
     print(result)
     print(f"stored in {out}")

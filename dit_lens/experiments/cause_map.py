@@ -26,7 +26,7 @@ import xarray as xr
 from torch import Tensor
 
 from .. import arguments
-from ..hooks.hold import Added, before, line, parts, stack
+from ..hooks.hold import Added, before, line, parts, require_parts, stack
 from ..measures import Array
 from ..measures.agreement import agreement, curve
 from ..measures.bands import CUT, Bands
@@ -142,6 +142,7 @@ def cause_map(
     )
     arguments.flag("exact", exact)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    require_parts(model.names)
     of_layer = [parts(model.names, i) for i in range(model.cfg.n_layers)]
     known = list(dict.fromkeys(part for each in of_layer for part in each))
     chosen = known if sites is None else arguments.listed("sites", sites, "parts of a layer")

@@ -266,12 +266,12 @@ def sentences(result: xr.Dataset) -> list[str]:
         result: of `compare`.
     """
 
-    def each(name: str, form: str) -> str:
-        values = [
-            f"{band} {Estimate.of(result[name][b], result[f'{name}_interval'][b]):{form}}"
+    def each(name: str, form: str, known: bool = False) -> str:
+        bands = [
+            (band, Estimate.of(result[name][b], result[f"{name}_interval"][b]))
             for b, band in enumerate(result.band.values)
         ]
-        return ", ".join(values)
+        return ", ".join(f"{band} {e:{form}}" for band, e in bands if e.known or not known)
 
     verdict = VERDICTS[str(result.attrs["verdict"])]
     gap = Estimate.of(result.gap_moved, result.gap_moved_interval)
@@ -279,8 +279,9 @@ def sentences(result: xr.Dataset) -> list[str]:
         f"{verdict}: they move by {each('effect', '.2g')} (1: a stranger's distance); their power "
         f"is {each('power', '.3g')} times what it was, and the unchanged model's error in "
         f"predicting them {each('error', '.3g')} times that on its own (95 % for all at once).",
-        f"Bands are decided later by {each('later', '.2f')} steps.",
     ]
+    if later := each("later", ".2f", known=True):
+        found.append(f"Bands are decided later by {later} steps.")
     if gap.known:
         way = ["stays, as far as can be told", "grows", "shrinks"][gap.sign]
         found.append(

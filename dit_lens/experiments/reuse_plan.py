@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
+from ..hooks.hold import require_parts
 from ..measures import Array
 from ..measures.agreement import agreement, curve
 from ..measures.bands import CUT, Bands
@@ -120,6 +121,7 @@ def reuse_plan(
     rounds = arguments.whole("rounds", rounds, 0, 100)
     seed, resamples = arguments.seed("seed", seed), arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    require_parts(model.names)
     name = default_name(model.scheduler) if scheduler is None else scheduler
     check_gradients(prepared(model, checked_settings(steps, guidance, "all", name, eta)))
     Bands.radial(model.cfg.pixels, cut=arguments.number("cut", cut, above=0))

@@ -196,12 +196,13 @@ class Spoken(Family):
         super().set_timesteps(scheduler, steps, tokens)
 
 
-def heard(point: Point, x: Any) -> Any:
+def heard(point: Point, x: Any, items: int = 0) -> Any:
     """What goes on from a hook point.
 
     Args:
         point: the hook point.
         x: the value.
+        items: how many the model was called with; 0 where that is not known.
 
     Raises:
         InvalidState: if somebody listens, and it is no stream.
@@ -213,6 +214,11 @@ def heard(point: Point, x: Any) -> Any:
         raise InvalidState(
             f"{name_of(point)!r} has {got}; expected a stream [batch, token, d_model]."
         )
+    if x.ndim == 3 and items and len(x) != items == x.shape[1]:
+        raise InvalidState(
+            f"{name_of(point)!r} has shape {list(x.shape)} for {items} items, tokens before items; "
+            "expected a stream [batch, token, d_model]."
+        )
     return point(x)
 
 
@@ -221,7 +227,13 @@ def name_of(point: Point) -> str:
     return point.name if isinstance(point, HookPoint) else point.image.name
 
 
-def through(point: Point, returned: Any, like: Any = None) -> Any:
+def through(
+    point: Point,
+    returned: Any,
+    like: Any = None,
+    items: int = 0,
+    pick: Callable[[Any], Any] | None = None,
+) -> Any:
     """What a module returned, after a hook point on its tensor; of several, the first one, or the
     only one of a stream's shape.
 
@@ -229,6 +241,8 @@ def through(point: Point, returned: Any, like: Any = None) -> Any:
         point: the hook point.
         returned: what the module returned.
         like: the stream that it was given.
+        items: how many the model was called with; 0 where that is not known.
+        pick: what takes the tensor that is meant out of a dict of several, if that is known.
 
     Raises:
         InvalidState: if which tensor is meant can't be told, or it can't be put back.
@@ -236,10 +250,18 @@ def through(point: Point, returned: Any, like: Any = None) -> Any:
     if not point.listeners:
         return returned
     if isinstance(returned, Tensor):
-        return heard(point, returned)
+        return heard(point, returned, items)
     if isinstance(returned, Mapping) or not isinstance(returned, (tuple, list)):
-        found = tensor_of(returned, name_of(point))
-        new = heard(point, found)
+        try:
+            found = pick(returned) if pick and isinstance(returned, Mapping) else None
+            found = tensor_of(returned, name_of(point)) if found is None else found
+        except InvalidValue:
+            raise InvalidState(
+                f"{name_of(point)!r} can't be read: what is returned is "
+                f"{arguments.shown(returned)}, in which it is not clear which tensor is meant; "
+                "Adapter(output=fn) says it for the model's answer."
+            ) from None
+        new = heard(point, found, items)
         if new is found:
             return returned
         if type(returned) is dict:
@@ -259,7 +281,7 @@ def through(point: Point, returned: Any, like: Any = None) -> Any:
     if not at:
         raise InvalidState(f"{name_of(point)!r} can't be read: no tensor is returned.")
     values = list(returned)
-    values[at[0]] = heard(point, values[at[0]])
+    values[at[0]] = heard(point, values[at[0]], items)
     make = getattr(type(returned), "_make", type(returned))
     return returned if values[at[0]] is returned[at[0]] else make(values)
 

@@ -59,6 +59,8 @@ class Family:
             out.
         empty: the condition that asks for nothing, batch axis 1, where it is known without a
             pipeline.
+        described: how the transformer's user described it: blocks, parts, adapter; None where
+            nobody did.
         written_for: digests of the diffusers source that its forwards repeat, by "Class.method";
             see `dit_lens.families.upstream`.
 
@@ -87,6 +89,7 @@ class Family:
     batch_order: tuple[str, str] | None = ("uncond", "cond")
     known_options: frozenset[str] | None = None
     read_only = False
+    described: tuple[Any, ...] | None = None
     pads = False
     empty: Condition | None = None
     computes: dict[str, tuple[str, ...]] = {

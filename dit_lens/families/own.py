@@ -12,6 +12,7 @@ blocks run, where the image's tokens lie, whether the last layer can be read alo
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from .parts.joint import Joint, JointPoint, Point
 from .parts.sites import RESID, SAMPLE, Axes, Sites
 
 SEQUENCE: Axes = ("batch", "sequence", "d_model")
-LISTS = (nn.ModuleList, nn.Sequential)
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def blocks_at(transformer: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
@@ -83,7 +84,26 @@ def module_at(root: nn.Module, path: str, name: str) -> nn.Module:
 
 
 class OwnTransformer(SpokenTransformer):
-    """The whole model, whose attention nobody knows."""
+    """The whole model, whose attention nobody knows.
+
+    Args:
+        module: the transformer.
+        points: all hook points.
+        current_pass: the pass.
+        x_name: the argument that holds x_t.
+        turned: the adapter's `output`; None where there is none.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        points: Points,
+        current_pass: Pass,
+        x_name: str,
+        turned: Callable[[Any], Tensor] | None,
+    ) -> None:
+        super().__init__(module, points, current_pass)
+        self.x_name, self.turned = x_name, turned
 
     def run(self, inputs: dict[str, Any]) -> Any:
         if self.current_pass.couplings:
@@ -92,7 +112,17 @@ class OwnTransformer(SpokenTransformer):
                 "attention can't couple twins; expected tie='noise', or a family of its own "
                 "(docs/own-models.md)."
             )
-        return super().run(inputs)
+
+        def meant(answers: Mapping[str, Any]) -> Tensor | None:
+            tensors = [each for each in answers.values() if isinstance(each, Tensor)]
+            turned = None if self.turned is None else self.turned(answers)
+            if any(each is turned for each in tensors):
+                return turned
+            x = inputs[self.x_name]
+            like = [e for e in tensors if e.ndim == x.ndim and e.shape[2:] == x.shape[2:]]
+            return like[0] if len(like) == 1 and "sample" not in answers else None
+
+        return through(self.sample, self.own(**inputs), pick=meant)
 
 
 class OwnBlock(Forward):
@@ -103,7 +133,9 @@ class OwnBlock(Forward):
         points: its hook points.
         current_pass: the pass.
         layer: the block's number.
-        order: which block of a pass came last, and the arguments of that pass.
+        order: which block of a pass came last, the arguments of that pass, and what that block was
+            given, if it returned something else.
+        x_name: the model's argument that holds x_t.
     """
 
     repeats = False
@@ -115,15 +147,18 @@ class OwnBlock(Forward):
         current_pass: Pass,
         layer: int,
         order: list[Any],
+        x_name: str,
     ) -> None:
         super().__init__(module)
         self.current_pass, self.layer, self.order = current_pass, layer, order
+        self.x_name = x_name
         entering = ("hook_embed", "hook_resid_pre")
         self.before = [points[name] for name in entering if name in points]
         self.after, self.argument = points["hook_resid_post"], argument_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = self.current_pass.now
+        x = stream = given(self.argument, args, kwargs)
         if any(point.listeners for point in (*self.before, self.after)):
             last = self.order[1] if self.order[0] is now else -1
             if last >= self.layer:
@@ -131,13 +166,49 @@ class OwnBlock(Forward):
                     f"Block {self.layer} runs after block {last}, so that layer numbers would "
                     "mislead; expected blocks that run once each, in the order of blocks=."
                 )
-        self.order[:] = now, self.layer
-        x = stream = given(self.argument, args, kwargs)
+            heard_before = any(point.listeners for point in self.before)
+            if heard_before and last >= 0 and stream is not None and self.order[2]() is stream:
+                raise InvalidState(same_again(self.layer, self.module, self.argument))
+        items = items_of(now, self.x_name)
         for point in self.before:
-            x = heard(point, x)
+            x = heard(point, x, items)
         if x is not stream:
             args, kwargs = put(x, self.argument, args, kwargs)
-        return through(self.after, self.own(*args, **kwargs), x)
+        returned = self.own(*args, **kwargs)
+        kept = isinstance(stream, Tensor) and returned is not stream and returned is not x
+        # weak, so that no activation is kept for it
+        self.order[:] = now, self.layer, weakref.ref(stream) if kept else nothing
+        return through(self.after, returned, x, items)
+
+
+def nothing() -> None:
+    """In place of a weak reference to what is not to be found again."""
+
+
+def same_again(layer: int, block: nn.Module, argument: Argument) -> str:
+    """What is said of a block whose first argument is no stream.
+
+    Args:
+        layer: its number.
+        block: the block.
+        argument: its first argument.
+    """
+    return (
+        f"Block {layer} is given as {argument[0]!r} the very tensor that the block before was "
+        f"given, and not what that returned; expected the stream as the first argument of "
+        f"{type(block).__name__}.forward, or as 'hidden_states' (docs/own-models.md)."
+    )
+
+
+def items_of(inputs: Mapping[str, Any] | None, x_name: str) -> int:
+    """How many items a model is called with; 0 where that is not known.
+
+    Args:
+        inputs: its arguments by name.
+        x_name: of the one that holds x_t.
+    """
+    x = (inputs or {}).get(x_name)
+    return len(x) if isinstance(x, Tensor) and x.ndim else 0
 
 
 class OwnPart(Forward):
@@ -147,21 +218,26 @@ class OwnPart(Forward):
         module: the part.
         before: the hook point on its first argument, wherever that stands among the arguments.
         after: the hook point on what it returns.
+        current_pass: the pass.
+        x_name: the model's argument that holds x_t.
     """
 
     repeats = False
 
-    def __init__(self, module: Any, before: Point, after: Point) -> None:
+    def __init__(
+        self, module: Any, before: Point, after: Point, current_pass: Pass, x_name: str
+    ) -> None:
         super().__init__(module)
+        self.current_pass, self.x_name = current_pass, x_name
         self.before, self.after, self.argument = before, after, argument_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = given(self.argument, args, kwargs)
-        new = heard(self.before, x)
+        x, items = given(self.argument, args, kwargs), items_of(self.current_pass.now, self.x_name)
+        new = heard(self.before, x, items)
         if new is not x:  # queries, keys and values may be given one by one
             args = tuple(new if arg is x else arg for arg in args)
             kwargs = {name: new if arg is x else arg for name, arg in kwargs.items()}
-        return through(self.after, self.own(*args, **kwargs), new)
+        return through(self.after, self.own(*args, **kwargs), new, items)
 
 
 def put(
@@ -233,7 +309,7 @@ class OwnFamily(Spoken):
             for block in found:
                 module_at(block, path, f"parts[{name!r}]")
         self.streams = {argument_of(block)[0] for block in found}
-        self.order: list[Any] = [None, -1]
+        self.order: list[Any] = [None, -1, nothing]
         self.seen = None if adapter is None else look(self, transformer, adapter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnFamily:
@@ -280,10 +356,14 @@ class OwnFamily(Spoken):
         hook: dict[str, Point] = dict(points)
         if self.pads:
             hook = {n: JointPoint(p, None, current_pass, self.layout) for n, p in points.items()}
-        forwards: list[Forward] = [OwnBlock(block, hook, current_pass, layer, self.order)]
+        forwards: list[Forward] = [
+            OwnBlock(block, hook, current_pass, layer, self.order, self.x_name)
+        ]
         for prefix, path in self.parts_of(block).items():
             before, after = hook[f"{prefix}hook_in"], hook[f"{prefix}hook_out"]
-            forwards.append(OwnPart(block.get_submodule(path), before, after))
+            forwards.append(
+                OwnPart(block.get_submodule(path), before, after, current_pass, self.x_name)
+            )
         return forwards
 
     def layout(self, inputs: dict[str, Any], length: int, transformer: Any) -> Joint:
@@ -299,7 +379,7 @@ class OwnFamily(Spoken):
     def whole_forward(
         self, transformer: Any, points: Points, current_pass: Pass
     ) -> TransformerForward:
-        return OwnTransformer(transformer, points, current_pass)
+        return OwnTransformer(transformer, points, current_pass, self.x_name, self.turned)
 
     def outer_forwards(
         self, transformer: Any, points: Points, current_pass: Pass
@@ -460,8 +540,8 @@ def look(family: OwnFamily, transformer: nn.Module, adapter: Adapter) -> Seen:
                 f"the arguments {', '.join(map(repr, inputs))} to fit."
             ) from error
         _check_order(order, len(blocks))
-        first, last = streams[0][0], tensor_of(streams[-1][1], type(blocks[-1]).__name__)
-        for entering, returned in streams:
+        first, last = streams[0]
+        for i, (entering, returned) in enumerate(streams):
             if not isinstance(entering, Tensor) or entering.ndim != 3 or len(entering) != 1:
                 got = list(entering.shape) if isinstance(entering, Tensor) else type(entering)
                 raise InvalidValue(
@@ -474,6 +554,9 @@ def look(family: OwnFamily, transformer: nn.Module, adapter: Adapter) -> Seen:
                     f"first has shape {list(first.shape)}; expected one stream through all blocks. "
                     "Without adapter= it can be traced all the same."
                 )
+            if i and entering is streams[i - 1][0] is not streams[i - 1][1]:
+                raise InvalidValue(same_again(i, blocks[i], argument_of(blocks[i])))
+            last = returned
         tokens = first[:, adapter.tokens].shape[1]
         if tuple(output.shape[2:]) != adapter.latents[1:]:
             raise InvalidValue(

@@ -12,7 +12,6 @@ import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -43,7 +42,6 @@ OURS = {
 _families: dict[str, Family] = {}
 _of_one: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 """Families of one transformer, which know it by its modules."""
-_described: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def register(family: Family) -> Family:
@@ -148,17 +146,9 @@ def describe(
                 arguments.text("parts: a name", name)
                 arguments.text(f"parts[{name!r}]", path)
         found = OwnFamily(transformer, paths, parts, adapter)
-    _of_one[transformer], _described[transformer] = found, (blocks, parts, adapter)
+    found.described = blocks, parts, adapter
+    _of_one[transformer] = found
     return found
-
-
-def described_as(transformer: nn.Module) -> tuple[Any, ...] | None:
-    """How its user described a transformer: blocks, parts, adapter; None where nobody did.
-
-    Args:
-        transformer: the transformer.
-    """
-    return _described.get(transformer)
 
 
 def family_of(transformer: nn.Module) -> Family:

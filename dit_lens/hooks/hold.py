@@ -75,6 +75,22 @@ def parts(names: Iterable[str], layer: int) -> dict[str, tuple[Added, ...]]:
     return found
 
 
+def require_parts(names: Sequence[str]) -> None:
+    """Raise InvalidState for a model of which no hook point gives what its blocks add: one that is
+    opened by the boundaries of its modules.
+
+    Args:
+        names: the model's hook names.
+    """
+    layers = {layer for name in names if (layer := layer_of(name)) is not None}
+    if not any(parts(names, layer) for layer in layers):
+        raise InvalidState(
+            "What this model's blocks add has no hook points, so that it can't be held, left out "
+            "or exchanged: it is opened by the boundaries of its modules; expected a model of a "
+            "known family (docs/families.md)."
+        )
+
+
 def stack(names: Iterable[str], first: int, stop: int) -> tuple[Added, ...]:
     """What the blocks from `first` to before `stop` add to each stream that passes through them.
 
@@ -108,6 +124,7 @@ def held_places(wanted: NamesFilter, names: Sequence[str]) -> list[Added]:
     Raises:
         UnknownName: for what the model does not have.
         InvalidValue: for a stream, to which is added and which is not added itself.
+        InvalidState: for a model of which it is not known what its blocks add.
 
     >>> names = ["blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post"]
     >>> [each.name for each in held_places("blocks.0.mlp", names)]
@@ -133,6 +150,7 @@ def held_places(wanted: NamesFilter, names: Sequence[str]) -> list[Added]:
 
 def _of_blocks(words: re.Match[str], names: Sequence[str]) -> list[Added]:
     """The places that "blocks...." means."""
+    require_parts(names)
     one, start, stop, part = words.groups()
     n = 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
     if one is not None:

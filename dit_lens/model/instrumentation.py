@@ -28,7 +28,7 @@ from ..errors import InvalidState, InvalidValue
 from ..families import family_of
 from ..families.config import Condition
 from ..families.forwards import Forward
-from ..families.registry import describe, described_as
+from ..families.registry import describe
 from ..families.upstream import check_sources
 from ..hooks.names import layer_of
 from ..hooks.passes import Coupling, PassContext, Span
@@ -187,9 +187,10 @@ class Instrumentation:
             RuntimeError: if it is open already, and otherwise.
         """
         with OPENING:
-            if cls.found(transformer) is None:
+            found = cls.found(transformer)  # of a copy too
+            if found is None:
                 describe(transformer, *described)
-            elif described_as(transformer) != described:
+            elif found.family.described != described:
                 raise InvalidState(
                     f"This {type(transformer).__name__} is open already, and otherwise; call "
                     "remove() on the HookedDiT that holds it first."
@@ -486,6 +487,14 @@ class Instrumentation:
             place=place,
             grid=tuple(family.grid(self.transformer, inputs)),
         )
+
+    def is_witness(self, listener: Listener) -> bool:
+        """Whether a listener only takes checksums of the pass under way.
+
+        Args:
+            listener: at some hook point.
+        """
+        return listener.scope is not None and listener.scope is self._witness.top
 
     @contextmanager
     def witnessing(self) -> Iterator[Witness]:

@@ -25,7 +25,7 @@ from .. import arguments
 from ..arguments import Index
 from ..errors import InvalidType, InvalidValue
 from ..hooks.edits import ablation
-from ..hooks.hold import Added, check_steps, held_places, parts, stack
+from ..hooks.hold import Added, check_steps, held_places, parts, require_parts, stack
 from ..hooks.names import layer_of, select, site_of
 from ..hooks.regions import Region
 from ..measures.bands import Bands
@@ -470,6 +470,7 @@ def _places(patch: Patch, model: HookedDiT, layer: int) -> tuple[Added, ...]:
                 f"{str(patch)!r}: there are {n - layer} layers from layer {layer} on; expected "
                 f"depth={n - layer} or less."
             )
+        require_parts(names)
         return stack(names, layer, layer + patch.depth)
     of_layer = parts(names, layer)
     if patch.site in of_layer:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
-from ..hooks.hold import parts
+from ..hooks.hold import parts, require_parts
 from ..model.hooked import HookedDiT
 from ..pieces.content import config_digest
 from ..storage import load_document, replacing, save_document
@@ -117,6 +117,7 @@ class Plan:
             for t in arguments.listed("timesteps", timesteps, "those of a run, run.timesteps")
         )
         n = model.cfg.n_layers
+        require_parts(model.names)
         of_layer = tuple(tuple(parts(model.names, i)) for i in range(n))
         held = frozenset(_checked(cell, n) for cell in arguments.listed("cells", cells, CELLS, 0))
         about = arguments.optional(arguments.instance, "about", about, Mapping, "a dict, or None")

@@ -21,6 +21,7 @@ from .. import arguments
 from ..errors import InvalidState, InvalidValue
 from ..hooks.hold import STREAMS, Added, Clock, parts
 from ..hooks.names import layer_of, site_of
+from ..hooks.points import Listener
 from ..model.call import Call
 from ..model.forward_slot import find, put_back, slot
 from ..model.hooked import HookedDiT
@@ -98,6 +99,7 @@ class _Runner(StepCounter):
         self.said = False
         self.longest = max(map(abs, plan.timesteps))
         self.holds: dict[tuple[int, str], list[KeptHold]] = {}
+        self.mine: set[Listener] = set()
         self.silent: dict[frozenset[tuple[int, str]], frozenset[str]] = {}
 
     # Which step it is.
@@ -157,6 +159,7 @@ class _Runner(StepCounter):
                     ]
             for hold in (h for part in of_layer for h in self.holds.get((layer, part), [])):
                 for name, listener in hold.listeners:
+                    self.mine.add(listener)
                     taken.undo(inst.detach, name, listener)
                     inst.attach(name, listener)
             self._stand_in(taken, blocks[layer], layer, list(of_layer))
@@ -264,13 +267,17 @@ class _Over:
         self.own, self.runner, self.block = own, runner, block
         self.places = frozenset(places)
         self.holds = [hold for holds in places.values() for hold in holds]
+        inst, layers = runner.model.instrumentation, {layer for layer, _ in places}
+        self.points = [p for name, p in inst.points.items() if layer_of(name) in layers]
+        if 0 in layers:
+            self.points += [p for name, p in inst.points.items() if name.endswith("hook_embed")]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _itself, (self.own,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self.runner
-        if not self.places <= runner.held:
+        if not self.places <= runner.held or self.others_listen():
             return self.own(*args, **kwargs)
         family, inputs = runner.model.family, runner.model.instrumentation.now or {}
         streams, returned = family.skip_block(inputs, args, kwargs)
@@ -289,6 +296,14 @@ class _Over:
             # as the blocks do: some add in a wider type
             streams[stream] = (x.to(value.dtype) + value).to(x.dtype)
         return returned(streams)
+
+    def others_listen(self) -> bool:
+        """Whether anybody else's hook, edit or probe is at the block in the call under way: then it
+        runs, its held parts idle. Who only takes checksums does not count.
+        """
+        inst = self.runner.model.instrumentation
+        heard = (listener for point in self.points for listener in point.listeners)
+        return any(each not in self.runner.mine and not inst.is_witness(each) for each in heard)
 
 
 def _itself(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
-from ..pictures.style import HIGH, error_bars, legend
+from ..pictures.style import INK, error_bars, legend
 from ..storage import save_dataset
 from .style import beside, files, picture, plain_console
 
@@ -102,7 +102,7 @@ def draw(result: xr.Dataset, path: Path) -> Path:
     with picture(path, (6.8, 3.6)) as (_, ax):
         for way in ways:
             rows = result.sel(way=way).sortby("macs")
-            colour = HIGH if way == "plan" else colours[way]
+            colour = INK if way == "plan" else colours[way]
             ax.errorbar(
                 rows.macs.values,
                 rows.total.values,
@@ -114,7 +114,8 @@ def draw(result: xr.Dataset, path: Path) -> Path:
                 elinewidth=0.7,
                 capsize=2,
                 zorder=3 if way == "plan" else 2,
-                label=way,
+                # a logarithm has no place for none
+                label=way if bool((rows.total > 0).any()) else f"{way}: no error",
             )
         ax.set_yscale("log")
         ax.set_xlabel("share of multiply-accumulates left")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import arguments
 from ...errors import InvalidValue
+from ...hooks.hold import require_parts
 from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
@@ -119,6 +120,7 @@ def diagnose(
     'no fault'
     """
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    require_parts(model.names)
     arguments.instance("run", run, Run, "a run of dit_lens.sample")
     if run.model.transformer is not model.transformer:
         raise InvalidValue("The run is of another model; expected one that this model made.")

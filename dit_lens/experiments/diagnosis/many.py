@@ -20,6 +20,7 @@ import xarray as xr
 from ... import arguments
 from ...errors import InvalidValue
 from ...groundtruth import portraits
+from ...hooks.hold import require_parts
 from ...measures import Array
 from ...measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ...measures.estimate import Estimate
@@ -98,6 +99,7 @@ def diagnose_all(
     1
     """
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
+    require_parts(model.names)
     samples, most = arguments.whole("samples", samples, 1), arguments.whole("most", most, 1)
     steps = arguments.whole("steps", steps, 4)
     seed, batch = arguments.seed("seed", seed), arguments.whole("batch", batch, 1)
