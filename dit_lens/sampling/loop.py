@@ -197,9 +197,6 @@ def answered(
     outputs, witnesses, tries = list[Tensor](), list[Witness](), 0
     others = [name for name, each in inst.ears if isinstance(each, Editor)]
     edited = any(isinstance(each, Holding) for _, each in inst.ears)  # a plan's leave points out
-    level = None
-    if inst.watchers:
-        level = float(log_snr(scheduler, scheduler.timesteps[step]))
     if not split.whole:
         _require_parts(inst, edits)
     while waiting:
@@ -210,7 +207,7 @@ def answered(
                 inst.under(
                     step=step,
                     steps=settings.steps,
-                    log_snr=level,
+                    log_snr=scheduler.levels[step],
                     **_place(inst, split, part, passes, tries),
                 ),
                 model.hooks(edits),
@@ -314,6 +311,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             f"{', '.join(map(repr, SAMPLERS))}."
         )
     _refuse_broken(scheduler, settings)
+    scheduler.levels = log_snr(scheduler, scheduler.timesteps).tolist()
     return scheduler
 
 
