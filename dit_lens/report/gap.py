@@ -31,7 +31,7 @@ VIEWS = {view: title[0].lower() + title[1:] for view, title in TITLES.items()}
 
 
 def write(results: xr.Dataset, folder: Path) -> None:
-    """Store gap.nc; then print the tables and the sentences, and draw three pictures.
+    """Store gap.nc; then print the tables and the sentences, and draw the pictures.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
