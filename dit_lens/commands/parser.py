@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
         elif option:
             word, known = option[1], [o for a in self._actions for o in a.option_strings]
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) if word else []
-        super().error(message + (f"; did you mean {near[0]!r}?" if near else ""))
+        hint = f"did you mean {near[0]!r}?" if near else f"{self.prog} --help lists what there is"
+        self.exit(2, f"{self.prog}: {message}; {hint}\n")
 
 
 def parser(commands: Mapping[str, Any]) -> tuple[Parser, dict[str, Parser]]:
