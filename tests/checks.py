@@ -6,6 +6,7 @@ stored in docs/checks.md.
 """
 
 import argparse
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -481,7 +482,7 @@ def main() -> None:
             seconds = f"{time.process_time() - began:.0f} s of process time."
             console.print(seconds, markup=False)
             if args.scale == 1:
-                store(part.__name__, [part.__doc__ or "", "", *HEAD, *lines, "", seconds])
+                store(part.__name__, [inspect.getdoc(part) or "", "", *HEAD, *lines, "", seconds])
 
 
 def store(name: str, lines: list[str]) -> None:
