@@ -113,6 +113,15 @@ def test_nothing_changed_is_the_same(model):
     assert "decided" not in " ".join(sentences(found))
 
 
+def test_a_plan_is_not_judged_by_what_it_was_made_from(model):
+    times = dit_lens.sample(model, [0], steps=8).timesteps
+    plan = Plan.of(model, times, [(0, "attn", 2)], about={"seed": 5, "items": 8})
+    for seed in (0, 5, 28):
+        with pytest.raises(ValueError, match=f"seed={seed} gives samples that a plan was made fro"):
+            compare(model, plan, items=16, steps=8, seed=seed, resamples=20)
+    assert compare(model, plan, items=16, steps=8, seed=29, resamples=20).attrs["verdict"] == "same"
+
+
 def test_bad_input(model):
     with pytest.raises(ValueError, match="The changed model's latent_shape is .3, 8, 8., this"):
         compare(model, HookedDiT(make_dit(channels=3, classes=2), scheduler=SCHEDULER))

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> Answer:
             items=args.items,
             labels=labels,
             steps=steps,
-            seed=args.seed,
+            seed=args.seed + (1000 if plan is not None else 0),  # not those it was made from
             cut=args.cut,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **options,

@@ -34,6 +34,7 @@ from ..plans.runner import reuse
 from ..sampling.loop import model_output
 from ..sampling.noise import generators
 from ..sampling.run import Run, sample
+from .reuse_plan import require_other_samples
 from .spread import Spread, item_labels, log_interval
 
 SAME = 0.01
@@ -70,7 +71,7 @@ def compare(
         scheduler: as for `dit_lens.sample`.
         eta: as for `dit_lens.sample`.
         cut: between low and high, in cycles per pixel of the latents.
-        seed: of the samples and the bootstrap.
+        seed: of the samples and the bootstrap; a plan must not have been made from these samples.
         resamples: of the items.
         progress: called with the steps done, and in all.
 
@@ -106,6 +107,8 @@ def compare(
                     f"The changed model's {what} is {theirs}, this one's {ours}; expected a change "
                     "of the same model."
                 )
+    if isinstance(changed, Plan):
+        require_other_samples(changed, seed, items)
     own = item_labels(model, items, labels)
     kinds = len(set(own))
     if items - kinds < FEWEST_PAIRS:

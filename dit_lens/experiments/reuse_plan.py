@@ -223,6 +223,24 @@ def require_settings(plan: Plan) -> None:
         )
 
 
+def require_other_samples(plan: Plan, seed: int, items: int) -> None:
+    """Raise InvalidValue for samples that a plan was made from, chosen by or measured on.
+
+    Args:
+        plan: of `reuse_plan`; another one is made from none.
+        seed: of the first sample.
+        items: samples.
+    """
+    first, many = plan.about.get("seed"), plan.about.get("items")
+    if not (isinstance(first, int) and isinstance(many, int)):
+        return
+    if first < seed + items and seed < first + 3 * many:
+        raise InvalidValue(
+            f"seed={seed} gives samples that a plan was made from or chosen by; expected "
+            f"another, such as seed={first + 3 * many}."
+        )
+
+
 def _measured(
     model: HookedDiT, plan: Plan, scheduler: Any, items: int, seed: int, resamples: int
 ) -> Plan:

@@ -23,7 +23,7 @@ from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.run import Run, sample
 from .baselines import at_random, front_and_rear, pairs, similarity, uniform
-from .reuse_plan import Samples, require_settings
+from .reuse_plan import Samples, require_other_samples, require_settings
 from .spread import log_interval
 
 Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
@@ -126,12 +126,7 @@ def side_by_side(
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     settings = (first["steps"], first["guidance"], first["sampler"], first["eta"])
     for plan in plans:
-        made = set(range(plan.about["seed"], plan.about["seed"] + 3 * plan.about["items"]))
-        if made & set(range(seed, seed + items)):
-            raise InvalidValue(
-                f"seed={seed} gives samples that a plan was made from or chosen by; expected "
-                f"another, such as seed={max(made) + 1}."
-            )
+        require_other_samples(plan, seed, items)
 
     cut, labels = first["cut"], first["labels"]
     samples = Samples(model, items, seed, settings, cut, resamples, labels)
