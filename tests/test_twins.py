@@ -232,3 +232,19 @@ def test_a_coupled_run_is_not_recomputed_alone():
     assert not torch.equal(alone.latents[-1], pair.a.latents[-1]) and alone.tied_until == 1
     free = dit_lens.twins(model, 2, [1, 2], tie="attention", g=0.0, steps=4, release=2)
     assert torch.equal(free.run.replay(1).latents, free.run.latents)
+
+
+def test_twins_and_runs_are_shown_in_a_line():
+    model = dit_lens.load("digits")
+    pair = dit_lens.twins(model, pairs=4, steps=3, release=2)
+    assert repr(pair) == "Twins(4 pairs, tied by noise up to step 2 of 3)"
+    run = "Run(4 images, labels [0, 1, 2, 3], 3 steps of DDIMScheduler, eta 1)"
+    assert repr(pair.a) == run
+    many = dit_lens.sample(model, list(range(8)), steps=2, guidance=2.0)
+    assert repr(many) == (
+        "Run(8 images, labels [0, 1, 2, 3, 4, 5, ...], 2 steps of DDIMScheduler, guidance 2)"
+    )
+    edited = many.replay(1, edits=[("resid_mid", lambda x, hook: x)])
+    assert repr(edited).endswith("guidance 2, 1 edit)")
+    tied = dit_lens.twins(model, 2, [3] * 2, tie="attention", g=0.5, eta=1, steps=2, release=2)
+    assert repr(tied) == "Twins(2 pairs, tied by attention at g=0.5 up to step 2 of 2)"

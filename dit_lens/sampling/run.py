@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,7 +49,7 @@ EDITED_OUTSIDE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A denoising trajectory; step 0 is the noisiest.
 
@@ -81,22 +81,32 @@ class Run:
             recomputation can't repeat.
     """
 
-    model: HookedDiT = field(repr=False)
+    model: HookedDiT
     labels: Tensor
     history: tuple[Change, ...]
     settings: Settings
-    timesteps: Tensor = field(repr=False)
-    latents: Tensor = field(repr=False)
-    x0: Tensor = field(repr=False)
-    outputs: Tensor = field(repr=False)
-    witnesses: tuple[Witness, ...] = field(repr=False)
-    scheduler: Any = field(repr=False)
-    kernels: Kernels = field(repr=False)
-    state: State = field(repr=False)
-    splits: tuple[Split, ...] = field(repr=False)
+    timesteps: Tensor
+    latents: Tensor
+    x0: Tensor
+    outputs: Tensor
+    witnesses: tuple[Witness, ...]
+    scheduler: Any
+    kernels: Kernels
+    state: State
+    splits: tuple[Split, ...]
     tied_until: int = 0
     selected: bool = False
     batch: int | None = None
+
+    def __repr__(self) -> str:
+        set_to, labels = self.settings, self.labels.tolist()
+        shown = ", ".join(map(str, labels[:6])) + ", ..." * (len(labels) > 6)
+        edits = sum(len(change.edits) for change in self.history)
+        said = [f"{len(labels)} images", f"labels [{shown}]"]
+        said.append(f"{set_to.steps} steps of {type(self.scheduler).__name__}")
+        said += [f"guidance {set_to.guidance:g}"] * (set_to.guidance != 1)
+        said += [f"eta {set_to.eta:g}"] * (set_to.eta != 0)
+        return f"Run({', '.join([*said, *[f'{edits} edit{'s' * (edits != 1)}'] * bool(edits)])})"
 
     @property
     def log_snr(self) -> Tensor:

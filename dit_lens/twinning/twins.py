@@ -35,7 +35,7 @@ from .coupling import CouplingForm
 from .ties import NoiseTie, Tie, make_tie
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Twins:
     """Pairs of finished trajectories.
 
@@ -56,6 +56,11 @@ class Twins:
     release: int
     tie: str
     g: float
+
+    def __repr__(self) -> str:
+        tie = f"attention at g={self.g:g}" if self.tie == "attention" else self.tie
+        steps = self.run.settings.steps
+        return f"Twins({self.pairs} pairs, tied by {tie} up to step {self.release} of {steps})"
 
     @cached_property
     def a(self) -> Run:
