@@ -106,7 +106,8 @@ class Run:
         said.append(f"{set_to.steps} steps of {type(self.scheduler).__name__}")
         said += [f"guidance {set_to.guidance:g}"] * (set_to.guidance != 1)
         said += [f"eta {set_to.eta:g}"] * (set_to.eta != 0)
-        return f"Run({', '.join([*said, *[f'{edits} edit{'s' * (edits != 1)}'] * bool(edits)])})"
+        said += [f"{edits} edit{'s' * (edits != 1)}"] * bool(edits)
+        return f"Run({', '.join(said)})"
 
     @property
     def log_snr(self) -> Tensor:
