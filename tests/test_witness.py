@@ -313,7 +313,11 @@ def test_a_later_step_made_under_edits_is_noticed(model, kind):
             stack.callback(at_the_third_pass(model).remove)
         elif kind == "hooks":
             calls = []
-            third = lambda a, hook: 0 * a if calls.append(1) or len(calls) == 3 else None  # noqa: E731
+
+            def third(activation, hook):
+                calls.append(hook.name)
+                return 0 * activation if len(calls) == 3 else None
+
             stack.enter_context(model.hooks([("blocks.1.hook_attn_out", third)]))
         else:
             t = stack.enter_context(dit_lens.trace(model))

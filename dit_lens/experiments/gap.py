@@ -247,7 +247,8 @@ def measure_gap(
                 seed=seed,
                 batch=batch,
                 progress=lambda *_: count(pairs * steps // 2),
-                each=lambda release, *both: ends.update({release: [x[:SHOWN] for x in both]}),
+                each=lambda release, *both: ends.update({release: list(both)}),
+                first=SHOWN,
             )
 
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")

@@ -262,6 +262,7 @@ def release_sweep(
     progress: Callable[[int, int], object] | None = None,
     batch: int | None = None,
     each: Callable[[int, Tensor, Tensor], object] | None = None,
+    first: int | None = None,
 ) -> Curves:
     """Agreement of finished twins for each of several releases of one tied run.
 
@@ -279,6 +280,7 @@ def release_sweep(
         batch: images that go through the model at once; None is all. Branches of different releases
             go together where it allows.
         each: called with (release, A, B), the finished latents of both twins.
+        first: so many pairs are given to `each`, and kept with the pieces; None is all.
 
     Returns:
         Curves: the releases in increasing order.
@@ -311,7 +313,9 @@ def release_sweep(
         )
     planned = planned_releases(releases, steps)
     batch = arguments.optional(arguments.whole, "batch", batch, 1)
-    released = Released(twins, outcomes, seed, batch, kept=each is not None)
+    first = arguments.optional(arguments.whole, "first", first, 1)
+    kept = 0 if each is None else twins.pairs if first is None else min(first, twins.pairs)
+    released = Released(twins, outcomes, seed, batch, kept)
     found: dict[int, dict[str, Agreement]] = {}
     total = len(planned) if planned else arguments.whole("releases", releases)
     with once():

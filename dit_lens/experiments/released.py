@@ -35,7 +35,7 @@ class Released:
         outcomes: what to compare.
         seed: of the noise after the release.
         batch: images that go through the model at once; None is all.
-        kept: whether the finished twins are wanted too.
+        kept: of so many pairs, the first ones, the finished twins are wanted too.
 
     Attributes:
         clones: whether twin A is the run itself.
@@ -47,7 +47,7 @@ class Released:
         outcomes: Sequence[Outcome],
         seed: int,
         batch: int | None,
-        kept: bool,
+        kept: int,
     ) -> None:
         self.twins, self.outcomes, self.seed, self.batch = twins, outcomes, seed, batch
         self.kept, self.clones = kept, twins.tie == "noise"
@@ -86,7 +86,7 @@ class Released:
             releases: steps, to be run together if they can.
 
         Yields:
-            The step, the statistics of each outcome, and, if they are kept, both finished twins.
+            The step, the statistics of each outcome, and both finished twins of the kept pairs.
         """
         alone = len(self.parts) > 1
         size = 1 if alone else TOGETHER
@@ -142,11 +142,11 @@ class Released:
             if self.kept:
                 for twin, x in (("A", mine), ("B", theirs)):
                     if x is not None:
-                        found[f"{release} twin {twin}"] = x.cpu().numpy()
+                        found[f"{release} twin {twin}"] = x[: self.kept].cpu().numpy()
         return found
 
     def _twins(self, release: int, found: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
-        own = self.finished[: self.twins.pairs]
+        own = self.finished[: self.kept]
         a, b = (
             torch.from_numpy(np.array(found[name])).to(own) if name in found else own
             for name in (f"{release} twin A", f"{release} twin B")

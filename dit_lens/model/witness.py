@@ -91,25 +91,25 @@ class Witnessing:
 
     def __init__(self) -> None:
         self.witness: Witness = {}
-        self.seen: dict[str, Checksum | Tensor] = {}
+        self.small: dict[str, Tensor] = {}
 
     def see(self, value: Tensor, point: HookPoint) -> None:
         """Take the checksum of one stream."""
-        small = value.numel() * value.element_size() <= self.SMALL
-        self.seen[point.name] = value.detach().clone() if small else checksum(value)
+        if value.numel() * value.element_size() > self.SMALL:
+            self.witness[point.name] = checksum(value)
+        else:
+            self.small[point.name] = value.detach().clone()
 
     def finished(self) -> None:
         """Take what sums are left."""
         alike: dict[tuple[torch.Size, torch.dtype], dict[str, Tensor]] = {}
-        for name, value in self.seen.items():
-            if isinstance(value, Tensor):
-                alike.setdefault((value.shape, value.dtype), {})[name] = value
+        for name, value in self.small.items():
+            alike.setdefault((value.shape, value.dtype), {})[name] = value
         for streams in alike.values():
             sums = checksum(torch.cat(list(streams.values())))
             each = (part.view(len(streams), -1).unbind() for part in sums)
-            self.seen |= dict(zip(streams, map(Checksum, *each), strict=True))
-        self.witness |= self.seen  # type: ignore[arg-type]
-        self.seen = {}
+            self.witness |= dict(zip(streams, map(Checksum, *each), strict=True))
+        self.small = {}
 
 
 def witnessed(names: list[str]) -> list[str]:

@@ -446,12 +446,15 @@ class Run:
 
     def _require_same(self, witnesses: Sequence[Witness], first: int) -> None:
         """Raise NotReproduced, or warn of rounding, where a replay of all departs from this run."""
+        steps, odd = list[int](), list[Tensor]()
         for step in range(first, self.settings.steps):
             then, now = self.witnesses[step], witnesses[step]
-            odd = [(then[name].bits != now[name].bits).any() for name in then if name in now]
-            if odd and bool(torch.stack(odd).any()):
-                self._recomputed(step, "hook_sample")
-                return
+            shared = [name for name in then if name in now]
+            steps += [step] * len(shared)
+            odd += [(then[name].bits != now[name].bits).any() for name in shared]
+        departed = torch.stack(odd).tolist() if odd else []  # the device is waited for once
+        if any(departed):
+            self._recomputed(steps[departed.index(True)], "hook_sample")
 
     def _changes(self, from_step: int, edits: Any, until: int | None) -> list[Change]:
         """The edits that a replay is given, as changes."""
