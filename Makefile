@@ -45,7 +45,7 @@ notebooks: .venv/docs.stamp
 	$(IN) jupytext --quiet --set-kernel python3 --to ipynb --execute docs/notebooks/*.py
 
 checks: .venv/dev.stamp
-	.venv/bin/python tests/checks.py
+	.venv/bin/python tests/checks.py --store .checks
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 

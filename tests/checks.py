@@ -2,7 +2,8 @@
 [--scale 0.1]` for a look.
 
 Each is the function of a quick test at full length. The tables are printed and, at full length,
-stored in docs/checks.md.
+stored in docs/checks.md. What has been measured is kept in --store: killed and started again with
+the same code, it goes on.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +31,11 @@ from rich.console import Console
 from dit_lens import HookedDiT
 from dit_lens.experiments import knock_outs, shapley, smallest_set
 from dit_lens.experiments.knocked_gap import set_text
+from dit_lens.pieces import Piece, kept_in, results
 
 torch.set_num_threads(1)
-DOCS = Path(__file__).parent.parent / "docs" / "checks.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "checks.md"
 HEAD = ["| check | case | wanted | measured | |", "|---|---|---|---|---|"]
 TITLE = """# Checks against exact answers
 
@@ -396,6 +400,19 @@ def holds(scale: float) -> Iterator[Row]:
     )
 
 
+def planted_fault(kind: str, seed: int) -> dict[str, np.ndarray]:
+    """What is found of one planted fault; nothing where no strength of it shows."""
+    one = test_faults.case(kind, seed)
+    if one is None:
+        return {}
+    found = test_faults.outcome(one, seed)._asdict()
+    if kind == "layer":
+        for name, way in test_faults.BASELINES.items():
+            layer, found[f"{name}: images"] = way(one)
+            found[f"{name}: first"] = layer in one.layers
+    return {name: np.array(value, float) for name, value in found.items()}
+
+
 def faults(scale: float) -> Iterator[Row]:
     """Planted faults in `digits` (12 steps of DDIM, eta 1; one bad image and the one of the model
     without the fault), and what `diagnose` makes of them; simpler ways beside it. Places at which
@@ -403,57 +420,58 @@ def faults(scale: float) -> Iterator[Row]:
     """
     check = "faults planted in digits"
     few = {"layer": 20, "head": 10, "tokens": 6, "two": 6, "decoy": 10, "noise": 10, "nothing": 10}
-    cases = {kind: [] for kind in few}
-    done: dict[str, list[test_faults.Outcome]] = {kind: [] for kind in few}
+    done: dict[str, list[dict[str, float]]] = {kind: [] for kind in few}
     for kind, full in few.items():
         seed, wanted = 0, max(2, round(full * scale))
-        while len(cases[kind]) < wanted and seed < 6 * wanted:
-            one = test_faults.case(kind, seed)
-            if one is not None:
-                cases[kind].append(one)
-                done[kind].append(test_faults.outcome(one, seed))
+        while len(done[kind]) < wanted and seed < 6 * wanted:
+            (found,) = results([Piece(f"{kind} {seed}", partial(planted_fault, kind, seed))])
+            if found:
+                done[kind].append({name: float(value) for name, value in found.items()})
             seed += 1
 
-    def counted(case: str, wanted: str, hits: list[bool], least: float | None) -> Row:
+    def counted(case: str, wanted: str, hits: list[float], least: float | None) -> Row:
         ok = None if least is None else sum(hits) >= least * len(hits)
         return Row(check, case, wanted, share(sum(hits), len(hits)), ok)
 
     one = done["layer"] + done["tokens"] + done["decoy"]
-    yield counted("one layer: right layer first", "at least 90 %", [o.first for o in one], 0.9)
-    yield counted("one layer: among three", "", [o.three for o in one], None)
-    yield counted("one layer: named, and no other", "", [o.all_named for o in one], None)
+    yield counted("one layer: right layer first", "at least 90 %", [o["first"] for o in one], 0.9)
+    yield counted("one layer: among three", "", [o["three"] for o in one], None)
+    yield counted("one layer: named, and no other", "", [o["all_named"] for o in one], None)
     heads = done["head"]
-    yield counted("one head: layer and head right", "at least 80 %", [o.head for o in heads], 0.8)
+    yield counted(
+        "one head: layer and head right", "at least 80 %", [o["head"] for o in heads], 0.8
+    )
     two = done["two"]
-    yield counted("two layers: one of them first", "", [o.first for o in two], None)
-    yield counted("two layers: both named", "", [o.all_named for o in two], None)
+    yield counted("two layers: one of them first", "", [o["first"] for o in two], None)
+    yield counted("two layers: both named", "", [o["all_named"] for o in two], None)
     planted = one + heads + two
-    iou = float(np.mean([o.iou for o in planted]))
+    iou = float(np.mean([o["iou"] for o in planted]))
     yield Row(check, "overlap (IoU) of the steps, mean", "at least 0.6", f"{iou:.2f}", iou >= 0.6)
     calm = done["noise"] + done["nothing"]
-    alarms = [o.alarm for o in calm]
+    alarms = [o["alarm"] for o in calm]
     ok = sum(alarms) <= 0.05 * len(alarms)
     yield Row(check, "false alarms", "at most 5 %", share(sum(alarms), len(alarms)), ok)
-    blamed = [o.decoy for o in done["decoy"]]
+    blamed = [o["decoy"] for o in done["decoy"]]
     ok = sum(blamed) <= 0.05 * len(blamed)
     yield Row(check, "decoys blamed", "at most 5 %", share(sum(blamed), len(blamed)), ok)
-    ratio = float(np.mean([o.where / o.grid for o in planted]))
-    text = f"{ratio:.2f}; {np.mean([o.images for o in planted]):.0f} images for a whole diagnosis"
+    ratio = float(np.mean([o["where"] / o["grid"] for o in planted]))
+    text = (
+        f"{ratio:.2f}; {np.mean([o['images'] for o in planted]):.0f} images for a whole diagnosis"
+    )
     yield Row(
         check, "images to find the place, of a full grid's", "at most 0.2", text, ratio <= 0.2
     )
-    works = [o.works and o.collateral <= 0.1 for o in planted]
+    works = [o["works"] and o["collateral"] <= 0.1 for o in planted]
     yield counted("repaired, with a collateral of at most 0.1", "at least 90 %", works, 0.9)
-    yield counted("repaired at all", "", [o.works for o in planted], None)
-    moved = [o.collateral for o in planted if o.works]
+    yield counted("repaired at all", "", [o["works"] for o in planted], None)
+    moved = [o["collateral"] for o in planted if o["works"]]
     yield Row(check, "collateral of repairs, median", "", f"{np.median(moved):.3f}", None)
-    cured = [o.cured for o in planted if o.had]
+    cured = [o["cured"] for o in planted if o["had"]]
     text = f"{np.mean(cured):.0%} of the faulty ones, over {len(cured)} faults" if cured else "-"
     yield Row(check, "transfer: other seeds cured", "", text, None)
-    for name, way in test_faults.BASELINES.items():
-        found = [way(one) for one in cases["layer"]]
-        hits = [layer in one.layers for (layer, _), one in zip(found, cases["layer"], strict=True)]
-        cost = np.mean([images for _, images in found])
+    for name in test_faults.BASELINES:
+        cost = np.mean([o[f"{name}: images"] for o in done["layer"]])
+        hits = [o[f"{name}: first"] for o in done["layer"]]
         yield counted(f"{name} ({cost:.0f} images): right layer first", "", hits, None)
     yield Row(check, "a layer at random: right layer first", "", f"{1 / 28:.1%}", None)
 
@@ -467,22 +485,24 @@ def main() -> None:
         "--scale", type=float, default=1.0, help="share of the full number of repeats and models"
     )
     ap.add_argument("--only", choices=[part.__name__ for part in PARTS])
+    ap.add_argument("--store", type=Path, help="a folder for what is finished")
     args = ap.parse_args()
     console = Console(highlight=False)
+    code = {str(f): f.read_text() for d in ("dit_lens", "tests") for f in ROOT.glob(f"{d}/**/*.py")}
     for part in PARTS:
         if args.only in (None, part.__name__):
+            name = part.__name__
             began, lines = time.process_time(), []
-            for row in part(args.scale):
-                lines.append(
-                    "| "
-                    + " | ".join((*row[:4], {True: "yes", False: "**no**", None: ""}[row.ok]))
-                    + " |"
-                )
-                console.print(lines[-1], soft_wrap=True, markup=False)
+            folder = args.store and args.store / name
+            with kept_in(folder, name, {"scale": args.scale, "code": code}, None):
+                for row in part(args.scale):
+                    ok = {True: "yes", False: "**no**", None: ""}[row.ok]
+                    lines.append("| " + " | ".join((*row[:4], ok)) + " |")
+                    console.print(lines[-1], soft_wrap=True, markup=False)
             seconds = f"{time.process_time() - began:.0f} s of process time."
             console.print(seconds, markup=False)
             if args.scale == 1:
-                store(part.__name__, [inspect.getdoc(part) or "", "", *HEAD, *lines, "", seconds])
+                store(name, [inspect.getdoc(part) or "", "", *HEAD, *lines, "", seconds])
 
 
 def store(name: str, lines: list[str]) -> None:

@@ -1139,6 +1139,7 @@ ONLY_SEEN_BY_RUNNING = (
     "do not part within the run",
     "that are not finite",
     "does not have the fault by its own score",
+    "samples has such a fault",
 )
 """Sentences about what came out; no look at the arguments could have told."""
 

@@ -170,7 +170,7 @@ def test_clones_and_predictions_agree_as_the_mixture_says(mixture, bits):
     with the chance Phi(m sqrt(abar / Gamma)): readable is another, earlier quantity.
     """
     truth, model = mixture
-    pairs, steps, sigma = 300, 120, truth.answer["sigma"]
+    pairs, steps, sigma = 150, 120, truth.answer["sigma"]
     pair = dit_lens.twins(model, pairs, [0] * pairs, steps=steps)
     abars = truth.scheduler.alphas_cumprod[pair.run.timesteps].double().numpy()
     for step in (48, 60, 84):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 import dit_lens
@@ -101,10 +102,10 @@ def test_notebooks_are_their_scripts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [s.stem for s in NOTEBOOKS])
-def test_the_notebook_runs(script, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    path = ROOT / "docs" / "notebooks" / f"{script}.py"
-    subprocess.run([sys.executable, path], env=env, cwd=tmp_path, check=True, capture_output=True)
+def test_the_notebook_runs(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "docs" / "notebooks" / f"{script}.py"), run_name="__main__")
+    plt.close("all")
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 NAMESPACES = """errors experiments families groundtruth measures patching probes testing""".split()
 
 
-def python(code):
+def python(code, *words):
     """What a fresh interpreter prints."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -31,10 +31,26 @@ def test_importing_is_light():
     assert "dit_lens" in loaded and not heavy & set(loaded)
 
 
-@pytest.mark.parametrize("space", ["", *(f".{name}" for name in NAMESPACES)])
-def test_every_public_name_is_there_after_a_plain_import(space):
-    code = f"import dit_lens; n = dit_lens{space}; print(len([getattr(n, a) for a in n.__all__]))"
-    assert int(python(code)) > 1
+def test_bridges_import_the_other_tool_late():
+    code = "import sys, dit_lens.bridges.nnsight, dit_lens.bridges.transformer_lens"
+    loaded = python(f"{code}; print(*sys.modules)").split()
+    assert "dit_lens.bridges.nnsight" in loaded
+    assert not {"nnsight", "transformer_lens"} & set(loaded)
+
+
+def test_every_public_name_is_there_after_a_plain_import():
+    """Of each namespace by itself: the modules of the one before are dropped."""
+    spaces = ["", *(f".{name}" for name in NAMESPACES)]
+    code = """
+import sys
+for space in sys.argv[1:]:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "dit_lens"]:
+        del sys.modules[name]
+    import dit_lens
+    n = eval(f"dit_lens{space}")
+    print(len([getattr(n, a) for a in n.__all__]))
+"""
+    assert all(int(number) > 1 for number in python(code, *spaces).split())
 
 
 def test_every_built_in_probe_is_a_command():

@@ -22,7 +22,7 @@ def truth():
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_curve_is_the_exact_one(truth, eta):
-    steps, items = 100, 400
+    steps, items = 100, 200
     run = dit_lens.sample(truth, [0] * items, seeds=0, steps=steps, eta=eta)
     bands = dit_lens.Bands.radial((4, 4), cut=0.01)  # the token mean, and the rest
     curves = there_and_back(run, [latents(bands)], [40, 60, 75, 85])

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_lens
 from dit_lens import HookedDiT, NotReproduced
-from dit_lens.model.witness import checksum, compare, tolerance
+from dit_lens.hooks.points import HookPoint
+from dit_lens.model.witness import Checksum, Witnessing, checksum, compare, tolerance
 
 
 def call(model, x, t, y):
@@ -38,6 +39,36 @@ def both(model, x, t, y, act=lambda: None):
 @pytest.fixture
 def model(dit):
     return HookedDiT(dit, scheduler=DDIMScheduler(1000))
+
+
+def see(values):
+    """What is left of streams by name."""
+    taking = Witnessing()
+    for name, value in values.items():
+        taking.see(value, HookPoint(name))
+    taking.finished()
+    return taking.witness
+
+
+@pytest.mark.parametrize("tokens", [4, 4096])
+def test_the_sums_of_a_pass_lie_together(tokens):
+    """A few bytes from the midst of every forward would keep the memory around them in use."""
+    values = {f"blocks.{i}.hook_resid_post": torch.randn(2, tokens, 8) for i in range(5)}
+    found = see(values)
+    assert all(torch.equal(found[n].bits, checksum(x).bits) for n, x in values.items())
+    assert all(torch.equal(found[n].total, checksum(x).total) for n, x in values.items())
+    for kind in Checksum._fields:
+        places = {getattr(one, kind).untyped_storage().data_ptr() for one in found.values()}
+        assert len(places) == 1
+
+
+@pytest.mark.parametrize("tokens", [4, 4096])
+def test_layers_on_several_devices(tokens):
+    values = {"a": torch.randn(2, tokens, 8), "b": torch.randn(2, tokens, 8, device="meta")}
+    assert {name: one.bits.device.type for name, one in see(values).items()} == {
+        "a": "cpu",
+        "b": "meta",
+    }
 
 
 # The checksum itself.

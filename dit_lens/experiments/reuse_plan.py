@@ -48,6 +48,10 @@ from .whole_steps import even_steps, number_of_steps, whole_steps
 Aim = Literal["same", "good"]
 EXCHANGES = 300
 QUARTERS = 4
+POWERS = 1.0, 0.85, 0.7, 0.6, 0.5
+"""Of the plans that hold whole steps, which are tried first: see `even_steps`."""
+TOGETHER = 16
+"""Samples whose gradients are taken at once: more of them only take more memory."""
 
 
 def reuse_plan(
@@ -154,22 +158,33 @@ def reuse_plan(
     size = makers.spread.of_all * projections * items
     scale = np.sqrt(decided / size)[..., None, None]
 
+    parts = [slice(i, i + TOGETHER) for i in range(0, items, TOGETHER)]
+
     # Plans from coarse to fine, around the plain run and then around the best plan so far.
     times, columns = makers.run.timesteps.tolist(), list(costs.parts)
-    even = even_steps(steps, number_of_steps(model, steps, budget))
+    number = number_of_steps(model, steps, budget)
     best, least = Plan.of(model, times, []), np.inf
     for turn in range(rounds + 1):
+        under, found = makers.under(best) if turn else makers.run, []
+        for i, part in enumerate(parts):
 
-        def tell(done: int, turn: int = turn) -> None:
-            if progress is not None:
-                progress(2 * steps * turn + done, 2 * steps * (rounds + 1))
+            def tell(done: int, before: int = len(parts) * turn + i) -> None:
+                if progress is not None:
+                    whole = len(parts) * (rounds + 1)
+                    progress(2 * steps * before + done, 2 * steps * whole)
 
-        under = makers.under(best) if turn else makers.run
-        found = slopes(under, best, columns, aims, longest, tell) * scale[:, None]
+            own = under.select(part)
+            found.append(slopes(own, best, columns, aims[:, :, part], longest, tell))
+        found = np.concatenate(found, axis=-1) * scale[:, None]
         cells = found.reshape(*found.shape[:3], -1)
         effects = Effects([(place,) for place in columns], cells, times, costs, lines)
         groups = _groups(columns, model.cfg.n_layers)
-        tried = [] if turn else [whole_steps(model, times, even, lines)]
+        tried = []
+        if not turn:
+            tried = [
+                whole_steps(model, times, even_steps(steps, number, power), lines)
+                for power in POWERS
+            ]
         if aim == "good":  # few samples can't judge how good plans are, so a coarse one is taken
             groups = [groups[min(1, len(groups) - 1)]]
         for together in groups:

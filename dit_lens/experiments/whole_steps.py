@@ -27,13 +27,24 @@ def whole_steps(
     return Plan.of(model, times, cells, lines=behind)
 
 
-def even_steps(steps: int, number: int) -> list[int]:
-    """So many of the steps, at even distances from the first on.
+def even_steps(steps: int, number: int, power: float = 1.0) -> list[int]:
+    """So many of the steps, from the first on, at even distances.
 
-    >>> even_steps(10, 4)
-    [0, 2, 5, 7]
+    Args:
+        steps: of the run.
+        number: of them, at most as many.
+        power: the i-th is at `steps * (i / number) ** power`: below 1 they lie closer towards the
+            end.
+
+    >>> even_steps(10, 4), even_steps(10, 4, power=0.5)
+    ([0, 2, 5, 7], [0, 5, 7, 8])
     """
-    return [i * steps // number for i in range(number)]
+    found: list[int] = []
+    for i in range(number):
+        at = int(steps * (i / number) ** power + 1e-9)
+        # each another one, and room for those that follow
+        found.append(min(max(at, found[-1] + 1 if found else 0), steps - number + i))
+    return found
 
 
 def number_of_steps(model: HookedDiT, steps: int, budget: float, nearest: bool = False) -> int:

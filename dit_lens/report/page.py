@@ -28,7 +28,8 @@ from ..pictures.style import HIGH, INK, LOW
 from ..storage import made_with, replacing
 from . import stored
 from .attributes import order
-from .figures import FIGURES, Figure
+from .figure import Figure
+from .figures import FIGURES
 from .knock_outs import sufficiency
 from .style import WRITTEN
 

@@ -41,18 +41,17 @@ from ..hooks.names import Key, NamesFilter, layer_of, resolve, select
 from ..hooks.points import Editor, HookFunction, HookPoint, Listener, Observer
 from ..hooks.regions import Region
 from ..hooks.stored_edits import edits_for
-from ..model.call import Call, Copies
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
-from ..model.steps import StepCounter
 from ..model.taken import Taken
 from . import files
 from .attention_map import attention_map
 from .dataset import to_dataset
 from .recompute import order_of, read, stacked
 from .record import Record
-from .site import Observing, Site
+from .recorder import Recorder
+from .site import Observing
 
 
 class Trace:
@@ -85,7 +84,7 @@ class Trace:
                     "probes=[SpectralSplit()]."
                 )
         self.model, self.record, self.probes = model, record, list(probes)
-        self._recorder = _Recorder(record)
+        self._recorder = Recorder(record)
         self._undo: Taken | None = None  # while the trace is open
         self._waiting: list[tuple[str, Listener]] = []
         self._edit_steps: list[tuple[str, Steps]] = []
@@ -594,65 +593,6 @@ class Trace:
             f"Trace({len(self.steps)} steps, {len(record.names)} names recorded, "
             f"{kept / 1e6:.1f} MB kept, {state})"
         )
-
-
-class _Recorder(StepCounter):
-    """Watches the calls of an open trace: counts its steps, keeps inputs and activations."""
-
-    proves = True
-
-    def __init__(self, record: Record) -> None:
-        super().__init__()
-        self.record = record
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop references to the caller's tensors."""
-        self.call = None
-        self.copies = Copies()
-
-    def begin(self, call: Call) -> None:
-        """Number the call's step."""
-        self.number(call, max(self.record.calls_at, default=-1))
-        self._drop_unfinished()
-
-    def end(self, call: Call, finished: bool) -> None:
-        """Keep the call; one that failed is no step."""
-        if not finished:
-            self._drop_unfinished()
-            return
-        record = self.record
-        if record.forgets:
-            record.calls_at.setdefault(self.row, [])
-            return
-        kept = call.kept(self.copies)
-        # in this order: an interrupt in between leaves a call that is no step's
-        record.calls.append(kept)
-        record.calls_at.setdefault(self.row, []).append(len(record.calls) - 1)
-
-    def _drop_unfinished(self) -> None:
-        """Forget what was recorded of a call that was not finished."""
-        for activations in self.record.activations.values():
-            activations.pop(len(self.record.calls), None)
-
-    def keep(self, value: Tensor, point: HookPoint) -> None:
-        """Record an activation."""
-        assert self.call is not None
-        if self.record.wanted(self.row) and point.name not in self.call.left_out:
-            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
-                point.name, value
-            )
-
-    def showing(self, probe: Observing) -> Callable[[Tensor, HookPoint], None]:
-        """An observer that shows a probe what it sees, and where."""
-
-        def show(value: Tensor, point: HookPoint) -> None:
-            call = self.call
-            assert call is not None
-            site = Site(point.name, self.row, call.grid, call, self.record.cfg.null_class)
-            probe.observe(value.detach(), site)
-
-        return show
 
 
 def trace(

@@ -108,6 +108,19 @@ class Chances:
         return self.steps[0] == 0 and self.estimates[0].low > 0.5
 
 
+def spread_over(steps: int, number: int) -> list[int]:
+    """So many of a run's steps, evenly, from the first on; fewer where the run has fewer.
+
+    Args:
+        steps: of the run.
+        number: how many.
+
+    >>> spread_over(50, 7), spread_over(4, 8)
+    ([0, 7, 14, 21, 29, 36, 43], [0, 1, 2, 3])
+    """
+    return sorted({min(round(i * steps / number), steps - 1) for i in range(number)})
+
+
 def chances(
     run: Run,
     fault: Fault,

@@ -19,7 +19,7 @@ from ...model.hooked import HookedDiT
 from ...patching.patch import steps_text
 from ...sampling.loop import is_stochastic
 from ...sampling.run import Run
-from .chances import Chances, Spent, chances, other_seeds, spreads
+from .chances import Chances, Spent, chances, other_seeds, spread_over, spreads
 from .fault import AT, Given, Images, check_fault, check_score, made
 from .inside import Inside, look_inside
 from .pairs import Pairs, check_good, given, twins
@@ -152,7 +152,7 @@ def diagnose(
 
     # When.
     spent.stage = "when"
-    when = [round(i * steps / releases) for i in range(releases)]
+    when = spread_over(steps, releases)
     seen = chances(run, score, images, when, clones, seed, spent, batch)
 
     # Where.

@@ -30,7 +30,7 @@ from ...sampling.loop import prepared
 from ...sampling.run import Run, sample
 from ...sampling.schedulers import default_name
 from ...sampling.settings import checked_settings
-from .chances import Spent, chances
+from .chances import Spent, chances, spread_over
 from .fault import AT, DIGITS, Fault, Given, Images, check_fault, made, names_of
 from .pairs import twins
 from .where import FEW, Prober, coarse
@@ -201,7 +201,7 @@ def _looked_at(
     what: Faulty, run: Run, fault: Fault, images: Images, seed: int, batch: int, spent: Spent
 ) -> Looked:
     steps = run.settings.steps
-    when = [round(i * steps / RELEASES) for i in range(RELEASES)]
+    when = spread_over(steps, RELEASES)
     seen = chances(run, fault, images, when, CLONES, seed, spent, batch)
     decided = float(steps if seen.decided is None else seen.decided)
     pairs = twins(run, fault, images, seen, PAIRS, seed, spent)

@@ -1,0 +1,72 @@
+"""What watches the calls of the model while a trace is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..hooks.points import HookPoint
+from ..model.call import Call, Copies
+from ..model.steps import StepCounter
+from .record import Record
+from .site import Observing, Site
+
+
+class Recorder(StepCounter):
+    """Watches the calls of an open trace: counts its steps, keeps inputs and activations."""
+
+    proves = True
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop references to the caller's tensors."""
+        self.call = None
+        self.copies = Copies()
+
+    def begin(self, call: Call) -> None:
+        """Number the call's step."""
+        self.number(call, max(self.record.calls_at, default=-1))
+        self._drop_unfinished()
+
+    def end(self, call: Call, finished: bool) -> None:
+        """Keep the call; one that failed is no step."""
+        if not finished:
+            self._drop_unfinished()
+            return
+        record = self.record
+        if record.forgets:
+            record.calls_at.setdefault(self.row, [])
+            return
+        kept = call.kept(self.copies)
+        # in this order: an interrupt in between leaves a call that is no step's
+        record.calls.append(kept)
+        record.calls_at.setdefault(self.row, []).append(len(record.calls) - 1)
+
+    def _drop_unfinished(self) -> None:
+        """Forget what was recorded of a call that was not finished."""
+        for activations in self.record.activations.values():
+            activations.pop(len(self.record.calls), None)
+
+    def keep(self, value: Tensor, point: HookPoint) -> None:
+        """Record an activation."""
+        assert self.call is not None
+        if self.record.wanted(self.row) and point.name not in self.call.left_out:
+            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
+                point.name, value
+            )
+
+    def showing(self, probe: Observing) -> Callable[[Tensor, HookPoint], None]:
+        """An observer that shows a probe what it sees, and where."""
+
+        def show(value: Tensor, point: HookPoint) -> None:
+            call = self.call
+            assert call is not None
+            site = Site(point.name, self.row, call.grid, call, self.record.cfg.null_class)
+            probe.observe(value.detach(), site)
+
+        return show
