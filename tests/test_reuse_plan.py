@@ -63,9 +63,11 @@ def test_a_plan_for_labels_of_ones_own(model):
     options = {"items": 8, "steps": 6, "projections": 2, "resamples": 20, "rounds": 0}
     plan = reuse_plan(model, 0.6, labels=[1], **options)
     assert plan.about["labels"] == [1] and "labels" not in reuse_plan(model, 0.6, **options).about
-    moves = moved(model, plan, 8, 8, labels=[1])
-    again = check_plan(model, plan, items=8, seed=8, resamples=20)
-    run = dit_lens.sample(model, [1] * 8, 8, 6)
+    moves = moved(model, plan, 50, 8, labels=[1])
+    again = check_plan(model, plan, items=8, seed=50, resamples=20)
+    with pytest.raises(InvalidValue, match="seed=7 gives samples that a plan was made from or"):
+        check_plan(model, plan, items=8, seed=7)
+    run = dit_lens.sample(model, [1] * 8, 50, 6)
     bands = Bands.radial(model.cfg.pixels, cut=0.25)
     apart = [
         run.latents[-1] - run.latents[-1][[(i + k) % 8 for i in range(8)]] for k in range(1, 8)

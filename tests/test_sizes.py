@@ -283,7 +283,7 @@ def test_a_gap_seldom_waits_for_the_device():
 @pytest.mark.slow
 def test_a_run_holds_three_trajectories():
     model = make_model(channels=4)
-    n, steps = 32, 20
+    n, steps = 32, 50
     unit = 4 * (steps + 1) * n * 4 * 8 * 8
     for work in (
         lambda: dit_lens.sample(model, [i % 4 for i in range(n)], steps=steps, batch=4),

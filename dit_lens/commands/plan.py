@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="same",
         help="the same image, or one as good (default: same)",
     )
-    parser.add_argument("--items", type=count, default=16, help="samples (default: 16)")
+    parser.add_argument("--items", type=count, default=64, help="samples (default: 64)")
     parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
     add_seed(parser)
     add_labels(parser)
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> Answer:
         return _side_by_side(args)
     if args.check is not None:
         plan = Plan.load(args.check)
-        plan = check_plan(open_model(args), plan, items=args.items, seed=args.seed)
+        seed = args.seed + 1000  # not those that it was made from
+        plan = check_plan(open_model(args), plan, items=args.items, seed=seed)
         console.print(plan_sentence(plan), soft_wrap=True)
         return Answer({"plan": str(args.check), "sentence": plan_sentence(plan)})
     out = args.out or Path(f"plan-{file_name(str(args.model))}.json")

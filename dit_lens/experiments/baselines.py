@@ -7,7 +7,7 @@ module gives before it. Fewer steps is no plan: it is another run (`side_by_side
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -103,7 +103,9 @@ def pairs(model: HookedDiT, times: Sequence[float], late: bool = False) -> Plan:
     return whole_steps(model, times, [s for s in range(steps) if s not in held])
 
 
-def similarity(run: Run, budget: float, longest: int = 15) -> Plan:
+def similarity(
+    run: Run, budget: float, longest: int = 15, apart: Mapping[str, Array] | None = None
+) -> Plan:
     """Parts held as long as what they add is like what they added when last computed:
     SmoothCache's criterion (Liu et al. 2024, arXiv 2411.10510). The measure is the L1 distance over
     the L1 norm, a mean over layers and samples; a part of all layers is held together; the
@@ -113,9 +115,10 @@ def similarity(run: Run, budget: float, longest: int = 15) -> Plan:
         run: a plain run of samples, which the likeness is measured on.
         budget: the share of multiply-accumulates that may be left.
         longest: for how many steps in a row a part may be held.
+        apart: what `unlike` gives of the run, if it is known.
     """
-    model, steps = run.model, run.settings.steps
-    costs, apart = Costs.of(model), unlike(run, longest)
+    model, steps, costs = run.model, run.settings.steps, Costs.of(run.model)
+    apart = unlike(run, longest) if apart is None else apart
     kinds = list(apart)
 
     def cells(threshold: float) -> list[tuple[int, str, int]]:

@@ -22,12 +22,14 @@ from ..model.hooked import HookedDiT
 from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.run import Run, sample
-from .baselines import at_random, front_and_rear, pairs, similarity, uniform
+from .baselines import at_random, front_and_rear, pairs, similarity, uniform, unlike
 from .reuse_plan import Samples, require_other_samples, require_settings
 from .spread import log_interval
 
 Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
 """Figures by name of images [n, channel, height, width] in [0, 1] and the labels asked for."""
+CALIBRATION = 16
+"""Samples that the threshold of likeness is set on, at most."""
 EARLY, LATE = "early pairs (L2C's structure)", "late pairs"
 WAYS = (
     "plan",
@@ -130,8 +132,9 @@ def side_by_side(
 
     cut, labels = first["cut"], first["labels"]
     samples = Samples(model, items, seed, settings, cut, resamples, labels)
-    shown = min(plan.about["items"] for plan in plans)
+    shown = min(CALIBRATION, *(plan.about["items"] for plan in plans))
     calibration = Samples(model, shown, plans[0].about["seed"], settings, cut, labels=labels).run
+    apart = unlike(calibration, max(plan.about["longest"] for plan in plans))
     total = len(plans) * len(WAYS) + 1
 
     def tell(done: int) -> None:
@@ -143,10 +146,13 @@ def side_by_side(
     rows: list[list[dict[str, Any]]] = []
     for plan in plans:
         rows.append([])
-        for way in _ways(model, plan, calibration):
-            found, took = _timed(samples, (way.steps, *settings[1:]), way.plan)
-            rows[-1].append(_figures(samples, found, judge) | {"macs": way.macs})
-            rows[-1][-1]["time"] = took / seconds
+        for name, way in zip(WAYS, _ways(model, plan, calibration, apart), strict=True):
+            if len(rows) > 1 and name in (EARLY, LATE):  # the same at every budget
+                rows[-1].append(rows[0][WAYS.index(name)])
+            else:
+                found, took = _timed(samples, (way.steps, *settings[1:]), way.plan)
+                rows[-1].append(_figures(samples, found, judge) | {"macs": way.macs})
+                rows[-1][-1]["time"] = took / seconds
             tell(len(WAYS) * (len(rows) - 1) + len(rows[-1]) + 1)
     result = _dataset(samples, plans, rows)
     if judge is not None:
@@ -158,13 +164,15 @@ def side_by_side(
     return result
 
 
-def _ways(model: HookedDiT, plan: Plan, calibration: Run) -> Iterator[Way]:
+def _ways(
+    model: HookedDiT, plan: Plan, calibration: Run, apart: Mapping[str, Array]
+) -> Iterator[Way]:
     """The ways of WAYS, at a plan's share."""
     times, budget = list(plan.timesteps), plan.macs
     longest = plan.about["longest"]
     for each in (
         plan,
-        similarity(calibration, budget, longest),
+        similarity(calibration, budget, longest, apart),
         uniform(model, times, budget, lines=True),
         uniform(model, times, budget),
         front_and_rear(model, times, budget),

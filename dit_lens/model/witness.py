@@ -109,8 +109,8 @@ class Witnessing:
             sums = checksum(torch.cat(list(streams.values())))
             self._keep(streams, (part.view(len(streams), -1) for part in sums))
         for streams in _alike({name: one.bits for name, one in self.large.items()}):
-            sums = zip(*(self.large[name] for name in streams), strict=True)
-            self._keep(streams, map(torch.stack, sums))
+            each = zip(*(self.large[name] for name in streams), strict=True)
+            self._keep(streams, (torch.stack(parts) for parts in each))
         self.small, self.large = {}, {}
 
     def _keep(self, names: Iterable[str], sums: Iterable[Tensor]) -> None:
