@@ -414,8 +414,8 @@ def planted_fault(kind: str, seed: int) -> dict[str, np.ndarray]:
 
 
 def faults(scale: float) -> Iterator[Row]:
-    """Planted faults in `digits` (12 steps of DDIM, eta 1; one bad image and the one of the model
-    without the fault), and what `diagnose` makes of them; simpler ways beside it. Places at which
+    """Planted faults in `digits` (12 steps of DDIM, eta 1, for tilted starts eta 0; one bad image and
+    the one of the model, or the start, without the fault), and what `diagnose` makes of them; simpler ways beside it. Places at which
     no strength makes an image that is misread are left out.
     """
     check = "faults planted in digits"
