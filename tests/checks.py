@@ -10,10 +10,10 @@ import argparse
 import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import test_cause_map
@@ -204,10 +204,27 @@ def profiles(scale: float) -> Iterator[Row]:
             )
 
 
+def kept(name: str, number: int, find: Callable[[int], dict[str, Any]]) -> list[dict[str, float]]:
+    """What is found for each of so many seeds, in a piece of its own; None is NaN."""
+    pieces = [Piece(f"{name} {seed}", partial(_arrays, find, seed)) for seed in range(number)]
+    return [{key: float(value) for key, value in found.items()} for found in results(pieces)]
+
+
+def _arrays(find: Callable[[int], dict[str, Any]], seed: int) -> dict[str, np.ndarray]:
+    return {k: np.array(np.nan if v is None else v, float) for k, v in find(seed).items()}
+
+
+def onsets_of(make: Callable[..., test_layer_profile.Named], seed: int) -> dict[str, Any]:
+    """The layer that was planted, and those that are named by view."""
+    one = make(seed)
+    return {"planted": one.planted, **one.onsets}
+
+
 def models(scale: float) -> Iterator[Row]:
     """Onsets on real DiTs: planted layers, random weights, shuffled layers."""
-    found = list(test_layer_profile.planted_models(max(4, round(200 * scale))))
-    right = [one.onsets["growth"] == one.planted for one in found]
+    make = partial(onsets_of, test_layer_profile.planted_model)
+    found = kept("planted", max(4, round(200 * scale)), make)
+    right = [one["growth"] == one["planted"] for one in found]
     yield Row(
         "onset, planted DiTs (E4)",
         "growth names the first planted layer",
@@ -216,9 +233,10 @@ def models(scale: float) -> Iterator[Row]:
         sum(right) >= 0.95 * len(right),
     )
     for kind, number in (("random", 100), ("shuffled", 30)):
-        nulls = list(test_layer_profile.null_models(max(4, round(number * scale)), kind))
+        null = partial(test_layer_profile.null_model, kind=kind)
+        nulls = kept(kind, max(4, round(number * scale)), partial(onsets_of, null))
         for view in test_layer_profile.VIEWS:
-            claims = sum(one.onsets[view] is not None for one in nulls)
+            claims = sum(not np.isnan(one[view]) for one in nulls)
             yield Row(
                 f"onset, null DiTs (E5), {kind}",
                 f"{view} claims a layer",
@@ -226,17 +244,13 @@ def models(scale: float) -> Iterator[Row]:
                 share(claims, len(nulls)),
                 claims <= 0.05 * len(nulls),
             )
-    pairs = list(
-        zip(
-            nulls,
-            test_layer_profile.null_models(len(nulls), "shuffled", other_twins=1000),
-            strict=True,
-        )
-    )
+    again = kept("again", len(nulls), partial(onsets_of, partial(null, other_twins=1000)))
     for view in test_layer_profile.VIEWS:
-        both = [(a.onsets[view], b.onsets[view]) for a, b in pairs if a.onsets[view] is not None]
+        both = [
+            (a[view], b[view]) for a, b in zip(nulls, again, strict=True) if not np.isnan(a[view])
+        ]
         if both:
-            alike = sum(b is not None and abs(a - b) <= 1 for a, b in both)
+            alike = sum(abs(a - b) <= 1 for a, b in both)  # NaN is near nothing
             yield Row(
                 "onset, null DiTs (E5), shuffled",
                 f"{view}: the layer claimed is claimed again (within 1) with other twins",
@@ -246,11 +260,16 @@ def models(scale: float) -> Iterator[Row]:
             )
 
 
+def white_stream(seed: int) -> dict[str, Any]:
+    """Whether a gap is seen where there is none."""
+    return {"alarm": test_layer_profile.white_stream(seed)}
+
+
 def nulls(scale: float) -> Iterator[Row]:
     """Profiles over depth held against 19 null models, where no order of layers is special, and
     clones in the stream where there is no gap.
     """
-    found = list(test_layer_profile.late_claims(max(4, round(60 * scale))))
+    found = kept("late", max(4, round(60 * scale)), test_layer_profile.late_claim)
     for view in test_layer_profile.VIEWS:
         claims = sum(p[view] <= 0.05 for p in found)
         yield Row(
@@ -260,7 +279,8 @@ def nulls(scale: float) -> Iterator[Row]:
             share(claims, len(found)),
             claims <= 0.05 * len(found),
         )
-    white = list(test_layer_profile.white_streams(max(4, round(100 * scale))))
+    alarms = kept("white", max(4, round(100 * scale)), white_stream)
+    white = [one["alarm"] for one in alarms]
     yield Row(
         "clones agree in the stream, white data (E1)",
         "a gap is seen in some layer",
@@ -400,7 +420,7 @@ def holds(scale: float) -> Iterator[Row]:
     )
 
 
-def planted_fault(kind: str, seed: int) -> dict[str, np.ndarray]:
+def planted_fault(kind: str, seed: int) -> dict[str, Any]:
     """What is found of one planted fault; nothing where no strength of it shows."""
     one = test_faults.case(kind, seed)
     if one is None:
@@ -410,13 +430,13 @@ def planted_fault(kind: str, seed: int) -> dict[str, np.ndarray]:
         for name, way in test_faults.BASELINES.items():
             layer, found[f"{name}: images"] = way(one)
             found[f"{name}: first"] = layer in one.layers
-    return {name: np.array(value, float) for name, value in found.items()}
+    return found
 
 
 def faults(scale: float) -> Iterator[Row]:
-    """Planted faults in `digits` (12 steps of DDIM, eta 1, for tilted starts eta 0; one bad image and
-    the one of the model, or the start, without the fault), and what `diagnose` makes of them; simpler ways beside it. Places at which
-    no strength makes an image that is misread are left out.
+    """Planted faults in `digits` (12 steps of DDIM, eta 1, for tilted starts eta 0; one bad image
+    and the one of the model, or the start, without the fault), and what `diagnose` makes of them;
+    simpler ways beside it. Places at which no strength makes an image that is misread are left out.
     """
     check = "faults planted in digits"
     few = {"layer": 20, "head": 10, "tokens": 6, "two": 6, "decoy": 10, "noise": 10, "nothing": 10}
@@ -424,7 +444,8 @@ def faults(scale: float) -> Iterator[Row]:
     for kind, full in few.items():
         seed, wanted = 0, max(2, round(full * scale))
         while len(done[kind]) < wanted and seed < 6 * wanted:
-            (found,) = results([Piece(f"{kind} {seed}", partial(planted_fault, kind, seed))])
+            piece = Piece(f"{kind} {seed}", partial(_arrays, partial(planted_fault, kind), seed))
+            (found,) = results([piece])
             if found:
                 done[kind].append({name: float(value) for name, value in found.items()})
             seed += 1

@@ -2,7 +2,6 @@
 tests/checks.py` does it at length.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -55,38 +54,31 @@ def named(model: HookedDiT, seed: int, cut: float, pairs: int, steps: int) -> di
     return {view: None if isinstance(found, str) else found.layer for view, found in onsets.items()}
 
 
-def planted_models(models: int, pairs: int = 24, steps: int = 6) -> Iterator[Named]:
+def planted_model(seed: int, pairs: int = 24, steps: int = 6) -> Named:
     """Layers planted anywhere, of either sign, in either band, with noise on top."""
-    for seed in range(models):
-        truth = random_planted(seed)
-        model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-        yield Named(truth.answer["onset"], named(model, seed, 0.1, pairs, steps))
+    truth = random_planted(seed)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    return Named(truth.answer["onset"], named(model, seed, 0.1, pairs, steps))
 
 
-def null_models(
-    models: int, kind: str = "random", pairs: int = 24, steps: int = 16, other_twins: int = 0
-) -> Iterator[Named]:
+def null_model(
+    seed: int, kind: str = "random", pairs: int = 24, steps: int = 16, other_twins: int = 0
+) -> Named:
     """Random weights, or `digits` with its layers in another order; `other_twins` is added to
     the seed of the twins.
     """
     digits = dit_lens.load("digits")
-    for seed in range(models):
-        truth = (
-            random_weights(seed).transformer
-            if kind == "random"
-            else shuffle_layers(digits.transformer, seed)
-        )
-        yield Named(
-            None,
-            named(
-                HookedDiT(truth, scheduler=digits.scheduler), seed + other_twins, 0.25, pairs, steps
-            ),
-        )
+    if kind == "random":
+        truth = random_weights(seed).transformer
+    else:
+        truth = shuffle_layers(digits.transformer, seed)
+    model = HookedDiT(truth, scheduler=digits.scheduler)
+    return Named(None, named(model, seed + other_twins, 0.25, pairs, steps))
 
 
 @pytest.mark.slow
 def test_planted_layers_are_named_by_the_growth_of_the_difference():
-    found = list(planted_models(4))
+    found = [planted_model(seed) for seed in range(4)]
     assert [one.onsets["growth"] for one in found] == [one.planted for one in found]
     # a gain is no delay
     assert all(one.onsets["stream"] is None and one.onsets["lens"] is None for one in found)
@@ -101,7 +93,7 @@ def test_a_single_planted_layer_is_named_even_if_it_is_the_first():
 
 @pytest.mark.slow
 def test_random_layers_are_not_blamed():
-    found = list(null_models(2, steps=10))
+    found = [null_model(seed, steps=10) for seed in range(2)]
     assert all(one.onsets["growth"] is None and one.onsets["lens"] is None for one in found), found
 
 
@@ -164,28 +156,26 @@ def test_a_null_model_is_the_same_again_and_has_the_same_layers_in_another_order
         assert sorted(where) == [0, 1, 2, 3] and where != [0, 1, 2, 3]
 
 
-def late_claims(models: int, nulls: int = 19, layers: int = 6) -> Iterator[dict[str, float]]:
-    """p-values of models with random weights, in which no order is special."""
-    for seed in range(models):
-        truth = random_weights(1000 + seed, n_layers=layers)
-        model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-        found = null_profiles(model, nulls, modes_of(model, 0.25), steps=6, seed=100 * seed)
-        yield {view: float(found.null_p.sel(profile=view)) for view in VIEWS}
+def late_claim(seed: int, nulls: int = 19, layers: int = 6) -> dict[str, float]:
+    """p-values of a model with random weights, in which no order is special."""
+    truth = random_weights(1000 + seed, n_layers=layers)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    found = null_profiles(model, nulls, modes_of(model, 0.25), steps=6, seed=100 * seed)
+    return {view: float(found.null_p.sel(profile=view)) for view in VIEWS}
 
 
-def white_streams(models: int, pairs: int = 16, steps: int = 12) -> Iterator[bool]:
+def white_stream(seed: int, pairs: int = 16, steps: int = 12) -> bool:
     """Whether clones of white data are said to have a gap in the stream of any layer, at once."""
     truth = gaussian(1.0, 1.0, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     split = Bands.radial(model.cfg.grid, cut=0.1)
-    for seed in range(models):
-        pair = dit_lens.twins(model, pairs, [0] * pairs, steps=steps, seed=seed)
-        clones = release_sweep(pair, [Streams.of_twins(pair, split)], 6, seed=seed)
-        stats = clones.stats["stream"]
-        taus = commitment_draws(stats, clones.releases, clones.log_snr, resamples=300, seed=seed)
-        # the finite steps' own gap is 0 too: both bands have the same curve
-        ends = simultaneous(taus[:, 1::2] - taus[:, ::2], pairs)
-        yield bool((ends[:, 0] > 0).any() or (ends[:, 1] < 0).any())
+    pair = dit_lens.twins(model, pairs, [0] * pairs, steps=steps, seed=seed)
+    clones = release_sweep(pair, [Streams.of_twins(pair, split)], 6, seed=seed)
+    stats = clones.stats["stream"]
+    taus = commitment_draws(stats, clones.releases, clones.log_snr, resamples=300, seed=seed)
+    # the finite steps' own gap is 0 too: both bands have the same curve
+    ends = simultaneous(taus[:, 1::2] - taus[:, ::2], pairs)
+    return bool((ends[:, 0] > 0).any() or (ends[:, 1] < 0).any())
 
 
 def test_a_rank_is_a_p_value():
