@@ -5,6 +5,7 @@ Every import counts, also those inside functions, below TYPE_CHECKING and by `im
 """
 
 import ast
+import functools
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -75,15 +76,18 @@ def imports(name, file, tree):
                     yield (package + text if text.startswith(".") else text), None
 
 
+@functools.cache
 def ours():
     """Every import of one of our modules by another: (importer, imported, name or None)."""
+    found = []
     for name, (file, tree) in MODULES.items():
         if name not in DOOR:
             for origin, taken in imports(name, file, tree):
                 if origin == "dit_lens" and taken:  # through the door: from dit_lens import Bands
                     origin, taken = home(taken), None
                 if origin.split(".")[0] == "dit_lens":
-                    yield name, origin, taken
+                    found.append((name, origin, taken))
+    return found
 
 
 def home(public):

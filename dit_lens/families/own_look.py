@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
-from .adapter import Adapter
+from .adapter import Adapter, Spoken
 from .base import Skipped
 from .boundaries import argument_of, given
 from .config import Condition, Size
 from .own_forwards import same_again
-
-if TYPE_CHECKING:
-    from .own import OwnFamily
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def grid_of(adapter: Adapter, tokens: int) -> Size:
     return grid
 
 
-def look(family: OwnFamily, transformer: nn.Module, adapter: Adapter) -> Seen:
+def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
     """Run the model once on nothing, without gradients, its random numbers given back.
 
     Args:
