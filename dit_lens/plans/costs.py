@@ -75,9 +75,12 @@ class Costs:
             steps: of the run.
         """
         cells = set(cells)
-        saved = sum(self.parts[layer, part] for layer, part, _ in cells)
+        held: dict[tuple[int, str], set[int]] = {place: set() for place in self.parts}
+        saved = 0.0
+        for layer, part, step in cells:
+            saved += self.parts[layer, part]
+            held[layer, part].add(step)
         for layer, rest in enumerate(self.rest):
-            of_layer = [place for place in self.parts if place[0] == layer]
-            held = [{s for i, p, s in cells if (i, p) == place} for place in of_layer]
-            saved += rest * len(set.intersection(*held)) if held else 0
+            of_layer = [s for place, s in held.items() if place[0] == layer]
+            saved += rest * len(set.intersection(*of_layer)) if of_layer else 0
         return float(np.clip(1 - saved / (self.whole * steps), 0, 1))
