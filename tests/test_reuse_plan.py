@@ -1,5 +1,6 @@
 """Plans that are found: against uniform reuse, and the true optimum on an exact denoiser."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_its_figures_are_of_other_samples(model):
     low, high = plan.about["effect_high_interval"]
     assert low < plan.about["effect_high"] < high
     assert plan == reuse_plan(model, 0.6, items=8, steps=6, projections=2, resamples=50, seed=3)
+
+
+def test_gradients_of_a_few_samples_at_once(model, monkeypatch):
+    options = {"items": 8, "steps": 6, "resamples": 20}
+    plan = reuse_plan(model, 0.6, **options)
+    module = importlib.import_module("dit_lens.experiments.reuse_plan")
+    monkeypatch.setattr(module, "ROOM", 3 * 6 * 6 * 16 * 16 * 4)  # three items of them
+    run = dit_lens.sample(model, [0] * 8, steps=6)
+    assert module._at_once(run, 6) == 3
+    again = reuse_plan(model, 0.6, **options)
+    assert again.cells == plan.cells and again.lines == plan.lines
 
 
 def test_a_plan_for_labels_of_ones_own(model):

@@ -17,6 +17,7 @@ so the samples must be many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -38,6 +39,7 @@ from ..patching.first_order import check_gradients, directions
 from ..plans.costs import Costs
 from ..plans.plan import Plan
 from ..plans.runner import reuse
+from ..sampling.guidance import n_passes
 from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
@@ -52,8 +54,8 @@ EXCHANGES = 300
 QUARTERS = 4
 POWERS = 1.0, 0.85, 0.7, 0.6, 0.5
 """Of the plans that hold whole steps, which are tried first: see `even_steps`."""
-TOGETHER = 16
-"""Samples whose gradients are taken at once: more of them only take more memory."""
+TOGETHER, ROOM = 16, 1 << 30
+"""Samples whose gradients are taken at once, at most, and bytes for what their parts add."""
 
 
 def reuse_plan(
@@ -160,7 +162,8 @@ def reuse_plan(
     size = makers.spread.of_all * projections * items
     scale = np.sqrt(decided / size)[..., None, None]
 
-    parts = [slice(i, i + TOGETHER) for i in range(0, items, TOGETHER)]
+    at_once = _at_once(makers.run, len(costs.parts))
+    parts = [slice(i, i + at_once) for i in range(0, items, at_once)]
 
     # Plans from coarse to fine, around the plain run and then around the best plan so far.
     times, columns = makers.run.timesteps.tolist(), list(costs.parts)
@@ -300,6 +303,13 @@ def plan_sentence(plan: Plan) -> str:
         f"not made from it moves the finished image by {effects} (1: a stranger's distance). "
         f"Whole steps held evenly, {about['even_macs']:.1%} left, move the same samples by {even}."
     ).replace("%", " %")
+
+
+def _at_once(run: Run, parts: int) -> int:
+    """Of how many items gradients are taken at once: what all parts add at all steps is kept."""
+    cfg, passes = run.model.cfg, n_passes(run.model, run.settings.guidance)
+    one = parts * run.settings.steps * passes * math.prod(cfg.grid) * cfg.d_model
+    return max(1, min(TOGETHER, ROOM // (one * run.latents.element_size())))
 
 
 def _cheapest(costs: Costs, steps: int, longest: int) -> float:
