@@ -322,6 +322,17 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
         sweep(pair.a, pair.b, patches, store=tmp_path / "junk")
 
 
+def test_a_store_is_refused_under_module_hooks_before_anything_runs(model, pair, tmp_path):
+    seen = []
+    handle = model.transformer.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        with pytest.raises(InvalidState, match="module hooks on, and a store of pieces can't tell"):
+            sweep(pair.a, pair.b, grid([1], "attn_out", [range(1, 2)]), store=tmp_path / "s")
+    finally:
+        handle.remove()
+    assert not seen and not (tmp_path / "s").exists()
+
+
 def test_bands_that_print_alike_are_two_patches(tmp_path):
     """Cut at 0.25 and a hair above it the low band holds 9 and 13 modes: two answers, two files."""
     twins = dit_lens.twins(dit_lens.load("digits"), pairs=2, release=1, steps=4)

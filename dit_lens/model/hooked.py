@@ -625,6 +625,16 @@ class HookedDiT:
                 "model.eval() first."
             )
 
+    def require_bare(self) -> None:
+        """Raise InvalidState while hooks are on, which a store of pieces can't tell."""
+        busy = self.instrumentation.busy
+        if busy or State.of(self.transformer).hooks:
+            what = "hooks or a trace" if busy else "module hooks"
+            raise InvalidState(
+                f"The model has {what} on, and a store of pieces can't tell what they do; take "
+                "them off, or measure without a store and in this process."
+            )
+
     def require_installed(self) -> None:
         """Raise RuntimeError if the hook points were taken out."""
         if not self.instrumentation.installed:
@@ -650,13 +660,8 @@ def _reopened(
 @part_text.register(HookedDiT)
 def _content(model: HookedDiT, tell: Tell) -> str:
     """What a model computes, for stores of pieces: weights, configuration, adapters, scheduler."""
+    model.require_bare()
     state = State.of(model.transformer)
-    if model.instrumentation.busy or state.hooks:
-        what = "hooks or a trace" if model.instrumentation.busy else "module hooks"
-        raise InvalidState(
-            f"The model has {what} on, and a store of pieces can't tell what they do; take them "
-            "off, or measure without a store and in this process."
-        )
     caches = [
         (name, {k: v for k, v in vars(hook).items() if isinstance(v, (bool, int, float, str))})
         for module in model.transformer.modules()

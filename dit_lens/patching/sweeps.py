@@ -111,6 +111,8 @@ def sweep(
             f"{tied}; expected windows from there on."
         )
     bands = None if callable(outcome) else latent_bands(outcome, target)
+    if folder is not None:
+        target.model.require_bare()
     if current() is None:  # where pieces are shared the model is known by its content
         check_runs(source, target)
 
