@@ -15,6 +15,7 @@ from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, UnknownName
+from dit_lens.errors import InvalidState
 from dit_lens.families import family_named
 from dit_lens.patching import Patch, as_grid, grid, sweep, tiles
 from dit_lens.patching.patch import moved, plan
