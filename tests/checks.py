@@ -260,11 +260,6 @@ def models(scale: float) -> Iterator[Row]:
             )
 
 
-def white_stream(seed: int) -> dict[str, Any]:
-    """Whether a gap is seen where there is none."""
-    return {"alarm": test_layer_profile.white_stream(seed)}
-
-
 def nulls(scale: float) -> Iterator[Row]:
     """Profiles over depth held against 19 null models, where no order of layers is special, and
     clones in the stream where there is no gap.
@@ -279,8 +274,9 @@ def nulls(scale: float) -> Iterator[Row]:
             share(claims, len(found)),
             claims <= 0.05 * len(found),
         )
-    alarms = kept("white", max(4, round(100 * scale)), white_stream)
-    white = [one["alarm"] for one in alarms]
+    alarm = test_layer_profile.white_stream
+    found = kept("white", max(4, round(100 * scale)), lambda seed: {"alarm": alarm(seed)})
+    white = [one["alarm"] for one in found]
     yield Row(
         "clones agree in the stream, white data (E1)",
         "a gap is seen in some layer",

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -705,33 +706,18 @@ def command(*words):
 FORK = multiprocessing.get_context("fork")
 
 
-class Forked:
-    """A command in a process of its own, forked so that nothing is imported again."""
+def forked(said, *words):
+    """A command in a process of its own, forked so that nothing is imported again; what it says
+    goes to a file.
+    """
+    process = FORK.Process(target=saying, args=(said, list(map(str, words))))
+    process.start()
+    return process
 
-    def __init__(self, *words):
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when it is over
-        self.process = FORK.Process(target=self._run, args=(list(map(str, words)),))
-        self.process.start()
 
-    def _run(self, words):
-        for stream in (1, 2):
-            os.dup2(self.said.fileno(), stream)
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-        code = main(words)
-        sys.stdout.flush()
-        os._exit(code)
-
-    def kill(self):
-        self.process.kill()
-
-    def poll(self):
-        return self.process.exitcode
-
-    def wait(self):
-        """Its exit code, and what it said."""
-        self.process.join()
-        self.said.seek(0)
-        return self.process.exitcode, self.said.read()
+def saying(said, words):
+    with open(said, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        sys.exit(main(words))
 
 
 @linux
@@ -747,30 +733,32 @@ def test_commands_are_killed_helped_and_gone_on_with(folder, tmp_path):
     rng, words = random.Random(1), ["gap", folder, *options, "--out", out, "--store", store]
     codes = []
     for _ in range(8):
-        leader = Forked(*words)
-        helper = Forked("work", store) if store.exists() else None
+        said = tmp_path / "said"
+        leader = forked(said, *words)
+        helper = forked(tmp_path / "helped", "work", store) if store.exists() else None
         before, kill = len(list(store.glob("[!.]*/zarr.json"))), len(codes) < max(2, KILLS // 6)
         deadline = time.monotonic() + 200
-        while leader.poll() is None and time.monotonic() < deadline:
+        while leader.exitcode is None and time.monotonic() < deadline:
             time.sleep(0.02)
             if kill and len(list(store.glob("[!.]*/zarr.json"))) > before:
                 time.sleep(rng.uniform(0, 0.3))
                 leader.kill()
                 break
-        code, said = leader.wait()
-        codes.append(code)
+        leader.join()
+        codes.append(leader.exitcode)
         if helper is not None:
             helper.kill()
-            helper.wait()
+            helper.join()
         if codes[-1] != -signal.SIGKILL:
             break
-    assert codes[-1] == 0, said
+    assert codes[-1] == 0, said.read_text()
     assert codes.count(-signal.SIGKILL) >= 2
     one, other = (xr.load_dataset(next(p.glob("*.nc"))) for p in (alone, out))
     assert one.drop_attrs().identical(other.drop_attrs())
     # whoever comes late finds nothing to do; the model is known by its content
-    code, said = Forked("work", store).wait()
-    assert code == 0 and said.startswith("0 more pieces are in")
+    late = forked(said, "work", store)
+    late.join()
+    assert late.exitcode == 0 and said.read_text().startswith("0 more pieces are in")
 
 
 def test_work_says_what_is_wrong(folder, model, tmp_path, capsys):

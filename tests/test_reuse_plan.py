@@ -1,7 +1,7 @@
 """Plans that are found: against uniform reuse, and the true optimum on an exact denoiser."""
 
-import importlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler
 import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.errors import InvalidValue
-from dit_lens.experiments import Plan, reuse_plan
-from dit_lens.experiments.reuse_plan import check_plan
+from dit_lens.experiments import Plan, plan_gradients, reuse_plan
+from dit_lens.experiments.reuse_plan import check_plan, plan_sentence
+from dit_lens.experiments.whole_steps import whole_steps
 from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian
 
@@ -63,12 +64,28 @@ def test_its_figures_are_of_other_samples(model):
 def test_gradients_of_a_few_samples_at_once(model, monkeypatch):
     options = {"items": 8, "steps": 6, "resamples": 20}
     plan = reuse_plan(model, 0.6, **options)
-    module = importlib.import_module("dit_lens.experiments.reuse_plan")
-    monkeypatch.setattr(module, "ROOM", 3 * 6 * 6 * 16 * 16 * 4)  # three items of them
-    run = dit_lens.sample(model, [0] * 8, steps=6)
-    assert module._at_once(run, 6) == 3
+    parts, whole = sum(map(len, plan.parts)), []
+    monkeypatch.setattr(plan_gradients, "ROOM", 3 * parts * 6 * 16 * 16 * 4)  # of three items
+    one_by_one = plan_gradients._slopes
+    monkeypatch.setattr(
+        plan_gradients,
+        "_slopes",
+        lambda run, *a: whole.append(len(run.labels)) or one_by_one(run, *a),
+    )
     again = reuse_plan(model, 0.6, **options)
+    assert whole[:3] == [3, 3, 2]
     assert again.cells == plan.cells and again.lines == plan.lines
+
+
+def test_a_plan_of_whole_steps_says_which_are_computed(model):
+    about = {"even_macs": 0.5}
+    about |= {f"{what}_{band}": 0.1 for what in ("effect", "even") for band in ("low", "high")}
+    about |= {f"{name}_interval": [0.05, 0.2] for name in list(about) if name != "even_macs"}
+    times = dit_lens.sample(model, [0], steps=6).timesteps.tolist()
+    whole = replace(whole_steps(model, times, [0, 2, 5]), about=about)
+    assert plan_sentence(whole).endswith(" It holds whole steps, and computes 0, 2, 5.")
+    parts = replace(Plan.of(model, times, [(0, "attn", 3)]), about=about)
+    assert "whole steps, and" not in plan_sentence(parts)
 
 
 def test_a_plan_for_labels_of_ones_own(model):

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Answer:
     """Run the model and the changed one, and say what differs."""
     from ..experiments import Plan, compare
+    from ..experiments.reuse_plan import OTHER_SAMPLES
     from ..report import compare as report
     from ..storage import file_name, try_folder
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> Answer:
             items=args.items,
             labels=labels,
             steps=steps,
-            seed=args.seed + (1000 if plan is not None else 0),  # not those it was made from
+            seed=args.seed + (0 if plan is None else OTHER_SAMPLES),
             cut=args.cut,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **options,

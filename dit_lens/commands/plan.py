@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Make the plan, or check one, and say what it does."""
-    from ..experiments.reuse_plan import check_plan, plan_sentence, reuse_plan
+    from ..experiments.reuse_plan import OTHER_SAMPLES, check_plan, plan_sentence, reuse_plan
     from ..plans.plan import Plan
     from ..report.style import plain_console
     from ..storage import file_name, try_file
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Answer:
         return _side_by_side(args)
     if args.check is not None:
         plan = Plan.load(args.check)
-        seed = args.seed + 1000  # not those that it was made from
+        seed = args.seed + OTHER_SAMPLES
         plan = check_plan(open_model(args), plan, items=args.items, seed=seed)
         console.print(plan_sentence(plan), soft_wrap=True)
         return Answer({"plan": str(args.check), "sentence": plan_sentence(plan)})
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> Answer:
 def _side_by_side(args: argparse.Namespace) -> Answer:
     """Measure plans beside published ways to spend as little."""
     from ..experiments import Plan, side_by_side
+    from ..experiments.reuse_plan import OTHER_SAMPLES
     from ..report import side_by_side as report
     from ..storage import file_name, try_folder
 
@@ -118,7 +119,7 @@ def _side_by_side(args: argparse.Namespace) -> Answer:
             model,
             plans,
             items=args.items,
-            seed=args.seed + 1000,  # not those that they were made from
+            seed=args.seed + OTHER_SAMPLES,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     report.show(result, report.store(result, out))

@@ -8,6 +8,7 @@ it is held from counts twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -25,6 +26,8 @@ from ..sampling.loop import advance, model_output
 from ..sampling.run import Run
 from ..sampling.settings import edits_at
 
+TOGETHER, ROOM = 16, 1 << 30
+"""Items that are gone through at once, at most, and bytes for what all parts add at all steps."""
 Additions = dict[Added, Tensor]
 """What each place adds at a step, [batch, ...]."""
 
@@ -35,7 +38,7 @@ def slopes(
     columns: Sequence[tuple[int, str]],
     aims: Tensor,
     reach: int,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Array:
     """Projections on the directions, [column, step, back, band, direction, item]: how the finished
     latents move when a cell adds what its part would `back` steps earlier, in place of what it
@@ -47,8 +50,33 @@ def slopes(
         columns: (layer, part).
         aims: directions, as `directions` gives them, [band, direction, item, *latent_shape].
         reach: how many steps back are asked for.
-        progress: called with the steps done, twice the run's in all.
+        progress: called with how much is done, and how much there is.
     """
+    cfg, steps, n = under.model.cfg, plan.steps, len(under.labels)
+    one = len(columns) * steps * math.prod(cfg.grid) * cfg.d_model * under.latents.element_size()
+    at_once = max(1, min(TOGETHER, ROOM // (one * n_passes(under.model, under.settings.guidance))))
+    found: list[Array] = []
+    for first in range(0, n, at_once):
+
+        def tell(done: int, before: int = 2 * steps * len(found)) -> None:
+            if progress is not None:
+                progress(before + done, 2 * steps * -(-n // at_once))
+
+        part = slice(first, first + at_once)
+        own = under.select(part)
+        found.append(_slopes(own, plan, columns, aims[:, :, part], reach, tell))
+    return np.concatenate(found, axis=-1)
+
+
+def _slopes(
+    under: Run,
+    plan: Plan,
+    columns: Sequence[tuple[int, str]],
+    aims: Tensor,
+    reach: int,
+    told: Callable[[int], object],
+) -> Array:
+    """The same of all items at once; told of the steps done, twice the run's in all."""
     of_column = [parts(under.model.names, layer)[part] for layer, part in columns]
     held = _Held(plan, columns, of_column)
     steps, passes = plan.steps, n_passes(under.model, under.settings.guidance)
@@ -58,8 +86,7 @@ def slopes(
     for step in range(steps):
         fresh.append({})
         _next(under, under.latents[step], step, fresh[-1], held.values(step, fresh), held.places)
-        if progress is not None:
-            progress(step + 1)
+        told(step + 1)
 
     # Backwards: how the finished latents answer to each.
     found: Array = np.zeros((len(columns), steps, reach + 1, *aims.shape[:3]), np.float32)
@@ -103,8 +130,7 @@ def slopes(
                     moved.unflatten(1, aims.shape[:2]).float().cpu().numpy()
                 )
         fresh.pop()
-        if progress is not None:
-            progress(2 * steps - step)
+        told(2 * steps - step)
     return found
 
 

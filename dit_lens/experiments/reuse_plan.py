@@ -17,7 +17,7 @@ so the samples must be many.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -39,7 +39,6 @@ from ..patching.first_order import check_gradients, directions
 from ..plans.costs import Costs
 from ..plans.plan import Plan
 from ..plans.runner import reuse
-from ..sampling.guidance import n_passes
 from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
@@ -54,8 +53,8 @@ EXCHANGES = 300
 QUARTERS = 4
 POWERS = 1.0, 0.85, 0.7, 0.6, 0.5
 """Of the plans that hold whole steps, which are tried first: see `even_steps`."""
-TOGETHER, ROOM = 16, 1 << 30
-"""Samples whose gradients are taken at once, at most, and bytes for what their parts add."""
+OTHER_SAMPLES = 1000
+"""The seed of the samples that plans are judged by; made they are from 0 on, unless told."""
 
 
 def reuse_plan(
@@ -162,36 +161,27 @@ def reuse_plan(
     size = makers.spread.of_all * projections * items
     scale = np.sqrt(decided / size)[..., None, None]
 
-    at_once = _at_once(makers.run, len(costs.parts))
-    parts = [slice(i, i + at_once) for i in range(0, items, at_once)]
-
     # Plans from coarse to fine, around the plain run and then around the best plan so far.
     times, columns = makers.run.timesteps.tolist(), list(costs.parts)
     number = number_of_steps(model, steps, budget)
     best, least = Plan.of(model, times, []), np.inf
     for turn in range(rounds + 1):
-        under, found = makers.under(best) if turn else makers.run, []
-        for i, part in enumerate(parts):
 
-            def tell(done: int, before: int = len(parts) * turn + i) -> None:
-                if progress is not None:
-                    whole = len(parts) * (rounds + 1)
-                    progress(2 * steps * before + done, 2 * steps * whole)
+        def tell(done: int, total: int, turn: int = turn) -> None:
+            if progress is not None:
+                progress(total * turn + done, total * (rounds + 1))
 
-            own = under.select(part)
-            found.append(slopes(own, best, columns, aims[:, :, part], longest, tell))
-        found = np.concatenate(found, axis=-1) * scale[:, None]
+        under = makers.under(best) if turn else makers.run
+        found = slopes(under, best, columns, aims, longest, tell) * scale[:, None]
         cells = found.reshape(*found.shape[:3], -1)
         effects = Effects([(place,) for place in columns], cells, times, costs, lines)
         groups = _groups(columns, model.cfg.n_layers)
         tried = []
-        if not turn:
-            tried = [
-                whole_steps(model, times, even_steps(steps, number, power), lines)
-                for power in POWERS
-            ]
         if aim == "good":  # few samples can't judge how good plans are, so a coarse one is taken
             groups = [groups[min(1, len(groups) - 1)]]
+        elif not turn:
+            kept = [even_steps(steps, number, power) for power in POWERS]
+            tried = [whole_steps(model, times, computed, lines) for computed in kept]
         for together in groups:
             search = Search(effects.together(together), best.cells)
             search.compose(budget)
@@ -209,7 +199,12 @@ def reuse_plan(
 
 
 def check_plan(
-    model: HookedDiT, plan: Plan, *, items: int = 64, seed: int = 1000, resamples: int = 1000
+    model: HookedDiT,
+    plan: Plan,
+    *,
+    items: int = 64,
+    seed: int = OTHER_SAMPLES,
+    resamples: int = 1000,
 ) -> Plan:
     """A plan with its figures measured anew: by running it, with the settings it was made with.
 
@@ -295,21 +290,19 @@ def plan_sentence(plan: Plan) -> str:
         )
         for what in ("effect", "even")
     )
-    half = plan.steps // 2
+    half, at = plan.steps // 2, Counter(step for *_, step in plan.cells)
+    whole = ""
+    if set(at.values()) == {sum(map(len, plan.parts))}:
+        computed = ", ".join(str(step) for step in range(plan.steps) if step not in at)
+        whole = f" It holds whole steps, and computes {computed}."
     early = sum(step < half for *_, step in plan.cells) / max(1, len(plan.cells))
     return (
         f"The plan holds {len(plan.cells)} cells, {early:.0%} of them in the first half of the "
         f"steps, and leaves {plan.macs:.1%} of the multiply-accumulates; on samples that it was "
         f"not made from it moves the finished image by {effects} (1: a stranger's distance). "
         f"Whole steps held evenly, {about['even_macs']:.1%} left, move the same samples by {even}."
+        f"{whole}"
     ).replace("%", " %")
-
-
-def _at_once(run: Run, parts: int) -> int:
-    """Of how many items gradients are taken at once: what all parts add at all steps is kept."""
-    cfg, passes = run.model.cfg, n_passes(run.model, run.settings.guidance)
-    one = parts * run.settings.steps * passes * math.prod(cfg.grid) * cfg.d_model
-    return max(1, min(TOGETHER, ROOM // (one * run.latents.element_size())))
 
 
 def _cheapest(costs: Costs, steps: int, longest: int) -> float:

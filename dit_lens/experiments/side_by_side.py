@@ -23,7 +23,7 @@ from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.run import Run, sample
 from .baselines import at_random, front_and_rear, pairs, similarity, uniform, unlike
-from .reuse_plan import Samples, require_other_samples, require_settings
+from .reuse_plan import OTHER_SAMPLES, Samples, require_other_samples, require_settings
 from .spread import log_interval
 
 Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
@@ -64,7 +64,7 @@ def side_by_side(
     plans: Sequence[Plan],
     *,
     items: int = 64,
-    seed: int = 1000,
+    seed: int = OTHER_SAMPLES,
     judge: Judge | None = None,
     resamples: int = 1000,
     progress: Callable[[int, int], object] | None = None,
