@@ -100,6 +100,24 @@ def test_its_repair_works_again_from_the_file(found, spoiled, bad, tmp_path):
         load_edits(path, spoiled)
 
 
+def test_two_layers_that_each_make_the_fault_are_named_together(good):
+    both = [Fault(layer, (250, 700), strength=8.0) for layer in (1, 4)]
+    bad = dit_lens.sample(model_of(*both), [0], seeds=5, **OPTIONS)
+    found = diagnose(bad.model, bad, away_from(good), good, **SMALL)
+    assert found.layers == (1, 4) and found.sentence.startswith("Layers 1 and 4 together, step")
+    assert float(found.result.together) > 0.9
+    # neither is enough by itself, and what the good run has in both is
+    assert max(found.result.effect.values) < 0.9
+    assert found.repair is not None and found.repair.tidy and "layers 1, 4" in found.repair.name
+
+
+def test_a_fault_that_leaves_a_rest_outside_the_window_is_repaired_from_its_start_on(good):
+    bad = dit_lens.sample(model_of(Fault(2, (0, 1000), strength=8.0)), [0], seeds=5, **OPTIONS)
+    found = diagnose(bad.model, bad, away_from(good), good, **SMALL)
+    assert found.repair is not None and found.repair.tidy
+    assert torch.allclose(found.repair.image, good.images[0], atol=0.1)
+
+
 def test_the_page_is_drawn_and_drawn_again(found, tmp_path, capsys):
     stored = report.store(found.result, tmp_path)
     report.show(found.result, stored)

@@ -94,18 +94,40 @@ def case(kind: str, seed: int, steps: int = STEPS) -> Case | None:
                 return Case(kind, model, bad, good, NAME, (), None, set(), ())
         return None
     faults = drawn(rng, kind, model)
+    together = [faults] if kind != "two" else [[fault] for fault in faults]  # or each by itself
+    planted = [misread(model, some, label, drawn_with) for some in together]
+    if any(strong is None for strong in planted):
+        return None
+    faults = [fault for strong in planted if strong for fault in strong]
+    spoiled, bad = sampled(model, faults, label, drawn_with)
+    if int(digits.read(bad.images).argmax()) == label:  # two that undo each other
+        return None
+    real = [fault for fault in faults if fault.part != "decoy"]
+    low, high = faults[0].timesteps
+    window = {s for s, t in enumerate(bad.timesteps.tolist()) if low <= t < high}
+    decoys = tuple(fault.layer for fault in faults if fault.part == "decoy")
+    layers = tuple(fault.layer for fault in real)
+    return Case(kind, spoiled, bad, good, NAME, layers, real[0].head, window, decoys)
+
+
+def misread(
+    model: HookedDiT, faults: list[Fault], label: int, drawn_with: dict[str, Any]
+) -> list[Fault] | None:
+    """The faults at the least strength that makes another digit of the image; None for no such."""
     for power in range(8):
         planted = [stronger(fault, 4.0**power) for fault in faults]
-        spoiled = HookedDiT(plant(model.transformer, planted), scheduler=model.scheduler)
-        bad = dit_lens.sample(spoiled, [label], **drawn_with)
+        _, bad = sampled(model, planted, label, drawn_with)
         if int(digits.read(bad.images).argmax()) != label:
-            real = [fault for fault in faults if fault.part != "decoy"]
-            low, high = faults[0].timesteps
-            window = {s for s, t in enumerate(bad.timesteps.tolist()) if low <= t < high}
-            decoys = tuple(fault.layer for fault in faults if fault.part == "decoy")
-            layers = tuple(fault.layer for fault in real)
-            return Case(kind, spoiled, bad, good, NAME, layers, real[0].head, window, decoys)
+            return planted
     return None
+
+
+def sampled(
+    model: HookedDiT, faults: list[Fault], label: int, drawn_with: dict[str, Any]
+) -> tuple[HookedDiT, Any]:
+    """The model with faults planted, and its run."""
+    spoiled = HookedDiT(plant(model.transformer, faults), scheduler=model.scheduler)
+    return spoiled, dit_lens.sample(spoiled, [label], **drawn_with)
 
 
 class Outcome(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -251,7 +251,7 @@ class Planned:
             for a "skip" and for blocks with the stream that enters.
         layer: its first block, 0 or more.
         axes: the hook points', by name.
-        inside: the part of the activation that is replaced.
+        inside: the part of each activation that is replaced, by name.
         steps: the window.
         key: a digest of what is done; patches of one key differ in their windows only.
     """
@@ -260,7 +260,7 @@ class Planned:
     places: tuple[Added, ...]
     layer: int
     axes: dict[str, tuple[str, ...]]
-    inside: Region
+    inside: dict[str, Region]
     steps: range
     key: str
 
@@ -294,7 +294,7 @@ class Planned:
     @property
     def whole(self) -> bool:
         """Whether nothing of the old activation is left."""
-        everything = self.inside.everything and self.patch.dose == 1
+        everything = all(part.everything for part in self.inside.values()) and self.patch.dose == 1
         return everything and self.patch.direction is None
 
     @property
@@ -353,7 +353,7 @@ class Planned:
             coming = old + ((coming - old) @ unit)[..., None] * unit
         if self.patch.dose != 1:
             coming = old + self.patch.dose * (coming - old)
-        return self.inside.merge(old, coming, self.axes[place.name])
+        return self.inside[place.name].merge(old, coming, self.axes[place.name])
 
     def _of_items(self, source: Tensor) -> Tensor:
         if self.patch.kind == "mean":
@@ -449,9 +449,27 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
         patch.direction,
         *([] if patch.dose == 1 else [patch.dose]),
     )
-    planned = Planned(patch, places, layer, axes, inside, window, key)
+    planned = Planned(patch, places, layer, axes, dict.fromkeys(axes, inside), window, key)
     planned.check_direction(sizes.get(first[-1]))
     return planned
+
+
+def joined(patches: Sequence[Planned]) -> Planned:
+    """Patches that differ only in where they are, made at once, as one.
+
+    Args:
+        patches: one or more.
+    """
+    first = min(patches, key=lambda planned: planned.layer)
+    places = tuple(dict.fromkeys(place for planned in patches for place in planned.places))
+    axes = {name: own for planned in patches for name, own in planned.axes.items()}
+    inside = {name: own for planned in patches for name, own in planned.inside.items()}
+    key = _digest(*sorted({planned.key for planned in patches}))
+    return (
+        replace(first, places=places, axes=axes, inside=inside, key=key)
+        if len(patches) > 1
+        else first
+    )
 
 
 def _places(patch: Patch, model: HookedDiT, layer: int) -> tuple[Added, ...]:

@@ -170,14 +170,15 @@ def diagnose(
         found = locate(prober)
         spent.stage = "inside"
         if found.window is not None:
-            insides = [look_inside(prober, layer, found.window) for layer in found.blamed]
+            for layer in sorted(found.blamed):  # as `layers` are given
+                beside = tuple(x for x in found.blamed if x != layer) if found.together else ()
+                insides.append(look_inside(prober, layer, found.window, beside))
 
     # Repair.
     spent.stage = "repair"
-    matched = compared is not None and compared.matched
-    reference = images(good.latents[-1]) if matched and good is not None else None
     spread = spreads(shown, score)
-    shop = Workshop(run, score, images, compared, rest, reference, spread.tolist(), spent, batch)
+    alike = good if compared is not None and compared.matched else None
+    shop = Workshop(run, score, images, compared, rest, alike, spread.tolist(), spent, batch)
     fine = good_of(rest, score, images)
     if fine is None and good is not None and good.model.transformer is not model.transformer:
         fine = good_of(other_seeds(good, others, seed, spent, batch), score, images)
@@ -271,6 +272,9 @@ def _dataset(
         result["effect"] = ("layer", [e.value for e in found.effects])
         result["effect_interval"] = (("layer", "bound"), ends)
         result.coords["layer"] = found.layers
+    if found is not None and found.together is not None:
+        result["together"] = found.together.value
+        result["together_interval"] = ("bound", [found.together.low, found.together.high])
     for each in insides:
         if each.heads:
             result[f"head_effect_{each.layer}"] = ("head", [e.value for e in each.heads])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...hooks.hold import parts
 from ...measures.estimate import Estimate
-from .where import BLAME, FEW, Place, Prober, estimates
+from .where import BLAME, ENOUGH, FEW, Place, Prober, estimates
 
 SIDE = 4
 """The token grid is looked at in so many squares a side."""
@@ -40,19 +40,27 @@ class Inside:
     covered: tuple[int, ...] | None
 
 
-def look_inside(prober: Prober, layer: int, window: range) -> Inside:
+def look_inside(prober: Prober, layer: int, window: range, beside: tuple[int, ...] = ()) -> Inside:
     """Part, heads and tokens of a layer, each patched by itself, both ways.
 
     Args:
         prober: of the pairs.
         layer: the block.
         window: of steps.
+        beside: other layers that are to blame with it: they are patched too, and an effect is the
+            share of what the whole layer adds to them.
     """
     model = prober.pairs.bad.model
     few = prober.pairs.select(range(min(FEW, prober.pairs.n)))
+    less, most = 0.0, 1.0
+    if beside:
+        others = Place(beside[0], 1, window, beside=beside[1:])
+        less, most = prober.both([others, Place(layer, 1, window, beside=beside)], few).mean(1)
 
     def measured(places: Sequence[Place]) -> list[Estimate]:
-        return estimates(prober.both(places, few) - prober.floor(places, few))
+        places = [place._replace(beside=beside) for place in places]
+        found = prober.both(places, few) - prober.floor(places, few)
+        return estimates((found - less) / (most - less))
 
     names = list(parts(model.names, layer))
     by_part = measured([Place(layer, 1, window, name) for name in names])
@@ -75,7 +83,7 @@ def look_inside(prober: Prober, layer: int, window: range) -> Inside:
     covered = None
     if len(squares) > 1:
         tokens = measured([Place(layer, 1, window, tokens=square) for square in squares])
-        covered = _fewest(prober, layer, window, squares, tokens)
+        covered = _fewest(measured, layer, window, squares, tokens)
     return Inside(
         layer, dict(zip(names, by_part, strict=True)), part, heads, head, squares, tokens, covered
     )
@@ -92,7 +100,7 @@ def _squares(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _fewest(
-    prober: Prober,
+    measured: Callable[[Sequence[Place]], list[Estimate]],
     layer: int,
     window: range,
     squares: Sequence[tuple[int, ...]],
@@ -102,8 +110,7 @@ def _fewest(
     is more than half of them.
     """
     order = sorted(range(len(squares)), key=lambda i: -tokens[i].value)
-    few = prober.pairs.select(range(min(FEW, prober.pairs.n)))
     counts = [1, 2, 4, len(squares) // 2]
     chosen = [tuple(sorted(t for i in order[:k] for t in squares[i])) for k in counts]
-    values = prober.both([Place(layer, 1, window, tokens=t) for t in chosen], few).mean(1)
-    return next((t for t, v in zip(chosen, values, strict=True) if v > 0.9), None)
+    values = measured([Place(layer, 1, window, tokens=t) for t in chosen])
+    return next((t for t, v in zip(chosen, values, strict=True) if v.value > ENOUGH), None)

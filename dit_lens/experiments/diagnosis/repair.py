@@ -74,6 +74,11 @@ class Repair:
     image: Tensor = field(repr=False)
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def tidy(self) -> bool:
+        """Whether it leaves alone what is not the fault: its collateral is 0.1 or less."""
+        return self.collateral <= COLLATERAL
+
     def save(self, path: str | Path) -> Path:
         """Write the edits as JSON, for `t.load_edits(path)` and `dit_lens.experiments.load_edits`.
 
@@ -101,8 +106,8 @@ class Workshop:
         images: of latents.
         pairs: bad and good runs.
         others: of other seeds.
-        reference: what an image without the fault and with nothing else changed would be, where it
-            is known.
+        good: the given good run, where nothing but the weights tells it from the bad one: its image
+            is what the repaired one should be.
         spread: how far two samples are apart: where the fault is not, and in all.
         spent: the account.
         batch: images at once.
@@ -113,7 +118,7 @@ class Workshop:
     images: Images
     pairs: Pairs | None
     others: Run
-    reference: Tensor | None
+    good: Run | None
     spread: Sequence[float]
     spent: Spent
     batch: int
@@ -162,8 +167,7 @@ class Workshop:
         about: Mapping[str, Any],
     ) -> Repair:
         scores = self.fault.scores(image)
-        bad = self.images(self.run.latents[-1])
-        aim = bad if self.reference is None else self.reference
+        aim = self.images((self.good or self.run).latents[-1])
         rest, whole = (
             float(part(image - aim).square().flatten(1).sum(1).mean()) / max(1e-12, spread)
             for part, spread in zip((self.fault.rest, lambda x: x), self.spread, strict=True)
@@ -255,6 +259,13 @@ def repairs(
             repair = shop.tried(name, edits, values, about | {"repair": name})
             general = all(e.values is None or e.values.shape[1] == 1 for e in edits)
             found.append(shop.carried_over(repair) if repair.works and general else repair)
+        if shop.good is not None and not any(r.works and r.tidy for r in found):
+            # nearly all of a strong fault comes from the window: what is left can be much
+            steps = tuple(range(shop.pairs.since, shop.run.settings.steps))
+            names = _names(shop.run.model, [(each.layer, None) for each in blamed])
+            edits = [_set(shop.good, name, steps, False) for name in names]
+            name = f"all of {_words(blamed)} set to what the good run has, from step {steps[0]} on"
+            found.append(shop.tried(name, edits, _count(edits), about | {"repair": name}))
     return sorted(found, key=_rank)
 
 
@@ -262,17 +273,15 @@ def _rank(repair: Repair) -> tuple[Any, ...]:
     """Those that work come first, then those that do little else, cure others, and are small."""
     cured = 0.0 if repair.cured is None else repair.cured.value
     harmed = 0.0 if repair.harmed is None else repair.harmed.value
-    tidy = repair.collateral <= COLLATERAL
-    return not repair.works, not tidy, round(harmed - cured, 2), repair.values, repair.collateral
+    good = not repair.works, not repair.tidy, round(harmed - cured, 2)
+    return *good, repair.values, repair.collateral
 
 
 def _candidates(
     shop: Workshop, blamed: Sequence[Inside], window: range, good_others: Run | None
 ) -> list[tuple[str, list[StoredEdit], int]]:
     """Edits to try, in words, and how many numbers they put in."""
-    model, steps = shop.run.model, tuple(window)
-    where = ", ".join(str(each.layer) for each in blamed)
-    where = f"layer{'s' * (len(blamed) > 1)} {where}"
+    model, steps, where = shop.run.model, tuple(window), _words(blamed)
     found: list[tuple[str, list[StoredEdit], int]] = []
     heads = [
         StoredEdit(f"blocks.{e.layer}.attn.hook_result", steps, "zero", heads=(e.head,))
@@ -282,30 +291,38 @@ def _candidates(
     if len(heads) == len(blamed):
         words = ", ".join(str(e.head) for e in blamed)
         found.append((f"head {words} of {where} left out", heads, 0))
-    names = [
-        place.name
-        for each in blamed
-        for part, places in parts(model.names, each.layer).items()
-        if each.part in (None, part)
-        for place in places
-    ]
+    names = _names(model, [(each.layer, each.part) for each in blamed])
     what = " and ".join(dict.fromkeys(e.part for e in blamed if e.part)) or "all"
     found.append((f"{what} of {where} left out", [StoredEdit(n, steps, "zero") for n in names], 0))
     assert shop.pairs is not None
     sources = [(good_others, "the mean over good runs of other seeds", True)]
     if shop.pairs.n > 1:
         sources.append((shop.pairs.good, "the mean over its good runs", True))
-    if shop.reference is not None:
-        sources.append((shop.pairs.good, "what the good run has there", False))
+    sources.append((shop.good, "what the good run has there", False))
     for source, words, mean in sources:
-        if source is None:
-            continue
-        if not mean and len(source.labels) != len(shop.run.labels):
-            continue
-        edits = [_set(source, name, steps, mean) for name in names]
-        count = sum(e.values.numel() for e in edits if e.values is not None)
-        found.append((f"{what} of {where} set to {words}", edits, count))
+        if source is not None:
+            edits = [_set(source, name, steps, mean) for name in names]
+            found.append((f"{what} of {where} set to {words}", edits, _count(edits)))
     return found
+
+
+def _words(blamed: Sequence[Inside]) -> str:
+    return f"layer{'s' * (len(blamed) > 1)} {', '.join(str(each.layer) for each in blamed)}"
+
+
+def _names(model: HookedDiT, wanted: Sequence[tuple[int, str | None]]) -> list[str]:
+    """What a part of a layer, or all of it, writes into the stream."""
+    return [
+        place.name
+        for layer, chosen in wanted
+        for part, places in parts(model.names, layer).items()
+        if chosen in (None, part)
+        for place in places
+    ]
+
+
+def _count(edits: Sequence[StoredEdit]) -> int:
+    return sum(e.values.numel() for e in edits if e.values is not None)
 
 
 def _set(source: Run, name: str, steps: tuple[int, ...], mean: bool) -> StoredEdit:

@@ -74,6 +74,12 @@ def headline(
         )
     named = " and ".join(str(layer) for layer in sorted(found.blamed))
     effects = {layer: e for layer, e in zip(found.layers, found.effects, strict=True)}
+    if found.together is not None:
+        return (
+            f"Layers {named} together, {where}: put in from good runs, they take away, and put in "
+            f"from bad runs, they make, this share of the fault: {found.together:.2f} "
+            f"({_interval_words(pairs)})."
+        )
     how = ", ".join(f"{effects[layer]:.2f}" for layer in sorted(found.blamed))
     return (
         f"Layer{'s' * (len(found.blamed) > 1)} {named}, {where}: put in from good runs, it takes "
@@ -161,7 +167,7 @@ def _repaired(repairs: Sequence[Repair]) -> str:
         f"Repair: {best.name}. The fault is gone (score {best.score:.2f}); what is not the fault "
         f"moved by {best.collateral:.2f} of two samples' distance"
     )
-    if best.collateral > COLLATERAL:
+    if not best.tidy:
         text += f", more than {COLLATERAL:g}: it leaves another image"
     if best.cured is not None:
         text += f"; of other seeds with the fault it cures {best.cured:.0%}"

@@ -6,6 +6,10 @@ into the bad one (*repair*: how much of the fault goes), and from the bad one in
 (*create*: how much of it comes). The effect of a place is the mean of both, 1 for all of the fault.
 Near twins also differ by noise, so from theirs the *floor* is taken off: what a patch from one good
 run into another does.
+
+Where nothing but the weights tells good from bad, several layers can be to blame together: each by
+itself makes the fault, and putting one right does not take it away. So while the layers found so
+far make for less than `ENOUGH` of it, the one that adds most to them is looked for in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from ...measures import Array
 from ...measures.bootstrap import FEWEST_PAIRS, draws, simultaneous
 from ...measures.estimate import Estimate
 from ...patching.lanes import Lanes
-from ...patching.patch import Patch, plan
+from ...patching.patch import Patch, Planned, joined, plan
 from ...sampling.run import Run
 from .chances import Spent
 from .fault import Fault, Images
@@ -34,6 +38,12 @@ NEARLY = 0.98
 FEW = 3
 """So many pairs are looked at where many places are compared."""
 FINALISTS = 5
+ENOUGH = 0.9
+"""Layers that together make for this share of what all layers do are all that are to blame."""
+ADDS = 0.2
+"""A layer is to blame with others if it adds this much to them, surely."""
+MOST = 4
+"""So many layers are blamed together at most."""
 
 
 class Place(NamedTuple):
@@ -46,6 +56,7 @@ class Place(NamedTuple):
         site: "block", or a hook point of the layer.
         heads: only these.
         tokens: only these.
+        beside: whole layers that are patched as well.
     """
 
     layer: int
@@ -54,15 +65,18 @@ class Place(NamedTuple):
     site: str = "block"
     heads: tuple[int, ...] | None = None
     tokens: tuple[int, ...] | None = None
+    beside: tuple[int, ...] = ()
 
-    @property
-    def patch(self) -> Patch:
-        """The patch that is made there."""
+    def planned(self, run: Run) -> Planned:
+        """The patch that is made there, in a run."""
         heads = None if self.heads is None else list(self.heads)
         tokens = None if self.tokens is None else list(self.tokens)
-        return Patch(
+        own = Patch(
             self.site, self.layer, self.window, heads, tokens, depth=self.depth, kind="swap"
         )
+        also = [Patch("block", layer, self.window, kind="swap") for layer in self.beside]
+        model, steps, items = run.model, run.settings.steps, len(run.labels)
+        return joined([plan(patch, model, steps, items) for patch in (own, *also)])
 
     @property
     def layers(self) -> range:
@@ -142,8 +156,7 @@ class Prober:
     def _run(self, source: Run, target: Run, places: Sequence[Place]) -> Tensor:
         lanes = Lanes(source, target, self.batch)
         model, steps = target.model, target.settings.steps
-        planned = [plan(p.patch, model, steps, len(target.labels)) for p in places]
-        found = lanes.run(planned, lambda _: None)
+        found = lanes.run([place.planned(target) for place in places], lambda _: None)
         self.patches += len(places) * len(target.labels)
         self.spent.add(lanes.blocks / (model.cfg.n_layers * steps * lanes.passes))
         return found
@@ -168,6 +181,7 @@ class Found:
         layers: single layers that were measured in full, the largest effect first.
         effects: theirs, with intervals for all at once.
         blamed: those that are to blame.
+        together: the effect of those, where there are several.
     """
 
     window: range | None
@@ -176,6 +190,7 @@ class Found:
     layers: list[int]
     effects: list[Estimate]
     blamed: list[int]
+    together: Estimate | None = None
 
 
 def locate(prober: Prober) -> Found:
@@ -198,6 +213,9 @@ def locate(prober: Prober) -> Found:
     order = sorted(range(len(finalists)), key=lambda i: -effects[i].value)
     layers, effects = [finalists[i] for i in order], [effects[i] for i in order]
     values = values[order]
+    if pairs.matched:
+        blamed, together = _together(prober, few, n, window, whole, layers[0], cells)
+        return Found(window, whole, cells, layers, effects, blamed, together)
     sure = [e.value > BLAME and not e.low <= BLAME / 2 for e in effects]
     blamed = []
     for i, layer in enumerate(layers):
@@ -206,6 +224,46 @@ def locate(prober: Prober) -> Found:
         if sure[i] and not beaten:
             blamed.append(layer)
     return Found(window, whole, cells, layers, effects, blamed)
+
+
+def _together(
+    prober: Prober,
+    few: Pairs,
+    n: int,
+    window: range,
+    whole: float,
+    first: int,
+    cells: list[tuple[Place, float]],
+) -> tuple[list[int], Estimate | None]:
+    """The layers to blame, from the one of the largest effect on, and their effect together."""
+    blamed = [first]
+    values = prober.both([_all_of(blamed, window)])[0]
+    while values.mean() < ENOUGH * whole and len(blamed) < MOST:
+        more = _layers(prober, few, n, window, cells, tuple(blamed))
+        best = max((layer for layer in more if layer not in blamed), key=more.__getitem__)
+        both = prober.both([_all_of([*blamed, best], window)])[0]
+        if not _adds(both - values):
+            break
+        blamed, values = [*blamed, best], both
+    if len(blamed) > 2:  # the first may only have handed on what the others do
+        rests = [[layer for layer in blamed if layer != one] for one in blamed]
+        without = prober.both([_all_of(rest, window) for rest in rests])
+        blamed = [one for one, left in zip(blamed, without, strict=True) if _adds(values - left)]
+        values = prober.both([_all_of(blamed, window)])[0] if blamed else values * 0
+    found = estimates(values[None])[0]
+    if not (found.value > BLAME and found.low > BLAME / 2):
+        return [], None
+    return blamed, found if len(blamed) > 1 else None
+
+
+def _adds(gains: Array) -> bool:
+    """Whether what a layer adds, by pair, is enough to blame it."""
+    gain = estimates(gains[None])[0]
+    return gain.value > ADDS and gain.low > ADDS / 2
+
+
+def _all_of(layers: Sequence[int], window: range) -> Place:
+    return Place(layers[0], 1, window, beside=tuple(layers[1:]))
 
 
 def estimates(values: Array) -> list[Estimate]:
@@ -295,15 +353,24 @@ def _split(first: int, depth: int, into: int) -> list[tuple[int, int]]:
 
 
 def _layers(
-    prober: Prober, few: Pairs, n: int, window: range, cells: list[tuple[Place, float]]
+    prober: Prober,
+    few: Pairs,
+    n: int,
+    window: range,
+    cells: list[tuple[Place, float]],
+    beside: tuple[int, ...] = (),
 ) -> dict[int, float]:
-    """Single layers with their effects, found by splitting the stacks that have the most."""
+    """Single layers with their effects, or what they add to layers that are patched beside them,
+    found by splitting the stacks that have the most.
+    """
     stacks = _split(0, n, 4)
     singles: dict[int, float] = {}
+    less = prober.both([_all_of(beside, window)], few).mean() if beside else 0.0
     while stacks:
-        places = [Place(a, d, window) for a, d in stacks]
-        values = prober.both(places, few).mean(1)
-        cells.extend(zip(places, values.tolist(), strict=True))
+        places = [Place(a, d, window, beside=beside) for a, d in stacks]
+        values = prober.both(places, few).mean(1) - less
+        if not beside:
+            cells.extend(zip(places, values.tolist(), strict=True))
         best = max([*values.tolist(), *singles.values()])
         order = np.argsort(-values)
         kept = [int(i) for i in order[:3] if values[i] >= best / 2]
