@@ -118,6 +118,16 @@ def test_a_fault_that_leaves_a_rest_outside_the_window_is_repaired_from_its_star
     assert torch.allclose(found.repair.image, good.images[0], atol=0.1)
 
 
+def test_a_good_run_tells_a_score_from_a_constant(spoiled, bad, good):
+    """All of a spoiled model's images, and odd ones, can have the fault."""
+    aim = good.images
+
+    def other(images):
+        return ((images - aim).abs().amax((1, 2, 3)) > 1e-3).float()
+
+    assert diagnose(spoiled, bad, other, good, **SMALL).layers == (2,)
+
+
 def test_the_page_is_drawn_and_drawn_again(found, tmp_path, capsys):
     stored = report.store(found.result, tmp_path)
     report.show(found.result, stored)

@@ -146,7 +146,8 @@ def diagnose(
     shown, bad = images(rest.latents[-1]), images(run.latents[-1])
     score = made(fault, at, int(run.labels[0]), bad, shown)
     theirs, own = score.scores(shown), score.scores(bad)
-    check_score(score, own, theirs, shown)
+    known = [theirs] if good is None else [theirs, score.scores(images(good.latents[-1]))]
+    check_score(score, fault, own, np.concatenate(known), shown)
     hits = int(score.bad(theirs).sum())
     base = proportion(hits, others)
 

@@ -39,7 +39,7 @@ FEW = 3
 """So many pairs are looked at where many places are compared."""
 FINALISTS = 5
 ENOUGH = 0.9
-"""Layers that together make for this share of what all layers do are all that are to blame."""
+"""Layers that together make for this share of the fault are all that are to blame."""
 ADDS = 0.2
 """A layer is to blame with others if it adds this much to them, surely."""
 MOST = 4
@@ -214,7 +214,7 @@ def locate(prober: Prober) -> Found:
     layers, effects = [finalists[i] for i in order], [effects[i] for i in order]
     values = values[order]
     if pairs.matched:
-        blamed, together = _together(prober, few, n, window, whole, layers[0], cells)
+        blamed, together = _together(prober, few, n, window, layers[0], cells)
         return Found(window, whole, cells, layers, effects, blamed, together)
     sure = [e.value > BLAME and not e.low <= BLAME / 2 for e in effects]
     blamed = []
@@ -231,26 +231,37 @@ def _together(
     few: Pairs,
     n: int,
     window: range,
-    whole: float,
     first: int,
     cells: list[tuple[Place, float]],
 ) -> tuple[list[int], Estimate | None]:
-    """The layers to blame, from the one of the largest effect on, and their effect together."""
+    """The layers to blame, from the one of the largest effect on, and their effect together.
+
+    Whether they are all is asked of all steps, where putting right what is wrong leaves nothing: in
+    the window, which nearly all of the fault comes from, other layers mend a part of the rest.
+    """
+    pairs = prober.pairs
+    every = range(pairs.since, pairs.bad.settings.steps)
+
+    def effect(layers: Sequence[int], steps: range = every) -> Array:
+        return prober.both([_all_of(layers, steps)])[0]
+
     blamed = [first]
-    values = prober.both([_all_of(blamed, window)])[0]
-    while values.mean() < ENOUGH * whole and len(blamed) < MOST:
+    values = effect(blamed)
+    while values.mean() < ENOUGH and len(blamed) < MOST:
         more = _layers(prober, few, n, window, cells, tuple(blamed))
         best = max((layer for layer in more if layer not in blamed), key=more.__getitem__)
-        both = prober.both([_all_of([*blamed, best], window)])[0]
+        both = effect([*blamed, best])
         if not _adds(both - values):
             break
         blamed, values = [*blamed, best], both
     if len(blamed) > 2:  # the first may only have handed on what the others do
         rests = [[layer for layer in blamed if layer != one] for one in blamed]
-        without = prober.both([_all_of(rest, window) for rest in rests])
-        blamed = [one for one, left in zip(blamed, without, strict=True) if _adds(values - left)]
-        values = prober.both([_all_of(blamed, window)])[0] if blamed else values * 0
-    found = estimates(values[None])[0]
+        blamed = [
+            one for one, rest in zip(blamed, rests, strict=True) if _adds(values - effect(rest))
+        ]
+    if not blamed:
+        return [], None
+    found = estimates(effect(blamed, window)[None])[0]
     if not (found.value > BLAME and found.low > BLAME / 2):
         return [], None
     return blamed, found if len(blamed) > 1 else None
