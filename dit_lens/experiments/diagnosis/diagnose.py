@@ -23,9 +23,10 @@ from .chances import Chances, Spent, chances, other_seeds, spread_over, spreads
 from .fault import AT, Given, Images, check_fault, check_score, made
 from .inside import Inside, look_inside
 from .pairs import Pairs, check_good, given, twins
+from .prober import Prober
 from .repair import Repair, Workshop, good_of, repairs
 from .verdict import headline, kind_of, lines
-from .where import Found, Prober, locate
+from .where import Found, locate
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...hooks.hold import parts
 from ...measures.estimate import Estimate
-from .where import BLAME, ENOUGH, FEW, Place, Prober, estimates
+from .prober import BLAME, ENOUGH, Place, Prober, all_of, estimates
 
 SIDE = 4
 """The token grid is looked at in so many squares a side."""
@@ -51,11 +51,11 @@ def look_inside(prober: Prober, layer: int, window: range, beside: tuple[int, ..
             share of what the whole layer adds to them.
     """
     model = prober.pairs.bad.model
-    few = prober.pairs.select(range(min(FEW, prober.pairs.n)))
+    few = prober.pairs.few
     less, most = 0.0, 1.0
     if beside:
-        others = Place(beside[0], 1, window, beside=beside[1:])
-        less, most = prober.both([others, Place(layer, 1, window, beside=beside)], few).mean(1)
+        without, whole = all_of(beside, window), all_of((layer, *beside), window)
+        less, most = prober.both([without, whole], few).mean(1)
 
     def measured(places: Sequence[Place]) -> list[Estimate]:
         places = [place._replace(beside=beside) for place in places]

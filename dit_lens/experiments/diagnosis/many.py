@@ -33,7 +33,8 @@ from ...sampling.settings import checked_settings
 from .chances import Spent, chances, spread_over
 from .fault import AT, DIGITS, Fault, Given, Images, check_fault, made, names_of
 from .pairs import twins
-from .where import FEW, Prober, coarse
+from .prober import Prober
+from .where import coarse
 
 STRUCTURE, TEXTURE = "structure", "texture"
 LARGE = ("background", "skin", "hair", "hair_color", "clothing", "clothing_color")
@@ -207,9 +208,7 @@ def _looked_at(
     pairs = twins(run, fault, images, seen, PAIRS, seed, spent)
     if pairs is None:
         return Looked(what, decided, None, (), ())
-    few = pairs.select(range(min(FEW, pairs.n)))
-    prober = Prober(few, fault, images, spent, batch)
-    windows, stacks, values = coarse(prober, few, run.model.cfg.n_layers)
+    windows, stacks, values = coarse(Prober(pairs.few, fault, images, spent, batch))
     return Looked(what, decided, values[:, 1:], tuple(windows), tuple(stacks[1:]))
 
 

@@ -26,6 +26,9 @@ from ...sampling.run import Run
 from .chances import FIRST_SEED, Chances, Spent
 from .fault import Fault, Images
 
+FEW = 3
+"""So many pairs are looked at where many places are compared."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -50,6 +53,11 @@ class Pairs:
     def n(self) -> int:
         """How many."""
         return len(self.bad.labels)
+
+    @property
+    def few(self) -> Pairs:
+        """A few of them, to look at many places in; one, where only the weights differ."""
+        return self.select(range(1 if self.matched else min(FEW, self.n)))
 
     def select(self, items: Sequence[int]) -> Pairs:
         """Some of them."""
