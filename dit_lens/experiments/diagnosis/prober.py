@@ -10,7 +10,7 @@ run into another does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +80,6 @@ class Prober:
         images: of latents.
         spent: the account.
         batch: images that run at once.
-        patches: how many single patches of a pair were run.
     """
 
     pairs: Pairs
@@ -88,7 +87,6 @@ class Prober:
     images: Images
     spent: Spent
     batch: int
-    patches: int = field(default=0)
 
     def repair(self, places: Sequence[Place], pairs: Pairs | None = None) -> Array:
         """How much of the fault goes with the good run's put into the bad one, [place, pair]."""
@@ -143,7 +141,6 @@ class Prober:
         lanes = Lanes(source, target, self.batch)
         model, steps = target.model, target.settings.steps
         found = lanes.run([place.planned(target) for place in places], lambda _: None)
-        self.patches += len(places) * len(target.labels)
         self.spent.add(lanes.blocks / (model.cfg.n_layers * steps * lanes.passes))
         return found
 

@@ -108,7 +108,10 @@ def _together(prober: Prober, first: int, every: range) -> list[int]:
     values = effect(blamed)
     while values.mean() < ENOUGH and len(blamed) < MOST:
         more, _ = prober.layers(every, tuple(blamed))
-        best = max((layer for layer in more if layer not in blamed), key=more.__getitem__)
+        others = [layer for layer in more if layer not in blamed]
+        if not others:  # the model has no other layers
+            break
+        best = max(others, key=more.__getitem__)
         both = effect([*blamed, best])
         if not adds(both, values):
             break
