@@ -4,8 +4,10 @@ import builtins
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
+from contextlib import nullcontext
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,7 +16,6 @@ import torch
 
 from dit_lens import HookedDiT
 from dit_lens.commands import main
-from dit_lens.commands.main import parsed
 from dit_lens.experiments import (
     attributes,
     cause_map,
@@ -27,8 +28,8 @@ from dit_lens.probes import TwinPatching
 from dit_lens.report import knock_outs as cause_report
 from dit_lens.report import stored
 from dit_lens.report.figures import FIGURES
-from dit_lens.report.page import COMMANDS, KINDS, Shown
-from dit_lens.storage import save_dataset
+from dit_lens.report.page import KINDS, Shown
+from dit_lens.storage import made_by, made_with, save_dataset
 
 torch.set_num_threads(1)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -61,7 +62,8 @@ def folder(tmp_path_factory):
         ),
     }
     for kind, result in made.items():
-        save_dataset(place / kind, kind, result)
+        with made_by("dit-lens gap 'a model'") if kind == "patches.nc" else nullcontext():
+            save_dataset(place / kind, kind, result)
     return place
 
 
@@ -138,31 +140,36 @@ def test_every_sentence_and_setting_is_there(folder, page):
 
 
 def test_every_kind_has_a_title():
-    assert set(KINDS) == set(stored.FILES) >= set(FIGURES) >= set(COMMANDS)
+    assert set(KINDS) == set(stored.FILES) >= set(FIGURES)
 
 
-def test_commands_are_commands(folder):
-    for kind, result in stored.results_at(folder).items():
-        words = Shown(kind, folder / kind, result, "", []).command.split()
-        assert bool(words) == (kind in COMMANDS)
-        if words:
-            args = parsed([word.strip("'") for word in words[1:]])
-            for name in COMMANDS[kind][1]:
-                if name in result.attrs:
-                    assert str(getattr(args, name)) == str(result.attrs[name]), (kind, name)
-    gap = stored.read(folder / "gap.nc")[1].assign_attrs(model="a model; rm")
-    assert "'a model; rm'" in Shown("gap.nc", folder / "gap.nc", gap, "", []).command
+def test_the_command_is_the_one_that_was_given(page, folder, tmp_path, capsys):
+    words = [
+        "probe",
+        "LayerLens",
+        "--items",
+        "2",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "a b.nc"),
+    ]
+    assert main(words) == 0
+    made = made_with(tmp_path / "a b.nc")
+    assert made["command"] == shlex.join(["dit-lens", *words])
+    assert made["device"].startswith("cpu (") and made["date"][:2] == "20"
+    assert "command" not in made_with(folder / "gap.nc")  # made in Python
+    assert "dit-lens gap &#39;a model&#39;" in page and page.count("Copy command") == 1
 
 
 def test_a_gap_in_one_pass_and_one_with_null_models(folder):
     gap = stored.read(folder / "gap.nc")[1]
     one_pass = Shown("gap.nc", folder / "gap.nc", gap.isel(release=slice(0)), "", [])
-    assert one_pass.command.endswith(" --one-pass") and len(one_pass.figures) == 9
+    assert len(one_pass.figures) == 9
     profiles = ["stream", "lens", "ratio", "growth"]
     null = (("profile", "null", "layer"), np.zeros((4, 19, gap.sizes["layer"])))
     with_null = gap.assign(null_profile=null).assign_coords(profile=profiles, null=range(19))
     shown = Shown("gap.nc", folder / "gap.nc", with_null, "", [])
-    assert shown.command.endswith(" --null 19")
     assert len(shown.figures[0].traces) == len(one_pass.figures[0].traces) + 19
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 import warnings
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,9 @@ from dit_lens.storage import (
     load_dataset,
     load_tensors,
     locked,
+    made_by,
+    made_on,
+    made_with,
     replacing,
     save_dataset,
     save_tensors,
@@ -214,8 +218,13 @@ def test_a_report_overwrites_no_other_result(gap_results, tmp_path, capsys):
 def test_files_say_what_made_them(gap_results, trace, tmp_path):
     made = versions("cpu")
     assert made["torch"] == torch.__version__ and made["device"].startswith("cpu (")
-    with xr.open_dataset(save_dataset(tmp_path / "a.nc", "x", gap_results, "cpu")) as found:
-        assert json.loads(found.attrs["dit_lens_versions"]) == made
+    with made_by("dit-lens gap"):
+        made_on(torch.device("cpu"))
+        file = save_dataset(tmp_path / "a.nc", "x", gap_results)
+    found = made_with(file)
+    date = datetime.fromisoformat(found.pop("date"))
+    assert abs(datetime.now(timezone.utc) - date) < timedelta(minutes=5)
+    assert found == made | {"command": "dit-lens gap"}
     from safetensors import safe_open
 
     with safe_open(trace.save(tmp_path / "t"), "pt") as file:

@@ -288,6 +288,7 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
     import torch
 
     from ..model.loading import load
+    from ..storage import made_on
 
     if (given := GIVEN.get()) is not None:
         return given[0]
@@ -296,7 +297,9 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
         here = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if here is None else str(here)
     size = None if args.size is None else tuple(args.size)
-    return load(args.model, dtype=args.dtype, device=device, size=size)
+    model = load(args.model, dtype=args.dtype, device=device, size=size)
+    made_on(model.device)
+    return model
 
 
 def batch_of(args: argparse.Namespace, model: HookedDiT, images: int) -> int | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DitLensError
+from ..storage import made_by
 from . import (
     cause_map,
     check,
@@ -75,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
         _parse(argv, args)
         args.argv, args.again, args.parse = list(argv), repeat, parsed
-        return _run(args)
+        with made_by(shlex.join(["dit-lens", *argv])):
+            return _run(args)
     except BrokenPipeError:
         return _ended(CUT_OFF)
     except (DitLensError, OSError) as error:

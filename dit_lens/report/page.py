@@ -8,13 +8,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -56,15 +54,6 @@ SETTINGS = (
     *("guidance", "eta", "lag", "eps", "form", "step", "n_layers"),
 )
 """Attributes that are settings, as far as a result has them."""
-COMMANDS = {
-    "gap.nc": ("gap", ("pairs", "steps", "seed", "cut", "bands")),
-    "attributes.nc": ("gap", ("pairs", "steps", "seed", "cut")),
-    "coupling_sweep.nc": ("gap", ("pairs", "steps", "seed", "cut")),
-    "knock_outs.nc": ("patch", ("pairs", "steps", "seed", "cut")),
-    "patches.nc": ("patch", ("seed",)),
-    "cause_map.nc": ("map", ("kind", "items", "steps", "seed", "cut")),
-}
-"""The command that writes a kind, and which of its options are stored with it."""
 
 
 def write(folders: Sequence[Path], page: Path) -> Path:
@@ -128,6 +117,7 @@ class Shown:
     pictures: list[str]
 
     def __post_init__(self) -> None:
+        self.made = made_with(self.file)
         self.figures: list[Figure] = FIGURES[self.kind](self.result) if self.interactive else []
         self.hooks = list(dict.fromkeys(hook for f in self.figures for hook in f.hooks))
         self.releases = releases(self.result) if "end" in self.result else []
@@ -166,38 +156,13 @@ class Shown:
         """Its settings, what made it and when, by name."""
         attrs = self.result.attrs
         found = {name.replace("_", " "): _word(attrs[name]) for name in SETTINGS if name in attrs}
-        made = made_with(self.file)
-        found |= {name: version for name, version in made.items() if name != "device"}
-        found["device"] = made.get("device", "unknown")
-        written = datetime.fromtimestamp(self.file.stat().st_mtime, timezone.utc)
-        return found | {"file written": f"{written:%Y-%m-%d %H:%M} UTC", "file": str(self.file)}
+        found |= {name: value for name, value in self.made.items() if name != "command"}
+        return found | {"file": str(self.file)}
 
     @property
     def command(self) -> str:
-        """What measures the same again, with the settings that are stored; "" if that is not
-        known.
-        """
-        if self.kind not in COMMANDS:
-            return ""
-        attrs, sizes = self.result.attrs, self.result.sizes
-        name, options = COMMANDS[self.kind]
-        words = ["dit-lens", name, str(attrs.get("model", "MODEL"))]
-        for option in options:
-            if option in attrs:
-                words += [f"--{option}", _word(attrs[option])]
-        if self.kind == "gap.nc":
-            words += ["--null", str(sizes["null"])] if "null" in sizes else []
-            words += [] if sizes["release"] else ["--one-pass"]
-        elif self.kind == "attributes.nc":
-            words.append("--attributes")
-        elif self.kind == "coupling_sweep.nc":
-            words += ["--couple", *(f"{g:g}" for g in self.result.g.values)]
-        elif self.kind == "knock_outs.nc":
-            words += ["--how", *map(str, self.result.how.values)]
-            words += ["--direct"] if "direct_effect" in self.result else []
-        elif self.kind == "cause_map.nc":
-            words += ["--sites", *map(str, self.result.site.values)]
-        return shlex.join(words)
+        """What made it; "" where that was no command."""
+        return self.made.get("command", "")
 
 
 def releases(results: xr.Dataset) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ it; the schemas are beside those who write it (`tracing`, `patching`, `report`, 
 from .datasets import load_dataset, made_with, save_dataset
 from .documents import load_document, save_document
 from .locks import locked
-from .seals import check_seal, versions
+from .provenance import made_by, made_on, versions
+from .seals import check_seal
 from .tensors import load_tensors, mapped_tensors, save_tensors
 from .writing import file_name, replacing, try_file, try_folder
 
@@ -18,6 +19,8 @@ __all__ = [
     "load_document",
     "load_tensors",
     "locked",
+    "made_by",
+    "made_on",
     "made_with",
     "mapped_tensors",
     "replacing",

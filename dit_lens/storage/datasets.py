@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 import xarray as xr
 
 from ..errors import InvalidValue
-from .seals import EMPTY_SEAL, check_seal, seal, versions
+from .provenance import provenance
+from .seals import EMPTY_SEAL, check_seal, seal
 from .writing import replacing
 
-KIND, VERSIONS, SEAL_NAME = "dit_lens_kind", "dit_lens_versions", "dit_lens_seal"
+KIND, PROVENANCE, SEAL_NAME = "dit_lens_kind", "dit_lens_provenance", "dit_lens_seal"
 
 
-def save_dataset(
-    path: str | Path, kind: str, results: xr.Dataset, device: torch.device | str | None = None
-) -> Path:
-    """Write a result as netCDF.
+def save_dataset(path: str | Path, kind: str, results: xr.Dataset) -> Path:
+    """Write a result as netCDF, with what made it.
 
     Args:
         path: the file; its folder is made.
         kind: what it is.
         results: the result.
-        device: that computed it.
 
     Returns:
         The path.
@@ -32,7 +29,7 @@ def save_dataset(
     Raises:
         UnwritableFile: where it can't be written.
     """
-    mark = {SEAL_NAME: EMPTY_SEAL, KIND: kind, VERSIONS: json.dumps(versions(device))}
+    mark = {SEAL_NAME: EMPTY_SEAL, KIND: kind, PROVENANCE: json.dumps(provenance())}
     sealed = results.assign_attrs()
     sealed.attrs = mark | {k: v for k, v in results.attrs.items() if k not in mark}
     with replacing(path) as part:
@@ -42,13 +39,14 @@ def save_dataset(
 
 
 def made_with(path: str | Path) -> dict[str, str]:
-    """The versions and the device that made a file of `save_dataset`, by name.
+    """What made a file of `save_dataset`: versions and the date, and of a command its line and the
+    device, by name.
 
     Args:
         path: the file, read and found whole before.
     """
     with xr.open_dataset(path, engine="scipy") as results:
-        found: dict[str, str] = json.loads(results.attrs[VERSIONS])
+        found: dict[str, str] = json.loads(results.attrs[PROVENANCE])
     return found
 
 
@@ -72,6 +70,6 @@ def load_dataset(path: str | Path, expected: str) -> tuple[str, xr.Dataset]:
             f"{str(path)!r} is not netCDF ({reason}); expected {expected}."
         ) from None
     kind = str(results.attrs.get(KIND))
-    for key in (SEAL_NAME, KIND, VERSIONS):
+    for key in (SEAL_NAME, KIND, PROVENANCE):
         results.attrs.pop(key, None)
     return kind, results

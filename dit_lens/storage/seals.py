@@ -7,16 +7,11 @@ too (`dit_lens.storage.schema`).
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import mmap
 import os
-import platform
 import re
-from functools import cache
 from pathlib import Path
 from typing import IO
-
-import torch
 
 from ..errors import InvalidValue, MissingFile
 
@@ -98,27 +93,3 @@ def check_seal(path: str | Path, expected: str) -> None:
             f"{str(path)!r} is damaged: it is not what was written, by its checksum; expected "
             f"{expected}."
         )
-
-
-def versions(device: torch.device | str | None = None) -> dict[str, str]:
-    """What made a file.
-
-    Args:
-        device: that computed it, if it is known.
-
-    >>> sorted(versions())
-    ['device', 'diffusers', 'dit_lens', 'torch']
-    """
-    kind = torch.device(device or "cpu")
-    name = platform.machine() if kind.type != "cuda" else torch.cuda.get_device_name(kind)
-    packages = {"dit_lens": "dit-lens", "torch": "torch", "diffusers": "diffusers"}
-    found = {name: _version(package) for name, package in packages.items()}
-    return found | {"device": "unknown" if device is None else f"{kind.type} ({name})"}
-
-
-@cache
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from its folder
-        return "unknown"

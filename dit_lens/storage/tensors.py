@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .seals import EMPTY_SEAL, check_seal, seal, versions
+from .provenance import versions
+from .seals import EMPTY_SEAL, check_seal, seal
 from .writing import replacing
 
 
