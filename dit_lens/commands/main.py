@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DitLensError
-from ..storage import made_by
 from . import (
     cause_map,
     check,
@@ -77,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
         _parse(argv, args)
         args.argv, args.again, args.parse = list(argv), repeat, parsed
+        from ..storage import made_by  # which loads torch, and is not needed to explain
+
         with made_by(shlex.join(["dit-lens", *argv])):
             return _run(args)
     except BrokenPipeError:

@@ -402,7 +402,7 @@ class HookedDiT:
         if self.scheduler is None:
             raise InvalidValue(
                 "The model has no scheduler, so x0 is unknown; give one: "
-                "HookedDiT(transformer, scheduler=...)."
+                "HookedDiT(transformer, scheduler=...), or scheduler/ in the model's folder."
             )
         arguments.tensor("x", x)
         arguments.tensor("output", output, (*x.shape[:1], None, *x.shape[2:]))

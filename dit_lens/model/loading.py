@@ -155,9 +155,11 @@ def _load_folder(
             pipe.set_progress_bar_config(disable=True)
         return HookedDiT(pipe.to(device), size=size)
     if not (folder / "config.json").exists():
+        inside = folder / "transformer"
+        near = f"; did you mean {str(inside)!r}?" if (inside / "config.json").exists() else "."
         raise MissingFile(
             f"{str(folder)!r} has neither model_index.json (a pipeline) nor config.json (a "
-            "transformer)."
+            f"transformer, with scheduler/ inside){near}"
         )
     # every part is looked at before any is built: a wrong scheduler costs no gigabytes of weights
     classes = {

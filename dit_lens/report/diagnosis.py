@@ -157,6 +157,10 @@ def _map(figure: Any, ax: Any, result: xr.Dataset) -> None:
                     linewidth=0.3,
                 )
             )
+    if result.attrs["first"] >= 0:
+        for edge in (result.attrs["first"] - 0.5, result.attrs["last"] + 0.5):
+            ax.axvline(edge, color="white", linewidth=1.2, linestyle="--")
+        ax.set_xlabel("step, 0 the noisiest (dashed: the window)")
     figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=ax, fraction=0.05)
     whole_numbers(ax.xaxis, ax.yaxis)
 
@@ -172,7 +176,11 @@ def _layers(ax: Any, result: xr.Dataset) -> None:
     blamed = {s.strip() for s in str(result.attrs["layers"]).split(",")}
     names = [str(layer) for layer in result.layer.values[order]]
     colours = [HIGH if name in blamed else "#bbbbbb" for name in names]
+    if "together" in result:
+        values = np.append(values, result.together)
+        ends = np.vstack([ends, result.together_interval])
+        names, colours = [*names, "together"], [*colours, HIGH]
     ax.bar(names, values, yerr=error_bars(values, ends), color=colours, ecolor=INK, capsize=2)
     ax.axhline(0.5, color=INK, linewidth=0.6, linestyle=":")
     ax.axhline(0, color=INK, linewidth=0.6)
-    ax.set_xlabel("layer (to blame: red)")
+    ax.set_xlabel("layer (orange: to blame)")

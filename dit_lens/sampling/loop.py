@@ -284,7 +284,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     if model.scheduler is None:
         raise InvalidValue(
             "The model has no scheduler, so its noise schedule is unknown; give one: "
-            "HookedDiT(transformer, scheduler=...)."
+            "HookedDiT(transformer, scheduler=...), or scheduler/ in the model's folder."
         )
     scheduler = make_scheduler(
         settings.scheduler, model.scheduler, learned_sigma=model.cfg.learned_sigma

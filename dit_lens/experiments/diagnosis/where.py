@@ -78,9 +78,8 @@ def _in_weights(prober: Prober) -> Found:
     blamed = _together(prober, max(singles, key=singles.__getitem__), every)
     window, tried = _window(prober, everything)
     if blamed:  # in so few steps they may do less than all layers
-        own, more = _window(prober, all_of(blamed, every))
+        own, tried = _window(prober, all_of(blamed, every))
         window = range(min(window.start, own.start), max(window.stop, own.stop))
-        tried += more
     order = sorted(singles, key=lambda layer: -singles[layer])
     finalists = list(dict.fromkeys([*blamed, *order]))[: max(FINALISTS, len(blamed))]
     effects = estimates(prober.both([Place(layer, 1, window) for layer in finalists]))
