@@ -179,8 +179,8 @@ def test_bad_input(model, pair):
         ),
         (
             lambda: attribute(fast, fast),
-            "The scheduler 'dpm++' remembers earlier steps, which gradients here do not; use "
-            "'ddim' or 'ddpm'.",
+            "DPMSolverMultistepScheduler remembers earlier steps, which gradients here do not; use "
+            "scheduler='ddim', or measure exactly (exact=True, patches).",
         ),
     ]:
         with pytest.raises(ValueError) as error:

@@ -1,5 +1,6 @@
 """Diagnosis of runs whose fault is known by construction; bad input; repairs on disk."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from dit_lens import HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.experiments import diagnose, diagnose_all, load_edits
 from dit_lens.experiments.diagnosis.fault import check_fault, made
+from dit_lens.families.registry import family_named
 from dit_lens.groundtruth import random_weights
 from dit_lens.groundtruth.faults import Fault, plant
 from dit_lens.measures.proportion import proportion
@@ -116,6 +118,26 @@ def test_a_fault_that_leaves_a_rest_outside_the_window_is_repaired_from_its_star
     found = diagnose(bad.model, bad, away_from(good), good, **SMALL)
     assert found.repair is not None and found.repair.tidy
     assert torch.allclose(found.repair.image, good.images[0], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["SD3Transformer2DModel", "CogVideoXTransformer3DModel"])
+def test_a_spoiled_layer_of_two_streams_and_of_a_video(kind, tmp_path):
+    pipe = family_named(kind).small_pipeline()
+    spoiled = copy.deepcopy(pipe)
+    with torch.no_grad():
+        for name, weight in spoiled.transformer.named_parameters():
+            if "transformer_blocks.1." in name and "norm" not in name and weight.ndim == 2:
+                draw = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+                weight.add_(3 * weight.std() * draw)
+    good, bad = (dit_lens.sample(HookedDiT(p), [0], seeds=3, steps=4) for p in (pipe, spoiled))
+    apart = float((good.images - bad.images).abs().mean())
+
+    def away(images):
+        return (images - good.images).abs().flatten(1).mean(1) / apart
+
+    found = diagnose(bad.model, bad, away, good, others=4, clones=2, releases=2, pairs=2)
+    assert found.layers == (1,) and found.repair is not None and found.repair.tidy
+    report.show(found.result, report.store(found.result, tmp_path))
 
 
 def test_a_good_run_tells_a_score_from_a_constant(spoiled, bad, good):

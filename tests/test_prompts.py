@@ -485,3 +485,55 @@ def test_gap_of_a_saved_pipeline_from_the_command_line(sd3, tmp_path, capsys):
     assert main(["hooks", str(tmp_path / "model"), "--filter", "text.*"]) == 0
     shown = capsys.readouterr().out
     assert "blocks.{i}.text.attn.hook_q" in shown and "text_token" in shown
+
+
+# Texts of different lengths in one batch are padded to the longest.
+
+LONG = "a dog on a red mat in the rain beside a lake and a tree, and so on until the sea is seen"
+UNEVEN = ["QwenImageTransformer2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel"]
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_some_items_alone_have_another_padding(name):
+    model = dit_lens.HookedDiT(pipeline(name))
+    run = dit_lens.sample(model, ["a cat", 3 * LONG, "a cow"], steps=3)
+    alone = run.select([0])
+    for part in (0, 1):
+        name = f"blocks.{part}.hook_resid_post"
+        here, there = (r.activations(name, step=1) for r in (alone, run))
+        assert torch.allclose(here, there[:1], atol=1e-5)
+    assert torch.allclose(alone.replay(1).latents, alone.latents, atol=1e-5)
+    text = "blocks.0.text.hook_resid_post"
+    here, there = (r.activations(text, step=1) for r in (alone, run))
+    assert here.shape[1] < there.shape[1]
+    # what nothing proves is refused, and what has changed is seen
+    last = f"blocks.{model.cfg.n_layers - 1}.text.hook_resid_post"
+    with pytest.raises(RuntimeError, match="of some items alone can't be proven"):
+        alone.activations(last, step=1)
+    assert run.activations(last, step=1).shape[0] == 3
+    with torch.no_grad():
+        for weight in model.transformer.parameters():
+            weight.mul_(1.1)
+    for each in (text, "blocks.0.hook_resid_post"):
+        with pytest.raises(RuntimeError, match="can't be recomputed"):
+            alone.activations(each, step=1)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_texts_of_parts_are_filled_up(name, tmp_path):
+    model = dit_lens.HookedDiT(pipeline(name))
+    prompts = ["a cat", 3 * LONG, "a cow"]
+    text, seen = "blocks.0.text.hook_resid_post", "blocks.0.attn.hook_pattern"
+    whole = dit_lens.sample(model, prompts, steps=3)
+    with dit_lens.trace(model) as t:
+        run = dit_lens.sample(model, prompts, steps=3, batch=1)
+    assert torch.allclose(run.latents, whole.latents, atol=1e-5)
+    theirs = whole.activations(text, step=1)
+    for own in (run.activations(text, step=1), t[text][1]):
+        assert own.shape == theirs.shape and torch.allclose(own[1], theirs[1], atol=1e-4)
+        assert not own[0, -1].any()
+    with pytest.raises(ValueError, match="texts of different lengths, and so other axes"):
+        run.activations(seen, step=1)
+    for each in (text, seen):
+        with pytest.raises(ValueError, match="expected prompts of one length"):
+            dit_lens.record(model, [each], prompts, out=tmp_path, steps=3)

@@ -8,6 +8,10 @@ import torch
 from conftest import make_dit
 
 import dit_lens
+from dit_lens.model.noise_schedule import is_flow
+from dit_lens.patching.first_order import check_gradients
+from dit_lens.sampling.loop import prepared, remembers
+from dit_lens.sampling.settings import checked_settings
 
 NAMES = sorted(
     name
@@ -92,6 +96,38 @@ def test_noise_levels_are_those_a_scheduler_spaces_itself(name, spacing):
     signal, noise = own._sigma_to_alpha_sigma_t(own.sigmas[:-1].double())
     expected = 2 * (signal.clamp_min(0.0005) / noise).log()
     torch.testing.assert_close(run.log_snr.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*PRESERVING, *FLOWS])
+def test_which_remember_earlier_steps_is_seen_by_trying(name):
+    flow = name in FLOWS
+    own = (diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler)(1000)
+    # its config holds a key that only others read
+    config = {**own.config, "solver_order": 2}
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    plan = prepared(model_with(own), checked_settings(8, 1.0, "all", scheduler, 0.0))
+    memory = ("Multistep" in name or "Singlestep" in name) and not flow
+    assert remembers(plan) == memory
+    if memory:
+        with pytest.raises(ValueError, match=f"{name}Scheduler remembers earlier steps"):
+            check_gradients(plan)
+    else:
+        check_gradients(plan)
+
+
+def test_settings_of_the_scheduler_that_it_was_made_from_are_not_its_own():
+    flow = diffusers.DPMSolverMultistepScheduler(1000, use_flow_sigmas=True)
+    made = diffusers.DDIMScheduler.from_config(flow.config)
+    assert made.config["use_flow_sigmas"] and not is_flow(made) and is_flow(flow)
+    plain = diffusers.DDIMScheduler(1000, clip_sample=False)
+    runs = [dit_lens.sample(model_with(own), [1], steps=5) for own in (made, plain)]
+    assert torch.equal(runs[0].log_snr, runs[1].log_snr)
+    clipped = diffusers.DDIMScheduler(1000, clip_sample=False, thresholding=True)
+    euler = diffusers.DDPMParallelScheduler.from_config(clipped.config)
+    with pytest.raises(ValueError, match="thresholding=True"):  # it has that one
+        dit_lens.sample(model_with(plain), [1], steps=5, scheduler=euler)
+    lcm = diffusers.CogVideoXDDIMScheduler.from_config(clipped.config)
+    dit_lens.sample(model_with(plain), [1], steps=5, scheduler=lcm)
 
 
 def test_samplers_that_call_the_model_more_often_are_refused():

@@ -13,6 +13,7 @@ or comes from what the data have beyond their spectrum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +192,7 @@ def as_latents(model: HookedDiT, images: Tensor) -> Tensor:
                 "model without a VAE, or with diffusers' AutoencoderKL."
             )
         with torch.no_grad():
-            coded = [vae.encode(one[None].to(vae.device, vae.dtype)).latent_dist.mean for one in x]
+            coded = [_coded(vae.encode(one[None].to(vae.device, vae.dtype))) for one in x]
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         x = (torch.cat(coded).float().cpu() - shift) * vae.config.scaling_factor
     if x.shape[1:] != tuple(model.cfg.latent_shape):
@@ -200,6 +201,12 @@ def as_latents(model: HookedDiT, images: Tensor) -> Tensor:
             f"makes latents of {list(model.cfg.latent_shape)}."
         )
     return x
+
+
+def _coded(answer: Any) -> Tensor:
+    """The latents that a VAE's encoder answers with; of a distribution its mean."""
+    found: Tensor = answer.latent_dist.mean if "latent_dist" in answer else answer.latent
+    return found
 
 
 def data_sentence(results: xr.Dataset) -> str:

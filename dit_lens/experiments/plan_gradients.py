@@ -109,6 +109,7 @@ def _slopes(
                 [x, *values],
                 into,
                 retain_graph=i + 1 < len(pulls),
+                materialize_grads=True,  # a text that only held attentions would read: nothing
             )
             for p, pull in zip(held.places, pulled, strict=True):
                 direct[p].append(pull - owed[p, step][i] if (p, step) in owed else pull)

@@ -50,7 +50,7 @@ class Call:
     prompts: tuple[str, ...] | None = field(default=None, repr=False)
     context: PassContext = field(default_factory=PassContext)
     kernels: Kernels = field(default_factory=Kernels)
-    witness: Witness = field(default_factory=dict, repr=False)
+    witness: Witness = field(default_factory=Witness, repr=False)
     edits: list[tuple[str, Editor]] = field(default_factory=list)
     branch: tuple[str, ...] | None = None
     place: tuple[int, int] | None = None

@@ -6,6 +6,8 @@ x_t = (1 - sigma) x0 + sigma eps.
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,14 +35,37 @@ SPACINGS = (
 """The settings by which a scheduler spaces its noise levels itself."""
 
 
+def setting(scheduler: Any, name: str) -> Any:
+    """A setting of a scheduler; None where its class has none of that name. Its config also holds
+    what the scheduler that it was made from had, and nobody reads.
+
+    Args:
+        scheduler: of diffusers.
+        name: of the setting.
+
+    >>> from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    >>> of_flow = DPMSolverMultistepScheduler(use_flow_sigmas=True)
+    >>> setting(of_flow, "use_flow_sigmas")
+    True
+    >>> setting(DDIMScheduler.from_config(of_flow.config), "use_flow_sigmas")
+    """
+    cls: Any = type(scheduler)
+    return scheduler.config.get(name) if name in _settings_of(cls) else None
+
+
+@cache
+def _settings_of(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls).parameters)
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether the scheduler is of flow matching (rectified flow) and not variance preserving."""
-    config, name = scheduler.config, type(scheduler).__name__
+    name = type(scheduler).__name__
     return (
         "Flow" in name
         or "RF" in name
-        or bool(config.get("use_flow_sigmas"))
-        or config.get("prediction_type") == "flow_prediction"
+        or bool(setting(scheduler, "use_flow_sigmas"))
+        or setting(scheduler, "prediction_type") == "flow_prediction"
     )
 
 
@@ -71,7 +96,7 @@ def _own_sigmas(scheduler: Any, t: Tensor) -> Tensor:
     none = torch.full(t.shape, torch.nan, dtype=torch.float64)
     if not hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # of diffusers' solvers
         return none
-    if not any(scheduler.config.get(spacing) for spacing in SPACINGS):
+    if not any(setting(scheduler, spacing) for spacing in SPACINGS):
         return none
     times = _on_host(scheduler.timesteps)
     sigmas = _on_host(scheduler.sigmas).double()

@@ -22,8 +22,16 @@ from ..hooks.points import HookPoint, Observer
 
 STREAMS = ("hook_resid_post", "text.hook_resid_post")
 
-Witness = dict[str, "Checksum"]
-"""The checksums of one pass, by hook name."""
+
+class Witness(dict[str, "Checksum"]):
+    """The checksums of one pass, by hook name.
+
+    Attributes:
+        text_tokens: how long the batch's texts are in the pass, with padding; 0 where no stream is
+            a text's.
+    """
+
+    text_tokens = 0
 
 
 class NotReproduced(DitLensError, RuntimeError):
@@ -92,12 +100,14 @@ class Witnessing:
     SMALL = 1 << 16  # bytes
 
     def __init__(self) -> None:
-        self.witness: Witness = {}
-        self.large: Witness = {}
+        self.witness = Witness()
+        self.large: dict[str, Checksum] = {}
         self.small: dict[str, Tensor] = {}
 
     def see(self, value: Tensor, point: HookPoint) -> None:
         """Take the checksum of one stream."""
+        if is_text(point.name):
+            self.witness.text_tokens = value.shape[1]
         if value.numel() * value.element_size() > self.SMALL:
             self.large[point.name] = checksum(value)
         else:
@@ -124,6 +134,15 @@ def _alike(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for name, value in values.items():
         found.setdefault((value.shape, value.dtype, value.device), {})[name] = value
     return list(found.values())
+
+
+def is_text(name: str) -> bool:
+    """Whether a stream is a text's.
+
+    Args:
+        name: its hook name.
+    """
+    return site_of(name).startswith("text.")
 
 
 def witnessed(names: list[str]) -> list[str]:
@@ -226,10 +245,17 @@ class Proof:
         then: the original's checksums.
         names: the model's hook names, in forward order.
         last: the name at which the recomputation ends.
+        texts: how many text tokens each item had. A text's stream that has another padding now is
+            not held against them.
+
+    Attributes:
+        padded: whether there was such a stream.
     """
 
-    def __init__(self, then: Mapping[str, Checksum], names: list[str], last: str) -> None:
-        self.then = then
+    def __init__(
+        self, then: Mapping[str, Checksum], names: list[str], last: str, texts: Sequence[int] = ()
+    ) -> None:
+        self.then, self.texts, self.padded = then, set(texts), False
         self.names = [n for n in names[: names.index(last) + 1] if n in then]
         self.now: dict[str, tuple[Checksum, Tensor]] = {}
 
@@ -240,6 +266,10 @@ class Proof:
 
     def see(self, value: Tensor, point: HookPoint) -> None:
         """Take the checksum of one stream of the recomputation."""
+        if self.texts and is_text(point.name) and self.texts != {value.shape[1]}:
+            self.padded = True
+            self.names.remove(point.name)
+            return
         flat = value.detach().flatten(1)
         norm = torch.linalg.vector_norm(flat.float(), dim=1)
         self.now[point.name] = checksum(value), norm * tolerance(value.dtype)

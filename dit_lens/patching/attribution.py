@@ -34,6 +34,7 @@ from ..model.hooked import HookedDiT
 from ..sampling.loop import advance, model_output
 from ..sampling.run import Run
 from ..sampling.settings import Progress, edits_at
+from .first_order import check_gradients
 from .measure import energy, latent_bands
 from .patch import Patch
 from .sweeps import check_kind_of_runs, check_runs, sweep
@@ -94,11 +95,7 @@ def attribute(
     window = arguments.whole("window", window, 1, settings.steps if check else arguments.MANY)
     seed = arguments.seed("seed", seed)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    if getattr(target.scheduler.config, "solver_order", 1) > 1:
-        raise InvalidValue(
-            f"The scheduler {settings.scheduler!r} remembers earlier steps, which gradients here "
-            "do not; use 'ddim' or 'ddpm'."
-        )
+    check_gradients(target.scheduler)
     for run in (source, target):
         run.require_released(0)  # the derivative goes back to the first step
     sites = [sites] if isinstance(sites, str) else arguments.listed("sites", sites, "hook points")
@@ -127,7 +124,11 @@ def attribute(
                 seen, following = _activations(target, x, step, names, graph=True)
             for b in range(bands.n):
                 pull[b], *gradients = torch.autograd.grad(
-                    following, [x, *seen], pull[b], retain_graph=b + 1 < bands.n
+                    following,
+                    [x, *seen],
+                    pull[b],
+                    retain_graph=b + 1 < bands.n,
+                    materialize_grads=True,  # what an edit behind it leaves unread: nothing
                 )
                 moved = torch.stack([(g * d).sum() for g, d in zip(gradients, change, strict=True)])
                 with np.errstate(invalid="ignore", divide="ignore"):  # equal runs: NaN

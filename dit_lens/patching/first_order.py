@@ -27,9 +27,10 @@ from ..hooks.hold import Added
 from ..hooks.points import HookPoint
 from ..measures.bands import Bands
 from ..sampling.guidance import n_passes
-from ..sampling.loop import advance, model_output
+from ..sampling.loop import advance, model_output, remembers
 from ..sampling.noise import generators
 from ..sampling.run import Run
+from ..sampling.schedulers import default_name
 from ..sampling.settings import edits_at
 
 Additions = dict[Added, Tensor]
@@ -53,16 +54,18 @@ def directions(run: Run, bands: Bands, count: int, seed: int) -> Tensor:
 
 
 def check_gradients(scheduler: Any) -> None:
-    """Raise InvalidValue where no gradient can be taken through a run with this scheduler."""
+    """Raise InvalidValue where no gradient can be taken through a run with this scheduler, its
+    timesteps set.
+    """
     if torch.is_inference_mode_enabled():
         raise InvalidValue(
             "Gradients are asked of a model in torch.inference_mode(); leave it, or use "
             "torch.no_grad() for what comes before."
         )
-    if getattr(scheduler.config, "solver_order", 1) > 1:
+    if remembers(scheduler):
         raise InvalidValue(
             f"{type(scheduler).__name__} remembers earlier steps, which gradients here do not; use "
-            "scheduler='ddim', or exact=True."
+            f"scheduler={default_name(scheduler)!r}, or measure exactly (exact=True, patches)."
         )
 
 
@@ -114,7 +117,11 @@ def projected_at(
     for i in range(len(flat)):
         wanted = [x, *(seen[p.name] for p in places)]
         flat[i], *pulled = torch.autograd.grad(
-            following, wanted, flat[i], retain_graph=i + 1 < len(flat)
+            following,
+            wanted,
+            flat[i],
+            retain_graph=i + 1 < len(flat),
+            materialize_grads=True,  # what an edit behind it leaves unread: nothing
         )
         gradient = dict(zip(places, pulled, strict=True))
         for change, into in zip(asked, found, strict=True):

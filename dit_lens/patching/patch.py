@@ -62,9 +62,9 @@ class Patch:
         steps: a range of steps, 0 the noisiest; None is every step.
         heads: only these heads.
         tokens: only these image tokens, indices or a mask over the grid, as `tokens` of
-            `dit_lens.hooks.regions`.
+            `dit_lens.hooks.regions`. What a layer adds to a stream of text is then left alone.
         bands: a partition of the token grid, for `band`.
-        band: only this frequency band, P_band h_source + (1 - P_band) h_target.
+        band: only this frequency band of the image's, P_band h_source + (1 - P_band) h_target.
         direction: [d] of the activation's last axis; only the component along it is replaced.
         dose: how much of the change is made: 0 is none, 1 all of it, 2 twice as far.
         kind: what comes in: the source's activation ("swap"), 0 ("zero"), the mean over the
@@ -405,6 +405,9 @@ def plan(patch: Patch, model: HookedDiT, steps: int, items: int) -> Planned:
         )
     layer = patch.layer % cfg.n_layers
     places = _places(patch, model, layer)
+    if patch.tokens is not None or patch.band is not None:
+        of_image = tuple(place for place in places if "token" in model.sites[place.name])
+        places = of_image or places  # a name of text is refused below
 
     # When, and with what.
     window = range(steps) if patch.steps is None else patch.steps

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.state import State
-from ..model.witness import Checksum
+from ..model.witness import Checksum, Witness
 from ..pieces import Piece, current, results
 from .loop import prepared
 from .parts import Split
@@ -55,7 +55,7 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
         "settings": {k: v for k, v in vars(run.settings).items() if k != "scheduler"},
         "scheduler": run.settings.scheduler if isinstance(run.settings.scheduler, str) else None,
         "history": [[c.from_step, list(c.seeds)] for c in run.history],
-        "splits": [[list(map(list, s.parts)), s.size, s.copied] for s in run.splits],
+        "splits": [[list(map(list, s.parts)), s.size, s.copied, s.texts] for s in run.splits],
         "witnessed": witnessed,
         "tied_until": run.tied_until,
         "batch": run.batch,
@@ -84,10 +84,12 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
     plan = prepared(model, settings)
     held = {name: torch.from_numpy(np.array(arrays[name])) for name in ("bits", "total")}
     witnesses = tuple(
-        {
-            name: Checksum(*(held[part][step, i].to(model.device) for part in ("bits", "total")))
-            for i, name in enumerate(about["witnessed"])
-        }
+        Witness(
+            {
+                name: Checksum(*(held[of][step, i].to(model.device) for of in ("bits", "total")))
+                for i, name in enumerate(about["witnessed"])
+            }
+        )
         for step in range(settings.steps)
     )
 
@@ -108,7 +110,8 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
         kernels=Kernels.of_sampling(model.device),
         state=State.of(model.transformer),
         splits=tuple(
-            Split(tuple(map(tuple, parts)), size, copied) for parts, size, copied in about["splits"]
+            Split(tuple(map(tuple, parts)), size, copied, texts=tuple(texts))
+            for parts, size, copied, texts in about["splits"]
         ),
         tied_until=about["tied_until"],
         batch=about["batch"],

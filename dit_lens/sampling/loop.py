@@ -23,7 +23,7 @@ from ..hooks.hold import Holding
 from ..hooks.passes import Part
 from ..hooks.points import Editor
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import is_flow, log_snr, predict_x0, signal_and_noise
+from ..model.noise_schedule import is_flow, log_snr, predict_x0, setting, signal_and_noise
 from ..model.witness import Checksum, Witness
 from .guidance import guided, model_inputs, n_passes
 from .noise import generators, noise
@@ -230,6 +230,7 @@ def answered(
         outputs.append(output)
         witnesses.append(witness)
     split = replace(split, parts=tuple(done), edited=edited)
+    split = split.with_texts([witness.text_tokens for witness in witnesses])
     if split.whole:
         return outputs[0], witnesses[0], split
     return _joined(outputs, witnesses, split, passes)
@@ -268,7 +269,7 @@ def _joined(
     """Parts as the whole batch, in its order."""
     output = torch.cat(outputs)
     order, rows = (split.order(n, output.device) for n in (1, passes))
-    witness: Witness = {}
+    witness = Witness()
     for name in witnesses[0]:
         parts = [each[name] for each in witnesses]
         whole = Checksum(torch.cat([p.bits for p in parts]), torch.cat([p.total for p in parts]))
@@ -315,6 +316,25 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     return scheduler
 
 
+def remembers(scheduler: Any) -> bool:
+    """Whether a scheduler's steps depend on earlier ones. It is asked by what it does: its config
+    can hold what it was made from and does not read.
+
+    Args:
+        scheduler: with its timesteps set.
+    """
+    going, draw = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
+    shape = (1, 8 if learns_variance(scheduler) else 4, 8, 8)
+    x = torch.randn(1, 4, 8, 8, generator=draw)
+    for step in range(len(scheduler.timesteps)):
+        output = torch.randn(shape, generator=draw)
+        fresh = advance(copy.deepcopy(scheduler), output, x, [0], step, 0.0)
+        x = advance(going, output, x, [0], step, 0.0)
+        if not torch.allclose(x, fresh, atol=1e-4):
+            return True
+    return False
+
+
 def _refuse_foreign(scheduler: Any) -> None:
     """Raise ValueError for a scheduler without what a denoising loop needs, or that needs more."""
     name = type(scheduler).__name__
@@ -356,12 +376,12 @@ def _refuse_unfit(scheduler: Any, settings: Settings) -> None:
             f"{name} calls the model {len(scheduler.timesteps)} times in {steps} steps; expected a "
             "scheduler that calls it once a step, such as 'ddim', 'dpm++' or 'euler-flow'."
         )
-    if scheduler.config.get("stochastic_sampling"):
+    if setting(scheduler, "stochastic_sampling"):
         raise InvalidValue(
             f"{name} has stochastic_sampling=True, whose noise can't be that of the run; expected "
             "scheduler='euler-flow' with eta=1."
         )
-    if scheduler.config.get("thresholding"):
+    if setting(scheduler, "thresholding"):
         raise InvalidValue(
             f"{name} has thresholding=True, for pixels, by which each step's clean latents depend "
             "on all of an image's values; expected thresholding=False."

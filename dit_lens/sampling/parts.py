@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DitLensError
+from ..errors import DitLensError, InvalidValue
+
+TEXT_AXES = ("text_token", "text_query")
+"""Axes that are as long as the longest text of a batch, padding behind."""
 
 
 class OutOfMemory(DitLensError, RuntimeError):
@@ -32,12 +36,15 @@ class Split:
         size: how many items the step has.
         copied: whether the second half are copies of the first, as twins are before they part.
         edited: whether an edit that is not the run's own may have acted in the step.
+        texts: how many text tokens each item's part had, with padding; none where no stream is a
+            text's.
     """
 
     parts: tuple[tuple[int, ...], ...]
     size: int
     copied: bool = False
     edited: bool = False
+    texts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, size: int, at_once: int | None, pairs: bool = False, copied: bool = False) -> Split:
@@ -64,6 +71,19 @@ class Split:
     def whole(self) -> bool:
         """Whether all items go together."""
         return len(self.parts) == 1 and not self.copied
+
+    def with_texts(self, tokens: Sequence[int]) -> Split:
+        """The same with the text tokens of each part.
+
+        Args:
+            tokens: part by part; 0 where there are none.
+        """
+        if not any(tokens):
+            return self
+        of = {i: n for part, n in zip(self.parts, tokens, strict=True) for i in part}
+        half = self.size // 2
+        texts = tuple(of[i] if i in of else of[i - half] for i in range(self.size))
+        return replace(self, texts=texts)
 
     def rows(self, part: Sequence[int], passes: int) -> tuple[int, ...]:
         """Where a part's rows, in each of `passes` stacked copies of the items, stand in the whole
@@ -98,6 +118,40 @@ def positions(part: tuple[int, ...], device: torch.device) -> Tensor | slice:
     if part == tuple(range(part[0], part[-1] + 1)):
         return slice(part[0], part[-1] + 1)
     return torch.tensor(part, device=device)
+
+
+def together(parts: Sequence[Tensor], axes: Sequence[str]) -> Tensor:
+    """Parts of a batch as one. Texts that are shorter than the longest are filled up with zeros.
+
+    Args:
+        parts: [batch, ...] each.
+        axes: theirs, by name.
+
+    Raises:
+        InvalidValue: where they differ along another axis, as patterns do over keys of texts.
+
+    >>> short, long = torch.ones(1, 2, 4), torch.ones(1, 3, 4)
+    >>> together([short, long], ("batch", "text_token", "d_model")).sum((1, 2))
+    tensor([ 8., 12.])
+    """
+    sizes = {tuple(part.shape[1:]) for part in parts}
+    if len(sizes) > 1:
+        most = [max(each) for each in zip(*sizes, strict=True)]
+        uneven = [i for i, each in enumerate(zip(*sizes, strict=True), 1) if len(set(each)) > 1]
+        if any(axes[i] not in TEXT_AXES for i in uneven):
+            raise InvalidValue(
+                f"The parts of the batch have texts of different lengths, and so other axes "
+                f"({', '.join(axes[i] for i in uneven)}: "
+                f"{', '.join(str(list(part.shape)) for part in parts)}); expected prompts of one "
+                "length, or a run without batch=."
+            )
+        parts = [F.pad(part, _behind(part.shape[1:], most)) for part in parts]
+    return torch.cat(list(parts))
+
+
+def _behind(own: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """What `F.pad` adds behind each axis, the last axis first."""
+    return [n for a, b in zip(own[::-1], wanted[::-1], strict=True) for n in (0, b - a)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

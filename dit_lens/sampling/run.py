@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..hooks.names import select
+from ..hooks.names import layer_of, select
 from ..hooks.passes import Part
 from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
 from ..model.conditions import Labels
@@ -23,11 +23,19 @@ from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.noise_schedule import log_snr
 from ..model.state import State
-from ..model.witness import Departure, Proof, Witness, until
+from ..model.witness import (
+    Checksum,
+    Departure,
+    NotReproduced,
+    Proof,
+    Witness,
+    is_text,
+    until,
+)
 from .guidance import model_inputs, n_passes
 from .loop import Kept, advance, denoise, prepared
 from .noise import START, noise
-from .parts import Split, Splitter, positions
+from .parts import Split, Splitter, positions, together
 from .schedulers import MEMORYLESS, default_name
 from .settings import (
     Change,
@@ -196,7 +204,7 @@ class Run:
             inst.require_parts()
         answers, departures = [], []
         for number, part in enumerate(split.parts):
-            proof = Proof(self._witness(step, split, part), self.model.names, "hook_sample")
+            proof = self._proof(step, split, part, "hook_sample")
             rows = split.rows(part, self.passes)
             place = None if split.whole else Part(rows, split.size * self.passes, number > 0)
             with (
@@ -207,7 +215,7 @@ class Run:
                 answers.append(self._pass(step, part))
             departures.append(proof.departure())
         self._judge(step, departures)
-        return self._whole(answers, split)
+        return self._whole(answers, split, ("batch",))
 
     def _recomputed(self, step: int, name: str) -> Tensor:
         """One activation at one step, held against the run's witness; hooks that are on now, and
@@ -215,9 +223,11 @@ class Run:
         """
         model, split = self.model, self.splits[step]
         last = until(name, model.names, self.witnesses[step])
+        if self.selected and is_text(name):  # with another padding only what follows proves it
+            last = "hook_sample"
         found, departures = list[Tensor](), []
         for part in split.parts:
-            proof = Proof(self._witness(step, split, part), model.names, last)
+            proof = self._proof(step, split, part, last)
             listeners: list[tuple[str, Listener]] = [
                 (each, Editor(fn))
                 for names, fn in edits_at(self.history, step)
@@ -229,28 +239,37 @@ class Run:
             with model.instrumentation.alone(listeners), suppress(StopForward):
                 self._pass(step, part)
             departures.append(proof.departure())
+            if proof.padded and layer_of(name) == model.cfg.n_layers - 1 and is_text(name):
+                raise NotReproduced(
+                    f"{name!r} of some items alone can't be proven: their texts are padded "
+                    "otherwise than in the whole run, and nothing follows the last layer's; read "
+                    "it from the whole run."
+                )
         self._judge(step, departures)
-        return self._whole(found, split)
+        return self._whole(found, split, model.sites[name])
 
     @property
     def passes(self) -> int:
         """Images an item: 2 where guidance runs a null half."""
         return n_passes(self.model, self.settings.guidance)
 
-    def _whole(self, found: list[Tensor], split: Split) -> Tensor:
+    def _whole(self, found: list[Tensor], split: Split, axes: Sequence[str]) -> Tensor:
         """What the parts of a step gave, as the whole batch."""
         if split.whole:
             return found[0]
-        value = torch.cat(found)
+        value = together(found, axes)
         order = split.order(self.passes, value.device)
         return value if order is None else value[order]
 
-    def _witness(self, step: int, split: Split, part: tuple[int, ...]) -> Witness:
-        """The checksums of one part of a step."""
-        if split.whole:
-            return self.witnesses[step]
-        rows = torch.tensor(split.rows(part, self.passes), device=self.latents.device)
-        return {name: each.items(rows) for name, each in self.witnesses[step].items()}
+    def _proof(self, step: int, split: Split, part: tuple[int, ...], last: str) -> Proof:
+        """What holds a part of a step against its checksums."""
+        texts = self.splits[step].texts
+        texts = tuple(texts[i] for i in part) if texts else ()
+        then: Mapping[str, Checksum] = self.witnesses[step]
+        if not split.whole:
+            rows = torch.tensor(split.rows(part, self.passes), device=self.latents.device)
+            then = {name: each.items(rows) for name, each in then.items()}
+        return Proof(then, self.model.names, last, texts)
 
     def _pass(self, step: int, part: tuple[int, ...]) -> Tensor:
         """The model's pass at a step, from the stored x_t of some items."""
@@ -304,7 +323,8 @@ class Run:
         passes = n_passes(self.model, self.settings.guidance)
         rows = torch.cat([chosen + whole * i for i in range(passes)]).to(self.latents.device)
         witnesses = tuple(
-            {name: each.items(rows) for name, each in witness.items()} for witness in self.witnesses
+            Witness({name: each.items(rows) for name, each in witness.items()})
+            for witness in self.witnesses
         )
         history = tuple(
             replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history
@@ -313,7 +333,11 @@ class Run:
         if chosen.tolist() != list(range(whole)):
             own = Splitter(self.batch, passes)
             splits = tuple(
-                replace(own.at(step, len(chosen)), edited=split.edited)
+                replace(
+                    own.at(step, len(chosen)),
+                    edited=split.edited,
+                    texts=tuple(split.texts[i] for i in wanted) if split.texts else (),
+                )
                 for step, split in enumerate(self.splits)
             )
         return replace(

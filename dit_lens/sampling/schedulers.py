@@ -12,7 +12,7 @@ import torch
 
 from ..arguments import shown
 from ..errors import InvalidType, InvalidValue
-from ..model.noise_schedule import CLIPPING, is_flow
+from ..model.noise_schedule import CLIPPING, is_flow, setting
 from .flow_sde import FlowSDE
 
 
@@ -153,7 +153,7 @@ def learns_variance(scheduler: Any) -> bool:
 
 def _plain_variance(scheduler: Any, learned_sigma: bool) -> Any:
     """Without a learned variance where the model has none or the scheduler can't use it."""
-    if str(scheduler.config.get("variance_type", "")).startswith("learned") and not (
+    if str(setting(scheduler, "variance_type")).startswith("learned") and not (
         learned_sigma and learns_variance(scheduler)
     ):
         plain = "fixed_small" if type(scheduler).__name__ == "DDPMScheduler" else None

@@ -205,11 +205,11 @@ def _restored(how: KeptCall, number: int, tensors: dict[str, Tensor]) -> Call:
     parts = {name: packed.unpacked(tensors) for name, packed in how.call}
     parts["condition"] = Condition.numbered(parts["condition"], parts["labels"])
     context = PassContext(**{name: packed.unpacked(tensors) for name, packed in how.context})
-    witness: Witness = {}
+    witness = Witness()
     if how.witness:
         key = f"call/{number}"
         sums = zip(tensors[f"{key}/bits"], tensors[f"{key}/totals"], strict=True)
-        witness = {n: Checksum(*both) for n, both in zip(how.witness, sums, strict=True)}
+        witness |= {n: Checksum(*both) for n, both in zip(how.witness, sums, strict=True)}
     kernels = Kernels(**dict(how.kernels))
     return Call(**parts, context=context, kernels=kernels, witness=witness)
 

@@ -23,6 +23,7 @@ from ..model.instrumentation import Instrumentation
 from ..model.state import State
 from ..model.taken import Taken
 from ..model.witness import Departure, NotReproduced, Proof, until
+from ..sampling.parts import together
 from .record import Record
 
 Rows = dict[int, list[int] | None]
@@ -56,7 +57,7 @@ def read(
     found |= {name: record.activations[name] for name in recorded}
     recompute(record, model, missing, calls, keep)
     orders = {s: order_of(record, rows[s]) for s in rows}
-    return {n: {s: joined(n, found[n], rows[s], orders[s]) for s in rows} for n in names}
+    return {n: {s: joined(record, n, found[n], rows[s], orders[s]) for s in rows} for n in names}
 
 
 def stacked(
@@ -168,7 +169,13 @@ def order_of(record: Record, rows: Mapping[int, list[int] | None]) -> Tensor | N
     return None if order == list(range(len(places))) else torch.tensor(order)
 
 
-def joined(name: str, found: dict[int, Tensor], rows: Rows, order: Tensor | None = None) -> Tensor:
+def joined(
+    record: Record,
+    name: str,
+    found: dict[int, Tensor],
+    rows: Rows,
+    order: Tensor | None = None,
+) -> Tensor:
     """One step's activation: its calls' items, one behind the other, or in this order."""
     absent = [c for c in rows if c not in found]
     if absent:
@@ -177,6 +184,9 @@ def joined(name: str, found: dict[int, Tensor], rows: Rows, order: Tensor | None
             "there."
         )
     parts = [found[c] if items is None else found[c][items] for c, items in rows.items()]
+    if any(record.calls[c].context.part is not None for c in rows):
+        whole = together(parts, record.sites[name])
+        return whole if order is None else whole[order.to(whole.device)]
     if len({part.shape[1:] for part in parts}) > 1:
         raise InvalidValue(
             f"{name!r} has different shapes in the branches of guidance "

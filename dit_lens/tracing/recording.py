@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +252,34 @@ def _first_passes(
     first, *others = dict.fromkeys(labels)  # a label may have weights of its own
     answer, cache = model.run_with_cache(*inputs([first]), names_filter=list(names))
     answers = [answer]
-    answers += [model(*inputs(others[i : i + batch])) for i in range(0, len(others), batch)]
+    if model.cfg.n_classes:
+        answers += [model(*inputs(others[i : i + batch])) for i in range(0, len(others), batch)]
+    else:  # some activations are as long as the text, or as the longest of a batch: one by one
+        for other in others:
+            answer, theirs = model.run_with_cache(*inputs([other]), names_filter=list(names))
+            answers.append(answer)
+            _require_one_length(model, cache, theirs, (first, other))
     made = hashlib.sha256()
     for answer in answers:
         made.update(answer.float().cpu().contiguous().numpy().tobytes())
     return made.hexdigest(), {name: cache[name] for name in names}
+
+
+def _require_one_length(
+    model: HookedDiT,
+    one: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    labels: tuple[int, int],
+) -> None:
+    """Refuse prompts whose texts are not of one length: a recording has one shape."""
+    for name in one:
+        a, b = list(one[name].shape[1:]), list(other[name].shape[1:])
+        if a != b:
+            of, than = (repr(model.conditions.prompts[n] if n >= 0 else "") for n in labels)
+            raise InvalidValue(
+                f"{name!r} is {a} for the prompt {of:.60} and {b} for {than:.60}; expected prompts "
+                "of one length, or names that have no text."
+            )
 
 
 def _settle_on(folder: Path, plan: Recorded, model: HookedDiT) -> None:

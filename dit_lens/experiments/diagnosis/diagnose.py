@@ -100,7 +100,7 @@ def diagnose(
         at: this score and more is a fault.
         others: other seeds, for the base rate and for the repair.
         clones: runs for each step up to which the past is shared.
-        releases: such steps.
+        releases: such steps; all, of a run that has fewer.
         pairs: bad and good runs to patch between.
         seed: of all noise that is drawn.
         batch: images that go through the model at once.
@@ -129,7 +129,7 @@ def diagnose(
     others = arguments.whole("others", others, 4)
     clones, pairs = arguments.whole("clones", clones, 2), arguments.whole("pairs", pairs, 1)
     steps = run.settings.steps
-    releases = arguments.whole("releases", releases, 2, steps)
+    releases = arguments.whole("releases", releases, 2)
     seed, batch = arguments.seed("seed", seed), arguments.whole("batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(images)")
     if len(set(run.labels.tolist())) > 1:
@@ -244,6 +244,8 @@ def _dataset(
     parts[1:1] = [(f"good {i + 1}", x[None]) for i, x in enumerate(images["good"][:SHOWN])]
     parts = [(name, x) for name, x in parts if len(x)]
     pictures = torch.cat([x for _, x in parts]).float().cpu().numpy()
+    if pictures.ndim == 5:  # of a video its middle frame is shown
+        pictures = pictures[:, :, pictures.shape[2] // 2]
     result = xr.Dataset(
         {
             "chance": ("release", [e.value for e in chance]),
