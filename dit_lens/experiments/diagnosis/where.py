@@ -8,7 +8,7 @@ make for less than `ENOUGH` of it, the one that adds most to them is looked for 
 window is where all layers, and those to blame, do nearly all.
 
 Near twins differ by noise, and layers hand on what noise did. There the window comes first, the one
-in which a stack of layers does most, and a layer is blamed only if it does more than half.
+in which a stack of layers does most, and a layer is blamed only if it does more than half, over enough pairs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from .prober import BLAME, ENOUGH, Place, Prober, all_of, estimates, split
 
 NEARLY = 0.98
 """So much of what a patch at all steps does is nearly all."""
-ADDS = 0.2
+ADDS = 0.1
 """A layer is to blame with others if it adds this much to them, surely."""
 MOST = 4
 """So many layers are blamed together at most."""
+FEWEST = 4
+"""Between fewer pairs that differ by noise no layer is blamed: one can look to blame by chance."""
 FINALISTS = 3
 """So many layers are measured in full; 2 more between near twins, which are less sure."""
 
@@ -172,7 +174,7 @@ def _in_twins(prober: Prober) -> Found:
     for i, layer in enumerate(layers):
         # a layer that another one does better than, pair by pair, only hands on
         beaten = (values[0] - values[i] > 0).mean() > 0.5 if i else False
-        if _surely(effects[i], BLAME) and not beaten:
+        if prober.pairs.n >= FEWEST and _surely(effects[i], BLAME) and not beaten:
             blamed.append(layer)
     return Found(window, whole, [*cells, *seen], layers, effects, blamed)
 
