@@ -8,7 +8,8 @@ make for less than `ENOUGH` of it, the one that adds most to them is looked for 
 window is where all layers, and those to blame, do nearly all.
 
 Near twins differ by noise, and layers hand on what noise did. There the window comes first, the one
-in which a stack of layers does most, and a layer is blamed only if it does more than half, over enough pairs.
+in which a stack of layers does most, and a layer is blamed only if it does more than half, over
+enough pairs.
 """
 
 from __future__ import annotations
