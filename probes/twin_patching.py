@@ -11,7 +11,16 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, twins
 from dit_lens.errors import InvalidState
-from dit_lens.patching import Kind, Patch, as_grid, check_patches, grid, sweep, tiles
+from dit_lens.patching import (
+    Kind,
+    Patch,
+    as_grid,
+    check_patches,
+    default_sites,
+    grid,
+    sweep,
+    tiles,
+)
 
 
 class TwinPatching(Probe):
@@ -43,7 +52,7 @@ class TwinPatching(Probe):
         *,
         pairs: int | None = None,
         layers: Sequence[int] | None = None,
-        sites: str | Sequence[str] = ("attn_out", "mlp_out"),
+        sites: str | Sequence[str] | None = None,
         windows: int | Sequence[range | None] = 5,
         kind: Kind = "swap",
         outcome: Bands | Callable[[Tensor], Any] | None = None,
@@ -59,7 +68,7 @@ class TwinPatching(Probe):
             labels: one a pair; by default those of `dit_lens.twins`.
             pairs: how many; by default one a label, or 16.
             layers: by default every one.
-            sites: hook points in a layer.
+            sites: hook points in a layer; by default `dit_lens.patching.default_sites`.
             windows: ranges of steps, or how many to cut the steps from the release to the end into.
             kind: of patch; see `dit_lens.patching.Patch`.
             outcome: what is measured at the end; see `dit_lens.patching.sweep`.
@@ -100,7 +109,7 @@ class TwinPatching(Probe):
 def combinations(
     model: HookedDiT,
     layers: Sequence[int] | None,
-    sites: str | Sequence[str],
+    sites: str | Sequence[str] | None,
     windows: int | Sequence[range | None],
     kind: Kind,
     settings: dict[str, Any],
@@ -109,4 +118,5 @@ def combinations(
     if not isinstance(windows, Sequence):
         windows = tiles(settings.get("release", 0), settings.get("steps", 50), windows)
     layers = range(model.cfg.n_layers) if layers is None else layers
+    sites = default_sites(model) if sites is None else sites
     return grid(layers, sites, windows, kind=kind)

@@ -9,6 +9,8 @@ import torch
 import dit_lens
 from dit_lens.families import family_named
 from dit_lens.model.conditions import PROMPTS
+from dit_lens.patching import default_sites
+from dit_lens.probes import TwinPatching
 from dit_lens.testing.pipeline_checks import quiet
 
 
@@ -537,3 +539,12 @@ def test_texts_of_parts_are_filled_up(name, tmp_path):
     for each in (text, seen):
         with pytest.raises(ValueError, match="expected prompts of one length"):
             dit_lens.record(model, [each], prompts, out=tmp_path, steps=3)
+
+
+def test_layers_that_do_attention_and_mlp_at_once_are_patched_whole(flux):
+    model = dit_lens.HookedDiT(flux)
+    assert default_sites(model) == ("block",)
+    found = TwinPatching().run(model, ["a cat", "a cow"], windows=2, release=1, steps=3)
+    assert found.site.values.tolist() == ["block"] and found.sizes["layer"] == model.cfg.n_layers
+    assert bool(found.move.notnull().all())
+    model.close()

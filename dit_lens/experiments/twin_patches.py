@@ -9,7 +9,7 @@ import xarray as xr
 from ..measures.bands import Bands
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..patching import as_grid, grid, sweep, tiles
+from ..patching import as_grid, default_sites, grid, sweep, tiles
 from ..pieces import enough, helped
 from .kept_twins import kept_twins
 
@@ -27,8 +27,8 @@ def twin_patches(
     labels: Labels | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> xr.Dataset | None:
-    """What attention and MLP of each layer carry from twin A into twin B, window by window; what
-    `dit_lens.probes.TwinPatching` measures.
+    """What attention and MLP of each layer (or blocks, see `default_sites`) carry from twin A into
+    twin B, window by window; what `dit_lens.probes.TwinPatching` measures.
 
     Args:
         model: the opened model.
@@ -49,8 +49,8 @@ def twin_patches(
     if labels is not None:
         own = model.conditions.numbers(labels).tolist()
         given = [own[i % len(own)] for i in range(pairs)]
-    sites = ("attn_out", "mlp_out")
-    patches = grid(range(model.cfg.n_layers), sites, tiles(release, steps, windows))
+    layers, sites = range(model.cfg.n_layers), default_sites(model)
+    patches = grid(layers, sites, tiles(release, steps, windows))
 
     def run() -> xr.Dataset:
         made = kept_twins("twins", model, pairs, given, steps=steps, release=release, seed=seed)

@@ -23,7 +23,7 @@ from .act_patch import (
     get_act_patch_resid_pre,
 )
 from .attribution import attribute
-from .patch import Kind, Patch, grid, tiles
+from .patch import Kind, Patch, default_sites, grid, tiles
 from .paths import path_patch
 from .sweeps import as_grid, check_patches, check_runs, sweep
 
@@ -50,6 +50,7 @@ __all__ = [
     "get_act_patch_mlp_out",
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
+    "default_sites",
     "grid",
     "path_patch",
     "sweep",

@@ -231,6 +231,6 @@ def _in_every_layer(model: HookedDiT, site: str) -> list[str]:
     if len(found) != model.cfg.n_layers:
         raise InvalidValue(
             f"site={site!r} is {len(found)} hook points; attribution needs one in each of "
-            f"{model.cfg.n_layers} layers, such as 'attn_out'."
+            f"{model.cfg.n_layers} layers, such as 'resid_post'."
         )
     return found

@@ -211,6 +211,21 @@ def grid(
     ]
 
 
+def default_sites(model: HookedDiT) -> tuple[str, ...]:
+    """Where the layers of a model are patched if nobody says: what attention and MLP add, or, if a
+    layer does both at once or has only one, what the whole block adds.
+
+    Args:
+        model: the opened model.
+
+    >>> import dit_lens; default_sites(dit_lens.load("digits"))
+    ('attn_out', 'mlp_out')
+    """
+    sites = ("attn_out", "mlp_out")
+    wanted = (f"blocks.{n}.hook_{site}" for n in range(model.cfg.n_layers) for site in sites)
+    return sites if set(wanted) <= set(model.names) else ("block",)
+
+
 def tiles(first: int, stop: int, n: int) -> list[range]:
     """Windows that cover the steps first..stop-1 without overlap, as equal as they can be.
 
