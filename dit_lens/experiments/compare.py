@@ -29,6 +29,7 @@ from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import predict_x0, signal_and_noise
+from ..patching.measure import energy
 from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.loop import model_output
@@ -148,7 +149,7 @@ def compared_runs(
     counts = draws(items, resamples, seed)
     apart = (other.latents[-1] - plain.latents[-1]).double()
     spread = Spread(plain, bands, counts)
-    effect = spread.relative(bands.energy(apart).sum(1).cpu().numpy()[None])[:, 0]
+    effect = spread.relative(energy(apart, bands)[None])[:, 0]
 
     # What the images are like: their power, and the unchanged model's error on them.
     ratios = []
@@ -203,8 +204,7 @@ def compared_runs(
 
 def _power(_: Run, finished: Tensor, bands: Bands, __: int) -> Array:
     """The energy in each band, [item, band]."""
-    found: Array = bands.energy(finished.double()).sum(1).cpu().numpy()
-    return found
+    return energy(finished, bands)
 
 
 def _error(judge: Run, finished: Tensor, bands: Bands, seed: int) -> Array:
@@ -226,8 +226,7 @@ def _error(judge: Run, finished: Tensor, bands: Bands, seed: int) -> Array:
         with torch.no_grad():
             output = model_output(model, x, step, judge.labels, judge.settings, scheduler)
         x0 = predict_x0(scheduler, x, model.without_variance(output), t)
-        off = bands.energy((x0 - finished).double()).sum(1).cpu().numpy()
-        found += off
+        found += energy(x0 - finished, bands)
     return found
 
 

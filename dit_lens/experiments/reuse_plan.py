@@ -36,6 +36,7 @@ from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.first_order import check_gradients, directions
+from ..patching.measure import energy
 from ..plans.costs import Costs
 from ..plans.plan import Plan
 from ..plans.runner import reuse
@@ -369,7 +370,7 @@ class Samples:
     def effect(self, finished: Tensor) -> Array:
         """E_b of finished latents, [1 + resample, band]."""
         apart = (finished - self.run.latents[-1]).double()
-        found: Array = self.spread.relative(self.bands.energy(apart).sum(1).cpu().numpy()[None])
+        found: Array = self.spread.relative(energy(apart, self.bands)[None])
         return found[:, 0]
 
 

@@ -13,6 +13,7 @@ from ..measures.bands import Bands
 from ..measures.bootstrap import interval
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..patching.measure import energy
 from ..sampling.run import Run
 
 SMALLEST = 1e-12
@@ -59,7 +60,7 @@ class Spread:
     def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
         labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
         same = (labels[:, None] == labels) & ~np.eye(n, dtype=bool)
-        apart = np.stack([bands.energy(x - x[i]).sum(1).cpu().numpy() for i in range(n)])
+        apart = np.stack([energy(x - x[i], bands) for i in range(n)])
         number = np.einsum("ri,ij,rj->r", counts, same, counts)
         summed = np.einsum("ri,ij,rj,ijb->rb", counts, same, counts, apart, optimize=True)
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample without two of one label

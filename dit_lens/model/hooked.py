@@ -574,8 +574,10 @@ class HookedDiT:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(self.transformer.parameters()).dtype
+        """The dtype of the weights, but for those that diffusers keeps in float32."""
+        kept = getattr(self.transformer, "_keep_in_fp32_modules", None) or ()
+        named = self.transformer.named_parameters()
+        return next(p.dtype for name, p in named if not any(part in name for part in kept))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The wrapped module's parameters."""

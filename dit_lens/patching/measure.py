@@ -48,8 +48,11 @@ def latent_bands(bands: Bands | None, run: Run) -> Bands:
 
 
 def energy(x: Tensor, bands: Bands) -> NDArray[np.float64]:
-    """|P_b x|² of latents [item, c, h, w], summed over channels: [item, band]."""
-    values: NDArray[np.float64] = bands.energy(x.double()).sum(1).cpu().numpy()
+    """|P_b x|² of latents [item, c, h, w] or, of videos, [item, c, f, h, w], summed over channels
+    and frames: [item, band].
+    """
+    found = bands.energy(x.double())
+    values: NDArray[np.float64] = found.flatten(1, -2).sum(1).cpu().numpy()
     return values
 
 
