@@ -72,5 +72,5 @@ def draw(result: xr.Dataset, path: Path) -> Path:
             )
         last.set(title="decided by", xlabel="step, 0 the noisiest", ylabel="share of the faults")
         last.set(xlim=(0, steps), ylim=(0, 1.03))
-        legend(last, loc="lower right")
+        legend(last, loc="best")
     return path
