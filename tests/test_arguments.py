@@ -54,6 +54,7 @@ from dit_lens.patching import (
     Patch,
     as_grid,
     attribute,
+    default_sites,
     generic_activation_patch,
     grid,
     path_patch,
@@ -448,6 +449,7 @@ def table():
                 "windows": [[None, range(1, 2)]],
             },
         ),
+        ("default_sites", default_sites, {}, {"model": [model]}),
         ("tiles", tiles, {}, {"first": whole(1), "stop": whole(9), "n": whole(2)}),
         (
             "sweep",

@@ -221,6 +221,7 @@ def default_sites(model: HookedDiT) -> tuple[str, ...]:
     >>> import dit_lens; default_sites(dit_lens.load("digits"))
     ('attn_out', 'mlp_out')
     """
+    arguments.instance("model", model, HookedDiT, "a HookedDiT")
     sites = ("attn_out", "mlp_out")
     wanted = (f"blocks.{n}.hook_{site}" for n in range(model.cfg.n_layers) for site in sites)
     return sites if set(wanted) <= set(model.names) else ("block",)
