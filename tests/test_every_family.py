@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
@@ -94,3 +95,22 @@ def test_every_measurement(name):
                 wrong.append((what, repr(error)))
         assert model.instrumentation.listening == 0, what
     assert not wrong
+
+
+def test_a_model_opened_by_the_boundaries_of_its_modules():
+    from test_own_models import SIT, SiT, alive
+
+    torch.manual_seed(0)
+    sit = alive(SiT(layers=3))
+    flow = FlowMatchEulerDiscreteScheduler()
+    model = HookedDiT(sit, flow, blocks="layers", adapter=SIT)
+    told = {}
+    for what, measure in MEASUREMENTS.items():
+        try:
+            measure(model)
+        except DitLensError as error:
+            told[what] = str(error)
+    boundaries = {name for name, text in told.items() if "boundaries" in text}
+    assert told.keys() - boundaries <= {"interchange"}, told
+    assert "the heads of this model are not known" in told["interchange"]
+    assert not {"gap", "gap of images", "attributes", "step_doubling"} & told.keys()

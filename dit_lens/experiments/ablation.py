@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidType, InvalidValue
+from ..hooks.hold import require_parts
 from ..hooks.names import additions, site_of
 from ..model.hooked import HookedDiT
 from ..patching.patch import moved, tiles
@@ -47,12 +48,14 @@ def added_by(model: HookedDiT, layer: int, part: Part = "layer") -> list[str]:
 
     Raises:
         InvalidValue: for a layer or a part that does not exist.
+        InvalidState: for a model that is opened by the boundaries of its modules.
 
     >>> import dit_lens; added_by(dit_lens.load("digits"), 5)
     ['blocks.5.hook_attn_out', 'blocks.5.hook_mlp_out']
     """
     (layer,) = arguments.layers([layer], model.cfg.n_layers)
     arguments.choice("part", part, get_args(Part))
+    require_parts(model.names)
     found = [
         name
         for stream in STREAMS

@@ -106,6 +106,10 @@ def interchange(
     spans = windows_of(windows, release, steps)
     bands = Bands.radial(model.cfg.grid, cut=cut)
     outcome = Bands.radial(model.cfg.pixels, cut=cut)
+    if heads and not model.cfg.n_heads:
+        raise InvalidValue(
+            "heads=True can't be used: the heads of this model are not known; expected heads=False."
+        )
     numbers = range(model.cfg.n_heads) if heads else [STREAM]
     cells = list(itertools.product(chosen, numbers, spans, amounts, BOTH))
     patches = [
