@@ -11,6 +11,7 @@ from dit_lens import HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.experiments import diagnose, diagnose_all, load_edits
 from dit_lens.experiments.diagnosis.fault import check_fault, made
+from dit_lens.experiments.diagnosis.prober import Place
 from dit_lens.families.registry import family_named
 from dit_lens.groundtruth import random_weights
 from dit_lens.groundtruth.faults import Fault, plant
@@ -170,6 +171,17 @@ def test_a_swapped_stack_of_blocks_is_the_sum_of_what_they_add(spoiled, bad, goo
         assert torch.allclose(x, good.latents[-1], atol=1e-4)
     with pytest.raises(ValueError, match="can't be patched so"):
         plan(Patch("block", 2, kind="zero"), spoiled, STEPS, 1)
+
+
+def test_layers_beside_a_stack_that_holds_them_change_nothing(spoiled, bad, good):
+    """Whether they are its last one, whose stream both would write, or not."""
+    stack = Place(0, 3, range(STEPS))
+    places = [stack, *(stack._replace(beside=(layer,)) for layer in range(3))]
+    done = Lanes(good, bad, 4).run([place.planned(bad) for place in places], lambda _: None)
+    assert all(torch.equal(x, done[0]) for x in done)
+    beside = Place(0, 2, range(STEPS), beside=(2,)).planned(bad)
+    (x,) = Lanes(good, bad, 4).run([beside], lambda _: None)
+    assert torch.allclose(x, good.latents[-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -60,7 +60,9 @@ class Place(NamedTuple):
         own = Patch(
             self.site, self.layer, self.window, heads, tokens, depth=self.depth, kind="swap"
         )
-        also = [Patch("block", layer, self.window, kind="swap") for layer in self.beside]
+        inside = range(self.layer, self.layer + self.depth)  # which the stack's patch contains
+        others = [layer for layer in self.beside if layer not in inside]
+        also = [Patch("block", layer, self.window, kind="swap") for layer in others]
         model, steps, items = run.model, run.settings.steps, len(run.labels)
         return joined([plan(patch, model, steps, items) for patch in (own, *also)])
 
