@@ -144,16 +144,7 @@ def test_every_kind_has_a_title():
 
 
 def test_the_command_is_the_one_that_was_given(page, folder, tmp_path, capsys):
-    words = [
-        "probe",
-        "LayerLens",
-        "--items",
-        "2",
-        "--steps",
-        "3",
-        "--out",
-        str(tmp_path / "a b.nc"),
-    ]
+    words = ["probe", "LayerLens", *"--items 2 --steps 3 --out".split(), str(tmp_path / "a b.nc")]
     assert main(words) == 0
     made = made_with(tmp_path / "a b.nc")
     assert made["command"] == shlex.join(["dit-lens", *words])

@@ -123,11 +123,11 @@ def test_settings_of_the_scheduler_that_it_was_made_from_are_not_its_own():
     runs = [dit_lens.sample(model_with(own), [1], steps=5) for own in (made, plain)]
     assert torch.equal(runs[0].log_snr, runs[1].log_snr)
     clipped = diffusers.DDIMScheduler(1000, clip_sample=False, thresholding=True)
-    euler = diffusers.DDPMParallelScheduler.from_config(clipped.config)
+    reads = diffusers.DDPMParallelScheduler.from_config(clipped.config)
     with pytest.raises(ValueError, match="thresholding=True"):  # it has that one
-        dit_lens.sample(model_with(plain), [1], steps=5, scheduler=euler)
-    lcm = diffusers.CogVideoXDDIMScheduler.from_config(clipped.config)
-    dit_lens.sample(model_with(plain), [1], steps=5, scheduler=lcm)
+        dit_lens.sample(model_with(plain), [1], steps=5, scheduler=reads)
+    ignores = diffusers.CogVideoXDDIMScheduler.from_config(clipped.config)
+    dit_lens.sample(model_with(plain), [1], steps=5, scheduler=ignores)
 
 
 def test_samplers_that_call_the_model_more_often_are_refused():

@@ -36,6 +36,7 @@ from dit_lens.report import gap as gap_report
 from dit_lens.report import stored
 from dit_lens.storage import (
     check_seal,
+    device_name,
     file_name,
     load_dataset,
     load_tensors,
@@ -216,7 +217,7 @@ def test_a_report_overwrites_no_other_result(gap_results, tmp_path, capsys):
 
 
 def test_files_say_what_made_them(gap_results, trace, tmp_path):
-    made = versions("cpu")
+    made = versions() | {"device": device_name("cpu")}
     assert made["torch"] == torch.__version__ and made["device"].startswith("cpu (")
     with made_by("dit-lens gap"):
         made_on(torch.device("cpu"))

@@ -33,10 +33,12 @@ def test_energies_are_sums_over_frames(model):
     assert energy(x, bands).shape == (2, 2) and abs(energy(x, bands) - frames).max() < 1e-9
 
 
-def test_a_patch_of_everything_makes_the_source_of_the_target(model):
+def test_distances_of_a_sweep_are_those_of_all_frames(model):
     a, b = (dit_lens.sample(model, ["a cat"] * 2, seeds=[s, s + 1], steps=3) for s in (0, 5))
     found = sweep(a, b, [Patch("resid_post", 1, range(3))])
-    assert found.move.shape == (1, 2) and bool(found.distance_target.notnull().all())
+    apart = (b.latents[-1] - a.latents[-1]).double().square().flatten(1).sum(1).numpy()
+    assert abs(found.distance_target.sum("band").values / apart - 1).max() < 1e-6
+    assert found.move.shape == (1, 2) and bool(found.move.notnull().all())
 
 
 def test_a_map_and_a_plan(model):

@@ -575,6 +575,7 @@ class HookedDiT:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, but for those that diffusers keeps in float32."""
+        # diffusers' own `dtype` walks through all modules, and this is asked at every step
         kept = getattr(self.transformer, "_keep_in_fp32_modules", None) or ()
         named = self.transformer.named_parameters()
         return next(p.dtype for name, p in named if not any(part in name for part in kept))

@@ -90,13 +90,11 @@ def about_of(name: str, settings: Mapping[str, Any], model: Any) -> dict[str, An
         model: the opened model.
     """
     shown = {key: _setting(value) for key, value in settings.items()}
-    made_by = versions()
-    made_by.pop("device")
     return {
         "measurement": name,
         "settings": shown,
         "model": "none" if model is None else digest(model),
-        "versions": made_by,
+        "versions": versions(),
     }
 
 

@@ -148,9 +148,7 @@ class Worker:
 
 def about_here() -> dict[str, str]:
     """The versions of this process, with Python's."""
-    found = versions()
-    found.pop("device")
-    return found | {"python": platform.python_version()}
+    return versions() | {"python": platform.python_version()}
 
 
 def _raw(x: Tensor) -> tuple[Any, str, tuple[int, ...]]:

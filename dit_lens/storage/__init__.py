@@ -7,13 +7,14 @@ it; the schemas are beside those who write it (`tracing`, `patching`, `report`, 
 from .datasets import load_dataset, made_with, save_dataset
 from .documents import load_document, save_document
 from .locks import locked
-from .provenance import made_by, made_on, versions
+from .provenance import device_name, made_by, made_on, versions
 from .seals import check_seal
 from .tensors import load_tensors, mapped_tensors, save_tensors
 from .writing import file_name, replacing, try_file, try_folder
 
 __all__ = [
     "check_seal",
+    "device_name",
     "file_name",
     "load_dataset",
     "load_document",

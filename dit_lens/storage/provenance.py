@@ -34,7 +34,7 @@ def made_by(command: str) -> Iterator[None]:
 def made_on(device: torch.device) -> None:
     """The model of the command that is running is on this device; nothing outside a command."""
     if (known := COMMAND.get()) is not None:
-        known["device"] = _named(device)
+        known["device"] = device_name(device)
 
 
 def provenance() -> dict[str, str]:
@@ -44,24 +44,28 @@ def provenance() -> dict[str, str]:
     'dit-lens gap digits'
     """
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    found = {name: _version(package) for name, package in PACKAGES.items()}
-    return found | {"date": date} | (COMMAND.get() or {})
+    return versions() | {"date": date} | (COMMAND.get() or {})
 
 
-def versions(device: torch.device | str | None = None) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions of what computes.
 
-    Args:
-        device: on which, if it is known.
-
     >>> sorted(versions())
-    ['device', 'diffusers', 'dit_lens', 'torch']
+    ['diffusers', 'dit_lens', 'torch']
     """
-    found = {name: _version(package) for name, package in PACKAGES.items()}
-    return found | {"device": "unknown" if device is None else _named(torch.device(device))}
+    return {name: _version(package) for name, package in PACKAGES.items()}
 
 
-def _named(device: torch.device) -> str:
+def device_name(device: torch.device | str) -> str:
+    """A device with the name of its hardware.
+
+    Args:
+        device: such as "cuda".
+
+    >>> device_name("cpu").startswith("cpu (")
+    True
+    """
+    device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{device.type} ({name})"
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .provenance import versions
+from .provenance import device_name, versions
 from .seals import EMPTY_SEAL, check_seal, seal
 from .writing import replacing
 
@@ -40,10 +40,11 @@ def save_tensors(
     Raises:
         UnwritableFile: where it can't be written.
     """
+    made_with = versions() | ({} if device is None else {"device": device_name(device)})
     metadata = {
         "seal": EMPTY_SEAL,
         "kind": kind,
-        "versions": json.dumps(versions(device)),
+        "versions": json.dumps(made_with),
         "about": json.dumps(about),
     }
     with replacing(path) as part:

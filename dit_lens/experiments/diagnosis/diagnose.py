@@ -173,7 +173,8 @@ def diagnose(
         spent.stage = "inside"
         if found.window is not None:
             for layer in sorted(found.blamed):  # as `layers` are given
-                beside = tuple(x for x in found.blamed if x != layer) if found.together else ()
+                several = found.together is not None
+                beside = tuple(x for x in found.blamed if x != layer) if several else ()
                 insides.append(look_inside(prober, layer, found.window, beside))
 
     # Repair.

@@ -10,6 +10,7 @@ import numpy as np
 from ...hooks.hold import parts
 from ...measures.estimate import Estimate
 from .prober import BLAME, ENOUGH, Place, Prober, all_of, estimates
+from .where import ADDS
 
 SIDE = 4
 """The token grid is looked at in so many squares a side."""
@@ -60,7 +61,8 @@ def look_inside(prober: Prober, layer: int, window: range, beside: tuple[int, ..
     def measured(places: Sequence[Place]) -> list[Estimate]:
         places = [place._replace(beside=beside) for place in places]
         found = prober.both(places, few) - prober.floor(places, few)
-        return estimates((found - less) / (most - less))
+        # in the window, in one pair, the layer can add less than it was blamed for
+        return estimates((found - less) / max(most - less, ADDS))
 
     names = list(parts(model.names, layer))
     by_part = measured([Place(layer, 1, window, name) for name in names])
