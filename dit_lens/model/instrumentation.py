@@ -46,6 +46,9 @@ from .witness import Witness, Witnessing, witnessed
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
 
+NO_WITNESS = Witnessing()
+"""Where no checksums are taken."""
+
 OPENING = RLock()
 """Held while a model is opened; two threads that open one model get one instrumentation."""
 
@@ -141,7 +144,10 @@ class Instrumentation:
         self._owner: Here | None = None  # whose hooks are on
         self._stand_ins: dict[int, StandIn] = {}
         self._lens: tuple[dict[str, Any] | None, dict[str, Any]] = None, {}
-        self._witness: Layers[Witness | None] = Layers("witness", None)
+        self.proving: set[object] = set()  # for whom the streams are listened to
+        self.prover = Observer(lambda value, point: self._witness.top.see(value, point))
+        self.prover.scope = self.prover
+        self._witness: Layers[Witnessing] = Layers("witness", NO_WITNESS)
         self._context = Layers("context", NOTHING)
         self._inputs: Layers[dict[str, Any] | None] = Layers("inputs", None)
         self._hearing = Layers("hearing", EVERYBODY)
@@ -278,11 +284,14 @@ class Instrumentation:
         with LOCK:
             self.claim()
             self.watchers = [*self.watchers, watcher]
+            if watcher.proves:
+                self._prove(watcher)
 
     def unwatch(self, watcher: Watcher) -> None:
         """No longer show calls to a watcher."""
         with LOCK:
             self.watchers = [w for w in self.watchers if w is not watcher]
+            self._prove_no_more(watcher)
             if not self.watchers:
                 self.pipeline.forget()
 
@@ -494,28 +503,44 @@ class Instrumentation:
         Args:
             listener: at some hook point.
         """
-        return listener.scope is not None and listener.scope is self._witness.top
+        return listener is self.prover
 
     @contextmanager
     def witnessing(self) -> Iterator[Witness]:
         """Take the checksums of the streams of one pass; gives the dict that they go to."""
-        if self._witness.top is not None:  # whoever runs the pass takes them already
-            yield self._witness.top
+        if self._witness.top is not NO_WITNESS:  # whoever runs the pass takes them already
+            yield self._witness.top.witness
             return
         taking = Witnessing()
-        witness, observer = taking.witness, Observer(taking.see)
-        observer.scope = witness
         with Taken() as taken:
-            self._witness.put(taken, witness)
+            self._witness.put(taken, taking)
             heard = self._hearing.top
-            self._hearing.put(taken, replace(heard, scopes=(*heard.scopes, witness)))
-            self._put_on(taken, [(name, observer) for name in self.witnessed])
+            self._hearing.put(taken, replace(heard, scopes=(*heard.scopes, self.prover)))
+            taken.undo(self._prove_no_more, taking)
+            self._prove(taking)
             try:
-                yield witness
+                yield taking.witness
             except StoppedAtLayer:
                 taking.finished()
                 raise
             taking.finished()
+
+    def _prove(self, user: object) -> None:
+        """Listen to the streams, for passes that take checksums. Whoever runs many such passes asks
+        once, as to come and to go at each stream costs a small model a hundredth of its time.
+        """
+        with LOCK:
+            if not self.proving:
+                for name in self.witnessed:
+                    self.points[name].add(self.prover)
+            self.proving.add(user)
+
+    def _prove_no_more(self, user: object) -> None:
+        with LOCK:
+            self.proving.discard(user)
+            if not self.proving:
+                for name in self.witnessed:
+                    self.points[name].drop(self.prover)
 
     def _put_on(self, taken: Taken, listeners: Iterable[tuple[str, Listener]]) -> None:
         """Add listeners that have a scope of their own, until `taken` gives them back."""
@@ -569,7 +594,7 @@ class Instrumentation:
                 self.readers.add(scope)
             taken.undo(restore_steps)
             self._context.put(taken, NOTHING)
-            self._witness.put(taken, None)
+            self._witness.put(taken, NO_WITNESS)
             self._hearing.put(taken, Hearing((scope,), alone=True))
             self._put_on(taken, mine)
             yield

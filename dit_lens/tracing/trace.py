@@ -400,7 +400,7 @@ class Trace:
             branch: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the
                 extra pass of skip-layer guidance.
         """
-        found = self.read(select(names, self.names), steps, branch)
+        found = self.read(names, steps, branch)
         return {name: _stacked(name, at) for name, at in found.items()}
 
     def stack(self, site: str, steps: Steps = None, branch: str | None = None) -> Tensor:
@@ -424,12 +424,12 @@ class Trace:
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
-        self, names: Sequence[str], steps: Steps = None, branch: str | None = None
+        self, names: NamesFilter, steps: Steps = None, branch: str | None = None
     ) -> dict[str, dict[int, Tensor]]:
         """`{name: {step: activation}}`: as recorded where all of it was, recomputed otherwise.
 
         Args:
-            names: full hook names.
+            names: which hook points.
             steps: which steps; by default those that were recorded.
             branch: only the items of one branch of guidance.
         """
