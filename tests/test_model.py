@@ -223,6 +223,7 @@ def test_names_filters_and_shorthand(dit, inputs):
         "normalized": "could be any of 'ln1.hook_normalized', "
         "'ln2.hook_normalized', 'ln_final.hook_normalized'; write it out",
         "nonsense": "No hook point matches 'nonsense'; model.names lists them all",
+        ("blocks.1.hook_resid_post", 1): "says its layer itself; .*: \\('resid_post', 1\\)",
     }.items():
         with pytest.raises(dit_lens.UnknownName, match=text):
             got(f)

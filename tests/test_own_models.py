@@ -376,3 +376,107 @@ def test_opening_leaves_random_numbers_and_others_hooks_alone(sit):
     assert torch.equal(torch.rand(1), want) and not calls
     sit(X, T, Y)
     assert calls
+
+
+class InPlace(nn.Module):
+    """A block that changes in place what its parts gave, and its own stream."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attn, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
+        self.gate = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        a = self.attn(x)
+        a *= self.gate
+        x = x + a
+        m = self.mlp(x)
+        m.mul_(0.5)
+        x += m
+        return x
+
+
+class AllInPlace(nn.Module):
+    """A model that also changes the stream in place between its blocks."""
+
+    def __init__(self, width=8, layers=3):
+        super().__init__()
+        self.inward, self.out = nn.Linear(4, width), nn.Linear(width, 4)
+        self.blocks = nn.ModuleList(InPlace(width) for _ in range(layers))
+        self.place = nn.Parameter(torch.randn(width))
+
+    def forward(self, x, t):
+        z = self.inward(x.flatten(2).transpose(1, 2)) + t[:, None, None]
+        for block in self.blocks:
+            z = block(z)
+            z += self.place
+        return self.out(z).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.fixture
+def in_place():
+    """The opened model, and what it is called with."""
+    torch.manual_seed(0)
+    parts = {"attn": "attn", "mlp": "mlp"}
+    module = AllInPlace().eval()
+    opened = HookedDiT(module, blocks="blocks", parts=parts, adapter=Adapter(latents=(4, 4, 4)))
+    with opened as model, torch.no_grad():
+        yield model, (torch.randn(2, 4, 4, 4), torch.tensor([0.3, 0.9]))
+
+
+def as_they_were(model, call):
+    """Parts and blocks as plain hooks see them, copied at once."""
+    seen, handles = {}, []
+    for i, block in enumerate(model.transformer.blocks):
+        for name, part in (
+            (f"blocks.{i}.attn.hook_out", block.attn),
+            (f"blocks.{i}.mlp.hook_out", block.mlp),
+            (f"blocks.{i}.hook_resid_post", block),
+        ):
+            handles.append(
+                part.register_forward_hook(
+                    lambda module, args, out, name=name: seen.__setitem__(name, out.clone())
+                )
+            )
+    model.transformer(*call)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_all_readers_of_a_model_that_works_in_place_agree(in_place):
+    model, call = in_place
+    truth = as_they_were(model, call)
+    with dit_lens.trace(model) as lazy, dit_lens.trace(model, names=list(truth)) as eager:
+        model.transformer(*call)
+    _, cache = model.run_with_cache(*call, None)
+    every = lazy.get(list(truth))
+    for name, value in truth.items():
+        for read in (lazy[name][0], every[name][0], eager[name][0], cache[name]):
+            assert torch.equal(read, value), name
+    whole = torch.stack([truth[f"blocks.{i}.hook_resid_post"] for i in range(3)])
+    assert torch.equal(lazy.stack("resid_post")[:, 0], whole)
+
+
+def test_what_edits_put_into_such_a_model_stays_as_it_was(in_place):
+    model, call = in_place
+    patch, mine = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
+    kept = mine.clone()
+    with dit_lens.trace(model) as t:
+        t.patch("blocks.0.hook_resid_post", patch)
+        t.edit("blocks.1.hook_resid_post", lambda a, hook: mine)
+        for _ in range(3):
+            model.transformer(*call)
+    entered = t["blocks.1.hook_resid_pre"]
+    assert all(torch.equal(one, patch + model.transformer.place) for one in entered)
+    assert torch.equal(mine, kept) and torch.equal(t["blocks.1.hook_resid_post"][2], kept)
+
+
+def test_a_hold_in_such_a_model_is_what_the_part_gave(in_place):
+    model, call = in_place
+    name = "blocks.0.attn.hook_out"
+    with dit_lens.trace(model, names=name) as t:
+        t.hold(name, steps=[1, 2])
+        for scale in (1.0, 2.0, 3.0):
+            model.transformer(scale * call[0], call[1])
+    assert torch.equal(t[name][1], t[name][0]) and torch.equal(t[name][2], t[name][0])

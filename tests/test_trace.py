@@ -465,3 +465,30 @@ def test_noise_levels_are_those_of_the_runs_own_scheduler(pipe, tmp_path, schedu
     for each in (t, loaded):
         found = torch.from_numpy(each.to_xarray("hook_embed").log_snr.values)
         torch.testing.assert_close(found, run.log_snr, rtol=1e-5, atol=1e-5)
+
+
+def test_what_comes_after_an_activation_changes_no_record_of_it(dit, inputs):
+    """A steering hook of PyTorch's, which changes a block's stream in place, and an edit that
+    returns the same memory at every step.
+    """
+    x, t, y = inputs
+    room = torch.empty(0)
+
+    def into_room(a, hook):
+        room.resize_(a.shape)
+        return torch.mul(a, 2, out=room)
+
+    handle = dit.transformer_blocks[0].register_forward_hook(lambda m, args, out: out.add_(1.0))
+    names = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z"]
+    with torch.no_grad(), dit_lens.trace(dit, names=names) as eager, dit_lens.trace(dit) as lazy:
+        for each in (eager, lazy):
+            each.edit(names[1], into_room)
+        for scale in (1.0, 3.0):
+            dit(scale * x, t, class_labels=y)
+    for name in names:
+        assert torch.equal(eager[name], lazy[name]) and torch.equal(
+            lazy.get(name)[name], lazy[name]
+        )
+        assert not torch.equal(eager[name][0], eager[name][1])
+    assert torch.equal(eager["blocks.0.hook_resid_post"] + 1.0, lazy["blocks.1.hook_resid_pre"])
+    handle.remove()

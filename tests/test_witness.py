@@ -85,15 +85,37 @@ def test_any_bit_of_any_item_shows(shape, dtype):
     assert torch.equal(checksum(strided).bits, before.bits), "the layout in memory is no matter"
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     for place in np.ndindex(*shape):
-        y = x.clone()
-        y.view(integers)[place] ^= 1  # the last bit
-        odd = checksum(y).bits != before.bits
-        assert odd.nonzero().flatten().tolist() == [place[0]]
+        for bit in (1, torch.iinfo(integers).min):  # the last one, and the sign
+            y = x.clone()
+            y.view(integers)[place] ^= bit
+            odd = checksum(y).bits != before.bits
+            assert odd.nonzero().flatten().tolist() == [place[0]]
 
 
-def test_items_that_change_places_show():
-    x = torch.randn(2, 4, 8)
-    assert not torch.equal(checksum(x.flip(0)).bits, checksum(x).bits)
+@pytest.mark.parametrize("shape", [(2, 4, 8), (3, 16, 6), (2, 4, 6, 6), (2, 9, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_changes_places_shows_and_is_no_rounding(shape, dtype):
+    """A sum alone would be blind to shuffled tokens, a control that people do run."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = checksum(x)
+    norm = x.flatten(1).float().norm(dim=1) * tolerance(dtype)
+    for axis in range(len(shape)):
+        for other in (x.flip(axis), x.roll(1, axis)):
+            now = checksum(other)
+            assert (now.bits != before.bits).all() or axis == 0
+            found = compare({"a": before}, {"a": (now, norm)})
+            assert found is not None and not found.rounding
+
+
+def test_an_edit_that_shuffles_tokens_otherwise_is_not_reproduced(model, inputs):
+    x, t, y = inputs
+    order = {"now": torch.tensor([1, 0, *range(2, 16)])}
+    with dit_lens.trace(model) as trace:
+        trace.edit("blocks.0.hook_resid_post", lambda a, hook: a[:, order["now"]])
+        call(model, x, t, y)
+    order["now"] = torch.tensor([0, 2, 1, *range(3, 16)])
+    with pytest.raises(NotReproduced, match="layer 0"):
+        trace["blocks.0.hook_resid_post"]
 
 
 def test_rounding_is_told_from_another_computation():
@@ -268,10 +290,34 @@ def test_kernels_are_put_back_for_a_read(model, inputs):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_change_of_weights_is_not_taken_for_rounding(dit, inputs, dtype):
+    """At few bits a weight that changed by some percent moves the stream no more than another
+    kernel does.
+    """
+    x, t, y = inputs
+    model = HookedDiT(dit.to(dtype), scheduler=DDIMScheduler(1000))
+    with dit_lens.trace(model) as trace:
+        call(model, x.to(dtype), t, y)
+    run = dit_lens.sample(model, [1, 2, 3], steps=2)
+    one = run.select([0, 2])
+    assert one.activations("resid_post", 1, step=0).shape[0] == 2
+    with torch.no_grad():
+        dit.transformer_blocks[1].attn1.to_out[0].weight.mul_(1.02)
+    said = "weights or buffers at 'transformer_blocks.1.attn1.to_out.0.weight' changed"
+    for read in (
+        lambda: trace["blocks.1.hook_attn_out"],
+        lambda: run.activations("resid_post", 1, step=0),
+        lambda: one.activations("resid_post", 1, step=0),
+    ):
+        with pytest.raises(NotReproduced, match=said):
+            read()
+
+
 def test_rounding_warns_once(model, inputs, monkeypatch):
     _, lazy = both(model, *inputs)
-    block = model.transformer.transformer_blocks[1].attn1
-    block.register_forward_hook(lambda m, args, out: out * (1 + 1e-6))
+    gelu = torch.nn.functional.gelu  # of another kernel, as it were
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda *a, **k: gelu(*a, **k) * (1 + 1e-6))
     with pytest.warns(UserWarning, match="Step 0 was recomputed to within rounding"):
         lazy["resid_post", 2]
     assert not lazy.exact

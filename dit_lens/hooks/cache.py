@@ -8,7 +8,47 @@ import torch
 from torch import Tensor
 
 from ..arguments import text
+from ..errors import InvalidState
 from .names import Key, UnknownName, layer_of, resolve, select
+from .points import HookPoint, version
+
+
+class Caching:
+    """Keeps the activations of one pass, as an observer of each.
+
+    What comes after an activation in the pass may change it in place, so a copy is kept. One
+    through which a gradient flows is kept itself: only that one can be asked for its gradient.
+
+    Args:
+        device: where they are kept; None is where they are.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        self.device = device
+        self.kept: dict[str, tuple[Tensor, int]] = {}
+
+    def keep(self, value: Tensor, point: HookPoint) -> None:
+        """Keep an activation."""
+        if value.requires_grad:
+            own = value.to(self.device or value.device)
+        else:
+            own = value.to(self.device or value.device, copy=True)
+        self.kept[point.name] = own, version(own)
+
+    def values(self) -> dict[str, Tensor]:
+        """What was kept, by hook name.
+
+        Raises:
+            InvalidState: if one through which a gradient flows was changed in place.
+        """
+        for name, (value, before) in self.kept.items():
+            if version(value) != before:
+                raise InvalidState(
+                    f"{name!r} was changed in place after its hook point, by a module or a hook of "
+                    "somebody else's; expected gradients off (torch.no_grad()), where a copy is "
+                    "kept."
+                )
+        return {name: value for name, (value, _) in self.kept.items()}
 
 
 class ActivationCache(Mapping[str, Tensor]):

@@ -298,7 +298,7 @@ class Hold:
         """
         clock = self.now()
         if any(map(self.held, after(clock.step, self.lag, self.order))):
-            self.kept[clock] = added.detach()
+            self.kept[clock] = added.detach().clone()
         oldest = clock.step - self.lag * (self.order + 1)
         for each in [c for c in self.kept if c.run != clock.run or c.step < oldest]:
             del self.kept[each]
@@ -313,6 +313,7 @@ class Hold:
                 f"{list(new.shape)} where it is held from ({', '.join(self.axes)}); a hold needs "
                 "one batch and one size throughout."
             )
+        new = new.clone() if new is value else new  # what flows on may be changed in place
         self.made = new, value
         return checked(self.inside.merge(x, new, self.axes), x, point)
 
@@ -331,7 +332,7 @@ class Entering(Editor):
         self.hold = hold
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
-        self.hold.entered = x
+        self.hold.entered = x.clone()
         return x
 
     def frozen(self) -> Editor | None:

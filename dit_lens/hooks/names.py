@@ -133,6 +133,11 @@ def resolve(key: Key, names: Sequence[str]) -> str:
             "('resid_post', 5)."
         )
     short, layer = key[0], int(key[1])
+    if short in names and layer_of(short) is not None:
+        raise UnknownName(
+            f"{short!r} says its layer itself; expected it alone, or its site with a layer: "
+            f"({site_of(short).removeprefix('hook_')!r}, {layer})."
+        )
     found = _by_shorthand(f"{key[2]}.{short}" if len(key) == 3 else short, names)
     if not found:
         raise _unknown(short, names)

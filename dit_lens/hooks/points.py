@@ -221,7 +221,9 @@ class Editor(Listener):
                 return x
             return laid_out(copy, x)  # the user may have kept the copy to ask for its .grad
         point.changed = True
-        return checked(new, x, point)
+        new = checked(new, x, point)
+        # what flows on may be changed in place, and what the user returned is the user's
+        return new if new is copy else new.clone()
 
     def frozen(self) -> Editor | None:
         """This edit as it acts in the call under way, to be replayed later; None if it does not

@@ -14,7 +14,7 @@ from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.adapter import Adapter
 from ..families.config import Condition, Size
-from ..hooks.cache import ActivationCache
+from ..hooks.cache import ActivationCache, Caching
 from ..hooks.names import NamesFilter, resolve, select
 from ..hooks.points import (
     BackwardEditor,
@@ -343,15 +343,11 @@ class HookedDiT:
         >>> model.run_with_cache(x, t, y, names_filter="resid_post")[1]["resid_post", 5].shape
         torch.Size([1, 64, 64])
         """
-        kept: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, point: HookPoint) -> None:
-            kept[point.name] = value if device is None else value.to(device)
-
-        names = select(names_filter, self.names)
-        with self.observing(names, keep):
+        names, kept = select(names_filter, self.names), Caching(device)
+        with self.observing(names, kept.keep):
             out = self(x, t, y, **span)
-        return out, ActivationCache({name: kept[name] for name in names if name in kept})
+        found = kept.values()
+        return out, ActivationCache({name: found[name] for name in names if name in found})
 
     def activations(
         self, x: Tensor, t: Tensor, y: Any, names_filter: NamesFilter
@@ -365,15 +361,11 @@ class HookedDiT:
             names_filter: what to keep.
         """
         names = select(names_filter, self.names)
-        kept: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, point: HookPoint) -> None:
-            kept[point.name] = value
-
-        with self.observing(names, keep), suppress(StopForward):
+        kept = Caching()
+        with self.observing(names, kept.keep), suppress(StopForward):
             with self.attached(self.instrumentation.stopping(names[-1])):  # after `keep`
                 self(x, t, y)
-        return ActivationCache(kept)
+        return ActivationCache(kept.values())
 
     def without_variance(self, output: Tensor) -> Tensor:
         """A model's output without the variance that some models predict in a second half of the

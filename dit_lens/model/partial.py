@@ -39,7 +39,7 @@ class InjectStream(Listener):
         self.order, self.stream, self.scope = (False, -1), stream, scope
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:  # noqa: ARG002 (replaced unseen)
-        return self.stream
+        return self.stream.clone()  # a block may change what it is given in place
 
 
 class StandIn:

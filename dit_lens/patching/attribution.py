@@ -211,7 +211,7 @@ def _activations(
     seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor, point: HookPoint) -> None:
-        seen[point.name] = value
+        seen[point.name] = value if graph else value.clone()
 
     model, settings = run.model, run.settings
     scheduler = run.fresh_scheduler()

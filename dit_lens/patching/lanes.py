@@ -372,7 +372,7 @@ class Lanes:
         kept: dict[str, Tensor] = {}
 
         def keep(value: Tensor, point: HookPoint) -> None:
-            kept[point.name] = value
+            kept[point.name] = value.clone()
 
         model, x = run.model, run.latents[step]
         observed = model.observing(sorted(names), keep) if names else nullcontext()

@@ -112,4 +112,4 @@ class KeptHold(Hold):
             self.computed = {c: known for c, known in self.computed.items() if c.run == clock.run}
         known = self.computed.setdefault(clock._replace(step=0), [])
         earlier = [each for each in known if each.step < clock.step][:1]
-        known[:] = [Computed(clock.step, self.time(), value.detach()), *earlier]
+        known[:] = [Computed(clock.step, self.time(), value.detach().clone()), *earlier]

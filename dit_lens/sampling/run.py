@@ -234,7 +234,7 @@ class Run:
                 for each in select(names, model.names)
             ]
             listeners += proof.listeners
-            listeners.append((name, Observer(lambda value, hook: found.append(value))))
+            listeners.append((name, Observer(lambda value, hook: found.append(value.clone()))))
             listeners += model.instrumentation.stopping(last)
             with model.instrumentation.alone(listeners), suppress(StopForward):
                 self._pass(step, part)
@@ -285,8 +285,9 @@ class Run:
         if not seen:
             return
         departure = seen[0]
-        if not departure.rounding:
-            changed = self.state.changes(State.of(self.model.transformer))
+        changed = self.state.changes(State.of(self.model.transformer))
+        # what looks like rounding is none if something was changed: in bfloat16 it can't be told
+        if changed or not departure.rounding:
             raise departure.error(step, changed or [EDITED_OUTSIDE])
         if not self.selected:  # some items alone are another batch size
             warnings.warn(departure.warning(step), stacklevel=4)

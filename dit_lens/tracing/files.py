@@ -30,7 +30,7 @@ from .recompute import order_of
 from .record import Record
 from .schema import CallParts, ContextParts, KeptCall, TraceFile
 
-FORMAT = "dit_lens.trace/4"
+FORMAT = "dit_lens.trace/5"
 EXPECTED = "a trace written by Trace.save"
 DEPTH = 8
 """So many dicts and lists may lie in each other in the arguments of a call."""

@@ -16,7 +16,6 @@ from ..errors import InvalidValue
 from ..families.config import Config
 from ..families.parts.sites import Axes
 from ..hooks.edits import Steps, step_test
-from ..hooks.names import layer_of
 from ..model.call import Call
 from ..model.noise_schedule import log_snr
 from ..model.state import State
@@ -92,7 +91,8 @@ class Record:
             return None
         return found
 
-    def kept(self, name: str, value: Tensor) -> Tensor:
-        """An activation as it is kept: what leaves the model, and so the library, as a copy."""
-        leaves = layer_of(name) is None
-        return value.detach().to(self.device or value.device, self.dtype, copy=leaves)
+    def kept(self, value: Tensor) -> Tensor:
+        """An activation as it is kept: a copy, as whatever comes after it in the pass, a module or
+        somebody's hook, may change it in place.
+        """
+        return value.detach().to(self.device or value.device, self.dtype, copy=True)

@@ -56,9 +56,7 @@ class Recorder(StepCounter):
         """Record an activation."""
         assert self.call is not None
         if self.record.wanted(self.row) and point.name not in self.call.left_out:
-            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(
-                point.name, value
-            )
+            self.record.activations[point.name][len(self.record.calls)] = self.record.kept(value)
 
     def showing(self, probe: Observing) -> Callable[[Tensor, HookPoint], None]:
         """An observer that shows a probe what it sees, and where."""

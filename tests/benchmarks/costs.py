@@ -31,7 +31,7 @@ from torch import Tensor
 
 import dit_lens
 from dit_lens.measures import agreement
-from dit_lens.model.witness import checksum
+from dit_lens.model.witness import Witnessing
 from dit_lens.probes import LayerLens
 
 STREAMS = "blocks.*.hook_resid_post"
@@ -166,8 +166,10 @@ class Bench:
 
     def sums(self) -> None:
         """The checksums that one watched pass takes."""
-        for _ in range(self.layers + 1):
-            checksum(self.stream)
+        taking, inst = Witnessing(), self.model.instrumentation
+        for name in inst.witnessed:
+            taking.see(self.stream, inst.points[name])
+        taking.finished()
 
     def patterns(self) -> object:
         x, inputs = self.inputs[1]
