@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.families import register
+from dit_lens.model.instrumentation import Instrumentation
 
 BLOCK = 27
 
@@ -417,6 +418,27 @@ def test_accelerate_offload_is_honoured(dit, inputs, before):
         assert torch.equal(raw(dit, *inputs), want)
         remove_hook_from_submodules(dit)
         assert torch.equal(raw(dit, *inputs), want)
+
+
+def test_a_pipelines_offload_puts_its_hooks_anew_after_every_run(pipe):
+    """`enable_model_cpu_offload`, the common way to run large models: the wrapper that accelerate
+    leaves on the transformer has the attributes of what it wraps, ours among them.
+    """
+    pipe.enable_model_cpu_offload(device="cpu")
+
+    def images():
+        gen = torch.Generator().manual_seed(0)
+        return pipe([1, 2], num_inference_steps=2, generator=gen, output_type="np").images
+
+    want = images()
+    for names in (None, "resid_post", None):
+        with dit_lens.trace(pipe, names=names) as t:
+            assert (images() == want).all()
+        assert t["resid_post", 1].shape == (2, 4, 16, 16)
+        assert Instrumentation.found(pipe.transformer) is None
+    model = HookedDiT(pipe)
+    del model
+    assert (images() == want).all()
 
 
 def test_other_tools_forwards_are_respected(dit, inputs):

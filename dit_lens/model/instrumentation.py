@@ -161,7 +161,9 @@ class Instrumentation:
     def found(cls, transformer: nn.Module) -> Instrumentation | None:
         """The transformer's instrumentation, if it has one."""
         for holder, key in places(transformer):
-            found = getattr(holder.get(key), "current_pass", None)
+            forward = holder.get(key)
+            # and not accelerate's wrapper, which takes over the attributes of what it wraps
+            found = getattr(forward, "current_pass", None) if isinstance(forward, Forward) else None
             if isinstance(found, Instrumentation):
                 return found
         return None
