@@ -290,6 +290,18 @@ def data(model, tmp_path_factory):
     return record(model, [RESID, OTHER], LABELS, folder, steps=3, batch=2)
 
 
+def test_the_first_name_given_is_the_dataset(model, tmp_path):
+    later, earlier = "blocks.2.hook_resid_post", "blocks.0.hook_mlp_out"
+    found = record(model, [later, earlier], LABELS, tmp_path, steps=2)
+    with dit_lens.trace(model, names=later) as t:
+        dit_lens.sample(model, LABELS, 0, 2)
+    assert found.name == later
+    assert torch.equal(found[0]["activation"], t[later][0, 0, 0])
+    assert found.of(earlier).name == earlier
+    with pytest.raises(dit_lens.UnknownName, match="has 2 hook points; say which"):
+        Activations(tmp_path)
+
+
 def key(batch):
     columns = (batch[k].tolist() for k in ("item", "step", "token"))
     return list(zip(*columns, strict=True))
@@ -478,7 +490,7 @@ def test_the_command(tmp_path, capsys):
     assert "holds a recording with seeds=" in capsys.readouterr().err
     other = [*argv[:-1], str(tmp_path / "other"), "--labels", "7", "2", "--batch", "2"]
     assert main(other) == 0
-    found = Activations(tmp_path / "other").take(slice(None))
+    found = Activations(tmp_path / "other", ("resid_post", 1)).take(slice(None))
     assert found["label"].tolist() == [7, 7, 2, 2, 7, 7]
 
 

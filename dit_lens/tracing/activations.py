@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue, MissingFile
-from ..hooks.names import resolve
+from ..hooks.names import UnknownName, resolve
 from ..storage import check_seal, load_tensors, mapped_tensors
 from ..storage.schema import conform
 from .schema import DTYPES, Recorded
@@ -46,7 +46,7 @@ class Activations(torch.utils.data.Dataset[dict[str, Tensor]]):
     Args:
         folder: that `dit_lens.record` wrote.
         name: the hook point, or a shorthand such as ("resid_post", 14); may be left out where one
-            only was recorded, else the first.
+            only was recorded.
 
     Attributes:
         folder: as given.
@@ -61,7 +61,7 @@ class Activations(torch.utils.data.Dataset[dict[str, Tensor]]):
         MissingFile: if there is no recording.
         InvalidState: if it is not finished.
         InvalidValue: if it is damaged.
-        UnknownName: for a name that was not recorded.
+        UnknownName: for a name that was not recorded, and without one where several were.
     """
 
     def __init__(self, folder: str | Path, name: Any = None) -> None:
@@ -70,6 +70,11 @@ class Activations(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.folder = Path(folder)
         self.about = read_plan(self.folder)
         self.names = list(self.about.names)
+        if name is None and len(self.names) > 1:
+            raise UnknownName(
+                f"{str(folder)!r} has {len(self.names)} hook points; say which: "
+                f"Activations(folder, {self.names[0]!r})."
+            )
         self.name = self.names[0] if name is None else resolve(name, self.names)
         place = self.names.index(self.name)
         shape, axes = self.about.shapes[place], self.about.axes[place]

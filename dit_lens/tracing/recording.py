@@ -92,7 +92,8 @@ def record(
         progress: called with (steps done, steps in all), of all batches.
 
     Returns:
-        Activations: the dataset of the first of the names; `.of(name)` is that of another.
+        Activations: the dataset of the first name, in the order given, or of the first that a
+            pattern stands for; `.of(name)` is that of another.
 
     Raises:
         InvalidValue: for what is out of range; for a folder with another recording; if values are
@@ -121,7 +122,8 @@ def record(
                 left.unlink(missing_ok=True)
             _settle_on(folder, plan, opened)
             _run(opened, folder, plan, settings, progress)
-    return Activations(folder)
+        listed = isinstance(names, Sequence) and not isinstance(names, (str, tuple))
+        return Activations(folder, select(names[0] if listed else names, opened.names)[0])
 
 
 def _folder(out: Any) -> Path:
