@@ -386,3 +386,31 @@ if __name__ == "__main__":
             row = "  ".join(f"{h:.3f}" for h in hit)
             setting = f"{name:20s} {pairs:5d} {shared!s:6s} {groups:6d}"
             print(f"{setting} | {row}      | {bias.round(2)}  {undefined}", flush=True)
+
+
+def jumping(pairs, varying=None):
+    """Twins that agree in nothing up to a release, and in everything from the next on."""
+    rng = np.random.default_rng(0)
+    energy = rng.gamma(2, 1, (6, pairs, 1))
+    energy[:, varying or pairs :] = 0
+    agreed = np.array([0, 0, 0, 1, 1, 1.0])[:, None, None]
+    return Agreement(agreed * energy, energy, energy)
+
+
+def test_between_two_releases_the_place_is_not_known():
+    """No resample could tell: the agreement is 0 and 1 in all of them."""
+    found = fit_commitment(jumping(32), [0, 2, 4, 7, 8, 9], np.linspace(-5, 4, 10))
+    step = found.sel(quantity="step")
+    low, high = step.commitment_interval.values[0]
+    assert 4 < step.commitment[0] < 7 and low <= 4 and high >= 7
+    assert np.allclose(found.unresolved[0], [step.commitment[0] - 4, 7 - step.commitment[0]])
+
+
+def test_a_band_that_few_pairs_vary_in_is_not_known():
+    both = zip(jumping(32), jumping(32, varying=5), strict=True)
+    two = Agreement(*(np.concatenate(parts, -1) for parts in both))
+    found = fit_commitment(two, [0, 2, 4, 7, 8, 9], np.linspace(-5, 4, 10))
+    assert np.isfinite(found.commitment[0]).all() and np.isnan(found.commitment[1]).all()
+    assert "Only 5 of 32 independent pairs vary in band 1; 8 are needed" in str(
+        found.reason[1].item()
+    )

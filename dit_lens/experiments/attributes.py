@@ -286,7 +286,9 @@ def attributes(
             (axis, "quantity", "bound"),
             fit.commitment_interval.values,
         )
-    variables |= _leads(curves.statistics("attribute"), curves.releases, curves.log_snr, options)
+    variables |= _leads(
+        curves.statistics("attribute"), decided, curves.releases, curves.log_snr, options
+    )
     variables |= _finished(compared, [ends[r] for r in curves.releases], pair.a.labels.cpu())
     coords = {
         "attribute": list(compared.names),
@@ -421,7 +423,11 @@ def _read_stats(pair: Twins, compared: Categories) -> Agreement:
 
 
 def _leads(
-    stats: Agreement, releases: tuple[int, ...], log_snr: Array, options: Mapping[str, Any]
+    stats: Agreement,
+    decided: xr.Dataset,
+    releases: tuple[int, ...],
+    log_snr: Array,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """How much later each attribute is decided than each other, with intervals for all at once."""
     steps = commitment_draws(stats, releases, log_snr, **options)
@@ -431,9 +437,12 @@ def _leads(
     apart = steps[:, second] - steps[:, first]
     lead[first, second], lead[second, first] = apart[0], -apart[0]
     if len(first):
+        before, after = np.nan_to_num(decided.unresolved.values).T
         ends = simultaneous(apart, rows)
+        ends[:, 0] -= before[second] + after[first]
+        ends[:, 1] += after[second] + before[first]
         together[first, second], together[second, first] = ends, -ends[:, ::-1]
-    unknown = np.isnan(steps[0])
+    unknown = np.isnan(decided.commitment.sel(quantity="step").values)
     lead[unknown, unknown], together[unknown, unknown] = np.nan, np.nan
     return {
         "lead": (("attribute", "other"), lead),

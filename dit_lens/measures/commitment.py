@@ -12,7 +12,8 @@ The interval is a symmetric bootstrap-t: estimate +- standard error * quantile o
 (Hall 1988, "On symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes
 in a band the agreement is skewed, and the equal-tailed bootstrap-t missed too often in one tail
 (`tests/test_commitment.py` prints the coverage). The standard error of each resample comes from its
-influence function, without refitting. It is made in log SNR and mapped to steps; the gap's combines
+influence function, without refitting. Where the agreement rises between two neighbouring releases
+its place there is not known, and the interval reaches to both. It is made in log SNR and mapped to steps; the gap's combines
 the two bands' (Zou & Donner 2008, "Construction of confidence limits about effect measures", Stat.
 Med. 27), which stays right where a step is worth little log SNR at one band and much at the other.
 """
@@ -29,7 +30,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from .agreement import Agreement, curve
 from .arrays import Array
-from .bootstrap import checked_level, draws
+from .bootstrap import FEWEST_PAIRS, checked_level, draws
 
 
 def fit_commitment(
@@ -62,8 +63,10 @@ def fit_commitment(
         xr.Dataset: `curve` [release, band]; `slope` [band], per unit of log SNR; `commitment`
             [band, quantity]; `gap` [quantity], the last band's commitment less the first's,
             positive when the first commits first; `commitment_interval` and `gap_interval` [...,
-            bound]; `reason` [band], why a commitment is NaN or an interval is cut off at the first
-            or last release, else "". The quantities are "step" (0 the noisiest), "time" (step /
+            bound]; `unresolved` [band, bound], how many steps before and after its place a band may
+            commit because it rises between two neighbouring releases, else 0; `reason` [band], why
+            a commitment is NaN or an interval is cut off at the first or last release, else "". The
+            quantities are "step" (0 the noisiest), "time" (step /
             steps) and "log_snr".
 
     Raises:
@@ -93,8 +96,10 @@ def fit_commitment(
     counts = draws(pairs, resamples, seed, rows)
     centre, slope, influence = _fits(kept, x, counts, squared)
     observed = curve(stats, squared)
+    carriers = ((kept.xx + kept.yy) > 0).any(0).sum(0)  # [band]: rows in which it varies at all
     reason = [
-        _why_not(observed[:, b], centre[0, b], slope[0, b], x, f"{what} {labels[b]}")
+        _too_few(int(carriers[b]), rows, f"{what} {labels[b]}")
+        or _why_not(observed[:, b], centre[0, b], slope[0, b], x, f"{what} {labels[b]}")
         for b in range(n_bands)
     ]
     known = np.array([not why for why in reason])
@@ -110,6 +115,8 @@ def fit_commitment(
     width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
     # [band, bound]
     bound = np.stack([centre[0] - width, centre[0] + width], -1)
+    around = _around(centre[0], slope[0], x)
+    bound = np.stack([np.minimum(bound, around)[:, 0], np.maximum(bound, around)[:, 1]], -1)
     for b in np.flatnonzero(known).tolist():
         cut = [
             e for e, out in (("first", bound[b, 0] < x[0]), ("last", bound[b, 1] > x[-1])) if out
@@ -120,6 +127,7 @@ def fit_commitment(
             )
     interval = convert(np.clip(bound, x[0], x[-1])).swapaxes(-1, -2)
     value = convert(centre[0])  # [band, quantity]
+    unresolved = np.abs(convert(around)[..., 0] - value[:, None, 0])
 
     # interval of the gap
     down, up = (np.abs(convert(bound[:, side]) - value) for side in (0, 1))
@@ -140,6 +148,7 @@ def fit_commitment(
                 ("band", "quantity", "bound"),
                 np.where(known[:, None, None], interval, np.nan),
             ),
+            "unresolved": (("band", "bound"), np.where(known[:, None], unresolved, np.nan)),
             "gap": ("quantity", np.where(both, gap, np.nan)),
             "gap_interval": (("quantity", "bound"), np.where(both, gap_interval, np.nan)),
             "reason": ("band", reason),
@@ -284,6 +293,27 @@ def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Arra
 def _combine(one: Array, other: Array, correlation: float) -> Array:
     """How far a difference's bound reaches, from how far its terms' bounds do."""
     return np.sqrt(np.maximum(one**2 + other**2 - 2 * correlation * one * other, 0))
+
+
+def _around(centre: Array, slope: Array, x: Array) -> Array:
+    """The releases between which each curve rises, if it does most of that (12 to 88 %) between two
+    neighbours; else its place twice. [band, bound], in log SNR.
+    """
+    found = np.stack([centre, centre], -1)
+    for b, at in enumerate(centre):
+        after = int(np.searchsorted(x, at))
+        if 0 < after < len(x) and slope[b] * (x[after] - x[after - 1]) >= 4 - 1e-6:
+            found[b] = x[after - 1], x[after]
+    return found
+
+
+def _too_few(carriers: int, rows: int, name: str) -> str:
+    if carriers >= min(FEWEST_PAIRS, rows) or not carriers:
+        return ""
+    return (
+        f"{name[0].upper()}{name[1:]} varies in only {carriers} of {rows} independent pairs, and "
+        f"{FEWEST_PAIRS} are needed: take more pairs."
+    )
 
 
 def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
