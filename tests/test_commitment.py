@@ -411,6 +411,5 @@ def test_a_band_that_few_pairs_vary_in_is_not_known():
     two = Agreement(*(np.concatenate(parts, -1) for parts in both))
     found = fit_commitment(two, [0, 2, 4, 7, 8, 9], np.linspace(-5, 4, 10))
     assert np.isfinite(found.commitment[0]).all() and np.isnan(found.commitment[1]).all()
-    assert "Only 5 of 32 independent pairs vary in band 1; 8 are needed" in str(
-        found.reason[1].item()
-    )
+    said = "Band 1 varies in only 5 of 32 independent pairs, and 8 are needed"
+    assert str(found.reason[1].item()).startswith(said)

@@ -13,9 +13,10 @@ The interval is a symmetric bootstrap-t: estimate +- standard error * quantile o
 in a band the agreement is skewed, and the equal-tailed bootstrap-t missed too often in one tail
 (`tests/test_commitment.py` prints the coverage). The standard error of each resample comes from its
 influence function, without refitting. Where the agreement rises between two neighbouring releases
-its place there is not known, and the interval reaches to both. It is made in log SNR and mapped to steps; the gap's combines
-the two bands' (Zou & Donner 2008, "Construction of confidence limits about effect measures", Stat.
-Med. 27), which stays right where a step is worth little log SNR at one band and much at the other.
+its place there is not known, and the interval reaches to both. It is made in log SNR and mapped to
+steps; the gap's combines the two bands' (Zou & Donner 2008, "Construction of confidence limits
+about effect measures", Stat. Med. 27), which stays right where a step is worth little log SNR at
+one band and much at the other.
 """
 
 from __future__ import annotations
