@@ -182,6 +182,51 @@ def test_in_place_edits_and_their_order(dit, inputs):
         )
 
 
+def through_data(a, hook):
+    a.data.mul_(0)
+
+
+def through_numpy(a, hook):
+    a.detach().numpy()[:] = 0
+
+
+def through_itself(a, hook):
+    a.mul_(0)
+
+
+@pytest.mark.parametrize("change", [through_data, through_numpy, through_itself])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_changes_in_place_unseen_by_version_counters_is_refused(dit, inputs, change, mode):
+    model = HookedDiT(dit)
+    with mode(), pytest.raises(RuntimeError, match="'hook_embed' changed its activation in place"):
+        model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", change)])
+    with dit_lens.trace(model) as t, mode():
+        t.edit("hook_embed", change, tokens=[0])
+        with pytest.raises(RuntimeError, match="changed its activation in place"):
+            model(*inputs)
+
+
+def test_hooks_that_return_none_may_look_at_values_that_are_no_numbers(dit, inputs):
+    model = HookedDiT(dit)
+    x, t, y = inputs
+    broken = [("hook_embed", lambda a, hook: a / 0 * 0), ("hook_embed", lambda a, hook: None)]
+    with torch.inference_mode():
+        assert model.run_with_hooks(*inputs, fwd_hooks=broken).isnan().all()
+        twice = torch.func.vmap(
+            lambda x: model.run_with_hooks(x[None], t[:1], y[:1], fwd_hooks=broken[1:])
+        )
+        assert twice(x).shape[:2] == (2, 1)
+
+
+def test_gradients_changed_in_place_are_refused(dit, inputs):
+    model = HookedDiT(dit)
+    x, t, y = inputs
+    with model.hooks(bwd_hooks=[("blocks.1.hook_resid_post", through_data)]):
+        out = model(x.requires_grad_(), t, y).sum()
+        with pytest.raises(RuntimeError, match="changed its gradient in place and returned None"):
+            out.backward()
+
+
 def test_hook_functions_are_called_as_transformer_lens_does(dit, inputs):
     from functools import partial
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from threading import RLock
@@ -212,11 +213,7 @@ class Editor(Listener):
         before = version(copy)
         new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
         if new is None:
-            if version(copy) != before:
-                raise InvalidState(
-                    f"The hook at {point.name!r} changed its activation in place and returned "
-                    "None; return it."
-                )
+            refuse_changed(copy, x, before, point, "activation")
             if not copy.requires_grad:
                 return x
             return laid_out(copy, x)  # the user may have kept the copy to ask for its .grad
@@ -257,8 +254,12 @@ class BackwardEditor(Listener):
 
         def on_grad(grad: Tensor) -> Tensor | None:
             point.step = step
-            new = self.fn(grad, hook=point) if self.by_keyword else self.fn(grad, point)
-            return None if new is None else checked(new, grad, point)
+            copy = grad.clone()  # autograd may have given the same tensor to another branch
+            before = version(copy)
+            new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
+            if new is None:
+                return refuse_changed(copy, grad, before, point, "gradient")
+            return checked(new, grad, point)
 
         x = x.view_as(x)  # a tensor of its own: the stream may be one tensor under two names
         x.register_hook(on_grad)
@@ -268,6 +269,25 @@ class BackwardEditor(Listener):
 def version(x: Tensor) -> int:
     """How often a tensor was changed in place, as PyTorch counts it; 0 in inference mode."""
     return 0 if x.is_inference() else x._version
+
+
+def refuse_changed(copy: Tensor, x: Tensor, before: int, point: HookPoint, what: str) -> None:
+    """Raise InvalidState where a hook that returned None changed its copy of x in place.
+
+    Version counters say nothing in inference mode, and miss what happens through `.data` or NumPy,
+    so values are compared too; on an accelerator, where that waits for the device, only in
+    inference mode.
+    """
+    changed = version(copy) != before
+    if not changed and (copy.device.type == "cpu" or copy.is_inference()):
+        now, then = copy.detach(), x.detach()
+        with suppress(RuntimeError):  # inside torch.func.vmap no value can be looked at
+            changed = not torch.equal(now, then)
+            changed = changed and not torch.allclose(now, then, rtol=0, atol=0, equal_nan=True)
+    if changed:
+        raise InvalidState(
+            f"The hook at {point.name!r} changed its {what} in place and returned None; return it."
+        )
 
 
 def laid_out(copy: Tensor, x: Tensor) -> Tensor:
