@@ -242,6 +242,36 @@ def test_hook_functions_are_called_as_transformer_lens_does(dit, inputs):
         *inputs, fwd_hooks=[("hook_embed", lambda a, h: seen.append((h.name, h.layer())))]
     )
     assert seen == [("blocks.2.attn.hook_q", 2), ("hook_embed", None)]
+    with model.observing("hook_embed", lambda a, *, hook: seen.append(hook.name)):
+        model(*inputs)
+    assert seen[2:] == ["hook_embed"]
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda a: a, lambda: None, lambda a, hook, more: a, lambda hook, a: a, lambda a, **_: a]
+)
+def test_hooks_of_another_signature_are_refused_before_anything_runs(dit, fn):
+    model = HookedDiT(dit)
+    said = r"The hook <lambda>\(.*\) can't be called with an activation and a hook"
+    attempts = [
+        lambda: model.add_hook("hook_embed", fn),
+        lambda: model.add_hook("hook_embed", fn, dir="bwd"),
+        lambda: model.hooks([("hook_embed", fn)]).__enter__(),
+        lambda: model.observing("hook_embed", fn).__enter__(),
+        lambda: dit_lens.trace(model).edit("hook_embed", fn),
+        lambda: dit_lens.trace(model).patch("hook_embed", fn, tokens=[0]),
+    ]
+    for attempt in attempts:
+        with pytest.raises(TypeError, match=said):
+            attempt()
+    assert not model.instrumentation.busy
+
+
+def test_hooks_of_any_signature_that_can_be_called_are_taken(dit, inputs):
+    model = HookedDiT(dit)
+    by_position = [lambda a, h, more=1: None, lambda a, hook, /: None, lambda *a: None]
+    for fn in [*by_position, lambda a, *rest, hook: None]:
+        model.run_with_hooks(*inputs, fwd_hooks=[("hook_embed", fn)])
 
 
 def test_names_filters_and_shorthand(dit, inputs):

@@ -201,7 +201,7 @@ class Editor(Listener):
         self, fn: HookFunction, now: Callable[[], tuple[bool, int | None]] | None = None
     ) -> None:
         super().__init__()
-        self.fn, self.now, self.by_keyword = fn, now, _takes_hook_by_keyword(fn)
+        self.fn, self.now, self.by_keyword = fn, now, takes_hook_by_keyword(fn)
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         if self.now is not None:
@@ -241,7 +241,7 @@ class BackwardEditor(Listener):
 
     def __init__(self, fn: HookFunction) -> None:
         super().__init__()
-        self.fn, self.by_keyword = fn, _takes_hook_by_keyword(fn)
+        self.fn, self.by_keyword = fn, takes_hook_by_keyword(fn)
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         if not x.requires_grad:
@@ -332,16 +332,29 @@ def checked(new: object, old: Tensor, point: HookPoint) -> Tensor:
     return new
 
 
-def _takes_hook_by_keyword(fn: HookFunction) -> bool:
-    """TransformerLens passes `hook=`; other argument names still work, by position."""
+def takes_hook_by_keyword(fn: HookFunction) -> bool:
+    """TransformerLens passes `hook=`; other argument names still work, by position.
+
+    Raises InvalidType for what can't be called with an activation and a hook, where that is known.
+    """
+    expected = "expected a function fn(activation, hook)."
     if not callable(fn):
-        raise InvalidType(
-            f"{arguments.shown(fn)} is not a hook; expected a function fn(activation, hook)."
-        )
+        raise InvalidType(f"{arguments.shown(fn)} is not a hook; {expected}")
     try:
-        return "hook" in inspect.signature(fn).parameters
+        signature = inspect.signature(fn)
     except (TypeError, ValueError):  # builtins and some C functions have no signature
         return False
+    named = signature.parameters.get("hook")
+    by_keyword = named is not None and named.kind is not inspect.Parameter.POSITIONAL_ONLY
+    try:
+        signature.bind(None, hook=None) if by_keyword else signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise InvalidType(
+            f"The hook {name}{signature} can't be called with an activation and a hook ({error}); "
+            f"{expected}"
+        ) from None
+    return by_keyword
 
 
 class StopForward(Exception):

@@ -25,6 +25,7 @@ from ..hooks.points import (
     Observer,
     StopForward,
     pairs_of,
+    takes_hook_by_keyword,
 )
 from ..pieces.content import Tell, part_text
 from .conditions import Conditions
@@ -503,7 +504,8 @@ class HookedDiT:
         28
         """
         arguments.function("fn", fn, "fn(activation, hook)")
-        with self.attached([(name, Observer(fn)) for name in select(names, self.names)]):
+        see = (lambda a, point: fn(a, hook=point)) if takes_hook_by_keyword(fn) else fn
+        with self.attached([(name, Observer(see)) for name in select(names, self.names)]):
             yield self
 
     @contextmanager

@@ -185,12 +185,15 @@ class Trace:
         active, sizes = step_test(steps), model.cfg.axis_sizes()
         for each in chosen:
             part.check(each, model.sites[each], sizes)
-        self._edit_steps.append((chosen[0], steps))
         recorder = self._recorder
-        for each in chosen:
-            editor = Editor(
+        editors = [
+            Editor(
                 within(fn, part, model.sites[each]), lambda: (active(recorder.step), recorder.step)
             )
+            for each in chosen
+        ]
+        self._edit_steps.append((chosen[0], steps))
+        for each, editor in zip(chosen, editors, strict=True):
             if self._undo is not None:
                 self._attach(each, editor, self._undo)
             else:
