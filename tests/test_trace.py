@@ -313,6 +313,26 @@ def test_reentry_is_refused(dit, inputs):
     assert len(t.steps) == 2 and torch.equal(t["hook_sample"][0], t["hook_sample"][1])
 
 
+def test_an_edit_after_the_run_is_refused(pipe, tmp_path):
+    with dit_lens.trace(pipe) as t:
+        run(pipe)
+    with dit_lens.trace(pipe) as empty:
+        pass
+    found = dit_lens.load_trace(t.save(tmp_path / "t"), pipe)
+    for over in (t, empty, found):
+        attempts = [
+            lambda over=over: over.edit("hook_embed", lambda a, hook: a),
+            lambda over=over: over.patch("hook_embed", t),
+            lambda over=over: over.ablate("attn_out", steps=[0]),
+            lambda over=over: over.steer("attn_out", torch.zeros(16)),
+            lambda over=over: over.hold("attn_out", steps=[1]),
+            lambda over=over: over.load_edits(tmp_path / "none"),
+        ]
+        for attempt in attempts:
+            with pytest.raises(RuntimeError, match="The run of this trace is over, and an edit wo"):
+                attempt()
+
+
 def test_foreign_hooks_stay(pipe):
     calls = []
     theirs = pipe.transformer.transformer_blocks[0].attn1.register_forward_hook(

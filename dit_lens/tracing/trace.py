@@ -86,13 +86,14 @@ class Trace:
         self.model, self.record, self.probes = model, record, list(probes)
         self._recorder = Recorder(record)
         self._undo: Taken | None = None  # while the trace is open
+        self._over = bool(record.calls)  # closed, or out of a file
         self._waiting: list[tuple[str, Listener]] = []
         self._edit_steps: list[tuple[str, Steps]] = []
 
     # Opening and closing.
 
     def __enter__(self) -> Trace:
-        if self._undo is not None or self.record.calls:
+        if self._undo is not None or self._over:
             raise InvalidState(
                 "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) "
                 "again."
@@ -139,7 +140,7 @@ class Trace:
     def __exit__(self, *exc: object) -> None:
         if self._undo is not None:
             self._undo.close()
-            self._undo = None
+            self._undo, self._over = None, True
         for name, steps in self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
@@ -160,6 +161,14 @@ class Trace:
             )
         return self.model
 
+    def _edited_model(self) -> HookedDiT:
+        if self._over:
+            raise InvalidState(
+                "The run of this trace is over, and an edit would never act; give it inside the "
+                "`with` block of a new trace, before the run."
+            )
+        return self._traced_model()
+
     # Interventions.
 
     def edit(
@@ -179,7 +188,7 @@ class Trace:
             UnknownName: if nothing matches.
             ValueError: for an axis that the hook point does not have.
         """
-        model = self._traced_model()
+        model = self._edited_model()
         arguments.function("fn", fn, "fn(activation, hook)")
         chosen, part, steps = select(name, self.names), Region.of(**region), checked_steps(steps)
         active, sizes = step_test(steps), model.cfg.axis_sizes()
@@ -222,6 +231,7 @@ class Trace:
             ValueError: for a trace of another model, or another shape.
             TypeError: for a source of another kind.
         """
+        self._edited_model()
         if isinstance(source, Trace):
             mine, theirs = self.record.cfg, source.record.cfg
             if mine != theirs:
@@ -287,7 +297,7 @@ class Trace:
 
             t.steer(("resid_post", 12), smile / smile.norm(), scale=8.0, steps=range(10))
         """
-        model = self._traced_model()
+        model = self._edited_model()
         along = arguments.tensor("direction", direction, finite=True).detach().clone()
         by, sizes = arguments.number("scale", scale), model.cfg.axis_sizes()
         for each in select(name, self.names):
@@ -326,7 +336,7 @@ class Trace:
             UnknownName: if nothing matches.
             ValueError: for steps that have nothing to be held from.
         """
-        model = self._traced_model()
+        model = self._edited_model()
         lag = arguments.whole("lag", lag, 1, 1000)
         order = 1 if arguments.whole("order", order, 0, 1) else 0
         part, steps = Region.of(**region), checked_steps(steps)
@@ -363,7 +373,7 @@ class Trace:
                 when run, for other timesteps than it was made for.
             UnknownName: for hook points that the model does not have.
         """
-        model, recorder = self._traced_model(), self._recorder
+        model, recorder = self._edited_model(), self._recorder
         edits, times = edits_for(path, model.transformer, model.names)
 
         def at_its_time(fn: HookFunction) -> HookFunction:
