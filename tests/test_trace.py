@@ -68,6 +68,23 @@ def test_a_stack_of_batches_of_different_sizes_says_so(dit, inputs):
         trace.stack("resid_post")
 
 
+@pytest.mark.parametrize("names", [None, "*"])
+def test_what_was_read_is_the_readers_own(pipe, names):
+    with dit_lens.trace(pipe, names=names) as t:
+        run(pipe)
+    both = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]  # one tensor under two names
+    before, latents = t.get(both, steps=[1]), t.latents
+    read = t.read(both, steps=[1])
+    read[both[0]][1].zero_()
+    assert torch.equal(read[both[1]][1], before[both[1]][0])
+    for found in (t[both[0]], t.stack("resid_post"), t.get(both)[both[0]], t.latents, t.timesteps):
+        found.zero_()
+    t.to_xarray(both)["hook_resid_post"].values[:] = 0
+    assert torch.equal(t.latents, latents)
+    for name, value in t.get(both, steps=[1]).items():
+        assert torch.equal(value, before[name])
+
+
 def test_what_was_recorded_twice_in_one_place_is_saved_twice(pipe, tmp_path):
     with dit_lens.trace(pipe, names=["resid_pre", "resid_post"]) as t:
         run(pipe)

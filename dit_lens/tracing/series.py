@@ -153,7 +153,7 @@ class Series:
         """
         self._require(key, step)
         if not self.on_disk:
-            return self._rooms[key][self._slots[step]]
+            return self._rooms[key][self._slots[step]].clone()
         self._write()
         shape = self._shapes[key, step]
         self._file.seek(self._seen[key, step])

@@ -399,7 +399,7 @@ class Trace:
 
     def __getitem__(self, key: Key) -> Tensor:
         name = resolve(key, self.names)
-        return _stacked(name, self.read([name])[name])
+        return _stacked(name, self._read([name])[name])
 
     def get(
         self, names: NamesFilter, steps: Steps = None, branch: str | None = None
@@ -413,7 +413,7 @@ class Trace:
             branch: only the items of one branch of guidance, "cond" or "uncond"; "skip" is the
                 extra pass of skip-layer guidance.
         """
-        found = self.read(names, steps, branch)
+        found = self._read(names, steps, branch)
         return {name: _stacked(name, at) for name, at in found.items()}
 
     def stack(self, site: str, steps: Steps = None, branch: str | None = None) -> Tensor:
@@ -433,7 +433,7 @@ class Trace:
         whole = stacked(self.record, self.model, chosen, steps, branch)
         if whole is not None:
             return whole
-        found = self.read(chosen, steps, branch)  # says what can't be stacked
+        found = self._read(chosen, steps, branch)  # says what can't be stacked
         return torch.stack([_stacked(name, found[name]) for name in chosen])
 
     def read(
@@ -446,6 +446,16 @@ class Trace:
             steps: which steps; by default those that were recorded.
             branch: only the items of one branch of guidance.
         """
+        found = self._read(names, steps, branch)
+        for at in found.values():
+            for step, value in at.items():  # it may be the trace's own, or that of another name
+                at[step] = value.clone()
+        return found
+
+    def _read(
+        self, names: NamesFilter, steps: Steps = None, branch: str | None = None
+    ) -> dict[str, dict[int, Tensor]]:
+        """The same without copies."""
         if branch is not None:
             arguments.choice("branch", branch, ["cond", "uncond", "skip"])
         return read(self.record, self.model, select(names, self.names), steps, branch)
@@ -572,7 +582,7 @@ class Trace:
             raise InvalidValue(
                 "No names were recorded; say which to recompute: t.to_xarray('resid_post')."
             )
-        return to_dataset(self.record, self.read(chosen, steps))
+        return to_dataset(self.record, self._read(chosen, steps))
 
     def save(self, path: str | Path) -> Path:
         """Write inputs, records and what is needed to recompute into one safetensors file.
