@@ -216,6 +216,19 @@ def test_regions(dit, inputs):
         dit_lens.trace(model).ablate("hook_embed", "mode")
 
 
+def test_ablations_are_what_their_words_say(dit):
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([700, 31, 400]), torch.tensor([3, 1000, 5])
+    model, name = HookedDiT(dit), "blocks.1.hook_attn_out"
+    plain, found = model.run_with_cache(x, t, y)[1][name], {}
+    for mode in ("zero", "mean", "resample"):
+        with dit_lens.trace(model) as trace:
+            trace.ablate(name, mode)
+            model(x, t, y)
+        found[mode] = trace[name][0]
+    assert (found["zero"] == 0).all() and torch.equal(found["resample"], plain[[2, 0, 1]])
+    assert torch.equal(found["mean"], plain.mean(0).expand(3, -1, -1))
+
+
 def test_changed_weights_raise_and_recorded_reads_go_on(pipe):
     with dit_lens.trace(pipe, names="hook_embed") as t:
         run(pipe)

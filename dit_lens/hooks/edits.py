@@ -124,7 +124,7 @@ def ablation(mode: str) -> HookFunction:
     modes: dict[str, Callable[[Tensor], Tensor]] = {
         "zero": torch.zeros_like,
         "mean": lambda a: a.mean(0, keepdim=True).expand_as(a).clone(),
-        "resample": lambda a: a.roll(1, 0),
+        "resample": lambda a: a.roll(1, 0),  # each item gets that of the one before
     }
     mode = arguments.choice("mode", mode, modes)
     return lambda activation, hook: modes[mode](activation)

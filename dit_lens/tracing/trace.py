@@ -260,7 +260,8 @@ class Trace:
 
         Args:
             name: which hook points.
-            mode: "zero"; "mean" over the batch; "resample", the next item's activation.
+            mode: "zero"; "mean" over the batch; "resample", the activation of the item before (of
+                the first item the last one's).
             steps: at which steps.
             **region: which part, as for `edit`.
 
