@@ -349,6 +349,14 @@ def test_start_and_stop(dit, inputs):
         cache["resid_pre", 1], t, y, start_at_layer=1, stop_at_layer=2
     )
     assert {n.split(".")[1] for n in partial} == {"1"}
+    stream = cache["resid_pre", 2]
+    for i in (0, 1, 2, 3):  # no block at all
+        assert torch.equal(model(stream, t, y, start_at_layer=i, stop_at_layer=i), stream)
+    for stop in (1, -2):
+        with pytest.raises(
+            ValueError, match=f"stop_at_layer={stop} can't be used; expected one of 2 to 3"
+        ):
+            model(stream, t, y, start_at_layer=2, stop_at_layer=stop)
     with pytest.raises(
         ValueError, match="stop_at_layer=9 can't be used; expected a whole number from -3 to 3"
     ):

@@ -257,9 +257,10 @@ class BackwardEditor(Listener):
             copy = grad.clone()  # autograd may have given the same tensor to another branch
             before = version(copy)
             new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
-            if new is None:
-                return refuse_changed(copy, grad, before, point, "gradient")
-            return checked(new, grad, point)
+            if new is not None:
+                return checked(new, grad, point)
+            refuse_changed(copy, grad, before, point, "gradient")
+            return None
 
         x = x.view_as(x)  # a tensor of its own: the stream may be one tensor under two names
         x.register_hook(on_grad)

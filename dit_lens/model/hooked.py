@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -208,6 +208,9 @@ class HookedDiT:
         self.require_installed()
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
+        if start is not None and stop is not None and stop < start:
+            expected = f"one of {start} to {self.cfg.n_layers}, from start_at_layer={start} on"
+            raise arguments.refusal("stop_at_layer", stop_at_layer, expected)
         if not arguments.tensor("x", x).ndim:
             raise arguments.refusal("x", x, "a batch")
         stream = None
@@ -224,6 +227,8 @@ class HookedDiT:
                 "between the blocks; expected a whole pass."
             )
         inputs = self.family.inputs(self.transformer, x, t, condition)
+        if stream is not None and stop == start:
+            return stream.clone()  # no block runs
         with (
             self.instrumentation.part((start, stop), stream),
             self.instrumentation.under(labels=condition.labels),
@@ -485,9 +490,7 @@ class HookedDiT:
             yield self
 
     @contextmanager
-    def observing(
-        self, names: NamesFilter, fn: Callable[[Tensor, HookPoint], object]
-    ) -> Iterator[HookedDiT]:
+    def observing(self, names: NamesFilter, fn: HookFunction) -> Iterator[HookedDiT]:
         """Call `fn(activation, hook)` at these hook points inside a `with` block, changing nothing.
 
         Unlike a hook function, `fn` is given the live tensor and no copy: read it, and neither keep
@@ -504,7 +507,11 @@ class HookedDiT:
         28
         """
         arguments.function("fn", fn, "fn(activation, hook)")
-        see = (lambda a, point: fn(a, hook=point)) if takes_hook_by_keyword(fn) else fn
+        by_keyword = takes_hook_by_keyword(fn)
+
+        def see(value: Tensor, point: HookPoint) -> None:
+            fn(value, hook=point) if by_keyword else fn(value, point)
+
         with self.attached([(name, Observer(see)) for name in select(names, self.names)]):
             yield self
 
