@@ -58,6 +58,38 @@ def test_a_stack_is_its_names_one_by_one(pipe, names, kept):
     assert stack.dtype == kept.get("dtype", torch.float32)
 
 
+@pytest.mark.parametrize(
+    "wanted, said",
+    [
+        (
+            lambda pipe: dit_lens.trace(pipe).ablate("attn_out"),
+            "the edit at 'blocks.0.hook_attn_out",
+        ),
+        (lambda pipe: dit_lens.trace(pipe).hold("attn_out", steps=[1]), "the edit at 'blocks.0."),
+        (lambda pipe: dit_lens.trace(pipe, names="hook_embed"), "'hook_embed' was not recorded"),
+        (lambda pipe: dit_lens.trace(pipe, probes=[Looking()]), "Looking saw nothing"),
+    ],
+)
+def test_a_trace_in_which_another_model_ran_says_so(pipe, wanted, said):
+    other = make_pipe(seed=5)
+    with pytest.warns(UserWarning, match=f"Nothing was traced, so {said}"), wanted(pipe):
+        run(other)
+    with dit_lens.trace(pipe):  # nothing was wanted
+        run(other)
+    with pytest.raises(ZeroDivisionError), wanted(pipe):  # which says enough
+        raise ZeroDivisionError
+
+
+class Looking(dit_lens.Probe):
+    names = "hook_embed"
+
+    def observe(self, activation, site):
+        pass
+
+    def result(self):
+        return None
+
+
 def test_a_stack_of_batches_of_different_sizes_says_so(dit, inputs):
     x, t, y = inputs
     model = HookedDiT(dit)

@@ -137,10 +137,22 @@ class Trace:
                 shown.in_parts = bool(getattr(probe, "in_parts", False))
                 self._attach(name, shown, taken)
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         if self._undo is not None:
             self._undo.close()
             self._undo, self._over = None, True
+        wanted = (
+            (f"the edit at {self._edit_steps[0][0]!r} never acted" if self._edit_steps else "")
+            or (f"{self.record.names[0]!r} was not recorded" if self.record.names else "")
+            or (f"{type(self.probes[0]).__name__} saw nothing" if self.probes else "")
+        )
+        if wanted and kind is None and not self.record.calls_at:
+            warnings.warn(
+                f"Nothing was traced, so {wanted}: no forward of the "
+                f"{type(self._traced_model().transformer).__name__} that the trace was given "
+                "finished inside the `with` block.",
+                stacklevel=2,
+            )
         for name, steps in self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
