@@ -98,6 +98,10 @@ def test_a_stack_of_batches_of_different_sizes_says_so(dit, inputs):
         model.transformer(x[:1], t[:1], class_labels=y[:1])
     with pytest.raises(ValueError, match=r"has different shapes at different steps \(.*steps=3"):
         trace.stack("resid_post")
+    for read in (lambda: trace.latents, lambda: trace.to_xarray("resid_post")):
+        with pytest.raises(ValueError, match=r"has different shapes at different steps \(\(1, .*"):
+            read()
+    assert trace.to_xarray("resid_post", steps=[1]).sizes["batch"] == 1
 
 
 @pytest.mark.parametrize("names", [None, "*"])
@@ -479,6 +483,19 @@ def test_xarray(pipe):
     assert ds.log_snr.values[0] < ds.log_snr.values[1]
     with pytest.raises(ValueError, match="No names were recorded"):
         t.to_xarray()
+
+
+def test_coordinates_of_several_runs_are_those_of_each(pipe):
+    model = HookedDiT(pipe)
+    with dit_lens.trace(model) as t:
+        for labels, guidance in (([1, 2], 1.0), ([3], 4.0), ([4, 5], 1.0)):
+            dit_lens.sample(model, labels, steps=2, guidance=guidance)
+    ds = t.to_xarray("hook_embed")
+    assert ds.label.dims == ds.branch.dims == ("step", "batch") and ds.twin.dims == ("batch",)
+    assert ds.label.values[::2].tolist() == [[1, 2], [3, 1000], [4, 5]]
+    assert ds.branch.sel(step=2).values.tolist() == ["cond", "uncond"]
+    assert ds.branch.sel(step=5).values.tolist() == ["cond", "cond"]
+    assert t.to_xarray("hook_embed", steps=[2, 3]).label.dims == ("batch",)
 
 
 def test_steps_device_and_dtype(pipe):

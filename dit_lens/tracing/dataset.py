@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import InvalidValue
 from ..hooks.names import layer_of, site_of
-from .recompute import order_of, rows_of
+from .recompute import order_of, over_steps, rows_of
 from .record import Record
 
 
 def to_dataset(record: Record, read: Mapping[str, Mapping[int, Tensor]]) -> xr.Dataset:
     """One variable a site, [layer, step, batch, ...], with the coordinates layer, step, timestep,
-    log_snr, label, branch and twin.
+    log_snr, label, branch and twin; the last three over [step, batch] where they differ by step.
 
     Args:
         record: of the trace.
@@ -27,7 +27,7 @@ def to_dataset(record: Record, read: Mapping[str, Mapping[int, Tensor]]) -> xr.D
     by_site: dict[str, list[str]] = {}
     for name in read:
         by_site.setdefault(site_of(name), []).append(name)
-    variables = {site: _variable(record, members, read, at) for site, members in by_site.items()}
+    variables = {site: _variable(record, members, read) for site, members in by_site.items()}
     try:
         return xr.Dataset(variables, coords=_coordinates(record, at))
     except ValueError as error:  # an axis with two lengths
@@ -37,10 +37,11 @@ def to_dataset(record: Record, read: Mapping[str, Mapping[int, Tensor]]) -> xr.D
 
 
 def _variable(
-    record: Record, names: list[str], read: Mapping[str, Mapping[int, Tensor]], at: list[int]
+    record: Record, names: list[str], read: Mapping[str, Mapping[int, Tensor]]
 ) -> xr.DataArray:
     """One site, of every layer that was read."""
-    value = torch.stack([torch.stack([read[name][s] for s in at]) for name in names])
+    instead = "read one step at a time: t.to_xarray(names, steps=3)"
+    value = torch.stack([over_steps(name, read[name], instead) for name in names])
     array = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
     axes = ("step", *record.sites[names[0]])
     layers = [layer_of(name) for name in names]
@@ -50,24 +51,38 @@ def _variable(
 
 
 def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
-    rows = rows_of(record, at[0], None)
-    calls, order = [record.calls[c] for c in rows], order_of(record, rows)
     timesteps = [float(record.calls[record.calls_at[s][0]].t[0]) for s in at]
-    branch = [word for call in calls for word in call.branch_words(record.cfg.null_class)]
-    twin = [word for call in calls for word in call.context.twin or ("",) * len(call.x)]
-    coords: dict[str, Any] = {
-        "step": at,
-        "timestep": ("step", timesteps),
-        "branch": ("batch", branch),
-        "twin": ("batch", twin),
-    }
-    known = [call.labels.expand(len(call.x)) for call in calls if call.labels is not None]
-    if len(known) == len(calls):
-        coords["label"] = ("batch", torch.cat(known).tolist())
-    if order is not None:
-        for name in {"branch", "twin", "label"} & coords.keys():
-            coords[name] = ("batch", [coords[name][1][i] for i in order.tolist()])
+    coords: dict[str, Any] = {"step": at, "timestep": ("step", timesteps)}
+    of_step = [_items(record, s) for s in at]
+    for name in of_step[0]:
+        words = [items[name] for items in of_step if name in items]
+        if len(words) == len(at):  # labels may be known in some of the steps only
+            same = all(each == words[0] for each in words)
+            coords[name] = ("batch", words[0]) if same else (("step", "batch"), words)
     noise_levels = record.noise_levels(at)
     if noise_levels is not None:
         coords["log_snr"] = ("step", noise_levels)
     return coords
+
+
+def _items(record: Record, step: int) -> dict[str, list[Any]]:
+    """What is known of each item of a step's batch, in its order."""
+    rows = rows_of(record, step, None)
+    found: dict[str, list[Any]] = {"branch": [], "twin": []}
+    calls = [(record.calls[c], items) for c, items in rows.items()]
+    if all(call.labels is not None for call, _ in calls):
+        found["label"] = []
+    for call, items in calls:
+        n = len(call.x)
+        known: dict[str, Sequence[Any]] = {
+            "branch": call.branch_words(record.cfg.null_class),
+            "twin": call.context.twin or ("",) * n,
+        }
+        if call.labels is not None:
+            known["label"] = call.labels.expand(n).tolist()
+        for name, values in found.items():
+            values += [known[name][i] for i in (range(n) if items is None else items)]
+    order = order_of(record, rows)
+    if order is None:
+        return found
+    return {name: [values[i] for i in order.tolist()] for name, values in found.items()}

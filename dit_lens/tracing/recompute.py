@@ -197,6 +197,23 @@ def joined(
     return whole if order is None else whole[order.to(whole.device)]
 
 
+def over_steps(name: str, at: Mapping[int, Tensor], instead: str) -> Tensor:
+    """[step, ...]: what a trace has at each step; raises InvalidValue where shapes differ.
+
+    Args:
+        name: of what it is.
+        at: by step.
+        instead: what can be done where shapes differ.
+    """
+    shapes = {tuple(v.shape) for v in at.values()}
+    if len(shapes) > 1:
+        raise InvalidValue(
+            f"{name!r} has different shapes at different steps "
+            f"({', '.join(map(str, sorted(shapes)))}); {instead}."
+        )
+    return torch.stack([at[s] for s in sorted(at)])
+
+
 def recompute(
     record: Record,
     model: HookedDiT | None,

@@ -48,7 +48,7 @@ from ..model.taken import Taken
 from . import files
 from .attention_map import attention_map
 from .dataset import to_dataset
-from .recompute import order_of, read, stacked
+from .recompute import order_of, over_steps, read, stacked
 from .record import Record
 from .recorder import Recorder
 from .site import Observing
@@ -564,24 +564,26 @@ class Trace:
     def latents(self) -> Tensor:
         """What went into the model, x_t, [step, batch, *latent_shape]."""
         record = self.record
-        found = []
+        found: dict[int, Tensor] = {}
         for s in self.steps:
             first = record.calls[record.calls_at[s][0]]
             if first.context.part is None:
-                found.append(first.x)
+                found[s] = first.x
             else:
                 calls: dict[int, list[int] | None] = {c: None for c in record.calls_at[s]}
                 x = torch.cat([record.calls[c].x for c in calls])
                 order = order_of(record, calls)
-                found.append(x if order is None else x[order.to(x.device)])
-        return torch.stack(found)
+                found[s] = x if order is None else x[order.to(x.device)]
+        return over_steps("latents", found, "trace each run by itself")
 
     # Elsewhere.
 
     def to_xarray(self, names: NamesFilter = None, steps: Steps = None) -> xr.Dataset:
         """An `xarray.Dataset` with named axes: one variable a site, [layer, step, batch, ...].
 
-        The coordinates are layer, step, timestep, log_snr, label, branch and twin.
+        The coordinates are layer, step, timestep, log_snr, label, branch and twin. The last three
+        are over [batch], and where they differ between steps, as in a second run, over [step,
+        batch].
 
         Args:
             names: which hook points; by default those that were recorded.
@@ -727,14 +729,7 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
 
 
 def _stacked(name: str, at: dict[int, Tensor]) -> Tensor:
-    shapes = {tuple(v.shape) for v in at.values()}
-    if len(shapes) > 1:
-        raise InvalidValue(
-            f"{name!r} has different shapes at different steps "
-            f"({', '.join(map(str, sorted(shapes)))}); read one step at a time: "
-            "t.get(name, steps=3)."
-        )
-    return torch.stack([at[s] for s in sorted(at)])
+    return over_steps(name, at, "read one step at a time: t.get(name, steps=3)")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
