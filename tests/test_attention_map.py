@@ -193,6 +193,39 @@ def test_a_run_whose_prompt_is_not_known(traced):
     assert t.attention_map("fox", prompt="a fox").sizes["batch"] == 1
 
 
+def test_words_are_looked_for_in_the_prompts_of_each_run(traced):
+    model = traced.model
+
+    def sampled(*prompts):
+        with dit_lens.trace(model) as t:
+            for each in prompts:
+                dit_lens.sample(model, each, steps=2, guidance=3.0)
+        return t
+
+    first, second = ["a red fox", "a fox on a boat"], ["a barn, a fox", "the fox is asleep"]
+    both, alone = sampled(first, second), sampled(second)
+    found = both.attention_map("fox", over=["layer", "head"])
+    assert np.array_equal(
+        found.sel(step=[2, 3]), alone.attention_map("fox", over=["layer", "head"])
+    )
+    assert found.attrs["prompts"] == first + second
+    one = np.mean([sampled(p).attention_map("fox") for p in (first, second)], axis=0)
+    assert np.allclose(both.attention_map("fox"), one, atol=1e-6)
+    with pytest.raises(InvalidValue, match="No prompt has .*'red'.* at step 2, .*steps=.0, 1"):
+        both.attention_map("red")
+    assert both.attention_map("red", steps=[0, 1]).batch.values.tolist() == [0]
+    with pytest.raises(
+        InvalidValue, match="'boat'.* items .1. at step 0 and of items .0. at step 2"
+    ):
+        sampled(first, ["a boat", "a barn"]).attention_map("boat")
+    with pytest.raises(
+        InvalidValue, match="There are 2 different prompts, .* steps= of a run with"
+    ):
+        sampled(["a red fox"], ["a barn"]).attention_map()
+    with pytest.raises(InvalidValue, match="'cat' is no word of any of 4 prompts"):
+        both.attention_map("cat")
+
+
 class Whole:
     """A tokenizer of whole words and marks, that decodes each with a space before it."""
 

@@ -6,7 +6,7 @@ large model's would fill any memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -20,9 +20,8 @@ from ..errors import InvalidState, InvalidValue
 from ..families.parts.words import Token, places_of, tokens_of, unknown_word, words_of
 from ..hooks.edits import Steps
 from ..hooks.names import layer_of, site_of
-from ..model.call import Call
 from ..model.hooked import HookedDiT
-from .recompute import order_of, recompute, rows_of, split, steps_of
+from .recompute import Rows, order_of, recompute, rows_of, split, steps_of
 from .record import Record
 
 AVERAGED = ("layer", "step", "head")
@@ -61,16 +60,13 @@ def attention_map(
 
     # which items have the words, and where
     rows = {s: _rows(record, s, branch) for s in steps_of(record, steps)}
-    first = next(iter(rows.values()))
-    prompts = _prompts(model, [record.calls[c] for c in first], list(first.values()), prompt)
-    has = [i for i, p in enumerate(prompts) if asked is None or all(places_of(w, p) for w in asked)]
-    if not has:
-        lost = next(w for w in asked or [""] if not any(places_of(w, p) for p in prompts))
-        raise unknown_word(lost, prompts)
-    if asked is None and len(set(prompts)) > 1:
+    said = {s: _prompts(model, record, rows[s], prompt) for s in rows}
+    has = _with_words(said, asked)
+    prompts = list(dict.fromkeys(p for of_step in said.values() for p in of_step))
+    if asked is None and len(prompts) > 1:
         raise InvalidValue(
-            f"There are {len(set(prompts))} different prompts, whose words can't share an axis; "
-            "expected words=, one or a list of them."
+            f"There are {len(prompts)} different prompts, whose words can't share an axis; "
+            "expected words=, one or a list of them, or steps= of a run with one prompt."
         )
 
     labels = asked if asked is not None else [w for w, _ in words_of(prompts[0])]
@@ -83,14 +79,14 @@ def attention_map(
         found = []
         for item in range(len(pattern)):
             keys = _keys(at, item, pattern.shape[3])
-            said = of_item.get((c, item))
-            if said is None:
+            own = of_item.get((c, item))
+            if own is None:
                 found.append(pattern.new_full((len(labels), *pattern.shape[1:3]), float("nan")))
                 continue
-            which = said, len(keys)
+            which = own, len(keys)
             if which not in known:
                 real = model.family.text_length(call.inputs, item)
-                known[which] = _wanted(model, said, asked, len(keys), real)
+                known[which] = _wanted(model, own, asked, len(keys), real)
             found.append(
                 torch.stack(
                     [
@@ -104,18 +100,16 @@ def attention_map(
         seen[name, c] = (whole.mean(2, keepdim=True) if "head" in averaged else whole).float()
 
     of_item: dict[tuple[int, int], str] = {}
-    for of_step in rows.values():
-        place, order = 0, order_of(record, of_step)
-        places = None if order is None else order.tolist()
-        flat = [
-            (c, i)
-            for c, items in of_step.items()
-            for i in (range(len(record.calls[c].x)) if items is None else items)
-        ]
-        for place, at in enumerate(flat if places is None else [flat[j] for j in places]):
+    for step, of_step in rows.items():
+        for place, at in enumerate(_in_order(record, of_step)):
             if place in has:
-                of_item[at] = prompts[place]
+                of_item[at] = said[step][place]
     calls = [c for of_step in rows.values() for c in of_step]
+    grid = record.calls[calls[0]].grid
+    if any(record.calls[c].grid != grid for c in calls):
+        raise InvalidValue(
+            "The steps are of images of different sizes; expected steps= of one run."
+        )
     recorded, missing = split(record, names, calls)
     for name in recorded:
         for c in calls:
@@ -133,7 +127,6 @@ def attention_map(
         whole = whole if order is None else whole[:, order]
         steps_in.append(whole[:, has].cpu())
     values = torch.stack(steps_in, 1).permute(3, 0, 1, 4, 2, 5)  # word layer step head item query
-    grid = record.calls[calls[0]].grid
     if prod(grid) != values.shape[-1]:
         raise InvalidState(
             f"The pattern has {values.shape[-1]} queries and the token grid is {grid}; expected "
@@ -149,7 +142,7 @@ def attention_map(
             "batch": has,
         },
         name="attention",
-        attrs={"prompts": list(dict.fromkeys(prompts)), "names": site_of(names[0])},
+        attrs={"prompts": prompts, "names": site_of(names[0])},
     )
     if "head" not in averaged:
         found = found.assign_coords(head=np.arange(n_all) if chosen is None else chosen)
@@ -194,22 +187,57 @@ def _patterns(model: HookedDiT, layers: Any) -> list[str]:
     return [of_layer[layer] for layer in wanted]
 
 
-def _rows(record: Record, step: int, branch: str) -> dict[int, list[int] | None]:
+def _rows(record: Record, step: int, branch: str) -> Rows:
     """A step's items of one branch; all of them where no guidance ran."""
     words = {w for c in record.calls_at[step] for w in record.calls[c].branch_words(-1)}
-    found: dict[int, list[int] | None] = rows_of(record, step, None if words == {""} else branch)
-    return found
+    return rows_of(record, step, None if words == {""} else branch)
 
 
-def _prompts(
-    model: HookedDiT,
-    calls: Sequence[Call],
-    rows: Sequence[list[int] | None],
-    prompt: str | None,
-) -> list[str]:
-    """The prompt of each item of a step."""
-    found: list[str] = []
-    for call, items in zip(calls, rows, strict=True):
+def _in_order(record: Record, rows: Rows) -> list[tuple[int, int]]:
+    """A step's items in the order of its batch, each as its call and its place there."""
+    found = [
+        (c, i)
+        for c, items in rows.items()
+        for i in (range(len(record.calls[c].x)) if items is None else items)
+    ]
+    order = order_of(record, rows)
+    return found if order is None else [found[i] for i in order.tolist()]
+
+
+def _with_words(said: Mapping[int, Sequence[str]], asked: Sequence[str] | None) -> list[int]:
+    """The items whose prompt has all the words; the same at each step, or they share no axis."""
+    has = {
+        s: [i for i, p in enumerate(of) if asked is None or all(places_of(w, p) for w in asked)]
+        for s, of in said.items()
+    }
+    what = "each word" if asked is None else arguments.shown(asked)
+    without = [s for s in has if not has[s]]
+    if len(without) == len(has):
+        prompts = [p for of_step in said.values() for p in of_step]
+        lost = next(w for w in asked or [""] if not any(places_of(w, p) for p in prompts))
+        raise unknown_word(lost, list(dict.fromkeys(prompts)))
+    first = next(s for s in has if has[s])
+    alike = [s for s in has if has[s] == has[first]]
+    if without:
+        raise InvalidValue(
+            f"No prompt has {what} at step {without[0]}, which is of another "
+            f"run; expected steps= of those that have it, such as steps={alike}."
+        )
+    other = next((s for s in has if has[s] != has[first]), None)
+    if other is not None:
+        raise InvalidValue(
+            f"{what} is said of items {has[first]} at step {first} and of items "
+            f"{has[other]} at step {other}, which can't share an axis; expected steps= of one run, "
+            f"such as steps={alike}."
+        )
+    return has[first]
+
+
+def _prompts(model: HookedDiT, record: Record, rows: Rows, prompt: str | None) -> list[str]:
+    """The prompt of each item of a step, in the order of its batch."""
+    known: dict[int, list[str]] = {}
+    for c in rows:
+        call = record.calls[c]
         n = len(call.x)
         of_call: list[str] | None = None
         if prompt is not None:
@@ -221,16 +249,16 @@ def _prompts(
             times = n // halves // len(each)
             of_call = [p for p in each for _ in range(times)] * halves
         elif call.labels is not None and not model.cfg.n_classes:
-            known = model.conditions.prompts
+            prompts = model.conditions.prompts
             numbers = call.labels.expand(n).tolist()
-            of_call = [known[i] if 0 <= i < len(known) else "" for i in numbers]
+            of_call = [prompts[i] if 0 <= i < len(prompts) else "" for i in numbers]
         if of_call is None or len(of_call) != n:
             raise InvalidValue(
                 "The prompt of this run is not known; say what the text encoders were given: "
                 "t.attention_map(..., prompt='a red fox')."
             )
-        found += of_call if items is None else [of_call[i] for i in items]
-    return found
+        known[c] = of_call
+    return [known[c][i] for c, i in _in_order(record, rows)]
 
 
 def _keys(at: slice | Tensor, item: int, keys: int) -> Tensor:
