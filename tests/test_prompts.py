@@ -212,6 +212,31 @@ def test_a_step_of_two_calls_is_one_step(flux, tmp_path):
     assert t.record.calls[2].inputs["encoder_hidden_states"] is held
 
 
+def test_patches_from_a_trace_are_of_the_same_branch(flux, tmp_path):
+    """Where guidance is in two calls, each is patched with its own."""
+    name = "blocks.1.hook_resid_post"
+
+    def run(prompt="a fox", guidance=3.0, edit=lambda t: t):
+        with dit_lens.trace(flux) as t:
+            edit(t)
+            images = call(flux, prompt=prompt, true_cfg_scale=guidance, negative_prompt="a dog")
+        return t, images
+
+    source, images = run()
+    loaded = dit_lens.load_trace(source.save(tmp_path / "t"), flux)
+    for each in (source, loaded):
+        assert torch.equal(run(edit=lambda t, each=each: t.patch(name, each))[1], images)
+    patched, _ = run("a boat", edit=lambda t: t.patch(name, source))
+    for branch in ("cond", "uncond"):
+        found = [t.get(name, branch=branch)[name] for t in (patched, source)]
+        assert torch.equal(*found)
+    alone, _ = run("a boat", 1.0, edit=lambda t: t.patch(name, source, tokens=[0, 1]))
+    found = [t.get(name, branch="cond")[name][:, :, :2] for t in (alone, source)]
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="The source trace has no branch 'uncond' at step 0; it h"):
+        run(edit=lambda t: t.patch(name, alone))
+
+
 def test_runs_of_one_step_are_told_apart(flux):
     with dit_lens.trace(flux) as t:
         for _ in range(2):

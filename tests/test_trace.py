@@ -205,6 +205,32 @@ def test_patch_from_another_trace_gives_its_output(pipe):
         dit_lens.trace(pipe).patch("blocks.1.hook_resid_post", e)
 
 
+def test_a_patch_from_a_trace_of_two_runs_is_refused(pipe):
+    name = "blocks.1.hook_resid_post"
+    with dit_lens.trace(pipe) as one:
+        run(pipe)
+    with dit_lens.trace(pipe) as two:
+        run(pipe)
+        run(pipe, labels=(7, 9))
+    with pytest.raises(ValueError, match="The source trace holds 2 runs.*trace each by itself"):
+        dit_lens.trace(pipe).patch(name, two)
+    with dit_lens.trace(pipe) as t:  # which acts at its own steps in every run
+        t.patch(name, one)
+        run(pipe, labels=(7, 9))
+        run(pipe, labels=(1, 2))
+    assert torch.equal(t[name], torch.cat([one[name], one[name]]))
+
+
+def test_a_patch_from_a_run_in_parts_is_put_together(pipe):
+    model, name = HookedDiT(pipe), "blocks.1.hook_resid_post"
+    with dit_lens.trace(model) as parts:
+        dit_lens.sample(model, [3, 5, 7], steps=2, guidance=2.0, batch=2)
+    with dit_lens.trace(model) as t:
+        t.patch(name, parts)
+        dit_lens.sample(model, [1, 2, 4], steps=2, guidance=2.0)
+    assert torch.equal(t[name], parts[name])
+
+
 def test_regions(dit, inputs):
     from dit_lens import Bands
 

@@ -14,6 +14,9 @@ from ..errors import InvalidValue
 from .points import Editor, HookFunction, HookPoint
 from .regions import Region
 
+ALONE = {"cond", "uncond", "skip"}
+"""Branches of guidance that may have a call of their own."""
+
 Steps = None | int | slice | range | Iterable[int]
 
 
@@ -62,18 +65,25 @@ def within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFunctio
     return lambda activation, hook: part.merge(activation, whole(activation, hook), axes)
 
 
-def patch_from_steps(taken: Mapping[str, Mapping[int, Tensor]]) -> HookFunction:
-    """Put in what another trace has at the same hook point and step; `taken` is `{name: {step:
-    activation}}`.
+def patch_from_steps(taken: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> HookFunction:
+    """Put in what another trace has at the same hook point, step and branch of guidance; `taken` is
+    `{name: {step: {branch: activation}}}`.
     """
 
-    taken = {name: {s: x.clone() for s, x in at.items()} for name, at in taken.items()}
-
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
-        at_step = taken[hook.name]
-        if hook.step is None or hook.step not in at_step:
-            raise InvalidValue(f"The source trace has no step {hook.step}; it has {len(at_step)}.")
-        return _fitting(at_step[hook.step], activation, hook)
+        at = taken[hook.name]
+        if hook.step is None or hook.step not in at:
+            raise InvalidValue(f"The source trace has no step {hook.step}; it has {len(at)}.")
+        of_branch = at[hook.step]
+        found = of_branch.get(hook.branch)
+        if found is None and len(of_branch) == 1 and not {hook.branch, *of_branch} <= ALONE:
+            (found,) = of_branch.values()  # which branches its batch holds is told on one side only
+        if found is None:
+            raise InvalidValue(
+                f"The source trace has no branch {hook.branch!r} at step {hook.step}; it has "
+                f"{', '.join(map(repr, of_branch))}."
+            )
+        return _fitting(found, activation, hook)
 
     return fn
 

@@ -91,17 +91,20 @@ class HookPoint:
         ctx: a dict for the user's hook functions to keep things in.
         step: for an edit of a trace, and for hooks that were set after it, the denoising step of
             the call under way (0 the noisiest); otherwise None.
+        branch: with it, the branch of guidance of the call, as the pipeline tells: "cond",
+            "uncond", "skip", "cond | uncond" of a batch of both, or "".
         changed: whether an editor has replaced the value in the latest call.
         attached: all listeners, whoever's passes they listen to.
         hearing: says which of them are heard in this thread and task; None is all.
     """
 
-    __slots__ = ("name", "ctx", "step", "changed", "attached", "hearing")
+    __slots__ = ("name", "ctx", "step", "branch", "changed", "attached", "hearing")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.ctx: dict[str, Any] = {}
         self.step: int | None = None
+        self.branch = ""
         self.changed = False
         self.attached: tuple[Listener, ...] = ()
         self.hearing: Callable[[], Hearing] | None = None
@@ -111,7 +114,7 @@ class HookPoint:
             return x
         listeners = self.listeners
         if listeners:
-            self.changed, self.step = False, None  # of another call
+            self.changed, self.step, self.branch = False, None, ""  # of another call
         for listener in listeners:
             x = listener(x, self)
         return x
@@ -194,21 +197,22 @@ class Editor(Listener):
     """Calls the user's `fn(activation, hook)`; what it returns, if anything, goes on in place of
     the activation.
 
-    `now` says whether the edit applies to the call under way, and at which step; None means always.
+    `now` says whether the edit applies to the call under way, at which step, and of which branch of
+    guidance; None means always.
     """
 
     def __init__(
-        self, fn: HookFunction, now: Callable[[], tuple[bool, int | None]] | None = None
+        self, fn: HookFunction, now: Callable[[], tuple[bool, int, str]] | None = None
     ) -> None:
         super().__init__()
         self.fn, self.now, self.by_keyword = fn, now, takes_hook_by_keyword(fn)
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         if self.now is not None:
-            active, step = self.now()
+            active, step, branch = self.now()
             if not active:
                 return x
-            point.step = step
+            point.step, point.branch = step, branch
         copy = x.clone()
         before = version(copy)
         new = self.fn(copy, hook=point) if self.by_keyword else self.fn(copy, point)
@@ -226,10 +230,10 @@ class Editor(Listener):
         """This edit as it acts in the call under way, to be replayed later; None if it does not
         act.
         """
-        active, step = (True, None) if self.now is None else self.now()
-        if not active:
+        now = None if self.now is None else self.now()
+        if now is not None and not now[0]:
             return None
-        twin = Editor(self.fn, None if self.now is None else lambda: (True, step))
+        twin = Editor(self.fn, None if now is None else lambda: now)
         twin.order = self.order
         return twin
 

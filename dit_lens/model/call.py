@@ -58,6 +58,13 @@ class Call:
     left_out: frozenset[str] = frozenset()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def told(self) -> str:
+        """The branches of guidance among its items, as the pipeline tells: "cond", "uncond",
+        "skip", "cond | uncond", or "".
+        """
+        return " | ".join(dict.fromkeys(self.branch or ()))
+
     def branch_words(self, null_class: int) -> tuple[str, ...]:
         """For each batch item "cond" or "uncond" (of guidance), "skip" (of the extra pass of
         skip-layer guidance), or "" where neither the pipeline nor the labels tell.

@@ -278,7 +278,7 @@ class Instrumentation:
         with LOCK:
             point = self.points[name]
             point.drop(listener)
-            point.step = None
+            point.step, point.branch = None, ""
             self.ears.discard((name, listener))
 
     def watch(self, watcher: Watcher) -> None:

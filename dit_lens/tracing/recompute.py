@@ -21,6 +21,7 @@ from ..model.call import Call
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
+from ..model.steps import StepCounter
 from ..model.taken import Taken
 from ..model.witness import Departure, NotReproduced, Proof, until
 from ..sampling.parts import together
@@ -47,17 +48,67 @@ def read(
         branch: only the items of one branch of guidance, "cond", "uncond" or "skip".
     """
     rows = {s: rows_of(record, s, branch) for s in steps_of(record, steps)}
+    found = _by_call(record, model, names, [c for of_step in rows.values() for c in of_step])
+    orders = {s: order_of(record, rows[s]) for s in rows}
+    return {n: {s: joined(record, n, found[n], rows[s], orders[s]) for s in rows} for n in names}
+
+
+def read_branches(
+    record: Record, model: HookedDiT | None, names: Sequence[str]
+) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """`{name: {step: {branch: activation}}}`: what can be put into another run of the same kind,
+    call by call. A step that went through the model in parts is put together, under "".
+
+    Args:
+        record: of the trace, which must hold one run.
+        model: that was traced, or None if only the record is at hand.
+        names: full hook names.
+    """
+    steps = steps_of(record, None)
+    counter, runs, last = StepCounter(), set[int](), -1
+    for call in record.calls:
+        counter.number(call, last)
+        last = max(last, counter.row)
+        runs.add(counter.offset)
+    if len(runs) > 1:
+        raise InvalidValue(
+            f"The source trace holds {len(runs)} runs, whose steps can't be paired with those of "
+            "another; expected a trace of one run: trace each by itself."
+        )
+    found = _by_call(record, model, names, [c for s in steps for c in record.calls_at[s]])
+    taken: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in names}
+    for s in steps:
+        groups: dict[str, Rows] = {}
+        for c in record.calls_at[s]:
+            call = record.calls[c]
+            branch = "" if call.context.part is not None else call.told
+            if branch in groups and call.context.part is None:
+                raise InvalidValue(
+                    f"The source trace has several calls of the branch {branch!r} at step {s}, "
+                    "which can't be told apart; expected one, or one for each branch of guidance."
+                )
+            groups.setdefault(branch, {})[c] = None
+        for name in names:
+            taken[name][s] = {
+                branch: joined(record, name, found[name], rows, order_of(record, rows)).clone()
+                for branch, rows in groups.items()
+            }
+    return taken
+
+
+def _by_call(
+    record: Record, model: HookedDiT | None, names: Sequence[str], calls: Sequence[int]
+) -> dict[str, dict[int, Tensor]]:
+    """`{name: {call: activation}}`, as recorded or recomputed."""
     found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
 
     def keep(name: str, call: int, value: Tensor) -> None:
         found[name][call] = record.kept(value)
 
-    calls = [c for of_step in rows.values() for c in of_step]
     recorded, missing = split(record, names, calls)
     found |= {name: record.activations[name] for name in recorded}
     recompute(record, model, missing, calls, keep)
-    orders = {s: order_of(record, rows[s]) for s in rows}
-    return {n: {s: joined(record, n, found[n], rows[s], orders[s]) for s in rows} for n in names}
+    return found
 
 
 def stacked(

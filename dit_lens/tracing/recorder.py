@@ -52,6 +52,10 @@ class Recorder(StepCounter):
         for activations in self.record.activations.values():
             activations.pop(len(self.record.calls), None)
 
+    def moment(self, active: Callable[[int], bool]) -> tuple[bool, int, str]:
+        """What an edit asks: whether it acts in the call under way, its step and its branch."""
+        return active(self.step), self.step, "" if self.call is None else self.call.told
+
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Record an activation."""
         assert self.call is not None

@@ -48,7 +48,7 @@ from ..model.taken import Taken
 from . import files
 from .attention_map import attention_map
 from .dataset import to_dataset
-from .recompute import order_of, over_steps, read, stacked
+from .recompute import order_of, over_steps, read, read_branches, stacked
 from .record import Record
 from .recorder import Recorder
 from .site import Observing
@@ -208,9 +208,7 @@ class Trace:
             part.check(each, model.sites[each], sizes)
         recorder = self._recorder
         editors = [
-            Editor(
-                within(fn, part, model.sites[each]), lambda: (active(recorder.step), recorder.step)
-            )
+            Editor(within(fn, part, model.sites[each]), lambda: recorder.moment(active))
             for each in chosen
         ]
         self._edit_steps.append((chosen[0], steps))
@@ -232,9 +230,9 @@ class Trace:
 
         Args:
             name: which hook points.
-            source: another trace, whose activations at the same step are taken; a tensor of the
-                activation's shape, or with one more axis in front, for the steps; or a function
-                fn(activation, hook).
+            source: another trace of one run, whose activations at the same step and branch of
+                guidance are taken; a tensor of the activation's shape, or with one more axis in
+                front, for the steps; or a function fn(activation, hook).
             steps: at which steps.
             **region: which part, as for `edit`.
 
@@ -250,7 +248,7 @@ class Trace:
                 raise InvalidValue(
                     f"The source trace is of another model: {theirs}; expected {mine}."
                 )
-            taken = source.read(select(name, self.names))
+            taken = read_branches(source.record, source.model, select(name, self.names))
             return self.edit(name, patch_from_steps(taken), steps, **region)
         if isinstance(source, Tensor):
             return self.edit(name, patch_from_tensor(source), steps, **region)
