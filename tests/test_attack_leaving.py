@@ -381,3 +381,47 @@ def test_a_model_that_nobody_looks_at_any_longer_is_bare_again():
     del model
     gc.collect()
     assert not any("forward" in vars(m) for m in dit.modules())
+
+
+def test_leaving_a_view_leaves_those_of_others():
+    dit = make_dit()
+    with torch.no_grad():
+        want = raw(dit, *INPUTS)
+        with dit_lens.trace(dit) as t:
+            t.ablate("attn_out")
+            with HookedDiT(dit) as second:
+                second.add_hook("mlp_out", zero)
+                with pytest.raises(RuntimeError, match="A trace of this model is open, or a p"):
+                    second.remove()
+            edited = raw(dit, *INPUTS)
+        assert len(t.steps) == 1 and not torch.equal(edited, want) and left(dit, want) == []
+        assert (t["attn_out", 1] == 0).all() and not (t["mlp_out", 1] == 0).all()
+        first = HookedDiT(dit)
+        with HookedDiT(dit) as second, second.hooks([("mlp_out", zero)]):
+            raw(dit, *INPUTS)
+        assert torch.equal(first(*INPUTS), want)
+        first.remove()
+    assert left(dit, want) == []
+
+
+def test_hooks_go_with_the_view_that_set_them():
+    dit = make_dit()
+    with torch.no_grad():
+        want = raw(dit, *INPUTS)
+        other, model = HookedDiT(dit), HookedDiT(dit)
+        handles = model.add_hook("attn_out", zero)
+        del model
+        gc.collect()
+        assert not torch.equal(raw(dit, *INPUTS), want)  # somebody holds what takes them off
+        with pytest.warns(UserWarning, match="The hook at 'blocks.0.hook_attn_out' was taken off"):
+            del handles
+            gc.collect()
+        assert torch.equal(raw(dit, *INPUTS), want) and not other.instrumentation.busy
+        with pytest.warns(UserWarning, match="which nobody holds any longer; hold that, or what a"):
+            HookedDiT(dit).add_hook("attn_out", zero)
+            gc.collect()
+        with HookedDiT(dit) as model:
+            model.add_hook("attn_out", zero)
+        assert torch.equal(raw(dit, *INPUTS), want)
+        other.close()
+    assert left(dit, want) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,8 +44,9 @@ class HookedDiT:
     """A pipeline's transformer, or a bare one, with TransformerLens's hook points in it.
 
     The model is opened in place: your pipeline goes on working, through the same weights, and its
-    output stays bit for bit what it was. `remove()` takes everything out again; so does leaving
-    `with HookedDiT(pipe) as model`.
+    output stays bit for bit what it was. `remove()` takes everything out again; leaving
+    `with HookedDiT(pipe) as model` takes this view's hooks off, and if it was the only view, the
+    hook points out.
 
         model = dit_lens.HookedDiT(pipe)                # or its transformer
         out, cache = model.run_with_cache(x, t, y)      # every activation, by name
@@ -62,7 +64,8 @@ class HookedDiT:
     units. `y` is the condition: labels [batch] (classes; for models that are given text, prompts in
     words or by number, see `model.conditions`), `model.cfg.null_class` for none; or a dict of the
     transformer's own further arguments. Wrapping a model twice gives two views of the same hook
-    points. They stay until `remove()`, or until nobody holds a view any longer.
+    points. They stay until `remove()`, or until nobody holds a view any longer; so do a view's own
+    hooks (`add_hook`), for as long as somebody holds it or their handles.
 
     Attributes:
         transformer: the wrapped module.
@@ -134,7 +137,9 @@ class HookedDiT:
         return _reopened, (type(self), *parts)
 
     def close(self) -> None:
-        """Look no more: the hook points are taken out, unless somebody else looks at them too."""
+        """Look no more: this view's hooks are taken off, and the hook points out, unless somebody
+        else looks at them too.
+        """
         Instrumentation.let_go(self.transformer, self.place)
 
     def _describe(
@@ -156,7 +161,6 @@ class HookedDiT:
             self.conditions.add({"": self.family.empty})
         self.sites = self.instrumentation.sites
         self.names = list(self.sites)
-        self.handles: list[Handle] = []
 
     @classmethod
     def of(cls, model: Any) -> HookedDiT:
@@ -457,7 +461,9 @@ class HookedDiT:
         taken = Taken()
         try:
             handles = [self._attach(each, listener, taken) for each, listener in wanted]
-            self.handles += handles
+            for handle in handles:
+                handle.view = self
+            self.instrumentation.owned.setdefault(self.place, []).extend(wanted)
             return taken.keep(handles)
         except BaseException:
             taken.close()
@@ -469,10 +475,7 @@ class HookedDiT:
 
     def reset_hooks(self) -> None:
         """Remove the hooks that `add_hook` of this object added, and no one else's."""
-        with Taken() as taken:  # all of them, whatever happens at one
-            for handle in self.handles:
-                taken.undo(handle.remove)
-        self.handles = []
+        self.instrumentation.drop_hooks(self.place)
 
     @contextmanager
     def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[HookedDiT]:
@@ -551,7 +554,17 @@ class HookedDiT:
     # The wrapped module.
 
     def remove(self) -> None:
-        """Take every hook point out: the wrapped model is bit for bit what it was."""
+        """Take every hook point out, also from under other views: the wrapped model is bit for bit
+        what it was.
+
+        Raises:
+            RuntimeError: while a trace of it is open, or a plan on it.
+        """
+        if self.instrumentation.watchers:
+            raise InvalidState(
+                "A trace of this model is open, or a plan on it, which would end unseen; leave its "
+                "`with` block, then call remove()."
+            )
         if self.instrumentation.installed:
             self.instrumentation.remove()
 
@@ -559,7 +572,7 @@ class HookedDiT:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.remove()
+        self.close()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is one more that looks at its own copy of the transformer."""
@@ -685,7 +698,15 @@ def _content(model: HookedDiT, tell: Tell) -> str:
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:
     """Nobody holds a HookedDiT any longer."""
     found = transformer()
-    if found is not None:
+    inst = None if found is None else Instrumentation.found(found)
+    if found is not None and inst is not None:
+        hooked = inst.drop_hooks(place)
+        if hooked:
+            warnings.warn(
+                f"The hook at {hooked[0]!r} was taken off with its HookedDiT, which nobody holds "
+                "any longer; hold that, or what add_hook returned, for as long as it should act.",
+                stacklevel=3,
+            )
         with suppress(InvalidState):  # another tool sits on our forwards
             Instrumentation.let_go(found, place)
 

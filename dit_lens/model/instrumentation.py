@@ -77,10 +77,15 @@ class Here:
 
 
 class Handle:
-    """Takes one listener off again; `remove()` twice is harmless."""
+    """Takes one listener off again; `remove()` twice is harmless.
+
+    Attributes:
+        view: whose hook it is, which stays as long as somebody holds this.
+    """
 
     def __init__(self, instrumentation: Instrumentation, name: str, listener: Listener) -> None:
         self.instrumentation, self.name, self.listener = instrumentation, name, listener
+        self.view: object = None
 
     def remove(self) -> None:
         """Take the listener off."""
@@ -138,6 +143,7 @@ class Instrumentation:
         self.ears: set[tuple[str, Listener]] = set()  # who listens to every pass
         self.readers: set[object] = set()  # passes beside the user's own
         self.users: set[object] = set()  # HookedDiTs and open traces; the last takes the points out
+        self.owned: dict[object, list[tuple[str, Listener]]] = {}  # hooks that go with their user
         self.running: list[Here] = []
         self.leaving = False
         self.pipeline = PipelineFrame()
@@ -215,6 +221,7 @@ class Instrumentation:
         with LOCK:
             found = cls.found(transformer)
             if found is not None:
+                found.drop_hooks(user)
                 found.users.discard(user)
                 if not (found.users or found.busy or found.running):
                     found.remove()
@@ -280,6 +287,19 @@ class Instrumentation:
             point.drop(listener)
             point.step, point.branch = None, ""
             self.ears.discard((name, listener))
+
+    def drop_hooks(self, user: object) -> list[str]:
+        """Take off the hooks that go with a user; gives where they were.
+
+        Args:
+            user: who was given to `of`.
+        """
+        with LOCK:
+            mine = [ear for ear in self.owned.get(user, ()) if ear in self.ears]
+            for name, listener in mine:
+                self.detach(name, listener)
+            self.owned.pop(user, None)
+            return [name for name, _ in mine]
 
     def watch(self, watcher: Watcher) -> None:
         """Show every call to a watcher."""
