@@ -1,6 +1,7 @@
 """Sampling: diffusers' own arithmetic, per-item noise, exact replays."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,15 +11,23 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.model.noise_schedule import log_snr, predict_x0
+from dit_lens.patching import Patch, path_patch, sweep
+from dit_lens.sampling.branches import Branch, ends
+from dit_lens.sampling.kept import arrays_of, run_of
 from dit_lens.sampling.noise import START, generators, noise
 from dit_lens.sampling.schedulers import make_scheduler
 
 ALL = ["ddim", "ddpm", "dpm++", "sde-dpm++"]
+
+
+def whole(x):
+    return x
 
 
 @pytest.fixture
@@ -79,6 +88,34 @@ def test_the_pipeline_agrees(guidance):
     assert torch.allclose(torch.as_tensor(want), run.images, atol=1e-5)
     first3 = dit_lens.sample(pipe, [3, 5], seeds=0, steps=5, guidance=4.0, guided_channels="first3")
     assert not torch.allclose(first3.latents[-1], run.latents[-1])
+
+
+@pytest.mark.parametrize("then", [True, False], ids=["under autocast", "plain"])
+def test_what_goes_on_from_a_run_is_computed_on_its_kernels(model, then):
+    """Whatever is in force when it goes on."""
+
+    def autocast(on):
+        return torch.autocast("cpu", torch.bfloat16, enabled=on)
+
+    with autocast(then):
+        pair = dit_lens.twins(model, pairs=1, steps=4, release=1, labels=[3])
+        unipc = UniPCMultistepScheduler.from_config(model.scheduler.config)
+        many = dit_lens.sample(model, [3], steps=4, scheduler=unipc)
+        patch = Patch("attn_out", 1, range(1, 3))
+        swept = sweep(pair.a, pair.b, [patch], whole).outcome.values
+        path = path_patch(pair.a, pair.b, ("attn_out", 0), ("mlp_out", 1), range(1, 2))
+    run = pair.run
+    with autocast(not then), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(run.replay(1).latents, run.latents)
+        assert torch.equal(many.replay(2).latents, many.latents)
+        (end,) = ends([Branch(run, 2, run.seeds_at(2))])
+        assert torch.equal(end, run.latents[-1])
+        kept = run_of(arrays_of(run), model)
+        assert torch.equal(kept.replay(0).latents, run.latents)
+        assert (sweep(pair.a, pair.b, [patch], whole).outcome.values == swept).all()
+        again = path_patch(pair.a, pair.b, ("attn_out", 0), ("mlp_out", 1), range(1, 2))
+        assert torch.equal(again, path)
 
 
 @pytest.mark.parametrize("scheduler", ALL)

@@ -504,7 +504,7 @@ def _responses(
         return look
 
     listening = {layer: listener(layer) for layer in range(n)}
-    with torch.no_grad(), model.instrumentation.under(couplings=listening):
+    with run.restored(), model.instrumentation.under(couplings=listening):
         t, guidance = run.timesteps[step], run.settings.guidance
         model(*model_inputs(model, run.latents[step], t, run.labels, guidance))
     return found[0], found[1]

@@ -173,7 +173,8 @@ def _next(
 
     model, scheduler = run.model, run.fresh_scheduler()
     hooks = [(place.name, partial(put, place)) for place in places]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+    graph = torch.is_grad_enabled() and x.requires_grad
+    with run.restored(), torch.set_grad_enabled(graph):
         with model.hooks([*edits_at(run.history, step), *hooks]):
             output = model_output(model, x, step, run.labels, run.settings, scheduler)
             return advance(scheduler, output, x, run.seeds_at(step), step, run.settings.eta)

@@ -217,6 +217,7 @@ def _activations(
     scheduler = run.fresh_scheduler()
     wanted = [name for some in names for name in some]
     with (
+        run.restored(),
         torch.set_grad_enabled(graph),
         model.hooks(edits_at(run.history, step)),
         model.observing(wanted, keep),

@@ -146,7 +146,11 @@ def _seen(
         return value  # so that what goes on is what was seen, also where it lies in a sequence
 
     model, scheduler = run.model, run.fresh_scheduler()
-    with torch.set_grad_enabled(graph), model.hooks([*edits_at(run.history, step), (names, keep)]):
+    with (
+        run.restored(),
+        torch.set_grad_enabled(graph),
+        model.hooks([*edits_at(run.history, step), (names, keep)]),
+    ):
         output = model_output(model, x, step, run.labels, run.settings, scheduler)
         following = advance(scheduler, output, x, run.seeds_at(step), step, run.settings.eta)
     return seen, following

@@ -282,7 +282,7 @@ class Lanes:
                 .expand(-1, k, *[-1] * stream.ndim)
                 .flatten(0, 2)
             )
-        with self.model.hooks([*edits, *self._edits(jobs, seen)]):
+        with self.target.restored(), self.model.hooks([*edits, *self._edits(jobs, seen)]):
             output = self.model(inputs, t, y, start_at_layer=first)
         self.blocks += len(t) * (self.model.cfg.n_layers - (first or 0))
         learns = learns_variance(self.scheduler)
@@ -358,7 +358,8 @@ class Lanes:
 
     def _step(self, scheduler: Any, output: Tensor, x: Tensor, step: int) -> Tensor:
         seeds, eta = self.target.seeds_at(step), self.settings.eta
-        return advance(scheduler, output, x, seeds, step, eta)
+        with self.target.restored():
+            return advance(scheduler, output, x, seeds, step, eta)
 
     # The model.
 
@@ -376,7 +377,7 @@ class Lanes:
 
         model, x = run.model, run.latents[step]
         observed = model.observing(sorted(names), keep) if names else nullcontext()
-        with model.hooks(edits_at(run.history, step)), observed:
+        with run.restored(), model.hooks(edits_at(run.history, step)), observed:
             output = model_output(model, x, step, run.labels, self.settings, self.scheduler)
         self.blocks += self.passes * len(x) * self.model.cfg.n_layers
         if not bool(output.isfinite().all()):

@@ -113,7 +113,7 @@ def path_patch(
                     with model.hooks(edits):
                         answer = _activations(target, x, step, [_name(receiver)])
                     edits = _constants(answer)
-        with model.hooks(edits):
+        with target.restored(), model.hooks(edits):
             past = (target.labels, target.history, target.settings, scheduler)
             x = next(denoise(model, x, *past, step, step + 1)).following
     return x
@@ -150,6 +150,6 @@ def _activations(run: Run, x: Tensor, step: int, names: Sequence[str]) -> dict[s
     def keep(value: Tensor, hook: HookPoint) -> None:
         seen[hook.name] = value.clone()
 
-    with model.observing(list(names), keep):
+    with run.restored(), model.observing(list(names), keep):
         model(*model_inputs(model, x, run.timesteps[step], run.labels, run.settings.guidance))
     return seen

@@ -62,14 +62,24 @@ def ends(
     """The finished latents of each branch, [item, *latent_shape].
 
     Args:
-        branches: of runs of one model and the same settings.
+        branches: of runs of one model, with the same settings and kernels.
         batch: images at once; None is all.
         told: called with the images that went through a step, as they do.
     """
-    model, settings = branches[0].run.model, branches[0].run.settings
-    splitter = Splitter(batch, n_passes(model, settings.guidance))
     lanes = [_Lane(b, *b.begin()) for b in branches]
-    for step in range(min(b.step for b in branches), settings.steps):
+    with branches[0].run.restored():
+        _advance(lanes, batch, told)
+    return [lane.x for lane in lanes]
+
+
+def _advance(
+    lanes: Sequence[_Lane], batch: int | None, told: Callable[[int], object] | None
+) -> None:
+    """All lanes to their ends."""
+    first = lanes[0].branch.run
+    model, settings = first.model, first.settings
+    splitter = Splitter(batch, n_passes(model, settings.guidance))
+    for step in range(min(lane.branch.step for lane in lanes), settings.steps):
         going = [lane for lane in lanes if lane.branch.step <= step]
         fresh = []
         for lane in going:
@@ -78,7 +88,7 @@ def ends(
             lane.output = run.outputs[step] if stored else None
             if not stored:
                 fresh.append(lane)
-        edits = edits_at(branches[0].run.history, step)
+        edits = edits_at(first.history, step)
         # edits see a run's own batch
         together = [[lane] for lane in fresh] if edits else [fresh] if fresh else []
         for some in together:
@@ -97,4 +107,3 @@ def ends(
             lane.output = None
         if told is not None:
             told(sum(len(lane.x) for lane in going))
-    return [lane.x for lane in lanes]

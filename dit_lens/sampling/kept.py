@@ -58,6 +58,7 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
         "splits": [[list(map(list, s.parts)), s.size, s.copied, s.texts] for s in run.splits],
         "witnessed": witnessed,
         "tied_until": run.tied_until,
+        "kernels": vars(run.kernels),
         "batch": run.batch,
     }
     found = {
@@ -107,7 +108,7 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
         outputs=tensor("outputs"),
         witnesses=witnesses,
         scheduler=copy.deepcopy(plan),
-        kernels=Kernels.of_sampling(model.device),
+        kernels=Kernels(**about["kernels"] | {"sdpa": tuple(about["kernels"]["sdpa"])}),
         state=State.of(model.transformer),
         splits=tuple(
             Split(tuple(map(tuple, parts)), size, copied, texts=tuple(texts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -80,7 +80,7 @@ class Run:
             step on.
         witnesses: checksums of the streams in each step's pass, which prove a recomputation.
         scheduler: as it was before the first step, with the run's timesteps set.
-        kernels: the settings that chose the kernels.
+        kernels: the settings that chose the kernels; what goes on from the run is run under them.
         state: a glance at the model, to name what changed since.
         selected: whether these are items of a batch of another size.
         splits: how each step's batch went through the model.
@@ -276,8 +276,14 @@ class Run:
         index = positions(part, self.latents.device)
         x, t = self.latents[step][index], self.timesteps[step]
         inputs = model_inputs(self.model, x, t, self.labels[index], self.settings.guidance)
-        with self.kernels.restored(x.device.type):
+        with self.restored():
             return self.model(*inputs)
+
+    def restored(self) -> AbstractContextManager[None]:
+        """The settings that chose this run's kernels, for a `with` block: what goes on from the run
+        is computed as it was, whatever is in force now. Gradients are off in it.
+        """
+        return self.kernels.restored(self.latents.device.type)
 
     def _judge(self, step: int, departures: Sequence[Departure | None]) -> None:
         """Raise NotReproduced for another computation; warn of rounding."""
@@ -364,7 +370,8 @@ class Run:
     ) -> Run:
         """The same run from `from_step` on, with interventions, other noise, or other latents.
 
-        Without any it is bit for bit this run, its own edits included.
+        Without any it is bit for bit this run, its own edits included. It is run on this run's
+        kernels, under autocast where this run was.
 
         Args:
             from_step: the first step that is run again.
@@ -443,18 +450,19 @@ class Run:
         )
         kept.latents[from_step] = start
         scheduler = self.scheduler_at(from_step)
-        for _ in denoise(
-            self.model,
-            start,
-            self.labels,
-            history,
-            self.settings,
-            scheduler,
-            from_step,
-            splitter=splitter,
-            kept=kept,
-        ):
-            pass
+        with self.restored():
+            for _ in denoise(
+                self.model,
+                start,
+                self.labels,
+                history,
+                self.settings,
+                scheduler,
+                from_step,
+                splitter=splitter,
+                kept=kept,
+            ):
+                pass
         if again:
             self._require_same(kept.witnesses, from_step)
         return replace(
@@ -514,9 +522,10 @@ class Run:
             self.fresh_scheduler(),
             arguments.whole("step", step, 0, self.settings.steps),
         )
-        for s in range(0 if type(scheduler).__name__ in MEMORYLESS else step):
-            seeds, eta = self.seeds_at(s), self.settings.eta
-            advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
+        with self.restored():
+            for s in range(0 if type(scheduler).__name__ in MEMORYLESS else step):
+                seeds, eta = self.seeds_at(s), self.settings.eta
+                advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
         return scheduler
 
     def seeds_at(self, step: int) -> tuple[int, ...]:
