@@ -90,6 +90,22 @@ def test_the_pipeline_agrees(guidance):
     assert not torch.allclose(first3.latents[-1], run.latents[-1])
 
 
+def test_a_run_is_in_float32_whatever_it_starts_from(model):
+    run = dit_lens.sample(model, [1, 2], steps=3)
+    start = run.latents[0].bfloat16()
+    want = dit_lens.sample(model, [1, 2], steps=3, latents=start.float())
+    for given in (start, start.double(), start.float().requires_grad_()):
+        for found in (
+            dit_lens.sample(model, [1, 2], steps=3, latents=given),
+            run.replay(0, latents=given),
+        ):
+            for part in (found.latents, found.x0, found.outputs):
+                assert part.dtype == torch.float32 and not part.requires_grad
+            assert torch.equal(found.latents, want.latents)
+    with pytest.raises(ValueError, match="latents holds values that are not finite"):
+        run.replay(0, latents=torch.full_like(start, 1e300, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("then", [True, False], ids=["under autocast", "plain"])
 def test_what_goes_on_from_a_run_is_computed_on_its_kernels(model, then):
     """Whatever is in force when it goes on."""

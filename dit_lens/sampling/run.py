@@ -403,8 +403,9 @@ class Run:
             select(names, self.model.names)
         if not arguments.flag("released", released):
             self.require_released(from_step)
-        start = self.latents[from_step] if latents is None else latents
-        arguments.tensor("latents", start, finite=latents is not None)
+        start = self.latents[from_step]
+        if latents is not None:
+            start = _start(latents, start.device)
         if start.shape != self.latents[0].shape:
             raise InvalidValue(
                 f"The latents have shape {list(start.shape)}; expected "
@@ -628,10 +629,11 @@ def _sample(
 
     # Where it starts.
     shape = model.cfg.latent_shape
-    arguments.optional(arguments.tensor, "latents", latents, finite=True)
     if latents is None:
         latents = noise(own_seeds, START, shape, model.device)
-    elif latents.shape != (len(y), *shape):
+    else:
+        latents = _start(latents, model.device)
+    if latents.shape != (len(y), *shape):
         raise InvalidValue(
             f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for "
             f"{len(y)} labels."
@@ -646,6 +648,14 @@ def _sample(
         if progress is not None:
             progress(kept.done, settings.steps)
     return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)
+
+
+def _start(latents: Tensor, device: torch.device) -> Tensor:
+    """Latents that a user gave, as a run keeps them: in float32, whatever the model computes in, and
+    without their gradients.
+    """
+    found = arguments.tensor("latents", latents).detach().to(device, torch.float32)
+    return arguments.tensor("latents", found, finite=True)
 
 
 def made_of(
