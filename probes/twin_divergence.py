@@ -47,8 +47,8 @@ class TwinDivergence(Probe):
         ValueError: if the batch is not made of twins (use `dit_lens.twins`, or this class's `run`).
 
     >>> import dit_lens
-    >>> TwinDivergence().run(dit_lens.load("digits"), [3], release=1, steps=2).energy.sizes
-    Frozen({'channels': 3, 'layer': 29, 'step': 2, 'band': 2})
+    >>> TwinDivergence().run(dit_lens.load("digits"), [3], release=1, steps=3).energy.sizes
+    Frozen({'channels': 3, 'layer': 29, 'step': 3, 'band': 2})
     """
 
     channels = ("raw", "standardised", "trimmed")

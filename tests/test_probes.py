@@ -163,8 +163,8 @@ def test_run_is_a_run_under_observation(model):
     assert found.identical(lens.result(both)) and LayerLens().run(model, steps=1).batch.size == 16
 
     divergence = TwinDivergence()
-    dit_lens.twins(model, 2, [3, 4], release=1, steps=2, probes=[divergence])
-    again = TwinDivergence().run(model, [3, 4], release=1, steps=2)
+    dit_lens.twins(model, 2, [3, 4], release=0, steps=2, probes=[divergence])
+    again = TwinDivergence().run(model, [3, 4], release=0, steps=2)
     assert again.identical(divergence.result())
     assert list(again.channels.values) == ["raw", "standardised", "trimmed"]
 

@@ -233,7 +233,7 @@ def test_clones_are_one_trajectory_until_they_part(model):
         assert torch.allclose(pair.run.replay(2).latents, pair.run.latents, atol=1e-4)
     assert np.abs(probe.result().difference.isel(step=0)).max() < 1e-6
     with forwards(model.transformer) as seen:  # who watches sees both
-        TwinDivergence().run(model, pairs=4, steps=3, release=2)
+        TwinDivergence().run(model, pairs=4, steps=3, release=1)
     assert seen["forwards"] == [8] * 3
 
 

@@ -178,6 +178,16 @@ def test_twin_divergence(model):
         probe.result()
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "sde-dpm++"])
+def test_twins_are_released_while_noise_is_still_drawn(model, scheduler):
+    with pytest.raises(ValueError, match="draws no noise from their release=3 on; expected 2 or l"):
+        dit_lens.twins(model, pairs=1, steps=4, release=3, scheduler=scheduler)
+    pair = dit_lens.twins(model, pairs=1, steps=4, release=2, scheduler=scheduler)
+    assert not torch.equal(pair.a.latents[-1], pair.b.latents[-1])
+    # twins that start apart part at any release, or at none
+    dit_lens.twins(model, pairs=1, steps=4, release=4, tie="attention", scheduler=scheduler)
+
+
 def test_bad_input(model):
     for kwargs, text in [
         (
@@ -236,8 +246,8 @@ def test_a_coupled_run_is_not_recomputed_alone():
 
 def test_twins_and_runs_are_shown_in_a_line():
     model = dit_lens.load("digits")
-    pair = dit_lens.twins(model, pairs=4, steps=3, release=2)
-    assert repr(pair) == "Twins(4 pairs, tied by noise up to step 2 of 3)"
+    pair = dit_lens.twins(model, pairs=4, steps=3, release=1)
+    assert repr(pair) == "Twins(4 pairs, tied by noise up to step 1 of 3)"
     run = "Run(4 images, labels [0, 1, 2, 3], 3 steps of DDIMScheduler, eta 1)"
     assert repr(pair.a) == run
     many = dit_lens.sample(model, list(range(8)), steps=2, guidance=2.0)

@@ -425,11 +425,25 @@ def _refuse_broken(scheduler: Any, settings: Settings) -> None:
 
 
 def is_stochastic(model: HookedDiT, settings: Settings) -> bool:
-    """Whether the sampler draws noise after the start: seen by one step with two seeds."""
+    """Whether the sampler draws noise after the start, as its first step tells."""
+    return next(drawing(model, settings, range(1)), None) is not None
+
+
+def drawing(model: HookedDiT, settings: Settings, steps: range) -> Iterator[int]:
+    """Those of some steps at which the sampler draws noise: seen by taking each with two seeds.
+
+    Args:
+        model: that is sampled.
+        settings: the run's.
+        steps: that are looked at, in a row.
+    """
+    scheduler = prepared(model, settings)
     x = torch.zeros(1, *model.cfg.latent_shape)
-    ends = []
-    for seed in (0, 1):
-        scheduler = prepared(model, settings)
-        output = torch.cat([x] * (2 if learns_variance(scheduler) else 1), 1)
-        ends.append(advance(scheduler, output, x, [seed], 0, settings.eta))
-    return not torch.equal(*ends)
+    output = torch.cat([x] * (2 if learns_variance(scheduler) else 1), 1)
+    for step in range(steps.stop):
+        if step in steps:
+            trials = ((copy.deepcopy(scheduler), seed) for seed in (0, 1))
+            ends = (advance(each, output, x, [seed], step, settings.eta) for each, seed in trials)
+            if not torch.equal(*ends):
+                yield step
+        advance(scheduler, output, x, [0], step, settings.eta)  # which may remember its steps

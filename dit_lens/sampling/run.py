@@ -651,8 +651,8 @@ def _sample(
 
 
 def _start(latents: Tensor, device: torch.device) -> Tensor:
-    """Latents that a user gave, as a run keeps them: in float32, whatever the model computes in, and
-    without their gradients.
+    """Latents that a user gave as a run keeps them: in float32, whatever the model computes in,
+    without gradients.
     """
     found = arguments.tensor("latents", latents).detach().to(device, torch.float32)
     return arguments.tensor("latents", found, finite=True)

@@ -24,7 +24,7 @@ from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.state import State
 from ..sampling.guidance import n_passes
-from ..sampling.loop import Kept, denoise, is_stochastic, prepared
+from ..sampling.loop import Kept, denoise, drawing, prepared
 from ..sampling.parts import Splitter
 from ..sampling.run import Run, made_of
 from ..sampling.schedulers import default_name
@@ -222,16 +222,22 @@ def twin_seeds(seed: int, pairs: int) -> tuple[list[int], list[int]]:
 
 def _check_parting(model: HookedDiT, settings: Settings, tie: Tie, release: int) -> None:
     """Raise InvalidValue for twins that can't part."""
-    draws = is_stochastic(model, settings)
-    if not tie.starts_equal or (draws and release < settings.steps):
+    free = range(release, settings.steps)
+    if not tie.starts_equal or next(drawing(model, settings, free), None) is not None:
         return
-    if draws:
+    last = max(drawing(model, settings, range(settings.steps)), default=None)
+    if last is None:
+        raise InvalidValue(
+            f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} "
+            "draws no noise and they start equal; use eta=1, scheduler='ddpm', or "
+            "tie='attention' with eps > 0."
+        )
+    if release == settings.steps:
         raise InvalidValue(
             f"The twins can't part: they are never released (release={release} of "
-            f"{settings.steps} steps)."
+            f"{settings.steps} steps); expected {last} or less."
         )
     raise InvalidValue(
-        f"The twins can't part: the sampler {settings.scheduler!r} with eta={settings.eta} draws "
-        "no noise and they start equal; use eta=1, scheduler='ddpm', or tie='attention' with "
-        "eps > 0."
+        f"The twins can't part: the sampler {settings.scheduler!r} draws no noise from their "
+        f"release={release} on; expected {last} or less."
     )
