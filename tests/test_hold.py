@@ -156,6 +156,15 @@ def test_a_run_that_starts_too_late_has_nothing_to_hold(model):
     assert not model.instrumentation.busy
 
 
+def test_a_hold_does_not_reach_into_another_run(model):
+    other = dit_lens.sample(model, [1, 2], steps=4)
+    with dit_lens.trace(model) as t:
+        t.hold("blocks.1.hook_attn_out", steps=[2])
+        dit_lens.sample(model, [1, 2], steps=2)
+        with pytest.raises(RuntimeError, match="step 1"):
+            other.replay(2)
+
+
 def test_a_batch_that_changes_is_refused(model):
     x, t0 = torch.randn(2, 1, 8, 8), torch.tensor([500])
     with pytest.raises(ValueError, match="needs one batch and one size throughout"):

@@ -1,12 +1,17 @@
 """Which branch and which step a call is, where diffusers itself says so."""
 
 import copy
+import types
 
+import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines.wan import WanBlocks, encoders
 
 import dit_lens
 from dit_lens.families import family_named
 from dit_lens.families.upstream import small_inputs
+from dit_lens.testing.pipeline_checks import quiet
 
 
 def wan():
@@ -49,3 +54,94 @@ def test_outside_of_cache_context_nothing_is_said():
             pass
         transformer(**inputs)
     assert t.record.calls[0].branch is None and t.record.calls[0].place is None
+
+
+def pipeline(name):
+    family = family_named(name)
+    with quiet():
+        pipe = family.small_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return family, pipe
+
+
+@pytest.mark.parametrize("name", ["SD3", "Wan", "Flux", "Lumina2"])
+def test_what_a_callback_calls_is_none_of_the_loops_steps(name):
+    dims = "3DModel" if name == "Wan" else "2DModel"
+    family, pipe = pipeline(f"{name}Transformer{dims}")
+    asked = family.small_call(True) | {"output_type": "latent"}
+
+    def run(then=None):
+        with dit_lens.trace(pipe) as t, quiet():
+            t.ablate(("attn_out", 0), steps=[1])
+            pipe(**asked, callback_on_step_end=then)
+        return t.record
+
+    def again(pipe, i, time, values):
+        with torch.no_grad():
+            pipe.transformer(**given)
+        return {}
+
+    plain = run()
+    given = plain.calls[0].inputs
+    found = run(again)
+    a_step = len(plain.calls_at[0])
+    # the loop's steps, and behind each a run of one step
+    steps = len(plain.calls_at)
+    assert [len(found.calls_at[row]) for row in range(2 * steps)] == [a_step, 1] * steps
+    for row, step in enumerate(plain.calls_at):
+        mine, theirs = found.calls_at[2 * row], plain.calls_at[step]
+        assert [found.calls[c].branch for c in mine] == [plain.calls[c].branch for c in theirs]
+        assert {found.calls[c].place for c in mine} == {(1, step)}
+        assert [bool(found.calls[c].edits) for c in mine] == [step == 1] * a_step
+        (alone,) = found.calls_at[2 * row + 1]
+        assert found.calls[alone].branch is None and not found.calls[alone].edits
+
+
+def test_a_run_in_a_callback_is_a_run_of_its_own():
+    family, pipe = pipeline("SD3Transformer2DModel")
+    model = dit_lens.HookedDiT(pipe)
+
+    def sampling(pipe, i, time, values):
+        if i == 0:
+            dit_lens.sample(model, ["a fox"], steps=3)
+        return {}
+
+    with dit_lens.trace(model) as t, quiet():
+        t.ablate(("attn_out", 0), steps=[2])
+        pipe(**family.small_call(True), callback_on_step_end=sampling, output_type="latent")
+    record = t.record
+    places = [record.calls[calls[0]].place for calls in record.calls_at.values()]
+    assert places == [(1, 0), None, None, None, *((1, i) for i in range(1, len(t.steps) - 3))]
+    assert [record.calls[c].context.step for c in (1, 2, 3)] == [0, 1, 2]
+    assert record.calls[3].edits and not record.calls[2].edits and record.calls[1].prompts is None
+
+
+def test_a_modular_pipeline_tells_step_and_branch(monkeypatch):
+    monkeypatch.setattr(encoders, "ftfy", types.SimpleNamespace(fix_text=str), raising=False)
+    _, usual = pipeline("WanTransformer3DModel")
+    pipe = WanBlocks().init_pipeline()
+    parts = {k: v for k, v in usual.components.items() if k in pipe._component_specs}
+    pipe.update_components(**parts, guider=ClassifierFreeGuidance(guidance_scale=4.0))
+    asked = dict(height=32, width=32, num_frames=9, num_inference_steps=3, output="latents")
+    with dit_lens.trace(pipe, names=("attn_out", 0)) as t, quiet():
+        t.ablate(("attn_out", 0), steps=[1])
+        pipe(prompt="a fox", negative_prompt="x", **asked)
+    assert t.record.calls_at == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
+    assert [c.branch for c in t.record.calls] == [("cond",), ("uncond",)] * 3
+    assert [bool((v == 0).all()) for v in t["attn_out", 0]] == [False, True, False]
+
+
+def test_a_block_without_a_step_is_refused():
+    class Pipe:
+        register_components = None
+
+        def __init__(self, transformer):
+            self.transformer = transformer
+
+        def __call__(self, **inputs):
+            return self.transformer(**inputs)
+
+    transformer, inputs = wan()
+    with pytest.raises(RuntimeError, match="Pipe calls the transformer in a modular pipeline with"):
+        with dit_lens.trace(transformer):
+            Pipe(transformer)(**inputs)

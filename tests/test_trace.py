@@ -617,3 +617,32 @@ def test_what_comes_after_an_activation_changes_no_record_of_it(dit, inputs):
         assert not torch.equal(eager[name][0], eager[name][1])
     assert torch.equal(eager["blocks.0.hook_resid_post"] + 1.0, lazy["blocks.1.hook_resid_pre"])
     handle.remove()
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_guidance_in_our_loop_says_which_half_is_which(pipe, batch):
+    """The null class may be asked for: its item has a half of either kind all the same."""
+
+    class Branches(dit_lens.Probe):
+        names = "blocks.0.hook_resid_post"
+        in_parts = True
+
+        def start(self, model):
+            self.seen = []
+
+        def observe(self, activation, site):
+            self.seen.append(site.branch)
+
+    model, probe = HookedDiT(pipe), Branches()
+    with dit_lens.trace(model, probes=[probe]) as t:
+        run = dit_lens.sample(model, [1, 1000, 3], steps=2, guidance=3.0, batch=batch)
+    items = 3 if batch is None else 1
+    assert set(probe.seen) == {("cond",) * items + ("uncond",) * items}
+    name = "blocks.0.hook_resid_post"
+    halves = [t.get(name, branch=branch)[name] for branch in ("cond", "uncond")]
+    assert torch.equal(torch.cat(halves, 1), t[name]) and halves[0].shape[1] == 3
+    data = t.to_xarray("resid_post")
+    assert list(data.branch.values) == ["cond"] * 3 + ["uncond"] * 3
+    with dit_lens.trace(model) as u:
+        run.forward(1)
+    assert torch.equal(u.get(name, branch="cond")[name][0], halves[0][1])

@@ -48,6 +48,8 @@ class PassContext:
         labels: the numbers [batch] of the conditions that the model is called with, if known.
         twin: which twin each item is.
         step: the denoising step of a loop of dit_lens's own; a pipeline's steps are counted.
+        run: what stands for the run that the step is of, where that is known.
+        branch: which branch of guidance each item is, where a loop of dit_lens's own guides.
         part: which part of the step's batch it is; None is all of it.
         steps: how many steps the run has, if that is known.
         log_snr: the noise level of the step, by the run's own scheduler, if that is known.
@@ -59,6 +61,8 @@ class PassContext:
     labels: Tensor | None = None
     twin: tuple[str, ...] | None = None
     step: int | None = None
+    run: object | None = None
+    branch: tuple[str, ...] | None = None
     part: Part | None = None
     steps: int | None = None
     log_snr: float | None = None

@@ -6,25 +6,34 @@ uncond]), two calls a step, or a strength given to a distilled model as one more
 the tensors says which. Where diffusers says it, through `transformer.cache_context("cond",
 step_index=i)`, that is taken. Elsewhere, and for the step, dit_lens looks at the pipeline itself:
 the frame of its `__call__`, whose local variables every diffusers pipeline names alike (`latents`
-before doubling; the loop's `i`).
+before doubling; the loop's `i`), or, of a modular pipeline, of the block that calls. A call that
+the pipeline's own code does not make, such as its callback's, is none of its loop's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-DEEPEST = 24
+from ..errors import InvalidState
+
+DEEPEST = 48
 """How many frames up a pipeline is looked for: the transformer's wrappers, offload hooks and
 contexts lie between.
 """
+
+HANDING = ("torch", "accelerate", "peft", "dit_lens", "contextlib", "functools")
+"""Packages whose frames lie between a call of a module and its forward."""
+
+GUIDED = "__guidance_identifier__"
+"""Where diffusers' guiders note which branch a batch is, such as "pred_cond"."""
 
 CALLS = ("cond", "uncond", "")
 """What a step's calls are, where each branch is a call of its own; of a third one nothing is known.
@@ -75,6 +84,41 @@ def listen_no_more(transformer: nn.Module) -> None:
         del transformer.__dict__["cache_context"]
 
 
+class Loop(NamedTuple):
+    """A pipeline's loop that calls the transformer.
+
+    Attributes:
+        frame: of the pipeline's `__call__`.
+        step: its `i`.
+        latents: before doubling.
+        prompt: what it was asked for.
+        said: of a modular pipeline, which branch of guidance is under way.
+    """
+
+    frame: FrameType | None = None
+    step: Any = None
+    latents: Any = None
+    prompt: Any = None
+    said: Announced | None = None
+
+
+class Told(NamedTuple):
+    """What is known of a call.
+
+    Attributes:
+        branch: "cond", "uncond", "skip" or "" for each item, or None where nothing tells. "skip" is
+            the extra pass of skip-layer guidance, which is conditional with some layers left out;
+            "" is an item of a batch that is neither the latents' nor twice that.
+        place: the number of the pipeline's run with the step in it, or None where steps can't be
+            told.
+        prompts: the prompt of each item, where they are words.
+    """
+
+    branch: tuple[str, ...] | None = None
+    place: tuple[int, int] | None = None
+    prompts: tuple[str, ...] | None = None
+
+
 class PipelineFrame:
     """Follows the pipelines that run through one transformer; of one such run it remembers the step
     and its calls.
@@ -89,12 +133,11 @@ class PipelineFrame:
         self.frame: FrameType | None = None
         self.step: Any = None
         self.calls = self.counted = 0
-        self.prompts: tuple[str, ...] | None = None
 
     def now(
         self, transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
-    ) -> tuple[tuple[str, ...] | None, tuple[int, int] | None]:
-        """Which branch each item of the call under way is, and its step's place in the loop.
+    ) -> Told:
+        """What the running pipeline tells of the call under way.
 
         Args:
             transformer: that is called.
@@ -102,18 +145,14 @@ class PipelineFrame:
             inputs: the transformer's arguments.
             items: the batch.
 
-        Returns:
-            "cond", "uncond", "skip" or "" for each item, or None where nothing tells. "skip" is the
-            extra pass of skip-layer guidance, which is conditional with some layers left out; "" is
-            an item of a batch that is neither the latents' nor twice that. And the number of the
-            pipeline's run with the step in it, or None where steps can't be told.
+        Raises:
+            InvalidState: in a block of a modular pipeline that does not say which step it is.
         """
-        said, frame = _announced.get(), _pipeline(transformer)
-        if frame is None and said is None:
-            return None, None
-        local = {} if frame is None else frame.f_locals
-        own, step = local.get("latents"), local.get("i")
-        self.prompts = _prompts(local.get("prompt"), items)
+        said, loop = _announced.get(), _loop(transformer)
+        if loop is None and said is None:
+            return Told()
+        frame, step, own, prompt, of_block = loop or Loop()
+        said = said or of_block
         if said is not None and said.step is not None:
             step = said.step
         if frame is not self.frame:  # held, so that another run's frame can't lie at its address
@@ -125,7 +164,8 @@ class PipelineFrame:
         self.calls = self.calls + 1 if step == self.step else 1
         self.step = step
         place = (self.runs, step) if isinstance(step, int) else None
-        return self._branch(said, order, inputs, items, items if own is None else len(own)), place
+        branch = self._branch(said, order, inputs, items, items if own is None else len(own))
+        return Told(branch, place, _prompts(prompt, items))
 
     def _branch(
         self,
@@ -137,8 +177,11 @@ class PipelineFrame:
     ) -> tuple[str, ...]:
         if inputs.get("skip_layers") is not None:
             return ("skip",) * items
-        if said is not None and said.name in ("cond", "uncond"):
-            return (said.name,) * items
+        word = "" if said is None else said.name.removeprefix("pred_")
+        if word in ("cond", "uncond"):
+            return (word,) * items
+        if said is not None and word != said.name:  # a guider's, of which it has several
+            return ("skip" if word == "cond_skip" else "",) * items
         if items == latents:
             word = "cond" if order is not None else CALLS[min(self.calls, len(CALLS)) - 1]
             return (word,) * items
@@ -157,21 +200,56 @@ def _prompts(given: Any, items: int) -> tuple[str, ...] | None:
     return tuple(prompts) if prompts and items % len(prompts) == 0 else None
 
 
-def _pipeline(transformer: Any) -> FrameType | None:
-    """The innermost frame up from here that is the `__call__` of a pipeline with this
-    transformer.
+def _loop(transformer: Any) -> Loop | None:
+    """The loop whose own code makes the call under way. None where no pipeline is there, or one
+    only calls somebody who calls the transformer, such as its callback.
     """
-    frame: FrameType | None = sys._getframe(2)
+    caller = frame = _caller()
     for _ in range(DEEPEST):
-        if frame is None:
+        if frame is None or caller is None:
             return None
         if frame.f_code.co_name == "__call__":
             pipe = frame.f_locals.get("self")
+            modular = hasattr(type(pipe), "register_components")
             # vars and not `components`, which inspects the constructor anew, and raises if it
             # disagrees
-            if hasattr(type(pipe), "register_modules") and any(
+            if (modular or hasattr(type(pipe), "register_modules")) and any(
                 part is transformer for part in vars(pipe).values()
             ):
-                return frame
+                if modular:
+                    return _of_block(frame, caller.f_locals)
+                # a function beside `__call__`, or a method, of a class derived from it too
+                beside = caller.f_globals is frame.f_globals
+                if not beside and caller.f_locals.get("self") is not pipe:
+                    return None
+                local = frame.f_locals
+                return Loop(frame, *(local.get(name) for name in ("i", "latents", "prompt")))
         frame = frame.f_back
     return None
+
+
+def _caller() -> FrameType | None:
+    """The innermost frame up from here that is not of those who hand a call of a module on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        package, _, rest = str(frame.f_globals.get("__name__")).partition(".")
+        handing = package == "diffusers" and not rest.startswith(("pipelines", "modular_pipelines"))
+        if not (handing or package in HANDING):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _of_block(frame: FrameType, local: Mapping[str, Any]) -> Loop:
+    """The loop of a modular pipeline, by the variables of its block that calls the transformer:
+    diffusers' own name the step `i`, and the branch of guidance under way `guider_state_batch`.
+    """
+    if not isinstance(local.get("i"), int):
+        raise InvalidState(
+            f"{type(local.get('self')).__name__} calls the transformer in a modular pipeline "
+            "without a step i among its variables, so that a trace can't tell which step it is; "
+            "expected a block like diffusers' own, __call__(self, components, block_state, i, t)."
+        )
+    branch = getattr(local.get("guider_state_batch"), GUIDED, None)
+    latents = getattr(local.get("block_state"), "latents", None)
+    return Loop(frame, local["i"], latents, said=branch and Announced(branch))

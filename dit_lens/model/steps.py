@@ -12,7 +12,8 @@ class StepCounter:
 
     Attributes:
         call: the one under way, or the latest.
-        run: which run of a pipeline it is of, if that is known.
+        run: which run it is of, a pipeline's or one of ours, if that is known.
+        runs: how many runs ended before it, as far as can be seen.
         step: of that run.
         row: counted over all runs, those of a second one behind the first one's.
         offset: how far rows are ahead of steps.
@@ -20,8 +21,8 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self.run: int | None = None
-        self.step = self.row = self.offset = 0
+        self.run: object | None = None
+        self.runs = self.step = self.row = self.offset = 0
 
     def number(self, call: Call, last: int) -> None:
         """Number a call.
@@ -30,20 +31,23 @@ class StepCounter:
             call: it begins.
             last: the last row of a call that was finished; -1 if none was.
         """
-        run, step = call.place or (None, call.context.step)
+        context = call.context
+        run, step = call.place or (context.run, context.step)
+        another = self.call is not None and run != self.run
         if step is None:
-            step = last + 1 - self.offset
-        elif call.context.part is not None and call.context.part.later:
-            pass  # the step goes on
-        elif self.call is not None and (run != self.run or (run is None and step <= self.step)):
-            self.offset = last + 1 - step  # another run: its steps come behind
+            step = 0 if another else last + 1 - self.offset
+        elif run is None and self.call is not None and step <= self.step:
+            another = another or context.part is None or not context.part.later
+        if another:
+            self.offset = last + 1 - step  # its steps come behind
+            self.runs += 1
         self.run, self.step, self.row, self.call = run, step, step + self.offset, call
 
     def clock(self) -> Clock:
         """Where the call under way is."""
         call = self.call
         if call is None:
-            return Clock(self.offset, self.step)
+            return Clock(self.runs, self.step)
         rows = None if call.context.part is None else call.context.part.rows
         words = " | ".join(dict.fromkeys(call.branch or ()))
-        return Clock(self.offset, self.step, words, rows)
+        return Clock(self.runs, self.step, words, rows)

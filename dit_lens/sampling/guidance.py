@@ -37,6 +37,13 @@ def n_passes(model: HookedDiT, guidance: float) -> int:
     return 1 if guidance == 1 or model.cfg.distilled_guidance else 2
 
 
+def branches(items: int, passes: int) -> tuple[str, ...] | None:
+    """The branch of guidance of each row of `model_inputs`; None where no null half is run, and the
+    labels tell.
+    """
+    return None if passes == 1 else ("cond",) * items + ("uncond",) * items
+
+
 def guided(answer: Tensor, model: HookedDiT, settings: Settings, keep_variance: bool) -> Tensor:
     """What the scheduler is given: the model's answer, mixed by classifier-free guidance.
 

@@ -25,7 +25,7 @@ from ..hooks.points import Editor
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import is_flow, log_snr, predict_x0, setting, signal_and_noise
 from ..model.witness import Checksum, Witness
-from .guidance import guided, model_inputs, n_passes
+from .guidance import branches, guided, model_inputs, n_passes
 from .noise import generators, noise
 from .parts import Split, Splitter, is_out_of_memory, positions
 from .schedulers import MEMORYLESS, SAMPLERS, learns_variance, make_scheduler, takes_eta
@@ -208,6 +208,7 @@ def answered(
                     step=step,
                     steps=settings.steps,
                     log_snr=scheduler.levels[step],
+                    branch=branches(len(part), passes),
                     **_place(inst, split, part, passes, tries),
                 ),
                 model.hooks(edits),

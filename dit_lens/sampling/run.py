@@ -32,7 +32,7 @@ from ..model.witness import (
     is_text,
     until,
 )
-from .guidance import model_inputs, n_passes
+from .guidance import branches, model_inputs, n_passes
 from .loop import Kept, advance, denoise, prepared
 from .noise import START, noise
 from .parts import Split, Splitter, positions, together
@@ -208,7 +208,7 @@ class Run:
             rows = split.rows(part, self.passes)
             place = None if split.whole else Part(rows, split.size * self.passes, number > 0)
             with (
-                inst.under(step=step, part=place),
+                inst.under(step=step, part=place, branch=branches(len(part), self.passes)),
                 self.model.hooks(edits_at(self.history, step)),
                 self.model.attached(proof.listeners),
             ):
@@ -451,7 +451,7 @@ class Run:
         )
         kept.latents[from_step] = start
         scheduler = self.scheduler_at(from_step)
-        with self.restored():
+        with self.restored(), self.model.instrumentation.under(run=object()):
             for _ in denoise(
                 self.model,
                 start,
@@ -644,9 +644,10 @@ def _sample(
     kept = Kept(latents, settings.steps)
     splitter = Splitter(batch, n_passes(model, settings.guidance))
     kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
-    for _ in denoise(model, latents, y, history, settings, plan, splitter=splitter, kept=kept):
-        if progress is not None:
-            progress(kept.done, settings.steps)
+    with model.instrumentation.under(run=object()):
+        for _ in denoise(model, latents, y, history, settings, plan, splitter=splitter, kept=kept):
+            if progress is not None:
+                progress(kept.done, settings.steps)
     return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)
 
 

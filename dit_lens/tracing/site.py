@@ -77,8 +77,8 @@ class Site:
 
     @property
     def branch(self) -> tuple[str, ...]:
-        """For each batch item "cond" or "uncond" (of guidance), as the running pipeline or the
-        labels tell; "" if nothing does.
+        """For each batch item "cond" or "uncond" (of guidance), as the running loop or the labels
+        tell; "" if nothing does.
 
         "skip" are items of the extra pass of skip-layer guidance.
         """

@@ -167,7 +167,7 @@ def twins(
 
         names = (("A",) * pairs + ("B",) * pairs) * passes
         watch = observed(model, probes) if probes else contextlib.nullcontext()
-        with watch, model.instrumentation.under(twin=names):
+        with watch, model.instrumentation.under(twin=names, run=object()):
             # clones are one until they part, unless somebody wants to see two
             alike = release if isinstance(held, NoiseTie) and not model.instrumentation.busy else 0
             splitter = Splitter(batch, passes, pairs=True, copied_until=alike)
