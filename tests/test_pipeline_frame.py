@@ -2,6 +2,7 @@
 
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -129,6 +130,36 @@ def test_a_modular_pipeline_tells_step_and_branch(monkeypatch):
     assert t.record.calls_at == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
     assert [c.branch for c in t.record.calls] == [("cond",), ("uncond",)] * 3
     assert [bool((v == 0).all()) for v in t["attn_out", 0]] == [False, True, False]
+
+
+def test_a_pipeline_of_two_transformers_is_not_sampled_with_one():
+    family, first = pipeline("WanTransformer3DModel")
+    parts = {k: v for k, v in first.components.items() if k != "transformer_2"}
+    second = copy.deepcopy(first.transformer)
+    pipe = type(first)(**parts, transformer_2=second, boundary_ratio=0.875)
+    model = dit_lens.HookedDiT(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    for measure in (
+        lambda: dit_lens.sample(pipe, ["a fox"], steps=2),
+        lambda: dit_lens.twins(pipe, pairs=1, steps=4),
+        lambda: dit_lens.record(pipe, "resid_post", ["a fox"], "never", steps=2),
+        lambda: dit_lens.experiments.measure_gap(model, pairs=16, steps=4),
+    ):
+        with pytest.raises(RuntimeError, match="with a second transformer, transformer_2, and"):
+            measure()
+    with pytest.warns(UserWarning, match="acts in pipe.transformer only") as said:
+        t = dit_lens.trace(pipe).ablate("attn_out").ablate("mlp_out")
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t = dit_lens.trace(pipe).ablate("attn_out", steps=[0])
+        dit_lens.trace(second).ablate("attn_out")
+    with t, quiet():
+        pipe(**family.small_call(True), output_type="latent")
+    assert t.steps == [0]
+    # without a ratio the first transformer does all steps
+    alone = type(first)(**parts, transformer_2=second)
+    assert len(dit_lens.sample(alone, ["a fox"], steps=2).x0) == 2
 
 
 def test_a_block_without_a_step_is_refused():

@@ -539,6 +539,18 @@ class HookedDiT:
         return self.family.absent(self.transformer)
 
     @property
+    def shares_steps(self) -> bool:
+        """Whether the pipeline computes some of its steps with a second transformer, as Wan 2.2
+        does, which is not opened with this one.
+        """
+        pipe = self.conditions.pipe
+        second = getattr(pipe, "transformer_2", None)
+        if not isinstance(second, nn.Module) or second is self.transformer:
+            return False
+        # without a ratio the first one does it all
+        return getattr(pipe.config, "boundary_ratio", 1.0) is not None
+
+    @property
     def hook_dict(self) -> dict[str, HookPoint]:
         """TransformerLens's name for the hook points by name."""
         return self.instrumentation.points

@@ -281,8 +281,16 @@ def _joined(
 def prepared(model: HookedDiT, settings: Settings) -> Any:
     """A fresh scheduler with its timesteps set.
 
-    Raises ValueError if it does not fit the model, the steps or eta.
+    Raises ValueError if it does not fit the model, the steps or eta; RuntimeError for a model whose
+    pipeline does some steps with another.
     """
+    if model.shares_steps:
+        raise InvalidState(
+            "The pipeline computes its later steps with a second transformer, transformer_2, and "
+            "dit_lens's own loop would compute all of them with the first; trace the pipeline "
+            "itself instead, dit_lens.trace(pipe.transformer) or "
+            "dit_lens.trace(pipe.transformer_2), and call pipe(...) inside."
+        )
     if model.scheduler is None:
         raise InvalidValue(
             "The model has no scheduler, so its noise schedule is unknown; give one: "

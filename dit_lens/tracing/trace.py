@@ -211,13 +211,25 @@ class Trace:
             Editor(within(fn, part, model.sites[each]), lambda: recorder.moment(active))
             for each in chosen
         ]
-        self._edit_steps.append((chosen[0], steps))
+        self._noted(chosen[0], steps)
         for each, editor in zip(chosen, editors, strict=True):
             if self._undo is not None:
                 self._attach(each, editor, self._undo)
             else:
                 self._waiting.append((each, editor))
         return self
+
+    def _noted(self, name: str, steps: Steps) -> None:
+        """At which steps an edit is asked for; all of them may not be what it reaches."""
+        everywhere = any(each is None for _, each in self._edit_steps)
+        self._edit_steps.append((name, steps))
+        if steps is None and not everywhere and self._traced_model().shares_steps:
+            warnings.warn(
+                f"The edit at {name!r} acts in pipe.transformer only, and the pipeline computes "
+                "its later steps with transformer_2; edit it there too, in "
+                "dit_lens.trace(pipe.transformer_2).",
+                stacklevel=3,
+            )
 
     def patch(
         self,
@@ -356,7 +368,7 @@ class Trace:
         places, sizes = held_places(name, self.names), model.cfg.axis_sizes()
         for place in places:
             part.check(place.name, model.sites[place.name], sizes)
-        self._edit_steps.append((places[0].name, steps))
+        self._noted(places[0].name, steps)
         for place in places:
             axes = model.sites[place.name]
             hold = Hold(place, held, self._recorder.clock, lag, order, part, axes)
