@@ -342,6 +342,37 @@ def test_branches_with_several_images_a_prompt(sd3):
     assert t.record.calls[0].branch == ("uncond",) * 4 + ("cond",) * 4
 
 
+def test_prompts_are_encoded_anew_by_encoders_that_changed():
+    pipe = pipeline("SD3Transformer2DModel")
+    model, calls = dit_lens.HookedDiT(pipe), []
+    pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    own = {"encoder_hidden_states": torch.ones(1, 5, 32), "pooled_projections": torch.ones(1, 24)}
+    model.conditions.add({"by hand": own})
+
+    def sampled(*prompts):
+        with quiet():
+            return dit_lens.sample(model, list(prompts), steps=1)
+
+    first, hand = sampled("a fox"), sampled("by hand")
+    assert torch.equal(sampled("a fox").latents, first.latents) and len(calls) == 1
+    for change in (
+        lambda encoder: next(encoder.parameters()).mul_(2),
+        lambda encoder: setattr(next(encoder.parameters()), "data", 2 * next(encoder.parameters())),
+        lambda encoder: encoder.load_state_dict(
+            {k: 2 * v for k, v in encoder.state_dict().items()}, assign=True
+        ),
+    ):
+        before = sampled("a fox")
+        with torch.no_grad():
+            change(pipe.text_encoder)
+        assert not torch.equal(sampled("a fox").latents, before.latents)
+    assert torch.equal(sampled("by hand").latents, hand.latents)
+    # let go of, it has encoded what it has
+    last, done = sampled("a fox"), len(calls)
+    pipe.text_encoder = None
+    assert torch.equal(sampled("a fox").latents, last.latents) and len(calls) == done
+
+
 @pytest.mark.parametrize(
     "name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"]
 )

@@ -2,22 +2,24 @@
 
 Runs, twins and measurements speak of labels [batch], whole numbers. For a class-conditional model
 they are its classes. For a model that is given text they are the numbers of prompts, which the
-pipeline's own text encoders encode once each; -1 is the empty prompt, as guidance needs it. So
-everything that groups, pairs or replays by label works for both.
+pipeline's own text encoders encode once each, and anew when these have changed; -1 is the empty
+prompt, as guidance needs it. So everything that groups, pairs or replays by label works for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidValue
 from ..families.base import Family
 from ..families.config import Condition, Config
+from ..hooks.points import version
+from .state import TENSORS, State
 
 PROMPTS = (
     "a photograph of a red fox in snow",
@@ -52,6 +54,7 @@ class Conditions:
         self.given: dict[str, Condition] = {}
         self._encoded: dict[str, Condition] = {}
         self._batches: dict[tuple[int, ...], Condition] = {}
+        self._encoders: dict[str, _Encoder] = {}  # a glance at each, as what is encoded was made
 
     @property
     def n(self) -> int:
@@ -82,6 +85,7 @@ class Conditions:
         >>> dit_lens.load("digits").conditions.numbers([3, 7])
         tensor([3, 7])
         """
+        self._forget_stale()
         given = [labels] if isinstance(labels, str) or arguments.is_whole(labels) else labels
         found = arguments.listed("labels", given, "a label, or a list of them", fewest=0)
         if any(isinstance(v, str) for v in found):
@@ -134,6 +138,57 @@ class Conditions:
                     "a pipeline. Open the pipeline, or "
                     "give conditions: model.conditions.add({prompt: {...}, '': {...}})."
                 )
+            self._forget_stale()
             with torch.no_grad():
                 self._encoded[prompt] = self.family.encode(self.pipe, prompt)
+            self._encoders = _encoders(self.pipe)
         return self._encoded[prompt]
+
+    def _forget_stale(self) -> None:
+        """Forget what text encoders encoded that are others by now. One that is gone, to save its
+        memory, leaves what it encoded.
+        """
+        now = _encoders(self.pipe) if self._encoders else {}
+        if not all(n in self._encoders and self._encoders[n].became(now[n]) for n in now):
+            self._encoded, self._encoders = dict(self.given), {}
+            self._batches.clear()
+
+
+class _Encoder(NamedTuple):
+    """A glance at a text encoder.
+
+    Attributes:
+        what: all but where its weights lie.
+        places: the device and the address of each.
+    """
+
+    what: tuple[Any, ...]
+    places: tuple[tuple[torch.device, int], ...]
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> _Encoder:
+        state = State.of(encoder)
+        tensors = [
+            x
+            for module in encoder.modules()
+            for kind in TENSORS
+            for x in vars(module)[kind].values()
+            if x is not None
+        ]
+        weights = tuple((id(x), version(x), x.dtype) for x in tensors)
+        places = tuple((x.device, x.data_ptr()) for x in tensors)
+        return cls((weights, state.adapters, state.hooks, state.settings), places)
+
+    def became(self, now: _Encoder) -> bool:
+        """Whether it is `now`, moved to another device maybe, as offloading does."""
+        pairs = zip(self.places, now.places, strict=False)  # as many, if what is the same
+        return self.what == now.what and all(a == b or a[0] != b[0] for a, b in pairs)
+
+
+def _encoders(pipe: Any) -> dict[str, _Encoder]:
+    """A glance at each text encoder of a pipeline."""
+    return {
+        name: _Encoder.of(part)
+        for name, part in vars(pipe).items()
+        if name.startswith("text_encoder") and isinstance(part, nn.Module)
+    }
