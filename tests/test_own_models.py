@@ -85,6 +85,35 @@ def test_reads_and_edits_are_those_of_module_hooks(plain, sit, adapter):
     assert torch.equal(sit(X, T, Y), plain(X, T, Y))
 
 
+class InPlace(SiT):
+    """It takes its inputs for its own."""
+
+    def forward(self, x, t, y):
+        x *= 0.9
+        t += 0.01
+        return super().forward(x, t, y)
+
+
+def test_a_model_may_change_its_inputs_in_place():
+    torch.manual_seed(0)
+    sit = alive(InPlace(layers=2))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    model = HookedDiT(sit, scheduler, blocks="layers", adapter=SIT)
+    name = "blocks.1.hook_resid_post"
+    with dit_lens.trace(model, names=name) as recorded, dit_lens.trace(model) as t, torch.no_grad():
+        sit(X.clone(), T.clone(), Y)
+    for _ in range(2):  # a reading changes nothing that is kept
+        assert torch.equal(t[name], recorded[name]) and torch.equal(t.latents[0], X)
+    run = dit_lens.sample(model, [3, 7], steps=3, scheduler=scheduler)
+    assert torch.equal(run.latents[0], dit_lens.sample(model, [3, 7], steps=1).latents[0])
+    assert torch.equal(run.replay(0).latents, run.latents)
+    assert torch.equal(run.activations(name), run.activations(name))
+    given = X.clone()
+    with torch.no_grad():
+        model(given, torch.tensor([500.0, 20.0]), Y)
+    assert torch.equal(given, X)
+
+
 def test_three_lines_and_the_gap(sit):
     model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
     assert model.cfg.grid == (8, 8) and model.cfg.d_model == 64 and model.cfg.null_class == 10

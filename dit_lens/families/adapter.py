@@ -139,7 +139,9 @@ class Spoken(Family):
             self.time, self.turned = adapter.time, adapter.output
 
     def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
-        return transformer(**inputs)
+        given = {name: inputs.get(name) for name in (self.x_name, self.t_name)}
+        own = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
+        return transformer(**inputs | own)  # which may change them in place
 
     @property
     def n_classes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -21,17 +22,19 @@ class Recorder(StepCounter):
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
+        self.begun: Call | None = None  # the call under way, as it is kept
         self.forget()
 
     def forget(self) -> None:
         """Drop references to the caller's tensors."""
-        self.call = None
+        self.call = self.begun = None
         self.copies = Copies()
 
     def begin(self, call: Call) -> None:
-        """Number the call's step."""
+        """Number the call's step, and copy its inputs, which the model may change in place."""
         self.number(call, max(self.record.calls_at, default=-1))
         self._drop_unfinished()
+        self.begun = None if self.record.forgets else call.kept(self.copies)
 
     def end(self, call: Call, finished: bool) -> None:
         """Keep the call; one that failed is no step."""
@@ -42,7 +45,9 @@ class Recorder(StepCounter):
         if record.forgets:
             record.calls_at.setdefault(self.row, [])
             return
-        kept = call.kept(self.copies)
+        assert self.begun is not None
+        kept = replace(self.begun, edits=call.edits, witness=call.witness, left_out=call.left_out)
+        self.begun = None
         # in this order: an interrupt in between leaves a call that is no step's
         record.calls.append(kept)
         record.calls_at.setdefault(self.row, []).append(len(record.calls) - 1)
