@@ -78,7 +78,9 @@ def other_seeds(
     for name in found[0]:
         values = np.array([each[name] for each in found])
         reach = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) * (1 + 1 / n) ** 0.5
-        said[name] = f"{values.mean():.4g} [{values.mean() - reach:.4g}, {values.mean() + reach:.4g}]"
+        said[name] = (
+            f"{values.mean():.4g} [{values.mean() - reach:.4g}, {values.mean() + reach:.4g}]"
+        )
     return said
 
 

@@ -407,7 +407,7 @@ def test_opening_leaves_random_numbers_and_others_hooks_alone(sit):
     assert calls
 
 
-class InPlace(nn.Module):
+class InPlaceBlock(nn.Module):
     """A block that changes in place what its parts gave, and its own stream."""
 
     def __init__(self, width):
@@ -431,7 +431,7 @@ class AllInPlace(nn.Module):
     def __init__(self, width=8, layers=3):
         super().__init__()
         self.inward, self.out = nn.Linear(4, width), nn.Linear(width, 4)
-        self.blocks = nn.ModuleList(InPlace(width) for _ in range(layers))
+        self.blocks = nn.ModuleList(InPlaceBlock(width) for _ in range(layers))
         self.place = nn.Parameter(torch.randn(width))
 
     def forward(self, x, t):

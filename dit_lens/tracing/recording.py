@@ -122,8 +122,10 @@ def record(
                 left.unlink(missing_ok=True)
             _settle_on(folder, plan, opened)
             _run(opened, folder, plan, settings, progress)
-        listed = isinstance(names, Sequence) and not isinstance(names, (str, tuple))
-        return Activations(folder, select(names[0] if listed else names, opened.names)[0])
+        first: NamesFilter = names
+        if isinstance(names, Sequence) and not isinstance(names, (str, tuple)):
+            first = names[0]
+        return Activations(folder, select(first, opened.names)[0])
 
 
 def _folder(out: Any) -> Path:
