@@ -171,7 +171,7 @@ def test_refusals(traced, tmp_path):
         traced.attention_map("fox", over=["layers"])
     with pytest.raises(InvalidValue, match="layers"):
         traced.attention_map("fox", layers=[9])
-    with pytest.raises(InvalidState, match="makes 12 tokens, and the text encoder was given"):
+    with pytest.raises(InvalidValue, match="prompt='a new boat' is not what this run was asked fo"):
         traced.attention_map("boat", prompt="a new boat")
     loaded = dit_lens.load_trace(traced.save(tmp_path / "t"))
     with pytest.raises(InvalidState, match="was loaded without its model, whose tokenizers are ne"):
@@ -191,6 +191,8 @@ def test_a_run_whose_prompt_is_not_known(traced):
     with pytest.raises(InvalidValue, match="The prompt of this run is not known; say what the tex"):
         t.attention_map("fox")
     assert t.attention_map("fox", prompt="a fox").sizes["batch"] == 1
+    with pytest.raises(InvalidState, match="makes 12 tokens, and the text encoder was given"):
+        t.attention_map("boat", prompt="a new boat")
 
 
 def test_words_are_looked_for_in_the_prompts_of_each_run(traced):

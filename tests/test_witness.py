@@ -370,7 +370,7 @@ def test_a_run_made_under_edits_says_that_it_cant_be_read(model):
         assert not torch.equal(run.latents, plain.latents)
         assert run.activations("resid_post", 0, step=1).shape == (1, 16, 16)  # before the edit
         for act in (run.replay, run.forward, partial(read, run=run)):
-            with pytest.raises(NotReproduced, match="hooks or edits that are not in its history"):
+            with pytest.raises(NotReproduced, match="edits or hooks, which are not in its history"):
                 act(1)
 
 

@@ -52,8 +52,8 @@ from .settings import (
 )
 
 EDITED_OUTSIDE = (
-    "it was made under hooks or edits that are not in its history, or weights, adapters or module "
-    "hooks have changed since"
+    "it was made under a trace's edits or hooks, which are not in its history (those that "
+    "run.replay(edits=...) is given are), or weights, adapters or module hooks have changed since"
 )
 
 
@@ -76,8 +76,9 @@ class Run:
         outputs: what the model answered (guided), [steps, batch, ...].
         timesteps: [steps].
         labels: [batch].
-        history: where its noise comes from and what was edited, from step 0 and from each replay's
-            step on.
+        history: where its noise comes from and what `replay` was told to edit, from step 0 and from
+            each replay's step on. A trace's edits and hooks are not in it: a run made under them is
+            recomputed in that trace, and its own `activations` and `replay` raise NotReproduced.
         witnesses: checksums of the streams in each step's pass, which prove a recomputation.
         scheduler: as it was before the first step, with the run's timesteps set.
         kernels: the settings that chose the kernels; what goes on from the run is run under them.

@@ -60,7 +60,7 @@ def attention_map(
 
     # which items have the words, and where
     rows = {s: _rows(record, s, branch) for s in steps_of(record, steps)}
-    said = {s: _prompts(model, record, rows[s], prompt) for s in rows}
+    said = {s: _prompts(model, record, rows[s], prompt, branch) for s in rows}
     has = _with_words(said, asked)
     prompts = list(dict.fromkeys(p for of_step in said.values() for p in of_step))
     if asked is None and len(prompts) > 1:
@@ -233,16 +233,16 @@ def _with_words(said: Mapping[int, Sequence[str]], asked: Sequence[str] | None) 
     return has[first]
 
 
-def _prompts(model: HookedDiT, record: Record, rows: Rows, prompt: str | None) -> list[str]:
+def _prompts(
+    model: HookedDiT, record: Record, rows: Rows, prompt: str | None, branch: str
+) -> list[str]:
     """The prompt of each item of a step, in the order of its batch."""
     known: dict[int, list[str]] = {}
     for c in rows:
         call = record.calls[c]
         n = len(call.x)
         of_call: list[str] | None = None
-        if prompt is not None:
-            of_call = [arguments.text("prompt", prompt)] * n
-        elif call.prompts is not None:
+        if call.prompts is not None:
             each = [model.family.said(p) for p in call.prompts]
             # one batch of several prompts: each in a row for its images, and so in each branch
             halves = 2 if len({w for w in call.branch or ("",)}) == 2 else 1
@@ -252,6 +252,14 @@ def _prompts(model: HookedDiT, record: Record, rows: Rows, prompt: str | None) -
             prompts = model.conditions.prompts
             numbers = call.labels.expand(n).tolist()
             of_call = [prompts[i] if 0 <= i < len(prompts) else "" for i in numbers]
+        if prompt is not None:
+            given = [arguments.text("prompt", prompt)] * n
+            if branch == "cond" and of_call not in (None, given, [model.family.said(prompt)] * n):
+                raise InvalidValue(
+                    f"prompt={prompt!r:.60} is not what this run was asked for, {of_call[0]!r:.60}; "
+                    "expected it left out."
+                )
+            of_call = given
         if of_call is None or len(of_call) != n:
             raise InvalidValue(
                 "The prompt of this run is not known; say what the text encoders were given: "
