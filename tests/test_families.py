@@ -462,3 +462,27 @@ def test_what_is_refused(tmp_path):
         dit_lens.HookedDiT(NoTransformer())
     for model in (empty, quantised):
         assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == []
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("residual_connection", True),
+        ("rescale_output_factor", 2.0),
+        ("group_norm", torch.nn.Identity()),
+        ("norm_q", torch.nn.Identity()),
+    ],
+)
+@pytest.mark.parametrize("family", ["DiTTransformer2DModel", "PixArtTransformer2DModel"])
+def test_settings_of_attention_that_are_not_computed_with_are_refused(family, name, value):
+    family = family_named(family)
+    plain, condition = family.small(1)
+    model = dit_lens.HookedDiT(plain)
+    x, t = torch.zeros(2, *model.cfg.latent_shape), torch.tensor([500, 20])
+    model(x, t, dict(condition))
+    setattr(plain.transformer_blocks[1].attn1, name, value)
+    with pytest.raises(RuntimeError, match=f"The attention was given {name}=.*default back"):
+        model(x, t, dict(condition))
+    model.remove()
+    with pytest.raises(ValueError, match=f"Block 1 has {name}=.* in attn1, which dit_lens does no"):
+        dit_lens.HookedDiT(plain)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
+from ...arguments import shown
 from ...errors import InvalidState, InvalidValue
 from ...hooks.points import HookPoint
 from ..forwards import Forward, Points
@@ -217,17 +219,22 @@ def refuse_processors(blocks: Any, **expected: type) -> None:
                     f"dit_lens computes attention as {wanted.__name__} does: "
                     f"block.{name}.set_processor({wanted.__name__}())."
                 )
+            if attn is not None and (setting := _unread(attn, wanted)):
+                raise InvalidValue(
+                    f"Block {i} has {setting} in {name}, which dit_lens does not compute with; "
+                    "expected diffusers' default."
+                )
 
 
 def check_processor(attn: Any, wanted: type) -> None:
-    """Refuse a processor that was changed after the model was opened.
+    """Refuse a processor, or a setting that it reads, that was changed after the model was opened.
 
     Args:
         attn: the attention.
         wanted: the class that its processor had.
 
     Raises:
-        InvalidState: if it has another now.
+        InvalidState: if it has another now, or another setting.
 
         check_processor(self.module, AttnProcessor2_0)
     """
@@ -237,6 +244,24 @@ def check_processor(attn: Any, wanted: type) -> None:
             f"computes attention itself, as {wanted.__name__} does. Put that back, or call "
             "model.remove()."
         )
+    if setting := _unread(attn, wanted):
+        raise InvalidState(
+            f"The attention was given {setting}; a hooked DiT computes attention itself, without "
+            "it. Put diffusers' default back, or call model.remove()."
+        )
+
+
+def _unread(attn: Any, wanted: type) -> str | None:
+    """A setting of diffusers' Attention that its processors read and the forwards here do not, in
+    words; None where all are at their defaults.
+    """
+    names = ["group_norm", "spatial_norm", "norm_cross", "residual_connection"]
+    names += ["norm_q", "norm_k"] if wanted is AttnProcessor2_0 else []
+    found = {name: getattr(attn, name, None) for name in names}
+    scale = getattr(attn, "rescale_output_factor", 1.0)
+    changed = [f"{name}={shown(value)}" for name, value in found.items() if value]
+    changed += [] if scale == 1.0 else [f"rescale_output_factor={shown(scale)}"]
+    return changed[0] if changed else None
 
 
 class LastTable:
