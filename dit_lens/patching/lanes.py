@@ -389,8 +389,8 @@ class Lanes:
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
             raise InvalidValue(
                 f"Step {step} of the {which} run can't be computed again from its x_t: the model's "
-                f"answer is off by {off:.1%}; was it made under a trace's edits or hooks? Those that "
-                "run.replay(edits=...) is given are in its history."
+                f"answer is off by {off:.1%}; was it made under a trace's edits or hooks? Those "
+                "that are given to run.replay(edits=...) are in its history."
             )
         return kept, output
 

@@ -29,7 +29,7 @@ def save_tensors(
 
     Args:
         path: the file; its folder is made.
-        kind: what it is, and its version, such as "dit_lens.trace/4".
+        kind: what it is, and its version, such as "dit_lens.trace/5".
         about: the description, which JSON can hold.
         tensors: by name.
         device: that computed them.

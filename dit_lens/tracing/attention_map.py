@@ -256,8 +256,8 @@ def _prompts(
             given = [arguments.text("prompt", prompt)] * n
             if branch == "cond" and of_call not in (None, given, [model.family.said(prompt)] * n):
                 raise InvalidValue(
-                    f"prompt={prompt!r:.60} is not what this run was asked for, {of_call[0]!r:.60}; "
-                    "expected it left out."
+                    f"prompt={prompt!r:.60} is not what this run was asked for, "
+                    f"{of_call[0]!r:.60}; expected it left out."
                 )
             of_call = given
         if of_call is None or len(of_call) != n:
