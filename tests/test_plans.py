@@ -17,6 +17,8 @@ import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.experiments import Plan
+from dit_lens.experiments.cost import macs_of
+from dit_lens.families import family_named
 from dit_lens.plans.plan import Costs
 from dit_lens.storage import save_document
 
@@ -287,6 +289,14 @@ def test_costs_are_those_counted_by_hand(model):
     left = 1 - 3 / 4 * (sum(costs.parts.values()) + sum(costs.rest)) / costs.whole
     assert costs.share(everything, 4) == pytest.approx(left)
     assert costs.share([], 4) == 1
+
+
+def test_costs_count_no_text_encoder():
+    """Which runs in the first call only."""
+    for name in ("SD3Transformer2DModel", "WanTransformer3DModel"):
+        first, second = (HookedDiT(family_named(name).small_pipeline()) for _ in range(2))
+        assert Costs.of(first) == Costs.of(first)
+        assert macs_of(second) == macs_of(second) == Costs.of(first).whole
 
 
 # For other tools.

@@ -232,10 +232,10 @@ def macs_of(model: HookedDiT) -> float:
     >>> import dit_lens; round(macs_of(dit_lens.load("digits")) / 1e6)
     104
     """
-    counter = FlopCounterMode(display=False)
+    counter, inputs = FlopCounterMode(display=False), _inputs(model, 1)  # prompts are encoded here
     # the fused kernels of some devices are not counted; this one is, and does the same work
     with sdpa_kernel(SDPBackend.MATH), counter:
-        model(*_inputs(model, 1))
+        model(*inputs)
     return float(counter.get_total_flops()) / 2
 
 

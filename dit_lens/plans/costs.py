@@ -25,7 +25,7 @@ class Costs:
     Attributes:
         parts: of each part of each layer.
         rest: of each layer besides its parts, such as its modulation.
-        whole: of the whole forward.
+        whole: of the whole forward of the transformer.
     """
 
     parts: Mapping[tuple[int, str], float]
@@ -65,7 +65,8 @@ class Costs:
                 found = sum(of_module(child) for child in children if child is not None)
                 by_part[i, part] = whole if len(own) == 1 else found
             rest.append(whole - sum(by_part[i, part] for part in own))
-        return cls(by_part, tuple(rest), sum(counts["Global"].values()) / 2)
+        # and not what was counted in all: the first call also encodes the prompt
+        return cls(by_part, tuple(rest), sum(counts[top].values()) / 2)
 
     def share(self, cells: Iterable[Cell], steps: int) -> float:
         """The share of the multiply-accumulates of a run that is left.
