@@ -11,8 +11,10 @@ from diffusers import DDIMScheduler
 import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
+from dit_lens.errors import InvalidValue
 from dit_lens.experiments import Plan, compare
 from dit_lens.experiments.compare import compared_runs, sentences
+from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian
 
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
@@ -111,6 +113,24 @@ def test_nothing_changed_is_the_same(model):
         assert said in " ".join(sentences(found))
     found.later.values[:] = np.nan
     assert "decided" not in " ".join(sentences(found))
+
+
+def test_the_same_video_model_is_the_same():
+    """Whose DDIM has noise levels that its configuration does not say."""
+    plain, copied = (
+        HookedDiT(family_named("CogVideoXTransformer3DModel").small_pipeline()) for _ in range(2)
+    )
+    found = compare(plain, copied, items=18, steps=3, resamples=20)
+    assert found.attrs["verdict"] == "same" and (found.effect == 0).all()
+
+
+def test_another_noise_schedule_is_refused(model):
+    other = HookedDiT(
+        make_dit(channels=1, classes=2),
+        scheduler=DDIMScheduler(1000, clip_sample=False, beta_end=0.01),
+    )
+    with pytest.raises(InvalidValue, match="The changed model's noise levels are others: log SNR"):
+        compare(model, other, items=12, steps=4)
 
 
 def test_a_plan_is_not_judged_by_what_it_was_made_from(model):

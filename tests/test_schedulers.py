@@ -130,6 +130,21 @@ def test_settings_of_the_scheduler_that_it_was_made_from_are_not_its_own():
     dit_lens.sample(model_with(plain), [1], steps=5, scheduler=ignores)
 
 
+def test_what_was_set_after_a_scheduler_was_made_is_kept():
+    """As DDIM is given CogVideoX's noise levels, and `set_shift` changes a flow's."""
+    own = diffusers.CogVideoXDDIMScheduler(1000)
+    run = dit_lens.sample(model_with(own), [3], steps=4)
+    assert torch.allclose(run.scheduler.alphas_cumprod, own.alphas_cumprod)
+    again = dit_lens.sample(run.model, [3], steps=4, scheduler=run.scheduler)
+    assert torch.equal(again.latents, run.latents) and torch.equal(again.log_snr, run.log_snr)
+    flow, shifted = (diffusers.FlowMatchEulerDiscreteScheduler(1000) for _ in range(2))
+    shifted.set_shift(3.0)
+    shifted.set_timesteps(4)
+    for model, given in ((model_with(flow), shifted), (model_with(shifted), None)):
+        found = dit_lens.sample(model, [3], steps=4, scheduler=given)
+        assert torch.equal(found.timesteps, shifted.timesteps)
+
+
 def test_samplers_that_call_the_model_more_often_are_refused():
     model = model_with(diffusers.DDIMScheduler(1000))
     with pytest.raises(ValueError, match="PNDMScheduler calls the model 15 times in 6 steps"):

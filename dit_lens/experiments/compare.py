@@ -32,9 +32,11 @@ from ..model.noise_schedule import predict_x0, signal_and_noise
 from ..patching.measure import energy
 from ..plans.plan import Plan
 from ..plans.runner import reuse
-from ..sampling.loop import model_output
+from ..sampling.loop import model_output, prepared
 from ..sampling.noise import generators
 from ..sampling.run import Run, sample
+from ..sampling.schedulers import default_name
+from ..sampling.settings import Settings, checked_settings
 from .reuse_plan import require_other_samples
 from .spread import Spread, item_labels, log_interval
 
@@ -120,16 +122,30 @@ def compare(
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     tell = None if progress is None else lambda done, _: progress(done, 2 * steps)
     also = None if progress is None else lambda done, _: progress(steps + done, 2 * steps)
-    settings = (own, seed, steps, guidance, scheduler, eta)
+    name = default_name(model.scheduler) if scheduler is None else scheduler
+    settings = (own, seed, steps, guidance, name, eta)
+    if isinstance(changed, HookedDiT):
+        _require_same_noise(model, changed, checked_settings(steps, guidance, "all", name, eta))
     plain = sample(model, *settings, progress=tell)
     if isinstance(changed, Plan):
         with reuse(model, changed):
             other = sample(model, *settings, progress=also)
     else:
-        other = sample(changed, *settings[:4], scheduler or plain.scheduler, eta, progress=also)
+        other = sample(changed, *settings, progress=also)
     result = compared_runs(plain, other, bands, seed, resamples)
     result.attrs |= {"items": items, "steps": steps, "seed": seed, "cut": cut, "level": 0.95}
     return result
+
+
+def _require_same_noise(model: HookedDiT, changed: HookedDiT, settings: Settings) -> None:
+    """Raise InvalidValue where the changed model is sampled at other levels of noise."""
+    own, theirs = (prepared(each, settings).levels for each in (model, changed))
+    if not np.allclose(own, theirs):
+        raise InvalidValue(
+            f"The changed model's noise levels are others: log SNR goes from {theirs[0]:.2f} to "
+            f"{theirs[-1]:.2f}, this one's from {own[0]:.2f} to {own[-1]:.2f}; expected one "
+            "scheduler for both: HookedDiT(transformer, scheduler=model.scheduler)."
+        )
 
 
 def compared_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,20 @@ SAMPLERS = {
     ),
 }
 
+SET_LATER = (
+    "betas",
+    "alphas",
+    "alphas_cumprod",
+    "final_alpha_cumprod",
+    "alpha_t",
+    "sigma_t",
+    "lambda_t",
+    "_shift",
+)
+"""What a scheduler's constructor makes of its configuration, and may have been set to something
+else since: then the configuration does not say it.
+"""
+
 MEMORYLESS = ("DDIMScheduler", "DDPMScheduler")
 """The schedulers whose step depends on nothing but its arguments: a replay need not rebuild what
 they remember.
@@ -92,7 +107,11 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
                 f"of {', '.join(map(repr, SAMPLERS))}."
             )
         _refuse_other_kind(type(name).__name__, is_flow(name), base)
-        return _plain_variance(type(name).from_config(name.config), learned_sigma)
+        made = _plain_variance(type(name).from_config(name.config), learned_sigma)
+        for each in SET_LATER:
+            if hasattr(name, each):
+                setattr(made, each, copy.deepcopy(getattr(name, each)))
+        return made
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.3)
         hint = (
@@ -109,6 +128,8 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
         config.setdefault("shift", config.get("flow_shift", 1.0))
     fitted = sampler.scheduler.from_config(config, **sampler.options)
     if sampler.scheduler is FlowSDE:
+        if hasattr(base, "_shift"):  # by set_shift, perhaps
+            fitted.set_shift(base.shift)
         return fitted
     made = _plain_variance(fitted, learned_sigma)
     return made if base is None else _with_schedule(made, base)
