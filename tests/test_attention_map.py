@@ -228,6 +228,15 @@ def test_words_are_looked_for_in_the_prompts_of_each_run(traced):
         both.attention_map("cat")
 
 
+def test_the_prompts_of_a_file_are_not_those_that_another_model_was_asked(traced, tmp_path):
+    """Whose numbers are the same."""
+    loaded = dit_lens.load_trace(traced.save(tmp_path / "t"), traced.model)
+    with pytest.raises(InvalidValue, match="The prompt of this run is not known; say what the tex"):
+        loaded.attention_map("fox")
+    said = loaded.attention_map("fox", prompt="a red fox, a red barn")
+    assert np.allclose(said, traced.attention_map("fox"), atol=1e-6)
+
+
 class Whole:
     """A tokenizer of whole words and marks, that decodes each with a space before it."""
 

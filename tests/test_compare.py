@@ -124,6 +124,17 @@ def test_the_same_video_model_is_the_same():
     assert found.attrs["verdict"] == "same" and (found.effect == 0).all()
 
 
+def test_prompts_are_handed_on_in_words():
+    """Each model numbers those that it is given by itself."""
+    plain, copied = (
+        HookedDiT(family_named("PixArtTransformer2DModel").small_pipeline()) for _ in range(2)
+    )
+    dit_lens.sample(copied, ["something else"], steps=2)
+    asked = ["a blue dog", "a red cat"]
+    found = compare(plain, copied, items=10, labels=asked, steps=3, resamples=20)
+    assert found.attrs["verdict"] == "same" and (found.effect == 0).all()
+
+
 def test_another_noise_schedule_is_refused(model):
     other = HookedDiT(
         make_dit(channels=1, classes=2),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dit_lens
+from dit_lens.experiments.diagnosis.pairs import check_good
 from dit_lens.families import family_named
 from dit_lens.model.conditions import PROMPTS
 from dit_lens.patching import default_sites
@@ -42,6 +43,18 @@ def call(pipe, **more):
     }
     with quiet():
         return pipe(**asked | {"generator": gen} | more).images
+
+
+def test_runs_of_two_models_are_of_the_same_prompts_if_their_words_are():
+    """Whatever their numbers in each."""
+    one, two = (dit_lens.HookedDiT(pipeline("SD3Transformer2DModel")) for _ in range(2))
+    bad, other = dit_lens.sample(one, ["a fox"], steps=2), dit_lens.sample(two, ["a dog"], steps=2)
+    assert torch.equal(bad.labels, other.labels)
+    with pytest.raises(ValueError, match="has the label 'a dog' and the bad one 'a fox'; expected"):
+        check_good(bad, other)
+    same = dit_lens.sample(two, ["a fox"], steps=2)
+    assert not torch.equal(bad.labels, same.labels)
+    check_good(bad, same)
 
 
 def test_labels_are_prompts_by_number(sd3):

@@ -131,7 +131,7 @@ def compare(
         with reuse(model, changed):
             other = sample(model, *settings, progress=also)
     else:
-        other = sample(changed, *settings, progress=also)
+        other = sample(changed, model.conditions.words(own), *settings[1:], progress=also)
     result = compared_runs(plain, other, bands, seed, resamples)
     result.attrs |= {"items": items, "steps": steps, "seed": seed, "cut": cut, "level": 0.95}
     return result

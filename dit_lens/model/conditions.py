@@ -112,6 +112,17 @@ class Conditions:
             self.prompts.append(prompt)
         return self.prompts.index(prompt) if prompt else self.null
 
+    def words(self, numbers: Sequence[int]) -> list[int] | list[str]:
+        """What any model knows these by: prompts in words, whose numbers are this model's own, or
+        classes by number.
+
+        >>> import dit_lens; dit_lens.load("digits").conditions.words([3, 7])
+        [3, 7]
+        """
+        if self.cfg.n_classes:
+            return list(numbers)
+        return [self.prompts[n] if n >= 0 else "" for n in numbers]
+
     def of(self, labels: Tensor) -> Condition:
         """The transformer's further arguments for these labels [batch]."""
         if self.cfg.n_classes:
@@ -126,7 +137,7 @@ class Conditions:
             while len(self._batches) >= 4:
                 self._batches.pop(next(iter(self._batches)))
             self._batches[labels] = self.family.stack(
-                [self._one(self.prompts[n] if n >= 0 else "") for n in labels]
+                [self._one(str(prompt)) for prompt in self.words(labels)]
             )
         return self._batches[labels]
 

@@ -102,7 +102,8 @@ class Lanes:
         self.passes = n_passes(self.model, self.settings.guidance)
         self.items = len(target.labels)
         self.blocks = 0
-        self.same_labels = torch.equal(source.labels, target.labels)
+        own, theirs = (run.model.conditions.words(run.labels.tolist()) for run in (source, target))
+        self.same_labels = own == theirs
         self.scheduler = target.fresh_scheduler()
 
     @torch.no_grad()

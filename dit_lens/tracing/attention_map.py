@@ -20,6 +20,7 @@ from ..errors import InvalidState, InvalidValue
 from ..families.parts.words import Token, places_of, tokens_of, unknown_word, words_of
 from ..hooks.edits import Steps
 from ..hooks.names import layer_of, site_of
+from ..model.conditions import PROMPTS
 from ..model.hooked import HookedDiT
 from .recompute import Rows, order_of, recompute, rows_of, split, steps_of
 from .record import Record
@@ -249,7 +250,9 @@ def _prompts(
             times = n // halves // len(each)
             of_call = [p for p in each for _ in range(times)] * halves
         elif call.labels is not None and not model.cfg.n_classes:
-            prompts = model.conditions.prompts
+            # a file has the numbers of the model that it was traced with, which may have been asked
+            # others
+            prompts = PROMPTS if record.file else model.conditions.prompts
             numbers = call.labels.expand(n).tolist()
             of_call = [prompts[i] if 0 <= i < len(prompts) else "" for i in numbers]
         if prompt is not None:

@@ -194,7 +194,7 @@ def _planned(
         else [model.conditions.prompts[n] for n in dict.fromkeys(numbers) if n >= 0]
     )
     if prompts:  # numbered as they come here, whatever the model has been asked before
-        words = [model.conditions.prompts[n] if n >= 0 else "" for n in numbers]
+        words = model.conditions.words(numbers)
         numbers = [prompts.index(word) if word else model.conditions.null for word in words]
     return Recorded(
         model=answers,
@@ -279,7 +279,7 @@ def _require_one_length(
     for name in one:
         a, b = list(one[name].shape[1:]), list(other[name].shape[1:])
         if a != b:
-            of, than = (repr(model.conditions.prompts[n] if n >= 0 else "") for n in labels)
+            of, than = map(repr, model.conditions.words(labels))
             raise InvalidValue(
                 f"{name!r} is {a} for the prompt {of:.60} and {b} for {than:.60}; expected prompts "
                 "of one length, or names that have no text."

@@ -81,11 +81,12 @@ def check_good(run: Run, good: Run) -> None:
             f"The good run has {len(good.labels)} items and the bad one {len(run.labels)}; "
             "expected as many, item i beside item i."
         )
-    if not torch.equal(good.labels, run.labels):
-        raise InvalidValue(
-            f"The good run has the label {int(good.labels[0])} and the bad one "
-            f"{int(run.labels[0])}; expected the same."
-        )
+    asked = (each.model.conditions.words(each.labels.tolist()) for each in (good, run))
+    for a, b in zip(*asked, strict=True):
+        if a != b:
+            raise InvalidValue(
+                f"The good run has the label {a!r} and the bad one {b!r}; expected the same."
+            )
     for name in ("steps", "guidance", "guided_channels", "eta"):
         a, b = getattr(good.settings, name), getattr(run.settings, name)
         if a != b:
