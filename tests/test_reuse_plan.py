@@ -77,6 +77,13 @@ def test_gradients_of_a_few_samples_at_once(model, monkeypatch):
     assert again.cells == plan.cells and again.lines == plan.lines
 
 
+def test_a_plan_of_the_empty_prompt_says_so():
+    model = HookedDiT(family_named("PixArtTransformer2DModel").small_pipeline())
+    asked = ["", "a blue dog"]
+    plan = reuse_plan(model, 0.8, items=8, steps=3, rounds=0, resamples=20, labels=asked)
+    assert plan.about["labels"] == asked
+
+
 def test_a_plan_of_whole_steps_says_which_are_computed(model):
     about = {"even_macs": 0.5}
     about |= {f"{what}_{band}": 0.1 for what in ("effect", "even") for band in ("low", "high")}

@@ -148,11 +148,8 @@ def reuse_plan(
     makers, judges = (
         Samples(model, items, s, settings, cut, labels=labels) for s in (seed, seed + 2 * items)
     )
-    if labels is not None:  # prompts in words: their numbers are this process's own
-        numbers, words = model.conditions.numbers(labels).tolist(), model.conditions.prompts
-        about["labels"] = (
-            [words[i] if i < len(words) else "" for i in numbers] if words else numbers
-        )
+    if labels is not None:
+        about["labels"] = model.conditions.words(model.conditions.numbers(labels).tolist())
     about["scheduler"] = type(makers.run.scheduler).__name__
     if scheduler is None or isinstance(scheduler, str):
         about["sampler"] = scheduler
