@@ -12,7 +12,14 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.errors import InvalidValue
-from dit_lens.experiments import Plan, compare
+from dit_lens.experiments import (
+    Plan,
+    compare,
+    couplings,
+    measure_gap,
+    reuse_plan,
+    step_doubling,
+)
 from dit_lens.experiments.compare import compared_runs, sentences
 from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian
@@ -151,6 +158,24 @@ def test_a_plan_is_not_judged_by_what_it_was_made_from(model):
         with pytest.raises(ValueError, match=f"seed={seed} gives samples that a plan was made fro"):
             compare(model, plan, items=16, steps=8, seed=seed, resamples=20)
     assert compare(model, plan, items=16, steps=8, seed=29, resamples=20).attrs["verdict"] == "same"
+
+
+def test_what_is_not_finite_is_not_judged(model):
+    spoiled = HookedDiT(make_dit(channels=1, classes=2), scheduler=SCHEDULER)
+    with torch.no_grad():
+        spoiled.transformer.proj_out_2.bias.fill_(float("nan"))
+    with pytest.raises(InvalidValue, match="of the changed model are not finite from step 1 of 4"):
+        compare(model, spoiled, items=12, steps=4, resamples=20)
+    with pytest.raises(InvalidValue, match="The latents of the model as it was are not finite"):
+        compare(spoiled, model, items=12, steps=4, resamples=20)
+    for measure in (
+        lambda: measure_gap(spoiled, 16, 5, resamples=20, clones=False),
+        lambda: step_doubling(spoiled, 16, 4, resamples=20),
+        lambda: couplings(spoiled, [0, 1], pairs=8, steps=5, resamples=20),
+        lambda: reuse_plan(spoiled, 0.8, items=8, steps=4, resamples=20),
+    ):
+        with pytest.raises(InvalidValue, match="are not finite from step 1 of . on; expected a"):
+            measure()
 
 
 def test_bad_input(model):

@@ -34,7 +34,7 @@ from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.loop import model_output, prepared
 from ..sampling.noise import generators
-from ..sampling.run import Run, sample
+from ..sampling.run import Run, require_finite, sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Settings, checked_settings
 from .reuse_plan import require_other_samples
@@ -88,7 +88,7 @@ def compare(
 
     Raises:
         InvalidValue: for a changed model of other latents or conditions, a plan of another model or
-            of other steps, or too few items.
+            of other steps, too few items, or latents that are not finite.
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> times = dit_lens.sample(model, [1], steps=4).timesteps
@@ -132,6 +132,8 @@ def compare(
             other = sample(model, *settings, progress=also)
     else:
         other = sample(changed, model.conditions.words(own), *settings[1:], progress=also)
+    require_finite(plain, "the model as it was")
+    require_finite(other, "the changed model")
     result = compared_runs(plain, other, bands, seed, resamples)
     result.attrs |= {"items": items, "steps": steps, "seed": seed, "cut": cut, "level": 0.95}
     return result

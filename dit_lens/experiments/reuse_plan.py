@@ -189,6 +189,7 @@ def reuse_plan(
             best = tried[-1]
             continue
         errors = [judges.moved(p)[0].sum() if p.macs <= budget else np.inf for p in tried]
+        errors = np.nan_to_num(errors, nan=np.inf)  # along lines a run may leave the numbers
         if min(errors) >= least:
             break
         best, least = tried[int(np.argmin(errors))], min(errors)

@@ -14,7 +14,7 @@ from ..measures.bootstrap import interval
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.measure import energy
-from ..sampling.run import Run
+from ..sampling.run import Run, require_finite
 
 SMALLEST = 1e-12
 """An effect below this is rounding, and counts as none."""
@@ -55,9 +55,13 @@ class Spread:
         run: of the samples.
         bands: of the latents' grid.
         counts: how often each resample draws each item, as `draws` gives them.
+
+    Raises:
+        InvalidValue: for a run that is not finite.
     """
 
     def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
+        require_finite(run, "the samples")
         labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
         same = (labels[:, None] == labels) & ~np.eye(n, dtype=bool)
         apart = np.stack([energy(x - x[i], bands) for i in range(n)])

@@ -692,6 +692,23 @@ def made_of(
     )
 
 
+def require_finite(run: Run, which: str) -> None:
+    """Raise InvalidValue for a run that can't be measured, since its latents do not stay finite.
+
+    Args:
+        run: all of it is looked at if its end is not finite.
+        which: it is, in the sentence.
+    """
+    if bool(run.latents[-1].isfinite().all()):
+        return
+    steps = run.latents.flatten(1).isfinite().all(1).tolist()
+    raise InvalidValue(
+        f"The latents of {which} are not finite from step {steps.index(False)} of "
+        f"{run.settings.steps} on; expected a run of numbers, as with less guidance or "
+        "dtype='float32'."
+    )
+
+
 def decode(model: HookedDiT, latents: Tensor, batch: int | None = None) -> Tensor:
     """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in
     [-1, 1].

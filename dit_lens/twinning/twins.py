@@ -26,7 +26,7 @@ from ..model.state import State
 from ..sampling.guidance import n_passes
 from ..sampling.loop import Kept, denoise, drawing, prepared
 from ..sampling.parts import Splitter
-from ..sampling.run import Run, made_of
+from ..sampling.run import Run, made_of, require_finite
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Change, Progress, Settings, checked_settings
 from ..tracing.probe import Probe
@@ -179,6 +179,7 @@ def twins(
         run = made_of(
             kept, model, both, history, settings, fresh, kernels, state, batch, tied_until
         )
+        require_finite(run, "the twins")
         return Twins(run, pairs, release, held.name, held.g)
 
 
