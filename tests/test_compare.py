@@ -14,6 +14,7 @@ from dit_lens.commands.main import main
 from dit_lens.errors import InvalidValue
 from dit_lens.experiments import (
     Plan,
+    cause_map,
     compare,
     couplings,
     measure_gap,
@@ -23,6 +24,7 @@ from dit_lens.experiments import (
 from dit_lens.experiments.compare import compared_runs, sentences
 from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian
+from dit_lens.patching.measure import compared
 
 SCHEDULER = DDIMScheduler(1000, clip_sample=False, prediction_type="v_prediction")
 BANDS = Bands.radial((8, 8), cut=0.25)
@@ -158,6 +160,32 @@ def test_a_plan_is_not_judged_by_what_it_was_made_from(model):
         with pytest.raises(ValueError, match=f"seed={seed} gives samples that a plan was made fro"):
             compare(model, plan, items=16, steps=8, seed=seed, resamples=20)
     assert compare(model, plan, items=16, steps=8, seed=29, resamples=20).attrs["verdict"] == "same"
+
+
+def test_one_item_alone_with_its_label_changes_nothing_of_the_others(model):
+    """Their means are taken off, whether it is there or not."""
+    plan = Plan.of(model, dit_lens.sample(model, [0], steps=6).timesteps, [(0, "attn", 3)])
+    pairs = [0] * 12 + [1] * 12
+    one, more = (
+        compare(model, plan, items=n, labels=labels, steps=6, resamples=20)
+        for n, labels in ((24, pairs), (25, [*pairs, 2]))
+    )
+    np.testing.assert_allclose(more.commitment, one.commitment)
+    assert "1 of the items, alone with their label, say" in more.attrs["sentence"]
+    assert one.attrs["alone"] == 0 and "alone" not in one.attrs["sentence"]
+    options = {"steps": 4, "check": 0, "projections": 1, "resamples": 20}
+    one, more = (
+        cause_map(model, items=n, labels=labels, **options)
+        for n, labels in ((24, pairs), (25, [*pairs, 2]))
+    )
+    np.testing.assert_allclose(more.decided, one.decided)
+    assert more.attrs["alone"] == 1
+    run = dit_lens.sample(model, [*pairs, 2], 0, 4)
+    final = run.latents[-1:] + 0.1
+    whole, part = (
+        compared(BANDS, final[:, :n], *[run.select(range(n))] * 2).agreement for n in (25, 24)
+    )
+    np.testing.assert_allclose(whole, part)
 
 
 def test_what_is_not_finite_is_not_judged(model):

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import arguments
 from ..hooks.hold import Added, before, line, parts, require_parts, stack
 from ..measures import Array
-from ..measures.agreement import agreement, curve
+from ..measures.agreement import agreement, curve, not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, simultaneous
 from ..measures.estimate import Estimate
@@ -110,7 +110,8 @@ def cause_map(
     Returns:
         xr.Dataset: `effect` [site, layer, window, band] with `effect_interval` [..., bound], 95 %
             for all cells at once; `is_exact` [site, layer, window]; `decided` [step, band], the
-            share of the finished image's variance that the predicted x0 has by then; `spread`
+            share of the finished image's variance that the predicted x0 has by then, less the mean
+            of each label, without attrs["alone"] items that are alone with theirs; `spread`
             [band], D_b. With checked cells `checked_exact`, `checked_first_order` [checked, band]
             and their agreement, `ratio` [band, bound] (median and the middle 90 % of exact over
             first order). `quadrant` [half, part, band] with its interval: the mean effect of a cell
@@ -316,9 +317,9 @@ def _dataset(
 ) -> xr.Dataset:
     """The map's axes, the commitment curves above it, and D."""
     labels = run.labels.cpu().numpy()
-    groups = labels if np.unique(labels, return_counts=True)[1].min() > 1 else np.zeros_like(labels)
-    final = run.latents[-1]
-    decided = [curve(agreement(x0, final, bands, groups), squared=True) for x0 in run.x0]
+    kept = not_alone(labels)
+    labels, final = labels[kept], run.latents[-1][kept]
+    decided = [curve(agreement(x0[kept], final, bands, labels), squared=True) for x0 in run.x0]
     return xr.Dataset(
         {
             "decided": (("step", "band"), np.stack(decided)),
@@ -335,7 +336,7 @@ def _dataset(
             "band": list(bands.names),
             "bound": ["low", "high"],
         },
-        attrs={"level": 0.95},
+        attrs={"level": 0.95, "alone": len(run.labels) - len(kept)},
     )
 
 

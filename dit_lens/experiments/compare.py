@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
-from ..measures.agreement import Agreement, agreement
+from ..measures.agreement import Agreement, agreement, not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
 from ..measures.commitment import commitment_draws
@@ -84,7 +84,9 @@ def compare(
             from noise over that on its own; `commitment` [model, band] in steps and `later` [band],
             by how many steps the change puts it off; `gap` [model] and `gap_moved`, in steps; each
             with its `_interval` [..., bound], 95 %, those of `power` and `error` for all at once.
-            attrs["verdict"] is "same", "different" or "worse" and attrs["sentence"] says why.
+            attrs["verdict"] is "same", "different" or "worse" and attrs["sentence"] says why;
+            attrs["alone"] counts items whose label no other has, which commitment and the gap leave
+            out, since a label's mean is taken off.
 
     Raises:
         InvalidValue: for a changed model of other latents or conditions, a plan of another model or
@@ -163,7 +165,7 @@ def compared_runs(
         resamples: of the items.
     """
     items, labels = len(plain.labels), plain.labels.cpu().numpy()
-    groups = labels if np.unique(labels, return_counts=True)[1].min() > 1 else np.zeros_like(labels)
+    kept = not_alone(labels)
     counts = draws(items, resamples, seed)
     apart = (other.latents[-1] - plain.latents[-1]).double()
     spread = Spread(plain, bands, counts)
@@ -182,9 +184,9 @@ def compared_runs(
 
     # When each band is decided, item by item the same.
     commitment = np.stack(
-        [_commitment(run, bands, groups, resamples, seed) for run in (plain, other)]
+        [_commitment(run, bands, labels, kept, resamples, seed) for run in (plain, other)]
     )  # [model, 1 + resample, band]
-    rows = items - len(np.unique(groups))
+    rows = len(kept) - len(np.unique(labels[kept]))
     moved = commitment[1] - commitment[0]
     gaps = commitment[..., -1] - commitment[..., 0]
 
@@ -215,7 +217,7 @@ def compared_runs(
             "bound": ["low", "high"],
         },
     )
-    result.attrs["verdict"] = _verdict(result)
+    result.attrs |= {"verdict": _verdict(result), "alone": items - len(kept)}
     result.attrs["sentence"] = "\n".join(sentences(result))
     return result
 
@@ -248,9 +250,12 @@ def _error(judge: Run, finished: Tensor, bands: Bands, seed: int) -> Array:
     return found
 
 
-def _commitment(run: Run, bands: Bands, groups: Array, resamples: int, seed: int) -> Array:
-    """When each band is decided, [1 + resample, band], in steps, by one pass."""
-    stats = [agreement(x0, run.latents[-1], bands, groups) for x0 in run.x0]
+def _commitment(
+    run: Run, bands: Bands, labels: Array, kept: Array, resamples: int, seed: int
+) -> Array:
+    """When each band of the kept items is decided, [1 + resample, band], in steps, by one pass."""
+    final = run.latents[-1][kept]
+    stats = [agreement(x0[kept], final, bands, labels[kept]) for x0 in run.x0]
     return commitment_draws(
         Agreement.stack(stats).independent(),
         range(run.settings.steps),
@@ -309,4 +314,6 @@ def sentences(result: xr.Dataset) -> list[str]:
             f"{Estimate.of(result.gap[1], result.gap_interval[1]):.1f} with the change, "
             f"{gap:+.2f steps} more."
         )
+    if alone := int(result.attrs["alone"]):
+        found.append(f"{alone} of the items, alone with their label, say nothing of these steps.")
     return found

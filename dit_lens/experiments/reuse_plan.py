@@ -29,7 +29,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.hold import require_parts
 from ..measures import Array
-from ..measures.agreement import agreement, curve
+from ..measures.agreement import agreement, curve, not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.estimate import Estimate
@@ -376,5 +376,7 @@ def _decided(samples: Samples) -> Array:
     """How far each band is decided by each step, [step, band]."""
     run, bands = samples.run, samples.bands
     labels = run.labels.cpu().numpy()
-    found = [curve(agreement(x0, run.latents[-1], bands, labels), squared=True) for x0 in run.x0]
+    kept = not_alone(labels)
+    labels, final = labels[kept], run.latents[-1][kept]
+    found = [curve(agreement(x0[kept], final, bands, labels), squared=True) for x0 in run.x0]
     return np.clip(np.nan_to_num(np.stack(found)), 0, 1)

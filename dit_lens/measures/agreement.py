@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .. import arguments
@@ -110,6 +110,17 @@ def agreement(
     contrast = Contrasts(np.zeros(len(a)) if groups is None else groups, len(a))
     x, y = (contrast.modes(z, bands) for z in (a, b))
     return Agreement.of(sums(x, y, bands))
+
+
+def not_alone(labels: ArrayLike) -> NDArray[np.intp]:
+    """The items, by number, whose label another one has too: of one that is alone with its label
+    there is no mean to take off, so it says nothing of agreement.
+
+    >>> not_alone([3, 7, 3]).tolist()
+    [0, 2]
+    """
+    _, which, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[which] > 1)
 
 
 def sums(x: Tensor, y: Tensor, bands: Bands | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..measures.agreement import Agreement, agreement, curve
+from ..measures.agreement import Agreement, agreement, curve, not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
 from ..sampling.run import Run
@@ -63,14 +63,18 @@ def compared(bands: Bands, finished: Tensor, source: Run, target: Run) -> xr.Dat
     away = np.stack([energy(x - a, bands) for x in finished])
     apart = energy(b - a, bands)
 
-    # Agreement with both, less what all items of a label share.
+    # Agreement with both, less what all items of a label share; one that is alone has no say.
     labels = target.labels.cpu().numpy()
-    groups = labels if np.unique(labels, return_counts=True)[1].min() > 1 else np.zeros_like(labels)
+    kept = not_alone(labels)
+    if not len(kept):  # each has its own, as in patches between two prompts
+        labels, kept = np.zeros_like(labels), np.arange(items)
     # one item has no mean to take off
     found = np.full((len(finished), 2, 3, items, bands.n), np.nan)
     if items > 1:
+        found[..., np.setdiff1d(np.arange(items), kept), :] = 0
         for i, x in enumerate(finished):
-            found[i] = np.stack([np.stack(agreement(x, other, bands, groups)) for other in (a, b)])
+            both = [agreement(x[kept], y[kept], bands, labels[kept]) for y in (a, b)]
+            found[i][:, :, kept] = np.stack([np.stack(each) for each in both])
     stats = Agreement(*np.moveaxis(found, 2, 0))
 
     # The move, with intervals over items.
@@ -99,7 +103,7 @@ def compared(bands: Bands, finished: Tensor, source: Run, target: Run) -> xr.Dat
             "band": list(bands.names),
             "bound": ["low", "high"],
         },
-        attrs={"groups": len(np.unique(groups)), "level": 0.95},
+        attrs={"groups": len(np.unique(labels[kept])), "level": 0.95},
     )
 
 
