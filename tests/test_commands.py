@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler, UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dit_lens
 from dit_lens.commands import main
@@ -22,7 +22,9 @@ from dit_lens.commands.main import COMMANDS
 from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
 from dit_lens.experiments import measure_gap
+from dit_lens.groundtruth import gaussian
 from dit_lens.report.stored import read
+from dit_lens.sampling import loop
 
 
 @pytest.fixture
@@ -344,6 +346,57 @@ def test_every_subcommand_explains_itself_without_loading_torch():
     )
     assert all(f"\n    {name} " in shown.stdout for name in names)
     assert "dit_lens.commands.gap" in shown.stderr and "torch" not in shown.stderr
+
+
+@pytest.fixture
+def four_alike(tmp_path):
+    """A saved model with a gap, and with four classes of which each is as the others."""
+    folder = gaussian(4.0, 0.25, (1,), 3, sample_size=4).save(tmp_path / "alike")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_embeds_ada_norm": 4}))
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights |= {k: w[:1].repeat(5, 1) for k, w in weights.items() if "embedding_table" in k}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+TINY = ["--pairs", "16", "--steps", "8", "--cut", "0.1", "--batch", "32"]
+FEW = ["--items", "10", "--steps", "4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gap", *TINY, "--one-pass", "--couple", "0", "1"],
+        ["gap", *TINY, "--one-pass", "--causes"],
+        ["gap", *TINY, "--one-pass", "--bands", "eigen"],
+        ["gap", *TINY, "--one-pass", "--null", "19"],
+        ["patch", *TINY, "--how", "zero", "--interchange", "stream", "--windows", "2"],
+        ["patch", *TINY, "--how", "zero", "--interchange", "heads", "--sets", "--shapley", "2"],
+        ["map", *FEW, "--check", "1"],
+        ["plan", *FEW, "--budget", "0.9"],
+        ["compare", *FEW, "--dtype", "bfloat16"],
+        ["probe", "TwinDivergence", "--items", "4", "--steps", "3"],
+        ["probe", "TwinPatching", "--items", "16", "--steps", "8"],
+        ["probe", "LayerLens", "--items", "2", "--steps", "3"],
+        ["record", "hook_embed", "--items", "2", "--steps", "3"],
+    ],
+    ids=" ".join,
+)
+def test_labels_are_those_of_every_run_of_a_command(command, four_alike, tmp_path, monkeypatch):
+    seen, own = set(), loop.model_output
+
+    def watched(model, x, step, labels, *rest):
+        seen.update(labels.tolist())
+        return own(model, x, step, labels, *rest)
+
+    monkeypatch.setattr(loop, "model_output", watched)
+    place = 2 if command[0] == "probe" else 1
+    out = str(tmp_path / "out") + {"plan": ".json", "probe": ".nc"}.get(command[0], "")
+    asked = [*command[:place], str(four_alike), *command[place:]]
+    assert main([*asked, "--labels", "3", "--out", out]) == 0
+    assert seen == {3}
 
 
 @pytest.mark.slow

@@ -197,6 +197,7 @@ def _measure(
                 steps=steps,
                 seed=args.seed,
                 cut=args.cut,
+                labels=labels,
                 reader=reader_of(args.model),
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
@@ -221,7 +222,8 @@ def _measure(
     if args.causes:
         onsets = None if helping() else gap_report.onsets(results)
         fewer = min(pairs, 24), min(steps, 25)
-        patch.find_causes(model, *fewer, args.seed, args.cut, out, onsets, batch=batch)
+        own = {"batch": batch, "labels": labels}
+        patch.find_causes(model, *fewer, args.seed, args.cut, out, onsets, **own)
 
 
 def reader_of(name: str) -> Callable[[Tensor], Tensor] | None:

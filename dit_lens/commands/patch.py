@@ -265,6 +265,7 @@ def find_causes(
                 doses=DOSES,
                 release=release,
                 pairs=min(PATCHED_PAIRS, pairs),
+                labels=labels,
                 steps=steps,
                 seed=seed,
                 cut=cut,

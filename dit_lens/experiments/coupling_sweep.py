@@ -45,13 +45,14 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.guidance import model_inputs
 from ..sampling.run import decode
 from ..twinning.coupling import CouplingForm, check_coupling, coupled_attention
-from ..twinning.twins import Twins, paired_labels, twins
+from ..twinning.twins import Twins, chosen_labels, labels_of_fewer, twins
 from .outcomes import latents
 from .release import Curves, release_sweep
 
@@ -74,6 +75,7 @@ def couplings(
     layers: Sequence[int] | None = None,
     eps: float = 0.1,
     pairs: int = 32,
+    labels: Labels | None = None,
     steps: int = 50,
     seed: int = 0,
     cut: float = CUT,
@@ -92,6 +94,8 @@ def couplings(
         layers: in which the twins are coupled; by default all.
         eps: how far apart the twins start.
         pairs: of twins, 8 or more; the sense `agreement` takes 24 of them at most.
+        labels: classes or prompts, one a pair or fewer, which are taken in turn; each must have two
+            pairs or more. By default the model's own.
         steps: of denoising, 5 or more.
         seed: of the twins and of the bootstrap.
         cut: between low and high, in cycles per pixel of the latents.
@@ -133,18 +137,19 @@ def couplings(
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
-    labels = paired_labels(model, pairs)
+    own_labels = chosen_labels(model, pairs, labels)
 
     # every strength on the same pairs
     fewer, done = min(pairs, RELEASED_PAIRS), 0
     tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
 
     def strength(g: float, first: bool) -> dict[str, Array]:
-        pair = coupled_twins(model, labels, g, form, **tie)
+        pair = coupled_twins(model, own_labels, g, form, **tie)
         curves = difference_curves(pair, bands, counts)
         tau = half_crossing(curves)
         finished = pair.a.latents[-1], pair.b.latents[-1]
-        tied = coupled_twins(model, paired_labels(model, fewer), g, form, **tie, eta=1.0)
+        few = labels_of_fewer(model, fewer, labels)
+        tied = coupled_twins(model, few, g, form, **tie, eta=1.0)
         sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed)
         own, ends = _committed(sweep, resamples, seed)
         found = {
@@ -152,7 +157,7 @@ def couplings(
             "last": curves[..., -1],
             "curve": curves[0].T,
             "finished": torch.stack(finished).cpu().numpy(),
-            "energy": _energy(*finished, labels, bands, counts),
+            "energy": _energy(*finished, own_labels, bands, counts),
             "committed": own,
             "ends": np.asarray(ends),
         }
@@ -187,7 +192,7 @@ def couplings(
     finished = [(x[0], x[1]) for x in (torch.from_numpy(np.array(of["finished"])) for of in of_g)]
 
     # a band that does not part in some resample has no interval
-    rows = pairs - len(set(labels))
+    rows = pairs - len(set(own_labels))
     gap = np.stack(gaps, 1)  # [resample, g, sense]
     own = np.stack([draw for draw, _ in committed], 1)[..., None]
     change, moved = gap - gap[:, :1], own - own[:, :1]
@@ -195,7 +200,7 @@ def couplings(
     energy = np.stack(energies, 1)  # [resample, g, band]
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.log(energy / energy[:, :1])
-    read = np.stack([_read(model, pair, finished[0], labels, reader) for pair in finished], 1)
+    read = np.stack([_read(model, pair, finished[0], own_labels, reader) for pair in finished], 1)
     hits = counts @ read / pairs  # [resample, g]
     result = xr.Dataset(
         {

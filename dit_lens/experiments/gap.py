@@ -258,6 +258,7 @@ def measure_gap(
                 model,
                 nulls,
                 modes,
+                labels=labels,
                 steps=steps,
                 seed=seed,
                 batch=batch,

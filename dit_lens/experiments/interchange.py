@@ -29,10 +29,12 @@ from ..errors import InvalidValue
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching import Patch, check_patches, sweep
 from ..patching.patch import steps_text
 from ..pieces import Engine, enough, measured
+from ..twinning.twins import in_turn
 from .ablation import windows_of
 from .kept_twins import kept_twins
 
@@ -53,6 +55,7 @@ def interchange(
     doses: Sequence[float] = (1.0,),
     release: int | None = None,
     pairs: int = 16,
+    labels: Labels | None = None,
     steps: int = 25,
     seed: int = 0,
     cut: float = CUT,
@@ -71,6 +74,7 @@ def interchange(
         doses: parts of the difference that are put in, in increasing order, such as 0, 0.5, 1.
         release: the step from which the twins are two; by default a third of the steps.
         pairs: of twins, 8 or more.
+        labels: classes or prompts, taken in turn; by default the model's own.
         steps: of denoising.
         seed: of the twins.
         cut: between low and high, in cycles per pixel of the latents and per token of the stream.
@@ -125,18 +129,19 @@ def interchange(
         for layer, head, span, dose, band in cells
     ]
     check_patches(patches, model, steps, pairs, outcome, batch=batch, progress=progress)
-    pair = kept_twins("twins", model, pairs, None, steps=steps, release=release, seed=seed)
+    own = None if labels is None else in_turn(model, pairs, labels)
+    pair = kept_twins("twins", model, pairs, own, steps=steps, release=release, seed=seed)
     swept = sweep(pair.a, pair.b, patches, outcome, batch=batch, progress=progress)
     enough()
-    labels: dict[str, Sequence[Any]] = {
+    coords: dict[str, Sequence[Any]] = {
         "layer": chosen,
         "head": list(numbers),
         "window": [steps_text(span) for span in spans],
         "dose": amounts,
         "taken": BOTH,
     }
-    axes = tuple(labels)
-    shape = tuple(len(labels[axis]) for axis in axes)
+    axes = tuple(coords)
+    shape = tuple(len(coords[axis]) for axis in axes)
     result = xr.Dataset(
         {
             "move": ((*axes, "band"), swept.move.values.reshape(*shape, 2)),
@@ -146,7 +151,7 @@ def interchange(
             ),
         },
         coords={
-            **{axis: list(values) for axis, values in labels.items()},
+            **{axis: list(values) for axis, values in coords.items()},
             "band": list(BOTH),
             "bound": ["low", "high"],
         },

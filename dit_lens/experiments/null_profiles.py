@@ -23,9 +23,10 @@ from ..errors import InvalidValue
 from ..groundtruth.nulls import shuffle_layers
 from ..measures import Array
 from ..measures.commitment import commitment_draws
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..pieces import Piece, results
-from ..twinning.twins import paired_labels, twins
+from ..twinning.twins import labels_of_fewer, twins
 from .layer_profile import VIEWS, Streams, last_layers, profile_values
 from .modes import Modes
 from .release import release_sweep
@@ -56,6 +57,7 @@ def null_profiles(
     nulls: int,
     modes: Modes,
     *,
+    labels: Labels | None = None,
     steps: int = STEPS,
     seed: int = 0,
     batch: int | None = None,
@@ -67,6 +69,7 @@ def null_profiles(
         model: the opened model, with a scheduler.
         nulls: how many null models, 19 or more.
         modes: of the views.
+        labels: of the twins, in turn; by default the model's own.
         steps: of denoising, 12 or fewer.
         seed: of the twins, the same for all models; null model i has the layers of seed + i.
         batch: images that go through a model at once; None is all.
@@ -77,11 +80,12 @@ def null_profiles(
             `null_p` [profile], NaN where the model's profile is not known throughout;
             `null_profile` [profile, null, layer].
     """
-    steps = min(steps, STEPS)
+    steps, own = min(steps, STEPS), labels_of_fewer(model, PAIRS, labels)
     done = 0
 
     def profile(i: int) -> dict[str, Array]:
-        return _profiles(shuffled(model, seed + i) if i else model, modes, steps, seed, batch)
+        one = shuffled(model, seed + i) if i else model
+        return _profiles(one, modes, own, steps, seed, batch)
 
     def told(_number: int) -> None:
         nonlocal done
@@ -139,12 +143,11 @@ def rank_p(own: float, null: Array) -> float:
 
 
 def _profiles(
-    model: HookedDiT, modes: Modes, steps: int, seed: int, batch: int | None
+    model: HookedDiT, modes: Modes, labels: list[int], steps: int, seed: int, batch: int | None
 ) -> dict[str, Array]:
     """Every view of one model, [layer], without intervals; those in energy at two thirds."""
     divergence, lens = TwinDivergence(modes.token_spectrum), LayerLens(modes.split)
     probes = [divergence, lens]
-    labels = paired_labels(model, PAIRS)
     pair = twins(model, PAIRS, labels, steps=steps, seed=seed, probes=probes, batch=batch)
     streams = Streams.of_twins(pair, modes.token_split, batch)
     clones = release_sweep(pair, [streams], min(RELEASES, steps - 1), seed=seed, batch=batch)

@@ -11,6 +11,7 @@ from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching import as_grid, default_sites, grid, sweep, tiles
 from ..pieces import enough, helped
+from ..twinning.twins import in_turn
 from .kept_twins import kept_twins
 
 
@@ -45,10 +46,7 @@ def twin_patches(
     Returns:
         xr.Dataset: of `dit_lens.patching.sweep` as a grid; None for those who help.
     """
-    given = None
-    if labels is not None:
-        own = model.conditions.numbers(labels).tolist()
-        given = [own[i % len(own)] for i in range(pairs)]
+    given = None if labels is None else in_turn(model, pairs, labels)
     layers, sites = range(model.cfg.n_layers), default_sites(model)
     patches = grid(layers, sites, tiles(release, steps, windows))
 

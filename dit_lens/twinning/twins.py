@@ -190,6 +190,28 @@ def paired_labels(model: HookedDiT, pairs: int) -> list[int]:
     return [i % max(1, min(model.conditions.n, pairs // 2)) for i in range(pairs)]
 
 
+def in_turn(model: HookedDiT, pairs: int, labels: Labels) -> list[int]:
+    """One label a pair, by number: those given, taken in turn; of more than pairs the first."""
+    given: list[int] = model.conditions.numbers(labels).tolist()
+    return [given[i % len(given)] for i in range(pairs)]
+
+
+def labels_of_fewer(model: HookedDiT, pairs: int, labels: Labels | None) -> list[int]:
+    """As `chosen_labels`, for fewer pairs than the labels were checked for: of too many labels
+    those are left out that would have a single pair.
+
+    Args:
+        model: whose labels.
+        pairs: how many pairs.
+        labels: that `chosen_labels` takes for more pairs.
+    """
+    if labels is None:
+        return paired_labels(model, pairs)
+    given = model.conditions.numbers(labels).tolist()
+    few = list(dict.fromkeys(given))[: max(1, pairs // 2)]
+    return in_turn(model, pairs, few if len(few) < len(set(given)) else given)
+
+
 def chosen_labels(model: HookedDiT, pairs: int, labels: Labels | None) -> list[int]:
     """One label a pair, each of them two times or more, by number: as given, or `paired_labels`.
 
@@ -203,8 +225,7 @@ def chosen_labels(model: HookedDiT, pairs: int, labels: Labels | None) -> list[i
     """
     if labels is None:
         return paired_labels(model, pairs)
-    given: list[int] = model.conditions.numbers(labels).tolist()
-    found = [given[i % len(given)] for i in range(pairs)]
+    given, found = model.conditions.numbers(labels).tolist(), in_turn(model, pairs, labels)
     alone = [label for label in given if found.count(label) < 2]
     if alone:
         raise InvalidValue(
