@@ -1,5 +1,6 @@
 """Measurements in pieces: kept, gone on with, shared between processes, and the same to the bit."""
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -30,6 +31,7 @@ from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.commands import main
+from dit_lens.commands.keeping import about_command
 from dit_lens.errors import InvalidState, InvalidType, InvalidValue, UnwritableFile
 from dit_lens.experiments import (
     Engine,
@@ -920,3 +922,15 @@ def test_workers_of_other_versions(model, cluster, monkeypatch):
     monkeypatch.setattr(on_ray, "about_here", lambda: {"torch": "9.9", "python": "3"})
     with pytest.raises(InvalidState, match="A worker of the cluster has torch .* process 9.9; exp"):
         measure_gap(model, **GAP, engine=Engine("ray", workers=1, address=cluster[0]))
+
+
+@pytest.mark.parametrize("option", ["prompts", "images", "attributes"])
+def test_a_command_is_another_one_when_the_files_that_it_reads_are_edited(option, tmp_path):
+    file = tmp_path / "read" / "file.py"
+    file.parent.mkdir()
+    named = {"prompts": file, "images": file.parent, "attributes": f"{file}:function"}[option]
+    args, model = argparse.Namespace(command="gap", **{option: named}), dit_lens.load("digits")
+    file.write_text("a red fox")
+    first, again = about_command(args, model, None), about_command(args, model, None)
+    file.write_text("a blue dog")
+    assert first == again != about_command(args, model, None)

@@ -5,6 +5,7 @@ come, and run where there is room.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -22,6 +23,8 @@ ASIDE = set(
     "store engine workers address out device dry_run batch argv again parse json quiet kept".split()
 )
 """Options that the result does not depend on, or that are known better once the model is open."""
+READ = ("prompts", "images", "attributes")
+"""Options that name files, which may be edited before a command goes on."""
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +76,22 @@ def about_command(
         for name, value in sorted(vars(args).items())
         if name not in ASIDE and isinstance(value, plain) and not name.startswith("default_")
     }
+    settings |= {f"{each} read": _content(settings[each]) for each in READ if settings.get(each)}
     name = f"dit-lens {settings.pop('command')}"
     return about_of(name, settings | {"batch": batch}, model)
+
+
+def _content(named: str | Path) -> str:
+    """A digest of what is in a file or folder, also where the name of a function follows it."""
+    path = Path(named)
+    if not path.exists():
+        path = Path(str(named).rpartition(":")[0])
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files if path != Path() else []:
+        read = file.read_bytes() if file.is_file() else b""
+        digest.update(f"{file.relative_to(path)} {len(read)} ".encode() + read)
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
