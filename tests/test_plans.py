@@ -19,6 +19,7 @@ from dit_lens.errors import InvalidState, InvalidValue
 from dit_lens.experiments import Plan
 from dit_lens.experiments.cost import macs_of
 from dit_lens.families import family_named
+from dit_lens.hooks.hold import parts as model_parts
 from dit_lens.plans.plan import Costs
 from dit_lens.storage import save_document
 
@@ -267,6 +268,21 @@ def test_other_steps_are_refused_or_remapped(model, plan, steps):
 def test_cells_that_are_none(model, cells, message):
     with pytest.raises(ValueError, match=message):
         Plan.of(model, range(STEPS, 0, -1), cells)
+
+
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "HunyuanDiT2DModel"])
+def test_timesteps_that_are_rounded_to_bfloat16_are_the_plans(name):
+    """Along lines through the times that the plan says, and not the rounded ones."""
+    model = HookedDiT(family_named(name).small_pipeline().to(torch.bfloat16))
+    run = sampled(model)
+    part = next(iter(model_parts(model.names, 0)))
+    plan = Plan.of(model, run.timesteps, [(0, part, 3)], lines=[(0, part, 3)])
+    seen = []
+    with dit_lens.reuse(model, plan):
+        runner = model.instrumentation.watchers[-1]
+        with model.observing("hook_embed", lambda *_: seen.append(runner.time)):
+            assert sampled(model).latents.isfinite().all()
+    assert seen == list(plan.timesteps)
 
 
 def test_two_plans_at_once_and_train_mode_are_refused(model, plan):

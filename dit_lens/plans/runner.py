@@ -32,7 +32,9 @@ from .kept import KeptHold
 from .plan import Plan
 
 APART = 1e-3
-"""Timesteps that differ by no more than this share of the longest are the same."""
+"""Timesteps that differ by no more than this share of the longest are the same, besides what the
+weights' type rounds.
+"""
 
 
 @contextmanager
@@ -106,8 +108,10 @@ class _Runner(StepCounter):
 
     def begin(self, call: Call) -> None:
         self.number(call, self.last)
-        self.now, self.time = self.clock(), float(call.t[0])
-        self.of_plan = self._of_plan(self.time)
+        self.now, t = self.clock(), float(call.t[0])
+        self.of_plan = self._of_plan(t)
+        planned = self.plan.timesteps[self.of_plan]
+        self.time = planned if self._same(planned, t) else t  # not rounded, as far as is known
         steps = self.plan.held.items() if self.step else ()
         self.held = frozenset(place for place, held in steps if self.of_plan in held)
         if self.held not in self.silent:
@@ -121,7 +125,7 @@ class _Runner(StepCounter):
     def _of_plan(self, t: float) -> int:
         """The plan's step for the one under way, at time t."""
         times = self.plan.timesteps
-        if self.step < len(times) and abs(times[self.step] - t) <= APART * self.longest:
+        if self.step < len(times) and self._same(times[self.step], t):
             return self.step
         if not self.remap:
             at = f"{times[self.step]:g}" if self.step < len(times) else "none"
@@ -139,6 +143,11 @@ class _Runner(StepCounter):
             )
         # not the first, which has nothing to be held from
         return min(range(1, len(times)), key=lambda s: abs(times[s] - t), default=0)
+
+    def _same(self, planned: float, t: float) -> bool:
+        """Whether a call's time t is one of the plan's: it comes in the weights' type."""
+        rounded = torch.finfo(self.model.dtype).eps * abs(planned)
+        return abs(planned - t) <= APART * self.longest + rounded
 
     # What is put in.
 
