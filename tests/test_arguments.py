@@ -48,7 +48,7 @@ from dit_lens.experiments import (
     smallest_set,
     step_doubling,
 )
-from dit_lens.hooks.stored_edits import StoredEdit, architecture, save_edits
+from dit_lens.hooks.stored_edits import StoredEdit, made_for, save_edits
 from dit_lens.measures import Agreement, agreement, curve, fit_commitment, half_crossing, onset
 from dit_lens.patching import (
     Patch,
@@ -119,7 +119,7 @@ def world():
     recorded = dit_lens.record(model, ("resid_post", 1), [0, 1], f"{folder}/first", steps=3)
     file = seen.save(Path(tempfile.mkdtemp()) / "trace")
     zero = [StoredEdit("blocks.1.hook_attn_out", (1,), "zero")]
-    about = {"architecture": architecture(model.transformer), "timesteps": run.timesteps.tolist()}
+    about = made_for(model.transformer) | {"timesteps": run.timesteps.tolist()}
     edits = save_edits(f"{folder}/edits.json", zero, about)
     return dict(
         folder=folder,

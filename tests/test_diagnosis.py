@@ -93,6 +93,12 @@ def test_its_repair_works_again_from_the_file(found, spoiled, bad, tmp_path):
         dit_lens.sample(spoiled, [0], seeds=5, steps=STEPS + 5, eta=1.0)
     with pytest.raises(ValueError, match="made for another model"):
         load_edits(path, dit_lens.load("digits"))
+    others = random_weights(1, n_layers=6, sample_size=8)
+    for other in (HookedDiT(others.transformer, scheduler=others.scheduler), model_of()):
+        with pytest.raises(ValueError, match="made for another model: its weights is"):
+            load_edits(path, other)
+        with dit_lens.trace(other) as t, pytest.raises(ValueError, match="its weights is"):
+            t.load_edits(path)
     said = json.loads(path.read_text())
     said["edits"][0]["steps"][0] += 1
     path.write_text(json.dumps(said))

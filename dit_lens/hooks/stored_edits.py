@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..pieces.content import config_digest
+from ..pieces.content import config_digest, weights_digest
 from ..storage import load_document, save_document
 from .names import select
 from .points import HookFunction, HookPoint
 from .regions import Region
 
-FORMAT = "dit_lens.hooks.stored_edits/1"
+FORMAT = "dit_lens.hooks.stored_edits/2"
 EXPECTED = "edits written by save_edits"
 Axes = Mapping[str, tuple[str, ...]]
 
@@ -213,12 +213,12 @@ def edits_for(
         UnknownName: for hook points that the model does not have.
     """
     edits, about = load_edits(path)
-    own, theirs = architecture(transformer), about.get("architecture")
-    if own != theirs:
-        raise InvalidValue(
-            f"{str(path)!r} was made for another model: its architecture is {theirs!r}, this one's "
-            f"{own!r}."
-        )
+    for what, own in made_for(transformer).items():
+        if own != (theirs := about.get(what)):
+            raise InvalidValue(
+                f"{str(path)!r} was made for another model: its {what} is {theirs!r}, this one's "
+                f"{own!r}; expected the model that was diagnosed."
+            )
     for edit in edits:
         select(edit.name, names)
     times = about.get("timesteps")
@@ -229,13 +229,17 @@ def edits_for(
     return edits, [float(t) for t in times]
 
 
-def architecture(transformer: Any) -> str:
-    """What a model's architecture is known by: its class, and a digest of its configuration.
+def made_for(transformer: Any) -> dict[str, str]:
+    """What the model is known by that edits are made for: its class and digests of its
+    configuration and weights.
 
     Args:
         transformer: a diffusers transformer.
     """
-    return f"{type(transformer).__name__} {config_digest(transformer)}"
+    return {
+        "architecture": f"{type(transformer).__name__} {config_digest(transformer)}",
+        "weights": weights_digest(transformer),
+    }
 
 
 def _text(values: Tensor) -> str:

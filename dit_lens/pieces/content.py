@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidType
+from ..errors import InvalidState, InvalidType
 
 Tell = Callable[[Any], str]
 """The text of a part of a value."""
@@ -78,6 +78,28 @@ def config_digest(value: Any) -> str:
         value: of diffusers'; what has no configuration has an empty one.
     """
     return digest(_settings(value))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of the names and shapes of a model's weights and of the first numbers of each, 16
+    digits.
+
+    Args:
+        model: a transformer.
+
+    Raises:
+        InvalidState: for weights that are offloaded.
+    """
+    made = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if value.device.type == "meta":
+            raise InvalidState(
+                f"The weights are offloaded ({name} is on no device), so a model can't be told by "
+                "them; expected a model without accelerate's cpu_offload or disk_offload."
+            )
+        first = value.detach().flatten()[:8].to("cpu", torch.float32)
+        made.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
+    return made.hexdigest()[:16]
 
 
 class _Told:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import arguments
 from ...errors import InvalidValue
 from ...hooks.hold import parts
-from ...hooks.stored_edits import StoredEdit, architecture, by_step, edits_for, save_edits
+from ...hooks.stored_edits import StoredEdit, by_step, edits_for, made_for, save_edits
 from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
@@ -251,10 +251,8 @@ def repairs(
     """
     found: list[Repair] = []
     if blamed and window is not None and shop.pairs is not None:
-        about = {
-            "architecture": architecture(shop.run.model.transformer),
-            "timesteps": shop.run.timesteps.tolist(),
-        }
+        times = {"timesteps": shop.run.timesteps.tolist()}
+        about: dict[str, Any] = made_for(shop.run.model.transformer) | times
         for name, edits, values in _candidates(shop, blamed, window, good_others):
             repair = shop.tried(name, edits, values, about | {"repair": name})
             general = all(e.values is None or e.values.shape[1] == 1 for e in edits)
