@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib.colors import to_rgb
 
 import dit_lens
-from dit_lens.errors import InvalidValue
+from dit_lens.errors import InvalidType, InvalidValue
 from dit_lens.pictures.result import NEEDS, Result, onset
 from dit_lens.pictures.style import HIGH, INK, LOW
 from dit_lens.storage import save_dataset
@@ -156,6 +156,43 @@ def test_a_picture_that_a_result_has_not_is_refused():
         made().plot.profile("lense")
     with pytest.raises(InvalidValue, match="'size' is no axis of the map"):
         effects("layer", "window", "band").plot.map(size=1)
+
+
+def test_a_slip_names_the_pictures_there_are():
+    said = "expected one of: profile, commitment, agreement, spectrum, cut, or xarray's own"
+    with pytest.raises(AttributeError, match=rf"no picture 'profil'; {said} \(nearest: profile\)"):
+        made().plot.profil()
+    assert not hasattr(made().plot, "nothing_like_it")
+    with pytest.raises(InvalidValue, match=rf"draws nothing by itself; {said}"):
+        made().plot()
+    axes = plt.subplots(ncols=2)[1]
+    with pytest.raises(InvalidType, match="expected matplotlib axes .*such as axes.0."):
+        made().plot.agreement(ax=axes)
+    plt.close("all")
+
+
+def test_without_clones_nothing_is_said_of_them():
+    result = made()
+    result["band_commitment"][1] = np.nan
+    result["agreement_clones"] = ("release", "band"), np.ones((0, 3))
+    for name, labels in (("agreement", ["a", "b", "c", "one pass"]), ("commitment", ["one pass"])):
+        ax = getattr(result.plot, name)()
+        assert ax.get_legend_handles_labels()[1] == labels
+    (bars,) = ax.containers
+    assert np.array_equal(bars.lines[0].get_xdata(), [0, 1, 2])  # at their ticks
+    result["layer_gap"][:] = np.nan
+    ax = result.assign_coords(view=["stream"]).plot.profile("stream")
+    assert [text.get_text() for text in ax.texts] == ["not measured: clones were not run"]
+    plt.close("all")
+
+
+def test_every_point_is_within_the_picture():
+    result = made()
+    result["agreement_clones"] = ("release", "band"), np.full((6, 3), -0.4)
+    ax = result.assign_coords(release=range(6)).plot.agreement()
+    low, high = ax.get_ylim()
+    assert low < -0.4 and high > float(result.agreement_one_pass.max())
+    plt.close("all")
 
 
 def test_a_result_stays_a_dataset(tmp_path):

@@ -19,12 +19,13 @@ from dit_lens.experiments import (
     smallest_set,
 )
 from dit_lens.groundtruth import gaussian
+from dit_lens.pictures.result import Pictures
 from dit_lens.probes import TwinPatching
 from dit_lens.report import cause_details
 from dit_lens.report import coupling_sweep as coupling_report
 from dit_lens.report import gap as gap_report
 from dit_lens.report import knock_outs as cause_report
-from dit_lens.report.stored import FILES, read, show
+from dit_lens.report.stored import FILES, load_result, read, show
 from dit_lens.report.style import picture
 from dit_lens.storage import save_dataset
 
@@ -79,6 +80,31 @@ def test_drawing_leaves_the_callers_matplotlib_alone(results, tmp_path):
         matplotlib.use(backend)
     for name in PICTURES:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG", name
+
+
+def test_a_folder_is_loaded_where_it_holds_one_result(results, tmp_path):
+    gap_report.write(results[0], tmp_path)
+    assert load_result(tmp_path).attrs["headline"] == results[0].attrs["headline"]
+    coupling_report.write(results[1], tmp_path)
+    with pytest.raises(InvalidValue, match=r"holds 2 results; expected one of .*gap.nc', '.*sweep"):
+        load_result(tmp_path)
+
+
+def test_the_report_draws_what_the_result_draws(results, tmp_path, monkeypatch):
+    drawn = []
+    for name in ("agreement", "commitment", "spectrum", "cut", "profile"):
+        own = getattr(Pictures, name)
+
+        def noted(self, *args, name=name, own=own, **kwargs):
+            drawn.append(name)
+            return own(self, *args, **kwargs)
+
+        monkeypatch.setattr(Pictures, name, noted)
+    gap_report.write(results[0], tmp_path)
+    assert drawn == ["profile"] * 4 + ["agreement", "commitment", "cut", "spectrum"]
+    drawn.clear()
+    gap_report.draw_profile(results[0].isel(release=slice(0)), tmp_path / "one_pass.png")
+    assert drawn == ["profile"] * 3  # none of clones
 
 
 def test_pictures_do_not_depend_on_the_callers_style(tmp_path):

@@ -11,6 +11,7 @@ Which pictures a result has depends on what it holds: `dir(result.plot)` lists t
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .style import (
     axes_for,
     legend,
     points,
+    said,
     signed_map,
     whole_numbers,
     zero,
@@ -47,6 +49,7 @@ NEEDS = {
     "lens": ("lens_image",),
 }
 """The pictures by name, and the variables or axes by which a result is known to have them."""
+NO_CLONES = "not measured: clones were not run"
 
 
 class Pictures(DatasetPlotAccessor):
@@ -57,6 +60,20 @@ class Pictures(DatasetPlotAccessor):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - NEEDS.keys() | {*self.names})
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: which picture has to be said."""
+        raise InvalidValue(f"result.plot() draws nothing by itself; {self._expected}.")
+
+    def __getattr__(self, name: str) -> Any:
+        near = difflib.get_close_matches(name, self.names, n=1)
+        hint = f" (nearest: {near[0]})" if near else ""
+        raise AttributeError(f"This result has no picture {name!r}; {self._expected}{hint}.")
+
+    @property
+    def _expected(self) -> str:
+        known = ", ".join(self.names) or "none of ours"
+        return f"expected one of: {known}, or xarray's own"
+
     @property
     def names(self) -> list[str]:
         """The pictures that this result has."""
@@ -65,10 +82,7 @@ class Pictures(DatasetPlotAccessor):
 
     def _data(self, name: str) -> xr.Dataset:
         if name not in self.names:
-            known = ", ".join(self.names) or "none of ours"
-            raise InvalidValue(
-                f"This result has no picture {name!r}; expected one of: {known}, or xarray's own."
-            )
+            raise InvalidValue(f"This result has no picture {name!r}; {self._expected}.")
         found: xr.Dataset = self._ds
         return found
 
@@ -86,6 +100,9 @@ class Pictures(DatasetPlotAccessor):
         one = data.sel(view=view) if steps else data.sel(energy=view)
         what = "layer_gap" if steps else "log_ratio"
         ax, layers = axes_for(ax), data.layer.values
+        if "null_profile" in data and view in data.profile.values:
+            for null in data.null_profile.sel(profile=view).values:
+                ax.plot(layers, null, color=LOW, alpha=0.3, linewidth=0.5)
         for ends in (f"{what}_interval", f"{what}_together"):  # of each by itself, and of all
             if ends in one:
                 shade = {"color": INK, "alpha": 0.15, "linewidth": 0}
@@ -95,8 +112,13 @@ class Pictures(DatasetPlotAccessor):
             zero(ax)
         onset(ax, data.attrs, view)
         unit = "gap, steps (high minus low)" if steps else "log low $-$ log high"
-        ax.set(xlabel="layer ($-$1: the embedding)", ylabel=unit, title=view)
+        ends = layers[0] - 0.5, layers[-1] + 0.5
+        ax.set(xlabel="layer ($-$1: the embedding)", ylabel=unit, title=view, xlim=ends)
         whole_numbers(ax.xaxis)
+        if not np.isfinite(one[what]).any():
+            why = "no layer's bands are decided within the run"
+            ax.set_yticks([])
+            said(ax, NO_CLONES if view == "stream" and not data.sizes["release"] else why)
         return ax
 
     def commitment(self, ax: Any = None) -> Any:
@@ -106,7 +128,9 @@ class Pictures(DatasetPlotAccessor):
             ax: where.
         """
         data, ax = self._data("commitment"), axes_for(ax)
-        n, estimators = data.sizes["band"], data.estimator.values.tolist()
+        # what was not run is not in the legend
+        has = np.isfinite(data.band_commitment).any("band")
+        n, estimators = data.sizes["band"], data.estimator.values[has.values].tolist()
         for i, name in enumerate(estimators):
             one, face = data.sel(estimator=name), INK if i == 0 else "white"
             points(
@@ -120,9 +144,11 @@ class Pictures(DatasetPlotAccessor):
                 label=str(name).replace("_", " "),
             )
         ax.set_xticks(range(n), data.band.values, rotation=30, fontsize=7)
-        ax.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
-        whole_numbers(ax.yaxis)
-        legend(ax)
+        ax.set(xlabel=unit_of(data), ylabel="commitment step", xlim=(-0.5, n - 0.5))
+        if estimators:
+            legend(ax)
+        else:
+            said(ax, "no band is decided within the run")
         return ax
 
     def agreement(self, ax: Any = None) -> Any:
@@ -135,15 +161,18 @@ class Pictures(DatasetPlotAccessor):
 
         data, ax = self._data("agreement"), axes_for(ax)
         colours = matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 0.85, data.sizes["band"]))
+        clones = data.get("agreement_clones")
         for band, colour in zip(data.band.values, colours, strict=True):
             ax.plot(data.step, data.agreement_one_pass.sel(band=band), color=colour, label=band)
-            if "agreement_clones" in data:
-                clones = data.agreement_clones.sel(band=band)
-                ax.plot(data.release, clones, "o", color=colour, markersize=3.5)
+            if clones is not None and clones.size:
+                ax.plot(data.release, clones.sel(band=band), "o", color=colour, markersize=3.5)
+        ax.plot([], [], color=INK, label="one pass")
+        if clones is not None and clones.size:
+            ax.plot([], [], "o", color=INK, markersize=3.5, label="clones")
         zero(ax, 0.5)
         ax.set(xlabel="release step (0 is the noisiest)", ylabel="agreement of the finished twins")
         whole_numbers(ax.xaxis)
-        legend(ax, title="cycles/pixel", title_fontsize=7)
+        legend(ax, title=unit_of(data), title_fontsize=7)
         return ax
 
     def spectrum(self, ax: Any = None) -> Any:
@@ -155,8 +184,7 @@ class Pictures(DatasetPlotAccessor):
         data, ax = self._data("spectrum"), axes_for(ax)
         tau = data.spectrum_commitment
         points(ax, data.frequency, tau, data.spectrum_commitment_interval)
-        ax.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
-        whole_numbers(ax.yaxis)
+        ax.set(xlabel=unit_of(data), ylabel="commitment step")
         return ax
 
     def cut(self, ax: Any = None) -> Any:
@@ -168,7 +196,10 @@ class Pictures(DatasetPlotAccessor):
         data, ax = self._data("cut"), axes_for(ax)
         points(ax, data.cut, data.cut_gap, data.cut_gap_interval, fmt="o-")
         zero(ax)
-        ax.set(xlabel="cut, cycles/pixel", ylabel="gap, steps (high minus low)")
+        if data.attrs.get("bands") in ("radial", "dct"):  # of others the cut is rounded, or none
+            ax.axvline(data.attrs["cut"], color=HIGH, linewidth=0.8, linestyle="--")
+        unit = unit_of(data).removeprefix("frequency, ")
+        ax.set(xlabel=f"cut, {unit}", ylabel="gap, steps (high minus low)")
         return ax
 
     def twins(self, pairs: int = 4, ax: Any = None) -> Any:
@@ -289,6 +320,16 @@ class Pictures(DatasetPlotAccessor):
         return ax
 
 
+def unit_of(data: xr.Dataset) -> str:
+    """What the frequencies of a result are, for an axis.
+
+    Args:
+        data: of `dit_lens.experiments.measure_gap`.
+    """
+    units = {"pooling": "level", "eigen": "rank of the mode"}
+    return units.get(data.attrs.get("bands", ""), "frequency, cycles/pixel")
+
+
 def onset(ax: Any, attrs: Any, view: str) -> None:
     """A profile's onset, if one is named, with its interval.
 
@@ -304,9 +345,9 @@ def onset(ax: Any, attrs: Any, view: str) -> None:
     if ends is not None:
         ax.axvspan(*ends, color=HIGH, alpha=0.2, linewidth=0)
     ax.axvline(layer, color=HIGH, linewidth=0.8, linestyle="--")
-    said = f"onset {layer}" + ("" if ends is None else f" [{int(ends[0])}, {int(ends[1])}]")
+    named = f"onset {layer}" + ("" if ends is None else f" [{int(ends[0])}, {int(ends[1])}]")
     ax.annotate(
-        said,
+        named,
         (layer, 1.0),
         xycoords=("data", "axes fraction"),
         xytext=(3, -10),

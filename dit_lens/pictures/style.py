@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .. import arguments
+
 LOW, HIGH, INK = "#0b559f", "#e08214", "#222222"
 """Of low frequencies, of high ones, of everything else."""
 DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
@@ -20,8 +22,16 @@ def axes_for(ax: Any, size: tuple[float, float] = (4.2, 3.0)) -> Any:
     Args:
         ax: matplotlib axes, or None.
         size: of the figure, in inches.
+
+    Raises:
+        InvalidType: for anything else, such as an array of axes.
     """
     if ax is not None:
+        from matplotlib.axes import Axes
+
+        nearest = "one of them, such as axes[0]" if isinstance(ax, (np.ndarray, list)) else None
+        if not isinstance(ax, Axes):
+            raise arguments.refusal("ax", ax, "matplotlib axes", nearest, wrong_type=True)
         return ax
     import matplotlib.pyplot as plt
 
@@ -65,6 +75,12 @@ def points(ax: Any, x: Any, value: Any, interval: Any, color: str = INK, **optio
 def zero(ax: Any, at: float = 0.0) -> None:
     """A thin line at nothing, or at another value."""
     ax.axhline(at, color=INK, linewidth=0.6, linestyle=":")
+
+
+def said(ax: Any, text: str) -> None:
+    """A few words in the middle of axes in which nothing can be drawn."""
+    middle = {"ha": "center", "va": "center", "fontsize": 8, "color": INK}
+    ax.annotate(text, (0.5, 0.5), xycoords="axes fraction", **middle)
 
 
 def signed_map(ax: Any, values: Any, x: Any, label: str) -> Any:

@@ -11,9 +11,10 @@ import xarray as xr
 from rich.table import Table
 
 from ..experiments.gap_sentences import TITLES, bands_sentence, gap_of
+from ..measures import Array
 from ..measures.estimate import Estimate, number
-from ..pictures.result import Result, onset
-from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
+from ..pictures.result import Result, unit_of
+from ..pictures.style import HIGH, LOW, whole_numbers
 from ..storage import save_dataset
 from .style import beside, files, picture, plain_console
 
@@ -199,33 +200,15 @@ def draw_profile(results: xr.Dataset, path: Path) -> Path:
         results: of `dit_lens.experiments.measure_gap`.
         path: of the picture.
     """
-    layers, at = results.layer.values, int(results.attrs["commitment_step"])
-    with picture(path, (8.6, 5.0), nrows=2, ncols=2, sharex=True) as (_, axes):
-        for ax, (view, title) in zip(axes.flat, VIEWS.items(), strict=True):
-            if view in results.view.values:
-                one, unit = results.sel(view=view), "gap, steps (high minus low)"
-                value, ends, together = (
-                    one[f"layer_gap{end}"] for end in ("", "_interval", "_together")
-                )
-                ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-            else:
-                one, unit = results.sel(energy=view), "log low $-$ log high"
-                value, ends, together = (
-                    one[f"log_ratio{end}"] for end in ("", "_interval", "_together")
-                )
-                title = f"{title}, step {at}"
-            if "null_profile" in results:
-                for null in results.null_profile.sel(profile=view).values:
-                    ax.plot(layers, null, color=LOW, alpha=0.3, linewidth=0.5)
-            # of each layer by itself, and of all at once
-            for shown in (ends, together):
-                ax.fill_between(layers, *shown.values.T, color=INK, alpha=0.12, linewidth=0)
-            ax.plot(layers, value, color=INK, marker="o", markersize=2.5, linewidth=1)
-            ax.set(title=title, ylabel=unit, xlim=(layers[0] - 0.5, layers[-1] + 0.5))
-            onset(ax, results.attrs, view)
-            whole_numbers(ax.xaxis)
-        for ax in axes[1]:
-            ax.set_xlabel("layer ($-$1: the embedding)")
+    at, plot = int(results.attrs["commitment_step"]), Result.of(results).plot
+    shown = [view for view in VIEWS if view != "stream" or results.sizes["release"]]
+    rows, size = (2, (8.6, 5.0)) if len(shown) == len(VIEWS) else (1, (11, 2.8))
+    with picture(path, size, nrows=rows, ncols=len(shown) // rows, sharex=True) as (_, axes):
+        for ax, view in zip(axes.flat, shown, strict=True):
+            step = f", step {at}" if view in results.energy.values else ""
+            plot.profile(view, ax=ax).set(title=VIEWS[view] + step)
+            if ax not in np.atleast_2d(axes)[-1]:
+                ax.set_xlabel("")
     return path
 
 
@@ -237,128 +220,51 @@ def draw_spectrum(results: xr.Dataset, path: Path) -> Path:
         results: of `dit_lens.experiments.measure_gap`.
         path: of the picture.
     """
-    kind, at = results.attrs["bands"], int(results.attrs["commitment_step"])
-    axis = {"pooling": "level", "eigen": "rank of the mode"}.get(kind, "frequency, cycles/pixel")
+    at, plot = int(results.attrs["commitment_step"]), Result.of(results).plot
     with picture(path, (11, 3.1), ncols=3) as (figure, (gap, taus, layers)):
-        # the gap against the cut
-        gap.fill_between(
-            results.cut, *results.cut_gap_interval.values.T, color=INK, alpha=0.15, linewidth=0
-        )
-        gap.plot(results.cut, results.cut_gap, color=INK, marker="o", markersize=2.5, linewidth=1)
-        gap.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-        if kind in ("radial", "dct"):
-            gap.axvline(results.attrs["cut"], color=HIGH, linewidth=0.8, linestyle="--")
-        gap.set(
-            xlabel="cut, " + axis.removeprefix("frequency, "),
-            ylabel="gap, steps",
-            title="gap against the cut (one pass)",
-        )
+        plot.cut(ax=gap).set(title="gap against the cut (one pass)")
+        plot.spectrum(ax=taus).set(title="commitment of each frequency (one pass)")
 
-        # when each frequency commits
-        tau = results.spectrum_commitment
-        taus.errorbar(
-            results.frequency,
-            tau,
-            yerr=error_bars(tau, results.spectrum_commitment_interval),
-            fmt="o",
-            color=INK,
-            markersize=3,
-            linewidth=0.8,
-            capsize=1.5,
-        )
-        taus.set(
-            xlabel=axis, ylabel="commitment step", title="commitment of each frequency (one pass)"
-        )
-
-        # what twins differ by
+        # what twins differ by; frequencies are not evenly spaced
         energy = np.log10(np.maximum(results.difference_spectrum.values.T, 1e-12))
-        image = layers.imshow(
-            energy,
-            aspect="auto",
-            origin="lower",
-            cmap="magma",
-            extent=(-1.5, int(results.layer[-1]) + 0.5, -0.5, len(energy) - 0.5),
+        image = layers.pcolormesh(
+            edges(results.layer.values), edges(results.token_frequency.values), energy, cmap="magma"
         )
-        ticks = np.linspace(0, len(energy) - 1, min(6, len(energy))).round().astype(int)
-        layers.set_yticks(ticks, [f"{results.token_frequency.values[i]:.2f}" for i in ticks])
         layers.set(
             xlabel="layer ($-$1: the embedding)",
-            ylabel=axis.replace("pixel", "token"),
+            ylabel=unit_of(results).replace("pixel", "token"),
             title=f"what twins differ by, step {at}",
         )
-        whole_numbers(layers.xaxis, taus.yaxis)
+        whole_numbers(layers.xaxis)
         figure.colorbar(image, ax=layers, label="log$_{10}$ normalised energy")
     return path
 
 
+def edges(centres: Array) -> Array:
+    """Where cells around rising numbers begin and end.
+
+    >>> edges(np.array([0.0, 1.0, 3.0])).tolist()
+    [-0.5, 0.5, 2.0, 4.0]
+    """
+    if len(centres) < 2:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    between = (centres[1:] + centres[:-1]) / 2
+    first, last = 2 * centres[0] - between[0], 2 * centres[-1] - between[-1]
+    return np.array([first, *between, last])
+
+
 def draw_frequencies(results: xr.Dataset, path: Path) -> Path:
     """When each frequency is decided: agreement of the finished twins by release step, by clones
-    and in one pass.
+    and in one pass; and when each band commits.
 
     Args:
         results: of `dit_lens.experiments.measure_gap`.
         path: of the picture.
     """
-    import matplotlib
-
-    bands = results.band.values
-    colours = matplotlib.colormaps["coolwarm"](np.linspace(0, 1, len(bands)))
+    plot = Result.of(results).plot
     with picture(path, (8.6, 3.3), ncols=2, width_ratios=(3, 2)) as (_, (lines, taus)):
-        # agreement by release step
-        for band, colour in zip(bands, colours, strict=True):
-            lines.plot(
-                results.step,
-                results.agreement_one_pass.sel(band=band),
-                color=colour,
-                linewidth=1.4,
-                label=band,
-            )
-            lines.plot(
-                results.release,
-                results.agreement_clones.sel(band=band),
-                color=colour,
-                marker="o",
-                markersize=3.5,
-                linestyle="none",
-            )
-        lines.axhline(0.5, color=INK, linewidth=0.6, linestyle=":")
-        lines.set(
-            xlabel="release step (0 is the noisiest)",
-            ylabel="agreement of the finished twins",
-            ylim=(-0.1, 1.02),
-        )
-        legend(lines, title="frequency, cycles/pixel", title_fontsize=7, loc="upper left")
-        lines.annotate(
-            "lines: one pass   points: clones",
-            (0.99, 0.02),
-            xycoords="axes fraction",
-            ha="right",
-            fontsize=7,
-            color=INK,
-        )
-
-        # commitment of each band
-        for estimator, marker, face, shift in (
-            ("one_pass", "o", INK, -0.12),
-            ("clones", "s", "white", 0.12),
-        ):
-            tau = results.band_commitment.sel(estimator=estimator)
-            taus.errorbar(
-                np.arange(len(bands)) + shift,
-                tau,
-                yerr=error_bars(tau, results.band_commitment_interval.sel(estimator=estimator)),
-                fmt=marker,
-                color=INK,
-                markersize=4,
-                linewidth=0.8,
-                capsize=2,
-                label=estimator.replace("_", " "),
-                markerfacecolor=face,
-            )
-        taus.set_xticks(range(len(bands)), bands, rotation=30, fontsize=7)
-        taus.set(xlabel="frequency, cycles/pixel", ylabel="commitment step")
-        legend(taus)
-        whole_numbers(lines.xaxis, taus.yaxis)
+        plot.agreement(ax=lines)
+        plot.commitment(ax=taus)
     return path
 
 

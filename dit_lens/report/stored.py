@@ -299,18 +299,25 @@ def load_result(path: str | Path) -> Result:
     """A stored result, of any kind, whole as it was written.
 
     Args:
-        path: its file, such as "gap-digits/gap.nc".
+        path: its file, such as "gap-digits/gap.nc", or a folder that holds one result.
 
     Returns:
         Result: an `xarray.Dataset`, with pictures: `result.plot.profile()`, ...
 
     Raises:
         MissingFile: if it is not there.
-        InvalidValue: for a file that is no result of dit_lens, or is damaged.
+        InvalidValue: for a file that is no result of dit_lens, or is damaged; for a folder that
+            holds several.
 
         load_result("gap-digits/gap.nc").plot.profile("lens")
     """
-    return read(arguments.path("path", path))[1]
+    found = files_at(arguments.path("path", path))
+    if len(found) > 1:
+        raise InvalidValue(
+            f"The folder {str(path)!r} holds {len(found)} results; expected one of "
+            f"{', '.join(repr(str(file)) for file in found)}."
+        )
+    return read(found[0])[1]
 
 
 def files_at(path: Path) -> list[Path]:
