@@ -77,14 +77,20 @@ def test_hooks_of_a_hub_id(folder, tmp_path):
             ["gap", "/nowhere", "--couple", "0", "1", "--steps", "4"],
             "steps=4 can't be used; expected a whole number of 5 or more, to release twins at",
         ),
-        (["gap", "--pairs", "8"], "pairs=8 can't be used; expected a whole number of 16 or more"),
-        (["gap", "--steps", "2"], "steps=2 can't be used; expected a whole number of 4 or more"),
         (
             ["gap", "--size", "7"],
             "size=(7,) can't be used; expected (height, width) of the latents",
         ),
         (["patch", "/nowhere"], "'/nowhere' is neither a bundled model nor a folder nor a hub id"),
         (["report", "/nowhere"], "There are no results at '/nowhere'"),
+        (["plan", "--check", "/no.json"], "There is no file '/no.json'; expected a plan written"),
+        (["plan", "--side-by-side", "/no.json"], "There is no file '/no.json'; expected a plan"),
+        (["compare", "--with", "/no.json"], "There is no file '/no.json'; expected a plan written"),
+        (["gap", "--images", "/nowhere"], "There is no file '/nowhere'; expected a folder of"),
+        (["gap", "--prompts", "/nowhere"], "There is no file '/nowhere'; expected prompts, one a"),
+        (["probe", "digits", "f.py:C"], "The probe comes first: dit-lens probe f.py:C digits; got"),
+        (["probe", "/no.py:C"], "There is no file '/no.py'; expected path/to/file.py:ClassName"),
+        (["diagnose"], "Neither of --label and --all is given"),
         (
             ["probe", "SpectralSplitt"],
             "No probe is called 'SpectralSplitt'; installed: 'SpectralSplit'",
@@ -135,9 +141,13 @@ WHOLE, POSITIVE = "expected a whole number of 1 or more", "expected a number abo
 @pytest.mark.parametrize(
     "argv, text",
     [
-        (["gap", "--pairs", "0"], f"argument --pairs: got '0'; {WHOLE}"),
-        (["gap", "--steps", "0"], f"argument --steps: got '0'; {WHOLE}"),
-        (["patch", "--pairs", "-3"], f"argument --pairs: got '-3'; {WHOLE}"),
+        (["gap", "--pairs", "8"], "argument --pairs: got '8'; expected a whole number of 16 or"),
+        (["gap", "--steps", "2"], "argument --steps: got '2'; expected a whole number of 4 or"),
+        (["gap", "--null", "5"], "argument --null: got '5'; expected 0, for no claim about depth,"),
+        (["patch", "--pairs", "-3"], "argument --pairs: got '-3'; expected a whole number of 16"),
+        (["plan", "--budget", "1.5"], "argument --budget: got '1.5'; expected a share above 0"),
+        (["plan", "--items", "7"], "argument --items: got '7'; expected a whole number of 8"),
+        (["probe", "--probe", "f.py:C"], "--probe; it has no dashes: dit-lens probe PROBE MODEL"),
         (["patch", "--steps", "many"], f"argument --steps: got 'many'; {WHOLE}"),
         (["probe", "LayerLens", "--items", "0"], f"argument --items: got '0'; {WHOLE}"),
         (["probe", "LayerLens", "--steps", "2.5"], f"argument --steps: got '2.5'; {WHOLE}"),
@@ -163,6 +173,51 @@ def test_bad_options_are_refused_and_not_replaced(argv, text, capsys):
     assert text in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "argv, option, beside",
+    [
+        (["plan", "--check", "a.json", "--steps", "8"], "--steps", "--check"),
+        (["plan", "--check", "a.json", "--budget", "0.5"], "--budget", "--check"),
+        (["plan", "--check", "a.json", "--aim", "same"], "--aim", "--check"),
+        (["plan", "--check", "a.json", "--labels", "3"], "--labels", "--check"),
+        (["plan", "--check", "a.json", "--no-lines"], "--no-lines", "--check"),
+        (["plan", "--check", "a.json", "--out", "b.json"], "--out", "--check"),
+        (["plan", "--steps", "9", "--side-by-side", "a.json"], "--steps", "--side-by-side"),
+        (["diagnose", "--all", "--good", "digits"], "--good", "--all"),
+        (["diagnose", "--all", "--band", "low"], "--band", "--all"),
+        (["diagnose", "--label", "3", "--most", "4"], "--most", "--label"),
+        (["map", "--exact", "--check", "4"], "--check", "--exact"),
+        (["gap", "--couple", "0", "1", "--labels", "3"], "--labels", "--couple"),
+        (["patch", "--interchange", "stream", "--labels", "3"], "--labels", "--interchange"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(argv, option, beside, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dit-lens: {option} does nothing beside {beside}: ")
+    assert said.endswith("; leave it out.\n")
+
+
+def test_mistakes_are_refused_before_torch_is_loaded():
+    for argv in (
+        ["plan", "--check", "/no.json"],
+        ["report", "/nowhere"],
+        ["gap", "--pairs", "8"],
+        ["diagnose", "--all", "--good", "digits"],
+    ):
+        said = f"import sys; from dit_lens.commands import main\ntry: main({argv})\nfinally: "
+        said += "sys.exit(7 if 'torch' in sys.modules else 2)"
+        assert subprocess.run([sys.executable, "-c", said], stderr=-3).returncode == 2, argv
+
+
+def test_what_is_refused_leaves_no_folder(folder, tmp_path, capsys):
+    """The labels are looked at when the measurement begins."""
+    out = tmp_path / "made" / "out"
+    short = ["--pairs", "16", "--steps", "4", "--out", str(out)]
+    assert main(["gap", str(folder), "--labels", "0", "1", "99", *short]) == 2
+    assert "99" in capsys.readouterr().err and not out.parent.exists()
+
+
 def test_what_was_asked_for_is_what_is_run(monkeypatch, folder):
     asked = {}
 
@@ -174,7 +229,7 @@ def test_what_was_asked_for_is_what_is_run(monkeypatch, folder):
     for argv, pairs, steps in [
         ([], 24, 25),
         (["--quick"], 16, 12),
-        (["--pairs", "1", "--steps", "1"], 1, 1),
+        (["--pairs", "17", "--steps", "1"], 17, 1),
         (["--quick", "--pairs", "40"], 40, 12),
     ]:
         assert main(["patch", str(folder), "--out", str(folder / "out"), *argv]) == 2
@@ -233,6 +288,10 @@ def test_a_probe_that_ends_the_program_fails_its_check(tmp_path, monkeypatch, ca
             "def result(self): return xr.Dataset(attrs={'a': None})",
             "The result of Mine can't be st",
         ),
+        (
+            "def observe(self, activation, site): return 1 / 0",
+            "Mine failed in {folder}/mine.py, line 5 (observe): ZeroDivisionError: division by",
+        ),
     ],
 )
 def test_a_probe_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys, method, said):
@@ -245,6 +304,7 @@ def test_a_probe_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys, me
         f"    {method}\n"
     )
     assert main(["probe", "mine.py:Mine", "digits", "--steps", "2", "--items", "1"]) == 2
+    said = said.replace("{folder}", str(tmp_path))
     assert capsys.readouterr().err.strip().startswith(f"dit-lens: {said}")
 
 

@@ -15,12 +15,14 @@ from .common import (
     add_model,
     add_seed,
     add_size,
+    at_least,
     batch_of,
     count,
     frequency,
     labels_of,
     open_model,
     progress_bar,
+    refuse,
     seed,
     stored,
 )
@@ -37,11 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is put in: what was added a step before, nothing, or the mean (default: hold)",
     )
     parser.add_argument("--sites", nargs="+", help="attn, mlp, ..., block (default: every part)")
-    parser.add_argument("--items", type=count, help="samples (default: 16; with --quick 8)")
+    parser.add_argument(
+        "--items", type=at_least(8), help="samples, 8 or more (default: 16; with --quick 8)"
+    )
     parser.add_argument("--steps", type=count, help="denoising steps (default: 50; --quick 12)")
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps")
     parser.add_argument(
-        "--check", type=seed, default=16, help="so many cells are also run exactly (default: 16)"
+        "--check", type=seed, help="so many cells are also run exactly (default: 16)"
     )
     parser.add_argument("--exact", action="store_true", help="run every cell exactly")
     add_seed(parser)
@@ -58,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: map-MODEL)"
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Files that are not there, and options that would be passed over."""
+    if args.exact:
+        refuse(args, "--exact", "every cell is run", "check")
+    labels_of(args)
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -80,7 +91,7 @@ def run(args: argparse.Namespace) -> Answer:
             items=args.items or (8 if args.quick else 16),
             labels=labels_of(args),
             steps=args.steps or (12 if args.quick else 50),
-            check=args.check,
+            check=16 if args.check is None else args.check,
             exact=args.exact,
             seed=args.seed,
             cut=args.cut,

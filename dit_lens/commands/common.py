@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import InvalidValue, MissingFile
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -82,6 +84,27 @@ def count(text: str) -> int:
         argparse.ArgumentTypeError: for anything else.
     """
     return _whole(text, least=1)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of so much or more.
+
+    >>> at_least(16)("48")
+    48
+    """
+    return lambda text: _whole(text, least)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0 and up to 1.
+
+    >>> share("0.5")
+    0.5
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    return _number(text, lambda value: 0 < value <= 1, "a share above 0 and up to 1, such as 0.5")
 
 
 def seed(text: str) -> int:
@@ -175,8 +198,41 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def existing(path: Path, expected: str) -> Path:
+    """A file that has to be there.
+
+    Args:
+        path: the file.
+        expected: what it should be, for the error.
+
+    Raises:
+        MissingFile: if it is not.
+    """
+    if not path.exists():
+        raise MissingFile(f"There is no file {str(path)!r}; expected {expected}.")
+    return path
+
+
+def refuse(args: argparse.Namespace, beside: str, why: str, *names: str) -> None:
+    """Raise InvalidValue for options that would be passed over.
+
+    Args:
+        args: of a subcommand; options that were not given are None or False in it.
+        beside: the option beside which they are.
+        why: they do nothing there.
+        names: of the options.
+    """
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidValue(f"{option} does nothing beside {beside}: {why}; leave it out.")
+
+
 def add_quick(
-    parser: argparse.ArgumentParser, pairs: tuple[int, int], steps: tuple[int, int]
+    parser: argparse.ArgumentParser,
+    pairs: tuple[int, int],
+    steps: tuple[int, int],
+    fewest: tuple[int, int] = (1, 1),
 ) -> None:
     """The options `--pairs`, `--steps` and `--quick`; `sizes` later chooses between the defaults.
 
@@ -184,17 +240,19 @@ def add_quick(
         parser: of the subcommand.
         pairs: the default number of pairs, and that of a quick run.
         steps: the default number of steps, and that of a quick run.
+        fewest: pairs and steps that can be measured.
     """
     parser.set_defaults(default_pairs=pairs, default_steps=steps)
+    least = [f", {few} or more" if few > 1 else "" for few in fewest]
     parser.add_argument(
         "--pairs",
-        type=count,
-        help=f"pairs of twins (default: {pairs[0]}; with --quick {pairs[1]})",
+        type=at_least(fewest[0]),
+        help=f"pairs of twins{least[0]} (default: {pairs[0]}; with --quick {pairs[1]})",
     )
     parser.add_argument(
         "--steps",
-        type=count,
-        help=f"denoising steps (default: {steps[0]}; with --quick {steps[1]})",
+        type=at_least(fewest[1]),
+        help=f"denoising steps{least[1]} (default: {steps[0]}; with --quick {steps[1]})",
     )
     parser.add_argument("--quick", action="store_true", help="fewer pairs and steps: a first look")
 
@@ -264,8 +322,6 @@ def labels_of(args: argparse.Namespace) -> list[int] | list[str] | None:
     Raises:
         InvalidValue: for a file without prompts, or that is no text.
     """
-    from ..errors import InvalidValue
-
     if args.prompts is None:
         found: list[int] | None = args.labels
         return found

@@ -12,7 +12,9 @@ from .common import (
     add_model,
     add_seed,
     add_size,
+    at_least,
     count,
+    existing,
     frequency,
     labels_of,
     open_model,
@@ -32,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     change.add_argument("--lora", metavar="FILE", help="an adapter, a file or a hub id")
     change.add_argument("--dtype", help="of the changed model's weights, such as bfloat16")
     parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator, if any)")
-    parser.add_argument("--items", type=count, default=64, help="samples (default: 64)")
+    parser.add_argument(
+        "--items", type=at_least(8), default=64, help="samples, 8 or more (default: 64)"
+    )
     parser.add_argument("--steps", type=count, help="denoising steps (default: a plan's, or 50)")
     add_seed(parser)
     add_labels(parser)
@@ -44,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_size(parser)
     parser.add_argument("--out", type=Path, help="folder for the figures (default: compare-MODEL)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Files that are not there."""
+    if args.plan is not None:
+        existing(args.plan, "a plan written by Plan.save")
+    labels_of(args)
 
 
 def run(args: argparse.Namespace) -> Answer:

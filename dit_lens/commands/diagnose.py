@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..errors import InvalidValue
 from .attributes import EXPECTED
 from .common import (
     Answer,
@@ -19,6 +20,7 @@ from .common import (
     count,
     open_model,
     progress_bar,
+    refuse,
     seed,
     stored,
     strength,
@@ -29,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what `dit_lens.experiments.diagnose` takes."""
     add_model(parser)
     parser.add_argument("--label", type=seed, help="class of the bad image")
-    parser.add_argument(
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
         "--fault",
         help="digits: 'read as another digit'; portraits: 'no legal avatar' or a factor; or "
         f"{EXPECTED}, which gives scores (default: the model's first by name)",
     )
-    one = parser.add_mutually_exclusive_group()
     one.add_argument(
         "--mask",
         type=seed,
@@ -52,14 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta", type=strength, default=1.0, help="how stochastic the sampler is (default: 1)"
     )
-    parser.add_argument("--pairs", type=count, default=8, help="pairs to patch (default: 8)")
+    parser.add_argument("--pairs", type=count, help="pairs to patch (default: 8)")
     parser.add_argument("--all", action="store_true", help="every fault of many samples")
-    parser.add_argument(
-        "--samples", type=count, default=1000, help="with --all, so many (default: 1000)"
-    )
-    parser.add_argument(
-        "--most", type=count, default=12, help="with --all, faults of a kind (default: 12)"
-    )
+    parser.add_argument("--samples", type=count, help="with --all, so many (default: 1000)")
+    parser.add_argument("--most", type=count, help="with --all, faults of a kind (default: 12)")
     add_seed(parser)
     add_size(parser)
     add_device(parser, batch=False)
@@ -68,16 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Answer:
-    """Diagnose, store it and show it."""
-    from ..errors import InvalidValue
-    from ..storage import file_name, try_folder
-
+def check(args: argparse.Namespace) -> None:
+    """One image or many, and options that would be passed over."""
     if args.all == (args.label is not None):
         raise InvalidValue(
             f"{'Both' if args.all else 'Neither'} of --label and --all "
             f"{'are' if args.all else 'is'} given; expected --label L for one image, or --all."
         )
+    if args.all:
+        refuse(args, "--all", "it is of one image", "mask", "band", "good", "pairs")
+    else:
+        refuse(args, "--label", "it is of --all", "samples", "most")
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Diagnose, store it and show it."""
+    from ..storage import file_name, try_folder
+
     out = args.out or Path(f"diagnosis-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
     (_every if args.all else _one)(args, out)
@@ -104,7 +109,7 @@ def _one(args: argparse.Namespace, out: Path) -> None:
             bad,
             fault,
             good,
-            pairs=args.pairs,
+            pairs=args.pairs or 8,
             seed=args.seed,
             progress=lambda images: bar.update(task, completed=images),
         )
@@ -123,11 +128,11 @@ def _every(args: argparse.Namespace, out: Path) -> None:
         task = bar.add_task("samples", total=None)
         result = diagnose_all(
             model,
-            args.samples,
+            args.samples or 1000,
             None if args.fault is None else {args.fault: _fault(args, model)},
             steps=args.steps,
             eta=args.eta,
-            most=args.most,
+            most=args.most or 12,
             seed=args.seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -138,7 +143,6 @@ def _fault(args: argparse.Namespace, model: Any) -> Any:
     """The fault that was asked for."""
     import torch
 
-    from ..errors import InvalidValue
     from ..experiments.diagnosis.fault import names_of
     from ..measures.bands import CUT, Bands
     from ..sampling.run import decode

@@ -18,11 +18,12 @@ from .common import (
     add_seed,
     add_size,
     batch_of,
-    count,
+    existing,
     frequency,
     labels_of,
     open_model,
     progress_bar,
+    refuse,
     sizes,
     stored,
     strength,
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.
     """
     add_model(parser)
-    add_quick(parser, pairs=(48, 16), steps=(50, 25))
+    add_quick(parser, pairs=(48, 16), steps=(50, 25), fewest=(16, 4))
     add_seed(parser)
     parser.add_argument(
         "--cut",
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--null",
-        type=count,
+        type=nulls,
         default=0,
         metavar="N",
         help="hold the profiles over depth against N models with the same layers in another order, "
@@ -107,6 +108,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for pictures and results (default: gap-MODEL)"
     )
+
+
+def nulls(text: str) -> int:
+    """An argparse type: how many null models, 0 or as many as a p-value needs.
+
+    >>> nulls("19")
+    19
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if not text.isdigit() or 0 < int(text) < 19:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected 0, for no claim about depth, or 19 or more"
+        )
+    return int(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Files that are not there, and options that would be passed over."""
+    if args.couple is not None:
+        why = "twins are coupled with the model's own labels"
+        refuse(args, "--couple", why, "labels", "prompts")
+    labels_of(args)
+    if args.images is not None:
+        existing(args.images, "a folder of pictures, or an array as .npy")
 
 
 def run(args: argparse.Namespace) -> Answer:

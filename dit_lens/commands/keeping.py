@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DitLensError
 from .common import count
 
 if TYPE_CHECKING:
@@ -128,11 +129,20 @@ def keeping(
     args.kept = store
     job = {"argv": args.argv, "cwd": os.getcwd(), "batch": batch}
     given = {"argv": args.argv, "model": model, "batch": batch}
-    with working(store, about, engine, args.again, given, model, extra={"job": job}) as work:
-        if work.found():
-            print(f"{work.found()} finished pieces are in {store}")
-        yield
-    if args.store is None:  # it was there for the case of an interruption
-        shutil.rmtree(store, ignore_errors=True)
-        with suppress(OSError):
-            store.parent.rmdir()
+    done, made = False, [folder for folder in (store, *store.parents) if not folder.exists()]
+    try:
+        with working(store, about, engine, args.again, given, model, extra={"job": job}) as work:
+            if work.found():
+                print(f"{work.found()} finished pieces are in {store}")
+            try:
+                yield
+                done = True
+            except DitLensError:  # often of what is refused before any piece is run
+                done = not work.store.names()
+                raise
+    finally:
+        if args.store is None and done:  # it was there for the case of an interruption
+            shutil.rmtree(store, ignore_errors=True)
+            for folder in made[1:]:
+                with suppress(OSError):  # there are results in it
+                    folder.rmdir()

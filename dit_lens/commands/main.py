@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
         _parse(argv, args)
         args.argv, args.again, args.parse = list(argv), repeat, parsed
+        if (check := getattr(COMMANDS[args.command], "check", None)) is not None:
+            check(args)
         from ..storage import made_by  # which loads torch, and is not needed to explain
 
         with made_by(shlex.join(["dit-lens", *argv])):

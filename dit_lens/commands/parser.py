@@ -57,6 +57,9 @@ class Parser(argparse.ArgumentParser):
             word, known = option[1], [o for a in self._actions for o in a.option_strings]
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) if word else []
         hint = f"did you mean {near[0]!r}?" if near else f"{self.prog} --help lists what there is"
+        places = [a.dest for a in self._actions if not a.option_strings]
+        if word.lstrip("-") in places:
+            hint = f"it has no dashes: {self.prog} {' '.join(places).upper()}"
         self.exit(2, f"{self.prog}: {message}; {hint}\n")
 
 

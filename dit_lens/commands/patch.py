@@ -23,6 +23,7 @@ from .common import (
     labels_of,
     open_model,
     progress_bar,
+    refuse,
     sizes,
     stored,
 )
@@ -45,7 +46,7 @@ DOSES = (0.25, 0.5, 1.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what `dit_lens.experiments.knock_outs` takes."""
     add_model(parser)
-    add_quick(parser, pairs=(24, 16), steps=(25, 12))
+    add_quick(parser, pairs=(24, 16), steps=(25, 12), fewest=(16, 1))
     add_seed(parser)
     parser.add_argument(
         "--cut",
@@ -92,6 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the picture and results (default: patch-MODEL)"
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Files that are not there, and options that would be passed over."""
+    if args.interchange is not None:
+        why = "bands are exchanged between twins of the model's own labels"
+        refuse(args, "--interchange", why, "labels", "prompts")
+    labels_of(args)
 
 
 def run(args: argparse.Namespace) -> Answer:

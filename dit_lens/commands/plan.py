@@ -12,11 +12,14 @@ from .common import (
     add_model,
     add_seed,
     add_size,
+    at_least,
     count,
-    frequency,
+    existing,
     labels_of,
     open_model,
     progress_bar,
+    refuse,
+    share,
     stored,
 )
 
@@ -26,18 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--budget",
-        type=frequency,
-        default=0.5,
+        type=share,
         help="the share of multiply-accumulates that may be left (default: 0.5)",
     )
     parser.add_argument(
         "--aim",
         choices=["same", "good"],
-        default="same",
         help="the same image, or one as good (default: same)",
     )
-    parser.add_argument("--items", type=count, default=64, help="samples (default: 64)")
-    parser.add_argument("--steps", type=count, default=50, help="denoising steps (default: 50)")
+    parser.add_argument(
+        "--items", type=at_least(8), default=64, help="samples, 8 or more (default: 64)"
+    )
+    parser.add_argument("--steps", type=count, help="denoising steps (default: 50)")
     add_seed(parser)
     add_labels(parser)
     add_size(parser)
@@ -47,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the plan's file (default: plan-MODEL.json); with --side-by-side, a folder",
     )
-    parser.add_argument(
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
         "--check", type=Path, metavar="PLAN", help="measure this plan again, and make none"
     )
-    parser.add_argument(
+    again.add_argument(
         "--side-by-side",
         type=Path,
         nargs="+",
@@ -62,6 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold only what was last added, for tools that can't do lines",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Files that are not there, and options that would be passed over."""
+    fixed = ("budget", "aim", "steps", "labels", "prompts", "no_lines")
+    if args.check is not None:
+        refuse(args, "--check", "the plan says what it was made with", *fixed)
+        refuse(args, "--check", "no file is written", "out")
+    elif args.side_by_side is not None:
+        refuse(args, "--side-by-side", "the plans say what they were made with", *fixed)
+    for path in [args.check] if args.check else args.side_by_side or []:
+        existing(path, "a plan written by Plan.save")
+    labels_of(args)
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -87,11 +104,11 @@ def run(args: argparse.Namespace) -> Answer:
         task = bar.add_task("plan", total=None)
         plan = reuse_plan(
             model,
-            args.budget,
-            args.aim,
+            args.budget or 0.5,
+            args.aim or "same",
             items=args.items,
             labels=labels_of(args),
-            steps=args.steps,
+            steps=args.steps or 50,
             seed=args.seed,
             lines=not args.no_lines,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import DitLensError, InvalidType, InvalidValue
 from .common import (
     Answer,
     add_device,
@@ -16,14 +20,15 @@ from .common import (
     add_size,
     batch_of,
     count,
+    existing,
     labels_of,
     open_model,
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME, MODEL, and the size of the run."""
-    add_probe(parser, "name")
+    """PROBE, MODEL, and the size of the run."""
+    add_probe(parser, "probe")
     add_model(parser)
     parser.add_argument(
         "--items",
@@ -39,16 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="netCDF file (default: NAME.nc)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Probe and model in the wrong order, and files that are not there."""
+    source, _, name = args.probe.rpartition(":")
+    if ":" in args.model and ":" not in args.probe:
+        raise InvalidValue(
+            f"The probe comes first: dit-lens probe {args.model} {args.probe}; got {args.probe!r} "
+            "in its place."
+        )
+    if name and source.endswith(".py"):
+        existing(Path(source), "path/to/file.py:ClassName")
+    labels_of(args)
+
+
 def run(args: argparse.Namespace) -> Answer:
     """One sampling run with the probe attached, or the runs that the probe makes by itself."""
     import xarray as xr
 
     from .. import arguments
-    from ..errors import InvalidType, InvalidValue
     from ..storage import file_name, save_dataset, try_file
     from ..testing.probe_checks import find_probe
 
-    found = find_probe(args.name)
+    found = find_probe(args.probe)
     try:
         inspect.signature(found).bind()
     except TypeError as error:
@@ -66,13 +83,15 @@ def run(args: argparse.Namespace) -> Answer:
     items = 8 * each if args.items is None else args.items
     batch = batch_of(args, model, items)
     parts = {} if batch is None else {"batch": batch}
-    if found.of_twins:  # two images a pair
-        pairs = max(1, items // 2)
-        labels = None if chosen is None else [known[i % len(known)] for i in range(pairs)]
-        result = probe.run(model, labels, pairs=pairs, seed=args.seed, steps=args.steps, **parts)
-    else:
-        labels = [known[i // each % len(known)] for i in range(items)]
-        result = probe.run(model, labels, seeds=args.seed, steps=args.steps, **parts)
+    with of_the_users(found):
+        if found.of_twins:  # two images a pair
+            pairs = max(1, items // 2)
+            labels = None if chosen is None else [known[i % len(known)] for i in range(pairs)]
+            options = {"pairs": pairs, "seed": args.seed}
+        else:
+            labels = [known[i // each % len(known)] for i in range(items)]
+            options = {"seeds": args.seed}
+        result = probe.run(model, labels, steps=args.steps, **options, **parts)
     arguments.instance(f"{found.__name__}.result()", result, xr.Dataset, "an xarray.Dataset")
     try:
         save_dataset(out, f"probe {found.__name__}", result)
@@ -85,3 +104,28 @@ def run(args: argparse.Namespace) -> Answer:
     print(result)
     print(f"stored in {out}")
     return Answer({"stored": str(out), "result": result})
+
+
+@contextmanager
+def of_the_users(probe: type) -> Iterator[None]:
+    """Within the block an error in the file of a probe of the user's is one sentence.
+
+    Args:
+        probe: the class.
+
+    Raises:
+        InvalidValue: which names the file, the line and the error.
+    """
+    try:
+        yield
+    except DitLensError:
+        raise
+    except Exception as error:
+        file = inspect.getsourcefile(probe)
+        own = [at for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
+        if not own or probe.__module__.startswith("dit_lens."):  # ours: a bug
+            raise
+        raise InvalidValue(
+            f"{probe.__name__} failed in {own[-1].filename}, line {own[-1].lineno} "
+            f"({own[-1].name}): {type(error).__name__}: {error}."
+        ) from error

@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Files that are not there."""
+    labels_of(args)
+
+
 def run(args: argparse.Namespace) -> Answer:
     """Record what is missing, and say what there is."""
     from ..storage import file_name, try_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import MissingFile
 from .common import Answer, stored
 
 PAGE = Path("report.html")
@@ -29,6 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write one page with interactive figures instead, which needs no network (default: "
         f"{PAGE}); give it after the folders",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Results that are not there."""
+    for path in args.results:
+        if not path.exists():
+            raise MissingFile(
+                f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap`, "
+                "`patch` or another command wrote, or a file in it."
+            )
 
 
 def run(args: argparse.Namespace) -> Answer:

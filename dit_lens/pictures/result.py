@@ -60,7 +60,7 @@ class Pictures(DatasetPlotAccessor):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - NEEDS.keys() | {*self.names})
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *_: Any, **__: Any) -> Any:
         """Refused: which picture has to be said."""
         raise InvalidValue(f"result.plot() draws nothing by itself; {self._expected}.")
 

@@ -68,10 +68,11 @@ def find_probe(where: str) -> type[Probe]:
     source, _, name = where.rpartition(":") if ":" in where else (where, "", "")
     module = imported(source, "path/to/file.py:ClassName")
     probes = [k for k, v in vars(module).items() if _is_probe(v) and v is not Probe]
-    near = difflib.get_close_matches(name, probes, n=3, cutoff=0.3) or probes
+    near = difflib.get_close_matches(name, probes, n=1, cutoff=0.3)
     has = (
-        f"its probes: {', '.join(map(repr, near))}"
-        if near
+        f"its probes: {', '.join(map(repr, probes))}"
+        f"{f' (nearest: {near[0]!r})' if near and name not in probes else ''}"
+        if probes
         else "it has no subclass of dit_lens.Probe"
     )
     if not name:
