@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.errors import InvalidState
 
 STEPS = 4
 
@@ -326,7 +327,7 @@ def test_failures_leave_everything_as_it_was(pipe):
         run(pipe)
         raise KeyboardInterrupt
     assert t["hook_embed"].shape[0] == STEPS and forwards(pipe.transformer) == []
-    with pytest.raises(RuntimeError, match="a trace watches one run"), t:
+    with pytest.raises(RuntimeError, match="its block can be opened once"), t:
         pass
 
 
@@ -544,6 +545,27 @@ def test_steps_device_and_dtype(pipe):
         run(pipe)
 
 
+def test_of_a_run_that_was_broken_off_no_edit_is_said_to_be_idle(pipe, recwarn):
+    def refuse(a, hook):
+        raise InvalidState("enough")
+
+    with pytest.raises(InvalidState, match="enough"), dit_lens.trace(pipe) as t:
+        t.edit("hook_embed", refuse, steps=0)
+        t.edit("hook_embed", lambda a, hook: None, steps=3)
+        run(pipe)
+    assert not [each for each in recwarn if "never acted" in str(each.message)]
+
+
+def test_of_two_runs_in_a_trace_the_steps_count_on(pipe):
+    acted = []
+    with dit_lens.trace(pipe) as t:
+        t.edit("hook_embed", lambda a, hook: acted.append(hook.step), steps=[1, 2])
+        run(pipe)
+        run(pipe)
+    assert t.steps == list(range(8)) and len(t["resid_post", 0]) == 8
+    assert acted[:4] == [1, 2, 1, 2]
+
+
 def test_bad_input(pipe, dit):
     from diffusers import UNet2DModel
 
@@ -565,7 +587,7 @@ def test_bad_input(pipe, dit):
         match="UNet2DModel is not a Diffusion Transformer that dit_lens can open by itself; it ",
     ):
         dit_lens.trace(unet)
-    with pytest.raises(TypeError, match="'str' object|str is neither a transformer nor a pipeline"):
+    with pytest.raises(TypeError, match=r"str is neither a .*, or dit_lens.load\('digits'\)"):
         dit_lens.trace("digits")
     with pytest.raises(RuntimeError, match="train mode, where diffusers drops class labels"):
         dit_lens.trace(dit.train())

@@ -745,8 +745,9 @@ def transformer_of(model: Any) -> Any:
             "where hooks are not; open the model inside, and run that: HookedDiT(model.module)."
         )
     if not isinstance(found, nn.Module):
+        named = f", or dit_lens.load({model!r:.60})" if isinstance(model, str) else ""
         raise InvalidType(
             f"{type(model).__name__} is neither a transformer nor a pipeline with one; expected "
-            "e.g. a DiTPipeline."
+            f"e.g. a DiTPipeline{named}."
         )
     return found

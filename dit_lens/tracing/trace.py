@@ -65,8 +65,12 @@ class Trace:
         t.stack("resid_post", steps=[0, 49])   # [layer, step, batch, token, d_model]
         t.get(["q", "k"], branch="cond")       # several names in one pass
 
-    Before the run: `edit`, `patch`, `ablate`, `hold` say what is changed, at which steps and where.
-    After it: `t[name]`, `get`, `stack`, `to_xarray` read, `save` writes. A trace watches one run.
+    Before the run: `edit`, `patch`, `ablate`, `steer`, `hold` say what is changed, at which steps
+    and where. After it: `t[name]`, `get`, `stack`, `to_xarray` read, `save` writes.
+
+    Of several runs within one block the steps count on: after one of 50, the second begins at step
+    50 of what is read. `steps=` of an edit counts within each run, from 0. One run a trace is the
+    rule; its block can be opened once.
 
     Attributes:
         model: the `HookedDiT`; None for a trace that was loaded without its model.
@@ -95,8 +99,8 @@ class Trace:
     def __enter__(self) -> Trace:
         if self._undo is not None or self._over:
             raise InvalidState(
-                "This trace was opened before; a trace watches one run. Call dit_lens.trace(model) "
-                "again."
+                "This trace was opened before, and its block can be opened once. Call "
+                "dit_lens.trace(model) again."
             )
         model = self._traced_model()
         model.require_eval()
@@ -153,7 +157,8 @@ class Trace:
                 "finished inside the `with` block.",
                 stacklevel=2,
             )
-        for name, steps in self._edit_steps:
+        # a run that was broken off says nothing of the steps it did not come to
+        for name, steps in [] if kind else self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
                     f"The edit at {name!r} for steps={steps!r} never acted: the run had "
@@ -610,7 +615,8 @@ class Trace:
         return to_dataset(self.record, self._read(chosen, steps))
 
     def save(self, path: str | Path) -> Path:
-        """Write inputs, records and what is needed to recompute into one safetensors file.
+        """Write inputs, records and what is needed to recompute into one safetensors file, which
+        `dit_lens.load_trace(path, model)` reads.
 
         Args:
             path: the file; its folder is made.
