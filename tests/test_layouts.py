@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from small_layouts import MODELS, AdaBlock, DiT, Times, family_of_kind, small_of
 
 import dit_lens
-from dit_lens.errors import InvalidState, InvalidValue
+from dit_lens.errors import InvalidState, InvalidType, InvalidValue
 from dit_lens.families import dit_from_original, family_of, small_inputs
 from dit_lens.testing import family_contract as contract
 
@@ -93,6 +93,36 @@ def test_a_class_of_another_name_must_say_how_it_counts_time():
         model.transformer, DDIMScheduler(1000), adapter=dit_lens.Adapter(labels=10)
     )
     assert dit_lens.sample(told, [1], steps=2).latents.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "said"),
+    [
+        ("blocks.1.mlp", "fc1", "SiT, but `mlp` has no `fc1`."),
+        ("blocks.0.attn", "num_heads", "SiT, but `attn` has no `num_heads`."),
+        ("x_embedder", "proj", "SiT, but `x_embedder` has no `proj`."),
+        ("y_embedder", "embedding_table", "SiT, but `y_embedder` has no `embedding_table`."),
+        ("", "pos_embed", "SiT, but it has no `pos_embed`."),
+        ("blocks.1", "norm2", "SiT, but block 1 has no `norm2`."),
+    ],
+)
+def test_a_near_layout_is_told_what_it_lacks(where, name, said):
+    model = small_of("sit", 0)[0]
+    delattr(model.get_submodule(where), name)
+    with pytest.raises(InvalidType, match="It has the children of ") as error:
+        dit_lens.HookedDiT(model)
+    assert f"It has the children of {said} Three ways on" in str(error.value)
+
+
+def test_a_model_in_pefts_wrapping_is_opened_inside():
+    class PeftModel(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = torch.nn.Module()
+            self.base_model.model = model
+
+    with pytest.raises(InvalidType, match=r"This is a PeftModel, .*open its .base_model.model"):
+        dit_lens.HookedDiT(PeftModel(small_of("dit", 0)[0]))
 
 
 def test_train_mode_is_refused():

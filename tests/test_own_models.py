@@ -344,7 +344,7 @@ def test_anything_else_is_told_the_three_ways_on():
     with pytest.raises(InvalidType) as error:
         HookedDiT(Mine())
     ways = "blocks='path.of.blocks'", "adapter=dit_lens.Adapter", "a family of your own"
-    for said in (*ways, "DiTTransformer2DModel", "docs/own-models.md", "modules: 'stack')"):
+    for said in (*ways, "DiTTransformer2DModel", "docs: Your own model", "modules: 'stack')"):
         assert said in str(error.value)
 
 

@@ -193,7 +193,7 @@ class Spoken(Family):
             raise InvalidState(
                 "How this model is called is not known, so that it can't be sampled; expected "
                 "HookedDiT(module, ..., adapter=dit_lens.Adapter(latents=..., labels=...)), or a "
-                "loop of your own inside dit_lens.trace(model) (docs/own-models.md)."
+                "loop of your own inside dit_lens.trace(model) (docs: Your own model)."
             )
         super().set_timesteps(scheduler, steps, tokens)
 

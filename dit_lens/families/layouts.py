@@ -58,15 +58,27 @@ UVIT_SITES: Sites = {
 }
 
 
-def has(module: Any, *paths: str) -> bool:
-    """Whether a module has children at all these paths."""
-    try:
-        return all(isinstance(module.get_submodule(path), nn.Module) for path in paths)
-    except AttributeError:
-        return False
+def missing(where: str, module: Any, *paths: str) -> str:
+    """What a module has not of these paths, in words; empty if it has all."""
+    for path in paths:
+        owner, at = module, where
+        for name in path.split("."):
+            if getattr(owner, name, None) is None:
+                return f"{at} has no `{name}`"
+            owner, at = getattr(owner, name), f"`{name}`"
+    return ""
 
 
-BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
+BLOCK = (
+    "norm1",
+    "attn.qkv",
+    "attn.proj",
+    "attn.num_heads",
+    "norm2",
+    "mlp.fc1",
+    "mlp.act",
+    "mlp.fc2",
+)
 
 
 class Layout(Spoken):
@@ -79,8 +91,8 @@ class Layout(Spoken):
         named: whether its class's name says that it is called as the published one.
 
     Attributes:
-        outside: children that the module must have.
-        inside: children that each of its blocks must have.
+        outside: what the module must have.
+        inside: what each of its blocks must have.
     """
 
     computes = {"attn": ("attn",), "mlp": ("mlp",)}
@@ -104,10 +116,20 @@ class Layout(Spoken):
         Args:
             transformer: any module.
         """
-        if not has(transformer, *cls.outside):
-            return False
+        return not cls.lacks(transformer)
+
+    @classmethod
+    def lacks(cls, transformer: Any) -> str:
+        """What a module has not that this layout has, in words; empty if it is laid out so.
+
+        Args:
+            transformer: any module.
+        """
+        if said := missing("it", transformer, *cls.outside):
+            return said
         blocks = cls.blocks(transformer)  # type: ignore[call-arg]
-        return bool(blocks) and all(has(block, *cls.inside) for block in blocks)
+        said = (missing(f"block {i}", block, *cls.inside) for i, block in enumerate(blocks))
+        return next(filter(None, said), "") if blocks else "it has no block"
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         if self.named or self.adapter is not None:
@@ -115,7 +137,7 @@ class Layout(Spoken):
         raise InvalidState(
             f"In which units this model counts time can't be told from its class's name, which "
             f"has no {self.model_class!r} in it; expected HookedDiT(module, "
-            "adapter=dit_lens.Adapter(time=...)) (docs/own-models.md)."
+            "adapter=dit_lens.Adapter(time=...)) (docs: Your own model)."
         )
 
     def check_model(self, transformer: Any) -> None:
@@ -148,7 +170,7 @@ class Layout(Spoken):
                         f"{type(transformer).__name__} has the modules of {self.model_class}, and "
                         f"its {type(forward.module).__name__} {why}; expected it opened by "
                         "its blocks' path, HookedDiT(module, blocks='blocks'), or by a family of "
-                        "its own (docs/own-models.md)."
+                        "its own (docs: Your own model)."
                     )
 
     def tried(self, forward: Forward) -> tuple[Tensor, ...] | None:
@@ -301,6 +323,7 @@ class DiTLayout(Layout):
     model_class = "DiT"
     differs = "DiT's block under the original's own module names"
     outside = (
+        "pos_embed",
         "x_embedder.proj",
         "t_embedder",
         "y_embedder.embedding_table",
@@ -383,7 +406,15 @@ class UViTLayout(Layout):
 
     model_class = "UViT"
     differs = "skips from the first to the second half; time and label are tokens; no modulations"
-    outside = ("patch_embed.proj", "in_blocks", "mid_block", "out_blocks", "norm", "decoder_pred")
+    outside = (
+        "pos_embed",
+        "patch_embed.proj",
+        "in_blocks",
+        "mid_block",
+        "out_blocks",
+        "norm",
+        "decoder_pred",
+    )
     inside = BLOCK
     pads = True
     last_sites = {
@@ -485,10 +516,31 @@ def layout_of(transformer: Any, adapter: Adapter | None = None) -> Layout | None
         transformer: any module.
         adapter: how it is called, where that is not as the published one.
     """
-    name = type(transformer).__name__.lower()
-    for layout in LAYOUTS:
-        if layout is DiTLayout and "sit" in name:
-            continue
+    for layout in layouts_for(transformer):
         if layout.fits(transformer):
-            return layout(transformer, adapter, named=layout.model_class.lower() in name)
+            named = layout.model_class.lower() in type(transformer).__name__.lower()
+            return layout(transformer, adapter, named=named)
     return None
+
+
+def layouts_for(transformer: Any) -> list[type[Layout]]:
+    """The layouts that a module may have; a class named SiT is none of DiT's.
+
+    Args:
+        transformer: any module.
+    """
+    is_sit = "sit" in type(transformer).__name__.lower()
+    return [layout for layout in LAYOUTS if not (is_sit and layout is DiTLayout)]
+
+
+def nearly(transformer: Any) -> str:
+    """For a module that has most of a layout's children, which layout and what it lacks, in words.
+
+    Args:
+        transformer: any module.
+    """
+    for layout in layouts_for(transformer):
+        children = {path.partition(".")[0] for path in layout.outside}
+        if 2 * sum(hasattr(transformer, name) for name in children) > len(children):
+            return f" It has the children of {layout.model_class}, but {layout.lacks(transformer)}."
+    return ""

@@ -238,7 +238,7 @@ class OwnFamily(Spoken):
             )
             raise InvalidState(
                 f"{self.model_class}'s streams can't be read by its last layer: {why} "
-                "(docs/own-models.md)."
+                "(docs: Your own model)."
             )
         return None
 

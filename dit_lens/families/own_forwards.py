@@ -44,7 +44,7 @@ class OwnTransformer(SpokenTransformer):
             raise InvalidState(
                 f"{type(self.module).__name__} is opened by its modules' boundaries, and its "
                 "attention can't couple twins; expected tie='noise', or a family of its own "
-                "(docs/own-models.md)."
+                "(docs: Your own model)."
             )
 
         def meant(answers: Mapping[str, Any]) -> Tensor | None:
@@ -130,7 +130,7 @@ def same_again(layer: int, block: nn.Module, argument: Argument) -> str:
     return (
         f"Block {layer} is given as {argument[0]!r} the very tensor that the block before was "
         f"given, and not what that returned; expected the stream as the first argument of "
-        f"{type(block).__name__}.forward, or as 'hidden_states' (docs/own-models.md)."
+        f"{type(block).__name__}.forward, or as 'hidden_states' (docs: Your own model)."
     )
 
 

@@ -157,7 +157,7 @@ def look(point: HookPoint, x: Any) -> None:
         raise InvalidState(
             f"The hook at {point.name!r} returned another value, and this model is opened "
             "read-only; expected None. Only a model with a family of its own can be edited "
-            "(docs/families.md)."
+            "(docs: Families)."
         )
 
 

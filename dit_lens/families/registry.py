@@ -20,7 +20,7 @@ from .. import arguments
 from ..errors import InvalidType, InvalidValue
 from .adapter import Adapter
 from .base import Family
-from .layouts import layout_of
+from .layouts import layout_of, nearly
 from .own import OwnFamily
 from .readonly import read_only
 
@@ -174,11 +174,17 @@ def family_of(transformer: nn.Module) -> Family:
     if unknown is not None:
         _of_one[transformer] = unknown
         return unknown
+    if any(cls.__name__ == "PeftModel" for cls in type(transformer).__mro__):
+        raise InvalidType(
+            f"This is a {type(transformer).__name__}, a model in peft's wrapping; expected the "
+            "model inside, with its adapters in it: open its .base_model.model."
+        )
     known = ", ".join(sorted({*modules(), *_families}))
     raise InvalidType(
         f"{type(transformer).__name__} is not a Diffusion Transformer that dit_lens can open by "
-        f"itself; it knows {known}, and the layouts of the original DiT, SiT and U-ViT. Three ways "
-        "on (docs/own-models.md): HookedDiT(module, blocks='path.of.blocks')"
+        f"itself; it knows {known}, and the layouts of the original DiT, SiT and U-ViT."
+        f"{nearly(transformer)} Three ways on (docs: Your own model): "
+        "HookedDiT(module, blocks='path.of.blocks')"
         f"{_lists(transformer)}; the same with adapter=dit_lens.Adapter(...), to sample and "
         "measure; a family of your own."
     )

@@ -87,7 +87,7 @@ def require_parts(names: Sequence[str]) -> None:
         raise InvalidState(
             "What this model's blocks add has no hook points, so that it can't be held, left out "
             "or exchanged: it is opened by the boundaries of its modules; expected a model of a "
-            "known family (docs/families.md)."
+            "known family (docs: Families)."
         )
 
 
