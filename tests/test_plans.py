@@ -6,6 +6,7 @@ import json
 import random
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from test_storage import mutated
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.experiments import Plan
+from dit_lens.experiments import Plan, reuse_plan
 from dit_lens.experiments.cost import macs_of
+from dit_lens.experiments.reuse_plan import check_plan
 from dit_lens.families import family_named
 from dit_lens.hooks.hold import parts as model_parts
 from dit_lens.plans.plan import Costs
@@ -484,6 +486,12 @@ def test_a_sealed_file_of_other_content_is_no_plan_or_one_that_can_be_run(model,
         ({"cells": [[0, "attn", 6]]}, "The plan holds step 6; expected steps 1 to 5"),
         ({"model": {"class": "DiTTransformer2DModel"}}, "expected it to have"),
         ({"macs": 7.0}, "has macs = 7"),
+        ({"about": {"items": "8"}}, "'about' of"),
+        ({"about": {"longest": -1}}, "has longest = -1"),
+        ({"about": {"longest": 10**9}}, "has longest = 1000000000"),
+        ({"about": {"seed": "a"}}, "has seed = 'a'"),
+        ({"about": {"labels": {"a": 1}}}, "has labels"),
+        ({"about": {"steps": 7}}, "has steps=7 in 'about', and 6 timesteps; expected as many"),
     ],
 )
 def test_what_a_plan_has_to_say(plan, tmp_path, change, text):
@@ -493,3 +501,18 @@ def test_what_a_plan_has_to_say(plan, tmp_path, change, text):
     save_document(path, content)
     with pytest.raises(InvalidValue, match=re.escape(text)):
         Plan.load(path)
+
+
+@pytest.mark.parametrize("layers, part", [(3, "memory"), (4, "attn")])
+def test_parts_that_the_model_does_not_have(model, plan, layers, part):
+    own = [*plan.parts, *[("attn", "mlp")] * (layers - 3)]
+    own[-1] = ("attn", "mlp", part) if layers == 3 else own[-1]
+    other = replace(plan, parts=tuple(own), cells=plan.cells | {(layers - 1, part, 1)})
+    with pytest.raises(InvalidValue, match=f"The plan is for {layers} layers with"):
+        with dit_lens.reuse(model, other):
+            pass
+
+
+def test_a_cost_is_counted_anew_where_a_plan_is_checked(model):
+    plan = reuse_plan(model, 0.8, items=8, steps=4, rounds=0, resamples=20)
+    assert check_plan(model, replace(plan, macs=0.01), items=8, resamples=20).macs == plan.macs

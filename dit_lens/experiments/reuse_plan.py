@@ -225,7 +225,18 @@ def check_plan(
     require_settings(plan)
     items = arguments.whole("items", items, FEWEST_PAIRS, why="for an interval")
     require_other_samples(plan, arguments.seed("seed", seed), items)
+    plan = recounted(model, plan)
     return _measured(model, plan, plan.about["sampler"], items, seed, resamples)
+
+
+def recounted(model: HookedDiT, plan: Plan) -> Plan:
+    """The plan with the cost that this model has under it, whatever its file says.
+
+    Args:
+        model: that it is for.
+        plan: of `reuse_plan`.
+    """
+    return replace(plan, macs=Costs.of(model).share(plan.cells, plan.steps))
 
 
 def require_settings(plan: Plan) -> None:

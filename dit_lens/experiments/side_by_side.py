@@ -23,7 +23,13 @@ from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.run import Run, sample
 from .baselines import at_random, front_and_rear, pairs, similarity, uniform, unlike
-from .reuse_plan import OTHER_SAMPLES, Samples, require_other_samples, require_settings
+from .reuse_plan import (
+    OTHER_SAMPLES,
+    Samples,
+    recounted,
+    require_other_samples,
+    require_settings,
+)
 from .spread import log_interval
 
 Judge = Callable[[Tensor, Tensor], Mapping[str, float]]
@@ -129,6 +135,7 @@ def side_by_side(
     settings = (first["steps"], first["guidance"], first["sampler"], first["eta"])
     for plan in plans:
         require_other_samples(plan, seed, items)
+    plans = [recounted(model, plan) for plan in plans]
 
     cut, labels = first["cut"], first["labels"]
     samples = Samples(model, items, seed, settings, cut, resamples, labels)

@@ -16,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+import torch
+from pydantic import ConfigDict, Field
 
 from .. import arguments
-from ..errors import InvalidValue
+from ..arguments import LAST_SEED, MANY
+from ..errors import InvalidState, InvalidValue
 from ..hooks.hold import parts, require_parts
 from ..model.hooked import HookedDiT
 from ..pieces.content import config_digest, weights_digest
@@ -51,6 +53,24 @@ class Content(Schema):
     lines: Listed[Annotated[tuple[int, str, int], Field(strict=False)]]
     macs: Annotated[float, Field(ge=0, le=1)]
     about: dict[str, Any]
+
+
+class About(Schema):
+    """What `about` of a plan's file says of the run that it was made from, where it says so; a plan
+    by hand may keep anything else there.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    steps: Annotated[int, Field(ge=2)] = 2
+    guidance: Finite = 1.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    cut: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
+    seed: Annotated[int, Field(ge=0, le=LAST_SEED)] = 0
+    items: Annotated[int, Field(ge=1, le=MANY)] = 1
+    longest: Annotated[int, Field(ge=1, le=1000)] = 1
+    sampler: str | None = None
+    labels: Annotated[Listed[int] | Listed[str], Field(min_length=1)] = (0,)
 
 
 @dataclass(frozen=True)
@@ -180,6 +200,12 @@ class Plan:
                 f"{self.model.get(differs[0])!r}, this one's {own[differs[0]]!r}; make one with "
                 "dit_lens.experiments.reuse_plan(model)."
             )
+        layers = range(model.cfg.n_layers)
+        if self.parts != (of_layer := tuple(tuple(parts(model.names, i)) for i in layers)):
+            raise InvalidValue(
+                f"The plan is for {len(self.parts)} layers with {self.parts[:1]}, ..., and the "
+                f"model has {len(of_layer)} with {of_layer[:1]}, ...; expected the model's own."
+            )
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON with a checksum.
@@ -277,7 +303,13 @@ class Plan:
         """
         content, where = load_document(path, FORMAT, "a plan", EXPECTED), repr(str(path))
         read = conform(content, Content, where)
+        about = conform(dict(read.about), About, f"'about' of {where}")
         cells, lines = frozenset(read.cells), frozenset(read.lines)
+        if "steps" in read.about and about.steps != len(read.timesteps):
+            raise InvalidValue(
+                f"{where} has steps={about.steps} in 'about', and {len(read.timesteps)} timesteps; "
+                "expected as many."
+            )
         try:
             _require_cells(cells, read.parts, len(read.timesteps))
             plan = cls(read.model, read.timesteps, read.parts, cells, read.macs, read.about, lines)
