@@ -16,12 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import ConfigDict, Field
 
 from .. import arguments
 from ..arguments import LAST_SEED, MANY
-from ..errors import InvalidState, InvalidValue
+from ..errors import InvalidValue
 from ..hooks.hold import parts, require_parts
 from ..model.hooked import HookedDiT
 from ..pieces.content import config_digest, weights_digest
