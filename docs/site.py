@@ -11,6 +11,7 @@ import dit_lens
 
 ROOT = Path(__file__).parent.parent
 SPACES = [name for name in dit_lens.__all__ if inspect.ismodule(getattr(dit_lens, name))]
+EXAMPLES = ("custom_probe", "new_family", "own_sit", "sparse_autoencoder")
 TOP = {"changes.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
@@ -18,6 +19,13 @@ def on_files(files, config):
     """Add the pages that nobody writes."""
     for name in ("dit_lens", *SPACES):
         files.append(File.generated(config, f"reference/{name}.md", content=reference(name)))
+    # the accessor of results, which nobody imports
+    pictures = "# result.plot\n\n::: dit_lens.pictures.result.Pictures\n"
+    files.append(File.generated(config, "reference/plot.md", content=pictures))
+    for name in EXAMPLES:
+        code = (ROOT / "examples" / f"{name}.py").read_text()
+        text = f"# examples/{name}.py\n\n```python\n{code}```\n"
+        files.append(File.generated(config, f"examples/{name}.md", content=text))
     for page, source in TOP.items():
         text = (ROOT / source).read_text().replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
@@ -39,6 +47,11 @@ def reference(name):
             # the package dit_lens.probes is the folder probes/, where it is looked for
             where = home.removeprefix("dit_lens.") if ".probes." in home else home
             lines += [f"::: {where}.{value.__qualname__}", ""]
+        elif shown:
+            also = [each for each in SPACES if public in getattr(dit_lens, each).__all__]
+            lines += [f"`{public}`: see [{also[0]}]({also[0]}.md).", ""]
+        elif name != "dit_lens" and inspect.ismodule(value):
+            lines += [f"::: {value.__name__}", ""]
     return "\n".join(lines)
 
 

@@ -88,7 +88,22 @@ class LayerLens(Probe):
         Args:
             layer: -1 is the embedding.
             step: 0 is the noisiest.
+
+        Raises:
+            InvalidValue: for a layer or a step that was not seen.
         """
+        last = self.model.cfg.n_layers - 1
+        if layer not in range(-1, last + 1):
+            raise InvalidValue(
+                f"layer={layer!r} was not seen; expected -1, the embedding, to {last}, the last."
+            )
+        steps = self.seen.steps
+        if step not in steps:
+            raise InvalidValue(
+                f"step={step!r} was not seen; expected one of {min(steps)} to {max(steps)}."
+                if steps
+                else "No step was seen; run the lens first."
+            )
         output, x = self.seen.at(layer, step), self.seen.at("x", step)
         return self.model.predict_x0(output, x, self.times()[step])
 
@@ -245,6 +260,6 @@ def modes(x: Tensor, bands: Bands, centred: np.ndarray[Any, Any]) -> Tensor:
 
 
 def products(a: Tensor, b: Tensor, bands: Bands) -> Tensor:
-    """<a, b>, |a|², |b|² of each item and band, from `modes`, [3, batch, band]."""
+    """⟨a, b⟩, |a|², |b|² of each item and band, from `modes`, [3, batch, band]."""
     found = torch.stack([(p * q).flatten(1, -2).sum(1) for p, q in ((a, b), (a, a), (b, b))])
     return bands.total(found)

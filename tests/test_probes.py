@@ -55,6 +55,12 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
     for step in range(3):
         assert torch.equal(lens.x0(2, step), run.x0[step])
         assert not torch.allclose(lens.x0(0, step), run.x0[step])
+    with pytest.raises(
+        ValueError, match=r"layer=99 was not seen; expected -1, the embedding, to 2"
+    ):
+        lens.x0(99, 0)
+    with pytest.raises(ValueError, match=r"step=99 was not seen; expected one of 0 to"):
+        lens.x0(0, 99)
     result = lens.result()  # against the last layer's own x0
     assert np.allclose(result.agreement.sel(layer=2), 1) and result.agreement.dims == (
         "layer",

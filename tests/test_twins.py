@@ -198,9 +198,10 @@ def test_bad_input(model):
         (dict(scheduler="dpm++"), "The twins can't part: the sampler 'dpm"),
         (dict(release=5), r"never released \(release=5 of 5 steps\)"),
         (dict(release=6), "release=6 can't be used; expected a whole number from 0 to 5"),
-        (dict(tie="attention", eps=0.0), "they start equal"),
+        (dict(tie="attention"), "tie='attention' also needs g="),
+        (dict(tie="attention", g=0.0, eps=0.0), "they start equal"),
         (
-            dict(tie="attention", eps=1.5),
+            dict(tie="attention", g=1, eps=1.5),
             "eps=1.5 can't be used; expected a finite number from 0 to 1",
         ),
         (

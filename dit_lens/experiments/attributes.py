@@ -108,7 +108,7 @@ class Categories(Outcome):
     def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:
         """The statistics of both sides, [3, pair, attribute].
 
-        A category is a unit vector, so that <x, y> less its label's mean counts agreement beyond
+        A category is a unit vector, so that ⟨x, y⟩ less its label's mean counts agreement beyond
         chance; it is divided by the mean of both variances, since one of them may have none.
 
         Args:

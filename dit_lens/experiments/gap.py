@@ -111,7 +111,8 @@ def measure_gap(
         batch: images that go through the model, or its VAE, at once; None is all.
         clones: whether the behaviour is also measured with clones; without them it is read in one
             pass only, and what is said of clones is NaN.
-        labels: one a pair, each two times or more; by default classes or prompts in turn.
+        labels: one a pair, each two times or more; by default classes or prompts in turn, from the
+            first on, as many as leave two pairs or more to each.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
         engine: where they are run: "local", "ray", or an `Engine`.
@@ -165,9 +166,9 @@ def measure_gap(
             pixel; `token_frequency`, cycles per token (pooling: levels, eigen: ranks); `bound`, low
             and high.
 
-            Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `channels`, the
-            weighing that the views use; `commitment_step`, of `log_ratio`; `vae`, whether one
-            decodes the images; `spectrum_of`, whose spectrum `data_gap` is of; `null_pairs` and
+            Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `labels`, of
+            each pair, by number; `channels`, the weighing that the views use; `commitment_step`, of
+            `log_ratio`; `vae`, whether one decodes the images; `spectrum_of`, whose spectrum `data_gap` is of; `null_pairs` and
             `null_steps`, with null models; for each of the four views `onset_{view}`, a sentence,
             `onset_layer_{view}`, -1 for none, and `onset_verdict_{view}`, "unclaimed" unless null
             models rarely change so late; the sentences `title`, `headline`, `estimators`
@@ -306,6 +307,7 @@ def measure_gap(
         bands=bands,
         channels=CHANNELS,
         commitment_step=at,
+        labels=np.array(chosen),
         vae=int(model.vae is not None),
         spectrum_of="its own samples" if known is None else f"the {len(known)} images given",
         title=f"{name}: {model.cfg.n_layers} layers, {pairs} pairs of twins, {steps} steps of "

@@ -103,7 +103,7 @@ class Streams(Outcome):
         return x
 
     def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:
-        """<a, b>, |a|² and |b|² in every layer, [3, pair, layer x band], without the mean of each
+        """⟨a, b⟩, |a|² and |b|² in every layer, [3, pair, layer x band], without the mean of each
         label, position and channel; each channel is divided by its variance, constant ones are left
         out.
 

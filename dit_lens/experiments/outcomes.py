@@ -73,7 +73,7 @@ class Outcome:
         return contrasts.modes(self.of(x), self.bands)
 
     def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
-        """The statistics of both sides, [3, pair, band]: <x, y>, |x|² and |y|².
+        """The statistics of both sides, [3, pair, band]: ⟨x, y⟩, |x|² and |y|².
 
         Args:
             x: of twin A, from `modes`.

@@ -128,8 +128,8 @@ class Layout(Spoken):
         if said := missing("it", transformer, *cls.outside):
             return said
         blocks = cls.blocks(transformer)  # type: ignore[call-arg]
-        said = (missing(f"block {i}", block, *cls.inside) for i, block in enumerate(blocks))
-        return next(filter(None, said), "") if blocks else "it has no block"
+        each = (missing(f"block {i}", block, *cls.inside) for i, block in enumerate(blocks))
+        return next(filter(None, each), "") if blocks else "it has no block"
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         if self.named or self.adapter is not None:

@@ -1,6 +1,6 @@
 """Agreement: what twins share, band by band, as sums over pairs.
 
-Everything is computed from three numbers for each pair and band, <a, b>, |a|², |b|², and intervals
+Everything is computed from three numbers for each pair and band, ⟨a, b⟩, |a|², |b|², and intervals
 resample these. So they must be independent, which the deviations of n pairs from their own mean are
 not: they sum to 0, and of two pairs both are the same but for the sign. Helmert contrasts are: each
 pair less the mean of those before it in its group, scaled to the same variance. Their products
@@ -31,7 +31,7 @@ class Agreement(NamedTuple):
     docstring).
 
     Attributes:
-        xy: <a, b>.
+        xy: ⟨a, b⟩.
         xx: |a|².
         yy: |b|².
 
@@ -48,7 +48,7 @@ class Agreement(NamedTuple):
         """From [3, ..., pair, band] on any device, in one transfer.
 
         Args:
-            sums: <a, b>, |a|² and |b|².
+            sums: ⟨a, b⟩, |a|² and |b|².
         """
         return cls(*sums.cpu().numpy())
 
@@ -77,7 +77,7 @@ def agreement(
 
     The mean over the pairs is removed first, for each group by itself: a class's mean image is
     shared by all its samples, which is no agreement. The means of A and of B are removed
-    separately, which takes the same share (n - 1)/n of <a, b> as of the energies; the factor
+    separately, which takes the same share (n - 1)/n of ⟨a, b⟩ as of the energies; the factor
     n/(n - 1) puts it back, so that sums over pairs are unbiased. The rows are `contrasts`, so only
     sums over pairs mean anything.
 
@@ -124,7 +124,7 @@ def not_alone(labels: ArrayLike) -> NDArray[np.intp]:
 
 
 def sums(x: Tensor, y: Tensor, bands: Bands | None = None) -> Tensor:
-    """<x, y>, |x|² and |y|² of each pair and band, [3, pair, band], where x and y are: nothing is
+    """⟨x, y⟩, |x|² and |y|² of each pair and band, [3, pair, band], where x and y are: nothing is
     waited for.
 
     Args:
@@ -227,7 +227,7 @@ def _helmert(labels: tuple[float, ...]) -> Tensor:
 
 
 def curve(stats: Agreement, squared: bool = False) -> Array:
-    """Agreement sum <a, b> / sqrt(sum |a|² sum |b|²) over pairs; NaN where there is no energy.
+    """Agreement sum ⟨a, b⟩ / sqrt(sum |a|² sum |b|²) over pairs; NaN where there is no energy.
 
     Args:
         stats: [..., pair, band].

@@ -1,7 +1,7 @@
 """Attribution: what every patch would do, estimated at once from gradients, with how well the
 estimate agrees with the exact sweep.
 
-To first order a patch moves the outcome by <dOutcome/dh, h_source - h_target> (attribution
+To first order a patch moves the outcome by ⟨dOutcome/dh, h_source - h_target⟩ (attribution
 patching, Nanda 2023; Syed et al. 2023, arXiv 2310.10348). The derivative goes back through the rest
 of the denoising run: each step is run once more with its graph and pulled back, the last step
 first, so memory is that of one step and time that of one forward and one backward of the run. With

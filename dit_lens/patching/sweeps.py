@@ -79,8 +79,10 @@ def sweep(
         latents of source and target, its statistics `agreement_stats` [patch, reference, stat,
         item, band], `move` [patch, band], `move_interval` [patch, band, bound] (95 %, bootstrap
         over items; NaN for fewer than 8) and `move_together`, which hold for all patches and bands
-        at once, and |P_b(. - source)|² of the patched and of the target,
-        `distance` [patch, item, band] and `distance_target` [item, band]. With a function it holds
+        at once. The move pools energies over items before it divides:
+        1 - distance.mean("item") / distance_target.mean("item"). These are
+        |P_b(. - source)|² of the patched and of the target, `distance` [patch, item, band] and
+        `distance_target` [item, band]. With a function it holds
         `outcome` [patch, item, ...], `outcome_source` and `outcome_target` [item, ...]. The
         attribute `block_evaluations` counts images x blocks run, in this call and those that it
         resumed.

@@ -53,7 +53,12 @@ NO_CLONES = "not measured: clones were not run"
 
 
 class Pictures(DatasetPlotAccessor):
-    """What `result.plot` draws; every picture takes `ax=` and gives matplotlib axes back."""
+    """What `result.plot` draws: every picture takes `ax=`, and gives matplotlib axes back.
+
+    result = dit_lens.load_result("gap-digits/gap.nc")
+    result.plot.names                          # the pictures that it has
+    result.plot.agreement(ax=axes[0])
+    """
 
     __slots__ = ()
 
@@ -112,8 +117,8 @@ class Pictures(DatasetPlotAccessor):
             zero(ax)
         onset(ax, data.attrs, view)
         unit = "gap, steps (high minus low)" if steps else "log low $-$ log high"
-        ends = layers[0] - 0.5, layers[-1] + 0.5
-        ax.set(xlabel="layer ($-$1: the embedding)", ylabel=unit, title=view, xlim=ends)
+        wide = layers[0] - 0.5, layers[-1] + 0.5
+        ax.set(xlabel="layer ($-$1: the embedding)", ylabel=unit, title=view, xlim=wide)
         whole_numbers(ax.xaxis)
         if not np.isfinite(one[what]).any():
             why = "no layer's bands are decided within the run"

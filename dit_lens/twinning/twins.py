@@ -79,7 +79,7 @@ def twins(
     labels: Labels | None = None,
     *,
     tie: Literal["noise", "attention"] = "noise",
-    g: float = 0.0,
+    g: float | None = None,
     form: CouplingForm = "mix",
     layers: Sequence[int] | None = None,
     eps: float = 0.1,
@@ -103,7 +103,8 @@ def twins(
         pairs: number of pairs, run as one batch.
         labels: one a pair; by default the classes, or prompts, in turn.
         tie: "noise" (clones) or "attention"; see `dit_lens.twinning.ties`.
-        g: strength of the coupling, of the attention tie only.
+        g: strength of the coupling, which the attention tie needs and the noise tie has not; 0
+            couples nothing.
         form: of the coupling, "mix" or "joint".
         layers: which layers are coupled, negative ones from the end; None is all.
         eps: how far apart the attention tie starts its twins, 0 to 1.
@@ -132,7 +133,12 @@ def twins(
         scheduler = default_name(model.scheduler) if scheduler is None else scheduler
         if layers is not None:
             layers = arguments.layers(layers, model.cfg.n_layers)
-        held = make_tie(tie, g, form, layers, eps)
+        if tie == "attention" and g is None:
+            raise InvalidValue(
+                "tie='attention' also needs g=, the strength of the coupling, such as g=0.5; g=0 "
+                "couples nothing."
+            )
+        held = make_tie(tie, 0.0 if g is None else g, form, layers, eps)
         eta = held.eta(scheduler) if eta is None else eta
         settings = checked_settings(steps, guidance, "all", scheduler, eta)
         steps, pairs = settings.steps, arguments.whole("pairs", pairs, 1)
