@@ -187,8 +187,6 @@ def test_bad_options_are_refused_and_not_replaced(argv, text, capsys):
         (["diagnose", "--all", "--band", "low"], "--band", "--all"),
         (["diagnose", "--label", "3", "--most", "4"], "--most", "--label"),
         (["map", "--exact", "--check", "4"], "--check", "--exact"),
-        (["gap", "--couple", "0", "1", "--labels", "3"], "--labels", "--couple"),
-        (["patch", "--interchange", "stream", "--labels", "3"], "--labels", "--interchange"),
     ],
 )
 def test_options_that_would_be_passed_over_are_refused(argv, option, beside, capsys):

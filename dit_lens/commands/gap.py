@@ -23,7 +23,6 @@ from .common import (
     labels_of,
     open_model,
     progress_bar,
-    refuse,
     sizes,
     stored,
     strength,
@@ -127,10 +126,7 @@ def nulls(text: str) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Files that are not there, and options that would be passed over."""
-    if args.couple is not None:
-        why = "twins are coupled with the model's own labels"
-        refuse(args, "--couple", why, "labels", "prompts")
+    """Files that are not there."""
     labels_of(args)
     if args.images is not None:
         existing(args.images, "a folder of pictures, or an array as .npy")

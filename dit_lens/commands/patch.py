@@ -23,7 +23,6 @@ from .common import (
     labels_of,
     open_model,
     progress_bar,
-    refuse,
     sizes,
     stored,
 )
@@ -96,10 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Files that are not there, and options that would be passed over."""
-    if args.interchange is not None:
-        why = "bands are exchanged between twins of the model's own labels"
-        refuse(args, "--interchange", why, "labels", "prompts")
+    """Files that are not there."""
     labels_of(args)
 
 
