@@ -567,6 +567,17 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
         dit_lens.load(folder)
 
 
+@pytest.mark.parametrize("layers, players", [(1, 2), (3, 1)])
+def test_shares_of_a_single_layer_are_refused_before_anything_runs(
+    layers, players, folder, tmp_path, monkeypatch, capsys
+):
+    make_dit(layers=layers, channels=1, classes=4).save_pretrained(folder)
+    monkeypatch.setattr(loop, "model_output", raising(AssertionError))
+    asked = ["--shapley", str(players), "--batch", "32", "--out", str(tmp_path / "out")]
+    assert main(["patch", str(folder), *asked]) == 2
+    assert f"--shapley {players} of a model of {layers} layer" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_patch_with_all_that_can_be_asked_for(tmp_path, capsys):
     """Either of two layers suffices: no single one is named, the two are found together."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidValue
 from . import cost
 from .common import (
     Answer,
@@ -197,6 +198,11 @@ def find_causes(
     from ..report import knock_outs as report
 
     n = model.cfg.n_layers
+    if shapley is not None and min(shapley, n) < 2:
+        raise InvalidValue(
+            f"--shapley {shapley} of a model of {n} layer{'s' * (n > 1)} gives no shares; expected "
+            "2 or more of a model with as many."
+        )
     release, layers = steps // 3, [[layer] for layer in range(n)]
     spans = None if windows is None else ablation.windows_of(windows, 0, steps)  # or refused
     results, engine = [], None
