@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.experiments.coupling_sweep import collapse, couplings, quality
+from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian, planted, random_weights
 
 STEPS = 40
@@ -170,3 +171,11 @@ def test_bad_input():
         with pytest.raises(ValueError) as error:
             couplings(model, **{"pairs": 8, "steps": 6} | kwargs)
         assert str(error.value).startswith(text), error.value
+
+
+def test_strengths_that_are_close_are_pieces_of_their_own(tmp_path):
+    pytest.importorskip("zarr")
+    model = HookedDiT(family_named("DiTTransformer2DModel").small_pipeline())
+    close = [0, 1, 1.0000001]
+    found = couplings(model, close, pairs=8, steps=5, resamples=20, store=tmp_path / "store")
+    assert found.g.values.tolist() == close

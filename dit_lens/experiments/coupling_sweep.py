@@ -175,7 +175,7 @@ def couplings(
         if progress is not None:
             progress(done, len(gs))
 
-    pieces = [Piece(f"strength {g:g}", partial(strength, g, i == 0)) for i, g in enumerate(gs)]
+    pieces = [Piece(f"strength {g!r}", partial(strength, g, i == 0)) for i, g in enumerate(gs)]
     of_g = results(pieces, told)
     enough()
     weakest = of_g[0]
