@@ -170,6 +170,13 @@ def test_one_layer_without_which_half_of_the_gap_is_left_is_sure_or_said_not_to_
         assert cause_report.sentences(found, patched(6, 0.0))[-1].startswith(start)
 
 
+def test_of_a_gap_that_cannot_be_told_from_0_no_half_is_spoken_of():
+    found = knocked([(-1.5, -2.5, -0.5)] + [(0.0, -0.1, 0.1)] * 5)
+    found.attrs["gap_interval"] = [-0.5, 4.5]
+    line = cause_report.sentences(ways(found), patched(6, 0.0))[-1]
+    assert line.startswith("The gap can't be told from 0, so nothing is said of half of it")
+
+
 def test_with_too_few_pairs_no_patch_is_said_to_carry_anything():
     line = cause_report.sufficiency(patched(3, 0.9, np.nan))
     assert line.endswith("no patch has an interval, so none is said to carry anything.")

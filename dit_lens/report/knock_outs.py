@@ -230,7 +230,9 @@ def _half(knocked: xr.Dataset, named: Sequence[int]) -> str:
     last = [layer for layer in named if layer >= depth - end]
     lost = int(np.isnan(knocked.effect.values).sum())
     measured = f" of the {knocked.sizes['layer'] - lost} that can be measured" if lost else ""
-    if sure:
+    if not Estimate.of(gap, knocked.attrs["gap_interval"]).sign:
+        whole = "The gap can't be told from 0, so nothing is said of half of it"
+    elif sure:
         whole = f"Without layer {_or(sure)} at most half of the gap is left"
     elif removing:
         whole = f"Without layer {_or(removing)} less than half of the gap is left, but not for sure"
