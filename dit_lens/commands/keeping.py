@@ -77,16 +77,18 @@ def about_command(
         for name, value in sorted(vars(args).items())
         if name not in ASIDE and isinstance(value, plain) and not name.startswith("default_")
     }
-    settings |= {f"{each} read": _content(settings[each]) for each in READ if settings.get(each)}
+    settings |= {
+        f"{each} read": _content(str(settings[each])) for each in READ if settings.get(each)
+    }
     name = f"dit-lens {settings.pop('command')}"
     return about_of(name, settings | {"batch": batch}, model)
 
 
-def _content(named: str | Path) -> str:
+def _content(named: str) -> str:
     """A digest of what is in a file or folder, also where the name of a function follows it."""
     path = Path(named)
     if not path.exists():
-        path = Path(str(named).rpartition(":")[0])
+        path = Path(named.rpartition(":")[0])
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files if path != Path() else []:

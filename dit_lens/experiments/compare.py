@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
-from ..measures.agreement import Agreement, agreement, not_alone
+from ..measures.agreement import Agreement, Places, agreement, not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, interval, simultaneous
 from ..measures.commitment import commitment_draws
@@ -251,7 +251,7 @@ def _error(judge: Run, finished: Tensor, bands: Bands, seed: int) -> Array:
 
 
 def _commitment(
-    run: Run, bands: Bands, labels: Array, kept: Array, resamples: int, seed: int
+    run: Run, bands: Bands, labels: Array, kept: Places, resamples: int, seed: int
 ) -> Array:
     """When each band of the kept items is decided, [1 + resample, band], in steps, by one pass."""
     final = run.latents[-1][kept]

@@ -80,12 +80,12 @@ def null_profiles(
             `null_p` [profile], NaN where the model's profile is not known throughout;
             `null_profile` [profile, null, layer].
     """
-    steps, own = min(steps, STEPS), labels_of_fewer(model, PAIRS, labels)
+    steps, asked = min(steps, STEPS), labels_of_fewer(model, PAIRS, labels)
     done = 0
 
     def profile(i: int) -> dict[str, Array]:
         one = shuffled(model, seed + i) if i else model
-        return _profiles(one, modes, own, steps, seed, batch)
+        return _profiles(one, modes, asked, steps, seed, batch)
 
     def told(_number: int) -> None:
         nonlocal done

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
 from .arrays import Array
 from .bands import Bands
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
+"""Numbers of items, to choose them by."""
 
 
 class Agreement(NamedTuple):
@@ -112,7 +115,7 @@ def agreement(
     return Agreement.of(sums(x, y, bands))
 
 
-def not_alone(labels: ArrayLike) -> NDArray[np.intp]:
+def not_alone(labels: ArrayLike) -> Places:
     """The items, by number, whose label another one has too: of one that is alone with its label
     there is no mean to take off, so it says nothing of agreement.
 
