@@ -383,8 +383,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
             "'mine.py' names no class; expected path/to/file.py:ClassName; its probes: "
             "'LayerLens', 'Mine'.",
         ),
-        ("mine.py:Mime", "'mine.py' has no class 'Mime'; its probes: 'Mine'."),
-        ("mine:Mime", "'mine' has no class 'Mime'; its probes: 'Mine'."),
+        ("mine.py:Mime", "'mine.py' has no class 'Mime'; its probes: 'LayerLens', 'Mine'"),
+        ("mine:Mime", "'mine' has no class 'Mime'; its probes: 'LayerLens', 'Mine'"),
         ("mine.py:Plain", "which is not a subclass of dit_lens.Probe; its probes: "),
         (
             "mine.py:Mine",

@@ -185,7 +185,7 @@ def test_twins_are_released_while_noise_is_still_drawn(model, scheduler):
     pair = dit_lens.twins(model, pairs=1, steps=4, release=2, scheduler=scheduler)
     assert not torch.equal(pair.a.latents[-1], pair.b.latents[-1])
     # twins that start apart part at any release, or at none
-    dit_lens.twins(model, pairs=1, steps=4, release=4, tie="attention", scheduler=scheduler)
+    dit_lens.twins(model, pairs=1, steps=4, release=4, tie="attention", g=0.5, scheduler=scheduler)
 
 
 def test_bad_input(model):

@@ -132,7 +132,7 @@ class Bench:
             return sample(model, [0] * items, seed, steps, eta=1.0), None
         with trace(model, names=names, probes=[] if probe is None else [probe]) as t:
             if self.twin if twin is None else twin:
-                how = {"tie": "attention", "eps": 0.3} if apart else {"tie": "noise"}
+                how = {"tie": "attention", "g": 0.0, "eps": 0.3} if apart else {"tie": "noise"}
                 return twins(
                     model, items // 2, [0] * (items // 2), steps=steps, seed=seed, **how
                 ).run, t
