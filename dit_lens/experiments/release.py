@@ -269,8 +269,7 @@ def release_sweep(
     Args:
         twins: with the noise tie, any release: twin A's run is the shared past. With the attention
             tie, twins that were never released, `twins(..., tie="attention", g=0.5,
-            release=steps)`: from
-            each release on, both run alone.
+            release=steps)`: from each release on, both run alone.
         outcomes: what to compare.
         releases: steps, or how many of them; a number is spent where the curves rise most steeply,
             by bisection.
