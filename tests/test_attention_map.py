@@ -195,6 +195,19 @@ def test_a_run_whose_prompt_is_not_known(traced):
         t.attention_map("boat", prompt="a new boat")
 
 
+def test_the_prompt_that_was_asked_for_may_be_said_too(traced, tmp_path):
+    """In our own loop the null halves have another one; a file does not hold the words."""
+    model, words = traced.model, "a red fox, a red barn"
+    with dit_lens.trace(model) as t:
+        dit_lens.sample(model, [words], steps=1, guidance=3.0)
+    own = t.attention_map("fox")
+    assert own.equals(t.attention_map("fox", prompt=words))
+    loaded = dit_lens.load_trace(t.save(tmp_path / "t"), model)
+    with pytest.raises(InvalidValue, match="The prompt of this run is not known"):
+        loaded.attention_map("fox")
+    assert own.equals(loaded.attention_map("fox", prompt=words))
+
+
 def test_words_are_looked_for_in_the_prompts_of_each_run(traced):
     model = traced.model
 

@@ -254,15 +254,19 @@ def _prompts(
             # others
             prompts = PROMPTS if record.file else model.conditions.prompts
             numbers = call.labels.expand(n).tolist()
-            of_call = [prompts[i] if 0 <= i < len(prompts) else "" for i in numbers]
+            if max(numbers) < len(prompts):
+                of_call = [prompts[i] if i >= 0 else "" for i in numbers]
         if prompt is not None:
-            given = [arguments.text("prompt", prompt)] * n
-            if branch == "cond" and of_call not in (None, given, [model.family.said(prompt)] * n):
+            words = {arguments.text("prompt", prompt), model.family.said(prompt)}
+            asked = of_call if branch == "cond" and of_call and len(of_call) == n else []
+            items = rows[c]
+            own = asked if items is None else [asked[i] for i in items if asked]
+            if other := next((p for p in own if p not in words), None):
                 raise InvalidValue(
-                    f"prompt={prompt!r:.60} is not what this run was asked for, "
-                    f"{of_call[0]!r:.60}; expected it left out."
+                    f"prompt={prompt!r:.60} is not what this run was asked for, {other!r:.60}; "
+                    "expected it left out."
                 )
-            of_call = given
+            of_call = [prompt] * n
         if of_call is None or len(of_call) != n:
             raise InvalidValue(
                 "The prompt of this run is not known; say what the text encoders were given: "
