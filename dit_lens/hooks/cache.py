@@ -29,10 +29,7 @@ class Caching:
 
     def keep(self, value: Tensor, point: HookPoint) -> None:
         """Keep an activation."""
-        if value.requires_grad:
-            own = value.to(self.device or value.device)
-        else:
-            own = value.to(self.device or value.device, copy=True)
+        own = value.to(self.device or value.device, copy=not value.requires_grad)
         self.kept[point.name] = own, version(own)
 
     def values(self) -> dict[str, Tensor]:

@@ -46,9 +46,6 @@ from .witness import Witness, Witnessing, witnessed
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
 
-NO_WITNESS = Witnessing()
-"""Where no checksums are taken."""
-
 OPENING = RLock()
 """Held while a model is opened; two threads that open one model get one instrumentation."""
 
@@ -151,9 +148,9 @@ class Instrumentation:
         self._stand_ins: dict[int, StandIn] = {}
         self._lens: tuple[dict[str, Any] | None, dict[str, Any]] = None, {}
         self.proving: set[object] = set()  # for whom the streams are listened to
-        self.prover = Observer(lambda value, point: self._witness.top.see(value, point))
+        self.prover = Observer(self._see)
         self.prover.scope = self.prover
-        self._witness: Layers[Witnessing] = Layers("witness", NO_WITNESS)
+        self._witness: Layers[Witnessing | None] = Layers("witness", None)
         self._context = Layers("context", NOTHING)
         self._inputs: Layers[dict[str, Any] | None] = Layers("inputs", None)
         self._hearing = Layers("hearing", EVERYBODY)
@@ -533,8 +530,9 @@ class Instrumentation:
     @contextmanager
     def witnessing(self) -> Iterator[Witness]:
         """Take the checksums of the streams of one pass; gives the dict that they go to."""
-        if self._witness.top is not NO_WITNESS:  # whoever runs the pass takes them already
-            yield self._witness.top.witness
+        under_way = self._witness.top
+        if under_way is not None:  # whoever runs the pass takes them already
+            yield under_way.witness
             return
         taking = Witnessing()
         with Taken() as taken:
@@ -549,6 +547,10 @@ class Instrumentation:
                 taking.finished()
                 raise
             taking.finished()
+
+    def _see(self, value: Tensor, point: HookPoint) -> None:
+        if (taking := self._witness.top) is not None:
+            taking.see(value, point)
 
     def _prove(self, user: object) -> None:
         """Listen to the streams, for passes that take checksums. Whoever runs many such passes asks
@@ -619,7 +621,7 @@ class Instrumentation:
                 self.readers.add(scope)
             taken.undo(restore_steps)
             self._context.put(taken, NOTHING)
-            self._witness.put(taken, NO_WITNESS)
+            self._witness.put(taken, None)
             self._hearing.put(taken, Hearing((scope,), alone=True))
             self._put_on(taken, mine)
             yield

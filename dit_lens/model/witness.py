@@ -100,19 +100,15 @@ def _weighted(table: Tensor, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _weights(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weights of rows and columns, [rows + columns]: integers, or numbers of mean square 1,
-    from the hash SplitMix64 (Steele, Lea & Flood 2014) of the place.
+    """The weights of rows and columns, [rows + columns]: random integers, or random numbers of mean
+    square 1, the same everywhere (NumPy promises the raw stream of its bit generators).
     """
-    z = np.arange(1, rows + columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-    z ^= z >> np.uint64(31)
+    drawn = np.random.PCG64(0).random_raw(rows + columns)
     if dtype == torch.int64:
-        z[:rows] |= np.uint64(1)  # an entry is counted with its row's weight and its column's: an
-        z[rows:] &= ~np.uint64(1)  # odd number, with which no change of it can come to nothing
-        return torch.from_numpy(z.view(np.int64)).to(device)
-    uniform = (z >> np.uint64(11)).astype(np.float64) / 2**53
-    return torch.from_numpy((2 * uniform - 1) * 3**0.5).to(device, dtype)
+        drawn[:rows] |= np.uint64(1)  # an entry is counted with its row's weight and its column's:
+        drawn[rows:] &= ~np.uint64(1)  # an odd number, with which no change can come to nothing
+        return torch.from_numpy(drawn.view(np.int64)).to(device)
+    return torch.from_numpy((drawn / 2.0**63 - 1) * 3**0.5).to(device, dtype)
 
 
 class Witnessing:
