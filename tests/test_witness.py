@@ -7,6 +7,7 @@ import gc
 import pickle
 import types
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dit_lens
 from dit_lens import HookedDiT, NotReproduced
 from dit_lens.hooks.points import HookPoint
+from dit_lens.model.state import State
 from dit_lens.model.witness import Checksum, Witnessing, checksum, compare, tolerance
 
 
@@ -626,3 +628,16 @@ def test_a_gradients_step_is_that_of_its_forward(model, inputs):
             for out in outs:
                 out.sum().backward()
     assert seen == [0, 1, 2]
+
+
+def test_weights_on_another_device_are_the_same_weights(dit):
+    """Its kernels round otherwise, which is a warning; a model that moved has not changed."""
+    before = State.of(dit)
+    moved = {
+        k: v._replace(device=torch.device("cuda:0"), place=7) for k, v in before.tensors.items()
+    }
+    assert not before.changes(replace(before, tensors=moved))
+    name = next(iter(moved))
+    moved[name] = moved[name]._replace(version=moved[name].version + 1)
+    (said,) = before.changes(replace(before, tensors=moved))
+    assert said == f"the weights or buffers at {name!r} changed"

@@ -9,7 +9,7 @@ prompt, as guidance needs it. So everything that groups, pairs or replays by lab
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..families.base import Family
 from ..families.config import Condition, Config
-from ..hooks.points import version
-from .state import TENSORS, State
+from .state import State
 
 PROMPTS = (
     "a photograph of a red fox in snow",
@@ -54,7 +53,7 @@ class Conditions:
         self.given: dict[str, Condition] = {}
         self._encoded: dict[str, Condition] = {}
         self._batches: dict[tuple[int, ...], Condition] = {}
-        self._encoders: dict[str, _Encoder] = {}  # a glance at each, as what is encoded was made
+        self._encoders: dict[str, State] = {}  # a glance at each, as what is encoded was made
 
     @property
     def n(self) -> int:
@@ -160,46 +159,16 @@ class Conditions:
         memory, leaves what it encoded.
         """
         now = _encoders(self.pipe) if self._encoders else {}
-        if not all(n in self._encoders and self._encoders[n].became(now[n]) for n in now):
+        before = self._encoders
+        if any(name not in before or before[name].changes(now[name]) for name in now):
             self._encoded, self._encoders = dict(self.given), {}
             self._batches.clear()
 
 
-class _Encoder(NamedTuple):
-    """A glance at a text encoder.
-
-    Attributes:
-        what: all but where its weights lie.
-        places: the device and the address of each.
-    """
-
-    what: tuple[Any, ...]
-    places: tuple[tuple[torch.device, int], ...]
-
-    @classmethod
-    def of(cls, encoder: nn.Module) -> _Encoder:
-        state = State.of(encoder)
-        tensors = [
-            x
-            for module in encoder.modules()
-            for kind in TENSORS
-            for x in vars(module)[kind].values()
-            if x is not None
-        ]
-        weights = tuple((id(x), version(x), x.dtype) for x in tensors)
-        places = tuple((x.device, x.data_ptr()) for x in tensors)
-        return cls((weights, state.adapters, state.hooks, state.settings), places)
-
-    def became(self, now: _Encoder) -> bool:
-        """Whether it is `now`, moved to another device maybe, as offloading does."""
-        pairs = zip(self.places, now.places, strict=False)  # as many, if what is the same
-        return self.what == now.what and all(a == b or a[0] != b[0] for a, b in pairs)
-
-
-def _encoders(pipe: Any) -> dict[str, _Encoder]:
+def _encoders(pipe: Any) -> dict[str, State]:
     """A glance at each text encoder of a pipeline."""
     return {
-        name: _Encoder.of(part)
+        name: State.of(part)
         for name, part in vars(pipe).items()
         if name.startswith("text_encoder") and isinstance(part, nn.Module)
     }

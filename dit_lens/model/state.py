@@ -1,4 +1,4 @@
-"""What a transformer's answers depend on besides its inputs, as far as it can be seen at a glance.
+"""What a module's answers depend on besides its inputs, as far as it can be seen at a glance.
 
 It proves nothing (that is for witnesses); it names the likely cause when a recomputation departs.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..hooks.points import version
 
@@ -18,32 +19,50 @@ TENSORS = ("_parameters", "_buffers")
 NUMBERS = (bool, int, float)
 
 
+class Glance(NamedTuple):
+    """What is seen of a parameter or buffer without reading it."""
+
+    version: int
+    dtype: torch.dtype
+    device: torch.device
+    place: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Glance:
+        """It now."""
+        return cls(version(x), x.dtype, x.device, x.data_ptr())
+
+    def became(self, now: Glance) -> bool:
+        """Whether it is the same, moved to another device maybe, as offloading does."""
+        return self[:2] == now[:2] and (self.device != now.device or self.place == now.place)
+
+
 @dataclass(frozen=True)
 class State:
-    """A glance at a transformer.
+    """A glance at a module.
 
     Attributes:
-        tensors: place and version of each parameter and buffer, by name.
+        tensors: each parameter and buffer, by name.
         hooks: the module hooks of each module.
         adapters: each adapter layer's active adapters, and whether it is switched off or merged.
         settings: each module's plain numbers, such as `eps`.
     """
 
-    tensors: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, Glance]
     hooks: Mapping[str, tuple[int, ...]]
     adapters: Mapping[str, str]
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, transformer: nn.Module) -> State:
+    def of(cls, root: nn.Module) -> State:
         """A glance at it now."""
         tensors, hooks, adapters, settings = {}, {}, {}, {}
-        for name, module in transformer.named_modules():
+        for name, module in root.named_modules():
             own, prefix = vars(module), f"{name}." if name else ""
             for kind in TENSORS:
                 for key, value in own[kind].items():
                     if value is not None:
-                        tensors[prefix + key] = (value.data_ptr(), version(value))
+                        tensors[prefix + key] = Glance.of(value)
             if attached := [key for kind in HOOKS for key in own[kind]]:
                 hooks[name] = tuple(attached)
             for key, value in own.items():
@@ -54,7 +73,7 @@ class State:
         return cls(tensors, hooks, adapters, settings)
 
     def changes(self, now: State) -> list[str]:
-        """What is different now, each in a few words."""
+        """What is different now, each in a few words. Weights on another device are the same."""
         found = []
         for what, before, after in (
             ("adapters", self.adapters, now.adapters),
@@ -62,11 +81,17 @@ class State:
             ("module hooks", self.hooks, now.hooks),
             ("settings", self.settings, now.settings),
         ):
-            odd = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+            odd = [k for k in {**before, **after} if not _same(before.get(k), after.get(k))]
             if odd:
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
                 found.append(f"the {what} at {odd[0]!r}{more} changed")
         return found
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, Glance) and isinstance(now, Glance):
+        return before.became(now)
+    return bool(before == now)
 
 
 def _adapters(module: nn.Module) -> str:
