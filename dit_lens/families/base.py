@@ -422,6 +422,16 @@ class Family:
         """
         return Condition({name: torch.cat([c[name] for c in conditions]) for name in conditions[0]})
 
+    def shares_steps(self, transformer: Any, pipe: Any) -> bool:
+        """Whether a pipeline computes some of its steps with a second transformer.
+
+        Args:
+            transformer: that is opened.
+            pipe: its pipeline, or None.
+        """
+        second = getattr(pipe, "transformer_2", None)
+        return isinstance(second, nn.Module) and second is not transformer
+
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents as images [batch, channel, height, width] (video: [batch, channel, frame, height,
         width]), about -1 to 1.

@@ -285,6 +285,12 @@ class WanFamily(Family):
         sizes = zip(inputs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
         return tuple(n // p for n, p in sizes)
 
+    def shares_steps(self, transformer: Any, pipe: Any) -> bool:
+        # without a ratio the first one does it all
+        return super().shares_steps(transformer, pipe) and (
+            getattr(pipe.config, "boundary_ratio", 1.0) is not None
+        )
+
     def encode(self, pipe: Any, prompt: str) -> Condition:
         embeds, _ = pipe.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=512

@@ -540,15 +540,10 @@ class HookedDiT:
 
     @property
     def shares_steps(self) -> bool:
-        """Whether the pipeline computes some of its steps with a second transformer, as Wan 2.2
-        does, which is not opened with this one.
+        """Whether the pipeline computes some of its steps with a second transformer, which is not
+        opened with this one.
         """
-        pipe = self.conditions.pipe
-        second = getattr(pipe, "transformer_2", None)
-        if not isinstance(second, nn.Module) or second is self.transformer:
-            return False
-        # without a ratio the first one does it all
-        return getattr(pipe.config, "boundary_ratio", 1.0) is not None
+        return self.family.shares_steps(self.transformer, self.conditions.pipe)
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:

@@ -70,6 +70,8 @@ class Pictures(DatasetPlotAccessor):
         raise InvalidValue(f"result.plot() draws nothing by itself; {self._expected}.")
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of what looks into objects, such as copy and notebooks
+            raise AttributeError(name)
         near = difflib.get_close_matches(name, self.names, n=1)
         hint = f" (nearest: {near[0]})" if near else ""
         raise AttributeError(f"This result has no picture {name!r}; {self._expected}{hint}.")
