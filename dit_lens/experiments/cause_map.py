@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import arguments
 from ..hooks.hold import Added, before, line, parts, require_parts, stack
 from ..measures import Array
-from ..measures.agreement import agreement, curve, not_alone
+from ..measures.agreement import not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, simultaneous
 from ..measures.estimate import Estimate
@@ -44,7 +44,7 @@ from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
-from .spread import Spread, item_labels, log_interval
+from .spread import Spread, decided, item_labels, log_interval
 
 MapKind = Literal["hold", "zero", "mean"]
 HALVES = ("early", "late")
@@ -316,13 +316,10 @@ def _dataset(
     run: Run, sites: Sequence[str], windows: Sequence[range], bands: Bands, spread: Spread
 ) -> xr.Dataset:
     """The map's axes, the commitment curves above it, and D."""
-    labels = run.labels.cpu().numpy()
-    kept = not_alone(labels)
-    labels, final = labels[kept], run.latents[-1][kept]
-    decided = [curve(agreement(x0[kept], final, bands, labels), squared=True) for x0 in run.x0]
+    alone = len(run.labels) - len(not_alone(run.labels.cpu()))
     return xr.Dataset(
         {
-            "decided": (("step", "band"), np.stack(decided)),
+            "decided": (("step", "band"), decided(run, bands)),
             "spread": ("band", spread.of_all),
             "first": ("window", np.array([w[0] for w in windows], float)),
             "last": ("window", np.array([w[-1] for w in windows], float)),
@@ -336,7 +333,7 @@ def _dataset(
             "band": list(bands.names),
             "bound": ["low", "high"],
         },
-        attrs={"level": 0.95, "alone": len(run.labels) - len(kept)},
+        attrs={"level": 0.95, "alone": alone},
     )
 
 

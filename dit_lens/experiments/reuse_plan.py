@@ -29,7 +29,6 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..hooks.hold import require_parts
 from ..measures import Array
-from ..measures.agreement import agreement, curve, not_alone
 from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws
 from ..measures.estimate import Estimate
@@ -46,7 +45,7 @@ from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
 from .plan_gradients import slopes
 from .plan_search import Effects, Search
-from .spread import Spread, item_labels, log_interval
+from .spread import Spread, decided, item_labels, log_interval
 from .whole_steps import even_steps, number_of_steps, whole_steps
 
 Aim = Literal["same", "good"]
@@ -154,10 +153,12 @@ def reuse_plan(
     if scheduler is None or isinstance(scheduler, str):
         about["sampler"] = scheduler
     aims = directions(makers.run, makers.bands, projections, seed)
-    decided = _decided(makers) if aim == "good" else np.ones((steps, makers.bands.n))
+    weight = np.ones((steps, makers.bands.n))
+    if aim == "good":
+        weight = np.clip(np.nan_to_num(decided(makers.run, makers.bands)), 0, 1)
     # so that the squares of a sum of cells add up to E, all bands together
     size = makers.spread.of_all * projections * items
-    scale = np.sqrt(decided / size)[..., None, None]
+    scale = np.sqrt(weight / size)[..., None, None]
 
     # Plans from coarse to fine, around the plain run and then around the best plan so far.
     times, columns = makers.run.timesteps.tolist(), list(costs.parts)
@@ -381,13 +382,3 @@ class Samples:
         apart = (finished - self.run.latents[-1]).double()
         found: Array = self.spread.relative(energy(apart, self.bands)[None])
         return found[:, 0]
-
-
-def _decided(samples: Samples) -> Array:
-    """How far each band is decided by each step, [step, band]."""
-    run, bands = samples.run, samples.bands
-    labels = run.labels.cpu().numpy()
-    kept = not_alone(labels)
-    labels, final = labels[kept], run.latents[-1][kept]
-    found = [curve(agreement(x0[kept], final, bands, labels), squared=True) for x0 in run.x0]
-    return np.clip(np.nan_to_num(np.stack(found)), 0, 1)

@@ -1,5 +1,5 @@
 """How far unrelated samples of one label are apart, which effects on finished images are measured
-in.
+in, and how far each band of them is decided by each step.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import numpy as np
 from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
+from ..measures.agreement import agreement, curve, not_alone
 from ..measures.bands import Bands
 from ..measures.bootstrap import interval
 from ..model.conditions import Labels
@@ -46,6 +47,21 @@ def item_labels(model: HookedDiT, items: int, labels: Labels | None) -> list[int
             "one, to compare with how far unrelated samples are apart."
         )
     return found
+
+
+def decided(run: Run, bands: Bands) -> Array:
+    """The share of the finished image's variance that the predicted x0 has by each step, less the
+    mean of each label, [step, band]; items alone with their label are left out.
+
+    Args:
+        run: of the samples.
+        bands: of the latents' grid.
+    """
+    labels = run.labels.cpu().numpy()
+    kept = not_alone(labels)
+    labels, final = labels[kept], run.latents[-1][kept]
+    seen = [curve(agreement(x0[kept], final, bands, labels), squared=True) for x0 in run.x0]
+    return np.stack(seen)
 
 
 class Spread:
