@@ -169,12 +169,11 @@ def measure_gap(
             Attributes: `model`, `pairs`, `steps`, `seed`, `cut`, `bands`, as given; `labels`, of
             each pair, by number; `channels`, the weighing that the views use; `commitment_step`, of
             `log_ratio`; `vae`, whether one decodes the images; `spectrum_of`, whose spectrum
-            `data_gap` is of; `null_pairs` and `null_steps`, with null models; for each of
-            the four views `onset_{view}`, a sentence, `onset_layer_{view}`, -1 for none, and
-            `onset_verdict_{view}`, "unclaimed" unless null models rarely change
-            so late; the sentences `title`, `headline`, `estimators`
-            and `data`, and `notes`, a line for each commitment that is missing or
-            whose interval is cut off.
+            `data_gap` is of; `null_pairs` and `null_steps`, with null models; for each of the four
+            views `onset_{view}`, a sentence, `onset_layer_{view}`, -1 for none, and
+            `onset_verdict_{view}`, "unclaimed" unless null models rarely change so late; the
+            sentences `title`, `headline`, `estimators` and `data`, and `notes`, a line for each
+            commitment that is missing or whose interval is cut off.
 
     Raises:
         InvalidValue: for too few pairs, steps or null models, unknown bands, a cut with no mode

@@ -67,8 +67,7 @@ def fit_commitment(
             bound]; `unresolved` [band, bound], how many steps before and after its place a band may
             commit because it rises between two neighbouring releases, else 0; `reason` [band], why
             a commitment is NaN or an interval is cut off at the first or last release, else "". The
-            quantities are "step" (0 the noisiest), "time" (step /
-            steps) and "log_snr".
+            quantities are "step" (0 the noisiest), "time" (step / steps) and "log_snr".
 
     Raises:
         InvalidValue: for fewer than 8 pairs, log_snr that does not rise, releases outside the run,
