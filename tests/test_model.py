@@ -206,6 +206,7 @@ def test_what_changes_in_place_unseen_by_version_counters_is_refused(dit, inputs
             model(*inputs)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over CPU attention
 def test_hooks_that_return_none_may_look_at_values_that_are_no_numbers(dit, inputs):
     model = HookedDiT(dit)
     x, t, y = inputs

@@ -106,6 +106,23 @@ def test_a_run_is_in_float32_whatever_it_starts_from(model):
         run.replay(0, latents=torch.full_like(start, 1e300, dtype=torch.float64))
 
 
+def test_a_run_of_a_float64_model_is_in_float64():
+    """Nothing of it passes through float32, in twins too."""
+    model = HookedDiT(make_dit().double(), scheduler=DDIMScheduler(1000))
+    run = dit_lens.sample(model, [1, 2], steps=3)
+    start = run.latents[0] + 1e-12
+    moved = (
+        dit_lens.sample(model, [1, 2], steps=3, latents=start),
+        run.replay(0, latents=start),
+    )
+    pair = dit_lens.twins(model, 2, steps=3, release=1)
+    for found in (run, *moved, pair.run):
+        for part in (found.latents, found.x0, found.outputs):
+            assert part.dtype == torch.float64
+    for found in moved:
+        assert 0 < (found.latents[-1] - run.latents[-1]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("then", [True, False], ids=["under autocast", "plain"])
 def test_what_goes_on_from_a_run_is_computed_on_its_kernels(model, then):
     """Whatever is in force when it goes on."""

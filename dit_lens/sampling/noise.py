@@ -27,6 +27,15 @@ def generators(seeds: Sequence[int], step: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(word >> np.uint64(1))) for word in words]
 
 
+def run_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """What the latents of a run are in: float32, and float64 where the model computes in it.
+
+    >>> run_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return torch.promote_types(model_dtype, torch.float32)
+
+
 def noise(
     seeds: Sequence[int],
     step: int,

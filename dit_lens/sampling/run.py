@@ -34,7 +34,7 @@ from ..model.witness import (
 )
 from .guidance import branches, model_inputs, n_passes
 from .loop import Kept, advance, denoise, prepared
-from .noise import START, noise
+from .noise import START, noise, run_dtype
 from .parts import Split, Splitter, positions, together
 from .schedulers import MEMORYLESS, default_name
 from .settings import (
@@ -71,7 +71,7 @@ class Run:
         model: what was sampled.
         settings: steps, guidance, scheduler, eta.
         latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width],
-            float32.
+            float32 (float64 where the model computes in it).
         x0: the clean latents predicted at each step, [steps, batch, ...].
         outputs: what the model answered (guided), [steps, batch, ...].
         timesteps: [steps].
@@ -406,7 +406,7 @@ class Run:
             self.require_released(from_step)
         start = self.latents[from_step]
         if latents is not None:
-            start = _start(latents, start.device)
+            start = _given(latents, start.device, start.dtype)
         if start.shape != self.latents[0].shape:
             raise InvalidValue(
                 f"The latents have shape {list(start.shape)}; expected "
@@ -629,11 +629,11 @@ def _sample(
     fresh = copy.deepcopy(plan)
 
     # Where it starts.
-    shape = model.cfg.latent_shape
+    shape, dtype = model.cfg.latent_shape, run_dtype(model.dtype)
     if latents is None:
-        latents = noise(own_seeds, START, shape, model.device)
+        latents = noise(own_seeds, START, shape, model.device, dtype)
     else:
-        latents = _start(latents, model.device)
+        latents = _given(latents, model.device, dtype)
     if latents.shape != (len(y), *shape):
         raise InvalidValue(
             f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for "
@@ -652,11 +652,9 @@ def _sample(
     return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)
 
 
-def _start(latents: Tensor, device: torch.device) -> Tensor:
-    """Latents that a user gave as a run keeps them: in float32, whatever the model computes in,
-    without gradients.
-    """
-    found = arguments.tensor("latents", latents).detach().to(device, torch.float32)
+def _given(latents: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Latents that a user gave as a run keeps them: in the run's dtype, without gradients."""
+    found = arguments.tensor("latents", latents).detach().to(device, dtype)
     return arguments.tensor("latents", found, finite=True)
 
 

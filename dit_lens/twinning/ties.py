@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import arguments
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
-from ..sampling.noise import START, noise
+from ..sampling.noise import START, noise, run_dtype
 from ..sampling.schedulers import takes_eta
 from .coupling import CouplingForm, check_coupling, coupled
 
@@ -40,7 +40,7 @@ class NoiseTie:
 
     def start(self, model: HookedDiT, own: Sequence[int], _other: Sequence[int]) -> Tensor:
         """x_T of [A | B], equal; `own` are twin A's seeds."""
-        z = noise(own, START, model.cfg.latent_shape, model.device)
+        z = noise(own, START, model.cfg.latent_shape, model.device, run_dtype(model.dtype))
         return torch.cat([z, z])
 
     def holding(self, _model: HookedDiT, _passes: int) -> contextlib.AbstractContextManager[None]:
@@ -84,8 +84,8 @@ class AttentionTie:
 
     def start(self, model: HookedDiT, own: Sequence[int], other: Sequence[int]) -> Tensor:
         """x_T of [A | B]; `own` are the seeds of z, `other` those of xi."""
-        shape = model.cfg.latent_shape
-        z, xi = noise(own, START, shape, model.device), noise(other, START, shape, model.device)
+        shape, dtype = model.cfg.latent_shape, run_dtype(model.dtype)
+        z, xi = (noise(seeds, START, shape, model.device, dtype) for seeds in (own, other))
         shared = (1 - self.eps**2) ** 0.5 * z
         return torch.cat([shared + self.eps * xi, shared - self.eps * xi])
 
