@@ -2,6 +2,7 @@
 here.
 """
 
+import copy
 import dataclasses
 import sys
 from types import SimpleNamespace
@@ -531,6 +532,8 @@ def test_bad_input(model, pair):
     def run(which=model, labels=(1, 2, 1), **options):
         return dit_lens.sample(which, list(labels), **{"steps": STEPS} | options)
 
+    changed = copy.deepcopy(SCHEDULER)  # in what its configuration does not say
+    changed.alphas_cumprod = changed.alphas_cumprod * 0.99
     for source, text in [
         (
             run(other),
@@ -539,6 +542,7 @@ def test_bad_input(model, pair):
         (run(steps=5), "The source has steps=5 and the target steps=6; expected the same"),
         (run(guidance=2.0), "guidance=2.0 and the target guidance=1.0"),
         (run(scheduler="ddpm"), "different schedulers, DDPMScheduler .* and DDIMScheduler"),
+        (run(scheduler=changed), "different schedulers, DDIMScheduler .* and DDIMScheduler"),
         (run(labels=[1, 2]), r"latents are \[2, 1, 8, 8\] and the target's \[3, 1, 8, 8\]"),
     ]:
         with pytest.raises(ValueError, match=text):

@@ -25,7 +25,7 @@ import torch
 import xarray as xr
 import zarr
 from conftest import make_dit
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 import dit_lens
@@ -273,6 +273,17 @@ def test_datasets_as_arrays():
 
 
 # Content.
+
+
+def test_a_scheduler_is_told_by_its_noise_levels():
+    plain, changed, used = (DDIMScheduler(1000) for _ in range(3))
+    changed.alphas_cumprod = changed.alphas_cumprod * 0.99
+    used.set_timesteps(7)
+    shifted = FlowMatchEulerDiscreteScheduler()
+    before = content(shifted)
+    shifted.set_shift(3.0)
+    assert content(plain) == content(used) != content(changed)
+    assert before != content(shifted)
 
 
 def test_content_tells_apart():

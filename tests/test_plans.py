@@ -22,6 +22,7 @@ from dit_lens.experiments.cost import macs_of
 from dit_lens.experiments.reuse_plan import check_plan
 from dit_lens.families import family_named
 from dit_lens.hooks.hold import parts as model_parts
+from dit_lens.pieces.content import weights_digest
 from dit_lens.plans.plan import Costs
 from dit_lens.storage import save_document
 
@@ -229,6 +230,22 @@ def test_other_models_are_refused(plan):
                 pass
     with dit_lens.reuse(others["class"], plan):  # a copy is the same model
         sampled(others["class"])
+    with torch.no_grad():  # a part of one weight is enough to be another model
+        others["class"].transformer.transformer_blocks[1].attn1.to_out[0].weight[:, -4:] *= 1.5
+    with pytest.raises(ValueError, match="for another model: its weights is"):
+        with dit_lens.reuse(others["class"], plan):
+            pass
+
+
+def test_weights_are_the_same_in_any_dtype_that_holds_them():
+    transformer = make_dit().half()
+    half = weights_digest(transformer)
+    assert weights_digest(transformer.float()) == half
+    transformer.register_buffer("empty", torch.zeros(0))
+    transformer.register_buffer("scale", torch.tensor(2.0))
+    before = weights_digest(transformer)
+    transformer.scale += 1
+    assert len({half, before, weights_digest(transformer)}) == 3
 
 
 @pytest.mark.parametrize("steps", [4, 9])

@@ -31,7 +31,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..model.hooked import HookedDiT
 from ..pieces import Piece, current, kept_in, results, scope
-from ..pieces.content import config_digest
+from ..pieces.content import digest as content_digest
 from ..sampling.run import Run
 from ..sampling.settings import Progress
 from .lanes import Lanes
@@ -322,8 +322,8 @@ def _waves(planned: Sequence[Planned]) -> list[list[int]]:
 
 
 def scheduler_text(scheduler: Any) -> str:
-    """The class of a scheduler and a digest of its settings."""
-    return f"{type(scheduler).__name__} {config_digest(scheduler)[:8]}"
+    """The class of a scheduler and a digest of its settings and noise levels."""
+    return f"{type(scheduler).__name__} {content_digest(scheduler)[:8]}"
 
 
 def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType
+from ..model.witness import checksum
+from ..sampling.schedulers import SET_LATER
 
 Tell = Callable[[Any], str]
 """The text of a part of a value."""
@@ -72,7 +74,7 @@ def digest(value: Any) -> str:
 
 
 def config_digest(value: Any) -> str:
-    """A digest of the configuration of a model or a scheduler, 16 digits.
+    """A digest of the configuration of a model, 16 digits.
 
     Args:
         value: of diffusers'; what has no configuration has an empty one.
@@ -81,8 +83,8 @@ def config_digest(value: Any) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of the names and shapes of a model's weights and of the first numbers of each, 16
-    digits.
+    """A digest of a model's weights and buffers, 16 digits: their names, shapes and values, in
+    whatever dtype they hold them.
 
     Args:
         model: a transformer.
@@ -97,8 +99,8 @@ def weights_digest(model: nn.Module) -> str:
                 f"The weights are offloaded ({name} is on no device), so a model can't be told by "
                 "them; expected a model without accelerate's cpu_offload or disk_offload."
             )
-        first = value.detach().flatten()[:8].to("cpu", torch.float32)
-        made.update(f"{name} {tuple(value.shape)}".encode() + first.numpy().tobytes())
+        held = checksum(value.detach().float()[None]).bits.item() if value.numel() else 0
+        made.update(f"{name} {tuple(value.shape)} {held}".encode())
     return made.hexdigest()[:16]
 
 
@@ -138,7 +140,8 @@ def part_text(value: Any, tell: Tell) -> str:
         more = {} if _is_installed(kind.__module__) else _held(value)
         return f"{tell(kind)}{tell(fields | more)}"
     if hasattr(value, "config") and hasattr(value, "timesteps"):  # a scheduler of diffusers'
-        return f"{tell(kind)}{tell(_settings(value))}"
+        since = {k: v for k, v in vars(value).items() if k in SET_LATER}
+        return f"{tell(kind)}{tell(_settings(value) | since)}"
     # an object of plain Python is its class and what it holds, as for pickle
     own = {name for base in kind.__mro__[:-1] for name in vars(base)}
     if not own & {"__reduce_ex__", "__reduce__", "__getstate__"}:

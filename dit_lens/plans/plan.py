@@ -354,9 +354,7 @@ def _require_cells(cells: Iterable[Cell], of_layer: Sequence[Sequence[str]], ste
 
 
 def identity(model: HookedDiT) -> dict[str, str]:
-    """What a model is known by: its class, and digests of its configuration and of the first
-    numbers of each of its weights.
-    """
+    """What a model is known by: its class, and digests of its configuration and of its weights."""
     transformer = model.transformer
     shape = str(model.cfg.n_layers), config_digest(transformer)
     known = type(transformer).__name__, *shape, weights_digest(transformer)
