@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.commands import main
+from dit_lens.commands.common import stored as stored_now
 from dit_lens.errors import DitLensError, InvalidState, InvalidValue, MissingFile, UnwritableFile
 from dit_lens.model import loading
 from dit_lens.patching import Patch, sweep
@@ -42,7 +43,7 @@ from dit_lens.storage import (
     load_tensors,
     locked,
     made_by,
-    made_on,
+    made_of,
     made_with,
     replacing,
     save_dataset,
@@ -50,6 +51,7 @@ from dit_lens.storage import (
     try_file,
     try_folder,
     versions,
+    written,
 )
 from dit_lens.storage.schema import Listed, Schema, Size, conform
 from dit_lens.tracing import files as trace_files
@@ -220,16 +222,39 @@ def test_files_say_what_made_them(gap_results, trace, tmp_path):
     made = versions() | {"device": device_name("cpu")}
     assert made["torch"] == torch.__version__ and made["device"].startswith("cpu (")
     with made_by("dit-lens gap"):
-        made_on(torch.device("cpu"))
+        made_of("digits", torch.device("cpu"))
         file = save_dataset(tmp_path / "a.nc", "x", gap_results)
+        assert written() == [file]
+    assert written() == []
     found = made_with(file)
     date = datetime.fromisoformat(found.pop("date"))
     assert abs(datetime.now(timezone.utc) - date) < timedelta(minutes=5)
-    assert found == made | {"command": "dit-lens gap"}
+    assert found == made | {"command": "dit-lens gap", "model": "digits"}
     from safetensors import safe_open
 
     with safe_open(trace.save(tmp_path / "t"), "pt") as file:
         assert json.loads(file.metadata()["versions"]) == made
+
+
+def test_results_of_several_models_in_a_folder_are_told_apart(gap_results, tmp_path, capsys):
+    """In words; and what a command answers holds its own results alone."""
+
+    def save(model, name):
+        with made_by(f"dit-lens gap {model}"):
+            made_of(model, torch.device("cpu"))
+            save_dataset(tmp_path / name, "gap.nc", gap_results)
+            return stored_now(tmp_path)
+
+    answer = save("first", "gap.nc")
+    assert capsys.readouterr().out == "" and list(answer.data()["results"]) == ["gap.nc"]
+    answer = save("second", "attributes.nc")
+    note = f"The results in {str(tmp_path)!r} are of 2 models: "
+    note += "gap.nc of 'first', attributes.nc of 'second'."
+    assert capsys.readouterr().out == f"{note}\n"
+    assert list(answer.data()["results"]) == ["attributes.nc"]
+    assert stored.of_several_models(stored.files_at(tmp_path)) == note
+    stored.show(tmp_path / "gap.nc")
+    assert note not in capsys.readouterr().out
 
 
 # Flips.

@@ -35,18 +35,22 @@ class Answer(NamedTuple):
     code: int = 0
 
 
-def stored(*folders: Path) -> Answer:
-    """All results in a folder, by file; of several, a list.
+def stored(out: Path) -> Answer:
+    """The results that a subcommand has written, by file, and no older ones beside them. A line
+    says so where these are of another model.
 
     Args:
-        folders: what a subcommand wrote, or one file of it.
+        out: the folder that they are in.
     """
+    from ..report.stored import files_at, of_several_models, read
+    from ..storage import written
+
+    files = written()
+    if files and (note := of_several_models(files_at(out))):
+        print(note)
 
     def found() -> Any:
-        from ..report.stored import results_at
-
-        all_ = [{"stored": str(folder), "results": results_at(folder)} for folder in folders]
-        return all_[0] if len(all_) == 1 else all_
+        return {"stored": str(out), "results": {file.name: read(file)[1] for file in files}}
 
     return Answer(found)  # read again only where somebody wants it
 
@@ -344,7 +348,7 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
     import torch
 
     from ..model.loading import load
-    from ..storage import made_on
+    from ..storage import made_of
 
     if (given := GIVEN.get()) is not None:
         return given[0]
@@ -354,7 +358,7 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
         device = "cpu" if here is None else str(here)
     size = None if args.size is None else tuple(args.size)
     model = load(args.model, dtype=args.dtype, device=device, size=size)
-    made_on(model.device)
+    made_of(str(args.model), model.device)
     return model
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..errors import MissingFile
-from .common import Answer, stored
+from .common import Answer
 
 PAGE = Path("report.html")
 
@@ -50,8 +51,13 @@ def run(args: argparse.Namespace) -> Answer:
         page = write(args.results, args.html)
         print(f"page: {page}")
         return Answer({"page": str(page)})
-    from ..report.stored import show
+    from ..report.stored import results_at, show
 
     for folder in args.results:
         show(folder)
-    return stored(*args.results)
+
+    def found() -> Any:
+        all_ = [{"stored": str(folder), "results": results_at(folder)} for folder in args.results]
+        return all_[0] if len(all_) == 1 else all_
+
+    return Answer(found)  # read again only where somebody wants it

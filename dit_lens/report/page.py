@@ -86,12 +86,14 @@ def write(folders: Sequence[Path], page: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    notes = [stored.of_several_models(stored.files_at(folder)) for folder in folders]
     html = environment.from_string(template).render(
         plotly=Markup(get_plotlyjs()),
         groups=groups,
         palette={"ink": INK, "low": LOW, "high": HIGH},
         figures=_json([{"title": f.title, "data": f.traces, "layout": f.layout} for f in figures]),
         several=len(folders) > 1,
+        notes=[note for note in notes if note],
     )
     with replacing(page) as part:
         part.write_text(html, encoding="utf-8")

@@ -4,6 +4,7 @@ written again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
 from ..experiments.side_by_side import WAYS
 from ..pictures.result import Result
-from ..storage import load_dataset
+from ..storage import load_dataset, made_with
 from . import (
     attributes,
     cause_details,
@@ -258,6 +259,8 @@ def show(path: Path) -> None:
         InvalidValue: for a file that is no result, or is damaged.
     """
     found = files_at(path)
+    if note := of_several_models(found):
+        print(f"{note}\n")
     kinds = {kind: (file, results) for file in found for kind, results in [read(file)]}
     for kind, (file, results) in kinds.items():
         if kind == "gap.nc":
@@ -318,6 +321,21 @@ def load_result(path: str | Path) -> Result:
             f"{', '.join(repr(str(file)) for file in found)}."
         )
     return read(found[0])[1]
+
+
+def of_several_models(files: Sequence[Path]) -> str:
+    """A sentence where results side by side are of several models, as their commands named them;
+    "" where they are not.
+
+    Args:
+        files: of `save_dataset`.
+    """
+    known = [(file, made_with(file).get("model")) for file in files]
+    models = {model: file for file, model in known if model is not None}
+    if len(models) < 2:
+        return ""
+    of = ", ".join(f"{file.name} of {model!r}" for file, model in known if model is not None)
+    return f"The results in {str(files[0].parent)!r} are of {len(models)} models: {of}."
 
 
 def files_at(path: Path) -> list[Path]:

@@ -7,7 +7,7 @@ it; the schemas are beside those who write it (`tracing`, `patching`, `report`, 
 from .datasets import load_dataset, made_with, save_dataset
 from .documents import load_document, save_document
 from .locks import locked
-from .provenance import device_name, made_by, made_on, versions
+from .provenance import device_name, made_by, made_of, versions, written
 from .seals import check_seal
 from .tensors import load_tensors, mapped_tensors, save_tensors
 from .writing import file_name, replacing, try_file, try_folder
@@ -21,7 +21,7 @@ __all__ = [
     "load_tensors",
     "locked",
     "made_by",
-    "made_on",
+    "made_of",
     "made_with",
     "mapped_tensors",
     "replacing",
@@ -31,4 +31,5 @@ __all__ = [
     "try_file",
     "try_folder",
     "versions",
+    "written",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import xarray as xr
 
 from ..errors import InvalidValue
-from .provenance import provenance
+from .provenance import provenance, wrote
 from .seals import EMPTY_SEAL, check_seal, seal
 from .writing import replacing
 
@@ -35,12 +35,13 @@ def save_dataset(path: str | Path, kind: str, results: xr.Dataset) -> Path:
     with replacing(path) as part:
         sealed.to_netcdf(part, engine="scipy")
         seal(part)
+    wrote(Path(path))
     return Path(path)
 
 
 def made_with(path: str | Path) -> dict[str, str]:
-    """What made a file of `save_dataset`: versions and the date, and of a command its line and the
-    device, by name.
+    """What made a file of `save_dataset`: versions and the date, and of a command its line, its
+    model and the device, by name.
 
     Args:
         path: the file, read and found whole before.

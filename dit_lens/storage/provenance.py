@@ -1,4 +1,4 @@
-"""What made a file: versions, the device, the command, the date."""
+"""What made a file: versions, the model, the device, the command, the date."""
 
 from __future__ import annotations
 
@@ -6,35 +6,69 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 PACKAGES = {"dit_lens": "dit-lens", "torch": "torch", "diffusers": "diffusers"}
-COMMAND: ContextVar[dict[str, str] | None] = ContextVar("command", default=None)
-"""What is known of the command that is running."""
+
+
+@dataclass
+class Command:
+    """The command that is running.
+
+    Attributes:
+        known: what is known of it, by name.
+        written: the results that it has written.
+    """
+
+    known: dict[str, str]
+    written: list[Path] = field(default_factory=list)
+
+
+COMMAND: ContextVar[Command | None] = ContextVar("command", default=None)
 
 
 @contextmanager
 def made_by(command: str) -> Iterator[None]:
-    """Within it, results carry the command line that made them.
+    """Within it, results carry the command line that made them, and are listed by `written`.
 
     Args:
         command: as it can be pasted again.
     """
-    token = COMMAND.set({"command": command})
+    token = COMMAND.set(Command({"command": command}))
     try:
         yield
     finally:
         COMMAND.reset(token)
 
 
-def made_on(device: torch.device) -> None:
-    """The model of the command that is running is on this device; nothing outside a command."""
-    if (known := COMMAND.get()) is not None:
-        known["device"] = device_name(device)
+def made_of(model: str, device: torch.device) -> None:
+    """The command that is running is about this model, and has it on this device; nothing outside
+    a command.
+
+    Args:
+        model: as the command names it.
+        device: of its weights.
+    """
+    if (running := COMMAND.get()) is not None:
+        running.known |= {"model": model, "device": device_name(device)}
+
+
+def wrote(path: Path) -> None:
+    """The command that is running has written a result; nothing outside a command."""
+    if (running := COMMAND.get()) is not None:
+        running.written.append(path)
+
+
+def written() -> list[Path]:
+    """The results that the command that is running has written, each once."""
+    running = COMMAND.get()
+    return list(dict.fromkeys(running.written)) if running else []
 
 
 def provenance() -> dict[str, str]:
@@ -44,7 +78,8 @@ def provenance() -> dict[str, str]:
     'dit-lens gap digits'
     """
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return versions() | {"date": date} | (COMMAND.get() or {})
+    running = COMMAND.get()
+    return versions() | {"date": date} | (running.known if running else {})
 
 
 def versions() -> dict[str, str]:
