@@ -391,7 +391,7 @@ def test_leaving_a_view_leaves_those_of_others():
             t.ablate("attn_out")
             with HookedDiT(dit) as second:
                 second.add_hook("mlp_out", zero)
-                with pytest.raises(RuntimeError, match="A trace of this model is open, or a p"):
+                with pytest.raises(RuntimeError, match="A trace of this model is open, a plan"):
                     second.remove()
             edited = raw(dit, *INPUTS)
         assert len(t.steps) == 1 and not torch.equal(edited, want) and left(dit, want) == []
@@ -399,6 +399,9 @@ def test_leaving_a_view_leaves_those_of_others():
         first = HookedDiT(dit)
         with HookedDiT(dit) as second, second.hooks([("mlp_out", zero)]):
             raw(dit, *INPUTS)
+            with pytest.raises(RuntimeError, match=r"or a block of hooks, which would end unseen"):
+                first.remove()
+            assert not torch.equal(raw(dit, *INPUTS), want)
         assert torch.equal(first(*INPUTS), want)
         first.remove()
     assert left(dit, want) == []

@@ -526,7 +526,10 @@ class HookedDiT:
             listeners: (hook name, listener).
         """
         self.require_eval()
+        block = object()
         with Taken() as taken:
+            taken.undo(self.instrumentation.blocks.discard, block)
+            self.instrumentation.blocks.add(block)
             for name, listener in listeners:
                 self._attach(name, listener, taken)
             yield
@@ -565,12 +568,12 @@ class HookedDiT:
         what it was.
 
         Raises:
-            RuntimeError: while a trace of it is open, or a plan on it.
+            RuntimeError: while a trace of it is open, a plan on it, or a block of `hooks`.
         """
-        if self.instrumentation.watchers:
+        if self.instrumentation.watchers or self.instrumentation.blocks:
             raise InvalidState(
-                "A trace of this model is open, or a plan on it, which would end unseen; leave its "
-                "`with` block, then call remove()."
+                "A trace of this model is open, a plan on it, or a block of hooks, which would end "
+                "unseen; leave its `with` block, then call remove()."
             )
         if self.instrumentation.installed:
             self.instrumentation.remove()

@@ -139,6 +139,7 @@ class Instrumentation:
         self.watchers: list[Watcher] = []
         self.ears: set[tuple[str, Listener]] = set()  # who listens to every pass
         self.readers: set[object] = set()  # passes beside the user's own
+        self.blocks: set[object] = set()  # `with` blocks of hooks
         self.users: set[object] = set()  # HookedDiTs and open traces; the last takes the points out
         self.owned: dict[object, list[tuple[str, Listener]]] = {}  # hooks that go with their user
         self.running: list[Here] = []
