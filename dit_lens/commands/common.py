@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -416,6 +417,14 @@ def progress_bar() -> Progress:
         Times(),
         transient=True,
     )
+
+
+@contextmanager
+def calibrating() -> Iterator[Callable[[int, int], None]]:
+    """A live bar for a calibration: what it gives is called with the parts done and in all."""
+    with progress_bar() as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def clock(seconds: float) -> str:

@@ -13,6 +13,7 @@ from .common import (
     add_quick,
     add_size,
     batch_of,
+    calibrating,
     console,
     open_model,
     sizes,
@@ -37,7 +38,11 @@ def run(args: argparse.Namespace) -> Answer:
     pairs, steps = sizes(args)
     model = open_model(args)
     batch = batch_of(args, model, 2 * pairs)
-    costs = [gap_cost(model, pairs, steps, batch=batch, clones=clones) for clones in (True, False)]
+    with calibrating() as progress:
+        costs = [
+            gap_cost(model, pairs, steps, batch=batch, clones=clones, progress=progress)
+            for clones in (True, False)
+        ]
     show(costs)
     return Answer([vars(each) for each in costs])
 

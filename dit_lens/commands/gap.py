@@ -18,6 +18,7 @@ from .common import (
     add_seed,
     add_size,
     batch_of,
+    calibrating,
     existing,
     frequency,
     labels_of,
@@ -155,9 +156,16 @@ def run(args: argparse.Namespace) -> Answer:
     if read:
         attribute_names(model, read)  # as well
     batch = batch_of(args, model, 2 * pairs)
-    planned = gap_cost(
-        model, pairs, steps, batch=batch, clones=not args.one_pass, calibrate=args.dry_run
-    )
+    with calibrating() as progress:
+        planned = gap_cost(
+            model,
+            pairs,
+            steps,
+            batch=batch,
+            clones=not args.one_pass,
+            calibrate=args.dry_run,
+            progress=progress,
+        )
     planned.require_fit()
     if args.dry_run:
         cost.show([planned])

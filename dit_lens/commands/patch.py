@@ -19,6 +19,7 @@ from .common import (
     add_seed,
     add_size,
     batch_of,
+    calibrating,
     count,
     frequency,
     labels_of,
@@ -113,16 +114,18 @@ def run(args: argparse.Namespace) -> Answer:
     model = open_model(args)
     batch, how = batch_of(args, model, 2 * pairs), list(dict.fromkeys(args.how))
     if args.dry_run:
-        planned = patch_cost(
-            model,
-            pairs,
-            steps,
-            ways=len(how),
-            direct=args.direct,
-            patched=PATCHED_PAIRS,
-            windows=PATCH_WINDOWS,
-            batch=batch,
-        )
+        with calibrating() as progress:
+            planned = patch_cost(
+                model,
+                pairs,
+                steps,
+                ways=len(how),
+                direct=args.direct,
+                patched=PATCHED_PAIRS,
+                windows=PATCH_WINDOWS,
+                batch=batch,
+                progress=progress,
+            )
         cost.show([planned])
         more = [n for n in ("sets", "shapley", "windows", "interchange") if getattr(args, n)]
         if more:

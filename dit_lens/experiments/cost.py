@@ -32,13 +32,15 @@ from ..sampling.guidance import model_inputs
 from ..sampling.loop import prepared
 from ..sampling.parts import Split, is_out_of_memory
 from ..sampling.schedulers import default_name
-from ..sampling.settings import Settings
+from ..sampling.settings import Progress, Settings
 from ..twinning.twins import paired_labels, twins
 from .outcomes import latents
 from .release import RELEASES, one_pass
 
 CALIBRATION = 3
 """Denoising steps of the calibration; the first one warms up."""
+TIMED, AT_ONCE = 3, 16
+"""Forwards that are timed by themselves, and the most images in one."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def gap_cost(
     batch: int | None = None,
     clones: bool = True,
     calibrate: bool = True,
+    progress: Progress | None = None,
 ) -> Cost:
     """What `measure_gap` will cost.
 
@@ -100,6 +103,7 @@ def gap_cost(
         clones: whether clones are run.
         calibrate: whether time and memory are measured on a short run; else they are NaN and
             without activations.
+        progress: called with the parts of the calibration that are done, and all of them.
 
     Raises:
         InvalidValue: for too few pairs or steps.
@@ -136,7 +140,7 @@ def gap_cost(
     seconds, active = float("nan"), 0
     if calibrate:
         seconds, active = _calibrated(
-            model, pairs, steps, min(batch or 2 * pairs, 2 * pairs), after
+            model, pairs, steps, min(batch or 2 * pairs, 2 * pairs), after, progress
         )
     return Cost(
         what="gap" if clones else "gap --one-pass",
@@ -163,6 +167,7 @@ def patch_cost(
     patched: int = 10,
     windows: int = 4,
     batch: int | None = None,
+    progress: Progress | None = None,
 ) -> Cost:
     """What the knock-outs and patches of `dit-lens patch` will cost.
 
@@ -175,6 +180,7 @@ def patch_cost(
         patched: pairs of the patches.
         windows: of the patches, from a third of the steps on.
         batch: images at once; None is all.
+        progress: called with the parts of the calibration that are done, and all of them.
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> patch_cost(model, 16, 12, ways=1, patched=2).images > 16 * 12 * 29
@@ -189,10 +195,7 @@ def patch_cost(
     first = len(starts) * patched * (layers + 1)
     images = knocked + later + first + 2 * patched * steps
     at_once = min(batch or 2 * pairs, 2 * pairs)
-    with torch.no_grad():
-        inputs = _inputs(model, min(at_once, 16))
-        active = _most_bytes(model, lambda: model(*inputs)) * at_once / len(inputs[0])
-        plain = _seconds(model, lambda: model(*inputs)) / len(inputs[0])
+    active, plain = _forward(model, at_once, _Parts(1 + TIMED, progress))
     weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
     return Cost(
         what="patch",
@@ -299,14 +302,17 @@ def _most_bytes(model: HookedDiT, work: Callable[[], object]) -> int:
 
 
 def _calibrated(
-    model: HookedDiT, pairs: int, steps: int, batch: int, after: int
+    model: HookedDiT,
+    pairs: int,
+    steps: int,
+    batch: int,
+    after: int,
+    progress: Progress | None,
 ) -> tuple[float, int]:
     """Seconds of the whole measurement, and the bytes that a forward takes."""
-    few = max(2, min(pairs, batch // 2, 8))
-    with torch.no_grad():
-        inputs = _inputs(model, min(batch, 2 * few))
-        active = _most_bytes(model, lambda: model(*inputs)) * batch / len(inputs[0])
-        plain = _seconds(model, lambda: model(*inputs)) / len(inputs[0])
+    part_done = _Parts(1 + TIMED + CALIBRATION + 1, progress)
+    few = max(2, min(pairs, batch // 2, AT_ONCE // 2))
+    active, plain = _forward(model, batch, part_done)
     bands = Bands.radial(model.cfg.pixels, cut=0.25)
     took: list[float] = []
     lens = LayerLens(bands)
@@ -319,6 +325,7 @@ def _calibrated(
         now = time.perf_counter()
         took.append(now - then)
         then = now
+        part_done()
 
     pair = twins(model, few, labels, steps=CALIBRATION, probes=probes, batch=batch, progress=tick)
     watched = sorted(took[1:])[0] / (2 * few)
@@ -327,9 +334,24 @@ def _calibrated(
     one_pass(pair, [latents(bands)])
     _wait(model)
     reading = (time.perf_counter() - began) / (CALIBRATION * 2 * few)
+    part_done()
     images = 2 * pairs * steps
     unwatched = pairs * (after + 2 + RELEASES) if after else 0
-    return images * (watched + reading) + unwatched * plain, int(active)
+    return images * (watched + reading) + unwatched * plain, active
+
+
+@dataclass
+class _Parts:
+    """Counts the parts of a calibration; called as one is done."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
 def _wait(model: HookedDiT) -> None:
@@ -337,15 +359,20 @@ def _wait(model: HookedDiT) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def _seconds(model: HookedDiT, work: Callable[[], object]) -> float:
-    """The shortest of three times."""
-    found = []
-    for _ in range(3):
+@torch.no_grad()
+def _forward(model: HookedDiT, batch: int, part_done: Callable[[], None]) -> tuple[int, float]:
+    """The bytes that a forward of so many images takes, and its seconds an image, at best."""
+    inputs = _inputs(model, min(batch, AT_ONCE))
+    most = _most_bytes(model, lambda: model(*inputs))
+    part_done()
+    took = []
+    for _ in range(TIMED):
         began = time.perf_counter()
-        work()
+        model(*inputs)
         _wait(model)
-        found.append(time.perf_counter() - began)
-    return min(found)
+        took.append(time.perf_counter() - began)
+        part_done()
+    return int(most * batch / len(inputs[0])), min(took) / len(inputs[0])
 
 
 @torch.no_grad()
