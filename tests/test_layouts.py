@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from small_layouts import MODELS, AdaBlock, DiT, Times, family_of_kind, small_of
+from torch import nn
 
 import dit_lens
 from dit_lens.errors import InvalidState, InvalidType, InvalidValue
@@ -123,6 +124,27 @@ def test_a_model_in_pefts_wrapping_is_opened_inside():
 
     with pytest.raises(InvalidType, match=r"This is a PeftModel, .*open its .base_model.model"):
         dit_lens.HookedDiT(PeftModel(small_of("dit", 0)[0]))
+
+
+@pytest.mark.parametrize("kind", ["dit", "uvit"])
+def test_a_model_without_a_label_for_no_class(kind):
+    """DiT trained without label dropout, U-ViT's table of 11 labels."""
+    model = small_of(kind, 0)[0]
+    if kind == "dit":
+        table = model.y_embedder.embedding_table
+        table.weight, table.num_embeddings = nn.Parameter(table.weight[:-1].detach()), 10
+    hooked = dit_lens.HookedDiT(model, DDIMScheduler(1000))
+    n = hooked.cfg.n_classes
+    assert dit_lens.sample(hooked, [n - 1], steps=2).latents.isfinite().all()
+    with pytest.raises(InvalidValue, match=f"Label {n} is out of range; expected 0 to {n - 1}.$"):
+        dit_lens.sample(hooked, [n], steps=2)
+    with pytest.raises(InvalidValue, match=f"The model has {n} labels and none for no class, whi"):
+        dit_lens.sample(hooked, [1], steps=2, guidance=2.0)
+    hooked.remove()
+    with pytest.raises(InvalidValue, match=f"labels={n + 1} can't be used; expected at most {n}"):
+        dit_lens.HookedDiT(model, adapter=dit_lens.Adapter(labels=n + 1))
+    said = dit_lens.HookedDiT(model, DDIMScheduler(1000), adapter=dit_lens.Adapter(labels=n - 1))
+    assert dit_lens.sample(said, [1], steps=2, guidance=2.0).latents.isfinite().all()
 
 
 def test_train_mode_is_refused():

@@ -243,6 +243,30 @@ def test_words_as_dictionaries_and_blocks_that_return_tuples():
         HookedDiT(module, DDIMScheduler(1000), blocks="core.layers", adapter=adapter)
 
 
+def test_a_model_without_a_label_for_no_class(sit):
+    """Asked for it, torch would say that an index is out of range; on an accelerator it would end
+    the process.
+    """
+    sit.classes = nn.Embedding(10, sit.classes.embedding_dim)
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
+    assert not model.cfg.has_null and sit.classes._forward_pre_hooks == {}
+    assert dit_lens.sample(model, [1, 9], steps=2).latents.isfinite().all()
+    with pytest.raises(ValueError, match="Label 10 is out of range; expected 0 to 9.$"):
+        dit_lens.sample(model, [10], steps=2)
+    for act in (dit_lens.sample, dit_lens.twins):
+        with pytest.raises(
+            ValueError,
+            match="The model has 10 labels and none for no class, which guidance=2 needs; "
+            "expected guidance=1, or, if its last label stands for none, an Adapter with labels=9",
+        ):
+            act(model, 4, steps=2, guidance=2.0)
+    model.remove()
+    with pytest.raises(ValueError, match="labels=11 can't be used; expected at most 10, the rows"):
+        HookedDiT(sit, blocks="layers", adapter=dataclasses.replace(SIT, labels=11))
+    said = HookedDiT(sit, blocks="layers", adapter=dataclasses.replace(SIT, labels=9))
+    assert said.cfg.has_null
+
+
 def test_a_model_without_labels():
     class Unconditional(SiT):
         def forward(self, x, t):

@@ -37,9 +37,9 @@ class Adapter:
     Args:
         latents: the shape of one item's x_t: (channel, height, width), for video with frames among
             them. A known layout says it itself.
-        labels: how many classes there are, the label for no class coming behind them; 0 for a model
-            that takes none; or, for a model that is given anything else, the further arguments that
-            ask for nothing, as tensors with a batch axis of 1.
+        labels: how many classes there are, the label for no class, if it has one, coming behind
+            them; 0 for a model that takes none; or, for a model that is given anything else, the
+            further arguments that ask for nothing, as tensors with a batch axis of 1.
         time: the model's own time of clean data and of pure noise, such as (1.0, 0.0) for SiT; None
             is the scheduler's timestep as it is.
         output: from what the model returns to what the scheduler takes, such as `torch.neg`.

@@ -30,6 +30,7 @@ class Config:
             the last two height and width.
         grid: the image tokens' grid: (height, width), or (frame, height, width).
         n_classes: how many classes the model knows; 0 where prompts or the like condition it.
+        has_null: whether it also knows a label for no class, which guidance needs.
         restartable: whether the residual stream is all that a block is given, so that a pass can
             start at any layer.
         distilled_guidance: whether the model takes the strength of guidance as an input, instead of
@@ -55,6 +56,7 @@ class Config:
     latent_shape: Size
     grid: Size
     n_classes: int = 0
+    has_null: bool = True
     restartable: bool = True
     distilled_guidance: bool = False
     joint: bool = False

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..errors import InvalidState, InvalidValue
 from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
@@ -157,11 +158,11 @@ class Layout(Spoken):
         points = {name: HookPoint(name) for name in self.sites(transformer)}
         with torch.no_grad():
             for forward in self.forwards(transformer, points, Trial(transformer)):
-                arguments = self.tried(forward)
-                if arguments is None:
+                inputs = self.tried(forward)
+                if inputs is None:
                     continue
                 try:
-                    same = torch.equal(forward.own(*arguments), forward(*arguments))
+                    same = torch.equal(forward.own(*inputs), forward(*inputs))
                     why = "computes something else"
                 except Exception as error:  # of a stranger's forward
                     same, why = False, f"fails ({type(error).__name__}: {error})"
@@ -226,7 +227,7 @@ class Layout(Spoken):
         tokens: int,
         channels: int,
         patch: int,
-        classes: int,
+        labels: tuple[int, int | None],
         out: int,
         size: Size | None,
     ) -> Config:
@@ -237,7 +238,8 @@ class Layout(Spoken):
             tokens: how many image tokens there are.
             channels: of x_t.
             patch: the side of a token in the latents.
-            classes: how many there are.
+            labels: how many classes there are, and how many rows their table has, with one more for
+                no class maybe; None for a model that takes no labels.
             out: channels of what it returns.
             size: as for `config`.
         """
@@ -254,8 +256,13 @@ class Layout(Spoken):
                 f"of latents {list(latents)}; it can't be opened for {list(said)} of size "
                 f"{list(wanted)}."
             )
+        classes, rows = labels
         if given is not None and given.labels:
             classes = self.n_classes
+            if rows is not None and classes > rows:
+                raise arguments.refusal(
+                    "labels", given.labels, f"at most {rows}, the rows of the table of labels"
+                )
         skips = any(skip_of(block) is not None for block in blocks)
         return Config(
             n_layers=len(blocks),
@@ -269,6 +276,7 @@ class Layout(Spoken):
             latent_shape=latents,
             grid=(side, side),
             n_classes=classes,
+            has_null=rows is None or rows > classes,
             restartable=not skips,
         )
 
@@ -342,12 +350,13 @@ class DiTLayout(Layout):
         project, table = transformer.x_embedder.proj, transformer.y_embedder.embedding_table
         patch, channels = project.kernel_size[0], project.in_channels
         known = getattr(transformer.y_embedder, "num_classes", None)
+        rows = table.num_embeddings
         return self.sizes(
             transformer,
             transformer.pos_embed.shape[1],
             channels,
             patch,
-            known if isinstance(known, int) else table.num_embeddings - 1,
+            (known if isinstance(known, int) else rows - 1, rows),
             self.channels_out(transformer, patch, channels),
             size,
         )
@@ -437,7 +446,7 @@ class UViTLayout(Layout):
             transformer.pos_embed.shape[1] - beside,
             project.in_channels,
             patch,
-            1 if labels is None else labels.num_embeddings,
+            (1, None) if labels is None else (labels.num_embeddings, labels.num_embeddings),
             transformer.decoder_pred.out_features // patch**2,
             size,
         )

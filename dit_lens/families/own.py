@@ -219,6 +219,7 @@ class OwnFamily(Spoken):
             latent_shape=adapter.latents,
             grid=grid,
             n_classes=self.n_classes,
+            has_null=seen.labels != self.n_classes,
             restartable=False,
         )
 

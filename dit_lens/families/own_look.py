@@ -33,6 +33,7 @@ class Seen:
         d_model: its width.
         channels: how many the output has.
         lens: whether the last stream alone gives the output.
+        labels: how many labels the model's table has; None where none is seen.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class Seen:
     d_model: int
     channels: int
     lens: bool
+    labels: int | None
 
 
 def skipping(x: Tensor, tokens: slice) -> Skipped:
@@ -127,7 +129,7 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
 
     with torch.no_grad(), torch.random.fork_rng():
         try:
-            with standing_in(transformer, blocks, seen):
+            with standing_in(transformer, blocks, seen), reading(transformer, label) as tables:
                 output = family.output(transformer, family.call(transformer, inputs), inputs)
         except InvalidValue:
             raise
@@ -182,9 +184,36 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
         d_model=first.shape[2],
         channels=output.shape[1],
         lens=torch.equal(alone, output),
+        labels=min(tables, default=None),
     )
     grid_of(adapter, tokens)
+    if found.labels is not None and found.labels < family.n_classes:
+        raise arguments.refusal(
+            "labels", adapter.labels, f"at most {found.labels}, the rows of the table of labels"
+        )
     return found
+
+
+@contextmanager
+def reading(transformer: nn.Module, label: Tensor) -> Iterator[list[int]]:
+    """The sizes of the tables that are read at a label in a `with` block.
+
+    Args:
+        transformer: the transformer.
+        label: [1].
+    """
+    found: list[int] = []
+
+    def see(table: nn.Module, given: tuple[Any, ...]) -> None:
+        at = given[0] if given else None
+        if isinstance(at, Tensor) and at.dtype == label.dtype and at.shape == label.shape:
+            found.append(len(table.weight))  # type: ignore[arg-type]
+
+    with ExitStack() as stack:
+        for module in transformer.modules():
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_pre_hook(see).remove)
+        yield found
 
 
 def _check_order(order: Sequence[int], n: int) -> None:

@@ -90,11 +90,13 @@ class Conditions:
         if any(isinstance(v, str) for v in found):
             found = [self._number(v) for v in found]
         found = [arguments.whole(f"labels[{i}]", v, most=None) for i, v in enumerate(found)]
-        bad = [v for v in found if not 0 <= v < self.n and v != self.null]
+        null = [self.null] if self.cfg.has_null else []
+        bad = [v for v in found if not 0 <= v < self.n and v not in null]
         if not found or bad:
             got = f"Label {bad[0]} is out of range" if bad else "There are no labels"
             what = "class" if self.cfg.n_classes else "prompt"
-            raise InvalidValue(f"{got}; expected 0 to {self.n - 1}, or {self.null} for no {what}.")
+            or_null = f", or {self.null} for no {what}" if null else ""
+            raise InvalidValue(f"{got}; expected 0 to {self.n - 1}{or_null}.")
         return torch.tensor(found, device=device)
 
     def _number(self, prompt: Any) -> int:

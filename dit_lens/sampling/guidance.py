@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..families.config import Condition
 from ..model.hooked import HookedDiT
 from .settings import Settings
@@ -33,8 +34,19 @@ def model_inputs(
 def n_passes(model: HookedDiT, guidance: float) -> int:
     """2 where guidance needs a second, null pass; 1 without guidance, and for models that are told
     its strength.
+
+    Raises:
+        InvalidValue: for guidance of a model that has no label for no class.
     """
-    return 1 if guidance == 1 or model.cfg.distilled_guidance else 2
+    if guidance == 1 or model.cfg.distilled_guidance:
+        return 1
+    if not model.cfg.has_null:
+        raise InvalidValue(
+            f"The model has {model.cfg.n_classes} labels and none for no class, which "
+            f"guidance={guidance:g} needs; expected guidance=1, or, if its last label stands for "
+            f"none, an Adapter with labels={model.cfg.n_classes - 1}."
+        )
+    return 2
 
 
 def branches(items: int, passes: int) -> tuple[str, ...] | None:

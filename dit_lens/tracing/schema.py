@@ -178,6 +178,7 @@ class Sizes(Schema):
     grid: Listed[Size]
     n_classes: Size
     restartable: bool
+    has_null: bool
     distilled_guidance: bool
     joint: bool
     own_axes: dict[str, Size]
