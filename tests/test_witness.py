@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_lens
 from dit_lens import HookedDiT, NotReproduced
-from dit_lens.hooks.points import HookPoint
 from dit_lens.model.state import State
 from dit_lens.model.witness import Checksum, Witnessing, checksum, compare, tolerance
 
@@ -47,7 +46,7 @@ def see(values):
     """What is left of streams by name."""
     taking = Witnessing()
     for name, value in values.items():
-        taking.see(value, HookPoint(name))
+        taking.see(value, name)
     taking.finished()
     return taking.witness
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from threading import RLock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,17 @@ class Hearing:
         return False
 
 
+NOT_LOOKED: tuple[None, tuple[Listener, ...]] = None, ()
+"""What a hook point knows of its listeners after one has come or gone."""
+
+
+class Heard(Protocol):
+    """What says who is heard, and may say otherwise at any time."""
+
+    @property
+    def top(self) -> Hearing: ...
+
+
 def pairs_of(name: str, hooks: Any) -> list[tuple[NamesFilter, HookFunction]]:
     """Hooks or edits, pairs of a names filter and a function; raises InvalidType for anything else.
 
@@ -95,10 +106,10 @@ class HookPoint:
             "uncond", "skip", "cond | uncond" of a batch of both, or "".
         changed: whether an editor has replaced the value in the latest call.
         attached: all listeners, whoever's passes they listen to.
-        hearing: says which of them are heard in this thread and task; None is all.
+        hearing: which of them are heard in this thread and task is on its top; None is all.
     """
 
-    __slots__ = ("name", "ctx", "step", "branch", "changed", "attached", "hearing")
+    __slots__ = ("name", "ctx", "step", "branch", "changed", "attached", "hearing", "_found")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -107,7 +118,8 @@ class HookPoint:
         self.branch = ""
         self.changed = False
         self.attached: tuple[Listener, ...] = ()
-        self.hearing: Callable[[], Hearing] | None = None
+        self.hearing: Heard | None = None
+        self._found: tuple[Hearing | None, tuple[Listener, ...]] = NOT_LOOKED
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.attached:
@@ -124,8 +136,12 @@ class HookPoint:
         """Those who listen to the pass under way in this thread and task."""
         if not self.attached:
             return ()
-        hearing = EVERYBODY if self.hearing is None else self.hearing()
-        return tuple(filter(hearing.hears, self.attached))
+        hearing = EVERYBODY if self.hearing is None else self.hearing.top
+        found = self._found
+        if found[0] is not hearing:
+            with LOCK:  # nobody comes or goes in between
+                found = self._found = hearing, tuple(filter(hearing.hears, self.attached))
+        return found[1]
 
     def layer(self) -> int | None:
         """The block this point belongs to, or None for the points before and after the blocks."""
@@ -135,11 +151,13 @@ class HookPoint:
         """Insert in its place: editors before observers, older before younger."""
         with LOCK:
             self.attached = tuple(sorted((*self.attached, listener), key=lambda each: each.order))
+            self._found = NOT_LOOKED
 
     def drop(self, listener: Listener) -> None:
         """Take a listener off, if it is there."""
         with LOCK:
             self.attached = tuple(each for each in self.attached if each is not listener)
+            self._found = NOT_LOOKED
 
     def wants(self, kind: type) -> bool:
         return any(isinstance(listener, kind) for listener in self.listeners)

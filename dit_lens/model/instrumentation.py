@@ -41,7 +41,7 @@ from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
 from .pipeline_frame import PipelineFrame, Told, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
 from .taken import Layers, Taken
-from .witness import Witness, Witnessing, witnessed
+from .witness import Prover, Witness, Witnessing, witnessed
 
 NOTHING = PassContext()
 """A plain pass: all blocks, no coupling."""
@@ -149,17 +149,14 @@ class Instrumentation:
         self._stand_ins: dict[int, StandIn] = {}
         self._lens: tuple[dict[str, Any] | None, dict[str, Any]] = None, {}
         self.proving: set[object] = set()  # for whom the streams are listened to
-        self.prover = Observer(self._see)
-        self.prover.scope = self.prover
         self._witness: Layers[Witnessing | None] = Layers("witness", None)
+        self.prover = Prover(self._witness)
         self._context = Layers("context", NOTHING)
         self._inputs: Layers[dict[str, Any] | None] = Layers("inputs", None)
         self._hearing = Layers("hearing", EVERYBODY)
+        self._proven = EVERYBODY, replace(EVERYBODY, scopes=(self.prover,))
         for point in self.points.values():
-            point.hearing = self._heard
-
-    def _heard(self) -> Hearing:
-        return self._hearing.top
+            point.hearing = self._hearing
 
     @classmethod
     def found(cls, transformer: nn.Module) -> Instrumentation | None:
@@ -258,7 +255,8 @@ class Instrumentation:
         forward comes last, as by it what is left is found again.
         """
         for point in self.points.values():
-            point.attached = ()
+            for listener in point.attached:
+                point.drop(listener)
         listen_no_more(self.transformer)
         for forward, original in reversed(self.replaced):
             place = find(forward.module, forward)
@@ -538,8 +536,7 @@ class Instrumentation:
         taking = Witnessing()
         with Taken() as taken:
             self._witness.put(taken, taking)
-            heard = self._hearing.top
-            self._hearing.put(taken, replace(heard, scopes=(*heard.scopes, self.prover)))
+            self._hearing.put(taken, self._proving_too(self._hearing.top))
             taken.undo(self._prove_no_more, taking)
             self._prove(taking)
             try:
@@ -549,9 +546,13 @@ class Instrumentation:
                 raise
             taking.finished()
 
-    def _see(self, value: Tensor, point: HookPoint) -> None:
-        if (taking := self._witness.top) is not None:
-            taking.see(value, point)
+    def _proving_too(self, heard: Hearing) -> Hearing:
+        """Who hears a pass whose checksums are taken: the same for the same, which hook points know
+        again.
+        """
+        if self._proven[0] is not heard:
+            self._proven = heard, replace(heard, scopes=(*heard.scopes, self.prover))
+        return self._proven[1]
 
     def _prove(self, user: object) -> None:
         """Listen to the streams, for passes that take checksums. Whoever runs many such passes asks

@@ -10,7 +10,7 @@ size) from another computation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,13 +21,15 @@ from torch import Tensor
 
 from ..errors import DitLensError
 from ..hooks.names import layer_of, site_of
-from ..hooks.points import HookPoint, Observer
+from ..hooks.points import HookPoint, Listener, Observer
+from .taken import Layers
 
 STREAMS = ("hook_resid_post", "text.hook_resid_post")
 
 
-class Witness(dict[str, "Checksum"]):
-    """The checksums of one pass, by hook name.
+class Witness(Mapping[str, "Checksum"]):
+    """The checksums of one pass, by hook name. Those that were taken together are kept together, as
+    a tensor for each name would take a small model longer than the sums.
 
     Attributes:
         text_tokens: how long the batch's texts are in the pass, with padding; 0 where no stream is
@@ -35,6 +37,36 @@ class Witness(dict[str, "Checksum"]):
     """
 
     text_tokens = 0
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[Checksum, int]] = {}
+
+    def add(self, names: Iterable[str], sums: Checksum) -> None:
+        """Take in checksums [name, batch]."""
+        self.rows |= {name: (sums, row) for row, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Checksum:
+        sums, row = self.rows[name]
+        return Checksum(sums.bits[row], sums.total[row])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def together(self) -> Checksum:
+        """All of them, [name, batch]."""
+        return Checksum(*map(torch.stack, zip(*self.values(), strict=True)))
+
+    def items_at(self, index: Tensor) -> Witness:
+        """The checksums of some of the batch's items."""
+        found, taken = Witness(), dict[int, Checksum]()
+        for name, (sums, row) in self.rows.items():
+            if id(sums) not in taken:
+                taken[id(sums)] = Checksum(sums.bits[:, index], sums.total[:, index])
+            found.rows[name] = taken[id(sums)], row
+        return found
 
 
 class NotReproduced(DitLensError, RuntimeError):
@@ -59,10 +91,6 @@ class Checksum(NamedTuple):
 
     bits: Tensor
     total: Tensor
-
-    def items(self, index: Tensor) -> Checksum:
-        """The checksum of some of the items."""
-        return Checksum(self.bits[index], self.total[index])
 
 
 def checksum(x: Tensor) -> Checksum:
@@ -111,8 +139,27 @@ def _weights(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     return torch.from_numpy((drawn / 2.0**63 - 1) * 3**0.5).to(device, dtype)
 
 
+class Prover(Listener):
+    """Listens to the streams for whoever takes the checksums of the pass under way.
+
+    Args:
+        taking: gives them; None where nobody does.
+    """
+
+    late = True
+
+    def __init__(self, taking: Layers[Witnessing | None]) -> None:
+        super().__init__()
+        self.taking, self.scope = taking, self
+
+    def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
+        if (taking := self.taking.top) is not None:
+            taking.see(x, point.name)
+        return x
+
+
 class Witnessing:
-    """Takes the checksums of the streams of one pass, as an observer of each.
+    """Takes the checksums of the streams of one pass.
 
     Small streams are copied, and their sums taken together at the end: one by one they would cost a
     small model several percent of its time, nearly all of it in calls. The sums of all streams are
@@ -130,28 +177,24 @@ class Witnessing:
         self.large: dict[str, Checksum] = {}
         self.small: dict[str, Tensor] = {}
 
-    def see(self, value: Tensor, point: HookPoint) -> None:
+    def see(self, value: Tensor, name: str) -> None:
         """Take the checksum of one stream."""
-        if is_text(point.name):
+        if is_text(name):
             self.witness.text_tokens = value.shape[1]
-        if value.numel() * value.element_size() > self.SMALL:
-            self.large[point.name] = checksum(value)
+        if value.nbytes > self.SMALL:
+            self.large[name] = checksum(value)
         else:
-            self.small[point.name] = value.detach().clone()
+            self.small[name] = (value.detach() if value.requires_grad else value).clone()
 
     def finished(self) -> None:
         """Take what sums are left."""
         for streams in _alike(self.small):
             sums = checksum(torch.cat(list(streams.values())))
-            self._keep(streams, (part.view(len(streams), -1) for part in sums))
+            self.witness.add(streams, Checksum(*(part.view(len(streams), -1) for part in sums)))
         for streams in _alike({name: one.bits for name, one in self.large.items()}):
             each = zip(*(self.large[name] for name in streams), strict=True)
-            self._keep(streams, (torch.stack(parts) for parts in each))
+            self.witness.add(streams, Checksum(*map(torch.stack, each)))
         self.small, self.large = {}, {}
-
-    def _keep(self, names: Iterable[str], sums: Iterable[Tensor]) -> None:
-        each = (part.unbind() for part in sums)
-        self.witness |= dict(zip(names, map(Checksum, *each), strict=True))
 
 
 def _alike(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -162,6 +205,7 @@ def _alike(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return list(found.values())
 
 
+@lru_cache(maxsize=4096)  # asked at every stream of every pass
 def is_text(name: str) -> bool:
     """Whether a stream is a text's.
 

@@ -84,15 +84,10 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
     settings = Settings(scheduler=about["scheduler"] or scheduler, **about["settings"])
     plan = prepared(model, settings)
     held = {name: torch.from_numpy(np.array(arrays[name])) for name in ("bits", "total")}
-    witnesses = tuple(
-        Witness(
-            {
-                name: Checksum(*(held[of][step, i].to(model.device) for of in ("bits", "total")))
-                for i, name in enumerate(about["witnessed"])
-            }
-        )
-        for step in range(settings.steps)
-    )
+    witnesses = [Witness() for _ in range(settings.steps)]
+    for step, witness in enumerate(witnesses):
+        sums = Checksum(*(held[of][step].to(model.device) for of in ("bits", "total")))
+        witness.add(about["witnessed"], sums)
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.array(arrays[name])).to(model.device)
@@ -106,7 +101,7 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
         latents=tensor("latents"),
         x0=tensor("x0"),
         outputs=tensor("outputs"),
-        witnesses=witnesses,
+        witnesses=tuple(witnesses),
         scheduler=copy.deepcopy(plan),
         kernels=Kernels(**about["kernels"] | {"sdpa": tuple(about["kernels"]["sdpa"])}),
         state=State.of(model.transformer),

@@ -273,8 +273,9 @@ def _joined(
     witness = Witness()
     for name in witnesses[0]:
         parts = [each[name] for each in witnesses]
-        whole = Checksum(torch.cat([p.bits for p in parts]), torch.cat([p.total for p in parts]))
-        witness[name] = whole if rows is None else whole.items(rows)
+        sums = Checksum(*(torch.cat(each)[None] for each in zip(*parts, strict=True)))
+        witness.add([name], sums)
+    witness = witness if rows is None else witness.items_at(rows)
     return output if order is None else output[order], witness, split
 
 

@@ -24,7 +24,6 @@ from ..model.kernels import Kernels
 from ..model.noise_schedule import log_snr
 from ..model.state import State
 from ..model.witness import (
-    Checksum,
     Departure,
     NotReproduced,
     Proof,
@@ -266,10 +265,10 @@ class Run:
         """What holds a part of a step against its checksums."""
         texts = self.splits[step].texts
         texts = tuple(texts[i] for i in part) if texts else ()
-        then: Mapping[str, Checksum] = self.witnesses[step]
+        then = self.witnesses[step]
         if not split.whole:
             rows = torch.tensor(split.rows(part, self.passes), device=self.latents.device)
-            then = {name: each.items(rows) for name, each in then.items()}
+            then = then.items_at(rows)
         return Proof(then, self.model.names, last, texts)
 
     def _pass(self, step: int, part: tuple[int, ...]) -> Tensor:
@@ -330,10 +329,7 @@ class Run:
         whole = len(self.labels)
         passes = n_passes(self.model, self.settings.guidance)
         rows = torch.cat([chosen + whole * i for i in range(passes)]).to(self.latents.device)
-        witnesses = tuple(
-            Witness({name: each.items(rows) for name, each in witness.items()})
-            for witness in self.witnesses
-        )
+        witnesses = tuple(witness.items_at(rows) for witness in self.witnesses)
         history = tuple(
             replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history
         )

@@ -168,8 +168,8 @@ def _packed(call: Call, lost: str | None, number: int, packer: _Packer) -> dict[
     """A call as JSON."""
     key = f"call/{number}"
     if call.witness:
-        packer.tensors[f"{key}/bits"] = torch.stack([c.bits for c in call.witness.values()])
-        packer.tensors[f"{key}/totals"] = torch.stack([c.total for c in call.witness.values()])
+        sums = call.witness.together()
+        packer.tensors |= {f"{key}/bits": sums.bits, f"{key}/totals": sums.total}
     missing = [*([lost] if lost else []), *_functions(call)]
 
     def pack(owner: Any, name: str, at: str) -> Any:
@@ -208,8 +208,7 @@ def _restored(how: KeptCall, number: int, tensors: dict[str, Tensor]) -> Call:
     witness = Witness()
     if how.witness:
         key = f"call/{number}"
-        sums = zip(tensors[f"{key}/bits"], tensors[f"{key}/totals"], strict=True)
-        witness |= {n: Checksum(*both) for n, both in zip(how.witness, sums, strict=True)}
+        witness.add(how.witness, Checksum(tensors[f"{key}/bits"], tensors[f"{key}/totals"]))
     kernels = Kernels(**dict(how.kernels))
     return Call(**parts, context=context, kernels=kernels, witness=witness)
 
