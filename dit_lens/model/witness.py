@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ class Witness(Mapping[str, "Checksum"]):
     def __getitem__(self, name: str) -> Checksum:
         sums, row = self.rows[name]
         return Checksum(sums.bits[row], sums.total[row])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -228,10 +232,13 @@ def until(name: str, names: list[str], then: Mapping[str, Checksum]) -> str:
         names: the model's hook names, in forward order.
         then: the original's checksums.
     """
-    later = [n for n in names[names.index(name) :] if n in then]
-    if not later:
-        return name
-    return [n for n in later if layer_of(n) == layer_of(later[0])][-1]
+    last = name
+    for later in islice(names, names.index(name), None):
+        if later in then:
+            if last in then and layer_of(later) != layer_of(last):
+                break
+            last = later
+    return last
 
 
 def tolerance(dtype: torch.dtype) -> float:
