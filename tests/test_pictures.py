@@ -82,12 +82,29 @@ def images():
     )
 
 
+def changed():
+    value = np.random.default_rng(4).random((3, 2)) + 1.5
+    tau = np.random.default_rng(5).random((2, 2))
+    names = "effect", "power", "error"
+    return Result(
+        {name: ("band", value[i]) for i, name in enumerate(names)}
+        | {
+            f"{n}_interval": (("band", "b"), value[i, :, None] + [-1, 1])
+            for i, n in enumerate(names)
+        }
+        | {"commitment": (("model", "band"), tau), "later": ("band", tau[1] - tau[0])}
+        | {"commitment_interval": (("model", "band", "b"), tau[..., None] + [-1, 1])},
+        coords={"band": ["low", "high"], "model": ["plain", "changed"]},
+    )
+
+
 RESULTS = {
     **dict.fromkeys(("profile", "commitment", "agreement", "spectrum", "cut"), made),
     "knob": coupled,
     "causes": lambda: effects("how", "layer"),
     "sweep": lambda: effects("end", "depth"),
     "map": lambda: effects("layer", "window", "band"),
+    **dict.fromkeys(("change", "decided"), changed),
     **dict.fromkeys(("twins", "lens"), images),
 }
 
@@ -119,7 +136,21 @@ def test_layers_have_whole_ticks(name):
     plt.close("all")
 
 
-@pytest.mark.parametrize("name", ["commitment", "spectrum", "cut", "knob", "causes", "sweep"])
+def test_no_change_is_drawn_in_words():
+    """A logarithm of 0 has no place; a band that is not decided has no point."""
+    result = changed()
+    result["effect"][:] = result["effect_interval"][:] = 0
+    result["commitment"][:, 0] = result["commitment_interval"][:, 0] = np.nan
+    ax = result.plot.change()
+    assert [each.get_text() for each in ax.texts] == ["low: 0", "high: 0"]
+    ax = result.plot.decided()
+    assert [each.get_text() for each in ax.get_xticklabels()] == ["low: none", "high"]
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "name", ["commitment", "spectrum", "cut", "knob", "causes", "sweep", "decided"]
+)
 def test_points_have_their_intervals(name):
     result = RESULTS[name]()
     ax = getattr(result.plot, name)()

@@ -27,6 +27,7 @@ from .style import (
     LOW,
     SEQUENTIAL,
     axes_for,
+    error_bars,
     legend,
     points,
     said,
@@ -45,6 +46,8 @@ NEEDS = {
     "causes": ("effect", "how"),
     "sweep": ("effect", "depth"),
     "map": ("effect", "window"),
+    "change": ("effect", "power", "error"),
+    "decided": ("commitment", "later"),
     "twins": ("end", "release"),
     "lens": ("lens_image",),
 }
@@ -298,6 +301,52 @@ class Pictures(DatasetPlotAccessor):
         zero(ax)
         ax.set(xlabel="layers knocked out together", ylabel="change of the gap, steps")
         whole_numbers(ax.xaxis)
+        legend(ax)
+        return ax
+
+    def change(self, ax: Any = None) -> Any:
+        """What a change to a model does to its finished images, by band, with intervals: how far
+        it moves them, and their power and the unchanged model's error on them, as multiples.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("change"), axes_for(ax, (4.6, 2.4))
+        ax.set_xscale("log", nonpositive="clip")
+        rows = {"effect": "moved by", "power": "power", "error": "model's error"}
+        for band, colour, up in zip(data.band.values, (LOW, HIGH), (0.13, -0.13), strict=True):
+            for row, name in enumerate(rows):
+                one, y = data.sel(band=band), len(rows) - 1 - row + up
+                usual = {"fmt": "o", "markersize": 4, "linewidth": 0.9, "color": colour}
+                bars = error_bars([one[name]], one[f"{name}_interval"].values[None])
+                ax.errorbar(one[name], y, xerr=bars, label=band if row == 0 else None, **usual)
+                if one[name] == 0:  # which has no place on a logarithmic axis
+                    at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+                    ax.annotate(f"{band}: 0", (0.02, y), color=colour, **at)
+        ax.axvline(1.0, color=INK, linewidth=0.6, linestyle=":")
+        ax.set_yticks(range(len(rows))[::-1], rows.values())
+        ax.set(ylim=(-0.5, len(rows) - 0.5), ylabel="what changes")
+        ax.set_xlabel("1: a stranger's distance; the same power, the same error", fontsize=8)
+        legend(ax)
+        return ax
+
+    def decided(self, ax: Any = None) -> Any:
+        """When each band commits without and with a change to the model, with intervals.
+
+        Args:
+            ax: where.
+        """
+        data, ax = self._data("decided"), axes_for(ax, (3.2, 2.4))
+        for model, face, aside in (("plain", INK, -0.08), ("changed", "white", 0.08)):
+            one, x = data.sel(model=model), np.arange(data.sizes["band"]) + aside
+            options: dict[str, Any] = {"markersize": 4, "markerfacecolor": face, "label": model}
+            points(ax, x, one.commitment, one.commitment_interval, **options)
+        names = [
+            str(band) if np.isfinite(data.commitment.sel(band=band)).any() else f"{band}: none"
+            for band in data.band.values
+        ]
+        ax.set_xticks(range(len(names)), names)
+        ax.set(xlim=(-0.5, len(names) - 0.5), xlabel="band", ylabel="commitment step")
         legend(ax)
         return ax
 

@@ -1,4 +1,6 @@
-"""What `dit-lens compare` shows: what a change to a model does, as a table and sentences."""
+"""What `dit-lens compare` shows: what a change to a model does, as a table, sentences and a
+picture.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
+from ..pictures.result import Result
 from ..storage import save_dataset
-from .style import plain_console
+from .style import beside, files, picture, plain_console
 
 KIND = "compare.nc"
 ROWS = {
@@ -31,7 +34,7 @@ def store(result: xr.Dataset, folder: Path) -> Path:
 
 
 def show(result: xr.Dataset, stored: Path) -> None:
-    """Print the table and the sentences.
+    """Print the table and the sentences, and draw the picture beside what is stored.
 
     Args:
         result: of `dit_lens.experiments.compare`.
@@ -50,4 +53,18 @@ def show(result: xr.Dataset, stored: Path) -> None:
     console.print(table)
     for line in str(result.attrs["sentence"]).split("\n"):
         console.print(line, soft_wrap=True)
-    console.print(f"figures: {stored}", style="dim", soft_wrap=True)
+    files(console, [draw(result, beside(stored, KIND, "compare.png")), stored])
+
+
+def draw(result: xr.Dataset, path: Path) -> Path:
+    """Draw what the change does to images, and to when they are decided.
+
+    Args:
+        result: of `dit_lens.experiments.compare`.
+        path: the file.
+    """
+    plot = Result.of(result).plot
+    with picture(path, (7.0, 2.5), ncols=2, width_ratios=(3, 2)) as (_, (left, right)):
+        plot.change(ax=left)
+        plot.decided(ax=right)
+    return path
