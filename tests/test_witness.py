@@ -316,6 +316,18 @@ def test_a_small_change_of_weights_is_not_taken_for_rounding(dit, inputs, dtype)
             read()
 
 
+def test_a_hook_that_only_looks_is_no_other_computation(model, monkeypatch):
+    """Set after the run; it is recomputed to within rounding, as of another batch size."""
+    run = dit_lens.sample(model, [1, 2, 3], steps=2)
+    gelu = torch.nn.functional.gelu  # of another kernel, as it were
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda *a, **k: gelu(*a, **k) * (1 + 1e-6))
+    handle = model.transformer.register_forward_hook(lambda *_: None)
+    for read in (run, run.select([0, 2])):
+        with pytest.warns(UserWarning, match="rounding, .*, or a small effect: the module hooks a"):
+            read.activations("resid_post", 1, step=0)
+    handle.remove()
+
+
 def test_rounding_warns_once(model, inputs, monkeypatch):
     _, lazy = both(model, *inputs)
     gelu = torch.nn.functional.gelu  # of another kernel, as it were

@@ -11,7 +11,7 @@ size) from another computation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -241,6 +241,10 @@ def until(name: str, names: list[str], then: Mapping[str, Checksum]) -> str:
     return last
 
 
+FINE = 1e-4
+"""Precision at which a change that matters does not look like rounding; float16 has 1e-3."""
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """How far activations of a dtype may be off, relative to their norm, by rounding alone: an
     error of one unit in the last place grows on its way through the layers.
@@ -256,11 +260,22 @@ class Departure:
         name: the first hook name whose bits differ.
         rounding: whether all differences are of the size of rounding.
         worst: the first hook name that differs by more, or `name`.
+        coarse: whether streams have so few bits that a change of some percent looks like rounding.
     """
 
     name: str
     rounding: bool
     worst: str
+    coarse: bool = False
+
+    def is_other(self, causes: Sequence[str]) -> bool:
+        """Whether it is another computation, and not the same but for rounding: what looks like
+        rounding at few bits is none where something changed.
+
+        Args:
+            causes: what is seen to have changed.
+        """
+        return not self.rounding or (self.coarse and bool(causes))
 
     def error(self, step: int, causes: Sequence[str]) -> NotReproduced:
         """The error for a departure that is more than rounding.
@@ -278,11 +293,17 @@ class Departure:
             "you will read."
         )
 
-    def warning(self, step: int) -> str:
-        """The sentence for a departure by rounding."""
+    def warning(self, step: int, causes: Sequence[str]) -> str:
+        """The sentence for a departure by rounding.
+
+        Args:
+            step: the denoising step.
+            causes: what is seen to have changed.
+        """
+        seen = f", or a small effect: {'; '.join(causes)}" if causes else ""
         return (
             f"Step {step} was recomputed to within rounding, not bit for bit, from {self.name!r} "
-            "on: another kernel, batch size or number of threads than in the run."
+            f"on: another kernel, batch size or number of threads than in the run{seen}."
         )
 
 
@@ -327,12 +348,13 @@ class Proof:
 
     Attributes:
         padded: whether there was such a stream.
+        coarse: as of a `Departure`.
     """
 
     def __init__(
         self, then: Mapping[str, Checksum], names: list[str], last: str, texts: Sequence[int] = ()
     ) -> None:
-        self.then, self.texts, self.padded = then, set(texts), False
+        self.then, self.texts, self.padded, self.coarse = then, set(texts), False, False
         self.names = [n for n in names[: names.index(last) + 1] if n in then]
         self.now: dict[str, tuple[Checksum, Tensor]] = {}
 
@@ -347,6 +369,7 @@ class Proof:
             self.padded = True
             self.names.remove(point.name)
             return
+        self.coarse |= torch.finfo(value.dtype).eps > FINE
         flat = value.detach().flatten(1)
         norm = torch.linalg.vector_norm(flat.float(), dim=1)
         self.now[point.name] = checksum(value), norm * tolerance(value.dtype)
@@ -356,4 +379,5 @@ class Proof:
         absent = [name for name in self.names if name not in self.now]
         if absent:
             return Departure(absent[0], False, absent[0])
-        return compare(self.then, self.now)
+        found = compare(self.then, self.now)
+        return None if found is None else replace(found, coarse=self.coarse)

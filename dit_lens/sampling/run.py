@@ -292,11 +292,10 @@ class Run:
             return
         departure = seen[0]
         changed = self.state.changes(State.of(self.model.transformer))
-        # what looks like rounding is none if something was changed: in bfloat16 it can't be told
-        if changed or not departure.rounding:
+        if departure.is_other(changed):
             raise departure.error(step, changed or [EDITED_OUTSIDE])
-        if not self.selected:  # some items alone are another batch size
-            warnings.warn(departure.warning(step), stacklevel=4)
+        if changed or not self.selected:  # some items alone are another batch size
+            warnings.warn(departure.warning(step, changed), stacklevel=4)
 
     def require_released(self, step: int) -> None:
         """Raise ValueError if the run was still coupled to its twin at this step.

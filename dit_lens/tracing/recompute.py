@@ -371,9 +371,8 @@ def _judge(departure: Departure | None, step: int, record: Record, model: Hooked
         return
     before = record.state
     causes = [] if before is None else before.changes(State.of(model.transformer))
-    # what looks like rounding is none if something was changed: in bfloat16 it can't be told
-    if causes or not departure.rounding:
+    if departure.is_other(causes):
         raise departure.error(step, causes)
     if record.exact:
         record.exact = False
-        warnings.warn(departure.warning(step), stacklevel=6)
+        warnings.warn(departure.warning(step, causes), stacklevel=6)
