@@ -9,6 +9,7 @@ from conftest import make_dit, make_pipe
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -121,6 +122,26 @@ def test_a_run_of_a_float64_model_is_in_float64():
             assert part.dtype == torch.float64
     for found in moved:
         assert 0 < (found.latents[-1] - run.latents[-1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(1000, 1e-4, 0.02, "linear", None, False),
+        DDIMScheduler(100),
+        DDPMScheduler(500, 1e-3),
+        DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", None, 3),
+    ],
+    ids=["clip_sample", "steps", "beta_start", "solver_order"],
+)
+def test_what_a_scheduler_was_given_by_place_counts(scheduler):
+    """Diffusers takes it for not given: one that is made from its configuration lacks it."""
+    model = HookedDiT(make_dit(), scheduler=scheduler)
+    own, given = (dit_lens.sample(model, [3], steps=3, scheduler=s) for s in (None, scheduler))
+    for run in (own, given):
+        assert torch.allclose(run.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+    for name in ("clip_sample", "beta_start", "solver_order", "num_train_timesteps"):
+        assert given.scheduler.config.get(name) == scheduler.config.get(name)
 
 
 @pytest.mark.parametrize("then", [True, False], ids=["under autocast", "plain"])

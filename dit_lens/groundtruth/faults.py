@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidValue
+from ..model.configured import config_of
 
 Part = Literal["mlp", "attn", "decoy"]
 
@@ -157,7 +158,7 @@ def _bare_copy(transformer: Any) -> Any:
             "and all faults at once."
         )
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights
-        made = type(transformer).from_config(transformer.config)
+        made = type(transformer).from_config(config_of(transformer))
     torch.nn.Module.to(made, transformer.device, transformer.dtype)
     made.load_state_dict(copy.deepcopy(transformer.state_dict()))
     return made

@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 
 from .. import arguments
 from ..errors import InvalidValue
+from ..model.configured import config_of
 from . import construction as build
 from .models import GroundTruth, plain_scheduler
 
@@ -107,7 +108,7 @@ def shuffle_layers(
             for place, i in zip(places, drawn, strict=True):
                 order[place] = places[i]
     with torch.random.fork_rng(devices=[]):
-        shuffled = type(transformer).from_config(transformer.config)
+        shuffled = type(transformer).from_config(config_of(transformer))
     torch.nn.Module.to(shuffled, transformer.device, transformer.dtype).train(transformer.training)
     shuffled.load_state_dict(transformer.state_dict())
     for new, i in zip(of(shuffled), order, strict=True):

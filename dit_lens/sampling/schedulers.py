@@ -13,6 +13,7 @@ import torch
 
 from ..arguments import shown
 from ..errors import InvalidType, InvalidValue
+from ..model.configured import config_of
 from ..model.noise_schedule import CLIPPING, is_flow, setting
 from .flow_sde import FlowSDE
 
@@ -107,7 +108,7 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
                 f"of {', '.join(map(repr, SAMPLERS))}."
             )
         _refuse_other_kind(type(name).__name__, is_flow(name), base)
-        made = _plain_variance(type(name).from_config(name.config), learned_sigma)
+        made = _plain_variance(type(name).from_config(config_of(name)), learned_sigma)
         for each in SET_LATER:
             if hasattr(name, each):
                 setattr(made, each, copy.deepcopy(getattr(name, each)))
@@ -122,7 +123,7 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
         raise InvalidValue(f"There is no scheduler {name!r}; {hint}")
     sampler = SAMPLERS[name]
     _refuse_other_kind(repr(name), sampler.scheduler is FlowSDE, base)
-    config = {} if base is None else dict(base.config)
+    config = {} if base is None else config_of(base)
     if name == "euler-flow":
         # as the multistep schedulers call it
         config.setdefault("shift", config.get("flow_shift", 1.0))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..experiments.gap import measure_gap
 from ..families import Family, flat
 from ..hooks.hold import parts
+from ..model.configured import config_of
 from ..model.hooked import HookedDiT
 from ..model.loading import load
 from ..sampling.run import sample
@@ -36,7 +37,7 @@ class InPipeline:
             self.pipe = DiffusionPipeline.from_pretrained(folder)
             self.model = load(folder)
         if type(self.pipe.scheduler).__name__ == "DDPMScheduler":  # which draws noise in every step
-            self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+            self.pipe.scheduler = DDIMScheduler.from_config(config_of(self.pipe.scheduler))
         self.pipe.set_progress_bar_config(disable=True)
 
     def run(self, guided: bool) -> Tensor:
