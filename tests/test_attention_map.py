@@ -273,3 +273,23 @@ def test_templates_crops_and_cuts():
     assert [t.text for t in both][:2] == ["a", "small"]
     assert words_of("the dog's café")[1][0] == "dog's" and places_of("cat", "concatenate") == []
     assert places_of("猫", "黒い猫が寝る") == [(2, 3)]
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "PixArtTransformer2DModel"])
+def test_the_negative_prompt_s_words_are_those_of_its_branch(name):
+    """In one batch and in two calls; by hand from the patterns of that branch."""
+    family = family_named(name)
+    pipe = family.small_pipeline()
+    asked = family.small_call(True) | {"prompt": ["a red fox"], "output_type": "latent"}
+    with dit_lens.trace(pipe) as t:
+        pipe(**asked | {"negative_prompt": "fox a red"})
+    found = t.attention_map("fox", branch="uncond")
+    assert found.attrs["prompts"] == ["fox a red"]
+    said = t.attention_map("fox", branch="uncond", prompt="fox a red")
+    assert found.identical(said) and not found.equals(t.attention_map("fox", branch="cond"))
+    with pytest.raises(ValueError, match="'cat' is no word of 'fox a red'"):
+        t.attention_map("cat", branch="uncond")
+    with dit_lens.trace(pipe) as t:
+        pipe(**asked)
+    with pytest.raises(ValueError, match="'fox' is no word of ''"):
+        t.attention_map("fox", branch="uncond")

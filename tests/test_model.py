@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import dit_lens
 from dit_lens import HookedDiT
 from dit_lens.families import register
+from dit_lens.hooks.names import resolve
 from dit_lens.model.instrumentation import Instrumentation
 
 BLOCK = 27
@@ -308,6 +309,19 @@ def test_names_filters_and_shorthand(dit, inputs):
         got(lambda n: False)
     with pytest.raises(dit_lens.UnknownName, match="is at 3 hook points"):
         model.resolve("resid_post")
+
+
+def test_negative_layers_count_from_the_end_of_the_model(dit, inputs):
+    """Also where the first blocks have no such site, and in a cache of some layers."""
+    names = ["blocks.0.hook_a", "blocks.1.hook_a", "blocks.1.hook_b", "blocks.2.hook_b"]
+    assert resolve(("b", -1), names) == "blocks.2.hook_b"
+    assert resolve(("b", -2), names) == "blocks.1.hook_b"
+    with pytest.raises(dit_lens.UnknownName, match="There is no layer -1 for 'a': layers are 0 t"):
+        resolve(("a", -1), names)
+    _, cache = HookedDiT(dit).run_with_cache(*inputs, names_filter=["hook_embed", ("q", 0)])
+    with pytest.raises(dit_lens.UnknownName, match="There is no layer -1"):
+        cache["q", -1]
+    assert cache.to("cpu")["q", 0] is not None and ("q", -1) not in cache.to("cpu")
 
 
 def test_backward_hooks(dit, inputs):

@@ -243,6 +243,26 @@ def test_words_as_dictionaries_and_blocks_that_return_tuples():
         HookedDiT(module, DDIMScheduler(1000), blocks="core.layers", adapter=adapter)
 
 
+@pytest.mark.parametrize("other", [{"output": None}, {"time": (0.0, 1.0)}, "blocks"])
+def test_what_is_kept_knows_how_a_model_is_called(sit, other, tmp_path):
+    """And which of its modules are blocks."""
+
+    def opened(blocks="layers", **changes):
+        adapter = dataclasses.replace(SIT, **changes)
+        return HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks=blocks, adapter=adapter)
+
+    model, sizes = opened(), {"pairs": 16, "steps": 4, "resamples": 20}
+    measure_gap(model, **sizes, store=tmp_path / "store")
+    dit_lens.record(model, "blocks.0.hook_resid_post", [1], tmp_path / "acts", steps=2)
+    model.remove()
+    paths = [f"layers.{i}" for i in (1, 2)]
+    again = opened(paths) if other == "blocks" else opened(**other)
+    with pytest.raises(InvalidValue, match="another measurement: its model is"):
+        measure_gap(again, **sizes, store=tmp_path / "store")
+    with pytest.raises(InvalidValue, match="holds a recording of another model"):
+        dit_lens.record(again, "blocks.0.hook_resid_post", [1], tmp_path / "acts", steps=2)
+
+
 def test_a_model_without_a_label_for_no_class(sit):
     """Asked for it, torch would say that an index is out of range; on an accelerator it would end
     the process.

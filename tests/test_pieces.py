@@ -154,6 +154,16 @@ def test_a_store_is_zarr_and_says_what_it_is(model, tmp_path):
     assert piece.attrs["seconds"] > 0
 
 
+def test_kernels_that_were_chosen_are_another_measurement(model, tmp_path):
+    """And no other process would know of them."""
+    measure_gap(model, **GAP, store=tmp_path / "s")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InvalidValue, match="its kernels is usual and here it is autocast bfl"):
+            measure_gap(model, **GAP, store=tmp_path / "s")
+        with pytest.raises(InvalidState, match=r"without what is chosen here \(autocast bfloat16"):
+            measure_gap(model, **GAP, engine=Engine("local", 2))
+
+
 def test_another_experiment_model_or_version(model, tmp_path, monkeypatch):
     folder = tmp_path / "s"
     measure_gap(model, **GAP, store=folder)

@@ -293,6 +293,7 @@ def data(model, tmp_path_factory):
 def test_the_first_name_given_is_the_dataset(model, tmp_path):
     later, earlier = "blocks.2.hook_resid_post", "blocks.0.hook_mlp_out"
     found = record(model, [later, earlier], LABELS, tmp_path, steps=2)
+    assert record(model, (later, earlier), LABELS, tmp_path, steps=2).name == later
     with dit_lens.trace(model, names=later) as t:
         dit_lens.sample(model, LABELS, 0, 2)
     assert found.name == later
@@ -520,5 +521,9 @@ def test_nothing_is_recorded_under_edits_which_the_files_would_not_name(tmp_path
             with block, pytest.raises(InvalidState, match="is on at 'blocks.5.hook_attn_out', of"):
                 dit_lens.record(model, ("resid_post", 5), [3], out, steps=2)
     assert not out.exists()
+    handle = model.transformer.transformer_blocks[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(InvalidState, match="A module hook of PyTorch's is on at 'transformer_blo"):
+        dit_lens.record(model, ("resid_post", 5), [3], out, steps=2)
+    handle.remove()
     with dit_lens.trace(model, names="hook_embed"):
         assert len(dit_lens.record(model, ("resid_post", 5), [3], out, steps=2)) == 128

@@ -56,6 +56,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     Args:
         activations: by hook name, in forward order.
+        depth: how many layers the model has, for ("resid_post", -1); None is those recorded.
 
     Raises:
         UnknownName: for what was not recorded, with the nearest that was.
@@ -65,11 +66,11 @@ class ActivationCache(Mapping[str, Tensor]):
     (torch.Size([1, 4, 8]), torch.Size([1, 1, 4, 8]))
     """
 
-    def __init__(self, activations: dict[str, Tensor]) -> None:
-        self._activations = activations
+    def __init__(self, activations: dict[str, Tensor], depth: int | None = None) -> None:
+        self._activations, self._depth = activations, depth
 
     def __getitem__(self, key: Key) -> Tensor:
-        return self._activations[resolve(key, list(self._activations))]
+        return self._activations[resolve(key, list(self._activations), self._depth)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._activations)
@@ -103,7 +104,7 @@ class ActivationCache(Mapping[str, Tensor]):
             device: where they go.
         """
         return ActivationCache(
-            {name: value.to(device) for name, value in self._activations.items()}
+            {name: value.to(device) for name, value in self._activations.items()}, self._depth
         )
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence, Set
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from ..arguments import is_whole, shown
 from ..errors import DitLensError
@@ -100,8 +100,13 @@ def additions(names: Iterable[str], stream: str = "") -> list[Addition]:
     return found
 
 
-def resolve(key: Key, names: Sequence[str]) -> str:
+def resolve(key: Key, names: Sequence[str], depth: int | None = None) -> str:
     """The one full name that `key` stands for.
+
+    Args:
+        key: a name, or a shorthand and its layer, a negative one from the end of the model.
+        names: hook names, in forward order.
+        depth: how many layers the model has; None where the names are of all of them.
 
     >>> resolve(("q", -1), ["blocks.0.attn.hook_q", "blocks.1.attn.hook_q"])
     'blocks.1.attn.hook_q'
@@ -144,13 +149,24 @@ def resolve(key: Key, names: Sequence[str]) -> str:
     layers = sorted({i for n in found if (i := layer_of(n)) is not None})
     if not layers:
         raise UnknownName(f"{found[0]!r} belongs to no layer; ask for it by its name alone.")
-    index = layer + len(layers) if layer < 0 else layer
+    if depth is None:  # and not how many have it: Flux's single blocks come behind others
+        depth = 1 + max(i for n in names if (i := layer_of(n)) is not None)
+    index = layer + depth if layer < 0 else layer
     at_layer = [n for n in found if layer_of(n) == index]
     if not at_layer:
         raise UnknownName(
             f"There is no layer {layer} for {short!r}: layers are {layers[0]} to {layers[-1]}."
         )
     return at_layer[0]
+
+
+def is_shorthand(names_filter: object) -> TypeGuard[tuple[str, int]]:
+    """Whether a filter is one name as a shorthand with its layer, and not several names.
+
+    >>> is_shorthand(("resid_post", 5)), is_shorthand(("hook_embed", "hook_sample"))
+    (True, False)
+    """
+    return isinstance(names_filter, tuple) and len(names_filter) >= 2 and is_whole(names_filter[1])
 
 
 def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
@@ -173,7 +189,7 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
             )
     elif isinstance(names_filter, str):
         chosen = set(_match(names_filter, names))
-    elif isinstance(names_filter, tuple) and len(names_filter) >= 2 and is_whole(names_filter[1]):
+    elif is_shorthand(names_filter):
         chosen = {resolve(names_filter, names)}
     else:
         chosen = set()

@@ -30,6 +30,7 @@ class Call:
         labels: [batch], classes or prompts by number, where they are known.
         prompts: the prompt of each item [batch] as its pipeline was given it, where one runs that
             says so; not kept in files.
+        negatives: in its place, what an "uncond" item was given.
         context: what the pass was run under.
         kernels: the settings that chose its kernels.
         witness: checksums of the streams that left each layer, by hook name.
@@ -48,6 +49,7 @@ class Call:
     condition: Condition = field(repr=False)
     labels: Tensor | None = None
     prompts: tuple[str, ...] | None = field(default=None, repr=False)
+    negatives: tuple[str, ...] | None = field(default=None, repr=False)
     context: PassContext = field(default_factory=PassContext)
     kernels: Kernels = field(default_factory=Kernels)
     witness: Witness = field(default_factory=Witness, repr=False)

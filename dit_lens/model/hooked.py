@@ -357,7 +357,8 @@ class HookedDiT:
         with self.observing(names, kept.keep):
             out = self(x, t, y, **span)
         found = kept.values()
-        return out, ActivationCache({name: found[name] for name in names if name in found})
+        in_order = {name: found[name] for name in names if name in found}
+        return out, ActivationCache(in_order, self.cfg.n_layers)
 
     def activations(
         self, x: Tensor, t: Tensor, y: Any, names_filter: NamesFilter
@@ -375,7 +376,7 @@ class HookedDiT:
         with self.observing(names, kept.keep), suppress(StopForward):
             with self.attached(self.instrumentation.stopping(names[-1])):  # after `keep`
                 self(x, t, y)
-        return ActivationCache(kept.values())
+        return ActivationCache(kept.values(), self.cfg.n_layers)
 
     def without_variance(self, output: Tensor) -> Tensor:
         """A model's output without the variance that some models predict in a second half of the
@@ -702,7 +703,8 @@ def _content(model: HookedDiT, tell: Tell) -> str:
         for name, part in components.items()
         if name.startswith("text_encoder") and isinstance(part, nn.Module)
     ]
-    return f"HookedDiT{tell([*parts, model.size, asked.prompts, asked.given, encoders])}"
+    described = model.family.described  # which modules are blocks, and how it is called
+    return f"HookedDiT{tell([*parts, model.size, asked.prompts, asked.given, encoders, described])}"
 
 
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:

@@ -511,6 +511,7 @@ class Instrumentation:
             condition=Condition.numbered(rest, labels),
             labels=labels,
             prompts=told.prompts,
+            negatives=told.negatives,
             context=context,
             kernels=Kernels.now(x.device.type),
             branch=told.branch,

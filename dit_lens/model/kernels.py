@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
 )
 
+USUAL = "usual"
 SDPA = ("flash", "mem_efficient", "math", "cudnn")
 
 
@@ -56,6 +57,12 @@ class Kernels:
             matmul=torch.get_float32_matmul_precision(),
             mkldnn=bool(torch.backends.mkldnn.enabled),
         )
+
+    @property
+    def text(self) -> str:
+        """What is chosen otherwise than usual, in words."""
+        odd = {k: v for k, v in vars(self).items() if v != getattr(Kernels, k)}
+        return ", ".join(f"{name} {value}" for name, value in odd.items()) or USUAL
 
     @classmethod
     def of_sampling(cls, device: torch.device) -> Kernels:

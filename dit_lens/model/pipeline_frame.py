@@ -92,6 +92,7 @@ class Loop(NamedTuple):
         step: its `i`.
         latents: before doubling.
         prompt: what it was asked for.
+        negative: its negative prompt.
         said: of a modular pipeline, which branch of guidance is under way.
     """
 
@@ -99,6 +100,7 @@ class Loop(NamedTuple):
     step: Any = None
     latents: Any = None
     prompt: Any = None
+    negative: Any = None
     said: Announced | None = None
 
 
@@ -112,11 +114,13 @@ class Told(NamedTuple):
         place: the number of the pipeline's run with the step in it, or None where steps can't be
             told.
         prompts: the prompt of each item, where they are words.
+        negatives: in its place, what an "uncond" item was given.
     """
 
     branch: tuple[str, ...] | None = None
     place: tuple[int, int] | None = None
     prompts: tuple[str, ...] | None = None
+    negatives: tuple[str, ...] | None = None
 
 
 class PipelineFrame:
@@ -151,7 +155,7 @@ class PipelineFrame:
         said, loop = _announced.get(), _loop(transformer)
         if loop is None and said is None:
             return Told()
-        frame, step, own, prompt, of_block = loop or Loop()
+        frame, step, own, prompt, negative, of_block = loop or Loop()
         said = said or of_block
         if said is not None and said.step is not None:
             step = said.step
@@ -165,7 +169,8 @@ class PipelineFrame:
         self.step = step
         place = (self.runs, step) if isinstance(step, int) else None
         branch = self._branch(said, order, inputs, items, items if own is None else len(own))
-        return Told(branch, place, _prompts(prompt, items))
+        negatives = _prompts("" if negative is None else negative, items)
+        return Told(branch, place, _prompts(prompt, items), negatives)
 
     def _branch(
         self,
@@ -223,7 +228,8 @@ def _loop(transformer: Any) -> Loop | None:
                 if not beside and caller.f_locals.get("self") is not pipe:
                     return None
                 local = frame.f_locals
-                return Loop(frame, *(local.get(name) for name in ("i", "latents", "prompt")))
+                names = ("i", "latents", "prompt", "negative_prompt")
+                return Loop(frame, *(local.get(name) for name in names))
         frame = frame.f_back
     return None
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import arguments
+from ..errors import InvalidState
+from ..model.kernels import USUAL, Kernels
 from ..storage import versions
 from .content import content, digest
 from .engines import Engine, checked_engine
@@ -94,6 +96,7 @@ def about_of(name: str, settings: Mapping[str, Any], model: Any) -> dict[str, An
         "measurement": name,
         "settings": shown,
         "model": "none" if model is None else digest(model),
+        "kernels": "none" if model is None else Kernels.of_sampling(model.device).text,
         "versions": versions(),
     }
 
@@ -145,6 +148,11 @@ def working(
         kept.lead()
         others = None
         if engine.elsewhere:
+            if model is not None and (chosen := about["kernels"]) != USUAL:
+                raise InvalidState(
+                    f"Other processes would measure without what is chosen here ({chosen}); "
+                    "expected the usual settings of PyTorch and diffusers, or engine='local'."
+                )
             sent = {k: v for k, v in given.items() if k not in ASIDE}
             others = engine.started(kept, key, Call(again, sent), device)
             stack.callback(others.close)

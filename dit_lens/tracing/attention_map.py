@@ -238,17 +238,19 @@ def _prompts(
     model: HookedDiT, record: Record, rows: Rows, prompt: str | None, branch: str
 ) -> list[str]:
     """The prompt of each item of a step, in the order of its batch."""
-    known: dict[int, list[str]] = {}
+    known: dict[int, list[str | None]] = {}
     for c in rows:
         call = record.calls[c]
         n = len(call.x)
-        of_call: list[str] | None = None
+        of_call: list[str | None] = [None] * n
         if call.prompts is not None:
-            each = [model.family.said(p) for p in call.prompts]
-            # one batch of several prompts: each in a row for its images, and so in each branch
-            halves = 2 if len({w for w in call.branch or ("",)}) == 2 else 1
-            times = n // halves // len(each)
-            of_call = [p for p in each for _ in range(times)] * halves
+            branches = call.branch or ("",) * n
+            asked, negative = (
+                [None] * n if each is None else _spread(model, each, n, branches)
+                for each in (call.prompts, call.negatives)
+            )
+            each = zip(branches, asked, negative, strict=True)
+            of_call = [no if branch == "uncond" else yes for branch, yes, no in each]
         elif call.labels is not None and not model.cfg.n_classes:
             # a file has the numbers of the model that it was traced with, which may have been asked
             # others
@@ -258,22 +260,34 @@ def _prompts(
                 of_call = [prompts[i] if i >= 0 else "" for i in numbers]
         if prompt is not None:
             words = {arguments.text("prompt", prompt), model.family.said(prompt)}
-            asked = of_call if branch == "cond" and of_call and len(of_call) == n else []
             items = rows[c]
-            own = asked if items is None else [asked[i] for i in items if asked]
-            if other := next((p for p in own if p not in words), None):
+            own = of_call if items is None else [of_call[i] for i in items]
+            other = next((p for p in own if p is not None and p not in words), None)
+            if branch == "cond" and other is not None:
                 raise InvalidValue(
                     f"prompt={prompt!r:.60} is not what this run was asked for, {other!r:.60}; "
                     "expected it left out."
                 )
             of_call = [prompt] * n
-        if of_call is None or len(of_call) != n:
-            raise InvalidValue(
-                "The prompt of this run is not known; say what the text encoders were given: "
-                "t.attention_map(..., prompt='a red fox')."
-            )
         known[c] = of_call
-    return [known[c][i] for c, i in _in_order(record, rows)]
+    found = [known[c][i] for c, i in _in_order(record, rows)]
+    if None in found:
+        raise InvalidValue(
+            "The prompt of this run is not known; say what the text encoders were given: "
+            "t.attention_map(..., prompt='a red fox')."
+        )
+    return [each for each in found if each is not None]
+
+
+def _spread(
+    model: HookedDiT, prompts: Sequence[str], items: int, branches: Sequence[str]
+) -> list[str]:
+    """One of several prompts for each item of a batch: each in a row for its images, and so in each
+    branch.
+    """
+    halves = 2 if len(set(branches)) == 2 else 1
+    times = items // halves // len(prompts)
+    return [model.family.said(p) for p in prompts for _ in range(times)] * halves
 
 
 def _keys(at: slice | Tensor, item: int, keys: int) -> Tensor:

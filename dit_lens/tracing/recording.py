@@ -26,11 +26,13 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
-from ..hooks.names import NamesFilter, select
+from ..hooks.names import NamesFilter, is_shorthand, select
 from ..hooks.points import Editor
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..model.state import State
 from ..patching.sweeps import scheduler_text
+from ..pieces.content import digest
 from ..sampling.guidance import model_inputs, n_passes
 from ..sampling.loop import prepared
 from ..sampling.noise import START, noise
@@ -123,7 +125,7 @@ def record(
             _settle_on(folder, plan, opened)
             _run(opened, folder, plan, settings, progress)
         first: NamesFilter = names
-        if isinstance(names, Sequence) and not isinstance(names, (str, tuple)):
+        if isinstance(names, Sequence) and not isinstance(names, str) and not is_shorthand(names):
             first = names[0]
         return Activations(folder, select(first, opened.names)[0])
 
@@ -135,12 +137,19 @@ def _folder(out: Any) -> Path:
 
 
 def _require_unedited(model: HookedDiT) -> None:
-    """Raise InvalidState under hooks that change what is recorded: the files would not say so."""
+    """Raise InvalidState under hooks that may change what is recorded: the files would not say
+    so.
+    """
     edited = sorted(n for n, each in model.instrumentation.ears if isinstance(each, Editor))
     if edited:
         raise InvalidState(
             f"A hook or an edit is on at {edited[0]!r}, of which a recording would say nothing; "
             "expected a plain model: leave the trace, the plan or the hooks first."
+        )
+    if hooks := State.of(model.transformer).hooks:
+        raise InvalidState(
+            f"A module hook of PyTorch's is on at {next(iter(hooks))!r}, of which a recording "
+            "would say nothing; expected a plain model: take it off first."
         )
 
 
@@ -196,8 +205,9 @@ def _planned(
     if prompts:  # numbered as they come here, whatever the model has been asked before
         words = model.conditions.words(numbers)
         numbers = [prompts.index(word) if word else model.conditions.null for word in words]
+    described = model.family.described  # which modules are blocks, and how it is called
     return Recorded(
-        model=answers,
+        model=answers if described is None else digest([answers, described]),
         names=tuple(chosen),
         axes=tuple(model.sites[name][1:] for name in chosen),
         shapes=tuple(tuple(shapes[name]) for name in chosen),
