@@ -1,5 +1,6 @@
 """The commands and loading, as a user meets them."""
 
+import argparse
 import json
 import os
 import shlex
@@ -18,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import dit_lens
 from dit_lens.commands import main
+from dit_lens.commands.common import labels_of
 from dit_lens.commands.main import COMMANDS
 from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
-from dit_lens.experiments import measure_gap
+from dit_lens.experiments import Plan, measure_gap
 from dit_lens.groundtruth import gaussian
 from dit_lens.report.stored import read
 from dit_lens.sampling import loop
@@ -781,3 +783,20 @@ def test_probes_run_with_default_settings(name, folder, tmp_path, monkeypatch, c
     found = json.loads(capsys.readouterr().out)
     assert found["stored"] == f"{name}.nc" and (tmp_path / f"{name}.nc").exists()
     assert found["result"]["data_vars"]
+
+
+def test_prompts_with_a_byte_order_mark(tmp_path):
+    """As an editor of Windows writes them."""
+    (tmp_path / "a.txt").write_bytes("a cat\na dog\n".encode("utf-8-sig"))
+    args = argparse.Namespace(prompts=tmp_path / "a.txt", labels=None)
+    assert labels_of(args) == ["a cat", "a dog"]
+
+
+def test_a_plan_by_hand_may_say_only_its_sampler(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = dit_lens.load(folder)
+    times = dit_lens.sample(model, [1], steps=4).timesteps.tolist()
+    plan = Plan.of(model, times, [(0, "attn", 2)], about={"sampler": "ddim"})
+    plan.save("plan.json")
+    assert main(["compare", str(folder), "--with", "plan.json", "--items", "12"]) == 0
+    assert "moved by" in capsys.readouterr().out

@@ -2,9 +2,12 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_dit
+from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
@@ -314,6 +317,30 @@ def test_a_fault_by_name_says_the_same_as_its_reader():
     images[0, :, 4:8] = 0.5
     score = made("no legal avatar", 0.5, 0, images, images)
     assert score.bad(score.scores(images)).tolist() == (~portraits.read(images).is_avatar).tolist()
+
+
+def test_the_command_refuses_what_is_not_in_the_image_and_names_errors_of_the_users(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    make_dit(channels=1, classes=4, layers=2).save_pretrained("model")
+    DDIMScheduler(1000, clip_sample=False).save_pretrained("model/scheduler")
+    Path("mine.py").write_text("def boom(x):\n    raise KeyError('w')\n")
+    command = ["diagnose", "model", "--label", "1", "--steps", "7", "--pairs", "4"]
+    for mask in ("0 99 0 3", "3 3 0 2"):
+        assert main([*command, "--mask", *mask.split()]) == 2
+        assert f"--mask {mask} does not lie in an image of 8x8" in capsys.readouterr().err
+    assert main([*command, "--fault", "mine.py:boom"]) == 2
+    said = capsys.readouterr().err
+    assert "boom failed in" in said and "mine.py, line 2 (boom): KeyError: 'w'." in said
+    assert (
+        main(["gap", "model", "--pairs", "16", "--steps", "4", "--attributes", "mine.py:boom"]) == 2
+    )
+    assert "mine.py, line 2 (boom): KeyError: 'w'." in capsys.readouterr().err
+    size = ["--size", "4", "4", "--fault", "mine.py:bright"]
+    Path("mine.py").write_text("def bright(x):\n    return x.mean((1, 2, 3)) > -9\n")
+    assert main([*command, *size, "--good", "model"]) == 2
+    assert "another architecture" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

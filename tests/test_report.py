@@ -25,6 +25,8 @@ from dit_lens.report import cause_details
 from dit_lens.report import coupling_sweep as coupling_report
 from dit_lens.report import gap as gap_report
 from dit_lens.report import knock_outs as cause_report
+from dit_lens.report.page import KINDS
+from dit_lens.report.page import write as write_page
 from dit_lens.report.stored import FILES, load_result, read, show
 from dit_lens.report.style import picture
 from dit_lens.storage import save_dataset
@@ -172,6 +174,8 @@ def test_every_detail_of_the_causes_is_shown_again(details, tmp_path, capsys):
     assert capsys.readouterr().out == shown and set(tmp_path.glob("*.png")) == pictures
     for result in details.values():
         assert result.attrs["sentence"] in shown
+    page = write_page([tmp_path], tmp_path / "page.html")
+    assert all(KINDS[kind] in page.read_text(encoding="utf-8") for kind in details)
 
 
 def test_a_detail_without_its_figures_is_refused(details, tmp_path):

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from conftest import make_dit, make_pipe
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 import dit_lens
@@ -290,6 +291,23 @@ def test_ablations_are_what_their_words_say(dit):
         found[mode] = trace[name][0]
     assert (found["zero"] == 0).all() and torch.equal(found["resample"], plain[[2, 0, 1]])
     assert torch.equal(found["mean"], plain.mean(0).expand(3, -1, -1))
+
+
+def test_ablations_stay_within_a_branch_of_guidance(dit):
+    """An item does not get what another one adds without its label."""
+    model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
+    name, options = "blocks.1.hook_attn_out", {"steps": 1, "guidance": 2.0}
+    with dit_lens.trace(model) as trace:
+        dit_lens.sample(model, [1, 2, 3], **options)
+    plain, found = trace[name][0], {}
+    for mode in ("mean", "resample"):
+        with dit_lens.trace(model) as trace:
+            trace.ablate(name, mode)
+            dit_lens.sample(model, [1, 2, 3], **options)
+        found[mode] = trace[name][0]
+    assert torch.equal(found["resample"], plain[[2, 0, 1, 5, 3, 4]])
+    means = [half.mean(0, keepdim=True).expand(3, -1, -1) for half in plain.chunk(2)]
+    assert torch.equal(found["mean"], torch.cat(means))
 
 
 def test_changed_weights_raise_and_recorded_reads_go_on(pipe):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidValue
 from .common import progress_bar
+from .users_code import of_the_users
 
 if TYPE_CHECKING:
     from ..experiments.attributes import Reader
@@ -77,7 +78,7 @@ def measure(
     from ..pieces import helping
     from ..report import attributes as report
 
-    with progress_bar() as bar:
+    with progress_bar() as bar, of_the_users(read):
         task = bar.add_task("attributes", total=None)
         found = attributes(
             model,

@@ -333,7 +333,7 @@ def labels_of(args: argparse.Namespace) -> list[int] | list[str] | None:
     if not args.prompts.is_file():
         raise InvalidValue(f"There is no file {str(args.prompts)!r}; expected prompts, one a line.")
     try:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InvalidValue(
             f"{str(args.prompts)!r} is no text in UTF-8; expected prompts, one a line."

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> Answer:
     model = _opened(args, "float32")
     options = {}
     if plan is not None and "sampler" in plan.about:
-        options = {name: plan.about[name] for name in ("guidance", "eta")}
+        options = {name: plan.about[name] for name in ("guidance", "eta") if name in plan.about}
         options["scheduler"] = plan.about["sampler"]
     labels = labels_of(args)
     if labels is None and plan is not None:

@@ -25,6 +25,7 @@ from .common import (
     stored,
     strength,
 )
+from .users_code import of_the_users
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +101,10 @@ def _one(args: argparse.Namespace, out: Path) -> None:
     options: dict[str, Any] = {"seeds": args.seed, "steps": args.steps, "eta": args.eta}
     bad, good = sample(model, [args.label], **options), None
     if args.good is not None:
-        other = load(args.good, dtype=args.dtype, device=str(model.device))
+        size = None if args.size is None else tuple(args.size)
+        other = load(args.good, dtype=args.dtype, device=str(model.device), size=size)
         good = sample(other, [args.label], **options)
-    with progress_bar() as bar:
+    with progress_bar() as bar, of_the_users(fault):
         task = bar.add_task("diagnosis", total=None)
         found = diagnose(
             model,
@@ -124,12 +126,13 @@ def _every(args: argparse.Namespace, out: Path) -> None:
     from ..report import diagnoses as report
 
     model = open_model(args)
-    with progress_bar() as bar:
+    faults = {} if args.fault is None else {args.fault: _fault(args, model)}
+    with progress_bar() as bar, of_the_users(faults.get(args.fault)):
         task = bar.add_task("samples", total=None)
         result = diagnose_all(
             model,
             args.samples or 1000,
-            None if args.fault is None else {args.fault: _fault(args, model)},
+            faults or None,
             steps=args.steps,
             eta=args.eta,
             most=args.most or 12,
@@ -156,10 +159,11 @@ def _fault(args: argparse.Namespace, model: Any) -> Any:
         top, bottom, left, right = args.mask
         mask = torch.zeros(side, dtype=torch.bool)
         mask[top:bottom, left:right] = True
-        if not bool(mask.any()):
+        if not (0 <= top < bottom <= side[0] and 0 <= left < right <= side[1]):
             raise InvalidValue(
-                f"--mask {top} {bottom} {left} {right} covers nothing of a {side[0]}x{side[1]} "
-                "image; expected TOP below BOTTOM, LEFT below RIGHT."
+                f"--mask {top} {bottom} {left} {right} does not lie in an image of {side[0]}x"
+                f"{side[1]}; expected TOP below BOTTOM up to {side[0]}, LEFT below RIGHT up to "
+                f"{side[1]}."
             )
         return mask
     known = names_of(model)

@@ -29,6 +29,7 @@ from .common import (
     strength,
 )
 from .keeping import add_store, keeping
+from .users_code import of_the_users
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +155,8 @@ def run(args: argparse.Namespace) -> Answer:
         try_folder(out)  # as well
     model = open_model(args)
     if read:
-        attribute_names(model, read)  # as well
+        with of_the_users(read):
+            attribute_names(model, read)  # as well
     batch = batch_of(args, model, 2 * pairs)
     with calibrating() as progress:
         planned = gap_cost(

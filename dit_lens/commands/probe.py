@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import DitLensError, InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue
 from .common import (
     Answer,
     add_device,
@@ -24,6 +21,7 @@ from .common import (
     labels_of,
     open_model,
 )
+from .users_code import of_the_users
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,28 +102,3 @@ def run(args: argparse.Namespace) -> Answer:
     print(result)
     print(f"stored in {out}")
     return Answer({"stored": str(out), "result": result})
-
-
-@contextmanager
-def of_the_users(probe: type) -> Iterator[None]:
-    """Within the block an error in the file of a probe of the user's is one sentence.
-
-    Args:
-        probe: the class.
-
-    Raises:
-        InvalidValue: which names the file, the line and the error.
-    """
-    try:
-        yield
-    except DitLensError:
-        raise
-    except Exception as error:
-        file = inspect.getsourcefile(probe)
-        own = [at for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
-        if not own or probe.__module__.startswith("dit_lens."):  # ours: a bug
-            raise
-        raise InvalidValue(
-            f"{probe.__name__} failed in {own[-1].filename}, line {own[-1].lineno} "
-            f"({own[-1].name}): {type(error).__name__}: {error}."
-        ) from error

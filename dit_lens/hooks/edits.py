@@ -130,14 +130,21 @@ class Steering:
 
 
 def ablation(mode: str) -> HookFunction:
-    """The function that knocks an activation out. Raises ValueError for an unknown mode."""
+    """The function that knocks an activation out; where a batch has both branches of guidance, in
+    each by itself. Raises ValueError for an unknown mode.
+    """
     modes: dict[str, Callable[[Tensor], Tensor]] = {
         "zero": torch.zeros_like,
         "mean": lambda a: a.mean(0, keepdim=True).expand_as(a).clone(),
         "resample": lambda a: a.roll(1, 0),  # each item gets that of the one before
     }
-    mode = arguments.choice("mode", mode, modes)
-    return lambda activation, hook: modes[mode](activation)
+    out = modes[arguments.choice("mode", mode, modes)]
+
+    def fn(activation: Tensor, hook: HookPoint | None) -> Tensor:
+        branches = 1 if hook is None else hook.branch.count(" | ") + 1
+        return torch.cat([out(branch) for branch in activation.chunk(branches)])
+
+    return fn
 
 
 def _fitting(patch: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:

@@ -122,7 +122,7 @@ class Shown:
         self.made = made_with(self.file)
         self.figures: list[Figure] = FIGURES[self.kind](self.result) if self.interactive else []
         self.hooks = list(dict.fromkeys(hook for f in self.figures for hook in f.hooks))
-        self.releases = releases(self.result) if "end" in self.result else []
+        self.releases = releases(self.result) if "end" in self.result.data_vars else []
 
     @property
     def interactive(self) -> bool:

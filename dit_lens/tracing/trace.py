@@ -288,7 +288,7 @@ class Trace:
         Args:
             name: which hook points.
             mode: "zero"; "mean" over the batch; "resample", the activation of the item before (of
-                the first item the last one's).
+                the first item the last one's); with guidance each branch by itself.
             steps: at which steps.
             **region: which part, as for `edit`.
 
