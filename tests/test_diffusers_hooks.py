@@ -116,6 +116,37 @@ def test_heads_of_an_adapted_projection_sum_to_its_output():
     assert torch.allclose(rest, rest[:1, :1].expand_as(rest), atol=1e-5)  # the bias
 
 
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "SanaTransformer2DModel"])
+def test_what_is_put_in_after_opening_is_seen(name):
+    """An adapter that wraps a module, and another block: read and edited as if opened since."""
+    plain, ask = small(name)
+    later, last = small(name)[0].transformer_blocks[:2]
+    model = dit_lens.HookedDiT(plain)
+    for change in (lora, lambda each: each.transformer_blocks.__setitem__(1, last)):
+        change(plain)
+        other = copy.deepcopy(plain)
+        dit_lens.HookedDiT(other).remove()
+        with dit_lens.trace(model, names=None) as mine, dit_lens.trace(other) as theirs:
+            ask(plain)
+            ask(other)
+        assert all(torch.equal(mine[n], theirs[n]) for n in model.names)
+        with model.hooks([(("attn_out", 1), lambda a, hook: 0 * a)]):
+            edited = ask(plain)
+        with dit_lens.trace(other) as theirs:
+            theirs.ablate(("attn_out", 1))
+            assert torch.equal(edited, ask(other)) and not torch.equal(edited, ask(plain))
+    want = ask(plain)
+    with (
+        dit_lens.trace(model),
+        pytest.raises(RuntimeError, match="at 'transformer_blocks.0' was r"),
+    ):
+        plain.transformer_blocks[0] = later
+        ask(plain)
+    model.remove()
+    assert not torch.equal(ask(plain), want)
+    assert not any("forward" in vars(module) for module in plain.modules())
+
+
 def test_adapters_that_come_between_are_noticed():
     plain, ask = small("SD3Transformer2DModel")
     model = dit_lens.HookedDiT(plain)

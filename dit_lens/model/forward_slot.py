@@ -6,7 +6,7 @@ that they stay in force, ours goes to the bottom of the pile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,30 @@ def places(module: nn.Module) -> Iterator[Slot]:
     if hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__:
         yield module.__dict__, "_old_forward"
     yield module.__dict__, "forward"
+
+
+Place = tuple[dict[str, Any], str, nn.Module, str]
+"""The children of a module, the name of one of them, that child, and its path."""
+
+
+def paths_to(root: nn.Module, modules: Sequence[nn.Module]) -> list[Place]:
+    """Where these modules stand, and all that they stand in.
+
+    Args:
+        root: what they are parts of.
+        modules: some of its parts.
+    """
+    wanted, found = set(map(id, modules)), dict[str, Place]()
+    for path, module in root.named_modules(remove_duplicate=False):
+        if id(module) not in wanted or not path:
+            continue
+        parent, parts = root, path.split(".")
+        for i, name in enumerate(parts):
+            children = vars(parent)["_modules"]
+            parent = children[name]
+            at = ".".join(parts[: i + 1])
+            found[at] = children, name, parent, at
+    return list(found.values())
 
 
 def slot(module: nn.Module) -> Slot:

@@ -34,7 +34,16 @@ from ..hooks.names import layer_of
 from ..hooks.passes import Coupling, PassContext, Span
 from ..hooks.points import EVERYBODY, LOCK, Editor, Hearing, HookPoint, Listener, Observer, stop
 from .call import Call, Watcher
-from .forward_slot import find, held, places, put_back, refuse_replaced, slot
+from .forward_slot import (
+    Place,
+    find,
+    held,
+    paths_to,
+    places,
+    put_back,
+    refuse_replaced,
+    slot,
+)
 from .kernels import Kernels
 from .offloading import looked_after
 from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
@@ -114,25 +123,63 @@ class Instrumentation:
         streams = [] if self.family.read_only else witnessed(list(self.sites))
         self.witnessed = streams or ["hook_sample"]
         self.replaced: list[tuple[Forward, Any]] = []
+        self.paths: list[Place] | None = []
         self._fresh()
         if user is not None:
             self.users.add(user)
+        try:
+            self._put_in(trusted)
+        except BaseException:
+            self._take_out()
+            raise
 
-        # What is put in must still be what diffusers computes, and nobody else may sit there.
-        forwards = self.family.forwards(transformer, self.points, self)
+    def _put_in(self, trusted: bool = False) -> None:
+        """Put our forwards in: what they compute must still be what diffusers computes, and nobody
+        else may sit there.
+        """
+        forwards = self.family.forwards(self.transformer, self.points, self)
         if not trusted:
             check_sources(self.family, forwards, lambda other: Instrumentation(other, trusted=True))
         for forward in forwards:
             refuse_replaced(forward.module)
-        try:
-            for forward in forwards:
-                holder, key = slot(forward.module)
-                self.replaced.append((forward, holder.get(key)))
-                holder[key] = forward
-            listen_to(transformer)
-        except BaseException:
-            self._take_out()
-            raise
+        for forward in forwards:
+            holder, key = slot(forward.module)
+            self.replaced.append((forward, holder.get(key)))
+            holder[key] = forward
+        listen_to(self.transformer)
+        self.paths = paths_to(self.transformer, [forward.module for forward in forwards])
+
+    def _give_back(self) -> None:
+        """Give every module its own forward back; begun again, it goes on."""
+        listen_no_more(self.transformer)
+        for forward, original in reversed(self.replaced):
+            place = find(forward.module, forward)
+            if place is not None:
+                put_back(forward.module, place, original)
+        self.replaced, self.paths = [], []
+
+    def _put_in_anew(self) -> None:
+        """After a module was replaced. The hook points stay, so they must be the same ones."""
+        self._give_back()
+        if self.family.sites(self.transformer) != self.sites:
+            raise InvalidState(
+                "A module of this model was replaced by one that has other hook points; open it "
+                "again: remove(), then dit_lens.HookedDiT(...)."
+            )
+        self._stand_ins.clear()
+        self._put_in()
+
+    @property
+    def moved(self) -> str | None:
+        """The path of a module that was replaced since our forwards were put in, as by an adapter
+        that wraps it; None where all are in place.
+        """
+        if self.paths is None:  # of a copy
+            self.paths = paths_to(self.transformer, [each.module for each, _ in self.replaced])
+        for children, name, module, path in self.paths:
+            if children.get(name) is not module:
+                return path
+        return None
 
     def _fresh(self) -> None:
         """Nobody listens, and no pass is under way."""
@@ -257,12 +304,7 @@ class Instrumentation:
         for point in self.points.values():
             for listener in point.attached:
                 point.drop(listener)
-        listen_no_more(self.transformer)
-        for forward, original in reversed(self.replaced):
-            place = find(forward.module, forward)
-            if place is not None:
-                put_back(forward.module, place, original)
-        self.replaced = []
+        self._give_back()
         self._fresh()
 
     # Who listens.
@@ -329,6 +371,8 @@ class Instrumentation:
                 "Trace a copy (copy.deepcopy), or wait for the other to finish."
             )
         if not (self.busy and self._owner is not None):
+            if self.moved is not None and not self.running:
+                self._put_in_anew()
             self._owner = me
 
     @property
@@ -470,6 +514,11 @@ class Instrumentation:
         if owner is None:
             return
         refuse_cache(self.transformer)
+        if self.moved is not None:
+            raise InvalidState(
+                f"The module at {self.moved!r} was replaced while somebody listens, and what it "
+                "does would not be seen; leave the trace or the hooks, then trace again."
+            )
         if not owner.lets(me):
             raise InvalidState(
                 "This model is being traced or hooked in another thread or task; run a copy "
@@ -679,4 +728,5 @@ class Instrumentation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        self.paths = None
         self._fresh()

@@ -185,7 +185,7 @@ class Witnessing:
         """Take the checksum of one stream."""
         if is_text(name):
             self.witness.text_tokens = value.shape[1]
-        if value.nbytes > self.SMALL:
+        if value.numel() * value.element_size() > self.SMALL:  # nbytes is not traced by compilers
             self.large[name] = checksum(value)
         else:
             self.small[name] = (value.detach() if value.requires_grad else value).clone()
