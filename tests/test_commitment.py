@@ -14,7 +14,7 @@ from scipy import stats as student
 from dit_lens.measures.agreement import Agreement, agreement, contrasts, curve
 from dit_lens.measures.bands import Bands
 from dit_lens.measures.bootstrap import draws, interval, resample, simultaneous
-from dit_lens.measures.commitment import fit_commitment
+from dit_lens.measures.commitment import commitment_draws, fit_commitment
 from dit_lens.measures.crossing import half_crossing
 from dit_lens.measures.estimate import Estimate
 
@@ -404,6 +404,71 @@ def test_between_two_releases_the_place_is_not_known():
     low, high = step.commitment_interval.values[0]
     assert 4 < step.commitment[0] < 7 and low <= 4 and high >= 7
     assert np.allclose(found.unresolved[0], [step.commitment[0] - 4, 7 - step.commitment[0]])
+
+
+FEW = [0, 12, 25, 37, 49]
+
+
+def planted(step, seed, pairs=48):
+    """Twins [release, pair, 1] that agree in all they have from a step on, by chance before."""
+    rng = np.random.default_rng(seed)
+
+    def at(release):
+        a, b = (torch.from_numpy(rng.normal(size=(pairs, 4))) for _ in range(2))
+        return agreement(a, a if release >= step else b, groups=np.arange(pairs) % 4)
+
+    return Agreement.stack([at(release) for release in FEW])
+
+
+def test_noise_elsewhere_does_not_move_a_jump():
+    """Agreement below 0 at the early releases draws a fit before the jump: the place is between the
+    two releases all the same, and so is every resample's.
+    """
+    log_snr = np.linspace(-6, 6, 50)
+    for seed in range(25):
+        step = int(np.random.default_rng([1, seed]).integers(1, 50))
+        stats = planted(step, seed)
+        before, after = max(r for r in FEW if r < step), min(r for r in FEW if r >= step)
+        found = fit_commitment(stats, FEW, log_snr, resamples=50).sel(quantity="step", band="0")
+        low, high = found.commitment_interval.values
+        assert before - 1e-9 <= found.commitment <= after + 1e-9
+        assert low <= before + 1e-9 and high >= after - 1e-9
+        assert high - low < after - before + 12
+        drawn = commitment_draws(stats, FEW, log_snr, resamples=50)
+        assert (drawn >= before - 1e-9).mean() > 0.9 and (drawn <= after + 1e-9).mean() > 0.9
+
+
+def of_curve(curve, releases, log_snr):
+    one = np.ones((len(curve), 16, 1))
+    stats = Agreement(one * np.array(curve)[:, None, None], one, one)
+    return fit_commitment(stats, releases, log_snr, resamples=20).sel(band="0")
+
+
+def test_a_jump_beside_the_first_or_last_release_has_its_place():
+    """The slope is at its bound there, and few releases have a weight."""
+    releases, log_snr = [0, 2, 3, 5, 6], np.arange(-1.0, 6)
+    for jump in range(1, 5):
+        seen = np.where(np.arange(5) < jump, 0.05, 1.0)
+        found = of_curve(seen, releases, log_snr).sel(quantity="step")
+        low, high = releases[jump - 1 : jump + 1]
+        assert str(found.reason.values) == ""
+        assert low <= found.commitment <= high
+        np.testing.assert_allclose(found.commitment_interval, [low, high])
+
+
+def test_what_is_said_of_a_curve_without_a_place_is_true():
+    log_snr = np.linspace(-6, 6, 50)
+    for seen, text in [
+        ((0.1, 0.18, 0.3, 0.4, 0.52), "passes 1/2 after the last, so release later."),
+        ((0.48, 0.72, 0.74, 0.75, 0.77), "passes 1/2 before the first, so release earlier."),
+        ((0.49, 0.9, 0.1, 0.1, 0.51), "and no rising logistic fits it: take more pairs."),
+        ((0.6, 0.7, 0.8, 0.9, 1), "does not rise through 1/2 between them; release earlier."),
+    ]:
+        found = of_curve(seen, [0, 15, 32, 47, 48], log_snr)
+        assert np.isnan(found.commitment).all() and text in str(found.reason.values), (
+            found.reason.item(),
+            found.commitment.values,
+        )
 
 
 def test_a_band_that_few_pairs_vary_in_is_not_known():

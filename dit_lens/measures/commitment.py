@@ -12,11 +12,11 @@ The interval is a symmetric bootstrap-t: estimate +- standard error * quantile o
 (Hall 1988, "On symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50). With few modes
 in a band the agreement is skewed, and the equal-tailed bootstrap-t missed too often in one tail
 (`tests/test_commitment.py` prints the coverage). The standard error of each resample comes from its
-influence function, without refitting. Where the agreement rises between two neighbouring releases
-its place there is not known, and the interval reaches to both. It is made in log SNR and mapped to
-steps; the gap's combines the two bands' (Zou & Donner 2008, "Construction of confidence limits
-about effect measures", Stat. Med. 27), which stays right where a step is worth little log SNR at
-one band and much at the other.
+influence function, without refitting. Where the agreement jumps between two neighbouring releases
+its place there is not known: it is kept between them, whatever noise elsewhere does to the fit, and
+the interval reaches to both. It is made in log SNR and mapped to steps; the gap's combines the two
+bands' (Zou & Donner 2008, "Construction of confidence limits about effect measures", Stat. Med.
+27), which stays right where a step is worth little log SNR at one band and much at the other.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def fit_commitment(
     width = np.quantile(np.nan_to_num(t), level, axis=0) * error[0]
     # [band, bound]
     bound = np.stack([centre[0] - width, centre[0] + width], -1)
-    around = _around(centre[0], slope[0], x)
+    around = _around(centre[0], slope[0], x, np.nan_to_num(observed.T))
     bound = np.stack([np.minimum(bound, around)[:, 0], np.maximum(bound, around)[:, 1]], -1)
     for b in np.flatnonzero(known).tolist():
         cut = [
@@ -260,7 +260,7 @@ def _fits(stats: Agreement, x: Array, counts: Array, squared: bool) -> tuple[Arr
 
 def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Array, Array]:
     """Logistic fits of r [..., release] in x [release]: crossing of 1/2, slope, d crossing / d r
-    [..., release].
+    [..., release]. Where r jumps through 1/2 the crossing is kept between the two releases.
 
     Solves sum_j w_j (r_j - p_j)(1, x_j) = 0 by Newton; w is 1, then 4 p (1 - p) of the first fit.
     """
@@ -275,6 +275,9 @@ def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Arra
             h00, h01, h11 = v.sum(-1) + 1e-9, (v * z).sum(-1), (v * z * z).sum(-1) + 1e-9
             e0, e1, det = error.sum(-1), (error * z).sum(-1), h00 * h11 - h01**2
             d0, d1 = (h11 * e0 - h01 * e1) / det, (h00 * e1 - h01 * e0) / det
+            # at its bound the slope stays, and the place is fitted by itself
+            held = (np.abs(b1) >= steepest) & (b1 * d1 > 0)
+            d0, d1 = np.where(held, e0 / h00, d0), np.where(held, 0, d1)
             short = np.minimum(1, 2 / np.maximum(np.abs(d0) + np.abs(d1), 1e-12))
             b0, b1 = (
                 np.clip(b0 + short * d0, -3 * steepest, 3 * steepest),
@@ -286,8 +289,11 @@ def _fit_logistic(x: Array, r: Array, iterations: int = 12) -> tuple[Array, Arra
     place = -b0 / b1
     move0 = w * (h11[..., None] - h01[..., None] * z) / det[..., None]
     move1 = w * (h00[..., None] * z - h01[..., None]) / det[..., None]
-    influence = -(move0 + place[..., None] * move1) / b1[..., None] * scale
-    return mean + scale * place, b1 / scale, influence
+    free = -(move0 + place[..., None] * move1) / b1[..., None] * scale
+    alone = -w / h00[..., None] / b1[..., None] * scale
+    influence = np.where(held[..., None], alone, free)
+    around = _around(mean + scale * place, b1 / scale, x, r)
+    return np.clip(mean + scale * place, *np.moveaxis(around, -1, 0)), b1 / scale, influence
 
 
 def _combine(one: Array, other: Array, correlation: float) -> Array:
@@ -295,16 +301,19 @@ def _combine(one: Array, other: Array, correlation: float) -> Array:
     return np.sqrt(np.maximum(one**2 + other**2 - 2 * correlation * one * other, 0))
 
 
-def _around(centre: Array, slope: Array, x: Array) -> Array:
-    """The releases between which each curve rises, if it does most of that (12 to 88 %) between two
-    neighbours; else its place twice. [band, bound], in log SNR.
+def _around(centre: Array, slope: Array, x: Array, r: Array) -> Array:
+    """The releases between which each curve r [..., release] jumps through 1/2: it does most of its
+    rise (12 to 88 %) there, by its slope or, if it passes 1/2 nowhere else, as seen. Without such a
+    jump, its place twice. [..., bound], in log SNR.
     """
-    found = np.stack([centre, centre], -1)
-    for b, at in enumerate(centre):
-        after = int(np.searchsorted(x, at))
-        if 0 < after < len(x) and slope[b] * (x[after] - x[after - 1]) >= 4 - 1e-6:
-            found[b] = x[after - 1], x[after]
-    return found
+    low, high, before, after = x[:-1], x[1:], r[..., :-1], r[..., 1:]
+    steep = slope[..., None] * (high - low) >= 4 - 1e-6
+    once = (np.diff(r >= 0.5).sum(-1) == 1)[..., None]
+    jumps = (before < 0.5) & (after >= 0.5) & (steep | once & (before <= 0.12) & (after >= 0.88))
+    away = np.abs(centre[..., None] - np.clip(centre[..., None], low, high))
+    nearest = np.where(jumps, away, np.inf).argmin(-1)
+    between = np.stack([low[nearest], high[nearest]], -1)
+    return np.where(jumps.any(-1)[..., None], between, centre[..., None])
 
 
 def _too_few(carriers: int, rows: int, name: str) -> str:
@@ -324,10 +333,16 @@ def _why_not(r: Array, centre: float, slope: float, x: Array, name: str) -> str:
         )
     if r.min() < 0.5 < r.max() and slope > 0 and x[0] <= centre <= x[-1]:
         return ""
+    goes = f"The agreement of {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at"
+    if r[0] < 0.5 < r[-1]:
+        if slope <= 0:
+            return f"{goes} the last, and no rising logistic fits it: take more pairs."
+        side = "before the first, so release earlier"
+        if centre > x[-1]:
+            side = "after the last, so release later"
+        return f"{goes} the last, and a logistic through it passes 1/2 {side}."
     return (
-        f"The agreement of {name} goes from {r[0]:.2f} at the first release to {r[-1]:.2f} at "
-        "the last and "
-        "does not rise through 1/2 between them; release "
+        f"{goes} the last and does not rise through 1/2 between them; release "
         f"{'earlier' if r.mean() > 0.5 else 'later'}."
     )
 
