@@ -139,6 +139,37 @@ def test_the_lens_reads_the_last_stream(sit):
         assert torch.equal(model(X, t, Y, stop_at_layer=1), cache["resid_pre", 1])
 
 
+@pytest.mark.parametrize("counts", [1000, 100, 10])
+def test_its_time_is_told_by_its_schedulers_own_timesteps(sit, counts):
+    seen = []
+    see = lambda _, args, named: seen.append([*args, *named.values()][1][0].item())  # noqa: E731
+    sit.register_forward_pre_hook(see, with_kwargs=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=counts)
+    model = HookedDiT(sit, scheduler, blocks="layers", adapter=SIT)
+    with dit_lens.trace(model) as t:
+        seen.clear()
+        run = dit_lens.sample(model, [3], steps=2)
+    assert seen == [pytest.approx(1 - time / counts) for time in run.timesteps]
+    assert torch.allclose(t.timesteps.flatten(), run.timesteps.double(), rtol=1e-4)
+    assert torch.equal(run.replay(0).latents, run.latents)
+    other = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50)
+    with pytest.raises(InvalidValue, match=f"counts 50 timesteps, .* opened with {counts}, by wh"):
+        dit_lens.sample(model, [3], steps=2, scheduler=other)
+    with pytest.raises(InvalidState, match=f"open already, with a scheduler of {counts} timesteps"):
+        HookedDiT(model, other)
+    model.remove()
+    del model, run, t
+    again = HookedDiT(sit, other, blocks="layers", adapter=SIT)
+    assert again.family.units == 50
+
+
+def test_the_time_of_a_copy_is_its_own(sit):
+    flow = [FlowMatchEulerDiscreteScheduler(num_train_timesteps=n) for n in (100, 10)]
+    model = HookedDiT(sit, flow[0], blocks="layers", adapter=SIT)
+    other = HookedDiT(copy.deepcopy(sit), flow[1])
+    assert (model.family.units, other.family.units) == (100, 10)
+
+
 def test_what_needs_what_blocks_add_is_refused(sit):
     model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
     run = dit_lens.sample(model, [3], steps=3)

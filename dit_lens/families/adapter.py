@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +24,8 @@ from .config import Condition, Size
 from .forwards import TransformerForward
 from .parts.joint import Point
 
-UNITS = 1000.0
-"""Timesteps that a diffusers scheduler counts from clean data to pure noise."""
+UNITS = 1000
+"""Timesteps from clean data to pure noise where no scheduler says how many it counts."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Adapter:
         labels: how many classes there are, the label for no class, if it has one, coming behind
             them; 0 for a model that takes none; or, for a model that is given anything else, the
             further arguments that ask for nothing, as tensors with a batch axis of 1.
-        time: the model's own time of clean data and of pure noise, such as (1.0, 0.0) for SiT; None
-            is the scheduler's timestep as it is.
+        time: the model's own time of clean data and of pure noise, such as (1.0, 0.0) for SiT,
+            between which the scheduler's timesteps lie, `num_train_timesteps` of them; None is the
+            scheduler's timestep as it is.
         output: from what the model returns to what the scheduler takes, such as `torch.neg`.
         names: of the arguments for x_t, time and labels; the first three by default.
         tokens: where the image's tokens are in the residual stream, such as slice(2, None).
@@ -127,9 +129,11 @@ class Spoken(Family):
     Attributes:
         time: the model's own time of clean data and of pure noise; None is the scheduler's.
         turned: from what the model returns to what the scheduler takes.
+        units: how many timesteps the scheduler counts from clean data to pure noise.
     """
 
     batch_order = None
+    units = UNITS
     time: tuple[float, float] | None = None
     turned: Callable[[Any], Tensor] | None = None
 
@@ -137,6 +141,9 @@ class Spoken(Family):
         self.x_name, self.t_name, self.labels_name, self.adapter = x, t, y, adapter
         if adapter is not None:
             self.time, self.turned = adapter.time, adapter.output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spoken:
+        return copy(self)  # that of a copy of the model, which may have another scheduler
 
     def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
         given = {name: inputs.get(name) for name in (self.x_name, self.t_name)}
@@ -172,7 +179,7 @@ class Spoken(Family):
         if self.time is None:
             return t
         clean, noise = self.time
-        return (clean + (noise - clean) * (t.double() / UNITS)).float()
+        return (clean + (noise - clean) * (t.double() / self.units)).float()
 
     def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         t = torch.as_tensor(inputs[self.t_name])
@@ -181,7 +188,44 @@ class Spoken(Family):
             return t
         clean, noise = self.time
         # in double, so that the way there and back ends where it began
-        return (t.double() - clean) / (noise - clean) * UNITS
+        return (t.double() - clean) / (noise - clean) * self.units
+
+    def some_time(self, x: Tensor) -> Tensor:
+        """A timestep [1] that the model knows, whichever scheduler it is opened with.
+
+        Args:
+            x: latents, on whose device it is.
+        """
+        return torch.full((1,), 1.0 if self.time is None else self.units / 2, device=x.device)
+
+    def count_time(self, scheduler: Any, alone: bool) -> None:
+        units = units_of(scheduler) or UNITS
+        if self.time is not None and scheduler is not None and not alone and units != self.units:
+            raise InvalidState(
+                f"This {self.model_class} is open already, with a scheduler of {self.units} "
+                f"timesteps, and now one of {units} would say what its time is; call remove() on "
+                "the HookedDiT that holds it first."
+            )
+        if alone:
+            self.units = units
+
+    def check_units(self, scheduler: Any) -> None:
+        """Refuse a scheduler whose timesteps are not those by which the model is told the time.
+
+        Args:
+            scheduler: of diffusers.
+
+        Raises:
+            InvalidValue: for another number of them.
+        """
+        units = units_of(scheduler)
+        if self.time is not None and units != self.units:
+            raise InvalidValue(
+                f"{type(scheduler).__name__} counts {units} timesteps, and the scheduler that this "
+                f"model was opened with {self.units}, by which it is told the time; expected "
+                f"num_train_timesteps={self.units}, or HookedDiT(module, scheduler, ...) with this "
+                "one."
+            )
 
     def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
         if self.turned is not None:
@@ -195,7 +239,17 @@ class Spoken(Family):
                 "HookedDiT(module, ..., adapter=dit_lens.Adapter(latents=..., labels=...)), or a "
                 "loop of your own inside dit_lens.trace(model) (docs: Your own model)."
             )
+        self.check_units(scheduler)
         super().set_timesteps(scheduler, steps, tokens)
+
+
+def units_of(scheduler: Any) -> int | None:
+    """How many timesteps a scheduler counts; None where it does not say.
+
+    Args:
+        scheduler: of diffusers, or None.
+    """
+    return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
 
 
 def heard(point: Point, x: Any, items: int = 0) -> Any:

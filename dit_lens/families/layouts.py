@@ -107,9 +107,6 @@ class Layout(Spoken):
         super().__init__(*arguments_of(transformer, names), adapter)
         self.named, self.beside = named, beside_image(transformer)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
-        return self  # the same for a copy of the model
-
     @classmethod
     def fits(cls, transformer: Any) -> bool:
         """Whether a module is laid out so.
@@ -134,6 +131,7 @@ class Layout(Spoken):
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         if self.named or self.adapter is not None:
+            self.check_units(scheduler)
             return Family.set_timesteps(self, scheduler, steps, tokens)
         raise InvalidState(
             f"In which units this model counts time can't be told from its class's name, which "

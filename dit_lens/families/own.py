@@ -124,9 +124,6 @@ class OwnFamily(Spoken):
         self.order: list[Any] = [None, -1, nothing]
         self.seen = None if adapter is None else look(self, transformer, adapter)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OwnFamily:
-        return self  # the same for a copy of the model
-
     @property
     def stream(self) -> Axes:
         """The axes of the stream: of tokens, if it is known which are the image's."""

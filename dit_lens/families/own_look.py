@@ -113,7 +113,7 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
     label = torch.zeros(1, dtype=torch.long, device=x.device)
     empty = family.empty
     condition = Condition({family.labels_name: label}) if empty is None else empty
-    inputs = family.inputs(transformer, x, torch.full((1,), 500.0, device=x.device), condition)
+    inputs = family.inputs(transformer, x, family.some_time(x), condition)
     blocks, streams = family.blocks(transformer), []
     order: list[int] = []
 

@@ -150,6 +150,7 @@ class HookedDiT:
         )
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
         self.family = self.instrumentation.family
+        self.instrumentation.count_time(self.scheduler, self.place)
         if size is not None:
             size = _checked_size(size, axes=len(self.family.config(self.transformer).grid))
         self.size: Size | None = size

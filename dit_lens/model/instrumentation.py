@@ -221,6 +221,19 @@ class Instrumentation:
                 if not (found.users or found.busy or found.running):
                     found.remove()
 
+    def count_time(self, scheduler: Any, user: object) -> None:
+        """Tell the family which scheduler its timesteps are of.
+
+        Args:
+            scheduler: that a view was opened with, or None.
+            user: the view.
+
+        Raises:
+            RuntimeError: if somebody else has the model open with one that counts otherwise.
+        """
+        with LOCK:
+            self.family.count_time(scheduler, alone=self.users <= {user})
+
     @property
     def installed(self) -> bool:
         return bool(self.replaced)
