@@ -387,6 +387,64 @@ def test_what_is_no_stream_is_not_read_as_one():
                 module(FOURS, T, Y)
 
 
+class Rest(SiT):
+    def forward(self, x, t, *rest, scale=1.0):
+        return super().forward(x, t, *rest) * scale
+
+
+class Placed(SiT):
+    def forward(self, x, t, y, /, **more):
+        return super().forward(x, t, y) * more.get("scale", 1.0)
+
+
+class Named(SiT):
+    def forward(self, x, *, t, **more):
+        return super().forward(x, t, more["y"]) * more.get("scale", 1.0)
+
+
+class Wrapped(SiT):
+    def forward(*every, **more):
+        return SiT.forward(*every, **more)
+
+
+@pytest.mark.parametrize("form", [Rest, Placed, Named])
+def test_a_forward_is_called_as_its_caller_calls_it(plain, form):
+    sit, call = copy.deepcopy(plain), (X, T, Y)
+    sit.__class__ = form
+    named = {"t": T, "y": Y} if form is Named else {}
+    args, named = call[: 1 if named else 3], {**named, "scale": 2.0}
+    with torch.no_grad():
+        want = sit(*args, **named)
+        with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model) as t:
+            assert torch.equal(sit(*args, **named), want)
+            with pytest.raises(TypeError):
+                sit(*args, **named, x=X)
+        assert torch.equal(t["hook_sample"][0], want)
+
+
+def test_wrong_calls_are_python_s_own_errors(sit):
+    model = HookedDiT(sit, blocks="layers")
+    with pytest.raises(TypeError, match="multiple values for argument 't'"):
+        sit(X, T, Y, t=T)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        sit(X, T, Y, 1)
+    model.remove()
+
+
+def test_arguments_without_names_are_refused_at_opening(plain):
+    sit = copy.deepcopy(plain)
+    sit.__class__ = Wrapped
+    with pytest.raises(InvalidType, match=r"forward takes \(\*every, \*\*more\), in which x_t and"):
+        HookedDiT(sit, blocks="layers")
+    sit.__class__ = Rest
+    with pytest.raises(InvalidValue, match="labels=10 can't be given to Rest, whose forward names"):
+        HookedDiT(sit, blocks="layers", adapter=SIT)
+    sit.__class__ = Named
+    said = dataclasses.replace(SIT, names=("x", "t", "y"))
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=said)
+    assert dit_lens.sample(model, [3], steps=2).latents.isfinite().all()
+
+
 # Refusals.
 
 

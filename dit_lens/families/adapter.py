@@ -7,8 +7,7 @@ scheduler takes them. An `Adapter` is what lies between those and the model's ow
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from .base import Family
 from .config import Condition, Size
 from .forwards import TransformerForward
 from .parts.joint import Point
+from .signature import signature_of
 
 UNITS = 1000
 """Timesteps from clean data to pure noise where no scheduler says how many it counts."""
@@ -104,14 +104,15 @@ def arguments_of(transformer: Any, names: tuple[str, ...] = ()) -> tuple[str, st
         InvalidValue: for a name that its forward does not have.
     """
     cls = type(transformer)
-    taken = list(inspect.signature(cls.forward).parameters)[1:]
-    for name in names:
-        arguments.choice(f"names, the arguments of {cls.__name__}.forward,", name, taken)
-    found = [*names, *taken[len(names) :]][:3]
+    taken = signature_of(cls.forward)
+    for name in names if not taken.any_name else ():
+        arguments.choice(f"names, the arguments of {cls.__name__}.forward,", name, taken.names)
+    found = [*names, *taken.names[len(names) :]][:3]
     if len(found) < 2:
         raise InvalidType(
-            f"{cls.__name__}.forward takes {', '.join(map(repr, found)) or 'nothing'}; expected "
-            "x_t and the time, forward(x, t, y)."
+            f"{cls.__name__}.forward takes {taken}, in which x_t and the time have no names; "
+            "expected forward(x, t, y), behind functools.wraps where it is wrapped, or the model "
+            "inside."
         )
     x, t, y = (*found, "")[:3]
     return x, t, y
@@ -141,6 +142,11 @@ class Spoken(Family):
         self.x_name, self.t_name, self.labels_name, self.adapter = x, t, y, adapter
         if adapter is not None:
             self.time, self.turned = adapter.time, adapter.output
+            if isinstance(adapter.labels, int) and adapter.labels and not y:
+                raise InvalidValue(
+                    f"labels={adapter.labels} can't be given to {self.model_class}, whose forward "
+                    "names no third argument; expected names=('x', 't', 'y'), its own, or labels=0."
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spoken:
         return copy(self)  # that of a copy of the model, which may have another scheduler
@@ -148,7 +154,8 @@ class Spoken(Family):
     def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
         given = {name: inputs.get(name) for name in (self.x_name, self.t_name)}
         own = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
-        return transformer(**inputs | own)  # which may change them in place
+        args, named = signature_of(type(transformer).forward).spelled(inputs | own)
+        return transformer(*args, **named)  # which may change them in place
 
     @property
     def n_classes(self) -> int:
@@ -375,9 +382,19 @@ class SpokenTransformer(TransformerForward):
     """The whole model as its class runs it, with `hook_sample` on what it returns."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        inputs = self.taken.by_name(args, kwargs)
         with self.current_pass.forward(inputs):
-            return self.run(inputs)
+            return self.passed(inputs, args, kwargs)
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        return through(self.sample, self.own(**inputs))
+        return self.passed(inputs, *self.taken.spelled(inputs))
+
+    def passed(self, inputs: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the model answers to a call, through its hook points.
+
+        Args:
+            inputs: all arguments by name.
+            args: the positional ones, as the caller gave them.
+            kwargs: those by name.
+        """
+        return through(self.sample, self.own(*args, **kwargs))

@@ -4,7 +4,7 @@ model, a block, and a named part of a block are given and return."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class OwnTransformer(SpokenTransformer):
         super().__init__(module, points, current_pass)
         self.x_name, self.turned = x_name, turned
 
-    def run(self, inputs: dict[str, Any]) -> Any:
+    def passed(self, inputs: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self.current_pass.couplings:
             raise InvalidState(
                 f"{type(self.module).__name__} is opened by its modules' boundaries, and its "
@@ -56,7 +56,7 @@ class OwnTransformer(SpokenTransformer):
             like = [e for e in tensors if e.ndim == x.ndim and e.shape[2:] == x.shape[2:]]
             return like[0] if len(like) == 1 and "sample" not in answers else None
 
-        return through(self.sample, self.own(**inputs), pick=meant)
+        return through(self.sample, self.own(*args, **kwargs), pick=meant)
 
 
 class OwnBlock(Forward):
