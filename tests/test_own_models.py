@@ -382,7 +382,7 @@ def test_what_is_no_stream_is_not_read_as_one():
     module = alive(Stepping(turned=True))
     HookedDiT(module, blocks="steps", parts={"attn": "attn"})
     for name in ("hook_resid_pre", "hook_resid_post", "attn.hook_in", "attn.hook_out"):
-        with pytest.raises(InvalidState, match=r"has shape \[4, 2, 8\] for 2 items, tokens before"):
+        with pytest.raises(InvalidState, match=r"has shape \[4, 2, 8\] for 2 items; expected a st"):
             with dit_lens.trace(module, names=f"blocks.1.{name}"):
                 module(FOURS, T, Y)
 
@@ -443,6 +443,79 @@ def test_arguments_without_names_are_refused_at_opening(plain):
     said = dataclasses.replace(SIT, names=("x", "t", "y"))
     model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=said)
     assert dit_lens.sample(model, [3], steps=2).latents.isfinite().all()
+
+
+class Folding(nn.Module):
+    """A block with attention in windows, and an MLP that is given some of the tokens."""
+
+    def __init__(self, width=8, alone=slice(None)):
+        super().__init__()
+        self.attn, self.mlp, self.alone = nn.Linear(width, width), nn.Linear(width, width), alone
+
+    def forward(self, x):
+        windows = x.unflatten(1, (-1, 2)).flatten(0, 1)
+        x = x + self.attn(windows).reshape(x.shape)
+        return torch.cat([x[:, : self.alone.start or 0], self.mlp(x[:, self.alone])], dim=1)
+
+
+class Folded(nn.Module):
+    def __init__(self, beside=2, alone=slice(None)):
+        super().__init__()
+        self.embed, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.layers = nn.ModuleList(Folding(alone=alone) for _ in range(2))
+        self.beside = nn.Parameter(torch.randn(1, beside, 8))
+
+    def forward(self, x, t):
+        others = self.beside.expand(len(x), -1, -1) + t[:, None, None]
+        stream = torch.cat([others, self.embed(x.flatten(2).mT)], dim=1)
+        for layer in self.layers:
+            stream = layer(stream)
+        return self.last(stream[:, others.shape[1] :]).mT.reshape(x.shape)
+
+
+def test_windows_in_the_place_of_items_are_refused():
+    module = alive(Folded())
+    model = HookedDiT(module, blocks="layers", parts={"attn": "attn"})
+    for act in (
+        lambda t: t.ablate("blocks.1.attn.hook_out", items=[1]),
+        lambda t: t.edit("blocks.1.attn.hook_in", lambda a, hook: None),
+    ):
+        with pytest.raises(
+            InvalidState, match=r"\[6, 2, 8\] for 2 items; expected a stream \[2, to"
+        ):
+            with dit_lens.trace(model) as t, torch.no_grad():
+                act(t)
+                module(FOURS, T)
+    with torch.no_grad(), dit_lens.trace(model) as t:
+        module(FOURS, T)
+    assert t["resid_post", 1].shape == (1, 2, 6, 8)
+
+
+def test_a_part_that_is_given_the_image_s_tokens_alone():
+    module = alive(Folded(alone=slice(2, None)))
+    adapter = Adapter((4, 2, 2), tokens=slice(2, None))
+    model = HookedDiT(module, blocks="layers", parts={"mlp": "mlp"}, adapter=adapter)
+    seen, name = [], "blocks.1.mlp.hook_out"
+    with torch.no_grad():
+        handle = module.layers[1].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+        with dit_lens.trace(model) as t:
+            module(FOURS, T)
+        handle.remove()
+        assert torch.equal(t[name][0], seen[0])
+        with model.hooks([(name, lambda a, hook: 0 * a)]):
+            got = module(FOURS, T)
+        module.layers[1].mlp.register_forward_hook(lambda _, args, out: 0 * out)
+        assert torch.equal(got, module(FOURS, T))
+
+
+@pytest.mark.parametrize(("beside", "alone"), [(2, slice(3, None)), (4, slice(4, None))])
+def test_a_part_that_is_given_other_tokens(beside, alone):
+    module = alive(Folded(beside, alone))
+    adapter = Adapter((4, 2, 2), tokens=slice(beside, None))
+    model = HookedDiT(module, blocks="layers", parts={"mlp": "mlp"}, adapter=adapter)
+    with pytest.raises(InvalidState, match="is given . tokens, and which of them are the image's"):
+        with model.hooks([("blocks.1.mlp.hook_out", lambda a, hook: 0 * a)]):
+            module(FOURS, T)
 
 
 # Refusals.

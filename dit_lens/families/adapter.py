@@ -277,10 +277,10 @@ def heard(point: Point, x: Any, items: int = 0) -> Any:
         raise InvalidState(
             f"{name_of(point)!r} has {got}; expected a stream [batch, token, d_model]."
         )
-    if x.ndim == 3 and items and len(x) != items == x.shape[1]:
+    if x.ndim == 3 and items and len(x) != items:
         raise InvalidState(
-            f"{name_of(point)!r} has shape {list(x.shape)} for {items} items, tokens before items; "
-            "expected a stream [batch, token, d_model]."
+            f"{name_of(point)!r} has shape {list(x.shape)} for {items} items; expected a stream "
+            f"[{items}, token, d_model], and no windows, frames or tokens in the place of items."
         )
     return point(x)
 

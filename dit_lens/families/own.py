@@ -176,14 +176,27 @@ class OwnFamily(Spoken):
         return forwards
 
     def layout(self, inputs: dict[str, Any], length: int, transformer: Any) -> Joint:
-        """Where the image's tokens lie in the stream.
+        """Where the image's tokens lie in the stream, or in what a part is given of it.
 
         Args:
             inputs: the transformer's arguments.
-            length: how many tokens the stream has.
+            length: how many tokens that has.
             transformer: the transformer.
+
+        Raises:
+            InvalidState: for other tokens than all of the stream's, or all of the image's.
         """
-        return Joint(self.image_tokens, slice(0, 0))
+        assert self.seen is not None
+        image, others = self.seen.tokens, self.seen.beside
+        if length == image + others:
+            return Joint(self.image_tokens, slice(0, 0))
+        if length != image or image == others:
+            raise InvalidState(
+                f"A part of a block is given {length} tokens, and which of them are the image's "
+                f"can't be told; expected all {image + others} of the stream, or the image's "
+                f"{image} where there are not as many others."
+            )
+        return Joint(slice(None), slice(0, 0))
 
     def whole_forward(
         self, transformer: Any, points: Points, current_pass: Pass
