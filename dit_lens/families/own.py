@@ -22,7 +22,7 @@ from ..errors import InvalidState, InvalidValue
 from ..hooks.passes import Pass
 from .adapter import Adapter, Spoken, arguments_of, tensor_of
 from .base import Skipped
-from .boundaries import argument_of, parts
+from .boundaries import argument_of, given, parts
 from .config import Config, Size
 from .forwards import Forward, Points, TransformerForward
 from .own_forwards import OwnBlock, OwnPart, OwnTransformer, nothing
@@ -120,7 +120,7 @@ class OwnFamily(Spoken):
         for name, path in (self.inside or {}).items():
             for block in found:
                 module_at(block, path, f"parts[{name!r}]")
-        self.streams = {argument_of(block)[0] for block in found}
+        self.streams = sorted({argument_of(block) for block in found})
         self.order: list[Any] = [None, -1, nothing]
         self.seen = None if adapter is None else look(self, transformer, adapter)
 
@@ -254,8 +254,8 @@ class OwnFamily(Spoken):
         return None
 
     def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
-        x = next((kwargs[name] for name in self.streams if name in kwargs), None)
-        return skipping(args[0] if x is None else x, self.image_tokens)
+        own = next((each for each in self.streams if each[0] in kwargs), self.streams[0])
+        return skipping(given(own, args, kwargs), self.image_tokens)
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         return tensor_of(returned, type(block).__name__)[:, self.image_tokens]

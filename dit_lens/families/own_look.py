@@ -1,7 +1,7 @@
 """What running a transformer of the user's own once shows: its sizes, and whether its adapter fits.
 
-The model runs on nothing, in the order of its blocks, and once more with every block but the last
-left out, which tells whether the last stream alone gives the output.
+The model runs on nothing, in the order of its blocks, and once more on something else with every
+block left out and the same last stream, which tells whether that alone gives the output.
 """
 
 from __future__ import annotations
@@ -113,7 +113,12 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
     label = torch.zeros(1, dtype=torch.long, device=x.device)
     empty = family.empty
     condition = Condition({family.labels_name: label}) if empty is None else empty
-    inputs = family.inputs(transformer, x, family.some_time(x), condition)
+
+    def answer(x: Tensor) -> Tensor:
+        inputs = family.inputs(transformer, x, family.some_time(x), condition)
+        return family.output(transformer, family.call(transformer, inputs), inputs)
+
+    names = family.inputs(transformer, x, family.some_time(x), condition)
     blocks, streams = family.blocks(transformer), []
     order: list[int] = []
 
@@ -130,7 +135,7 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
     with torch.no_grad(), torch.random.fork_rng():
         try:
             with standing_in(transformer, blocks, seen), reading(transformer, label) as tables:
-                output = family.output(transformer, family.call(transformer, inputs), inputs)
+                output = answer(x)
         except InvalidValue:
             raise
         except Exception as error:  # of a stranger's forward
@@ -138,7 +143,7 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
             raise InvalidValue(
                 f"{type(transformer).__name__} can't be called as its adapter says "
                 f"({type(error).__name__}: {first}); expected latents {list(adapter.latents)} and "
-                f"the arguments {', '.join(map(repr, inputs))} to fit."
+                f"the arguments {', '.join(map(repr, names))} to fit."
             ) from error
         _check_order(order, len(blocks))
         first, last = streams[0]
@@ -166,18 +171,8 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
                 "Adapter(output=fn), which gives it."
             )
 
-        # whether anything but the last stream and the conditioning reaches the output
-        def skipped(i: int) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                x = given(argument_of(blocks[i]), args, kwargs)
-                if i < len(blocks) - 1:
-                    return x
-                return skipping(x, adapter.tokens)[1]({"": last[:, adapter.tokens]})
-
-            return run
-
-        with standing_in(transformer, blocks, skipped):
-            alone = family.output(transformer, family.call(transformer, inputs), inputs)
+        image = last[:, adapter.tokens]
+        alone = last_alone(family, transformer, answer, noise_like(x), image)
     found = Seen(
         tokens=tokens,
         beside=first.shape[1] - tokens,
@@ -214,6 +209,45 @@ def reading(transformer: nn.Module, label: Tensor) -> Iterator[list[int]]:
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_pre_hook(see).remove)
         yield found
+
+
+def noise_like(x: Tensor) -> Tensor:
+    """Seeded noise of a tensor's shape and dtype, on its device.
+
+    Args:
+        x: the tensor.
+    """
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+
+def last_alone(
+    family: Spoken,
+    transformer: nn.Module,
+    answer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    last: Tensor,
+) -> Tensor:
+    """What a model answers whose blocks do nothing, but for the last, which leaves a given stream:
+    the same for every x, if that stream alone gives it.
+
+    Args:
+        family: its family.
+        transformer: the transformer.
+        answer: what calls it with latents.
+        x: the latents.
+        last: the image's tokens of that stream.
+    """
+    blocks = family.blocks(transformer)
+
+    def skipped(i: int) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            streams, returned = family.skip_block({}, args, kwargs)
+            return returned(streams if i < len(blocks) - 1 else {"": last})
+
+        return run
+
+    with standing_in(transformer, blocks, skipped):
+        return answer(x)
 
 
 def _check_order(order: Sequence[int], n: int) -> None:
