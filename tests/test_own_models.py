@@ -4,6 +4,7 @@ torch's module hooks read and change, and an adapter that does not fit is refuse
 
 import copy
 import dataclasses
+import pickle
 import sys
 from pathlib import Path
 
@@ -564,6 +565,53 @@ def test_a_part_that_is_given_other_tokens(beside, alone):
     with pytest.raises(InvalidState, match="is given . tokens, and which of them are the image's"):
         with model.hooks([("blocks.1.mlp.hook_out", lambda a, hook: 0 * a)]):
             module(FOURS, T)
+
+
+class Twice(nn.Module):
+    """A block that runs its MLP twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.mlp(x)
+        return x
+
+
+def test_a_part_that_runs_twice_is_refused():
+    module = alive(Folded())
+    module.layers = nn.ModuleList(alive(Twice()) for _ in range(2))
+    model, name = HookedDiT(module, blocks="layers", parts={"mlp": "mlp"}), "blocks.1.mlp.hook_out"
+    said = "'blocks.1.mlp.hook_in' runs more than once in a pass"
+    with pytest.raises(InvalidState, match=said):
+        model.activations(FOURS, T, {}, name)
+    with torch.no_grad(), dit_lens.trace(model) as t:
+        module(FOURS, T)
+    assert t["resid_post", 1].shape == (1, 2, 6, 8)
+    with pytest.raises(InvalidState, match=said):
+        t[name]
+    with pytest.raises(InvalidState, match=said):
+        with model.hooks([(name, lambda a, hook: 0 * a)]):
+            module(FOURS, T)
+
+
+def test_parts_that_are_one_module_are_refused(sit):
+    with pytest.raises(InvalidValue, match="'a' of block 0 and 'b' of block 0 are one module, a"):
+        HookedDiT(sit, blocks="layers", parts={"a": "mlp", "b": "mlp"})
+    sit.layers[2].mlp = sit.layers[0].mlp
+    with pytest.raises(InvalidValue, match="'mlp' of block 0 and 'mlp' of block 2 are one module"):
+        HookedDiT(sit, blocks="layers")
+    assert HookedDiT(sit, blocks="layers", parts={"attn": "attention"}).cfg.n_layers == 3
+
+
+def test_a_model_that_has_run_can_be_pickled(sit):
+    sit.__class__ = SiT
+    with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model), torch.no_grad():
+        sit(X, T, Y)
+        again = pickle.loads(pickle.dumps(sit))
+        assert torch.equal(again(X, T, Y), sit(X, T, Y))
 
 
 # Refusals.

@@ -486,6 +486,15 @@ class Family:
             alone: whether nobody else has this model open.
         """
 
+    def certain_at(self, name: str) -> str:
+        """The hook name up to which a pass has to go for a value to be certain; itself where its
+        module runs once.
+
+        Args:
+            name: the value's hook name.
+        """
+        return name
+
     # Skipping a block.
 
     def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:

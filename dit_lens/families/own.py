@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
+from ..hooks.names import layer_of
 from ..hooks.passes import Pass
 from .adapter import Adapter, Spoken, arguments_of, tensor_of
 from .base import Skipped
 from .boundaries import argument_of, given, parts
 from .config import Config, Size
 from .forwards import Forward, Points, TransformerForward
-from .own_forwards import OwnBlock, OwnPart, OwnTransformer, nothing
+from .own_forwards import OwnBlock, OwnPart, OwnTransformer, Progress
 from .own_look import grid_of, look, skipping
 from .parts.joint import Joint, JointPoint, Point
 from .parts.sites import RESID, SAMPLE, Axes, Sites
@@ -121,7 +122,8 @@ class OwnFamily(Spoken):
             for block in found:
                 module_at(block, path, f"parts[{name!r}]")
         self.streams = sorted({argument_of(block) for block in found})
-        self.order: list[Any] = [None, -1, nothing]
+        self.refuse_shared(found)
+        self.progress = Progress()
         self.seen = None if adapter is None else look(self, transformer, adapter)
 
     @property
@@ -155,6 +157,31 @@ class OwnFamily(Spoken):
             return dict(parts(block))
         return {f"{name}.": path for name, path in self.inside.items()}
 
+    def refuse_shared(self, blocks: Sequence[nn.Module]) -> None:
+        """Refuse a part that is the same module as another, or as a block.
+
+        Args:
+            blocks: the blocks.
+
+        Raises:
+            InvalidValue: with both.
+        """
+        known = {id(block): f"block {i}" for i, block in enumerate(blocks)}
+        for i, block in enumerate(blocks):
+            for prefix, path in self.parts_of(block).items():
+                module, said = block.get_submodule(path), f"{prefix[:-1]!r} of block {i}"
+                if id(module) in known:
+                    raise InvalidValue(
+                        f"{known[id(module)]} and {said} are one module, a "
+                        f"{type(module).__name__}, whose hook points can't be told apart; expected "
+                        "parts= without it, {} for none."
+                    )
+                known[id(module)] = said
+
+    def certain_at(self, name: str) -> str:
+        layer = layer_of(name)  # a part may run again until its block ends
+        return name if layer is None else f"blocks.{layer}.hook_resid_post"
+
     def block_sites(self, block: Any) -> Sites:
         ends = [f"{prefix}hook_{end}" for prefix in self.parts_of(block) for end in ("in", "out")]
         return dict.fromkeys(("hook_resid_pre", *ends, "hook_resid_post"), self.stream)
@@ -166,13 +193,12 @@ class OwnFamily(Spoken):
         if self.pads:
             hook = {n: JointPoint(p, None, current_pass, self.layout) for n, p in points.items()}
         forwards: list[Forward] = [
-            OwnBlock(block, hook, current_pass, layer, self.order, self.x_name)
+            OwnBlock(block, hook, current_pass, layer, self.progress, self.x_name)
         ]
         for prefix, path in self.parts_of(block).items():
             before, after = hook[f"{prefix}hook_in"], hook[f"{prefix}hook_out"]
-            forwards.append(
-                OwnPart(block.get_submodule(path), before, after, current_pass, self.x_name)
-            )
+            part = block.get_submodule(path)
+            forwards.append(OwnPart(part, before, after, current_pass, self.progress, self.x_name))
         return forwards
 
     def layout(self, inputs: dict[str, Any], length: int, transformer: Any) -> Joint:

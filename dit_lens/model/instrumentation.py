@@ -647,7 +647,7 @@ class Instrumentation:
         Nothing where accelerate or diffusers load weights around modules' forwards: an exception
         would pass over their putting them away again, so such a pass runs to its end.
         """
-        blocks = self.family.blocks(self.transformer)
+        name, blocks = self.family.certain_at(name), self.family.blocks(self.transformer)
         passed_over = looked_after(self.transformer, blocks, layer_of(name))
         return [] if passed_over else [(name, Observer(stop))]
 
