@@ -614,6 +614,69 @@ def test_a_model_that_has_run_can_be_pickled(sit):
         assert torch.equal(again(X, T, Y), sit(X, T, Y))
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    extra: torch.Tensor
+    velocity: torch.Tensor
+
+
+class Answering(SiT):
+    form = staticmethod(lambda score, out: (score, out))
+
+    def forward(self, x, t, y):
+        out = super().forward(x, t, y)
+        return self.form(out.flatten(1).mean(1), out)
+
+
+FORMS = [
+    (lambda score, out: (score, out), lambda a: -a[1]),
+    (lambda score, out: [None, out, score], lambda a: a[1].neg_()),
+    (Answer, lambda a: -a.velocity),
+    (lambda score, out: {"score": score, "out": out}, lambda a: -a["out"]),
+]
+
+
+@pytest.mark.parametrize(("form", "output"), FORMS)
+def test_hook_sample_is_what_output_makes_its_answer_of(plain, form, output):
+    sit = copy.deepcopy(plain)
+    sit.__class__, sit.form = Answering, form
+    adapter, t = dataclasses.replace(SIT, output=output), torch.tensor([700.0, 100.0])
+    model = HookedDiT(sit, blocks="layers", adapter=adapter)
+    with torch.no_grad():
+        want = plain(X, torch.tensor([0.3, 0.9]), Y)
+        with dit_lens.trace(model) as seen:
+            assert torch.equal(model(X, t, Y), -want)
+        assert torch.equal(seen["hook_sample"][0], want)
+        with model.hooks([("hook_sample", lambda a, hook: 2 * a)]):
+            assert torch.equal(model(X, t, Y), -2 * want)
+
+
+def test_an_answer_of_several_values_is_only_read(plain):
+    sit = copy.deepcopy(plain)
+    sit.__class__, sit.form = Answering, lambda score, out: (score, out)
+    both = dataclasses.replace(SIT, output=lambda a: a[1] + a[0][:, None, None, None])
+    model, t = HookedDiT(sit, blocks="layers", adapter=both), torch.tensor([700.0, 100.0])
+    with torch.no_grad():
+        with dit_lens.trace(model) as seen:
+            out = model(X, t, Y)
+        assert torch.equal(seen["hook_sample"][0], out)
+        with pytest.raises(InvalidState, match="makes of several values, into which another can't"):
+            with model.hooks([("hook_sample", lambda a, hook: 2 * a)]):
+                model(X, t, Y)
+
+
+def test_the_first_of_several_may_have_no_axes_but_the_batch(plain):
+    sit = copy.deepcopy(plain)
+    sit.__class__, sit.form = Answering, lambda score, out: (score, out)
+    with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model) as t, torch.no_grad():
+        sit(X, T, Y)
+    assert t["hook_sample"].shape == (1, 2) and t["resid_post", 1].shape == (1, 2, 64, 64)
+    sit.form = lambda score, out: (score.mean(), out)
+    with pytest.raises(InvalidState, match="'hook_sample' can't be read: .* numbers for each item"):
+        with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model) as t:
+            sit(X, T, Y)
+
+
 # Refusals.
 
 

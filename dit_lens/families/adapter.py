@@ -17,10 +17,12 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
+from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
+from .answers import members, source_of, with_members
 from .base import Family
 from .config import Condition, Size
-from .forwards import TransformerForward
+from .forwards import Points, TransformerForward
 from .parts.joint import Point
 from .signature import signature_of
 
@@ -272,12 +274,18 @@ def heard(point: Point, x: Any, items: int = 0) -> Any:
     """
     if not point.listeners:
         return x
-    if not isinstance(x, Tensor) or (x.ndim != 3 and not name_of(point).endswith("hook_sample")):
+    if name_of(point) == "hook_sample":
+        if not isinstance(x, Tensor) or not x.ndim or not x.dtype.is_floating_point:
+            raise InvalidState(
+                f"'hook_sample' can't be read: what is returned is {arguments.shown(x)}; expected "
+                "numbers for each item; Adapter(output=fn) says where they are."
+            )
+    elif not isinstance(x, Tensor) or x.ndim != 3:
         got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise InvalidState(
             f"{name_of(point)!r} has {got}; expected a stream [batch, token, d_model]."
         )
-    if x.ndim == 3 and items and len(x) != items:
+    elif items and len(x) != items:
         raise InvalidState(
             f"{name_of(point)!r} has shape {list(x.shape)} for {items} items; expected a stream "
             f"[{items}, token, d_model], and no windows, frames or tokens in the place of items."
@@ -379,7 +387,25 @@ def tensor_of(answer: Any, whose: str) -> Tensor:
 
 
 class SpokenTransformer(TransformerForward):
-    """The whole model as its class runs it, with `hook_sample` on what it returns."""
+    """The whole model as its class runs it, with `hook_sample` on what it returns: on the tensor
+    that its adapter makes the answer of.
+
+    Args:
+        module: the transformer.
+        points: all hook points.
+        current_pass: the pass.
+        turned: the adapter's `output`; None where there is none.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        points: Points,
+        current_pass: Pass,
+        turned: Callable[[Any], Tensor] | None,
+    ) -> None:
+        super().__init__(module, points, current_pass)
+        self.turned = turned
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.taken.by_name(args, kwargs)
@@ -397,4 +423,34 @@ class SpokenTransformer(TransformerForward):
             args: the positional ones, as the caller gave them.
             kwargs: those by name.
         """
-        return through(self.sample, self.own(*args, **kwargs))
+        returned, turned = self.own(*args, **kwargs), self.turned
+        if not self.sample.listeners:
+            return returned
+        if turned is None or isinstance(returned, Tensor):
+            return through(self.sample, returned, pick=lambda answers: self.meant(answers, inputs))
+        try:
+            place = source_of(turned, returned)
+            answer = turned(returned) if place is None else members(returned)[place]
+        except Exception as error:  # of a stranger's function
+            raise InvalidState(
+                f"Adapter(output=) fails on {arguments.shown(returned)}, which "
+                f"{type(self.module).__name__} returned ({type(error).__name__}: {error})."
+            ) from error
+        new = heard(self.sample, answer)
+        if new is answer:
+            return returned
+        if place is None:
+            raise InvalidState(
+                f"{self.sample.name!r} is what Adapter(output=) makes of several values, into "
+                "which another can't be put back; expected a hook that returns None."
+            )
+        return with_members(returned, {place: new})
+
+    def meant(self, answers: Mapping[str, Any], inputs: dict[str, Any]) -> Tensor | None:
+        """The tensor that is meant in a dict of several; None where that can't be told.
+
+        Args:
+            answers: what the model returned.
+            inputs: its arguments by name.
+        """
+        return None

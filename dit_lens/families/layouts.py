@@ -251,7 +251,7 @@ class Layout(Spoken):
     def whole_forward(
         self, transformer: Any, points: Points, current_pass: Pass
     ) -> TransformerForward:
-        return SpokenTransformer(transformer, points, current_pass)
+        return SpokenTransformer(transformer, points, current_pass, self.turned)
 
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         return self.config(transformer).grid

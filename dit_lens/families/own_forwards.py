@@ -36,8 +36,8 @@ class OwnTransformer(SpokenTransformer):
         x_name: str,
         turned: Callable[[Any], Tensor] | None,
     ) -> None:
-        super().__init__(module, points, current_pass)
-        self.x_name, self.turned = x_name, turned
+        super().__init__(module, points, current_pass, turned)
+        self.x_name = x_name
 
     def passed(self, inputs: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self.current_pass.couplings:
@@ -46,17 +46,12 @@ class OwnTransformer(SpokenTransformer):
                 "attention can't couple twins; expected tie='noise', or a family of its own "
                 "(docs: Your own model)."
             )
+        return super().passed(inputs, args, kwargs)
 
-        def meant(answers: Mapping[str, Any]) -> Tensor | None:
-            tensors = [each for each in answers.values() if isinstance(each, Tensor)]
-            turned = None if self.turned is None else self.turned(answers)
-            if any(each is turned for each in tensors):
-                return turned
-            x = inputs[self.x_name]
-            like = [e for e in tensors if e.ndim == x.ndim and e.shape[2:] == x.shape[2:]]
-            return like[0] if len(like) == 1 and "sample" not in answers else None
-
-        return through(self.sample, self.own(*args, **kwargs), pick=meant)
+    def meant(self, answers: Mapping[str, Any], inputs: dict[str, Any]) -> Tensor | None:
+        x, tensors = inputs[self.x_name], [e for e in answers.values() if isinstance(e, Tensor)]
+        like = [each for each in tensors if each.ndim == x.ndim and each.shape[2:] == x.shape[2:]]
+        return like[0] if len(like) == 1 and "sample" not in answers else None
 
 
 class Progress:
