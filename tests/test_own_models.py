@@ -349,6 +349,88 @@ def test_a_model_without_a_label_for_no_class(sit):
     assert said.cfg.has_null
 
 
+class Reads(nn.Module):
+    """Labels read in another way than from an `nn.Embedding` at [batch]."""
+
+    def __init__(self, table, read):
+        super().__init__()
+        self.table, self.read = table, read
+
+    def forward(self, y):
+        return self.read(self.table, y)
+
+
+WIDTH = 64
+READ = {
+    "parameter": lambda: (nn.Parameter(torch.randn(10, WIDTH)), lambda w, y: w[y]),
+    "functional": lambda: (
+        nn.Parameter(torch.randn(10, WIDTH)),
+        lambda w, y: nn.functional.embedding(y, w),
+    ),
+    "one hot": lambda: (
+        nn.Linear(10, WIDTH),
+        lambda m, y: m(nn.functional.one_hot(y, 10).to(m.weight)),
+    ),
+    "by name": lambda: (nn.Embedding(10, WIDTH), lambda m, y: m(input=y)),
+    "an axis more": lambda: (nn.Embedding(10, WIDTH), lambda m, y: m(y[:, None])[:, 0]),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_a_label_for_none_is_tried_however_labels_are_read(plain, how):
+    sit = copy.deepcopy(plain)
+    sit.classes = Reads(*READ[how]())
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
+    assert not model.cfg.has_null
+    with pytest.raises(InvalidValue, match="has 10 labels and none for no class, which guidance=2"):
+        dit_lens.sample(model, 4, steps=2, guidance=2.0)
+    model.remove()
+    with pytest.raises(
+        InvalidValue, match="labels=20 can't be used; expected (at most 10|fewer: SiT)"
+    ):
+        HookedDiT(sit, blocks="layers", adapter=dataclasses.replace(SIT, labels=20))
+    fewer = HookedDiT(sit, blocks="layers", adapter=dataclasses.replace(SIT, labels=9))
+    assert fewer.cfg.has_null
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10])
+def test_a_table_of_times_is_no_table_of_labels(plain, rows):
+    sit = copy.deepcopy(plain)
+    times = sit.times = nn.Embedding(rows, WIDTH)
+    sit.classes = Reads(sit.classes, lambda table, y: table(y) + times(torch.zeros_like(y)))
+    assert HookedDiT(sit, blocks="layers", adapter=SIT).cfg.has_null
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate")
+    module, runs = alive(Folded()), []
+    away = accelerate.cpu_offload(copy.deepcopy(module), execution_device=torch.device("cpu"))
+    adapter = Adapter((4, 2, 2), tokens=slice(2, None))
+    for each in (module, away):
+        model = HookedDiT(each, DDIMScheduler(1000), blocks="layers", adapter=adapter)
+        runs.append(dit_lens.sample(model, [0], steps=2).latents)
+    assert torch.equal(*runs)
+
+
+class Weightless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Tanh(), nn.Tanh()])
+
+    def forward(self, x, t):
+        stream = x.flatten(2).mT
+        for layer in self.layers:
+            stream = layer(stream)
+        return stream.mT.reshape(x.shape)
+
+
+def test_a_model_without_weights():
+    model = HookedDiT(
+        Weightless().eval(), DDIMScheduler(), blocks="layers", adapter=Adapter((4, 2, 2))
+    )
+    assert dit_lens.sample(model, [0], steps=2).latents.isfinite().all()
+
+
 def test_a_model_without_labels():
     class Unconditional(SiT):
         def forward(self, x, t):

@@ -40,6 +40,7 @@ from .layout_forwards import (
     merged,
     skip_of,
 )
+from .offloading import computing_device
 from .own_look import last_alone, skipping
 from .parts.attention import Kernel, sdpa
 from .parts.joint import AnyPoints, Joint, joint_points
@@ -337,8 +338,9 @@ class Trial:
 
 def noise_for(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Seeded noise of the dtype and on the device of a module's weights."""
-    weight, gen = next(module.parameters()), torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=gen).to(weight) for shape in shapes)
+    gen, where = torch.Generator().manual_seed(0), computing_device(module)
+    dtype = next(module.parameters()).dtype
+    return tuple(torch.randn(shape, generator=gen).to(where, dtype) for shape in shapes)
 
 
 def kernel_of(attn: Any) -> Kernel:

@@ -255,7 +255,7 @@ class OwnFamily(Spoken):
             latent_shape=adapter.latents,
             grid=grid,
             n_classes=self.n_classes,
-            has_null=seen.labels != self.n_classes,
+            has_null=seen.null,
             restartable=False,
         )
 

@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from ..errors import InvalidState, InvalidValue
 from ..families import family_of
 from ..families.config import Condition
+from ..families.forward_slot import find, held, places, put_back, refuse_replaced, slot
 from ..families.forwards import Forward
+from ..families.offloading import looked_after
 from ..families.registry import describe
 from ..families.upstream import check_sources
 from ..hooks.names import layer_of
 from ..hooks.passes import Coupling, PassContext, Span
 from ..hooks.points import EVERYBODY, LOCK, Editor, Hearing, HookPoint, Listener, Observer, stop
 from .call import Call, Watcher
-from .forward_slot import find, held, places, put_back, refuse_replaced, slot
 from .kernels import Kernels
-from .offloading import looked_after
 from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
 from .pipeline_frame import PipelineFrame, Told, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
