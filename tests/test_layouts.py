@@ -48,6 +48,19 @@ def test_each_is_known_by_its_names():
     assert model.cfg.null_class == 10 and model.cfg.latent_shape == (4, 8, 8)
 
 
+def test_no_lens_where_the_output_depends_on_x_besides():
+    class AddingDiT(DiT):
+        def forward(self, x, t, y):
+            return torch.cat([0.5 * x, 0 * x], dim=1) + super().forward(x, t, y)
+
+    plain, _ = small_of("dit", 0)
+    t, y, stream = torch.tensor([500, 500]), torch.tensor([3, 10]), torch.randn(2, 16, 16)
+    assert dit_lens.HookedDiT(plain).unembed(stream, t, y).shape == (2, 8, 8, 8)
+    plain.__class__ = AddingDiT
+    with pytest.raises(InvalidState, match="the output depends on more than that stream; expected"):
+        dit_lens.HookedDiT(plain).unembed(stream, t, y)
+
+
 def test_guidance_in_the_models_own_method_is_traced():
     model = dit_lens.HookedDiT(small_of("dit", 0)[0])
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500, 500]), torch.tensor([3, 10])

@@ -4,6 +4,7 @@ torch's module hooks read and change, and an adapter that does not fit is refuse
 
 import copy
 import dataclasses
+import pickle
 import sys
 from pathlib import Path
 
@@ -137,6 +138,87 @@ def test_the_lens_reads_the_last_stream(sit):
         out, cache = model.run_with_cache(X, t, Y)
         assert torch.equal(model.unembed(cache["resid_post", -1], t, Y), out)
         assert torch.equal(model(X, t, Y, stop_at_layer=1), cache["resid_pre", 1])
+
+
+@pytest.mark.parametrize("counts", [1000, 100, 10])
+def test_its_time_is_told_by_its_schedulers_own_timesteps(sit, counts):
+    seen = []
+    see = lambda _, args, named: seen.append([*args, *named.values()][1][0].item())  # noqa: E731
+    sit.register_forward_pre_hook(see, with_kwargs=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=counts)
+    model = HookedDiT(sit, scheduler, blocks="layers", adapter=SIT)
+    with dit_lens.trace(model) as t:
+        seen.clear()
+        run = dit_lens.sample(model, [3], steps=2)
+    assert seen == [pytest.approx(1 - time / counts) for time in run.timesteps]
+    assert torch.allclose(t.timesteps.flatten(), run.timesteps.double(), rtol=1e-4)
+    assert torch.equal(run.replay(0).latents, run.latents)
+    other = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50)
+    with pytest.raises(InvalidValue, match=f"counts 50 timesteps, .* opened with {counts}, by wh"):
+        dit_lens.sample(model, [3], steps=2, scheduler=other)
+    with pytest.raises(InvalidState, match=f"open already, with a scheduler of {counts} timesteps"):
+        HookedDiT(model, other)
+    model.remove()
+    del model, run, t
+    again = HookedDiT(sit, other, blocks="layers", adapter=SIT)
+    assert again.family.units == 50
+
+
+def test_the_time_of_a_copy_is_its_own(sit):
+    flow = [FlowMatchEulerDiscreteScheduler(num_train_timesteps=n) for n in (100, 10)]
+    model = HookedDiT(sit, flow[0], blocks="layers", adapter=SIT)
+    other = HookedDiT(copy.deepcopy(sit), flow[1])
+    assert (model.family.units, other.family.units) == (100, 10)
+
+
+class Skipping(SiT):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y) * (1 + x.flatten(1).mean(1)[:, None, None, None])
+
+
+class Adding(SiT):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y) + 0.5 * x
+
+
+@pytest.mark.parametrize("form", [Skipping, Adding])
+def test_no_lens_where_the_output_depends_on_x_besides(plain, form):
+    sit = copy.deepcopy(plain)
+    sit.__class__ = form
+    model = HookedDiT(sit, blocks="layers", adapter=SIT)
+    with pytest.raises(InvalidState, match="the output depends on more than that stream"):
+        model.unembed(torch.randn(2, 64, 64), torch.tensor([700.0, 31.0]), Y)
+
+
+class Second(nn.Module):
+    """A block whose stream is not its first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, scale, hidden_states):
+        return hidden_states + self.mlp(hidden_states) * scale
+
+
+class Seconds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.layers = nn.ModuleList(Second() for _ in range(2))
+
+    def forward(self, x, t):
+        stream = self.embed(x.flatten(2).mT)
+        for layer in self.layers:
+            stream = layer(t[:, None, None], stream)
+        return self.last(stream).mT.reshape(x.shape)
+
+
+def test_the_stream_behind_another_argument_is_the_one_left_alone():
+    model = HookedDiT(alive(Seconds()), blocks="layers", adapter=Adapter((4, 2, 2)))
+    t = torch.tensor([700.0, 31.0])
+    out, cache = model.run_with_cache(FOURS, t, {})
+    assert torch.equal(model.unembed(cache["resid_post", -1], t, {}), out)
 
 
 def test_what_needs_what_blocks_add_is_refused(sit):
@@ -287,6 +369,88 @@ def test_a_model_without_a_label_for_no_class(sit):
     assert said.cfg.has_null
 
 
+class Reads(nn.Module):
+    """Labels read in another way than from an `nn.Embedding` at [batch]."""
+
+    def __init__(self, table, read):
+        super().__init__()
+        self.table, self.read = table, read
+
+    def forward(self, y):
+        return self.read(self.table, y)
+
+
+WIDTH = 64
+READ = {
+    "parameter": lambda: (nn.Parameter(torch.randn(10, WIDTH)), lambda w, y: w[y]),
+    "functional": lambda: (
+        nn.Parameter(torch.randn(10, WIDTH)),
+        lambda w, y: nn.functional.embedding(y, w),
+    ),
+    "one hot": lambda: (
+        nn.Linear(10, WIDTH),
+        lambda m, y: m(nn.functional.one_hot(y, 10).to(m.weight)),
+    ),
+    "by name": lambda: (nn.Embedding(10, WIDTH), lambda m, y: m(input=y)),
+    "an axis more": lambda: (nn.Embedding(10, WIDTH), lambda m, y: m(y[:, None])[:, 0]),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_a_label_for_none_is_tried_however_labels_are_read(plain, how):
+    sit = copy.deepcopy(plain)
+    sit.classes = Reads(*READ[how]())
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=SIT)
+    assert not model.cfg.has_null
+    with pytest.raises(InvalidValue, match="has 10 labels and none for no class, which guidance=2"):
+        dit_lens.sample(model, 4, steps=2, guidance=2.0)
+    model.remove()
+    with pytest.raises(
+        InvalidValue, match="labels=20 can't be used; expected (at most 10|fewer: SiT)"
+    ):
+        HookedDiT(sit, blocks="layers", adapter=dataclasses.replace(SIT, labels=20))
+    fewer = HookedDiT(sit, blocks="layers", adapter=dataclasses.replace(SIT, labels=9))
+    assert fewer.cfg.has_null
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10])
+def test_a_table_of_times_is_no_table_of_labels(plain, rows):
+    sit = copy.deepcopy(plain)
+    times = sit.times = nn.Embedding(rows, WIDTH)
+    sit.classes = Reads(sit.classes, lambda table, y: table(y) + times(torch.zeros_like(y)))
+    assert HookedDiT(sit, blocks="layers", adapter=SIT).cfg.has_null
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate")
+    module, runs = alive(Folded()), []
+    away = accelerate.cpu_offload(copy.deepcopy(module), execution_device=torch.device("cpu"))
+    adapter = Adapter((4, 2, 2), tokens=slice(2, None))
+    for each in (module, away):
+        model = HookedDiT(each, DDIMScheduler(1000), blocks="layers", adapter=adapter)
+        runs.append(dit_lens.sample(model, [0], steps=2).latents)
+    assert torch.equal(*runs)
+
+
+class Weightless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Tanh(), nn.Tanh()])
+
+    def forward(self, x, t):
+        stream = x.flatten(2).mT
+        for layer in self.layers:
+            stream = layer(stream)
+        return stream.mT.reshape(x.shape)
+
+
+def test_a_model_without_weights():
+    model = HookedDiT(
+        Weightless().eval(), DDIMScheduler(), blocks="layers", adapter=Adapter((4, 2, 2))
+    )
+    assert dit_lens.sample(model, [0], steps=2).latents.isfinite().all()
+
+
 def test_a_model_without_labels():
     class Unconditional(SiT):
         def forward(self, x, t):
@@ -371,9 +535,248 @@ def test_what_is_no_stream_is_not_read_as_one():
     module = alive(Stepping(turned=True))
     HookedDiT(module, blocks="steps", parts={"attn": "attn"})
     for name in ("hook_resid_pre", "hook_resid_post", "attn.hook_in", "attn.hook_out"):
-        with pytest.raises(InvalidState, match=r"has shape \[4, 2, 8\] for 2 items, tokens before"):
+        with pytest.raises(InvalidState, match=r"has shape \[4, 2, 8\] for 2 items; expected a st"):
             with dit_lens.trace(module, names=f"blocks.1.{name}"):
                 module(FOURS, T, Y)
+
+
+class Rest(SiT):
+    def forward(self, x, t, *rest, scale=1.0):
+        return super().forward(x, t, *rest) * scale
+
+
+class Placed(SiT):
+    def forward(self, x, t, y, /, **more):
+        return super().forward(x, t, y) * more.get("scale", 1.0)
+
+
+class Named(SiT):
+    def forward(self, x, *, t, **more):
+        return super().forward(x, t, more["y"]) * more.get("scale", 1.0)
+
+
+class Wrapped(SiT):
+    def forward(*every, **more):
+        return SiT.forward(*every, **more)
+
+
+@pytest.mark.parametrize("form", [Rest, Placed, Named])
+def test_a_forward_is_called_as_its_caller_calls_it(plain, form):
+    sit, call = copy.deepcopy(plain), (X, T, Y)
+    sit.__class__ = form
+    named = {"t": T, "y": Y} if form is Named else {}
+    args, named = call[: 1 if named else 3], {**named, "scale": 2.0}
+    with torch.no_grad():
+        want = sit(*args, **named)
+        with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model) as t:
+            assert torch.equal(sit(*args, **named), want)
+            with pytest.raises(TypeError):
+                sit(*args, **named, x=X)
+        assert torch.equal(t["hook_sample"][0], want)
+
+
+def test_wrong_calls_are_python_s_own_errors(sit):
+    model = HookedDiT(sit, blocks="layers")
+    with pytest.raises(TypeError, match="multiple values for argument 't'"):
+        sit(X, T, Y, t=T)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        sit(X, T, Y, 1)
+    model.remove()
+
+
+def test_arguments_without_names_are_refused_at_opening(plain):
+    sit = copy.deepcopy(plain)
+    sit.__class__ = Wrapped
+    with pytest.raises(InvalidType, match=r"forward takes \(\*every, \*\*more\), in which x_t and"):
+        HookedDiT(sit, blocks="layers")
+    sit.__class__ = Rest
+    with pytest.raises(InvalidValue, match="labels=10 can't be given to Rest, whose forward names"):
+        HookedDiT(sit, blocks="layers", adapter=SIT)
+    sit.__class__ = Named
+    said = dataclasses.replace(SIT, names=("x", "t", "y"))
+    model = HookedDiT(sit, FlowMatchEulerDiscreteScheduler(), blocks="layers", adapter=said)
+    assert dit_lens.sample(model, [3], steps=2).latents.isfinite().all()
+
+
+class Folding(nn.Module):
+    """A block with attention in windows, and an MLP that is given some of the tokens."""
+
+    def __init__(self, width=8, alone=slice(None)):
+        super().__init__()
+        self.attn, self.mlp, self.alone = nn.Linear(width, width), nn.Linear(width, width), alone
+
+    def forward(self, x):
+        windows = x.unflatten(1, (-1, 2)).flatten(0, 1)
+        x = x + self.attn(windows).reshape(x.shape)
+        return torch.cat([x[:, : self.alone.start or 0], self.mlp(x[:, self.alone])], dim=1)
+
+
+class Folded(nn.Module):
+    def __init__(self, beside=2, alone=slice(None)):
+        super().__init__()
+        self.embed, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.layers = nn.ModuleList(Folding(alone=alone) for _ in range(2))
+        self.beside = nn.Parameter(torch.randn(1, beside, 8))
+
+    def forward(self, x, t):
+        others = self.beside.expand(len(x), -1, -1) + t[:, None, None]
+        stream = torch.cat([others, self.embed(x.flatten(2).mT)], dim=1)
+        for layer in self.layers:
+            stream = layer(stream)
+        return self.last(stream[:, others.shape[1] :]).mT.reshape(x.shape)
+
+
+def test_windows_in_the_place_of_items_are_refused():
+    module = alive(Folded())
+    model = HookedDiT(module, blocks="layers", parts={"attn": "attn"})
+    for act in (
+        lambda t: t.ablate("blocks.1.attn.hook_out", items=[1]),
+        lambda t: t.edit("blocks.1.attn.hook_in", lambda a, hook: None),
+    ):
+        with pytest.raises(InvalidState, match=r"\[6, 2, 8\] for 2 items; expected a stream \[2"):
+            with dit_lens.trace(model) as t, torch.no_grad():
+                act(t)
+                module(FOURS, T)
+    with torch.no_grad(), dit_lens.trace(model) as t:
+        module(FOURS, T)
+    assert t["resid_post", 1].shape == (1, 2, 6, 8)
+
+
+def test_a_part_that_is_given_the_image_s_tokens_alone():
+    module = alive(Folded(alone=slice(2, None)))
+    adapter = Adapter((4, 2, 2), tokens=slice(2, None))
+    model = HookedDiT(module, blocks="layers", parts={"mlp": "mlp"}, adapter=adapter)
+    seen, name = [], "blocks.1.mlp.hook_out"
+    with torch.no_grad():
+        handle = module.layers[1].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+        with dit_lens.trace(model) as t:
+            module(FOURS, T)
+        handle.remove()
+        assert torch.equal(t[name][0], seen[0])
+        with model.hooks([(name, lambda a, hook: 0 * a)]):
+            got = module(FOURS, T)
+        module.layers[1].mlp.register_forward_hook(lambda _, args, out: 0 * out)
+        assert torch.equal(got, module(FOURS, T))
+
+
+@pytest.mark.parametrize(("beside", "alone"), [(2, slice(3, None)), (4, slice(4, None))])
+def test_a_part_that_is_given_other_tokens(beside, alone):
+    module = alive(Folded(beside, alone))
+    adapter = Adapter((4, 2, 2), tokens=slice(beside, None))
+    model = HookedDiT(module, blocks="layers", parts={"mlp": "mlp"}, adapter=adapter)
+    with pytest.raises(InvalidState, match="is given . tokens, and which of them are the image's"):
+        with model.hooks([("blocks.1.mlp.hook_out", lambda a, hook: 0 * a)]):
+            module(FOURS, T)
+
+
+class Twice(nn.Module):
+    """A block that runs its MLP twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.mlp(x)
+        return x
+
+
+def test_a_part_that_runs_twice_is_refused():
+    module = alive(Folded())
+    module.layers = nn.ModuleList(alive(Twice()) for _ in range(2))
+    model, name = HookedDiT(module, blocks="layers", parts={"mlp": "mlp"}), "blocks.1.mlp.hook_out"
+    said = "'blocks.1.mlp.hook_in' runs more than once in a pass"
+    with pytest.raises(InvalidState, match=said):
+        model.activations(FOURS, T, {}, name)
+    with torch.no_grad(), dit_lens.trace(model) as t:
+        module(FOURS, T)
+    assert t["resid_post", 1].shape == (1, 2, 6, 8)
+    with pytest.raises(InvalidState, match=said):
+        t[name]
+    with pytest.raises(InvalidState, match=said):
+        with model.hooks([(name, lambda a, hook: 0 * a)]):
+            module(FOURS, T)
+
+
+def test_parts_that_are_one_module_are_refused(sit):
+    with pytest.raises(InvalidValue, match="'a' of block 0 and 'b' of block 0 are one module, a"):
+        HookedDiT(sit, blocks="layers", parts={"a": "mlp", "b": "mlp"})
+    sit.layers[2].mlp = sit.layers[0].mlp
+    with pytest.raises(InvalidValue, match="'mlp' of block 0 and 'mlp' of block 2 are one module"):
+        HookedDiT(sit, blocks="layers")
+    assert HookedDiT(sit, blocks="layers", parts={"attn": "attention"}).cfg.n_layers == 3
+
+
+def test_a_model_that_has_run_can_be_pickled(sit):
+    sit.__class__ = SiT
+    with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model), torch.no_grad():
+        sit(X, T, Y)
+        again = pickle.loads(pickle.dumps(sit))
+        assert torch.equal(again(X, T, Y), sit(X, T, Y))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    extra: torch.Tensor
+    velocity: torch.Tensor
+
+
+class Answering(SiT):
+    form = staticmethod(lambda score, out: (score, out))
+
+    def forward(self, x, t, y):
+        out = super().forward(x, t, y)
+        return self.form(out.flatten(1).mean(1), out)
+
+
+FORMS = [
+    (lambda score, out: (score, out), lambda a: -a[1]),
+    (lambda score, out: [None, out, score], lambda a: a[1].neg_()),
+    (Answer, lambda a: -a.velocity),
+    (lambda score, out: {"score": score, "out": out}, lambda a: -a["out"]),
+]
+
+
+@pytest.mark.parametrize(("form", "output"), FORMS)
+def test_hook_sample_is_what_output_makes_its_answer_of(plain, form, output):
+    sit = copy.deepcopy(plain)
+    sit.__class__, sit.form = Answering, form
+    adapter, t = dataclasses.replace(SIT, output=output), torch.tensor([700.0, 100.0])
+    model = HookedDiT(sit, blocks="layers", adapter=adapter)
+    with torch.no_grad():
+        want = plain(X, torch.tensor([0.3, 0.9]), Y)
+        with dit_lens.trace(model) as seen:
+            assert torch.equal(model(X, t, Y), -want)
+        assert torch.equal(seen["hook_sample"][0], want)
+        with model.hooks([("hook_sample", lambda a, hook: 2 * a)]):
+            assert torch.equal(model(X, t, Y), -2 * want)
+
+
+def test_an_answer_of_several_values_is_only_read(plain):
+    sit = copy.deepcopy(plain)
+    sit.__class__, sit.form = Answering, lambda score, out: (score, out)
+    both = dataclasses.replace(SIT, output=lambda a: a[1] + a[0][:, None, None, None])
+    model, t = HookedDiT(sit, blocks="layers", adapter=both), torch.tensor([700.0, 100.0])
+    with torch.no_grad():
+        with dit_lens.trace(model) as seen:
+            out = model(X, t, Y)
+        assert torch.equal(seen["hook_sample"][0], out)
+        with pytest.raises(InvalidState, match="makes of several values, into which another can't"):
+            with model.hooks([("hook_sample", lambda a, hook: 2 * a)]):
+                model(X, t, Y)
+
+
+def test_the_first_of_several_may_have_no_axes_but_the_batch(plain):
+    sit = copy.deepcopy(plain)
+    sit.__class__, sit.form = Answering, lambda score, out: (score, out)
+    with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model) as t, torch.no_grad():
+        sit(X, T, Y)
+    assert t["hook_sample"].shape == (1, 2) and t["resid_post", 1].shape == (1, 2, 64, 64)
+    sit.form = lambda score, out: (score.mean(), out)
+    with pytest.raises(InvalidState, match="'hook_sample' can't be read: .* numbers for each item"):
+        with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model) as t:
+            sit(X, T, Y)
 
 
 # Refusals.

@@ -7,8 +7,8 @@ scheduler takes them. An `Adapter` is what lies between those and the model's ow
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,17 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
+from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
+from .answers import members, source_of, with_members
 from .base import Family
 from .config import Condition, Size
-from .forwards import TransformerForward
+from .forwards import Points, TransformerForward
 from .parts.joint import Point
+from .signature import signature_of
 
-UNITS = 1000.0
-"""Timesteps that a diffusers scheduler counts from clean data to pure noise."""
+UNITS = 1000
+"""Timesteps from clean data to pure noise where no scheduler says how many it counts."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Adapter:
         labels: how many classes there are, the label for no class, if it has one, coming behind
             them; 0 for a model that takes none; or, for a model that is given anything else, the
             further arguments that ask for nothing, as tensors with a batch axis of 1.
-        time: the model's own time of clean data and of pure noise, such as (1.0, 0.0) for SiT; None
-            is the scheduler's timestep as it is.
+        time: the model's own time of clean data and of pure noise, such as (1.0, 0.0) for SiT,
+            between which the scheduler's timesteps lie, `num_train_timesteps` of them; None is the
+            scheduler's timestep as it is.
         output: from what the model returns to what the scheduler takes, such as `torch.neg`.
         names: of the arguments for x_t, time and labels; the first three by default.
         tokens: where the image's tokens are in the residual stream, such as slice(2, None).
@@ -102,14 +106,15 @@ def arguments_of(transformer: Any, names: tuple[str, ...] = ()) -> tuple[str, st
         InvalidValue: for a name that its forward does not have.
     """
     cls = type(transformer)
-    taken = list(inspect.signature(cls.forward).parameters)[1:]
-    for name in names:
-        arguments.choice(f"names, the arguments of {cls.__name__}.forward,", name, taken)
-    found = [*names, *taken[len(names) :]][:3]
+    taken = signature_of(cls.forward)
+    for name in names if not taken.any_name else ():
+        arguments.choice(f"names, the arguments of {cls.__name__}.forward,", name, taken.names)
+    found = [*names, *taken.names[len(names) :]][:3]
     if len(found) < 2:
         raise InvalidType(
-            f"{cls.__name__}.forward takes {', '.join(map(repr, found)) or 'nothing'}; expected "
-            "x_t and the time, forward(x, t, y)."
+            f"{cls.__name__}.forward takes {taken}, in which x_t and the time have no names; "
+            "expected forward(x, t, y), behind functools.wraps where it is wrapped, or the model "
+            "inside."
         )
     x, t, y = (*found, "")[:3]
     return x, t, y
@@ -127,9 +132,11 @@ class Spoken(Family):
     Attributes:
         time: the model's own time of clean data and of pure noise; None is the scheduler's.
         turned: from what the model returns to what the scheduler takes.
+        units: how many timesteps the scheduler counts from clean data to pure noise.
     """
 
     batch_order = None
+    units = UNITS
     time: tuple[float, float] | None = None
     turned: Callable[[Any], Tensor] | None = None
 
@@ -137,11 +144,20 @@ class Spoken(Family):
         self.x_name, self.t_name, self.labels_name, self.adapter = x, t, y, adapter
         if adapter is not None:
             self.time, self.turned = adapter.time, adapter.output
+            if isinstance(adapter.labels, int) and adapter.labels and not y:
+                raise InvalidValue(
+                    f"labels={adapter.labels} can't be given to {self.model_class}, whose forward "
+                    "names no third argument; expected names=('x', 't', 'y'), its own, or labels=0."
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spoken:
+        return copy(self)  # that of a copy of the model, which may have another scheduler
 
     def call(self, transformer: Any, inputs: dict[str, Any]) -> Any:
         given = {name: inputs.get(name) for name in (self.x_name, self.t_name)}
         own = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
-        return transformer(**inputs | own)  # which may change them in place
+        args, named = signature_of(type(transformer).forward).spelled(inputs | own)
+        return transformer(*args, **named)  # which may change them in place
 
     @property
     def n_classes(self) -> int:
@@ -172,7 +188,7 @@ class Spoken(Family):
         if self.time is None:
             return t
         clean, noise = self.time
-        return (clean + (noise - clean) * (t.double() / UNITS)).float()
+        return (clean + (noise - clean) * (t.double() / self.units)).float()
 
     def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         t = torch.as_tensor(inputs[self.t_name])
@@ -181,7 +197,44 @@ class Spoken(Family):
             return t
         clean, noise = self.time
         # in double, so that the way there and back ends where it began
-        return (t.double() - clean) / (noise - clean) * UNITS
+        return (t.double() - clean) / (noise - clean) * self.units
+
+    def some_time(self, x: Tensor) -> Tensor:
+        """A timestep [1] that the model knows, whichever scheduler it is opened with.
+
+        Args:
+            x: latents, on whose device it is.
+        """
+        return torch.full((1,), 1.0 if self.time is None else self.units / 2, device=x.device)
+
+    def count_time(self, scheduler: Any, alone: bool) -> None:
+        units = units_of(scheduler) or UNITS
+        if self.time is not None and scheduler is not None and not alone and units != self.units:
+            raise InvalidState(
+                f"This {self.model_class} is open already, with a scheduler of {self.units} "
+                f"timesteps, and now one of {units} would say what its time is; call remove() on "
+                "the HookedDiT that holds it first."
+            )
+        if alone:
+            self.units = units
+
+    def check_units(self, scheduler: Any) -> None:
+        """Refuse a scheduler whose timesteps are not those by which the model is told the time.
+
+        Args:
+            scheduler: of diffusers.
+
+        Raises:
+            InvalidValue: for another number of them.
+        """
+        units = units_of(scheduler)
+        if self.time is not None and units != self.units:
+            raise InvalidValue(
+                f"{type(scheduler).__name__} counts {units} timesteps, and the scheduler that this "
+                f"model was opened with {self.units}, by which it is told the time; expected "
+                f"num_train_timesteps={self.units}, or HookedDiT(module, scheduler, ...) with this "
+                "one."
+            )
 
     def output(self, transformer: Any, answer: Any, inputs: dict[str, Any]) -> Tensor:
         if self.turned is not None:
@@ -195,7 +248,17 @@ class Spoken(Family):
                 "HookedDiT(module, ..., adapter=dit_lens.Adapter(latents=..., labels=...)), or a "
                 "loop of your own inside dit_lens.trace(model) (docs: Your own model)."
             )
+        self.check_units(scheduler)
         super().set_timesteps(scheduler, steps, tokens)
+
+
+def units_of(scheduler: Any) -> int | None:
+    """How many timesteps a scheduler counts; None where it does not say.
+
+    Args:
+        scheduler: of diffusers, or None.
+    """
+    return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
 
 
 def heard(point: Point, x: Any, items: int = 0) -> Any:
@@ -211,15 +274,21 @@ def heard(point: Point, x: Any, items: int = 0) -> Any:
     """
     if not point.listeners:
         return x
-    if not isinstance(x, Tensor) or (x.ndim != 3 and not name_of(point).endswith("hook_sample")):
+    if name_of(point) == "hook_sample":
+        if not isinstance(x, Tensor) or not x.ndim or not x.dtype.is_floating_point:
+            raise InvalidState(
+                f"'hook_sample' can't be read: what is returned is {arguments.shown(x)}; expected "
+                "numbers for each item; Adapter(output=fn) says where they are."
+            )
+    elif not isinstance(x, Tensor) or x.ndim != 3:
         got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise InvalidState(
             f"{name_of(point)!r} has {got}; expected a stream [batch, token, d_model]."
         )
-    if x.ndim == 3 and items and len(x) != items == x.shape[1]:
+    elif items and len(x) != items:
         raise InvalidState(
-            f"{name_of(point)!r} has shape {list(x.shape)} for {items} items, tokens before items; "
-            "expected a stream [batch, token, d_model]."
+            f"{name_of(point)!r} has shape {list(x.shape)} for {items} items; expected a stream "
+            f"[{items}, token, d_model], and no windows, frames or tokens in the place of items."
         )
     return point(x)
 
@@ -318,12 +387,70 @@ def tensor_of(answer: Any, whose: str) -> Tensor:
 
 
 class SpokenTransformer(TransformerForward):
-    """The whole model as its class runs it, with `hook_sample` on what it returns."""
+    """The whole model as its class runs it, with `hook_sample` on what it returns: on the tensor
+    that its adapter makes the answer of.
+
+    Args:
+        module: the transformer.
+        points: all hook points.
+        current_pass: the pass.
+        turned: the adapter's `output`; None where there is none.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        points: Points,
+        current_pass: Pass,
+        turned: Callable[[Any], Tensor] | None,
+    ) -> None:
+        super().__init__(module, points, current_pass)
+        self.turned = turned
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        inputs = self.taken.by_name(args, kwargs)
         with self.current_pass.forward(inputs):
-            return self.run(inputs)
+            return self.passed(inputs, args, kwargs)
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        return through(self.sample, self.own(**inputs))
+        return self.passed(inputs, *self.taken.spelled(inputs))
+
+    def passed(self, inputs: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the model answers to a call, through its hook points.
+
+        Args:
+            inputs: all arguments by name.
+            args: the positional ones, as the caller gave them.
+            kwargs: those by name.
+        """
+        returned, turned = self.own(*args, **kwargs), self.turned
+        if not self.sample.listeners:
+            return returned
+        if turned is None or isinstance(returned, Tensor):
+            return through(self.sample, returned, pick=lambda answers: self.meant(answers, inputs))
+        try:
+            place = source_of(turned, returned)
+            answer = turned(returned) if place is None else members(returned)[place]
+        except Exception as error:  # of a stranger's function
+            raise InvalidState(
+                f"Adapter(output=) fails on {arguments.shown(returned)}, which "
+                f"{type(self.module).__name__} returned ({type(error).__name__}: {error})."
+            ) from error
+        new = heard(self.sample, answer)
+        if new is answer:
+            return returned
+        if place is None:
+            raise InvalidState(
+                f"{self.sample.name!r} is what Adapter(output=) makes of several values, into "
+                "which another can't be put back; expected a hook that returns None."
+            )
+        return with_members(returned, {place: new})
+
+    def meant(self, answers: Mapping[str, Any], inputs: dict[str, Any]) -> Tensor | None:
+        """The tensor that is meant in a dict of several; None where that can't be told.
+
+        Args:
+            answers: what the model returned.
+            inputs: its arguments by name.
+        """
+        return None

@@ -477,6 +477,24 @@ class Family:
         shifted = scheduler.config.get("use_dynamic_shifting")
         scheduler.set_timesteps(steps, **({"mu": shift_of(scheduler, tokens)} if shifted else {}))
 
+    def count_time(self, scheduler: Any, alone: bool) -> None:
+        """Told, as a model is opened, which scheduler its timesteps will be of; most families give
+        them to the model as they are.
+
+        Args:
+            scheduler: a diffusers scheduler, or None.
+            alone: whether nobody else has this model open.
+        """
+
+    def certain_at(self, name: str) -> str:
+        """The hook name up to which a pass has to go for a value to be certain; itself where its
+        module runs once.
+
+        Args:
+            name: the value's hook name.
+        """
+        return name
+
     # Skipping a block.
 
     def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:

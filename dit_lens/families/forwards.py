@@ -10,7 +10,6 @@ Whatever lies between the blocks (embedders, refiners, rotary tables) stays diff
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..hooks.passes import Pass
 from ..hooks.points import HookPoint
+from .signature import Signature, signature_of
 
 Identity = Callable[[Tensor], Tensor]
 """A hook point, or what stands for two of them."""
@@ -81,10 +81,14 @@ class TransformerForward(Forward):
     def __init__(self, module: Any, points: Points, current_pass: Pass) -> None:
         super().__init__(module)
         self.sample, self.current_pass = points["hook_sample"], current_pass
-        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+    @property
+    def taken(self) -> Signature:
+        """What its class's own forward takes."""
+        return signature_of(type(self.module).forward)
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        inputs = self.taken.by_name(args, kwargs)
         return_dict = inputs.pop("return_dict", return_dict)
         with self.current_pass.forward(inputs):
             output = self.run(inputs)

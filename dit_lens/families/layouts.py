@@ -40,7 +40,8 @@ from .layout_forwards import (
     merged,
     skip_of,
 )
-from .own_look import skipping
+from .offloading import computing_device
+from .own_look import last_alone, skipping
 from .parts.attention import Kernel, sdpa
 from .parts.joint import AnyPoints, Joint, joint_points
 from .parts.sites import BLOCK_SITES, FINAL_SITES, RESID, SAMPLE, Sites, attention_sites, mlp_sites
@@ -94,7 +95,10 @@ class Layout(Spoken):
     Attributes:
         outside: what the module must have.
         inside: what each of its blocks must have.
+        no_lens: why its streams can't be read by the last layer; empty if they can.
     """
+
+    no_lens = ""
 
     computes = {"attn": ("attn",), "mlp": ("mlp",)}
     outside: tuple[str, ...]
@@ -106,9 +110,6 @@ class Layout(Spoken):
         names = () if adapter is None else adapter.names
         super().__init__(*arguments_of(transformer, names), adapter)
         self.named, self.beside = named, beside_image(transformer)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
-        return self  # the same for a copy of the model
 
     @classmethod
     def fits(cls, transformer: Any) -> bool:
@@ -134,6 +135,7 @@ class Layout(Spoken):
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         if self.named or self.adapter is not None:
+            self.check_units(scheduler)
             return Family.set_timesteps(self, scheduler, steps, tokens)
         raise InvalidState(
             f"In which units this model counts time can't be told from its class's name, which "
@@ -173,6 +175,40 @@ class Layout(Spoken):
                         "its blocks' path, HookedDiT(module, blocks='blocks'), or by a family of "
                         "its own (docs: Your own model)."
                     )
+            self.no_lens = self.why_no_lens(transformer)
+
+    def why_no_lens(self, transformer: Any) -> str:
+        """Why the last stream alone does not give the output, in words; empty if it does.
+
+        Args:
+            transformer: the transformer.
+        """
+        config = self.config(transformer)
+        (x,) = noise_for(transformer, (1, *config.latent_shape))
+        (last,) = noise_for(transformer, (1, config.tokens, config.d_model))
+        label = torch.zeros(1, dtype=torch.long, device=x.device)
+        condition = self.empty or Condition({self.labels_name: label})
+
+        def answer(x: Tensor) -> Tensor:
+            inputs = self.inputs(transformer, x, self.some_time(x), condition)
+            return self.output(transformer, self.call(transformer, inputs), inputs)
+
+        try:
+            with torch.random.fork_rng():
+                found = [last_alone(self, transformer, answer, x, last) for x in (x, 0 * x)]
+        except Exception as error:  # of a stranger's forward
+            return f"it can't be tried ({type(error).__name__}: {error})"
+        return "" if torch.equal(*found) else "the output depends on more than that stream"
+
+    def final(
+        self, transformer: Any, stream: Tensor, inputs: dict[str, Any], memo: dict[str, Any]
+    ) -> Tensor | None:
+        if self.no_lens:
+            raise InvalidState(
+                f"{type(transformer).__name__}'s streams can't be read by its last layer: "
+                f"{self.no_lens}; expected a family of its own (docs: Your own model)."
+            )
+        return None
 
     def tried(self, forward: Forward) -> tuple[Tensor, ...] | None:
         """Arguments to try a forward with; None where there is nothing to try.
@@ -216,7 +252,7 @@ class Layout(Spoken):
     def whole_forward(
         self, transformer: Any, points: Points, current_pass: Pass
     ) -> TransformerForward:
-        return SpokenTransformer(transformer, points, current_pass)
+        return SpokenTransformer(transformer, points, current_pass, self.turned)
 
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> Size:
         return self.config(transformer).grid
@@ -302,8 +338,9 @@ class Trial:
 
 def noise_for(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Seeded noise of the dtype and on the device of a module's weights."""
-    weight, gen = next(module.parameters()), torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=gen).to(weight) for shape in shapes)
+    gen, where = torch.Generator().manual_seed(0), computing_device(module)
+    dtype = next(module.parameters()).dtype
+    return tuple(torch.randn(shape, generator=gen).to(where, dtype) for shape in shapes)
 
 
 def kernel_of(attn: Any) -> Kernel:

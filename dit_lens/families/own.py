@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
+from ..hooks.names import layer_of
 from ..hooks.passes import Pass
 from .adapter import Adapter, Spoken, arguments_of, tensor_of
 from .base import Skipped
-from .boundaries import argument_of, parts
+from .boundaries import argument_of, given, parts
 from .config import Config, Size
 from .forwards import Forward, Points, TransformerForward
-from .own_forwards import OwnBlock, OwnPart, OwnTransformer, nothing
+from .own_forwards import OwnBlock, OwnPart, OwnTransformer, Progress
 from .own_look import grid_of, look, skipping
 from .parts.joint import Joint, JointPoint, Point
 from .parts.sites import RESID, SAMPLE, Axes, Sites
@@ -120,12 +121,10 @@ class OwnFamily(Spoken):
         for name, path in (self.inside or {}).items():
             for block in found:
                 module_at(block, path, f"parts[{name!r}]")
-        self.streams = {argument_of(block)[0] for block in found}
-        self.order: list[Any] = [None, -1, nothing]
+        self.streams = sorted({argument_of(block) for block in found})
+        self.refuse_shared(found)
+        self.progress = Progress()
         self.seen = None if adapter is None else look(self, transformer, adapter)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OwnFamily:
-        return self  # the same for a copy of the model
 
     @property
     def stream(self) -> Axes:
@@ -158,6 +157,31 @@ class OwnFamily(Spoken):
             return dict(parts(block))
         return {f"{name}.": path for name, path in self.inside.items()}
 
+    def refuse_shared(self, blocks: Sequence[nn.Module]) -> None:
+        """Refuse a part that is the same module as another, or as a block.
+
+        Args:
+            blocks: the blocks.
+
+        Raises:
+            InvalidValue: with both.
+        """
+        known = {id(block): f"block {i}" for i, block in enumerate(blocks)}
+        for i, block in enumerate(blocks):
+            for prefix, path in self.parts_of(block).items():
+                module, said = block.get_submodule(path), f"{prefix[:-1]!r} of block {i}"
+                if id(module) in known:
+                    raise InvalidValue(
+                        f"{known[id(module)]} and {said} are one module, a "
+                        f"{type(module).__name__}, whose hook points can't be told apart; expected "
+                        "parts= without it, {} for none."
+                    )
+                known[id(module)] = said
+
+    def certain_at(self, name: str) -> str:
+        layer = layer_of(name)  # a part may run again until its block ends
+        return name if layer is None else f"blocks.{layer}.hook_resid_post"
+
     def block_sites(self, block: Any) -> Sites:
         ends = [f"{prefix}hook_{end}" for prefix in self.parts_of(block) for end in ("in", "out")]
         return dict.fromkeys(("hook_resid_pre", *ends, "hook_resid_post"), self.stream)
@@ -169,24 +193,36 @@ class OwnFamily(Spoken):
         if self.pads:
             hook = {n: JointPoint(p, None, current_pass, self.layout) for n, p in points.items()}
         forwards: list[Forward] = [
-            OwnBlock(block, hook, current_pass, layer, self.order, self.x_name)
+            OwnBlock(block, hook, current_pass, layer, self.progress, self.x_name)
         ]
         for prefix, path in self.parts_of(block).items():
             before, after = hook[f"{prefix}hook_in"], hook[f"{prefix}hook_out"]
-            forwards.append(
-                OwnPart(block.get_submodule(path), before, after, current_pass, self.x_name)
-            )
+            part = block.get_submodule(path)
+            forwards.append(OwnPart(part, before, after, current_pass, self.progress, self.x_name))
         return forwards
 
     def layout(self, inputs: dict[str, Any], length: int, transformer: Any) -> Joint:
-        """Where the image's tokens lie in the stream.
+        """Where the image's tokens lie in the stream, or in what a part is given of it.
 
         Args:
             inputs: the transformer's arguments.
-            length: how many tokens the stream has.
+            length: how many tokens that has.
             transformer: the transformer.
+
+        Raises:
+            InvalidState: for other tokens than all of the stream's, or all of the image's.
         """
-        return Joint(self.image_tokens, slice(0, 0))
+        assert self.seen is not None
+        image, others = self.seen.tokens, self.seen.beside
+        if length == image + others:
+            return Joint(self.image_tokens, slice(0, 0))
+        if length != image or image == others:
+            raise InvalidState(
+                f"A part of a block is given {length} tokens, and which of them are the image's "
+                f"can't be told; expected all {image + others} of the stream, or the image's "
+                f"{image} where there are not as many others."
+            )
+        return Joint(slice(None), slice(0, 0))
 
     def whole_forward(
         self, transformer: Any, points: Points, current_pass: Pass
@@ -219,7 +255,7 @@ class OwnFamily(Spoken):
             latent_shape=adapter.latents,
             grid=grid,
             n_classes=self.n_classes,
-            has_null=seen.labels != self.n_classes,
+            has_null=seen.null,
             restartable=False,
         )
 
@@ -244,8 +280,8 @@ class OwnFamily(Spoken):
         return None
 
     def skip_block(self, inputs: dict[str, Any], args: Any, kwargs: Any) -> Skipped:
-        x = next((kwargs[name] for name in self.streams if name in kwargs), None)
-        return skipping(args[0] if x is None else x, self.image_tokens)
+        own = next((each for each in self.streams if each[0] in kwargs), self.streams[0])
+        return skipping(given(own, args, kwargs), self.image_tokens)
 
     def stream_out(self, block: Any, inputs: dict[str, Any], returned: Any) -> Tensor:
         return tensor_of(returned, type(block).__name__)[:, self.image_tokens]

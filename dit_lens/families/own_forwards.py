@@ -4,14 +4,14 @@ model, a block, and a named part of a block are given and return."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import InvalidState
 from ..hooks.passes import Pass
-from .adapter import SpokenTransformer, heard, through
+from .adapter import SpokenTransformer, heard, name_of, through
 from .boundaries import Argument, argument_of, given
 from .forwards import Forward, Points
 from .parts.joint import Point
@@ -36,27 +36,58 @@ class OwnTransformer(SpokenTransformer):
         x_name: str,
         turned: Callable[[Any], Tensor] | None,
     ) -> None:
-        super().__init__(module, points, current_pass)
-        self.x_name, self.turned = x_name, turned
+        super().__init__(module, points, current_pass, turned)
+        self.x_name = x_name
 
-    def run(self, inputs: dict[str, Any]) -> Any:
+    def passed(self, inputs: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self.current_pass.couplings:
             raise InvalidState(
                 f"{type(self.module).__name__} is opened by its modules' boundaries, and its "
                 "attention can't couple twins; expected tie='noise', or a family of its own "
                 "(docs: Your own model)."
             )
+        return super().passed(inputs, args, kwargs)
 
-        def meant(answers: Mapping[str, Any]) -> Tensor | None:
-            tensors = [each for each in answers.values() if isinstance(each, Tensor)]
-            turned = None if self.turned is None else self.turned(answers)
-            if any(each is turned for each in tensors):
-                return turned
-            x = inputs[self.x_name]
-            like = [e for e in tensors if e.ndim == x.ndim and e.shape[2:] == x.shape[2:]]
-            return like[0] if len(like) == 1 and "sample" not in answers else None
+    def meant(self, answers: Mapping[str, Any], inputs: dict[str, Any]) -> Tensor | None:
+        x, tensors = inputs[self.x_name], [e for e in answers.values() if isinstance(e, Tensor)]
+        like = [each for each in tensors if each.ndim == x.ndim and each.shape[2:] == x.shape[2:]]
+        return like[0] if len(like) == 1 and "sample" not in answers else None
 
-        return through(self.sample, self.own(**inputs), pick=meant)
+
+class Progress:
+    """How far a pass is: what tells whether a value is what its name says.
+
+    Attributes:
+        now: the arguments of the pass; None outside of one.
+        layer: the block that ran last.
+        given: a weak reference to what it was given, if it returned something else.
+        called: the parts that ran.
+        again: the parts that ran more than once in some pass, which a later one may not come to.
+    """
+
+    def __init__(self) -> None:
+        self.again: set[str] = set()
+        self.begin(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Progress, ()  # a copy of the model has passes of its own
+
+    def begin(self, now: Any) -> None:
+        """Another pass begins.
+
+        Args:
+            now: its arguments.
+        """
+        self.now, self.layer, self.given, self.called = now, -1, nothing, set[str]()
+
+    def within(self, now: Any) -> None:
+        """A module runs in a pass, which may be a new one.
+
+        Args:
+            now: the arguments of the pass.
+        """
+        if now is not self.now or now is None:
+            self.begin(now)
 
 
 class OwnBlock(Forward):
@@ -67,8 +98,7 @@ class OwnBlock(Forward):
         points: its hook points.
         current_pass: the pass.
         layer: the block's number.
-        order: which block of a pass came last, the arguments of that pass, and what that block was
-            given, if it returned something else.
+        progress: how far the pass is.
         x_name: the model's argument that holds x_t.
     """
 
@@ -80,28 +110,28 @@ class OwnBlock(Forward):
         points: Mapping[str, Point],
         current_pass: Pass,
         layer: int,
-        order: list[Any],
+        progress: Progress,
         x_name: str,
     ) -> None:
         super().__init__(module)
-        self.current_pass, self.layer, self.order = current_pass, layer, order
+        self.current_pass, self.layer, self.progress = current_pass, layer, progress
         self.x_name = x_name
         entering = ("hook_embed", "hook_resid_pre")
         self.before = [points[name] for name in entering if name in points]
         self.after, self.argument = points["hook_resid_post"], argument_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        now = self.current_pass.now
+        now, progress = self.current_pass.now, self.progress
+        progress.within(now)
         x = stream = given(self.argument, args, kwargs)
         if any(point.listeners for point in (*self.before, self.after)):
-            last = self.order[1] if self.order[0] is now else -1
-            if last >= self.layer:
+            if progress.layer >= self.layer:
                 raise InvalidState(
-                    f"Block {self.layer} runs after block {last}, so that layer numbers would "
-                    "mislead; expected blocks that run once each, in the order of blocks=."
+                    f"Block {self.layer} runs after block {progress.layer}, so that layer numbers "
+                    "would mislead; expected blocks that run once each, in the order of blocks=."
                 )
             heard_before = any(point.listeners for point in self.before)
-            if heard_before and last >= 0 and stream is not None and self.order[2]() is stream:
+            if heard_before and stream is not None and progress.given() is stream:
                 raise InvalidState(same_again(self.layer, self.module, self.argument))
         items = items_of(now, self.x_name)
         for point in self.before:
@@ -111,11 +141,11 @@ class OwnBlock(Forward):
         returned = self.own(*args, **kwargs)
         kept = isinstance(stream, Tensor) and returned is not stream and returned is not x
         # weak, so that no activation is kept for it
-        self.order[:] = now, self.layer, weakref.ref(stream) if kept else nothing
+        progress.layer, progress.given = self.layer, weakref.ref(stream) if kept else nothing
         return through(self.after, returned, x, items)
 
 
-def nothing() -> None:
+def nothing() -> Any:
     """In place of a weak reference to what is not to be found again."""
 
 
@@ -153,20 +183,38 @@ class OwnPart(Forward):
         before: the hook point on its first argument, wherever that stands among the arguments.
         after: the hook point on what it returns.
         current_pass: the pass.
+        progress: how far it is.
         x_name: the model's argument that holds x_t.
     """
 
     repeats = False
 
     def __init__(
-        self, module: Any, before: Point, after: Point, current_pass: Pass, x_name: str
+        self,
+        module: Any,
+        before: Point,
+        after: Point,
+        current_pass: Pass,
+        progress: Progress,
+        x_name: str,
     ) -> None:
         super().__init__(module)
-        self.current_pass, self.x_name = current_pass, x_name
+        self.current_pass, self.progress, self.x_name = current_pass, progress, x_name
+        self.name = name_of(before)
         self.before, self.after, self.argument = before, after, argument_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, items = given(self.argument, args, kwargs), items_of(self.current_pass.now, self.x_name)
+        now, progress = self.current_pass.now, self.progress
+        progress.within(now)
+        if self.name in progress.called:
+            progress.again.add(self.name)
+        progress.called.add(self.name)
+        if self.name in progress.again and (self.before.listeners or self.after.listeners):
+            raise InvalidState(
+                f"{self.name!r} runs more than once in a pass, each time on something else, and "
+                "has no one value; expected a part that runs once."
+            )
+        x, items = given(self.argument, args, kwargs), items_of(now, self.x_name)
         new = heard(self.before, x, items)
         if new is not x:  # queries, keys and values may be given one by one
             args = tuple(new if arg is x else arg for arg in args)

@@ -1,7 +1,7 @@
 """What running a transformer of the user's own once shows: its sizes, and whether its adapter fits.
 
-The model runs on nothing, in the order of its blocks, and once more with every block but the last
-left out, which tells whether the last stream alone gives the output.
+The model runs on nothing, in the order of its blocks, and once more on something else with every
+block left out and the same last stream, which tells whether that alone gives the output.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .adapter import Adapter, Spoken
 from .base import Skipped
 from .boundaries import argument_of, given
 from .config import Condition, Size
+from .forward_slot import slot
+from .offloading import computing_device
 from .own_forwards import same_again
 
 
@@ -33,7 +36,7 @@ class Seen:
         d_model: its width.
         channels: how many the output has.
         lens: whether the last stream alone gives the output.
-        labels: how many labels the model's table has; None where none is seen.
+        null: whether the model can be given the label for none.
     """
 
     tokens: int
@@ -41,7 +44,7 @@ class Seen:
     d_model: int
     channels: int
     lens: bool
-    labels: int | None
+    null: bool
 
 
 def skipping(x: Tensor, tokens: slice) -> Skipped:
@@ -108,12 +111,19 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
             f"{type(transformer).__name__} is in train mode; call model.eval() before it is opened "
             "with an adapter."
         )
-    weight = next(transformer.parameters())
-    x = torch.zeros(1, *adapter.latents, dtype=weight.dtype, device=weight.device)
-    label = torch.zeros(1, dtype=torch.long, device=x.device)
+    dtype = next((p.dtype for p in transformer.parameters()), torch.float32)
+    x = torch.zeros(1, *adapter.latents, dtype=dtype, device=computing_device(transformer))
     empty = family.empty
-    condition = Condition({family.labels_name: label}) if empty is None else empty
-    inputs = family.inputs(transformer, x, torch.full((1,), 500.0, device=x.device), condition)
+
+    def inputs_of(x: Tensor, label: int = 0) -> dict[str, Any]:
+        number = torch.full((1,), label, device=x.device)
+        condition = Condition({family.labels_name: number}) if empty is None else empty
+        return family.inputs(transformer, x, family.some_time(x), condition)
+
+    def answer(x: Tensor, label: int = 0) -> Tensor:
+        inputs = inputs_of(x, label)
+        return family.output(transformer, family.call(transformer, inputs), inputs)
+
     blocks, streams = family.blocks(transformer), []
     order: list[int] = []
 
@@ -129,8 +139,8 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
 
     with torch.no_grad(), torch.random.fork_rng():
         try:
-            with standing_in(transformer, blocks, seen), reading(transformer, label) as tables:
-                output = family.output(transformer, family.call(transformer, inputs), inputs)
+            with standing_in(transformer, blocks, seen), reading(transformer) as first_read:
+                output = answer(x)
         except InvalidValue:
             raise
         except Exception as error:  # of a stranger's forward
@@ -138,7 +148,7 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
             raise InvalidValue(
                 f"{type(transformer).__name__} can't be called as its adapter says "
                 f"({type(error).__name__}: {first}); expected latents {list(adapter.latents)} and "
-                f"the arguments {', '.join(map(repr, inputs))} to fit."
+                f"the arguments {', '.join(map(repr, inputs_of(x)))} to fit."
             ) from error
         _check_order(order, len(blocks))
         first, last = streams[0]
@@ -166,54 +176,138 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
                 "Adapter(output=fn), which gives it."
             )
 
-        # whether anything but the last stream and the conditioning reaches the output
-        def skipped(i: int) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                x = given(argument_of(blocks[i]), args, kwargs)
-                if i < len(blocks) - 1:
-                    return x
-                return skipping(x, adapter.tokens)[1]({"": last[:, adapter.tokens]})
-
-            return run
-
-        with standing_in(transformer, blocks, skipped):
-            alone = family.output(transformer, family.call(transformer, inputs), inputs)
+        image = last[:, adapter.tokens]
+        alone = last_alone(family, transformer, answer, noise_like(x), image)
+        null = True
+        if isinstance(adapter.labels, int) and adapter.labels:
+            null = has_null(transformer, blocks, lambda y: answer(x, y), adapter.labels, first_read)
     found = Seen(
         tokens=tokens,
         beside=first.shape[1] - tokens,
         d_model=first.shape[2],
         channels=output.shape[1],
         lens=torch.equal(alone, output),
-        labels=min(tables, default=None),
+        null=null,
     )
     grid_of(adapter, tokens)
-    if found.labels is not None and found.labels < family.n_classes:
-        raise arguments.refusal(
-            "labels", adapter.labels, f"at most {found.labels}, the rows of the table of labels"
-        )
     return found
 
 
+Read = dict[nn.Module, int]
+"""Tables of a model, and the number that each was read at."""
+
+
 @contextmanager
-def reading(transformer: nn.Module, label: Tensor) -> Iterator[list[int]]:
-    """The sizes of the tables that are read at a label in a `with` block.
+def reading(transformer: nn.Module) -> Iterator[Read]:
+    """The tables that are read at one number in a `with` block.
 
     Args:
         transformer: the transformer.
-        label: [1].
     """
-    found: list[int] = []
+    found: Read = {}
 
-    def see(table: nn.Module, given: tuple[Any, ...]) -> None:
-        at = given[0] if given else None
-        if isinstance(at, Tensor) and at.dtype == label.dtype and at.shape == label.shape:
-            found.append(len(table.weight))  # type: ignore[arg-type]
+    def see(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        at = args[0] if args else kwargs.get("input")
+        if isinstance(at, Tensor) and not at.is_floating_point() and at.unique().numel() == 1:
+            found[table] = int(at.flatten()[0])
 
     with ExitStack() as stack:
         for module in transformer.modules():
             if isinstance(module, nn.Embedding):
-                stack.callback(module.register_forward_pre_hook(see).remove)
+                handle = module.register_forward_pre_hook(see, with_kwargs=True)
+                stack.callback(handle.remove)
         yield found
+
+
+def has_null(
+    transformer: nn.Module,
+    blocks: Sequence[nn.Module],
+    answer: Callable[[int], Tensor],
+    n: int,
+    first_read: Read,
+) -> bool:
+    """Whether a model can be given the label for no class, which comes behind the classes.
+
+    On a CPU that label is tried. On an accelerator an index out of range ends the process, so that
+    another label is, and what tables show counts.
+
+    Args:
+        transformer: the transformer.
+        blocks: its blocks.
+        answer: what calls it with a label.
+        n: how many classes it is said to have.
+        first_read: the tables that were read as it was called with label 0.
+
+    Raises:
+        InvalidValue: for more labels than it can be given.
+    """
+    tried = n if computing_device(transformer).type == "cpu" else min(1, n - 1)
+
+    def own(i: int) -> Callable[..., Any]:
+        return partial(type(blocks[i]).forward, blocks[i])
+
+    def fails(label: int) -> Exception | None:
+        try:
+            answer(label)
+        except Exception as error:  # of a stranger's forward
+            return error
+        return None
+
+    with standing_in(transformer, blocks, own):
+        with reading(transformer) as read:
+            failed = fails(tried)
+        of_labels = [t for t, at in read.items() if at == tried and first_read.get(t) == 0]
+        rows = min((len(t.weight) for t in of_labels), default=None)  # type: ignore[arg-type]
+        if rows is not None and rows < n:
+            raise arguments.refusal("labels", n, f"at most {rows}, the rows of the table of labels")
+        error = fails(n - 1) if failed and tried == n else failed
+    if error is not None:
+        raise arguments.refusal(
+            "labels",
+            n,
+            f"fewer: {type(transformer).__name__} can't be given label "
+            f"{n - 1 if tried == n else tried} ({type(error).__name__}: {error})",
+        )
+    return failed is None and (rows is None or rows > n)
+
+
+def noise_like(x: Tensor) -> Tensor:
+    """Seeded noise of a tensor's shape and dtype, on its device.
+
+    Args:
+        x: the tensor.
+    """
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+
+def last_alone(
+    family: Spoken,
+    transformer: nn.Module,
+    answer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    last: Tensor,
+) -> Tensor:
+    """What a model answers whose blocks do nothing, but for the last, which leaves a given stream:
+    the same for every x, if that stream alone gives it.
+
+    Args:
+        family: its family.
+        transformer: the transformer.
+        answer: what calls it with latents.
+        x: the latents.
+        last: the image's tokens of that stream.
+    """
+    blocks = family.blocks(transformer)
+
+    def skipped(i: int) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            streams, returned = family.skip_block({}, args, kwargs)
+            return returned(streams if i < len(blocks) - 1 else {"": last})
+
+        return run
+
+    with standing_in(transformer, blocks, skipped):
+        return answer(x)
 
 
 def _check_order(order: Sequence[int], n: int) -> None:
@@ -244,10 +338,10 @@ def standing_in(
                     stack.callback(own.__setitem__, kind, own[kind])
                     own[kind] = type(own[kind])()
         for i, block in enumerate(blocks):
-            own = vars(block)
-            if "forward" in own:
-                stack.callback(own.__setitem__, "forward", own["forward"])
+            holder, key = slot(block)
+            if key in holder:
+                stack.callback(holder.__setitem__, key, holder[key])
             else:
-                stack.callback(own.pop, "forward", None)
-            own["forward"] = make(i)
+                stack.callback(holder.pop, key, None)
+            holder[key] = make(i)
         yield

@@ -179,7 +179,7 @@ class ReadTransformer(TransformerForward):
         self.progress, self.x_name = progress, x_name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        inputs = self.taken.by_name(args, kwargs)
         form = {"return_dict": inputs.pop("return_dict")} if "return_dict" in inputs else {}
         with self.current_pass.forward(inputs):
             if self.current_pass.couplings:

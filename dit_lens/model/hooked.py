@@ -15,6 +15,7 @@ from .. import arguments
 from ..errors import InvalidState, InvalidType, InvalidValue
 from ..families.adapter import Adapter
 from ..families.config import Condition, Size
+from ..families.offloading import computing_device
 from ..hooks.cache import ActivationCache, Caching
 from ..hooks.names import NamesFilter, resolve, select
 from ..hooks.points import (
@@ -32,7 +33,6 @@ from ..pieces.content import Tell, part_text
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .noise_schedule import predict_x0
-from .offloading import computing_device
 from .partial import StoppedAtLayer
 from .state import State
 from .taken import Taken
@@ -150,6 +150,7 @@ class HookedDiT:
         )
         self.vae: Any = vae if vae is not None else getattr(pipe, "vae", None)
         self.family = self.instrumentation.family
+        self.instrumentation.count_time(self.scheduler, self.place)
         if size is not None:
             size = _checked_size(size, axes=len(self.family.config(self.transformer).grid))
         self.size: Size | None = size
@@ -603,7 +604,8 @@ class HookedDiT:
         # diffusers' own `dtype` walks through all modules, and this is asked at every step
         kept = getattr(self.transformer, "_keep_in_fp32_modules", None) or ()
         named = self.transformer.named_parameters()
-        return next(p.dtype for name, p in named if not any(part in name for part in kept))
+        own = (p.dtype for name, p in named if not any(part in name for part in kept))
+        return next(own, torch.float32)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The wrapped module's parameters."""

@@ -27,14 +27,7 @@ from torch import Tensor, nn
 from ..errors import InvalidState, InvalidValue
 from ..families import family_of
 from ..families.config import Condition
-from ..families.forwards import Forward
-from ..families.registry import describe
-from ..families.upstream import check_sources
-from ..hooks.names import layer_of
-from ..hooks.passes import Coupling, PassContext, Span
-from ..hooks.points import EVERYBODY, LOCK, Editor, Hearing, HookPoint, Listener, Observer, stop
-from .call import Call, Watcher
-from .forward_slot import (
+from ..families.forward_slot import (
     Place,
     find,
     held,
@@ -44,8 +37,15 @@ from .forward_slot import (
     refuse_replaced,
     slot,
 )
+from ..families.forwards import Forward
+from ..families.offloading import looked_after
+from ..families.registry import describe
+from ..families.upstream import check_sources
+from ..hooks.names import layer_of
+from ..hooks.passes import Coupling, PassContext, Span
+from ..hooks.points import EVERYBODY, LOCK, Editor, Hearing, HookPoint, Listener, Observer, stop
+from .call import Call, Watcher
 from .kernels import Kernels
-from .offloading import looked_after
 from .partial import InjectStream, StandIn, StoppedAtLayer, replaced
 from .pipeline_frame import PipelineFrame, Told, listen_no_more, listen_to
 from .supported import refuse_cache, refuse_unfit
@@ -267,6 +267,19 @@ class Instrumentation:
                 found.users.discard(user)
                 if not (found.users or found.busy or found.running):
                     found.remove()
+
+    def count_time(self, scheduler: Any, user: object) -> None:
+        """Tell the family which scheduler its timesteps are of.
+
+        Args:
+            scheduler: that a view was opened with, or None.
+            user: the view.
+
+        Raises:
+            RuntimeError: if somebody else has the model open with one that counts otherwise.
+        """
+        with LOCK:
+            self.family.count_time(scheduler, alone=self.users <= {user})
 
     @property
     def installed(self) -> bool:
@@ -684,7 +697,7 @@ class Instrumentation:
         Nothing where accelerate or diffusers load weights around modules' forwards: an exception
         would pass over their putting them away again, so such a pass runs to its end.
         """
-        blocks = self.family.blocks(self.transformer)
+        name, blocks = self.family.certain_at(name), self.family.blocks(self.transformer)
         passed_over = looked_after(self.transformer, blocks, layer_of(name))
         return [] if passed_over else [(name, Observer(stop))]
 

@@ -370,7 +370,7 @@ class Proof:
             self.names.remove(point.name)
             return
         self.coarse |= torch.finfo(value.dtype).eps > FINE
-        flat = value.detach().flatten(1)
+        flat = value.detach().reshape(len(value), -1)
         norm = torch.linalg.vector_norm(flat.float(), dim=1)
         self.now[point.name] = checksum(value), norm * tolerance(value.dtype)
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from .. import arguments
 from ..errors import InvalidState, InvalidValue
+from ..families.forward_slot import find, put_back, slot
 from ..hooks.hold import STREAMS, Added, Clock, parts
 from ..hooks.names import layer_of, site_of
 from ..hooks.points import Listener
 from ..model.call import Call
-from ..model.forward_slot import find, put_back, slot
 from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.steps import StepCounter

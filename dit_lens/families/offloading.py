@@ -46,15 +46,17 @@ def _within(module: nn.Module) -> list[nn.Module]:
 
 
 def computing_device(transformer: nn.Module) -> torch.device:
-    """Where a transformer computes: where its weights are, or where accelerate loads them to.
+    """Where a module computes: where its weights are, or where accelerate loads them to.
 
     Args:
-        transformer: the transformer.
+        transformer: the transformer, or a part of it.
     """
-    for module in transformer.modules() if "_hf_hook" in vars(transformer) else ():
+    weight = next(transformer.parameters(), None)
+    away = "_hf_hook" in vars(transformer) or (weight is not None and weight.is_meta)
+    for module in transformer.modules() if away else ():
         hook = vars(module).get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):  # of several, put one behind the other
             device = getattr(each, "execution_device", None)
             if device is not None:
                 return torch.device(device)
-    return next(transformer.parameters()).device
+    return torch.device("cpu") if weight is None else weight.device
