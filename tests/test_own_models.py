@@ -834,6 +834,20 @@ def test_conditions_of_several_lengths_are_refused_as_one_batch():
         dit_lens.sample(model, ["a fox", "a dog"], steps=2)
 
 
+@pytest.mark.parametrize("adapter", [None, Adapter((4, 3, 2, 2), grid=(3, 2, 2))])
+def test_an_answer_of_unknown_axes_is_stored_and_loaded(adapter, tmp_path):
+    module, film = Weightless().eval(), torch.randn(2, 4, 3, 2, 2)
+    model = HookedDiT(module, blocks="layers", adapter=adapter)
+    with torch.no_grad(), dit_lens.trace(model, names=["hook_sample", "resid_post"]) as t:
+        out = module(film, T)
+    assert t.to_xarray("hook_sample").hook_sample.dims[1:] == (
+        "batch", "output_0", "output_1", "output_2", "output_3",
+    )  # fmt: skip
+    assert t.to_xarray().hook_sample.sizes["output_1"] == 3
+    t.save(tmp_path / "film")
+    assert torch.equal(dit_lens.load_trace(tmp_path / "film")["hook_sample"][0], out)
+
+
 # Refusals.
 
 
