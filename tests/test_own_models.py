@@ -779,6 +779,95 @@ def test_the_first_of_several_may_have_no_axes_but_the_batch(plain):
             sit(X, T, Y)
 
 
+@pytest.mark.parametrize("form", ["[batch]", "[batch, 1]", "one hot"])
+def test_labels_in_other_forms_are_traced(plain, form):
+    sit = copy.deepcopy(plain)
+    sit.classes = Reads(
+        sit.classes, lambda table, y: table(y.argmax(1) if y.shape[1:] == (10,) else y.flatten())
+    )
+    model = HookedDiT(sit, blocks="layers", adapter=SIT)
+    one_hot = nn.functional.one_hot(Y, 10).float()
+    y = {"[batch]": Y, "[batch, 1]": Y[:, None], "one hot": one_hot}[form]
+    with torch.no_grad(), dit_lens.trace(model) as t:
+        sit(X, T, y)
+    assert t["resid_post", 1].shape == (1, 2, 64, 64)
+    told = t.to_xarray("resid_post").coords
+    assert "label" not in told if form == "one hot" else told["label"].values.tolist() == [3, 7]
+
+
+def test_one_time_for_all(sit):
+    model = HookedDiT(sit, blocks="layers", adapter=SIT)
+    with torch.no_grad():
+        want = model(X, torch.tensor([700.0, 700.0]), Y)
+        for t in (700, 700.0, torch.tensor(700.0)):
+            assert torch.equal(model(X, t, Y), want)
+    for wrong, said in (
+        (None, "t=None"),
+        (torch.ones(3), r"expected timesteps \[2\], one for each"),
+    ):
+        with pytest.raises((InvalidType, InvalidValue), match=said):
+            model(X, wrong, Y)
+
+
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        (torch.tensor([3, 11]), "Label 11 is out of range; expected 0 to 9, or 10 for no class"),
+        (torch.tensor([-1, 3]), "Label -1 is out of range"),
+        (torch.tensor([1, 2, 3]), r"expected labels \[2\], one for each item"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(sit, y, said):
+    with pytest.raises(InvalidValue, match=said):
+        HookedDiT(sit, blocks="layers", adapter=SIT)(X, torch.tensor([700.0, 31.0]), y)
+
+
+class Told(Weightless):
+    def forward(self, x, t, context):
+        return super().forward(x, t) + context.mean((1, 2))[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ({"ctx": torch.zeros(1, 4, 8)}, "has 'ctx'; expected 'context', as Adapter"),
+        ({"context": torch.zeros(2, 4, 8)}, "expected a tensor of one item"),
+        ({"context": torch.zeros(1, 4, 8).numpy()}, "expected a tensor of one item"),
+        ({}, "has no 'context', which Adapter"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(condition, said):
+    adapter = Adapter((4, 2, 2), labels={"context": torch.zeros(1, 4, 8)})
+    model = HookedDiT(Told().eval(), DDIMScheduler(1000), blocks="layers", adapter=adapter)
+    with pytest.raises(InvalidValue, match=said):
+        model.conditions.add({"a fox": condition})
+    assert "a fox" not in model.conditions.prompts
+
+
+def test_conditions_of_several_lengths_are_refused_as_one_batch():
+    adapter = Adapter((4, 2, 2), labels={"context": torch.zeros(1, 4, 8)})
+    model = HookedDiT(Told().eval(), DDIMScheduler(1000), blocks="layers", adapter=adapter)
+    for prompt, length in (("a fox", 4), ("a dog", 6)):
+        model.conditions.add({prompt: {"context": torch.randn(1, length, 8)}})
+    assert dit_lens.sample(model, ["a fox"], steps=2).latents.isfinite().all()
+    with pytest.raises(InvalidValue, match="have context of the shapes .* expected one length for"):
+        dit_lens.sample(model, ["a fox", "a dog"], steps=2)
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter((4, 3, 2, 2), grid=(3, 2, 2))])
+def test_an_answer_of_unknown_axes_is_stored_and_loaded(adapter, tmp_path):
+    module, film = Weightless().eval(), torch.randn(2, 4, 3, 2, 2)
+    model = HookedDiT(module, blocks="layers", adapter=adapter)
+    with torch.no_grad(), dit_lens.trace(model, names=["hook_sample", "resid_post"]) as t:
+        out = module(film, T)
+    assert t.to_xarray("hook_sample").hook_sample.dims[1:] == (
+        "batch", "output_0", "output_1", "output_2", "output_3",
+    )  # fmt: skip
+    assert t.to_xarray().hook_sample.sizes["output_1"] == 3
+    t.save(tmp_path / "film")
+    assert torch.equal(dit_lens.load_trace(tmp_path / "film")["hook_sample"][0], out)
+
+
 # Refusals.
 
 
@@ -812,6 +901,13 @@ def test_anything_else_is_told_the_three_ways_on():
         (
             {"blocks": "layers", "adapter": Adapter((1, 16, 16), 10, output=lambda x: x[..., :8])},
             r"answers with shape \[1, 16, 8\] to latents \[1, 16, 16\]",
+        ),
+        (
+            {
+                "blocks": "layers",
+                "adapter": Adapter((1, 16, 16), 10, output=lambda x: x.repeat(1, 3, 1, 1)),
+            },
+            r"answers with 3 channels to latents \[1, 16, 16\]; expected 1, 2 with a variance",
         ),
         (
             {"blocks": "layers", "adapter": Adapter((1, 16, 16), 10, names=("z",))},

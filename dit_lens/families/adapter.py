@@ -171,12 +171,55 @@ class Spoken(Family):
         labels = None if self.adapter is None else self.adapter.labels
         return Condition(labels) if isinstance(labels, Mapping) else None
 
+    def check_labels(self, labels: Tensor, items: int, known: Callable[[Tensor], object]) -> None:
+        if labels.ndim != 1 or labels.is_floating_point():
+            return  # in a form of the model's own
+        if labels.device.type == "cpu":  # elsewhere to look is to wait
+            known(labels)
+        if len(labels) not in (1, items):
+            raise arguments.refusal("y", labels, f"labels [{items}], one for each item")
+
+    def check_condition(self, prompt: str, condition: Condition) -> None:
+        known = self.empty
+        for name, value in condition.items():
+            where = f"The condition of {prompt!r}"
+            if known is not None and name not in known:
+                names = ", ".join(map(repr, known))
+                raise InvalidValue(f"{where} has {name!r}; expected {names}, as Adapter(labels=).")
+            if not isinstance(value, Tensor) or not value.ndim or len(value) != 1:
+                got = arguments.shown(value)
+                raise InvalidValue(
+                    f"{where} has {name}={got}; expected a tensor of one item [1, ...]."
+                )
+        absent = [name for name in known or () if name not in condition]
+        if absent:
+            raise InvalidValue(
+                f"The condition of {prompt!r} has no {absent[0]!r}, which Adapter(labels=) has; "
+                "expected the same arguments for every prompt."
+            )
+
+    def stack(self, conditions: Sequence[Condition]) -> Condition:
+        for name in conditions[0]:
+            shapes = {tuple(each[name].shape[1:]) for each in conditions}
+            if len(shapes) > 1:
+                raise InvalidValue(
+                    f"Conditions of one batch have {name} of the shapes "
+                    f"{', '.join(map(str, sorted(shapes)))}; expected one length for all prompts: "
+                    "pad them, with a mask where the model takes one."
+                )
+        return super().stack(conditions)
+
     def inputs(
         self, transformer: Any, x: Tensor, t: Tensor, condition: Condition
     ) -> dict[str, Any]:
         given = dict(condition)
         if self.adapter is not None and self.adapter.labels == 0:
             given.pop(self.labels_name, None)
+        t = torch.tensor(t, device=x.device) if isinstance(t, (int, float)) else t
+        arguments.instance("t", t, Tensor, f"timesteps [{len(x)}] in a tensor")
+        t = t if t.ndim else t.expand(len(x))
+        if len(t) not in (1, len(x)):
+            raise arguments.refusal("t", t, f"timesteps [{len(x)}], one for each item")
         return {self.x_name: x, self.t_name: self.to_own(t), **given}
 
     def to_own(self, t: Tensor) -> Tensor:

@@ -422,6 +422,23 @@ class Family:
         """
         return Condition({name: torch.cat([c[name] for c in conditions]) for name in conditions[0]})
 
+    def check_labels(self, labels: Tensor, items: int, known: Callable[[Tensor], object]) -> None:
+        """Refuse labels that the model does not have; most families do in `check_input`.
+
+        Args:
+            labels: as the user gave them.
+            items: how many items there are.
+            known: raises for a label that the model does not have.
+        """
+
+    def check_condition(self, prompt: str, condition: Condition) -> None:
+        """Refuse a condition, given by hand, that the transformer can't be given.
+
+        Args:
+            prompt: its prompt.
+            condition: the transformer's further arguments, batch axis 1.
+        """
+
     def shares_steps(self, transformer: Any, pipe: Any) -> bool:
         """Whether a pipeline computes some of its steps with a second transformer.
 

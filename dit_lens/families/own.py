@@ -29,7 +29,7 @@ from .forwards import Forward, Points, TransformerForward
 from .own_forwards import OwnBlock, OwnPart, OwnTransformer, Progress
 from .own_look import grid_of, look, skipping
 from .parts.joint import Joint, JointPoint, Point
-from .parts.sites import RESID, SAMPLE, Axes, Sites
+from .parts.sites import OUTPUT, RESID, SAMPLE, Axes, Sites
 
 SEQUENCE: Axes = ("batch", "sequence", "d_model")
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -142,7 +142,7 @@ class OwnFamily(Spoken):
     @property
     def last_sites(self) -> Sites:  # type: ignore[override]
         of_image = self.adapter is not None and len(self.adapter.latents) == 3
-        return {"hook_sample": SAMPLE if of_image else ("batch", "output")}
+        return {"hook_sample": SAMPLE if of_image else OUTPUT}
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return blocks_at(transformer, self.paths)

@@ -175,6 +175,13 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
                 f"latents {list(adapter.latents)}; expected that height and width, or "
                 "Adapter(output=fn), which gives it."
             )
+        channels = adapter.latents[0]
+        if output.shape[1] not in (channels, 2 * channels):
+            raise InvalidValue(
+                f"{type(transformer).__name__} answers with {output.shape[1]} channels to latents "
+                f"{list(adapter.latents)}; expected {channels}, {2 * channels} with a variance in "
+                "the second half, or Adapter(output=fn), which gives that."
+            )
 
         image = last[:, adapter.tokens]
         alone = last_alone(family, transformer, answer, noise_like(x), image)

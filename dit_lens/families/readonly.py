@@ -31,7 +31,7 @@ from .base import Family, Skipped
 from .boundaries import argument_of, given, main_blocks, parts, registered_output
 from .config import Condition, Config, Size
 from .forwards import Forward, Points, TransformerForward
-from .parts.sites import BLOCK_SITES, FINAL_SITES, Axes, Sites
+from .parts.sites import BLOCK_SITES, FINAL_SITES, OUTPUT, Axes, Sites
 
 SEQUENCE: Axes = ("batch", "sequence", "d_model")
 TIMES = ("timestep", "timesteps")
@@ -278,7 +278,7 @@ class ReadOnlyFamily(Family):
     differs = "unknown: opened read-only, with the names that lie on its modules' boundaries"
     batch_order = None
     read_only = True
-    last_sites = {"hook_sample": ("batch", "output")}
+    last_sites = {"hook_sample": OUTPUT}
     first_sites = {"hook_embed": SEQUENCE}
 
     def __init__(self, transformer: nn.Module) -> None:

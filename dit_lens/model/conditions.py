@@ -70,6 +70,10 @@ class Conditions:
         without text encoders; "" is the null one.
         """
         for prompt, condition in conditions.items():
+            arguments.instance("conditions: a prompt", prompt, str, "a string")
+            arguments.instance(f"conditions[{prompt!r}]", condition, Mapping, "a dict of arguments")
+            self.family.check_condition(prompt, Condition(condition))
+        for prompt, condition in conditions.items():
             self.given[prompt] = self._encoded[prompt] = Condition(condition)
             self._batches.clear()
             if prompt and prompt not in self.prompts:

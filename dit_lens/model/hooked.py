@@ -252,6 +252,8 @@ class HookedDiT:
         if self.cfg.n_classes:
             if y is not None and not isinstance(y, Tensor):
                 y = self.conditions.numbers(y, x.device)
+            elif y is not None:
+                self.family.check_labels(y, len(x), self.conditions.numbers)
             return Condition({self.family.labels_name: y})
         if y is None:
             raise InvalidValue(

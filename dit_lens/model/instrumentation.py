@@ -98,6 +98,19 @@ class Handle:
         self.instrumentation.detach(self.name, self.listener)
 
 
+def labels_in(classes: Any, items: int) -> Tensor | None:
+    """Labels [batch] or [1] in what a model is given; None for what is no number for each item, as
+    one-hot rows are.
+
+    Args:
+        classes: its argument for labels.
+        items: how many items it is called with.
+    """
+    if not isinstance(classes, Tensor) or classes.numel() not in (1, items):
+        return None
+    return classes.reshape(-1)
+
+
 def silence(taken: Taken, module: nn.Module) -> None:
     """Take the user's own hooks off a module until `taken` gives them back."""
     own = vars(module)
@@ -559,8 +572,8 @@ class Instrumentation:
                 f"be traced so; got {', '.join(map(repr, inputs)) or 'no arguments'}."
             )
         x, t = family.latents(self.transformer, inputs), family.timesteps(self.transformer, inputs)
-        classes = inputs.get(family.labels_name)
-        labels = classes if isinstance(classes, Tensor) else context.labels
+        labels = labels_in(inputs.get(family.labels_name), len(x))
+        labels = context.labels if labels is None else labels
         if context.step is None:
             told = self.pipeline.now(self.transformer, family.batch_order, inputs, len(x))
         else:  # a loop of ours says so itself, whoever called it

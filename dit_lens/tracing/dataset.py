@@ -10,6 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import InvalidValue
+from ..families.parts.sites import axes_of
 from ..hooks.names import layer_of, site_of
 from .recompute import order_of, over_steps, rows_of
 from .record import Record
@@ -43,7 +44,7 @@ def _variable(
     instead = "read one step at a time: t.to_xarray(names, steps=3)"
     value = torch.stack([over_steps(name, read[name], instead) for name in names])
     array = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-    axes = ("step", *record.sites[names[0]])
+    axes = ("step", *axes_of(record.sites[names[0]], array.ndim - 2))
     layers = [layer_of(name) for name in names]
     if layers[0] is None:
         return xr.DataArray(array[0], dims=axes)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InvalidState, InvalidValue
 from ..families.config import Condition, Config
+from ..families.parts.sites import axes_of
 from ..hooks.passes import PassContext
 from ..model.call import Call
 from ..model.kernels import Kernels
@@ -252,7 +253,7 @@ def _problems(about: TraceFile, tensors: dict[str, Tensor]) -> Iterator[str]:
         if name not in about.names or int(number) >= len(items):
             yield f"a record {key!r:.60} of no hook point or call"
             return
-        axes = about.sites[name]
+        axes = axes_of(about.sites[name], value.ndim)
         if (
             not value.is_floating_point()
             or value.ndim != len(axes)

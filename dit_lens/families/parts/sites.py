@@ -9,8 +9,27 @@ RESID: Axes = ("batch", "token", "d_model")
 TEXT: Axes = ("batch", "text_token", "d_model")
 COND: Axes = ("batch", "d_model")
 SAMPLE: Axes = ("batch", "channel", "height", "width")
+OUTPUT: Axes = ("batch", "output")
+"""What a model answers of whose axes only the first is known: all others are its `output`."""
 TEXT_HEADS: Axes = ("batch", "text_token", "head", "d_head")
 TEXT_SCORES: Axes = ("batch", "head", "query", "text_key")
+
+
+def axes_of(axes: Axes, count: int) -> Axes:
+    """A site's axes for a value of so many; those that nobody knows are numbered.
+
+    Args:
+        axes: the site's.
+        count: how many axes the value has.
+
+    >>> axes_of(OUTPUT, 3)
+    ('batch', 'output_0', 'output_1')
+    >>> axes_of(RESID, 3)
+    ('batch', 'token', 'd_model')
+    """
+    if axes != OUTPUT or count == len(OUTPUT):
+        return axes
+    return ("batch", *(f"output_{i}" for i in range(count - 1)))
 
 
 def qkv_sites(prefix: str = "attn.", stream: Axes = RESID, rotary: bool = True) -> Sites:
