@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..model.configured import config_of
+from ..storage.configured import config_of
 
 Part = Literal["mlp", "attn", "decoy"]
 

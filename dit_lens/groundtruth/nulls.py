@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..model.configured import config_of
+from ..storage.configured import config_of
 from . import construction as build
 from .models import GroundTruth, plain_scheduler
 

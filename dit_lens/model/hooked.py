@@ -32,6 +32,7 @@ from ..hooks.points import (
 from ..pieces.content import Tell, part_text
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
+from .kernels import Kernels
 from .noise_schedule import predict_x0
 from .partial import StoppedAtLayer
 from .state import State
@@ -594,6 +595,13 @@ class HookedDiT:
         taken = Taken()
         self._open(taken)
         taken.keep(None)
+
+    @property
+    def kernels(self) -> str:
+        """What is chosen here of the settings that a run's numbers depend on, in words: autocast,
+        attention, precision.
+        """
+        return Kernels.of_sampling(self.device).text
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,8 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
 )
 
-USUAL = "usual"
+from ..pieces.kept import USUAL
+
 SDPA = ("flash", "mem_efficient", "math", "cudnn")
 
 

@@ -22,8 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType
-from ..model.witness import checksum
-from ..sampling.schedulers import SET_LATER
+from ..storage.checksums import checksum
+
+SET_LATER = (
+    "betas",
+    "alphas",
+    "alphas_cumprod",
+    "final_alpha_cumprod",
+    "alpha_t",
+    "sigma_t",
+    "lambda_t",
+    "_shift",
+)
+"""What a scheduler's constructor makes of its configuration, and may have been set to something
+else since: then the configuration does not say it.
+"""
 
 Tell = Callable[[Any], str]
 """The text of a part of a value."""

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from .. import arguments
 from ..errors import InvalidState
-from ..model.kernels import USUAL, Kernels
 from ..storage import versions
 from .content import content, digest
 from .engines import Engine, checked_engine
@@ -21,6 +20,8 @@ from .store import Store
 from .work import Work, at, current, helped, scope
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+USUAL = "usual"
+"""What a model says of its `kernels` where nothing is chosen."""
 ASIDE = ("store", "engine", "progress", "each")
 """Arguments that a result does not depend on."""
 
@@ -96,7 +97,7 @@ def about_of(name: str, settings: Mapping[str, Any], model: Any) -> dict[str, An
         "measurement": name,
         "settings": shown,
         "model": "none" if model is None else digest(model),
-        "kernels": "none" if model is None else Kernels.of_sampling(model.device).text,
+        "kernels": getattr(model, "kernels", USUAL),
         "versions": versions(),
     }
 
@@ -148,7 +149,7 @@ def working(
         kept.lead()
         others = None
         if engine.elsewhere:
-            if model is not None and (chosen := about["kernels"]) != USUAL:
+            if (chosen := about["kernels"]) != USUAL:
                 raise InvalidState(
                     f"Other processes would measure without what is chosen here ({chosen}); "
                     "expected the usual settings of PyTorch and diffusers, or engine='local'."

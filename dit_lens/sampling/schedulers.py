@@ -13,8 +13,9 @@ import torch
 
 from ..arguments import shown
 from ..errors import InvalidType, InvalidValue
-from ..model.configured import config_of
 from ..model.noise_schedule import CLIPPING, is_flow, setting
+from ..pieces.content import SET_LATER
+from ..storage.configured import config_of
 from .flow_sde import FlowSDE
 
 
@@ -52,20 +53,6 @@ SAMPLERS = {
         FlowSDE, "Euler on a flow", takes_eta=True, options={"stochastic_sampling": False}
     ),
 }
-
-SET_LATER = (
-    "betas",
-    "alphas",
-    "alphas_cumprod",
-    "final_alpha_cumprod",
-    "alpha_t",
-    "sigma_t",
-    "lambda_t",
-    "_shift",
-)
-"""What a scheduler's constructor makes of its configuration, and may have been set to something
-else since: then the configuration does not say it.
-"""
 
 MEMORYLESS = ("DDIMScheduler", "DDPMScheduler")
 """The schedulers whose step depends on nothing but its arguments: a replay need not rebuild what

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..experiments.gap import measure_gap
 from ..families import Family, flat
 from ..hooks.hold import parts
-from ..model.configured import config_of
 from ..model.hooked import HookedDiT
 from ..model.loading import load
 from ..sampling.run import sample
+from ..storage.configured import config_of
 from ..tracing.trace import trace
 
 
