@@ -129,7 +129,9 @@ class Categories(Outcome):
 
     def categories(self, latents: Tensor) -> Tensor:
         """What finished latents [n, ...] are read as, [n, attribute]."""
-        return torch.stack(list(_read(self.read, self.of(latents), self.names).values()), 1)
+        return torch.stack(
+            list(_read(self.read, self._fields(latents).clone(), self.names).values()), 1
+        )
 
 
 @measured
