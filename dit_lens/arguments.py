@@ -47,9 +47,14 @@ def shown(value: Any) -> str:
     ("'abc'", 'a tensor [2, 3] of float32')
     """
     if isinstance(value, (Tensor, np.ndarray)):
-        if value.ndim == 0 or (value.ndim == 1 and len(value) <= 8):
+        plain = isinstance(value, np.ndarray) or (
+            value.layout == torch.strided and not value.is_meta
+        )
+        if plain and (value.ndim == 0 or (value.ndim == 1 and len(value) <= 8)):
             return str(value.tolist())
         kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            kind = "a sparse tensor"
         return f"{kind} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if type(value) in (tuple, list, dict) and len(value) <= 8:
         held = value.values() if type(value) is dict else value

@@ -278,6 +278,27 @@ def test_progress_ends_where_it_said(tiny):
 
 
 @pytest.mark.parametrize(
+    "made",
+    [
+        lambda v: v,
+        lambda v: v.astype(">i4"),
+        lambda v: v.astype(np.uint64),
+        lambda v: np.repeat(v, 2)[::2],
+        lambda v: v[::-1].copy()[::-1],
+        lambda v: v.astype(bool),
+    ],
+)
+def test_arrays_of_any_layout_are_read(tiny, made):
+    def read(x):
+        return {"left": made(np.asarray(read_halves(x)["left_half"]))}
+
+    images = torch.rand(5, 1, 8, 8)
+    wanted = read_halves(images)["left_half"]
+    found = Categories("a", lambda x: x, None, read, ("left",)).categories(images)
+    assert torch.equal(found[:, 0], wanted)
+
+
+@pytest.mark.parametrize(
     "read, text",
     [
         (lambda x: x.mean(1), "gave a tensor [2, 8, 8] of float32; expected a dict of one or more"),
@@ -289,6 +310,26 @@ def test_progress_ends_where_it_said(tiny):
         ),
         (lambda x: {"a": torch.zeros(3).long()}, "gave [0, 0, 0] as 'a' of 2 images"),
         (lambda x: {"a": [0, 1]}, "gave [0, 1] as 'a' of 2 images"),
+        (
+            lambda x: {"a": np.array(["x"] * len(x))},
+            "as 'a' of 2 images; expected a tensor [2] of whole numbers",
+        ),
+        (
+            lambda x: {"a": np.array([None] * len(x))},
+            "as 'a' of 2 images; expected a tensor [2] of whole numbers",
+        ),
+        (
+            lambda x: {"a": torch.zeros(len(x)).long().to_sparse()},
+            "gave a sparse tensor [2] of int64 as 'a' of 2 images",
+        ),
+        (
+            lambda x: {"a": torch.full((len(x),), 2**32 + 1)},
+            "gave 4294967297 as 'a'; expected whole numbers from -2147483648 to 2147483647",
+        ),
+        (
+            lambda x: {"a": np.full(len(x), 2**63, dtype=np.uint64)},
+            "gave 9223372036854775808 as 'a'; expected whole numbers from",
+        ),
         (
             lambda x: {str(len(x)): torch.zeros(len(x)).long()},
             "gave ['16'], and ['2'] before; expected the same attributes each time",

@@ -640,3 +640,10 @@ def test_a_run_that_is_not_finite_is_said_to_be(pair):
             sweep(run, run, [Patch("attn_out", 1, range(1, 2))])
     finally:
         bias.data.copy_(before)
+
+
+def test_an_outcome_that_works_in_place_changes_no_run(pair):
+    a, b = pair.a, pair.b
+    kept = a.latents.clone(), b.latents.clone()
+    sweep(a, b, [Patch("resid_post", 1, range(2))], lambda x: x.zero_().flatten(1).sum(1))
+    assert torch.equal(a.latents, kept[0]) and torch.equal(b.latents, kept[1])

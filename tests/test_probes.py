@@ -8,7 +8,10 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, Probe
+from dit_lens.experiments import measure_gap
+from dit_lens.families import family_named
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence, TwinPatching
+from dit_lens.testing.pipeline_checks import quiet
 from dit_lens.tracing.probe import load_probe, registered_probes
 
 
@@ -131,6 +134,36 @@ def test_probes_combine_and_see_branches_and_twins():
     )
     # the embedding, then three layers
     assert probes[3].result(by_label=False).agreement.shape == (4, 2, 6)
+
+
+def test_twins_of_no_class_are_pairs_like_others():
+    """Without guidance no null half is run; with it the null half alone is left out."""
+    model = HookedDiT(make_pipe())
+    null = model.cfg.null_class
+    for labels in ([null] * 3, [3, null, 3]):
+        for guidance in (1.0, 2.0):
+            probe = TwinDivergence()
+            found = probe.run(model, labels, steps=2, guidance=guidance)
+            with dit_lens.trace(model) as t:
+                dit_lens.twins(model, 3, labels, steps=2, guidance=guidance)
+            a, b = t["resid_post", 1][:, :3], t["resid_post", 1][:, 3:6]
+            seen = found.difference.sel(layer=1, channels="raw").sum("band")
+            wanted = (a - b).square().sum((-1, -2))
+            assert np.allclose(seen, wanted, rtol=1e-3, atol=1e-6), (labels, guidance)
+
+
+def test_a_gap_of_no_class():
+    """The unconditional gap, by the null label or the empty prompt."""
+    one = HookedDiT(make_pipe())
+    null = one.cfg.null_class
+    for labels in ([null], [0, null]):
+        found = measure_gap(one, 16, 4, labels=labels, clones=False, resamples=20)
+        assert np.isfinite(found.difference_energy).all()
+    with quiet():
+        pipe = family_named("SD3Transformer2DModel").small_pipeline()
+    with HookedDiT(pipe) as model:
+        found = measure_gap(model, 16, 4, labels=["", "c d"], clones=False, resamples=20)
+        assert np.isfinite(found.difference_energy).all()
 
 
 def test_a_probe_that_fails_leaves_nothing(model):

@@ -17,12 +17,17 @@ from dit_lens.experiments import (
     features,
     images,
     latents,
+    measure_gap,
     one_pass,
     release_sweep,
 )
+from dit_lens.experiments.attributes import Categories
+from dit_lens.experiments.outcomes import Outcome, once
 from dit_lens.experiments.release import steepest
+from dit_lens.families import family_named
 from dit_lens.groundtruth import ddim_agreement, gaussian
 from dit_lens.measures.agreement import Agreement
+from dit_lens.testing.pipeline_checks import quiet
 
 STEPS, LAM = 16, (4.0, 0.25)
 
@@ -202,3 +207,68 @@ def test_bad_input(exact):
         ValueError, match="The curves come from runs of 6 and 7 steps; expected the same steps"
     ):
         commitment_difference(a, c, "latents")
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A small pipeline with a VAE, whose latents are 4 high and 8 wide."""
+    with quiet():
+        pipe = family_named("SD3Transformer2DModel").small_pipeline()
+    with HookedDiT(pipe, size=(4, 8)) as opened:
+        yield opened
+
+
+def test_images_of_latents_that_are_not_square(wide):
+    outcome = images(wide)
+    x = torch.randn(2, *wide.cfg.latent_shape)
+    height, width = outcome.of(x).shape[-2:]
+    assert outcome.bands.grid == (height, width) and height * 2 == width
+    # the same waves are low as in the latents
+    assert outcome.bands.edges[1] == pytest.approx(0.25 * 8 / width)
+    stats = outcome.compare(x, x, [0, 0])
+    assert np.allclose(stats.xy, stats.xx)
+    found = measure_gap(wide, pairs=16, steps=4, labels=["a", "b"], clones=False, resamples=20)
+    assert found.sizes["band"] > 1
+
+
+def test_images_of_a_video_that_is_not_square():
+    with quiet():
+        pipe = family_named("WanTransformer3DModel").small_pipeline()
+    with HookedDiT(pipe, size=(2, 4, 8)) as model:
+        outcome = images(model)
+        found = outcome.of(torch.randn(2, *model.cfg.latent_shape))
+        assert (
+            outcome.bands.grid == tuple(found.shape[-2:]) and found.shape[-1] == 2 * found.shape[-2]
+        )
+
+
+def in_place(x):
+    return x.mul_(0).add_(1).mean((2, 3)) + torch.arange(len(x))[:, None]
+
+
+def test_a_function_that_works_in_place_changes_nothing_else(wide):
+    """The images are decoded once for all outcomes, and the finished latents are the run's."""
+    pair = dit_lens.twins(wide, 8, ["a"] * 8, steps=4)
+    kept = pair.run.latents.clone()
+    plain = one_pass(pair, [images(wide)])
+    changing = [
+        features(wide, in_place),
+        Outcome("by hand", lambda x: x.mul_(0).add_(torch.arange(8.0)), Bands.radial((4, 8))),
+        Categories(
+            "read", images(wide).of, None, lambda x: {"n": in_place(x)[:, 0].long()}, ("n",)
+        ),
+    ]
+    with once():
+        both = one_pass(pair, [*changing[:2], images(wide)])
+        again = release_sweep(pair, [*changing, images(wide)], [1, 2, 3])
+    assert np.array_equal(plain.agreement("images"), both.agreement("images"))
+    direct = release_sweep(pair, [images(wide)], [1, 2, 3])
+    assert np.array_equal(direct.agreement("images"), again.agreement("images"))
+    assert torch.equal(pair.run.latents, kept)
+
+
+def test_each_is_given_twins_of_its_own(exact):
+    _, pair, _ = exact
+    kept = pair.run.latents.clone()
+    release_sweep(pair, [latents(SPLIT)], [4, 8, 12], each=lambda _, a, b: (a.zero_(), b.zero_()))
+    assert torch.equal(pair.run.latents, kept)

@@ -54,6 +54,8 @@ from .shown import SHOWN, small
 
 Reader = Callable[[Tensor], Mapping[str, Tensor]]
 PAIRS, RELEASES = 96, 8
+STORED = np.iinfo(np.int32)
+"""The whole numbers that a netCDF 3 file holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,9 @@ class Categories(Outcome):
 
     def categories(self, latents: Tensor) -> Tensor:
         """What finished latents [n, ...] are read as, [n, attribute]."""
-        return torch.stack(list(_read(self.read, self.of(latents), self.names).values()), 1)
+        return torch.stack(
+            list(_read(self.read, self._fields(latents).clone(), self.names).values()), 1
+        )
 
 
 @measured
@@ -386,26 +390,44 @@ def _read(read: Reader, images: Tensor, names: tuple[str, ...] | None) -> dict[s
             f"The attribute function gave {arguments.shown(found)}; expected a dict of one or more "
             "attributes, each [n] whole numbers."
         )
+    numbers: dict[str, Tensor] = {}
     for key, values in found.items():
         if not isinstance(key, str) or not key:
             raise InvalidValue(
                 f"The attribute function gave the name {key!r}; expected a string that is not "
                 "empty."
             )
-        whole = isinstance(values, (Tensor, np.ndarray)) and not (
-            torch.as_tensor(values).is_floating_point() or torch.as_tensor(values).is_complex()
-        )
-        if not whole or tuple(values.shape) != (len(images),):
+        given = _integers(values)
+        if given is None or given.shape != (len(images),):
             raise InvalidValue(
                 f"The attribute function gave {arguments.shown(values)} as {key!r} of "
                 f"{len(images)} images; expected a tensor [{len(images)}] of whole numbers."
             )
+        unfit = given[(given < STORED.min) | (given > STORED.max)]
+        if len(unfit):
+            raise InvalidValue(
+                f"The attribute function gave {unfit[0]} as {key!r}; expected whole numbers from "
+                f"{STORED.min} to {STORED.max}, which results are stored as: number the kinds 0, "
+                "1, 2, ..."
+            )
+        numbers[key] = torch.from_numpy(given.astype(np.int64))
     if names is not None and tuple(found) != names:
         raise InvalidValue(
             f"The attribute function gave {list(found)}, and {list(names)} before; expected the "
             "same attributes each time."
         )
-    return {key: torch.as_tensor(values).cpu().long() for key, values in found.items()}
+    return numbers
+
+
+def _integers(values: Any) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """What was given as an array of integers or booleans; None for anything else."""
+    if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_quantized:
+            return None
+        if values.is_floating_point() or values.is_complex():
+            return None
+        return values.cpu().numpy()
+    return values if isinstance(values, np.ndarray) and values.dtype.kind in "iub" else None
 
 
 def _read_stats(pair: Twins, compared: Categories) -> Agreement:

@@ -60,7 +60,7 @@ class Outcome:
         Returns:
             Agreement: [pair, band].
         """
-        return agreement(self.of(a), self.of(b), self.bands, groups)
+        return agreement(self._fields(a), self._fields(b), self.bands, groups)
 
     def modes(self, x: Tensor, contrasts: Contrasts) -> Tensor:
         """One side of a comparison: what is compared, in the modes of the bands; two of these make
@@ -70,7 +70,12 @@ class Outcome:
             x: finished latents, [pair, channel, height, width].
             contrasts: of the labels.
         """
-        return contrasts.modes(self.of(x), self.bands)
+        return contrasts.modes(self._fields(x), self.bands)
+
+    def _fields(self, x: Tensor) -> Tensor:
+        """What is compared of x. A function of the user's gets a copy: it may work in place."""
+        ours = self.of is _itself or isinstance(self.of, Decoder)
+        return self.of(x if ours else x.clone())
 
     def sums(self, x: Tensor, y: Tensor, contrasts: Contrasts) -> Tensor:  # noqa: ARG002
         """The statistics of both sides, [3, pair, band]: ⟨x, y⟩, |x|² and |y|².
@@ -110,6 +115,42 @@ class Decoder:
         known[1:] = []
         known.append((x, self.model.vae, made))
         return made
+
+
+class _Features(Decoder):
+    """What a function makes of the images of latents.
+
+    Args:
+        model: the opened model.
+        function: of images; it gets copies, as it may work in place and the images are kept.
+        batch: so many images at once; None is all.
+    """
+
+    def __init__(
+        self, model: HookedDiT, function: Callable[[Tensor], Tensor], batch: int | None
+    ) -> None:
+        super().__init__(model, batch)
+        self.function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Features [n, feature] of latents x."""
+        with torch.no_grad():
+            found = self.function(super().__call__(x).clone())
+        if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
+            got = (
+                f"shape {list(found.shape)}"
+                if isinstance(found, Tensor)
+                else f"a {type(found).__name__}"
+            )
+            raise InvalidValue(
+                f"The feature function gave {got} for {len(x)} images; expected a tensor "
+                f"[{len(x)}, feature]."
+            )
+        if not found.isfinite().all():
+            raise InvalidValue(
+                f"The feature function gave values that are not finite for {len(x)} images."
+            )
+        return found.flatten(1)
 
 
 _DECODED: ContextVar[list[tuple[Tensor, Any, Tensor]] | None] = ContextVar("decoded", default=None)
@@ -196,8 +237,8 @@ def images(
     batch = arguments.optional(arguments.whole, "batch", batch, 1)
     of = Decoder(model, batch)
     if bands is None:
-        side = of(torch.zeros(1, *model.cfg.latent_shape)).shape[-1]
-        bands = Bands.radial((side, side), cut=cut * model.cfg.pixels[0] / side)
+        height, width = of(torch.zeros(1, *model.cfg.latent_shape)).shape[-2:]
+        bands = Bands.radial((height, width), cut=cut * model.cfg.pixels[1] / width)
     return Outcome(name, of, bands)
 
 
@@ -226,25 +267,4 @@ def features(
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.function("function", function, "of images [n, channel, height, width]")
     batch = arguments.optional(arguments.whole, "batch", batch, 1)
-    decoded = Decoder(model, batch)
-
-    def of(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            found = function(decoded(x))
-        if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
-            got = (
-                f"shape {list(found.shape)}"
-                if isinstance(found, Tensor)
-                else f"a {type(found).__name__}"
-            )
-            raise InvalidValue(
-                f"The feature function gave {got} for {len(x)} images; expected a tensor "
-                f"[{len(x)}, feature]."
-            )
-        if not found.isfinite().all():
-            raise InvalidValue(
-                f"The feature function gave values that are not finite for {len(x)} images."
-            )
-        return found.flatten(1)
-
-    return Outcome(name, of, None)
+    return Outcome(name, _Features(model, function, batch), None)

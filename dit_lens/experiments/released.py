@@ -146,7 +146,7 @@ class Released:
         return found
 
     def _twins(self, release: int, found: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
-        own = self.finished[: self.kept]
+        own = self.finished[: self.kept].clone()  # the caller's to change; the run's stay
         a, b = (
             torch.from_numpy(np.array(found[name])).to(own) if name in found else own
             for name in (f"{release} twin A", f"{release} twin B")

@@ -69,7 +69,8 @@ class Call:
 
     def branch_words(self, null_class: int) -> tuple[str, ...]:
         """For each batch item "cond" or "uncond" (of guidance), "skip" (of the extra pass of
-        skip-layer guidance), or "" where neither the pipeline nor the labels tell.
+        skip-layer guidance), or "" where neither the pipeline nor the labels tell. Twins without
+        guidance are all "cond", whatever their labels.
 
         Args:
             null_class: the label that stands for no condition.
@@ -77,6 +78,8 @@ class Call:
         if self.branch is not None:
             return self.branch
         items = len(self.x)
+        if self.context.twin is not None:  # their loop tells where it runs a null half
+            return ("cond",) * items
         if self.labels is None:
             return ("",) * items
         labels = self.labels.expand(items).tolist()

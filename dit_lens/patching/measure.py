@@ -113,7 +113,7 @@ def applied(fn: Callable[[Tensor], Any], finished: Tensor, source: Run, target: 
     """
     items = len(target.labels)
     values = [
-        np.asarray(torch.as_tensor(fn(x)).detach().cpu())
+        np.asarray(torch.as_tensor(fn(x.clone())).detach().cpu())
         for x in (source.latents[-1], target.latents[-1], *finished)
     ]
     odd = [v.shape for v in values if v.shape[:1] != (items,) or v.shape != values[0].shape]

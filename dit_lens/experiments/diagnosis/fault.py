@@ -62,7 +62,7 @@ class Fault:
             InvalidValue: for a function that gives anything but n finite numbers.
         """
         with torch.no_grad():
-            found = self.of(images)
+            found = self.of(images.clone())  # it may work in place
         try:
             values = np.asarray(torch.as_tensor(found).detach().cpu()).astype(np.float64)
         except (TypeError, ValueError, RuntimeError):
