@@ -5,6 +5,7 @@ was.
 `make attack` (DIT_LENS_ATTACK=1) makes 2,000 calls and more; without it there are some 350.
 """
 
+import contextlib
 import inspect
 import os
 import tempfile
@@ -1130,10 +1131,20 @@ def elsewhere(tmp_path, monkeypatch):
 def forwards():
     """How often the model has run to its end."""
     world()
-    seen = []
-    handle = MODEL.transformer.register_forward_hook(lambda *_: seen.append(1))
-    yield seen
-    handle.remove()
+    return []
+
+
+@contextlib.contextmanager
+def counted(row, forwards):
+    """Calls of the model are counted by a module hook, under which nothing is recorded to disk."""
+    if row[0] == "record":
+        yield
+        return
+    handle = MODEL.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 ONLY_SEEN_BY_RUNNING = (
@@ -1148,6 +1159,11 @@ ONLY_SEEN_BY_RUNNING = (
 
 def attempt(row, argument, value, forwards):
     """Nothing where the call worked; the error where it was refused. All else fails the test."""
+    with counted(row, forwards):
+        return attempted(row, argument, value, forwards)
+
+
+def attempted(row, argument, value, forwards):
     before, done = state(), len(forwards)
     what = f"{row[0]}({argument}={arguments.shown(value)})"
     try:
