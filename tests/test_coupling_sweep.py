@@ -5,6 +5,7 @@ for every outcome, and what it refuses.
 import numpy as np
 import pytest
 import torch
+from conftest import make_dit
 from diffusers import DDIMScheduler
 
 import dit_lens
@@ -179,3 +180,14 @@ def test_strengths_that_are_close_are_pieces_of_their_own(tmp_path):
     close = [0, 1, 1.0000001]
     found = couplings(model, close, pairs=8, steps=5, resamples=20, store=tmp_path / "store")
     assert found.g.values.tolist() == close
+
+
+def test_a_reader_gives_one_label_an_image():
+    """A single number would be held against every label, and a column against all pairs."""
+    model = HookedDiT(make_dit(channels=1, classes=4, layers=1), scheduler=DDIMScheduler(1000))
+    settings = {"pairs": 16, "steps": 5, "resamples": 10}
+    for given in (torch.zeros(1).long(), torch.zeros(16, 1), np.array(["3"] * 16)):
+        with pytest.raises(ValueError, match="The reader gave .* for 16 images; expected 16 whole"):
+            couplings(model, [0.0, 0.5], reader=lambda _, given=given: given, **settings)
+    found = couplings(model, [0.0, 0.5], reader=lambda _: np.arange(16)[::-1], **settings)
+    assert found.read.shape == (2,)

@@ -384,11 +384,18 @@ def _read(
     """How many of the two images of each pair are read as their label, a share, [pair]."""
     own = torch.as_tensor(labels)
     if reader is not None:
-        return np.asarray(
-            torch.stack(
-                [(torch.as_tensor(reader(decode(model, x))).cpu() == own).double() for x in pair]
-            ).mean(0)
-        )
+        shares = np.zeros(len(own))
+        for x in pair:
+            given = reader(decode(model, x))
+            held = isinstance(given, Tensor)
+            found = np.asarray(given.detach().cpu().to_dense().double() if held else given)
+            if found.shape != (len(x),) or found.dtype.kind not in "iubf":
+                raise InvalidValue(
+                    f"The reader gave {arguments.shown(given)} for {len(x)} images; expected "
+                    f"{len(x)} whole numbers, the labels they are read as."
+                )
+            shares += (found == own.numpy()) / 2
+        return shares
     first = (weakest[0] + weakest[1]).flatten(1).double() / 2
     belongs = torch.nn.functional.one_hot(own).T.double()  # [label, pair]
     sums, n = belongs @ first, belongs.sum(1)
