@@ -16,7 +16,7 @@ from ..errors import InvalidValue, MissingFile
 from ..experiments.cause_map import HALVES, PARTS
 from ..experiments.side_by_side import WAYS
 from ..pictures.result import Result
-from ..storage import load_dataset, made_with
+from ..storage import is_whole, load_dataset, made_with
 from . import (
     attributes,
     cause_details,
@@ -328,9 +328,9 @@ def of_several_models(files: Sequence[Path]) -> str:
     "" where they are not.
 
     Args:
-        files: of `save_dataset`.
+        files: of `save_dataset`; those that are damaged are left out.
     """
-    known = [(file, made_with(file).get("model")) for file in files]
+    known = [(file, made_with(file).get("model")) for file in files if is_whole(file)]
     models = {model: file for file, model in known if model is not None}
     if len(models) < 2:
         return ""

@@ -8,7 +8,7 @@ from .datasets import load_dataset, made_with, save_dataset
 from .documents import load_document, save_document
 from .locks import locked
 from .provenance import device_name, made_by, made_of, versions, written
-from .seals import check_seal
+from .seals import check_seal, is_whole
 from .tensors import load_tensors, mapped_tensors, save_tensors
 from .writing import file_name, replacing, try_file, try_folder
 
@@ -16,6 +16,7 @@ __all__ = [
     "check_seal",
     "device_name",
     "file_name",
+    "is_whole",
     "load_dataset",
     "load_document",
     "load_tensors",

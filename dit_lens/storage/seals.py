@@ -60,6 +60,19 @@ def _digest(file: IO[bytes], digits: int) -> bytes:
     return total.hexdigest().encode()
 
 
+def is_whole(path: str | Path) -> bool:
+    """Whether a file has its seal, and holds what was sealed.
+
+    Args:
+        path: the file.
+    """
+    try:
+        check_seal(path, "")
+    except (InvalidValue, MissingFile):
+        return False
+    return True
+
+
 def check_seal(path: str | Path, expected: str) -> None:
     """Refuse a file of which anything has changed since it was written.
 
