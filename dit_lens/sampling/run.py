@@ -294,7 +294,7 @@ class Run:
         changed = self.state.changes(State.of(self.model.transformer))
         if departure.is_other(changed):
             raise departure.error(step, changed or [EDITED_OUTSIDE])
-        if changed or not self.selected:  # some items alone are another batch size
+        if not self.selected:  # some items alone are another batch size
             warnings.warn(departure.warning(step, changed), stacklevel=4)
 
     def require_released(self, step: int) -> None:
