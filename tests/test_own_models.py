@@ -143,7 +143,10 @@ def test_the_lens_reads_the_last_stream(sit):
 @pytest.mark.parametrize("counts", [1000, 100, 10])
 def test_its_time_is_told_by_its_schedulers_own_timesteps(sit, counts):
     seen = []
-    see = lambda _, args, named: seen.append([*args, *named.values()][1][0].item())  # noqa: E731
+
+    def see(_, args, named):
+        seen.append([*args, *named.values()][1][0].item())
+
     sit.register_forward_pre_hook(see, with_kwargs=True)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=counts)
     model = HookedDiT(sit, scheduler, blocks="layers", adapter=SIT)

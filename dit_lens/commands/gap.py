@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> Answer:
         with of_the_users(read):
             attribute_names(model, read)  # as well
     batch = batch_of(args, model, 2 * pairs)
-    with calibrating() as progress:
+    with calibrating() if args.dry_run else nullcontext() as progress:
         planned = gap_cost(
             model,
             pairs,

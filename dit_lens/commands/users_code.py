@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..errors import DitLensError, InvalidValue
@@ -26,12 +26,12 @@ def of_the_users(made: Any) -> Iterator[None]:
     except DitLensError:
         raise
     except Exception as error:
-        if not callable(made) or getattr(made, "__module__", "dit_lens.").startswith("dit_lens."):
+        if not callable(made) or str(made.__module__).startswith("dit_lens."):
             raise  # ours: a bug
-        try:
-            file = inspect.getsourcefile(made)
-        except TypeError:  # an object, and neither a class nor a function
-            file = inspect.getsourcefile(type(made))
+        file = None
+        for each in (made, type(made)):  # of an object, which is no function, that of its class
+            with suppress(TypeError):
+                file = file or inspect.getsourcefile(each)
         own = [at for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
         if not own:
             raise

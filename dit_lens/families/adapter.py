@@ -449,6 +449,7 @@ class SpokenTransformer(TransformerForward):
     ) -> None:
         super().__init__(module, points, current_pass)
         self.turned = turned
+        self.places: dict[Any, Any] = {}  # to find one takes several answers, and waits for them
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.taken.by_name(args, kwargs)
@@ -472,8 +473,16 @@ class SpokenTransformer(TransformerForward):
         if turned is None or isinstance(returned, Tensor):
             return through(self.sample, returned, pick=lambda answers: self.meant(answers, inputs))
         try:
-            place = source_of(turned, returned)
-            answer = turned(returned) if place is None else members(returned)[place]
+            held = members(returned)
+            kind = (
+                type(returned).__qualname__,
+                tuple(k for k, v in held.items() if isinstance(v, Tensor)),
+            )
+            place = self.places.get(kind)
+            if place is None:
+                place = source_of(turned, returned)
+                self.places[kind] = place
+            answer = turned(returned) if place is None else held[place]
         except Exception as error:  # of a stranger's function
             raise InvalidState(
                 f"Adapter(output=) fails on {arguments.shown(returned)}, which "

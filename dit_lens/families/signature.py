@@ -33,7 +33,7 @@ class Signature:
         found = list(inspect.signature(forward).parameters.values())
         if found and found[0].kind is not inspect.Parameter.VAR_POSITIONAL:
             found = found[1:]  # else a decorator's own, which takes `self` among its arguments
-        self.parameters = found
+        self.parameters = inspect.Signature(found)
         kinds = {p.kind: p.name for p in found}
         self._more = kinds.get(inspect.Parameter.VAR_POSITIONAL, "")
         self._named = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
@@ -44,7 +44,7 @@ class Signature:
         self.names = self._places + ([] if self._more else keywords)
 
     def __str__(self) -> str:
-        return f"({', '.join(str(p) for p in self.parameters)})"
+        return str(self.parameters)
 
     def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name; what `**kwargs` takes by its own names.
@@ -60,7 +60,7 @@ class Signature:
             found = dict(zip(self._places, args, strict=False))
             if kwargs.keys().isdisjoint(found):
                 return found | dict(kwargs)
-        found = dict(inspect.Signature(self.parameters).bind(*args, **kwargs).arguments)
+        found = dict(self.parameters.bind(*args, **kwargs).arguments)
         more = found.pop(self._named, {})
         if not found.keys().isdisjoint(more):
             same = next(name for name in more if name in found)

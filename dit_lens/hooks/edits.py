@@ -142,6 +142,8 @@ def ablation(mode: str) -> HookFunction:
 
     def fn(activation: Tensor, hook: HookPoint | None) -> Tensor:
         branches = 1 if hook is None else hook.branch.count(" | ") + 1
+        if branches == 1:
+            return out(activation)
         return torch.cat([out(branch) for branch in activation.chunk(branches)])
 
     return fn

@@ -331,7 +331,7 @@ def of_several_models(files: Sequence[Path]) -> str:
         files: of `save_dataset`; those that are damaged are left out.
     """
     known = [(file, made_with(file).get("model")) for file in files if is_whole(file)]
-    models = {model: file for file, model in known if model is not None}
+    models = {model for _, model in known if model is not None}
     if len(models) < 2:
         return ""
     of = ", ".join(f"{file.name} of {model!r}" for file, model in known if model is not None)

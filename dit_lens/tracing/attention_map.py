@@ -281,13 +281,14 @@ def _prompts(
 
 def _spread(
     model: HookedDiT, prompts: Sequence[str], items: int, branches: Sequence[str]
-) -> list[str]:
+) -> Sequence[str | None]:
     """One of several prompts for each item of a batch: each in a row for its images, and so in each
-    branch.
+    branch; None for each where they do not come out even.
     """
     halves = 2 if len(set(branches)) == 2 else 1
     times = items // halves // len(prompts)
-    return [model.family.said(p) for p in prompts for _ in range(times)] * halves
+    found = [model.family.said(p) for p in prompts for _ in range(times)] * halves
+    return found if len(found) == items else [None] * items
 
 
 def _keys(at: slice | Tensor, item: int, keys: int) -> Tensor:
