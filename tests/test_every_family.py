@@ -76,6 +76,7 @@ MEASUREMENTS = {
 
 FEW = ("DiT", "PixArt", "SD3", "QwenImage", "Sana")
 """The quick ones; `make attack` asks all eleven."""
+DEVICE = os.environ.get("DIT_LENS_TEST_DEVICE", "cpu")
 NAMES = [name for name in OURS if os.environ.get("DIT_LENS_ATTACK") or name.startswith(FEW)]
 
 
@@ -83,7 +84,7 @@ NAMES = [name for name in OURS if os.environ.get("DIT_LENS_ATTACK") or name.star
 @pytest.mark.parametrize("name", NAMES)
 def test_every_measurement(name):
     with quiet():
-        model = HookedDiT(family_named(name).small_pipeline())
+        model = HookedDiT(family_named(name).small_pipeline().to(DEVICE))
     wrong = []
     for what, measure in MEASUREMENTS.items():
         try:

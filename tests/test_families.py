@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from dit_lens.hooks.points import BackwardEditor, Editor, HookPoint, Observer
 from dit_lens.testing import family_contract as contract
 
 NAMES = sorted(OURS)
+DEVICE = os.environ.get("DIT_LENS_TEST_DEVICE", "cpu")
 README = Path(dit_lens.__file__).parent.parent / "README.md"
 FIRST = "DiTTransformer2DModel"  # the one family of `make quick`
 
@@ -36,7 +38,7 @@ FIRST = "DiTTransformer2DModel"  # the one family of `make quick`
 )
 def test_contract(name):
     """And the family's row in the README is what the checker prints."""
-    rows = contract.examine(name)
+    rows = contract.examine(name, device=DEVICE)
     failed = [f"{row.where}: {row.check}: {row.message}" for row in rows if not row.ok]
     assert not failed, "\n".join(failed)
     assert {row.where for row in rows} == {"small(0)", "small(1)", "small(2)", "pipeline"}

@@ -8,12 +8,13 @@ from .common import Answer, console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """FAMILIES, --table."""
+    """FAMILIES, --device, --table."""
     parser.add_argument(
         "families",
         nargs="*",
         help="model classes, such as DiTTransformer2DModel (default: all that are installed)",
     )
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
     parser.add_argument(
         "--table",
         action="store_true",
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> Answer:
 
     rows = {}
     for name in args.families or sorted(modules()):
-        rows[name] = family_contract.examine(name)
+        rows[name] = family_contract.examine(name, device=args.device)
         if not args.table:
             console(width=160).print(family_contract.table(name, rows[name]))
     if args.table:

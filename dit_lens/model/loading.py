@@ -60,7 +60,7 @@ def load(
     """
     if not isinstance(model, (str, Path)):
         return HookedDiT(model, size=size)
-    dtype, device = _dtype(dtype), _device(device)
+    dtype, device = _dtype(dtype), usable_device(device)
     _check_computing(dtype, device)
     folder = _folder_of(model)
     if str(model) and _is_folder(folder):
@@ -110,7 +110,7 @@ def _dtype(dtype: Any) -> torch.dtype:
     return found
 
 
-def _device(device: Any) -> torch.device:
+def usable_device(device: Any) -> torch.device:
     """A device that is there."""
     try:
         return torch.empty(0, device=device).device

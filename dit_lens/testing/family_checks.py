@@ -32,18 +32,32 @@ TEXT_AXES = ("text_token", "text_query", "text_key")
 
 @dataclass
 class Case:
-    """One small model, opened, with a batch of two."""
+    """One small model, opened, on a device, with a batch of two."""
 
     family: Family
     variant: int
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.plain, self.condition = self.family.small(self.variant)
-        self.inputs = small_inputs(self.family, self.plain, self.condition)
+        plain, condition = self.family.small(self.variant)
+        inputs = small_inputs(self.family, plain, condition)
+        self.plain, self.inputs = plain.to(self.device), self.moved(inputs)
+        self.condition = Condition(self.moved(condition))
         self.x = self.family.latents(self.plain, self.inputs)
-        self.t = torch.tensor([700.0, 31.0])
+        self.t = torch.tensor([700.0, 31.0], device=self.device)
         self.model = HookedDiT(copy.deepcopy(self.plain))
         self.cfg = self.model.cfg
+
+    def moved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """These arguments with their tensors on the device."""
+        return {name: self._there(value) for name, value in arguments.items()}
+
+    def _there(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._there, value))
+        return self.moved(value) if isinstance(value, dict) else value
 
     def ask(self, model: Any = None) -> Tensor:
         """What the transformer (this one, or the opened one) answers."""
@@ -185,7 +199,7 @@ def edits_reach_the_stream(case: Case) -> None:
     last = max(layer_of(n) or 0 for n in case.model.names)
     for _, before, added, after in case.additions():
         shift = torch.randn(seen[before].shape[-1], generator=torch.Generator().manual_seed(1)).to(
-            seen[before].dtype
+            seen[before]
         )
         edits: Any = [(before, lambda a, hook, shift=shift: a + shift)]
         names = [before, *added, after]
@@ -214,7 +228,7 @@ def edits_reach_the_stream(case: Case) -> None:
 
 
 def _scrambled(a: Tensor) -> Tensor:
-    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(3)).to(a.dtype)
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(3)).to(a)
     return torch.where(a.isfinite(), a, torch.zeros_like(a)) * 0.3 + noise
 
 
@@ -227,7 +241,7 @@ def attention_is_what_it_says(case: Case) -> None:
         if not name.endswith("hook_pattern"):
             continue
         prefix = name.removesuffix("hook_pattern")
-        assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5), (
+        assert torch.allclose(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-5), (
             f"the rows of {name} do not sum to 1"
         )
         scores = seen[f"{prefix}hook_attn_scores"]
@@ -372,12 +386,12 @@ def twins_couple(case: Case) -> None:
     assert torch.allclose(t["hook_sample"][0], changed, atol=1e-6), (
         "a coupled pass is not recomputed with its coupling"
     )
-    alike = Case(case.family, case.variant)
+    alike = Case(case.family, case.variant, case.device)
     one = alike.family.stack([_item(alike.condition)] * 2)
     alike.inputs = case.family.inputs(
         alike.plain,
         alike.x[:1].repeat(2, *[1] * (alike.x.ndim - 1)),
-        torch.tensor([500.0, 500.0]),
+        torch.full_like(case.t, 500.0),
         one,
     )
     want = alike.ask()
@@ -465,7 +479,7 @@ def speaks_its_language(case: Case) -> None:
     """
     inputs, family, model = case.inputs, case.family, case.plain
     x, t = family.latents(model, inputs), family.timesteps(model, inputs)
-    assert torch.allclose(t.float().cpu(), case.t, rtol=1e-4), (
+    assert torch.allclose(t.float(), case.t, rtol=1e-4), (
         f"the timesteps {case.t.tolist()} come back as {t.tolist()}"
     )
     rest = Condition({k: v for k, v in inputs.items() if k not in (family.x_name, family.t_name)})

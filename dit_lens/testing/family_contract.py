@@ -19,6 +19,7 @@ import torch
 
 from ..errors import InvalidValue
 from ..families import Family, family_named, modules
+from ..model.loading import usable_device
 from .family_checks import CHECKS, VARIANTS, Case
 from .pipeline_checks import PIPELINE_CHECKS, InPipeline
 
@@ -46,25 +47,31 @@ class Row:
     message: str = ""
 
 
-def examine(family: str | Family, where: str | None = None) -> list[Row]:
+def examine(family: str | Family, where: str | None = None, device: str = "cpu") -> list[Row]:
     """Run every check on each of the family's small models and, if it has one, its small pipeline.
 
     Args:
         family: a family, or the name of its model class.
         where: only there: "small(0)", "small(1)", "small(2)" or "pipeline".
+        device: where the models are, such as "cuda".
 
     Returns:
         A row for each check and model.
 
     Raises:
-        InvalidValue: for a class without a family.
+        InvalidValue: for a class without a family; for a device that is not there.
     """
     found = _family(family) if isinstance(family, str) else family
+    device = str(usable_device(device))
     tasks: list[tuple[Any, str, Callable[[], Any]]] = [
-        (check, f"small({v})", partial(Case, found, v)) for v in VARIANTS for check in CHECKS
+        (check, f"small({v})", partial(Case, found, v, device))
+        for v in VARIANTS
+        for check in CHECKS
     ]
     if where in (None, "pipeline") and found.small_pipeline() is not None:
-        tasks += [(check, "pipeline", partial(InPipeline, found)) for check in PIPELINE_CHECKS]
+        tasks += [
+            (check, "pipeline", partial(InPipeline, found, device)) for check in PIPELINE_CHECKS
+        ]
     tasks = [task for task in tasks if where in (None, task[1])]
     rows = []
     for check, where, case in tasks:
@@ -81,19 +88,24 @@ def examine(family: str | Family, where: str | None = None) -> list[Row]:
     return rows
 
 
-def check_family(family: str | Family) -> None:
+def check_family(family: str | Family, device: str = "cpu") -> None:
     """Hold a family against the contract, as a test of the family's package does.
 
     Args:
         family: a model class with a registered family, or the family.
+        device: where its small models are, such as "cuda".
 
     Raises:
         AssertionError: with every check that fails.
-        ValueError: for a class without a family.
+        ValueError: for a class without a family; for a device that is not there.
 
     >>> check_family("DiTTransformer2DModel")
     """
-    failed = [f"{row.where}: {row.check}: {row.message}" for row in examine(family) if not row.ok]
+    failed = [
+        f"{row.where}: {row.check}: {row.message}"
+        for row in examine(family, device=device)
+        if not row.ok
+    ]
     assert not failed, "\n".join(failed)
 
 

@@ -28,14 +28,14 @@ class InPipeline:
     unopened.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, device: str = "cpu") -> None:
         from diffusers import DiffusionPipeline
 
         self.family = family
         with tempfile.TemporaryDirectory() as folder, quiet():
             family.small_pipeline().save_pretrained(folder)
-            self.pipe = DiffusionPipeline.from_pretrained(folder)
-            self.model = load(folder)
+            self.pipe = DiffusionPipeline.from_pretrained(folder).to(device)
+            self.model = load(folder, device=device)
         if type(self.pipe.scheduler).__name__ == "DDPMScheduler":  # which draws noise in every step
             self.pipe.scheduler = DDIMScheduler.from_config(config_of(self.pipe.scheduler))
         self.pipe.set_progress_bar_config(disable=True)

@@ -1,29 +1,46 @@
-"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 12]`.
+"""What hook points cost: `make bench`, or `python tests/benchmarks/bench.py [--repeats 12]
+[--device cuda --dtype bfloat16]`.
 
 Prints, stores nothing. Below the tables described here come those of `costs.py`: what witnesses,
 reads, edits and runs cost, beside their targets, and of `reuse_cost.py`, what running a plan does.
 
 Each row is one way to watch a forward. In every repeat all rows run once, in an order drawn anew,
 so that drift of the machine falls on all alike; times are process time on one thread, which other
-programs disturb least. Differences and ratios are to the bare forward of the same repeat; figures
-are medians over repeats, with the quartiles beside them. Setting up (attaching hooks, opening a
-trace) happens once a denoising run and is not in the rows; what it costs is the line below each
-table. Hook points, plain hooks and nnsight each have modules of their own around the same weights.
+programs disturb least, and with a GPU the wall clock, waiting for it before and after. There the
+wide model has all its 28 layers. Differences and ratios are to the bare forward of the same repeat;
+figures are medians over repeats, with the quartiles beside them. Setting up (attaching hooks,
+opening a trace) happens once a denoising run and is not in the rows; what it costs is the line
+below each table. Hook points, plain hooks and nnsight each have modules of their own around the
+same weights.
 
 A ratio below 1 is no slip of the clock: a hooked block calls SDPA directly, where diffusers'
 attention, among other things, inspects its processor's signature at every call.
 """
 
 import argparse
+import importlib.util
 import platform
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import nnsight
 import torch
-from costs import STREAMS, Forward, Row, make_model, seconds, show_costs, spread, twin_of
+from costs import (
+    SMALL,
+    SMALL_NAME,
+    STREAMS,
+    WIDE,
+    Forward,
+    Row,
+    clock,
+    make_model,
+    seconds,
+    show_costs,
+    spread,
+    twin_of,
+    wide_name,
+)
 from diffusers import DiTTransformer2DModel
 from reuse_cost import show_reuse
 from rich.console import Console
@@ -38,13 +55,17 @@ from dit_lens.probes import SpectralSplit
 def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     """The ways to watch, each a context manager that sets up and gives the forward to time."""
     config = model.config
-    x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
-    t, y = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.long)
+    place = {"device": model.device}
+    x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, **place)
+    x, t = x.to(model.dtype), torch.full((batch,), 500, **place)
+    y = torch.zeros(batch, dtype=torch.long, **place)
     inputs = {"timestep": t, "class_labels": y}
     hooked, plain = dit_lens.HookedDiT(twin_of(model)), twin_of(model)
     watched = nnsight.NNsight(twin_of(model))
     bridged = dit_lens.to_nnsight(twin_of(model))
-    lensed = dit_lens.to_transformer_lens(twin_of(model))
+    # the one package that a machine without the network may lack
+    has_lens = importlib.util.find_spec("transformer_lens") is not None
+    lensed = dit_lens.to_transformer_lens(twin_of(model)) if has_lens else None
     bands = dit_lens.Bands.radial(hooked.cfg.grid)
 
     @contextmanager
@@ -102,7 +123,7 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
         yield lambda: lensed.run_with_cache(x, t, y, names_filter=names)
 
     n = config.num_layers
-    return {
+    ways = {
         "bare forward": bare,
         "hook points, idle": idle,
         "trace, inputs kept": trace,
@@ -119,6 +140,7 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
             None
         ),
     }
+    return {name: way for name, way in ways.items() if has_lens or "transformer_lens" not in name}
 
 
 def measure(
@@ -134,10 +156,10 @@ def measure(
             with ways[name]() as forward:
                 forward()
                 times[name].append(seconds(forward, inner))
-        began = time.process_time()
+        began = clock()
         with ways["trace, inputs kept"]():
             pass
-        opening.append(time.process_time() - began)
+        opening.append(clock() - began)
     return times, opening
 
 
@@ -160,23 +182,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ap.add_argument("--repeats", type=int, default=12)
+    ap.add_argument("--device", default="cpu")
+    ap.add_argument("--dtype", default="float32", help="of the wide model")
     args = ap.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     console = Console(width=132)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, one thread"
+    if args.device != "cpu":
+        versions += f", {torch.cuda.get_device_name(args.device)}"
     console.print(f"{versions}; medians of {args.repeats} repeats, quartiles in brackets\n")
-    small = make_model(layers=28, heads=4, d_head=16, channels=1, size=16, classes=10)
-    wide = make_model(layers=1, heads=16, d_head=72, channels=4, size=32, classes=1000)
+    place = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    small = make_model(**SMALL, device=args.device)
+    wide = make_model(1 if args.device == "cpu" else 28, **WIDE, **place)
     for model, batch, inner, what in (
-        (small, 1, 5, "28 layers, width 64, 64 tokens"),
-        (small, 16, 1, "28 layers, width 64, 64 tokens"),
-        (wide, 1, 2, "one block of DiT-XL/2, width 1152, 256 tokens"),
+        (small, 1, 5, SMALL_NAME),
+        (small, 16, 1, SMALL_NAME),
+        (wide, 1, 2, wide_name(wide)),
     ):
         title = f"{what}, batch {batch}"
         show(title, *measure(rows(model, batch), args.repeats, inner, title), console)
-    show_costs(args.repeats, console)
-    show_reuse(args.repeats, console)
+    show_costs(args.repeats, console, **place)
+    show_reuse(args.repeats, console, **place)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,32 @@ Forward = Callable[[], object]
 Row = Callable[[], AbstractContextManager[Forward]]
 
 
+SMALL = {"layers": 28, "heads": 4, "d_head": 16, "channels": 1, "size": 16, "classes": 10}
+SMALL_NAME = "28 layers, width 64, 64 tokens"
+WIDE = {"heads": 16, "d_head": 72, "channels": 4, "size": 32, "classes": 1000}
+"""DiT-XL/2, of as many layers as are asked for."""
+
+
+def wide_name(model: DiTTransformer2DModel) -> str:
+    """What the tables call a model of DiT-XL/2's width."""
+    layers, dtype = model.config.num_layers, str(model.dtype).removeprefix("torch.")
+    part = {28: "", 1: "one block of "}.get(layers, f"{layers} layers of ")
+    return f"{part}DiT-XL/2 (width 1152, 256 tokens), {dtype}"
+
+
 def make_model(
-    layers: int, heads: int, d_head: int, channels: int, size: int, classes: int
+    layers: int,
+    heads: int,
+    d_head: int,
+    channels: int,
+    size: int,
+    classes: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> DiTTransformer2DModel:
     """A DiT with random weights; time does not depend on them."""
     torch.manual_seed(0)
-    return DiTTransformer2DModel(
+    model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=d_head,
         in_channels=channels,
@@ -56,6 +76,8 @@ def make_model(
         num_embeds_ada_norm=classes,
         norm_num_groups=1,
     ).eval()
+    # diffusers' own `to` warns of nothing here
+    return torch.nn.Module.to(model, device, dtype)
 
 
 def twin_of(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
@@ -63,12 +85,20 @@ def twin_of(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+def clock() -> float:
+    """Process time; with a GPU, the wall clock once it has done what it was given."""
+    if not torch.cuda.is_initialized():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(forward: Forward, inner: int) -> float:
-    """Process time of one forward."""
-    began = time.process_time()
+    """The clock's time of one forward."""
+    began = clock()
     for _ in range(inner):
         forward()
-    return (time.process_time() - began) / inner
+    return (clock() - began) / inner
 
 
 def spread(values: list[float], form: str) -> str:
@@ -106,20 +136,19 @@ def simply(work: Forward) -> Row:
 class Bench:
     """One model in the ways that rows use it: bare, with plain hooks, and opened."""
 
-    def __init__(self, model: DiTTransformer2DModel, dtype: torch.dtype = torch.float32) -> None:
-        config = model.config
-        # diffusers' own `to` warns of nothing here
-        self.bare = torch.nn.Module.to(model, dtype)
+    def __init__(self, model: DiTTransformer2DModel) -> None:
+        config, device = model.config, model.device
+        self.bare = model
         self.plain = twin_of(model)
         self.model = dit_lens.HookedDiT(twin_of(model), scheduler=DDIMScheduler(1000))
         self.layers: int = config.num_layers
         shape = config.in_channels, config.sample_size, config.sample_size
         self.inputs: dict[int, tuple[Tensor, dict[str, Tensor]]] = {
             batch: (
-                torch.randn(batch, *shape, dtype=dtype),
+                torch.randn(batch, *shape, device=device, dtype=model.dtype),
                 {
-                    "timestep": torch.full((batch,), 500),
-                    "class_labels": torch.zeros(batch, dtype=torch.long),
+                    "timestep": torch.full((batch,), 500, device=device),
+                    "class_labels": torch.zeros(batch, dtype=torch.long, device=device),
                 },
             )
             for batch in (1, 2)
@@ -230,7 +259,7 @@ def small_rows(b: Bench, half: Bench) -> dict[str, Cost]:
         return dit_lens.twins(b.model, pairs=1, steps=STEPS, release=2)
 
     bands = dit_lens.Bands.radial((32, 32), 6)
-    a, c = torch.randn(2, 64, 4, 32, 32)
+    a, c = torch.randn(2, 64, 4, 32, 32, device=b.bare.device)
 
     def by_band() -> object:
         """What agreement is, as it is written down: each twin's part in each band, multiplied."""
@@ -343,20 +372,23 @@ def show_memory(out: Console) -> None:
     out.print(table)
 
 
-def show_costs(repeats: int, out: Console) -> None:
+def show_costs(
+    repeats: int, out: Console, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
     """Measure and print everything.
 
     Args:
         repeats: how often each row is run.
         out: where to.
+        device: where the models are.
+        dtype: of the wide model.
     """
-    narrow = {"layers": 28, "heads": 4, "d_head": 16, "channels": 1, "size": 16, "classes": 10}
-    small, half = Bench(make_model(**narrow)), Bench(make_model(**narrow), torch.bfloat16)
-    wide = Bench(make_model(layers=3, heads=16, d_head=72, channels=4, size=32, classes=1000))
-    title = "3 layers of DiT-XL/2 (width 1152, 16 heads, 256 tokens), batch 1"
-    costs = wide_rows(wide, small)
-    show(title, costs, repeats, 1, False, out)
-    title = "28 layers, width 64, 64 tokens, batch 1"
-    costs = small_rows(small, half)
-    show(title, costs, 3 * repeats // 2, 5, True, out)
-    show_memory(out)
+    small = Bench(make_model(**SMALL, device=device))
+    half = Bench(make_model(**SMALL, device=device, dtype=torch.bfloat16))
+    layers = 3 if device == "cpu" else 28
+    wide = Bench(make_model(layers, **WIDE, device=device, dtype=dtype))
+    show(f"{wide_name(wide.bare)}, batch 1", wide_rows(wide, small), repeats, 1, False, out)
+    title = f"{SMALL_NAME}, batch 1"
+    show(title, small_rows(small, half), 3 * repeats // 2, 5, True, out)
+    if device == "cpu":  # bytes and counts are the same on every device
+        show_memory(out)

@@ -8,7 +8,7 @@ measured, is 1.15 times the share of multiply-accumulates that is left, and 0.03
 import argparse
 
 import torch
-from costs import make_model, seconds, spread
+from costs import SMALL, SMALL_NAME, WIDE, make_model, seconds, spread, wide_name
 from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.table import Table
@@ -36,19 +36,23 @@ def plans(model: dit_lens.HookedDiT, times: list[float]) -> dict[str, Plan]:
     }
 
 
-def show_reuse(repeats: int, out: Console) -> None:
+def show_reuse(
+    repeats: int, out: Console, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
     """Measure and print.
 
     Args:
         repeats: how often each plan is run.
         out: where to.
+        device: where the models are.
+        dtype: of the wide model.
     """
-    small = make_model(layers=28, heads=4, d_head=16, channels=1, size=16, classes=10)
-    wide = make_model(layers=3, heads=16, d_head=72, channels=4, size=32, classes=1000)
+    small = make_model(**SMALL, device=device)
+    wide = make_model(3 if device == "cpu" else 28, **WIDE, device=device, dtype=dtype)
     for transformer, batch, what in (
-        (small, 1, "28 layers, width 64, 64 tokens"),
-        (small, 16, "28 layers, width 64, 64 tokens"),
-        (wide, 1, "3 layers of DiT-XL/2 (width 1152, 256 tokens)"),
+        (small, 1, SMALL_NAME),
+        (small, 16, SMALL_NAME),
+        (wide, 1, wide_name(wide)),
     ):
         model = dit_lens.HookedDiT(transformer, scheduler=DDIMScheduler(clip_sample=False))
         labels = [0] * batch
