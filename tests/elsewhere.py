@@ -235,8 +235,8 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     return scores.softmax(-1) @ v
 
 
-# for good, since PyTorch has no way to take a device back, and at once: autograd starts a thread for
-# each device that there is
+# for good, since PyTorch has no way to take a device back, and at once: autograd starts a thread
+# for each device that there is
 _setup_privateuseone_for_python_backend("away", _Backend(), _Hook())
 
 
