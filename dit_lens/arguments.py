@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DitLensError, InvalidType, InvalidValue
+from .errors import DitLensError, InvalidState, InvalidType, InvalidValue
 
 MANY = 10**8
 """Nothing that is counted here (pairs, steps, resamples, images) is more than this."""
@@ -393,6 +393,18 @@ def array(name: str, value: Any, ndim: int | None = None) -> np.ndarray[Any, np.
 def optional(check: Callable[..., Any], name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
     """None, or what the check gives."""
     return None if value is None else check(name, value, *args, **kwargs)
+
+
+def require_cpu_by_default() -> None:
+    """Raise InvalidState where PyTorch makes its tensors on a device by default: small tables that
+    are meant for the host would be made there.
+    """
+    found = torch.get_default_device()
+    if found.type != "cpu":
+        raise InvalidState(
+            f"PyTorch's default device is {str(found)!r}, where dit_lens's tables would be made "
+            f"too; expected torch.set_default_device(None), and the model on {str(found)!r}."
+        )
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class Answers(nn.Module):
 
 
 def v_loss(
-    model: Callable[..., torch.Tensor],
+    model: Callable[..., Any],
     abar: torch.Tensor,
     x0: torch.Tensor,
     labels: torch.Tensor,
@@ -192,8 +193,8 @@ def main() -> None:
         model.load_state_dict(
             DiTTransformer2DModel.from_pretrained(args.init, dtype=torch.float32).state_dict()
         )
-    there = (part.to(args.device) for part in (model, images, labels))
-    train(*there, classes, out, args)
+    model.to(args.device)
+    train(model, images.to(args.device), labels.to(args.device), classes, out, args)
 
 
 def train(
@@ -223,11 +224,11 @@ def train(
         for optimizer, s in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(s)
         step, before = state["step"], state["seconds"]
-    forward: Callable[..., torch.Tensor] = Answers(model)
+    forward: Callable[..., Any] = Answers(model)
     if args.device != "cpu":
         torch.set_float32_matmul_precision("high")
         example = images[: args.batch], torch.zeros_like(labels[: args.batch]), labels[: args.batch]
-        forward = torch.cuda.make_graphed_callables(forward, example)
+        forward = torch.cuda.make_graphed_callables(Answers(model), example)
     elif args.compile:
         forward = torch.compile(forward)
     began, first = time.perf_counter(), step

@@ -197,6 +197,8 @@ class _Functions(TorchFunctionMode):
             return _moved(*args, **kwargs)
         if not args or not _is_away(args[0]):
             return func(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            return func(args[0], _indices(args[1]), *args[2:])
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is Tensor.tolist:
@@ -224,6 +226,13 @@ def _moved(x, *args, device=None, dtype=None, non_blocking=False, copy=False, me
     if (dtype, device.type) == (x.dtype, x.device.type) and not copy:
         return x
     return torch.ops.aten._to_copy(x, dtype=dtype, device=device, non_blocking=non_blocking)
+
+
+def _indices(index):
+    """Lists become tensors on the host, as PyTorch makes of them."""
+    if isinstance(index, tuple):
+        return tuple(map(_indices, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_more):

@@ -69,9 +69,9 @@ def small_inputs(
     """
     cfg = family.config(transformer, size)
     gen = torch.Generator().manual_seed(seed)
-    dtype = next(transformer.parameters()).dtype
-    x = torch.randn(2, *cfg.latent_shape, generator=gen).to(dtype)
-    return family.inputs(transformer, x, torch.tensor([700.0, 31.0]), condition)
+    x = torch.randn(2, *cfg.latent_shape, generator=gen).to(next(transformer.parameters()))
+    t = torch.tensor([700.0, 31.0], device=x.device)
+    return family.inputs(transformer, x, t, condition)
 
 
 def small_vae(channels: int = 4, **config: object) -> nn.Module:

@@ -106,6 +106,7 @@ class HookedDiT:
         parts: Mapping[str, str] | None = None,
         adapter: Adapter | None = None,
     ) -> None:
+        arguments.require_cpu_by_default()
         pipe = pipe_or_transformer
         conditions: Conditions | None = None
         if isinstance(pipe, HookedDiT):

@@ -397,7 +397,7 @@ def _globals(code: types.CodeType) -> list[str]:
 def _class(value: type, tell: Tell) -> str:
     named = f"{value.__module__}.{value.__qualname__}"
     if _is_installed(value.__module__):
-        return named
+        return named + _source(value.__module__)
     own = {
         key: _method_of(each)
         for key, each in vars(value).items()
@@ -426,13 +426,34 @@ def _under(forward: Any) -> Any:
     return forward
 
 
+LIBRARIES = frozenset(
+    {"accelerate", "diffusers", "numpy", "peft", "safetensors", "torch", "transformers"}
+)
+"""What models are made with: none of it is the user's work, wherever it lies."""
+
+
 def _is_installed(name: str | None) -> bool:
     """Whether a module is Python's, a package's or ours, and so is known by its version."""
     name = name or ""  # of a function without a module
-    if name.partition(".")[0] in {*sys.stdlib_module_names, "dit_lens"} - {"__main__"}:
+    if name.partition(".")[0] in {*sys.stdlib_module_names, *LIBRARIES, "dit_lens"} - {"__main__"}:
         return True
+    return _is_packaged(name)
+
+
+def _is_packaged(name: str) -> bool:
     place = str(getattr(sys.modules.get(name), "__file__", None) or "")
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(place).parts)
+
+
+@lru_cache
+def _source(name: str) -> str:
+    """A hash of a library's module that is used from its sources, as diffusers from a checkout, and
+    may change without another version; of all others nothing.
+    """
+    if name.partition(".")[0] not in LIBRARIES or _is_packaged(name):
+        return ""
+    place = Path(str(getattr(sys.modules.get(name), "__file__", None) or ""))
+    return f" {_hash(place.read_bytes())}" if place.is_file() else ""
 
 
 def _hash(raw: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from .. import arguments
 from ..errors import DitLensError, InvalidState, InvalidValue
 from ..hooks.hold import Holding
 from ..hooks.passes import Part
@@ -285,6 +286,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
     Raises ValueError if it does not fit the model, the steps or eta; RuntimeError for a model whose
     pipeline does some steps with another.
     """
+    arguments.require_cpu_by_default()
     if model.shares_steps:
         raise InvalidState(
             "The pipeline computes its later steps with a second transformer, transformer_2, and "

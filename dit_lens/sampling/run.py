@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
+from ..families.offloading import computing_device
 from ..hooks.names import layer_of, select
 from ..hooks.passes import Part
 from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
@@ -704,7 +705,7 @@ def require_finite(run: Run, which: str) -> None:
 
 def decode(model: HookedDiT, latents: Tensor, batch: int | None = None) -> Tensor:
     """Latents as images in [0, 1]: through the VAE where there is one, otherwise they are pixels in
-    [-1, 1].
+    [-1, 1]. They stay on their device, whichever the VAE is on.
 
     Args:
         model: whose latents they are.
@@ -712,8 +713,9 @@ def decode(model: HookedDiT, latents: Tensor, batch: int | None = None) -> Tenso
         batch: so many go through the VAE at once; None is all.
     """
     if model.vae is not None:
+        here, there = latents.device, computing_device(model.vae)
         with torch.no_grad():
             parts = latents.split(len(latents) if batch is None else batch)
-            found = [model.family.decode(model.vae, part) for part in parts]
+            found = [model.family.decode(model.vae, part.to(there)).to(here) for part in parts]
             latents = found[0] if len(found) == 1 else torch.cat(found)
     return (latents / 2 + 0.5).clamp(0, 1)

@@ -60,11 +60,17 @@ def save(record: Record, path: str | Path) -> Path:
         "log_snr": record.noise_levels(steps),
     }
     device = record.calls[0].x.device if record.calls else None
+    if device is not None and device.type != "cpu":
+        about["on_host"] = [key for key, value in tensors.items() if value.device.type == "cpu"]
     return save_tensors(path, FORMAT, about, tensors, device)
 
 
-def load(path: str | Path) -> Record:
+def load(path: str | Path, device: torch.device | None = None) -> Record:
     """Read a record back.
+
+    Args:
+        path: the file.
+        device: where to put what was on the model's device; None is the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -76,6 +82,9 @@ def load(path: str | Path) -> Record:
     problem = next(_problems(about, tensors), None)
     if problem is not None:
         raise InvalidValue(f"{where} has {problem}; expected {EXPECTED}.")
+    if device is not None:
+        for key in tensors.keys() - set(about.on_host):
+            tensors[key] = tensors[key].to(device)
     return _record(about, tensors, where)
 
 

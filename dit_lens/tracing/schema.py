@@ -185,7 +185,9 @@ class Sizes(Schema):
 
 
 class TraceFile(Schema):
-    """All of it. `calls_at` are the steps in order, each with the numbers of its calls."""
+    """All of it. `calls_at` are the steps in order, each with the numbers of its calls, and
+    `on_host` the tensors that were on the CPU where the model was not.
+    """
 
     cfg: Sizes
     sites: dict[HookName, Axes]
@@ -193,6 +195,7 @@ class TraceFile(Schema):
     calls: Listed[KeptCall]
     calls_at: Listed[Annotated[tuple[Size, Listed[Size]], Field(strict=False)]]
     log_snr: Listed[float] | None
+    on_host: Listed[str] = ()
 
 
 class Recorded(Schema):

@@ -722,8 +722,9 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         t = dit_lens.load_trace(path)                  # what was recorded
         t = dit_lens.load_trace(path, model)           # and all else, recomputed and proven
 
-    With the model everything can be recomputed; without, what was recorded can be read. Another
-    model, or other weights, are noticed when something is recomputed.
+    With the model everything can be recomputed, and all values are on its device; without, what was
+    recorded can be read, on the CPU. Another model, or other weights, are noticed when something is
+    recomputed.
 
     Args:
         path: a file written by `Trace.save`.
@@ -733,10 +734,11 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         FileNotFoundError: if there is no such file.
         ValueError: for a file that is no trace, or a model of other sizes.
     """
-    record = files.load(arguments.path("path", path))
+    path = arguments.path("path", path)
     if model is None:
-        return Trace(None, record)
+        return Trace(None, files.load(path))
     owner = HookedDiT.of(model)
+    record = files.load(path, owner.device)
     if owner.cfg != record.cfg or dict(owner.sites) != dict(record.sites):
         raise InvalidValue(
             f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."

@@ -23,6 +23,7 @@ import platform
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import nnsight
 import torch
@@ -55,7 +56,7 @@ from dit_lens.probes import SpectralSplit
 def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     """The ways to watch, each a context manager that sets up and gives the forward to time."""
     config = model.config
-    place = {"device": model.device}
+    place: dict[str, Any] = {"device": model.device}
     x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, **place)
     x, t = x.to(model.dtype), torch.full((batch,), 500, **place)
     y = torch.zeros(batch, dtype=torch.long, **place)
@@ -65,7 +66,7 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     bridged = dit_lens.to_nnsight(twin_of(model))
     # the one package that a machine without the network may lack
     has_lens = importlib.util.find_spec("transformer_lens") is not None
-    lensed = dit_lens.to_transformer_lens(twin_of(model)) if has_lens else None
+    lensed: Any = dit_lens.to_transformer_lens(twin_of(model)) if has_lens else None
     bands = dit_lens.Bands.radial(hooked.cfg.grid)
 
     @contextmanager
@@ -192,7 +193,7 @@ def main() -> None:
     if args.device != "cpu":
         versions += f", {torch.cuda.get_device_name(args.device)}"
     console.print(f"{versions}; medians of {args.repeats} repeats, quartiles in brackets\n")
-    place = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    place: dict[str, Any] = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     small = make_model(**SMALL, device=args.device)
     wide = make_model(1 if args.device == "cpu" else 28, **WIDE, **place)
     for model, batch, inner, what in (

@@ -1,0 +1,133 @@
+"""Models on another device than the CPU, one that is emulated (tests/elsewhere.py), and what
+else of a machine with a GPU can be seen without one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import test_every_family
+import torch
+from conftest import make_dit, make_pipe
+from diffusers import DDIMScheduler
+from elsewhere import elsewhere
+
+import dit_lens
+from dit_lens.errors import InvalidState
+from dit_lens.families import family_named
+from dit_lens.testing import family_contract as contract
+from dit_lens.testing.pipeline_checks import quiet
+
+SLOW = ("plan, compare, side_by_side", "shapley", "smallest_set", "windows", "couplings")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel"])
+def test_a_family_keeps_its_contract_elsewhere(name):
+    with elsewhere() as device:
+        rows = contract.examine(name, device=device)
+    failed = [f"{row.where}: {row.check}: {row.message}" for row in rows if not row.ok]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "CogVideoXTransformer3DModel"])
+def test_measurements_elsewhere(name):
+    with elsewhere() as device, quiet():
+        model = dit_lens.HookedDiT(family_named(name).small_pipeline().to(device))
+        for what, measure in test_every_family.MEASUREMENTS.items():
+            if what in SLOW and not os.environ.get("DIT_LENS_ATTACK"):
+                continue
+            try:
+                measure(model)
+            except dit_lens.errors.DitLensError as error:
+                assert any(told in str(error) for told in test_every_family.SENTENCES), what
+
+
+def test_images_of_latents_that_are_on_the_cpu():
+    with elsewhere() as device:
+        pipe = make_pipe().to(device)
+        model = dit_lens.HookedDiT(pipe)
+        x = torch.randn(2, 4, 8, 8)
+        images = dit_lens.sampling.run.decode(model, x)
+        assert images.device == x.device
+        assert torch.equal(images, dit_lens.sampling.run.decode(model, x.to(device)).cpu())
+        pipe.vae.to("cpu")
+        here = dit_lens.sampling.run.decode(model, x.to(device)).cpu()
+        assert torch.allclose(images, here, atol=1e-5)
+
+
+def test_a_saved_trace_comes_back_to_the_models_device(tmp_path):
+    with elsewhere() as device:
+        model = dit_lens.HookedDiT(make_dit().to(device), scheduler=DDIMScheduler(1000))
+        with dit_lens.trace(model, names="resid_post") as t:
+            dit_lens.sample(model, [3, 7], steps=3, guidance=2.0)
+        path = t.save(tmp_path / "trace.safetensors")
+        again = dit_lens.load_trace(path, model)
+        for name in ("resid_post", "resid_mid"):
+            assert again[name, 1].device == model.device
+            assert torch.equal(again[name, 1], t[name, 1])
+        alone = dit_lens.load_trace(path)
+        assert torch.equal(alone["resid_post", 1], t["resid_post", 1].cpu())
+        assert alone["resid_post", 1].device.type == "cpu"
+
+
+def test_inputs_that_were_on_the_host_stay_there(tmp_path):
+    """As a pipeline's timestep may be, of which the GPU would make other last bits."""
+    with elsewhere() as device:
+        model = dit_lens.HookedDiT(make_dit().to(device))
+        x, y = torch.randn(2, 4, 8, 8).to(device), torch.tensor([3, 7]).to(device)
+        with torch.no_grad(), dit_lens.trace(model) as t:
+            model.transformer(x, timestep=torch.tensor([700.0, 31.0]).to(device), class_labels=y)
+        again = dit_lens.load_trace(t.save(tmp_path / "trace.safetensors"), model)
+        kept = [
+            call.inputs["timestep"].device for call in (t.record.calls[0], again.record.calls[0])
+        ]
+        assert kept[0] == kept[1]
+        assert torch.equal(again["resid_post", 1], t["resid_post", 1])
+
+
+def test_a_default_device_is_refused():
+    model = dit_lens.HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
+    torch.set_default_device("meta")
+    try:
+        for use in (
+            lambda: dit_lens.sample(model, [1], steps=2),
+            lambda: dit_lens.trace(model.transformer),
+        ):
+            with pytest.raises(InvalidState, match=r"default device is 'meta'.*set_default_device"):
+                use()
+    finally:
+        torch.set_default_device(None)
+
+
+STORED = """
+import diffusers, dit_lens
+model = dit_lens.load("digits")
+print(diffusers.__file__)
+dit_lens.record(model, ("resid_post", 2), [3], "acts", steps=2)
+dit_lens.experiments.knock_outs(model, pairs=16, steps=3, resamples=20, layers=[0], store="store")
+"""
+
+
+@pytest.mark.slow
+def test_diffusers_from_a_checkout(tmp_path):
+    """Its classes are no work of the user's, and what they do is known by their source."""
+    (tmp_path / "source").mkdir()
+    package = Path(diffusers.__file__).parent
+    (tmp_path / "source" / "diffusers").symlink_to(package)
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "source")}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", STORED],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(tmp_path))
