@@ -201,6 +201,8 @@ class _Functions(TorchFunctionMode):
             return func(args[0], _indices(args[1]), *args[2:])
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is Tensor.new_tensor:
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to("away")
         if func is Tensor.tolist:
             _waited("tolist")
             return args[0].held.tolist()

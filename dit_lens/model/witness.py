@@ -185,11 +185,26 @@ FINE = 1e-4
 """Precision at which a change that matters does not look like rounding; float16 has 1e-3."""
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """How far activations of a dtype may be off, relative to their norm, by rounding alone: an
-    error of one unit in the last place grows on its way through the layers.
+TF32 = 2.0**-10
+"""Precision of float32 products on NVIDIA's tensor cores."""
+
+
+def precision(value: Tensor) -> float:
+    """The precision with which activations were computed: that of their dtype, or TF32's, which
+    PyTorch allows in the convolutions of a GPU unless it is told otherwise.
     """
-    return 3 * float(torch.finfo(dtype).eps ** (2 / 3))
+    own = torch.finfo(value.dtype).eps
+    products = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    if value.dtype == torch.float32 and value.device.type == "cuda" and products:
+        return TF32
+    return own
+
+
+def tolerance(precision: float) -> float:
+    """How far activations may be off, relative to their norm, by rounding alone: an error of one
+    unit in the last place grows on its way through the layers.
+    """
+    return 3 * float(precision ** (2 / 3))
 
 
 @dataclass(frozen=True)
@@ -309,10 +324,11 @@ class Proof:
             self.padded = True
             self.names.remove(point.name)
             return
-        self.coarse |= torch.finfo(value.dtype).eps > FINE
+        held = precision(value)
+        self.coarse |= held > FINE
         flat = value.detach().reshape(len(value), -1)
         norm = torch.linalg.vector_norm(flat.float(), dim=1)
-        self.now[point.name] = checksum(value), norm * tolerance(value.dtype)
+        self.now[point.name] = checksum(value), norm * tolerance(held)
 
     def departure(self) -> Departure | None:
         """Where the recomputation departs; None if it is the same bit for bit."""

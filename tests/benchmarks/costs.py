@@ -40,7 +40,14 @@ Forward = Callable[[], object]
 Row = Callable[[], AbstractContextManager[Forward]]
 
 
-SMALL: dict[str, Any] = {"layers": 28, "heads": 4, "d_head": 16, "channels": 1, "size": 16, "classes": 10}
+SMALL: dict[str, Any] = {
+    "layers": 28,
+    "heads": 4,
+    "d_head": 16,
+    "channels": 1,
+    "size": 16,
+    "classes": 10,
+}
 SMALL_NAME = "28 layers, width 64, 64 tokens"
 WIDE: dict[str, Any] = {"heads": 16, "d_head": 72, "channels": 4, "size": 32, "classes": 1000}
 """DiT-XL/2, of as many layers as are asked for."""
