@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Run, Series, Site, sample, trace
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.model.pinned import sent
 
 
 class LayerLens(Probe):
@@ -83,12 +82,13 @@ class LayerLens(Probe):
         """The layers that were seen, rising; -1 is the embedding."""
         return sorted(key for key in self.seen.keys if key != "x")
 
-    def x0(self, layer: int, step: int) -> Tensor:
+    def x0(self, layer: int, step: int, device: torch.device | None = None) -> Tensor:
         """The clean latents that a layer's stream stands for, [batch, *latent_shape].
 
         Args:
             layer: -1 is the embedding.
             step: 0 is the noisiest.
+            device: where they are wanted; None is the host.
 
         Raises:
             InvalidValue: for a layer or a step that was not seen.
@@ -105,7 +105,7 @@ class LayerLens(Probe):
                 if steps
                 else "No step was seen; run the lens first."
             )
-        output, x = self.seen.at(layer, step), self.seen.at("x", step)
+        output, x = (self.seen.at(key, step, device) for key in (layer, "x"))
         return self.model.predict_x0(output, x, self.times()[step])
 
     def times(self) -> dict[int, Tensor]:
@@ -196,7 +196,7 @@ class LayerLens(Probe):
         centred = centring(self.labels_of(shape[0]) if by_label else None, shape[0])
         matrix = torch.from_numpy(centred)
         if target is not None:
-            matrix = sent(matrix, target.device)
+            matrix = matrix.to(target.device)
         own = None if target is None else modes(target, self.bands, matrix)
         each: list[Tensor] = []
         for step in steps:
@@ -205,7 +205,7 @@ class LayerLens(Probe):
                 last = modes(self.x0(layers[-1], step), self.bands, matrix)
             of_step = [
                 products(
-                    modes(sent(self.x0(layer, step), last.device), self.bands, matrix),
+                    modes(self.x0(layer, step, last.device), self.bands, matrix),
                     last,
                     self.bands,
                 )

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dit_lens import Bands, HookedDiT, Probe, Series, Site, twins
 from dit_lens.errors import InvalidState, InvalidValue
-from dit_lens.model.pinned import sent
 
 MASSIVE = 100.0
 """A channel is massive if its mean square exceeds this many times the median channel's (Sun et al.
@@ -96,9 +95,7 @@ class TwinDivergence(Probe):
         a, b = (stream[site.where(branch="cond", twin=twin)] for twin in "AB")
         if self.band is None:
             # of the finer bands, and which of them make up each band
-            self.band, self.within = (
-                sent(each, a.device, a.dtype) for each in _indicators(self.bands, self.fine)
-            )
+            self.band, self.within = (each.to(a) for each in _indicators(self.bands, self.fine))
         self.timesteps.setdefault(site.step, site.t[0])
         mine = _Seen.of(a, b, self.band, self.bands, site)
 
@@ -109,18 +106,15 @@ class TwinDivergence(Probe):
             return
         self.waiting[layer] = []
         weights = _weights(parts)  # [channels, d]
+        in_order = sorted(parts, key=lambda part: part.rows)  # a part's pairs are neighbours
         for kept, pooled, name in (
             (self.difference, self.fine_difference, "difference"),
             (self.common, self.fine_common, "common"),
         ):
-            energy = torch.cat([getattr(part, name) for part in parts]) @ weights.T
+            energy = torch.cat([getattr(part, name) for part in in_order]) @ weights.T
             if self.fine is not None:
                 pooled.put(site, energy.sum(0), layer, whole=True)  # [fine, channels]
                 energy = self.within @ energy
-            if len(parts) > 1:  # pairs in the batch's order
-                pairs = [row for part in parts for row in part.rows if row < len(energy)]
-                order = torch.tensor(pairs).argsort()
-                energy = energy[sent(order, energy.device)]
             kept.put(site, energy, layer, whole=True)  # [pair, band, channels]
 
     def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState
-from ..model.pinned import Fetched
+from ..model.pinned import Fetched, sent
 from .site import Site
 
 HOST = "cpu"
@@ -153,22 +153,25 @@ class Series:
         while self._waiting or self._sent is not None:
             self._send()
 
-    def at(self, key: Any, step: int) -> Tensor:
-        """What was kept under a key at a step, [batch, ...]; of a file, float32 on the host.
+    def at(self, key: Any, step: int, device: torch.device | None = None) -> Tensor:
+        """What was kept under a key at a step, [batch, ...]; of a file, float32.
 
         Args:
             key: as for `put`.
             step: the denoising step.
+            device: where it is wanted; None is where it lies, of a file the host.
         """
         self._require(key, step)
         if not self.on_disk:
-            return self._rooms[key][self._slots[step]].clone()
+            kept = self._rooms[key][self._slots[step]]
+            return kept.clone() if device is None else kept.to(device, copy=True)
         self._write()
         shape = self._shapes[key, step]
         self._file.seek(self._seen[key, step])
         data = bytearray(4 * torch.Size(shape).numel())
         self._file.readinto(data)
-        return torch.frombuffer(data, dtype=torch.float32).view(shape)
+        kept = torch.frombuffer(data, dtype=torch.float32).view(shape)
+        return kept if device is None else sent(kept, device)
 
     def stacked(self, keys: Any = None) -> Tensor:
         """[key, step, batch, ...], steps rising.
