@@ -82,12 +82,13 @@ class LayerLens(Probe):
         """The layers that were seen, rising; -1 is the embedding."""
         return sorted(key for key in self.seen.keys if key != "x")
 
-    def x0(self, layer: int, step: int) -> Tensor:
+    def x0(self, layer: int, step: int, device: torch.device | None = None) -> Tensor:
         """The clean latents that a layer's stream stands for, [batch, *latent_shape].
 
         Args:
             layer: -1 is the embedding.
             step: 0 is the noisiest.
+            device: where they are wanted; None is the host.
 
         Raises:
             InvalidValue: for a layer or a step that was not seen.
@@ -104,7 +105,7 @@ class LayerLens(Probe):
                 if steps
                 else "No step was seen; run the lens first."
             )
-        output, x = self.seen.at(layer, step), self.seen.at("x", step)
+        output, x = (self.seen.at(key, step, device) for key in (layer, "x"))
         return self.model.predict_x0(output, x, self.times()[step])
 
     def times(self) -> dict[int, Tensor]:
@@ -193,21 +194,25 @@ class LayerLens(Probe):
                 f"{list(shape)}."
             )
         centred = centring(self.labels_of(shape[0]) if by_label else None, shape[0])
-        own = None if target is None else modes(target, self.bands, centred)
-        found = np.empty((3, len(layers), len(steps), shape[0], self.bands.n))
-        for j, step in enumerate(steps):
+        matrix = torch.from_numpy(centred)
+        if target is not None:
+            matrix = matrix.to(target.device)
+        own = None if target is None else modes(target, self.bands, matrix)
+        each: list[Tensor] = []
+        for step in steps:
             last = own
             if last is None:
-                last = modes(self.x0(layers[-1], step), self.bands, centred)
+                last = modes(self.x0(layers[-1], step), self.bands, matrix)
             of_step = [
                 products(
-                    modes(self.x0(layer, step).to(last.device), self.bands, centred),
+                    modes(self.x0(layer, step, last.device), self.bands, matrix),
                     last,
                     self.bands,
                 )
                 for layer in layers
             ]
-            found[:, :, j] = torch.stack(of_step, 1).cpu().numpy()  # the device is waited for once
+            each.append(torch.stack(of_step, 1))
+        found = torch.stack(each, 2).cpu().numpy()  # the device is waited for once
         # what a group of n loses with its mean is put back, so that sums over items are those of
         # `dit_lens.measures.agreement`; its rows are made for resampling, these are the items' own
         found *= (1 / np.diag(centred))[:, None]
@@ -251,11 +256,11 @@ def centring(labels: np.ndarray[Any, Any] | None, items: int) -> np.ndarray[Any,
     return centred
 
 
-def modes(x: Tensor, bands: Bands, centred: np.ndarray[Any, Any]) -> Tensor:
+def modes(x: Tensor, bands: Bands, centred: Tensor) -> Tensor:
     """Coefficients of latents in the bands' basis, less the mean of the item's label, [batch, ...,
     mode].
     """
-    off = torch.as_tensor(centred, device=x.device) @ x.double().flatten(1)
+    off = centred @ x.double().flatten(1)
     return bands.coefficients(off.view(x.shape))
 
 

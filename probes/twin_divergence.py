@@ -106,18 +106,15 @@ class TwinDivergence(Probe):
             return
         self.waiting[layer] = []
         weights = _weights(parts)  # [channels, d]
+        in_order = sorted(parts, key=lambda part: part.rows)  # a part's pairs are neighbours
         for kept, pooled, name in (
             (self.difference, self.fine_difference, "difference"),
             (self.common, self.fine_common, "common"),
         ):
-            energy = torch.cat([getattr(part, name) for part in parts]) @ weights.T
+            energy = torch.cat([getattr(part, name) for part in in_order]) @ weights.T
             if self.fine is not None:
                 pooled.put(site, energy.sum(0), layer, whole=True)  # [fine, channels]
                 energy = self.within @ energy
-            if len(parts) > 1:  # pairs in the batch's order
-                pairs = [row for part in parts for row in part.rows if row < len(energy)]
-                order = torch.tensor(pairs).argsort().to(energy.device)
-                energy = energy[order]
             kept.put(site, energy, layer, whole=True)  # [pair, band, channels]
 
     def run(self, model: Any, labels: Any = None, **settings: Any) -> xr.Dataset:

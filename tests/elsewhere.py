@@ -7,7 +7,9 @@ there, and every time that the host would wait for the device is counted, with t
 
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,13 +22,15 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+from dit_lens.model import pinned
+
 ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "_unique2", "masked_select", "equal"}
 """Operators whose answer, or the shape of it, the host needs."""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 """They take indices from the host, and wait for them to arrive."""
 WAITS: Counter = Counter()
 """How often the host waited, by the line of dit_lens that asked."""
-
+OURS = [str(Path(__file__).parents[1] / folder) + "/" for folder in ("dit_lens", "probes")]
 
 _OPEN = []
 """Holds something while the device is there."""
@@ -56,6 +60,21 @@ class _Backend(_DummyBackendModule):
 
     def manual_seed(self, seed):
         pass
+
+    def device(self, _device):
+        return nullcontext()
+
+    def synchronize(self, _device=None):
+        _waited("synchronized")
+
+    class Event:
+        """Of a step ago when it is waited for, which is no wait."""
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
 
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]
@@ -128,9 +147,9 @@ def _there(device):
 
 def _waited(why):
     frame = sys._getframe()
-    while frame and "/dit_lens/" not in frame.f_code.co_filename:
+    while frame and not frame.f_code.co_filename.startswith(tuple(OURS)):
         frame = frame.f_back
-    place = frame and f"{frame.f_code.co_filename.rpartition('/dit_lens/')[2]}:{frame.f_lineno}"
+    place = frame and f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
     WAITS[f"{place}: {why}"] += 1
 
 
@@ -155,7 +174,9 @@ def _run(func, args, kwargs):
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"away:0 and cpu! ({name})"
             )
-        if from_host or name in ASKS:
+        by = [a for a in args[1] if isinstance(a, Tensor)] if name in INDEXING else []
+        masks = any(a.dtype == torch.bool for a in by)
+        if from_host or name in ASKS or masks:
             _waited(name)
     own = {**kwargs, "device": torch.device("cpu")} if _there(device) else dict(kwargs)
     for without in ("pin_memory", "non_blocking"):
@@ -257,7 +278,7 @@ def elsewhere():
     WAITS.clear()
     _OPEN.append(True)
     try:
-        with _Functions(), _Operators():
+        with _Functions(), _Operators(), patch.object(pinned, "KINDS", {"away"}):
             yield "away"
     finally:
         _OPEN.clear()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..measures.agreement import Agreement, Contrasts
+from ..model.pinned import arrays, sent
 from ..pieces import Piece, current, results
 from ..sampling.branches import Branch, ends
 from ..sampling.guidance import n_passes
@@ -96,7 +97,7 @@ class Released:
             made = iter(results([self._part(r, part) for (r,) in groups for part in self.parts]))
             for i in range(len(groups)):
                 whole = np.concatenate([next(made)["ends"] for _ in self.parts])
-                done[i] = [torch.from_numpy(whole).to(self.finished)]
+                done[i] = [sent(torch.from_numpy(whole), self.finished.device)]
         pieces = [
             Piece(f"release {', '.join(map(str, group))}", partial(self._compared, group, known))
             for group, known in zip(groups, done, strict=True)
@@ -132,23 +133,24 @@ class Released:
 
     def _compared(self, group: Sequence[int], done: list[Tensor] | None) -> Arrays:
         done = self._ends(group) if done is None else done
-        found: Arrays = {}
+        found: dict[str, Tensor] = {}
         for i, release in enumerate(group):
             mine, theirs = (None, done[i]) if self.clones else done[2 * i : 2 * i + 2]
             for o in self.outcomes:
                 own = self.shared()[o.name] if mine is None else o.modes(mine, self.contrasts)
-                sums = o.sums(own, o.modes(theirs, self.contrasts), self.contrasts)
-                found[f"{release} {o.name}"] = sums.cpu().numpy()
+                found[f"{release} {o.name}"] = o.sums(
+                    own, o.modes(theirs, self.contrasts), self.contrasts
+                )
             if self.kept:
                 for twin, x in (("A", mine), ("B", theirs)):
                     if x is not None:
-                        found[f"{release} twin {twin}"] = x[: self.kept].cpu().numpy()
-        return found
+                        found[f"{release} twin {twin}"] = x[: self.kept]
+        return arrays(found)
 
     def _twins(self, release: int, found: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
         own = self.finished[: self.kept].clone()  # the caller's to change; the run's stay
         a, b = (
-            torch.from_numpy(np.array(found[name])).to(own) if name in found else own
+            sent(torch.from_numpy(np.array(found[name])), own.device) if name in found else own
             for name in (f"{release} twin A", f"{release} twin B")
         )
         return a, b

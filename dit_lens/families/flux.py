@@ -289,7 +289,9 @@ class FluxFamily(PackedFamily):
             super().inputs(transformer, x, t, condition),
             condition["encoder_hidden_states"],
         )
-        places = torch.cartesian_prod(*(torch.arange(n // 2) for n in x.shape[-2:]))
+        places = torch.cartesian_prod(
+            *(torch.arange(n // 2, device=text.device) for n in x.shape[-2:])
+        )
         own = {
             "img_ids": F.pad(places, (1, 0)).to(text),
             "txt_ids": text.new_zeros(text.shape[1], 3),

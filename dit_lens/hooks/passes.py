@@ -8,9 +8,10 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -35,6 +36,18 @@ class Part:
     rows: tuple[int, ...]
     size: int
     later: bool
+
+    def spans(self) -> Iterator[tuple[slice, slice]]:
+        """Neighbouring rows, in the pass and in the whole. They need no tensor of indices, for
+        which the host would wait.
+
+        >>> list(Part((0, 1, 4), 6, False).spans())
+        [(slice(0, 2, None), slice(0, 2, None)), (slice(2, 3, None), slice(4, 5, None))]
+        """
+        for _, run in groupby(enumerate(self.rows), lambda at: at[1] - at[0]):
+            (here, there), *more = run
+            n = 1 + len(more)
+            yield slice(here, here + n), slice(there, there + n)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..families.base import Family
 from ..families.config import Condition, Config
+from .pinned import sent
 from .state import State
 
 PROMPTS = (
@@ -101,7 +102,7 @@ class Conditions:
             what = "class" if self.cfg.n_classes else "prompt"
             or_null = f", or {self.null} for no {what}" if null else ""
             raise InvalidValue(f"{got}; expected 0 to {self.n - 1}{or_null}.")
-        return torch.tensor(found, device=device)
+        return sent(torch.tensor(found, device="cpu"), device)
 
     def _number(self, prompt: Any) -> int:
         if self.cfg.n_classes:
@@ -128,11 +129,14 @@ class Conditions:
             return list(numbers)
         return [self.prompts[n] if n >= 0 else "" for n in numbers]
 
-    def of(self, labels: Tensor) -> Condition:
-        """The transformer's further arguments for these labels [batch]."""
+    def of(self, labels: Tensor, device: Any = None) -> Condition:
+        """The transformer's further arguments for these labels [batch], which a device is waited
+        for if they lie there; `device` is where the condition is to know them.
+        """
+        there = labels if device is None else sent(labels, device)
         if self.cfg.n_classes:
-            return Condition.numbered({self.family.labels_name: labels}, labels)
-        return Condition.numbered(self._stacked(tuple(labels.tolist())), labels)
+            return Condition.numbered({self.family.labels_name: there}, there)
+        return Condition.numbered(self._stacked(tuple(labels.tolist())), there)
 
     def _stacked(self, labels: tuple[int, ...]) -> Condition:
         """The same tensors for the same labels in every step of a run: a trace then keeps them

@@ -8,6 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..model.pinned import sent
+
 
 class FlowSDE(FlowMatchEulerDiscreteScheduler):
     """Euler's step with DDIM's eta: how much of the noise is drawn anew in each step.
@@ -36,8 +38,9 @@ class FlowSDE(FlowMatchEulerDiscreteScheduler):
         x0, eps = sample - sigma * model_output, sample + (1 - sigma) * model_output
         kept = sigma**2 - ((1 - sigma) / (1 - following)) ** 2 * following**2
         c = eta * following / sigma * kept**0.5
-        noise = randn_tensor(
-            sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-        )
+        first = generator[0] if isinstance(generator, list) else generator
+        where = sample.device if first is None else first.device
+        drawn = randn_tensor(sample.shape, generator=generator, device=where, dtype=sample.dtype)
+        noise = sent(drawn, sample.device)
         taken.prev_sample = (1 - following) * x0 + (following**2 - c**2) ** 0.5 * eps + c * noise
         return taken

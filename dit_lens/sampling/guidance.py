@@ -8,23 +8,25 @@ from torch import Tensor
 from ..errors import InvalidValue
 from ..families.config import Condition
 from ..model.hooked import HookedDiT
+from ..model.pinned import sent
 from .settings import Settings
 
 
 def model_inputs(
     model: HookedDiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float
 ) -> tuple[Tensor, Tensor, Tensor | Condition]:
-    """The batch that the model sees: as it is, or [cond | null] with guidance."""
-    labels = labels.to(x.device)
+    """The batch that the model sees: as it is, or [cond | null] with guidance. Labels and times
+    of the host are sent to x; of others the host may wait.
+    """
     if n_passes(model, guidance) == 2:
         x, labels = (
             torch.cat([x, x]),
             torch.cat([labels, torch.full_like(labels, model.cfg.null_class)]),
         )
-    x, t = x.to(model.dtype), t.to(x.device).expand(len(x))
+    x, t = x.to(model.dtype), sent(t, x.device).expand(len(x))
     if model.cfg.n_classes:
-        return x, t, labels
-    condition = model.conditions.of(labels)
+        return x, t, sent(labels, x.device)
+    condition = model.conditions.of(labels, x.device)
     if model.cfg.distilled_guidance:
         strength = torch.full((len(x),), guidance, device=x.device)
         condition["guidance"] = model.family.strength(model.transformer, strength)

@@ -94,7 +94,7 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
 
     return Run(
         model=model,
-        labels=tensor("labels"),
+        labels=torch.from_numpy(np.array(arrays["labels"])),
         history=tuple(Change(step, tuple(seeds)) for step, seeds in about["history"]),
         settings=settings,
         timesteps=plan.timesteps.cpu(),

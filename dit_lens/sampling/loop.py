@@ -216,7 +216,7 @@ def answered(
                 inst.witnessing() as witness,
             ):
                 whole = len(part) == len(x)
-                own = (x, labels) if whole else (x[index], labels[index])
+                own = (x, labels) if whole else (x[index], labels[positions(part, labels.device)])
                 output = model_output(model, own[0], step, own[1], settings, scheduler)
             edited = edited or any(inst.points[name].changed for name in others)
         except Exception as error:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.pinned import sent, uses_pinned
+
 START = -1
 """The step of the initial noise, before step 0."""
 
@@ -50,7 +52,7 @@ def noise(
     True
     """
     device = torch.device(device)
-    drawn = torch.empty(len(seeds), *shape, pin_memory=device.type == "cuda")
+    drawn = torch.empty(len(seeds), *shape, pin_memory=uses_pinned(device))
     for place, generator in zip(drawn, generators(seeds, step), strict=True):
         place.copy_(torch.randn(tuple(shape), generator=generator))
-    return drawn.to(device, dtype, non_blocking=True)
+    return sent(drawn, device, dtype)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DitLensError, InvalidValue
+from ..model.pinned import sent
 
 TEXT_AXES = ("text_token", "text_query")
 """Axes that are as long as the longest text of a batch, padding behind."""
@@ -109,7 +110,7 @@ def _order(split: Split, passes: int, device: torch.device) -> Tensor | None:
     ]
     if found == list(range(len(rows))):
         return None
-    return torch.tensor(found, device=device)
+    return sent(torch.tensor(found, device="cpu"), device)
 
 
 @lru_cache(maxsize=256)
@@ -117,7 +118,7 @@ def positions(part: tuple[int, ...], device: torch.device) -> Tensor | slice:
     """A part's items as an index, on the device once; a slice where they are neighbours."""
     if part == tuple(range(part[0], part[-1] + 1)):
         return slice(part[0], part[-1] + 1)
-    return torch.tensor(part, device=device)
+    return sent(torch.tensor(part, device="cpu"), device)
 
 
 def together(parts: Sequence[Tensor], axes: Sequence[str]) -> Tensor:

@@ -75,7 +75,7 @@ class Run:
         x0: the clean latents predicted at each step, [steps, batch, ...].
         outputs: what the model answered (guided), [steps, batch, ...].
         timesteps: [steps].
-        labels: [batch].
+        labels: [batch], on the host.
         history: where its noise comes from and what `replay` was told to edit, from step 0 and from
             each replay's step on. A trace's edits and hooks are not in it: a run made under them is
             recomputed in that trace, and its own `activations` and `replay` raise NotReproduced.
@@ -276,7 +276,8 @@ class Run:
         """The model's pass at a step, from the stored x_t of some items."""
         index = positions(part, self.latents.device)
         x, t = self.latents[step][index], self.timesteps[step]
-        inputs = model_inputs(self.model, x, t, self.labels[index], self.settings.guidance)
+        labels = self.labels[positions(part, self.labels.device)]
+        inputs = model_inputs(self.model, x, t, labels, self.settings.guidance)
         with self.restored():
             return self.model(*inputs)
 
@@ -619,7 +620,7 @@ def _sample(
             "guided_channels='first3' is the original DiT's; a video model guides all channels: "
             "expected 'all'."
         )
-    y = model.conditions.numbers(labels, model.device)
+    y = model.conditions.numbers(labels)
     own_seeds = item_seeds(seeds, len(y))
     plan = prepared(model, settings)
     fresh = copy.deepcopy(plan)

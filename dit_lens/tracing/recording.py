@@ -30,6 +30,7 @@ from ..hooks.names import NamesFilter, is_shorthand, select
 from ..hooks.points import Editor
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..model.pinned import sent, synchronize, uses_pinned
 from ..model.state import State
 from ..patching.sweeps import scheduler_text
 from ..pieces.content import digest
@@ -384,6 +385,8 @@ class _Writer(Probe):
         }
         self.shard: Shard | None = None
         self.kept: dict[str, Tensor] = {}
+        self.device = torch.device("cpu")
+        self.tokens: Tensor | None = None  # where the model is
 
     def observe(self, activation: Tensor, site: Site) -> None:
         """Keep what is wanted of one activation."""
@@ -395,22 +398,23 @@ class _Writer(Probe):
             self._open(shard, activation.device)
         value = activation
         if self.plan.tokens is not None:
-            value = value[:, list(self.plan.tokens)]
+            if self.tokens is None:
+                self.tokens = sent(torch.tensor(self.plan.tokens), value.device)
+            value = value[:, self.tokens]
         kept = self.kept[site.name]
-        rows = list(site.rows)
-        if rows == list(range(len(kept[place]))):
-            kept[place].copy_(value, non_blocking=kept.is_pinned())
-        else:
-            kept[place, rows] = value.to(kept.device, kept.dtype)
+        part = site.call.context.part
+        spans = [(slice(None), slice(None))] if part is None else part.spans()
+        for here, there in spans:
+            kept[place, there].copy_(value[here], non_blocking=uses_pinned(value.device))
 
     def _open(self, shard: Shard, device: torch.device) -> None:
         _, items, steps = self.shard = shard
-        rows, pinned = len(items) * self.plan.passes, device.type == "cuda"
+        rows, self.device = len(items) * self.plan.passes, device
         for name, shape, dtype in zip(
             self.plan.names, self.plan.shapes, self.plan.dtypes, strict=True
         ):
             self.kept[name] = torch.empty(
-                len(steps), rows, *shape, dtype=DTYPES[dtype], pin_memory=pinned
+                len(steps), rows, *shape, dtype=DTYPES[dtype], pin_memory=uses_pinned(device)
             )
 
     def flush(self) -> None:
@@ -418,8 +422,7 @@ class _Writer(Probe):
         if self.shard is None:
             return
         (file, items, steps), plan = self.shard, self.plan
-        if any(value.is_pinned() for value in self.kept.values()):
-            torch.cuda.synchronize()
+        synchronize(self.device)
         for name, value in self.kept.items():
             if not bool(value.isfinite().all()):
                 raise InvalidValue(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidState
+from ..model.pinned import Fetched, sent
 from .site import Site
 
 HOST = "cpu"
@@ -33,7 +34,7 @@ class Series:
 
     A step whose batch goes through the model in parts (`batch=`) comes together in the batch's
     order. Memory is taken for many steps at once: small results that lie between a pass's large
-    tensors would keep the memory of those. Nothing is waited for, unless on disk: then once a step.
+    tensors would keep the memory of those. Nothing is waited for; a file is a step behind.
 
     Args:
         on_disk: keep what is finished in a temporary file, in place of memory.
@@ -49,6 +50,7 @@ class Series:
         self._seen: dict[tuple[Any, int], int] = {}  # on disk: where
         self._rooms: dict[Any, Tensor] = {}
         self._waiting: list[tuple[int, Tensor]] = []  # for the disk, and where: a device's step
+        self._sent: tuple[list[tuple[int, int]], Fetched] | None = None  # where, how much: the last
         self._file: Any = None
         self._end = 0
         if on_disk:
@@ -82,14 +84,15 @@ class Series:
             missing.difference_update(part.rows)
         size = len(value) if part is None else part.size
         shape = (size, *value.shape[1:])
+        spans = [(slice(None), slice(0, size))] if part is None else part.spans()
         if self.on_disk:
-            rows = range(size) if part is None else part.rows
-            self._put_on_disk((key, step), shape, rows, value.detach())
+            self._put_on_disk((key, step), shape, spans, value.detach())
             return
-        index = slice(None) if part is None else _index(part.rows)
         slot = self._slots.setdefault(step, len(self._slots))
         least = site.call.context.steps or ROOM
-        self._room(key, slot, shape, value, least)[index] = value.detach()
+        room = self._room(key, slot, shape, value, least)
+        for here, there in spans:
+            room[there] = value.detach()[here]
         self._seen[key, step] = 1
 
     def _room(
@@ -113,12 +116,12 @@ class Series:
         self,
         place: tuple[Any, int],
         shape: tuple[int, ...],
-        rows: Sequence[int],
+        spans: Iterable[tuple[slice, slice]],
         value: Tensor,
     ) -> None:
         """Write rows of one key at one step; from a device, all of a step in one go."""
         if place[1] not in self._slots:
-            self._write()
+            self._send()
         self._slots.setdefault(place[1], len(self._slots))
         if self._shapes.get(place) != shape:
             self._seen[place], self._shapes[place] = self._end, shape
@@ -126,40 +129,49 @@ class Series:
         at, size = self._seen[place], 4 * torch.Size(shape[1:]).numel()
         on_host = value.device.type == HOST
         value = value if on_host else value.clone()  # it may be changed before it is written
-        if isinstance(_index(tuple(rows)), slice):
-            self._waiting.append((at + size * rows[0], value))
-        else:
-            self._waiting += zip([at + size * row for row in rows], value, strict=True)
+        self._waiting += [(at + size * there.start, value[here]) for here, there in spans]
         if on_host:
             self._write()
 
-    def _write(self) -> None:
-        """Move what waits to the file."""
-        if not self._waiting:
-            return
-        flat = [value.float().flatten() for _, value in self._waiting]
-        host = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu()
-        for (at, _), value in zip(self._waiting, host.split([len(f) for f in flat]), strict=True):
-            self._file.seek(at)
-            self._file.write(value.contiguous().numpy().data)
-        self._waiting = []
+    def _send(self) -> None:
+        """Let what waits go to the host, and write what went before."""
+        sent, self._sent = self._sent, None
+        if self._waiting:
+            flat = [value.float().flatten() for _, value in self._waiting]
+            places = [(at, len(f)) for (at, _), f in zip(self._waiting, flat, strict=True)]
+            whole = flat[0] if len(flat) == 1 else torch.cat(flat)
+            self._sent, self._waiting = (places, Fetched(whole)), []
+        if sent is not None:
+            places, fetched = sent
+            values = fetched.arrived().split([n for _, n in places])
+            for (at, _), value in zip(places, values, strict=True):
+                self._file.seek(at)
+                self._file.write(value.contiguous().numpy().data)
 
-    def at(self, key: Any, step: int) -> Tensor:
-        """What was kept under a key at a step, [batch, ...]; of a file, float32 on the host.
+    def _write(self) -> None:
+        """All that was put goes to the file."""
+        while self._waiting or self._sent is not None:
+            self._send()
+
+    def at(self, key: Any, step: int, device: torch.device | None = None) -> Tensor:
+        """What was kept under a key at a step, [batch, ...]; of a file, float32.
 
         Args:
             key: as for `put`.
             step: the denoising step.
+            device: where it is wanted; None is where it lies, of a file the host.
         """
         self._require(key, step)
         if not self.on_disk:
-            return self._rooms[key][self._slots[step]].clone()
+            kept = self._rooms[key][self._slots[step]]
+            return kept.clone() if device is None else kept.to(device, copy=True)
         self._write()
         shape = self._shapes[key, step]
         self._file.seek(self._seen[key, step])
         data = bytearray(4 * torch.Size(shape).numel())
         self._file.readinto(data)
-        return torch.frombuffer(data, dtype=torch.float32).view(shape)
+        kept = torch.frombuffer(data, dtype=torch.float32).view(shape)
+        return kept if device is None else sent(kept, device)
 
     def stacked(self, keys: Any = None) -> Tensor:
         """[key, step, batch, ...], steps rising.
@@ -191,10 +203,3 @@ class Series:
                 f"Of {key!r} at step {step} only a part of the batch was kept: the run was broken "
                 "off there."
             )
-
-
-def _index(rows: tuple[int, ...]) -> Any:
-    """Rows as a slice where they are neighbours, which needs no copy to the device."""
-    if rows == tuple(range(rows[0], rows[-1] + 1)):
-        return slice(rows[0], rows[-1] + 1)
-    return list(rows)

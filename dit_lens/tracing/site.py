@@ -13,6 +13,7 @@ from torch import Tensor
 from ..families.config import Condition
 from ..hooks.names import NamesFilter, layer_of
 from ..model.call import Call
+from ..model.pinned import sent
 
 if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
@@ -114,7 +115,8 @@ class Site:
         def find() -> Tensor:
             items = enumerate(zip(self.branch, self.twin, strict=True))
             keep = [i for i, (b, w) in items if branch in (None, b) and twin in (None, w)]
-            return torch.tensor(keep, dtype=torch.long, device=self.call.x.device)
+            found = torch.tensor(keep, dtype=torch.long, device="cpu")
+            return sent(found, self.call.x.device)
 
         return self._once(("where", branch, twin), find)
 

@@ -28,6 +28,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..families.parts.attention import Kernel, sdpa
 from ..model.hooked import HookedDiT
+from ..model.pinned import sent
 
 CouplingForm = Literal["mix", "joint"]
 
@@ -101,7 +102,7 @@ def coupled_attention(
     `mask` and `kernel` are the model's own. Raises ValueError for the joint form where attention
     has no softmax to share.
     """
-    twin = partners(len(q), passes).to(q.device)
+    twin = sent(partners(len(q), passes), q.device)
     theirs = mask[twin] if mask is not None and len(mask) == len(q) else mask
     if form == "mix":
         return (own + g * kernel(q, k[twin], v[twin], theirs)) / (1 + g)

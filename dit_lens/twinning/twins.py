@@ -149,7 +149,7 @@ def twins(
         batch = arguments.optional(arguments.whole, "batch", batch, 1)
         _check_parting(model, settings, held, release)
         chosen = [i % model.conditions.n for i in range(pairs)] if labels is None else labels
-        y = model.conditions.numbers(chosen, model.device)
+        y = model.conditions.numbers(chosen)
         if len(y) != pairs:
             raise InvalidValue(f"There are {len(y)} labels for {pairs} pairs; expected one a pair.")
 

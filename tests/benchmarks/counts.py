@@ -19,7 +19,7 @@ from dit_lens.experiments import measure_gap
 from dit_lens.probes import SpectralSplit
 
 sys.path.append(str(Path(__file__).parents[1]))
-from counting import host_syncs  # type: ignore[import-not-found]  # noqa: E402
+from elsewhere import WAITS, elsewhere  # type: ignore[import-not-found]  # noqa: E402
 
 ITEMS, STEPS = 96, 12
 
@@ -43,14 +43,16 @@ def grown(probes: list[dit_lens.Probe]) -> float:
 def waits() -> float:
     """How often a gap waits for its device, for each of its steps."""
     made = make_model(layers=4, heads=2, d_head=8, channels=1, size=8, classes=4)
-    model = dit_lens.HookedDiT(made, scheduler=DDIMScheduler(1000, clip_sample=False))
+    with elsewhere() as device:
+        scheduler = DDIMScheduler(1000, clip_sample=False)
+        model = dit_lens.HookedDiT(made.to(device), scheduler=scheduler)
 
-    def counted(steps: int) -> int:
-        with host_syncs() as found:
+        def counted(steps: int) -> int:
+            WAITS.clear()
             measure_gap(model, 16, steps, resamples=20)
-        return int(found["aten::_local_scalar_dense"] + found["cpu"])
+            return int(WAITS.total())
 
-    return (counted(16) - counted(6)) / 10
+        return (counted(16) - counted(6)) / 10
 
 
 def main() -> None:
