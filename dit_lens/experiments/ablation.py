@@ -25,6 +25,7 @@ from ..errors import InvalidType, InvalidValue
 from ..hooks.hold import require_parts
 from ..hooks.names import additions, site_of
 from ..model.hooked import HookedDiT
+from ..model.pinned import sent
 from ..patching.patch import moved, tiles
 from ..sampling.guidance import n_passes
 from ..sampling.run import Run
@@ -170,7 +171,7 @@ def _instead(run: Run, how: How, seed: int) -> Callable[[Tensor], Tensor]:
     def half(added: Tensor) -> Tensor:
         if order is None:
             return added.mean(0, keepdim=True).expand_as(added)
-        return added[order.to(added.device)]
+        return added[sent(order, added.device)]
 
     return lambda added: torch.cat([half(each) for each in added.chunk(passes)])
 
