@@ -9,42 +9,49 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import test_every_family
 import torch
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler
 from elsewhere import elsewhere
+from test_every_family import MEASUREMENTS, SENTENCES
 
 import dit_lens
 from dit_lens.errors import InvalidState
 from dit_lens.families import family_named
+from dit_lens.families.registry import OURS
 from dit_lens.testing import family_contract as contract
 from dit_lens.testing.pipeline_checks import quiet
 
-SLOW = ("plan, compare, side_by_side", "shapley", "smallest_set", "windows", "couplings")
+ATTACK = bool(os.environ.get("DIT_LENS_ATTACK"))
+"""`make attack` asks all that the device emulates; HunyuanDiT's pipeline is more than it knows."""
+FAMILIES = [name for name in OURS if not name.startswith("Hunyuan")]
+FEW = ("gap", "attributes", "knock_outs", "patches", "cause_map", "diagnose")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel"])
-def test_a_family_keeps_its_contract_elsewhere(name):
+@pytest.mark.parametrize("where", [None] if ATTACK else ["small(1)", "pipeline"])
+@pytest.mark.parametrize("name", FAMILIES if ATTACK else ["DiTTransformer2DModel"])
+def test_a_family_keeps_its_contract_elsewhere(name, where):
     with elsewhere() as device:
-        rows = contract.examine(name, device=device)
+        rows = contract.examine(name, where, device)
     failed = [f"{row.where}: {row.check}: {row.message}" for row in rows if not row.ok]
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "CogVideoXTransformer3DModel"])
+@pytest.mark.parametrize("name", FAMILIES if ATTACK else ["PixArtTransformer2DModel"])
 def test_measurements_elsewhere(name):
+    wrong = []
     with elsewhere() as device, quiet():
         model = dit_lens.HookedDiT(family_named(name).small_pipeline().to(device))
-        for what, measure in test_every_family.MEASUREMENTS.items():
-            if what in SLOW and not os.environ.get("DIT_LENS_ATTACK"):
-                continue
+        for what, measure in MEASUREMENTS.items():
             try:
-                measure(model)
-            except dit_lens.errors.DitLensError as error:
-                assert any(told in str(error) for told in test_every_family.SENTENCES), what
+                if ATTACK or what in FEW:
+                    measure(model)
+            except Exception as error:
+                if not any(told in str(error) for told in SENTENCES):
+                    wrong.append((what, repr(error)))
+    assert not wrong
 
 
 def test_images_of_latents_that_are_on_the_cpu():
@@ -109,7 +116,7 @@ import diffusers, dit_lens
 model = dit_lens.load("digits")
 print(diffusers.__file__)
 dit_lens.record(model, ("resid_post", 2), [3], "acts", steps=2)
-dit_lens.experiments.knock_outs(model, pairs=16, steps=3, resamples=20, layers=[0], store="store")
+dit_lens.experiments.knock_outs(model, [0], pairs=16, steps=3, resamples=20, store="store")
 """
 
 
@@ -120,14 +127,13 @@ def test_diffusers_from_a_checkout(tmp_path):
     package = Path(diffusers.__file__).parent
     (tmp_path / "source" / "diffusers").symlink_to(package)
     env = os.environ | {"PYTHONPATH": str(tmp_path / "source")}
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", STORED],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STORED],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path))
