@@ -17,6 +17,7 @@ from dit_lens.experiments import features, images, latents, one_pass, release_sw
 from dit_lens.experiments.cost import fitting_batch, gap_cost, macs_of
 from dit_lens.experiments.gap import measure_gap
 from dit_lens.experiments.outcomes import once
+from dit_lens.groundtruth import random_weights
 from dit_lens.measures.agreement import agreement
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
 from dit_lens.sampling.parts import OutOfMemory, Split
@@ -283,6 +284,20 @@ def test_a_run_holds_three_trajectories():
         assert found["most"] <= 3.2 * unit, found["most"] / unit
         del run
         gc.collect()
+
+
+def test_a_gap_keeps_no_more_for_more_layers():
+    """Of what the picture shows it kept the whole batch, in every layer at some steps."""
+    found = {}
+    for layers in (2, 8):
+        truth = random_weights(0, layers, sample_size=32, patch_size=16, in_channels=4)
+        model = dit_lens.HookedDiT(truth.transformer, scheduler=truth.scheduler)
+        measure_gap(model, 16, 4, resamples=5, labels=[0])
+        with peak_bytes() as seen:
+            measure_gap(model, 16, 4, resamples=5, labels=[0])
+        found[layers] = seen["most"]
+    step = 2 * 16 * 4 * 32 * 32 * 4
+    assert found[8] - found[2] < 2 * step, found
 
 
 def test_a_reducing_probe_keeps_what_it_reduced_to(model):

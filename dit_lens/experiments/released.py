@@ -144,7 +144,7 @@ class Released:
             if self.kept:
                 for twin, x in (("A", mine), ("B", theirs)):
                     if x is not None:
-                        found[f"{release} twin {twin}"] = x[: self.kept]
+                        found[f"{release} twin {twin}"] = x[: self.kept].clone()
         return arrays(found)
 
     def _twins(self, release: int, found: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:

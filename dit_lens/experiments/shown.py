@@ -61,7 +61,8 @@ def lens_images(lens: LayerLens, batch: int | None) -> dict[str, Array]:
         return [values[i] for i in dict.fromkeys(places.tolist())]
 
     layers, steps, model = some(lens.layers), some(lens.seen.steps), lens.model
-    x0 = torch.stack([lens.x0(layer, step)[0] for layer in layers for step in steps])
+    # each copied out, or all the batch would stay with it
+    x0 = torch.stack([lens.x0(layer, step)[0].clone() for layer in layers for step in steps])
     images = small(decode(model, x0.to(model.device, model.dtype), batch))
     return {
         "images": images.unflatten(0, (len(layers), len(steps))).numpy(),
