@@ -74,7 +74,7 @@ MEASUREMENTS = {
 }
 
 
-FEW = ("DiT", "PixArt", "SD3", "QwenImage", "Sana")
+FEW = ("DiT", "QwenImage", "Sana")
 """The quick ones; `make attack` asks all eleven."""
 DEVICE = os.environ.get("DIT_LENS_TEST_DEVICE", "cpu")
 NAMES = [name for name in OURS if os.environ.get("DIT_LENS_ATTACK") or name.startswith(FEW)]

@@ -41,7 +41,8 @@ def test_the_source_distribution_is_the_repository(tmp_path):
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=kept)
     for file in ROOT.iterdir():
-        if file.is_file() and file.name != ".gitignore":
+        # in a worktree of git's .git is a file
+        if file.is_file() and file.name not in (".git", ".gitignore"):
             shutil.copy(file, source)
     code = "from setuptools import build_meta; build_meta.build_sdist('../made')"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
