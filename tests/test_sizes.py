@@ -14,7 +14,7 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.experiments import features, images, latents, one_pass, release_sweep
-from dit_lens.experiments.cost import fitting_batch, gap_cost, macs_of
+from dit_lens.experiments.cost import fitting_batch, free_memory, gap_cost, macs_of
 from dit_lens.experiments.gap import measure_gap
 from dit_lens.experiments.outcomes import once
 from dit_lens.groundtruth import random_weights
@@ -324,6 +324,14 @@ def test_a_cost_is_what_is_then_run(model, batch):
     with forwards(model.transformer) as seen:
         measure_gap(model, 16, 12, batch=batch, resamples=20)
     assert not planned.exact and abs(planned.images / sum(seen["forwards"]) - 1) < 0.25
+
+
+def test_what_pytorch_keeps_for_itself_is_free(monkeypatch):
+    """A gap after a gap is not refused for the memory that the first one used."""
+    of_device = {"mem_get_info": (10, 80), "memory_reserved": 60, "memory_allocated": 5}
+    for name, value in of_device.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 65
 
 
 def test_what_does_not_fit_is_said_before(model, monkeypatch):

@@ -252,7 +252,9 @@ def free_memory(device: torch.device) -> int:
     True
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what PyTorch holds and nothing is in is free as well
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     lines = Path("/proc/meminfo")
     if lines.exists():
         found = dict(line.split(":", 1) for line in lines.read_text().splitlines())
