@@ -395,6 +395,28 @@ def optional(check: Callable[..., Any], name: str, value: Any, *args: Any, **kwa
     return None if value is None else check(name, value, *args, **kwargs)
 
 
+def has_float64(device: str | torch.device) -> bool:
+    """Whether a device computes in double precision; Apple's does not.
+
+    >>> has_float64("cpu")
+    True
+    """
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def require_float64(device: str | torch.device) -> None:
+    """Raise InvalidValue for a device that can't compute what measurements are reduced to."""
+    if not has_float64(device):
+        raise InvalidValue(
+            f"The device {str(device)!r} has no float64, in which measurements are made; expected "
+            "the model on 'cpu' or 'cuda' (samples, traces and probes work here)."
+        )
+
+
 def require_cpu_by_default() -> None:
     """Raise InvalidState where PyTorch makes its tensors on a device by default: small tables that
     are meant for the host would be made there.

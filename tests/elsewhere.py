@@ -33,7 +33,7 @@ WAITS: Counter = Counter()
 OURS = [str(Path(__file__).parents[1] / folder) + "/" for folder in ("dit_lens", "probes")]
 
 _OPEN = []
-"""Holds something while the device is there."""
+"""Holds something while the device is there: the dtypes that it lacks."""
 
 
 class _Hook(_DummyPrivateUse1Hook):
@@ -189,6 +189,8 @@ def _run(func, args, kwargs):
     def there(value):
         if not isinstance(value, Tensor):
             return value
+        if _OPEN and value.dtype in _OPEN[-1]:
+            raise TypeError(f"Cannot convert a tensor of 'away' to {value.dtype}.")
         return same[id(value)] if id(value) in same else Away(value)
 
     return tree_map(there, found)
@@ -275,10 +277,12 @@ _setup_privateuseone_for_python_backend("away", _Backend(), _Hook())
 
 
 @contextmanager
-def elsewhere():
-    """The device's name, inside of which it is there."""
+def elsewhere(lacks=()):
+    """The device's name, inside of which it is there. It may lack dtypes, as Apple's has no
+    float64.
+    """
     WAITS.clear()
-    _OPEN.append(True)
+    _OPEN.append(lacks)
     try:
         with _Functions(), _Operators(), patch.object(pinned, "KINDS", {"away"}):
             yield "away"

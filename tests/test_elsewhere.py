@@ -2,6 +2,7 @@
 else of a machine with a GPU can be seen without one.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from elsewhere import elsewhere
 from test_every_family import MEASUREMENTS, SENTENCES
 
 import dit_lens
+from dit_lens.commands.common import open_model
 from dit_lens.errors import InvalidState
 from dit_lens.families import family_named
 from dit_lens.families.registry import OURS
@@ -95,6 +97,26 @@ def test_inputs_that_were_on_the_host_stay_there(tmp_path):
         ]
         assert kept[0] == kept[1]
         assert torch.equal(again["resid_post", 1], t["resid_post", 1])
+
+
+def test_a_device_without_float64_samples_and_does_not_measure(monkeypatch):
+    """Apple's, which the commands do not take by themselves."""
+    with elsewhere(lacks=(torch.float64,)) as device:
+        model = dit_lens.HookedDiT(make_dit().to(device), scheduler=DDIMScheduler(1000))
+        with dit_lens.trace(model, probes=[dit_lens.probes.SpectralSplit()]) as t:
+            dit_lens.sample(model, [3, 7], steps=3, eta=1.0)
+        assert t["resid_post", 1].isfinite().all()
+        with pytest.raises(ValueError, match="'away:0' has no float64.*the model on 'cpu'"):
+            dit_lens.experiments.measure_gap(model, 16, 4)
+
+    def current(check_available):
+        return torch.device("away")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    args = argparse.Namespace(device=None, model="digits", dtype="float32", size=None)
+    for lacks, expected in (((torch.float64,), "cpu"), ((), "away")):
+        with elsewhere(lacks):
+            assert open_model(args).device.type == expected
 
 
 def test_a_default_device_is_refused():

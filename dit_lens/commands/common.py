@@ -286,7 +286,9 @@ def add_device(parser: argparse.ArgumentParser, batch: bool = True) -> None:
         parser: of a subcommand.
         batch: whether it has `--batch`.
     """
-    parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator, if any)")
+    parser.add_argument(
+        "--device", help="such as cuda or cpu (default: an accelerator that has float64, if any)"
+    )
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -348,6 +350,7 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
     """The model that `add_model`, `add_size` and `add_device` asked for."""
     import torch
 
+    from .. import arguments
     from ..model.loading import load
     from ..storage import made_of
 
@@ -356,7 +359,8 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
     device = args.device
     if device is None:
         here = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if here is None else str(here)
+        # nearly every command measures
+        device = "cpu" if here is None or not arguments.has_float64(here) else str(here)
     size = None if args.size is None else tuple(args.size)
     model = load(args.model, dtype=args.dtype, device=device, size=size)
     made_of(str(args.model), model.device)

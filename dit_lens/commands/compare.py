@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     change.add_argument("--with", dest="plan", type=Path, metavar="PLAN", help="a reuse plan")
     change.add_argument("--lora", metavar="FILE", help="an adapter, a file or a hub id")
     change.add_argument("--dtype", help="of the changed model's weights, such as bfloat16")
-    parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator, if any)")
+    parser.add_argument(
+        "--device", help="such as cuda or cpu (default: an accelerator that has float64, if any)"
+    )
     parser.add_argument(
         "--items", type=at_least(8), default=64, help="samples, 8 or more (default: 64)"
     )

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from .. import arguments
 from ..errors import InvalidState
 from ..storage import versions
@@ -45,6 +47,8 @@ def measured(function: Function) -> Function:
         given = bound.arguments
         store = arguments.optional(arguments.path, "store", given.pop("store", None))
         engine = checked_engine(given.pop("engine", "local"))
+        if isinstance(device := getattr(given.get("model"), "device", None), torch.device):
+            arguments.require_float64(device)
         work = current()
         if work is not None:
             own = {k: v for k, v in given.items() if k not in ASIDE and not work.knows(v)}
