@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_lens
 from dit_lens import HookedDiT, NotReproduced
+from dit_lens.model.kernels import may_use_tf32
 from dit_lens.model.state import State
 from dit_lens.model.witness import Checksum, Witnessing, checksum, compare, tolerance
 
@@ -274,6 +275,32 @@ def test_a_closed_trace_keeps_no_graph_and_no_live_input(model, inputs):
 
 
 # Kernels.
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch 2.9 has them first")
+def test_precision_by_pytorchs_newer_names(dit, inputs, tmp_path):
+    """After them the older ones raise when they are asked; each is given back by its own name."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    model, (x, t, y) = HookedDiT(dit), inputs
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.no_grad(), dit_lens.trace(model) as lazy:
+            model(x, t, y)
+        assert lazy.record.calls[0].kernels.matmul == "tf32"
+        assert lazy["resid_post", 1].isfinite().all()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        path = lazy.save(tmp_path / "trace.safetensors")
+        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+        again = dit_lens.load_trace(path, model)
+        assert torch.equal(again["resid_post", 1], lazy["resid_post", 1])
+        assert torch.get_float32_matmul_precision() == "highest"
+        torch.backends.fp32_precision = "ieee"
+        assert not may_use_tf32() and lazy["resid_post", 0].isfinite().all()
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_kernels_are_put_back_for_a_read(model, inputs):

@@ -300,7 +300,7 @@ def collapse(results: xr.Dataset, sense: str) -> str:
     what = f"The gap ({SENSES[sense]})"
     if not (before.known and after.known and change.known):
         why = (
-            "in some band the finished twins' agreement says no moment of commitment"
+            "in some band the finished twins' agreement gives no moment of commitment"
             if sense == "agreement"
             else "a band's twins are apart from the first step, or never part"
         )

@@ -20,6 +20,38 @@ from diffusers.models.attention_dispatch import (
 from ..pieces.kept import USUAL
 
 SDPA = ("flash", "mem_efficient", "math", "cudnn")
+LEGACY = ("highest", "high", "medium")
+"""What `torch.set_float32_matmul_precision` takes."""
+
+
+def matmul_precision() -> str:
+    """The precision of float32 matrix products: one of `LEGACY`, or what was set by PyTorch's newer
+    name, `torch.backends.cuda.matmul.fp32_precision`, after which the older one can't be asked.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Put in force what `matmul_precision` gave, by the name that it was set by."""
+    if precision in LEGACY:
+        torch.set_float32_matmul_precision(precision)
+    else:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def may_use_tf32() -> bool:
+    """Whether float32 products or convolutions on a GPU may be in TF32, as convolutions are unless
+    PyTorch is told otherwise.
+    """
+    convolution = getattr(torch.backends.cudnn, "conv", None)  # since PyTorch 2.9
+    if convolution is None:
+        in_convolutions = bool(torch.backends.cudnn.allow_tf32)
+    else:
+        in_convolutions = convolution.fp32_precision == "tf32"
+    return in_convolutions or matmul_precision() in ("high", "medium", "tf32")
 
 
 @dataclass(frozen=True)
@@ -31,7 +63,7 @@ class Kernels:
         autocast: the dtype of autocast, such as "bfloat16", where it was on.
         sdpa: which of the kernels `SDPA` scaled-dot-product attention could choose from.
         attention: diffusers' own attention backend.
-        matmul: precision of float32 matrix products (TF32 is "high").
+        matmul: precision of float32 matrix products (TF32 is "high", or "tf32" by the newer name).
         mkldnn: whether oneDNN was on.
     """
 
@@ -55,7 +87,7 @@ class Kernels:
             autocast=None if autocast is None else str(autocast).removeprefix("torch."),
             sdpa=tuple(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SDPA),
             attention=AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0]).value,
-            matmul=torch.get_float32_matmul_precision(),
+            matmul=matmul_precision(),
             mkldnn=bool(torch.backends.mkldnn.enabled),
         )
 
@@ -94,5 +126,5 @@ class Kernels:
         """Put the settings in force that PyTorch has no `with` for."""
         for name, enabled in zip(SDPA, self.sdpa, strict=True):
             getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
-        torch.set_float32_matmul_precision(self.matmul)
+        set_matmul_precision(self.matmul)
         torch.backends.mkldnn.enabled = self.mkldnn  # type: ignore[assignment]  # a module property

@@ -39,7 +39,8 @@ class Fetched:
     """A tensor on its way to the host, which goes on meanwhile if the device can do that.
 
     Args:
-        value: it may be changed as soon as this is made.
+        value: on a device; it may be changed as soon as this is made. What is on the host already
+            is not copied.
     """
 
     def __init__(self, value: Tensor) -> None:

@@ -22,6 +22,7 @@ from ..errors import DitLensError
 from ..hooks.names import layer_of, site_of
 from ..hooks.points import HookPoint, Listener, Observer
 from ..storage.checksums import Checksum, checksum
+from .kernels import may_use_tf32
 from .taken import Layers
 
 STREAMS = ("hook_resid_post", "text.hook_resid_post")
@@ -190,14 +191,10 @@ TF32 = 2.0**-10
 
 
 def precision(value: Tensor) -> float:
-    """The precision with which activations were computed: that of their dtype, or TF32's, which
-    PyTorch allows in the convolutions of a GPU unless it is told otherwise.
-    """
-    own = torch.finfo(value.dtype).eps
-    products = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
-    if value.dtype == torch.float32 and value.device.type == "cuda" and products:
+    """The precision with which activations were computed: that of their dtype, or TF32's."""
+    if value.dtype == torch.float32 and value.device.type == "cuda" and may_use_tf32():
         return TF32
-    return own
+    return torch.finfo(value.dtype).eps
 
 
 def tolerance(precision: float) -> float:

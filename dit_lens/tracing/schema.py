@@ -147,7 +147,7 @@ class KernelSettings(Schema):
     autocast: Dtype | None
     sdpa: Annotated[Listed[bool], fits(lambda s: len(s) == len(SDPA), f"be {len(SDPA)} settings")]
     attention: Annotated[str, fits(BACKENDS.__contains__, "be an attention backend of diffusers")]
-    matmul: Literal["highest", "high", "medium"]
+    matmul: Literal["highest", "high", "medium", "tf32", "ieee", "none"]
     mkldnn: bool
 
 

@@ -64,7 +64,7 @@ def rows(model: DiTTransformer2DModel, batch: int) -> dict[str, Row]:
     hooked, plain = dit_lens.HookedDiT(twin_of(model)), twin_of(model)
     watched = nnsight.NNsight(twin_of(model))
     bridged = dit_lens.to_nnsight(twin_of(model))
-    # the one package that a machine without the network may lack
+    # optional: it needs many packages, which a machine with a GPU may not have
     has_lens = importlib.util.find_spec("transformer_lens") is not None
     lensed: Any = dit_lens.to_transformer_lens(twin_of(model)) if has_lens else None
     bands = dit_lens.Bands.radial(hooked.cfg.grid)
