@@ -19,6 +19,7 @@ from torch import Tensor
 from ..hooks.hold import Added, parts
 from ..hooks.points import HookPoint
 from ..measures import Array
+from ..pieces import Arrays, Piece, results
 from ..plans.kept import weights
 from ..plans.plan import Plan
 from ..sampling.guidance import n_passes
@@ -33,7 +34,9 @@ Additions = dict[Added, Tensor]
 
 
 def slopes(
-    under: Run,
+    name: str,
+    run: Run,
+    under: Callable[[], Run],
     plan: Plan,
     columns: Sequence[tuple[int, str]],
     aims: Tensor,
@@ -45,27 +48,39 @@ def slopes(
     would now.
 
     Args:
-        under: samples under the plan.
+        name: for the pieces, each of which is some items.
+        run: the samples under no plan.
+        under: gives them under the plan.
         plan: which it is.
         columns: (layer, part).
         aims: directions, as `directions` gives them, [band, direction, item, *latent_shape].
         reach: how many steps back are asked for.
         progress: called with how much is done, and how much there is.
     """
-    cfg, steps, n = under.model.cfg, plan.steps, len(under.labels)
-    one = len(columns) * steps * math.prod(cfg.grid) * cfg.d_model * under.latents.element_size()
-    at_once = max(1, min(TOGETHER, ROOM // (one * n_passes(under.model, under.settings.guidance))))
-    found: list[Array] = []
-    for first in range(0, n, at_once):
+    cfg, steps, n = run.model.cfg, plan.steps, len(run.labels)
+    one = len(columns) * steps * math.prod(cfg.grid) * cfg.d_model * aims.element_size()
+    at_once = max(1, min(TOGETHER, ROOM // (one * n_passes(run.model, run.settings.guidance))))
+    firsts = range(0, n, at_once)
 
-        def tell(done: int, before: int = 2 * steps * len(found)) -> None:
-            if progress is not None:
-                progress(before + done, 2 * steps * -(-n // at_once))
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done, 2 * steps * len(firsts))
 
-        part = slice(first, first + at_once)
-        own = under.select(part)
-        found.append(_slopes(own, plan, columns, aims[:, :, part], reach, tell))
-    return np.concatenate(found, axis=-1)
+    def of_items(number: int) -> Arrays:
+        part = slice(firsts[number], firsts[number] + at_once)
+
+        def ahead(done: int) -> None:
+            tell(2 * steps * number + done)
+
+        own = under().select(part)
+        return {"slopes": _slopes(own, plan, columns, aims[:, :, part], reach, ahead)}
+
+    pieces = [
+        Piece(f"{name}, items from {first}", partial(of_items, number))
+        for number, first in enumerate(firsts)
+    ]
+    found = results(pieces, lambda number: tell(2 * steps * (number + 1)))
+    return np.concatenate([each["slopes"] for each in found], axis=-1)
 
 
 def _slopes(

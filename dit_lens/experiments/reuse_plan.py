@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -36,9 +38,11 @@ from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.first_order import check_gradients, directions
 from ..patching.measure import energy
+from ..pieces import Engine, enough, measured
 from ..plans.costs import Costs
 from ..plans.plan import Plan
 from ..plans.runner import reuse
+from ..sampling.kept import kept_latents, kept_run
 from ..sampling.loop import prepared
 from ..sampling.run import Run, sample
 from ..sampling.schedulers import default_name
@@ -57,6 +61,7 @@ OTHER_SAMPLES = 1000
 """The seed of the samples that plans are judged by; made they are from 0 on, unless told."""
 
 
+@measured
 def reuse_plan(
     model: HookedDiT,
     budget: float = 0.5,
@@ -75,7 +80,10 @@ def reuse_plan(
     projections: int = 1,
     seed: int = 0,
     resamples: int = 1000,
+    batch: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> Plan:
     """A plan that leaves a share of the multiply-accumulates, and what it does to the image.
 
@@ -98,7 +106,11 @@ def reuse_plan(
         projections: random directions an item and band.
         seed: of the samples that it is made from; the others have others.
         resamples: of the items.
+        batch: images that go through the model at once; None is all.
         progress: called with how much is done, and how much there is.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         Plan: in `about` are `budget`, `aim`, `effect_low`, `effect_high` with their 95 % intervals
@@ -114,6 +126,7 @@ def reuse_plan(
     >>> 0.55 < plan.macs <= 0.6, plan.about["aim"]
     (True, 'same')
     """
+    del store, engine  # `measured` sees to them
     # What is asked for fits the model.
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     budget = arguments.number("budget", budget, above=0, most=1)
@@ -125,6 +138,7 @@ def reuse_plan(
     )
     projections = arguments.whole("projections", projections, 1, 1000)
     arguments.flag("lines", lines)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     rounds = arguments.whole("rounds", rounds, 0, 100)
     seed, resamples = arguments.seed("seed", seed), arguments.whole("resamples", resamples, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
@@ -145,7 +159,8 @@ def reuse_plan(
     about: dict[str, Any] = {"aim": aim, "budget": budget, "steps": steps, "guidance": guidance}
     about |= {"eta": eta, "cut": cut, "seed": seed, "items": items, "longest": longest}
     makers, judges = (
-        Samples(model, items, s, settings, cut, labels=labels) for s in (seed, seed + 2 * items)
+        Samples(name, model, items, s, settings, cut, labels=labels, batch=batch)
+        for name, s in (("what it is made from", seed), ("what it is chosen by", seed + 2 * items))
     )
     if labels is not None:
         about["labels"] = model.conditions.words(model.conditions.numbers(labels).tolist())
@@ -170,8 +185,9 @@ def reuse_plan(
             if progress is not None:
                 progress(total * turn + done, total * (rounds + 1))
 
-        under = makers.under(best) if turn else makers.run
-        found = slopes(under, best, columns, aims, longest, tell) * scale[:, None]
+        under = cache(partial(makers.under, best)) if turn else lambda: makers.run
+        found = slopes(f"turn {turn}", makers.run, under, best, columns, aims, longest, tell)
+        found *= scale[:, None]
         cells = found.reshape(*found.shape[:3], -1)
         effects = Effects([(place,) for place in columns], cells, times, costs, lines)
         groups = _groups(columns, model.cfg.n_layers)
@@ -189,15 +205,17 @@ def reuse_plan(
         if aim == "good":
             best = tried[-1]
             continue
-        errors = [judges.moved(p)[0].sum() if p.macs <= budget else np.inf for p in tried]
+        tried = [plan for plan in tried if plan.macs <= budget]
+        errors = [moved[0].sum() for moved in judges.moved(tried)]
         errors = np.nan_to_num(errors, nan=np.inf)  # along lines a run may leave the numbers
-        if min(errors) >= least:
+        if min(errors, default=np.inf) >= least:
             break
         best, least = tried[int(np.argmin(errors))], min(errors)
     best = replace(best, about=about)
-    return _measured(model, best, scheduler, items, seed + items, resamples)
+    return _measured(model, best, scheduler, items, seed + items, resamples, batch)
 
 
+@measured
 def check_plan(
     model: HookedDiT,
     plan: Plan,
@@ -205,6 +223,9 @@ def check_plan(
     items: int = 64,
     seed: int = OTHER_SAMPLES,
     resamples: int = 1000,
+    batch: int | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> Plan:
     """A plan with its figures measured anew: by running it, with the settings it was made with.
 
@@ -214,6 +235,9 @@ def check_plan(
         items: samples.
         seed: of the samples; the plan must not have been made from them.
         resamples: of the items.
+        batch: images that go through the model at once; None is all.
+        store: a folder in which the finished pieces are kept.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         Plan: the same, with other figures in `about`.
@@ -222,12 +246,14 @@ def check_plan(
         InvalidValue: for a plan of another model, one without the settings of `reuse_plan`, or
             samples that it was made from.
     """
+    del store, engine  # `measured` sees to them
     plan.require_model(model)
     require_settings(plan)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     items = arguments.whole("items", items, FEWEST_PAIRS, why="for an interval")
     require_other_samples(plan, arguments.seed("seed", seed), items)
     plan = recounted(model, plan)
-    return _measured(model, plan, plan.about["sampler"], items, seed, resamples)
+    return _measured(model, plan, plan.about["sampler"], items, seed, resamples, batch)
 
 
 def recounted(model: HookedDiT, plan: Plan) -> Plan:
@@ -270,17 +296,25 @@ def require_other_samples(plan: Plan, seed: int, items: int) -> None:
 
 
 def _measured(
-    model: HookedDiT, plan: Plan, scheduler: Any, items: int, seed: int, resamples: int
+    model: HookedDiT,
+    plan: Plan,
+    scheduler: Any,
+    items: int,
+    seed: int,
+    resamples: int,
+    batch: int | None,
 ) -> Plan:
     """The plan with what it, and one that holds whole steps evenly, do to these samples."""
     about = dict(plan.about)
     number = max(1, round(plan.macs * plan.steps))
     even = whole_steps(model, plan.timesteps, even_steps(plan.steps, number))
     settings = (about["steps"], about["guidance"], scheduler, about["eta"])
-    samples = Samples(model, items, seed, settings, about["cut"], resamples, about.get("labels"))
+    name, labels = "what it is measured on", about.get("labels")
+    samples = Samples(name, model, items, seed, settings, about["cut"], resamples, labels, batch)
     about["even_macs"] = even.macs
-    for what, each in (("effect", plan), ("even", even)):
-        drawn = samples.moved(each)
+    both = samples.moved([plan, even])
+    enough()
+    for what, drawn in zip(("effect", "even"), both, strict=True):
         for b, band in enumerate(samples.bands.names):
             about[f"{what}_{band}"] = float(drawn[0, b])
             about[f"{what}_{band}_interval"] = log_interval(drawn[:, b], items).tolist()
@@ -344,6 +378,7 @@ class Samples:
     """A run, and how far it is moved by plans.
 
     Args:
+        name: of the samples, for the pieces.
         model: the opened model.
         items: samples.
         seed: of them.
@@ -351,10 +386,12 @@ class Samples:
         cut: between low and high.
         resamples: of the items.
         labels: of the items, as for `item_labels`.
+        batch: images at once.
     """
 
     def __init__(
         self,
+        name: str,
         model: HookedDiT,
         items: int,
         seed: int,
@@ -362,20 +399,36 @@ class Samples:
         cut: float,
         resamples: int = 1,
         labels: Labels | None = None,
+        batch: int | None = None,
     ) -> None:
         self.labels, self.seed, self.settings = item_labels(model, items, labels), seed, settings
-        self.run = sample(model, self.labels, seed, *settings)
+        self.model, self.batch, self.name, self.tried = model, batch, name, 0
+        self.run = kept_run(name, self._sampled, model, settings[2])
         self.bands = Bands.radial(model.cfg.pixels, cut=cut)
         self.spread = Spread(self.run, self.bands, draws(items, resamples, seed))
 
+    def _sampled(self) -> Run:
+        steps, guidance, scheduler, eta = self.settings
+        options = {"scheduler": scheduler, "eta": eta, "batch": self.batch}
+        return sample(self.model, self.labels, self.seed, steps, guidance, **options)
+
     def under(self, plan: Plan) -> Run:
         """The same samples under a plan."""
-        with reuse(self.run.model, plan):
-            return sample(self.run.model, self.labels, self.seed, *self.settings)
+        with reuse(self.model, plan):
+            return self._sampled()
 
-    def moved(self, plan: Plan) -> Array:
-        """E_b under a plan, [1 + resample, band]."""
-        return self.effect(self.under(plan).latents[-1])
+    def moved(self, plans: Sequence[Plan]) -> list[Array]:
+        """E_b under each of some plans, [1 + resample, band]."""
+
+        def finished(plan: Plan) -> Tensor:
+            return self.under(plan).latents[-1]
+
+        first, self.tried = self.tried, self.tried + len(plans)
+        made = {
+            f"{self.name}, plan {first + i}": partial(finished, plan)
+            for i, plan in enumerate(plans)
+        }
+        return [self.effect(latents) for latents in kept_latents(made, self.run)]
 
     def effect(self, finished: Tensor) -> Array:
         """E_b of finished latents, [1 + resample, band]."""

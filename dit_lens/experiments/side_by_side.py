@@ -138,9 +138,10 @@ def side_by_side(
     plans = [recounted(model, plan) for plan in plans]
 
     cut, labels = first["cut"], first["labels"]
-    samples = Samples(model, items, seed, settings, cut, resamples, labels)
+    samples = Samples("samples", model, items, seed, settings, cut, resamples, labels)
     shown = min(CALIBRATION, *(plan.about["items"] for plan in plans))
-    calibration = Samples(model, shown, plans[0].about["seed"], settings, cut, labels=labels).run
+    of_plan = plans[0].about["seed"]
+    calibration = Samples("calibration", model, shown, of_plan, settings, cut, labels=labels).run
     apart = unlike(calibration, max(plan.about["longest"] for plan in plans))
     total = len(plans) * len(WAYS) + 1
 

@@ -15,11 +15,12 @@ from .content import content, digest
 from .datasets import flat, whole
 from .engines import Engine, checked_engine
 from .kept import about_of, kept_in, measured, working
-from .store import NEEDED, Store, has_zarr, read_root
+from .store import NEEDED, Arrays, Store, has_zarr, read_root
 from .work import Piece, current, enough, helped, helping, quiet, results, scope
 
 __all__ = [
     "NEEDED",
+    "Arrays",
     "Engine",
     "Piece",
     "Store",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,21 @@ def kept_run(name: str, make: Callable[[], Run], model: HookedDiT, scheduler: An
     return made[0] if made else run_of(arrays, model, scheduler)
 
 
+def kept_latents(made: Mapping[str, Callable[[], Tensor]], run: Run) -> list[Tensor]:
+    """Latents as pieces, each made, or found made.
+
+    Args:
+        made: what makes them, by the name of the piece.
+        run: of the same model, whose device they are on.
+    """
+
+    def piece(make: Callable[[], Tensor]) -> dict[str, NDArray[Any]]:
+        return {"latents": make().cpu().numpy()}
+
+    found = results([Piece(name, partial(piece, make)) for name, make in made.items()])
+    return [torch.from_numpy(np.array(each["latents"])).to(run.latents) for each in found]
+
+
 def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
     """All of a run but its model, as arrays.
 
@@ -58,6 +74,7 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
         "splits": [[list(map(list, s.parts)), s.size, s.copied, s.texts] for s in run.splits],
         "witnessed": witnessed,
         "tied_until": run.tied_until,
+        "selected": run.selected,
         "kernels": vars(run.kernels),
         "batch": run.batch,
     }
@@ -110,5 +127,6 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
             for parts, size, copied, texts in about["splits"]
         ),
         tied_until=about["tied_until"],
+        selected=about["selected"],
         batch=about["batch"],
     )
