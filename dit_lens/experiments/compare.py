@@ -11,6 +11,7 @@ smoother, which the power in the bands shows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import predict_x0, signal_and_noise
 from ..patching.measure import energy
+from ..pieces import Engine, enough, measured
 from ..plans.plan import Plan
 from ..plans.runner import reuse
+from ..sampling.kept import kept_run
 from ..sampling.loop import model_output, prepared
 from ..sampling.noise import generators
 from ..sampling.run import Run, require_finite, sample
@@ -46,6 +49,7 @@ LEVELS = (0.25, 0.5, 0.75)
 """Where in the run finished images are noised to, to be judged."""
 
 
+@measured
 def compare(
     model: HookedDiT,
     changed: HookedDiT | Plan,
@@ -59,7 +63,10 @@ def compare(
     cut: float = CUT,
     seed: int = 0,
     resamples: int = 1000,
+    batch: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """What a change does to the finished images, to commitment and to the gap, for the same seeds.
 
@@ -76,7 +83,11 @@ def compare(
         cut: between low and high, in cycles per pixel of the latents.
         seed: of the samples and the bootstrap; a plan must not have been made from these samples.
         resamples: of the items.
+        batch: images that go through the model at once; None is all.
         progress: called with the steps done, and in all.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: `effect` [band], E_b of `cause_map`; `power` [band], the energy of the finished
@@ -98,11 +109,13 @@ def compare(
     >>> compare(model, plan, items=10, steps=4, resamples=50).attrs["verdict"]
     'same'
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     arguments.instance("changed", changed, (HookedDiT, Plan), "a HookedDiT or a Plan")
     items = arguments.whole("items", items, FEWEST_PAIRS, why="for an interval")
     steps = arguments.whole("steps", steps, 2)
     seed, resamples = arguments.seed("seed", seed), arguments.whole("resamples", resamples, 1)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     if isinstance(changed, HookedDiT):
         for what in ("latent_shape", "n_classes"):
@@ -128,12 +141,21 @@ def compare(
     settings = (own, seed, steps, guidance, name, eta)
     if isinstance(changed, HookedDiT):
         _require_same_noise(model, changed, checked_settings(steps, guidance, "all", name, eta))
-    plain = sample(model, *settings, progress=tell)
-    if isinstance(changed, Plan):
-        with reuse(model, changed):
-            other = sample(model, *settings, progress=also)
-    else:
-        other = sample(changed, model.conditions.words(own), *settings[1:], progress=also)
+
+    def as_it_was() -> Run:
+        return sample(model, *settings, progress=tell, batch=batch)
+
+    def with_the_change() -> Run:
+        if isinstance(changed, Plan):
+            with reuse(model, changed):
+                return sample(model, *settings, progress=also, batch=batch)
+        words = model.conditions.words(own)
+        return sample(changed, words, *settings[1:], progress=also, batch=batch)
+
+    of = model if isinstance(changed, Plan) else changed
+    plain = kept_run("the model as it was", as_it_was, model, name)
+    other = kept_run("with the change", with_the_change, of, name)
+    enough()
     require_finite(plain, "the model as it was")
     require_finite(other, "the changed model")
     result = compared_runs(plain, other, bands, seed, resamples)
@@ -243,8 +265,11 @@ def _error(judge: Run, finished: Tensor, bands: Bands, seed: int) -> Array:
         t = judge.timesteps[step]
         signal, noise = (float(f) for f in signal_and_noise(scheduler, t.reshape(1)))
         x = signal * finished + noise * torch.stack(drawn).to(finished)
+        outputs, at_once = [], judge.batch or len(x)
         with torch.no_grad():
-            output = model_output(model, x, step, judge.labels, judge.settings, scheduler)
+            for part, labels in zip(x.split(at_once), judge.labels.split(at_once), strict=True):
+                outputs.append(model_output(model, part, step, labels, judge.settings, scheduler))
+        output = torch.cat(outputs)
         x0 = predict_x0(scheduler, x, model.without_variance(output), t)
         found += energy(x0 - finished, bands)
     return found

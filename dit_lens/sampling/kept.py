@@ -66,7 +66,7 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
     Args:
         run: without edits.
     """
-    witnessed = list(run.witnesses[0]) if run.witnesses else []
+    witnessed = [list(witness) for witness in run.witnesses]  # under a plan fewer at some steps
     about = {
         "settings": {k: v for k, v in vars(run.settings).items() if k != "scheduler"},
         "scheduler": run.settings.scheduler if isinstance(run.settings.scheduler, str) else None,
@@ -83,8 +83,8 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
     }
     for part in ("bits", "total"):
         # one transfer for all steps and names: each would wait for the device
-        of_steps = [torch.stack([getattr(w[n], part) for n in witnessed]) for w in run.witnesses]
-        found[part] = torch.stack(of_steps).cpu().numpy()
+        every = [getattr(w[name], part) for w in run.witnesses for name in w]
+        found[part] = torch.stack(every).cpu().numpy()
     found["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     return found
 
@@ -100,14 +100,15 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
     about = json.loads(arrays["about"].tobytes())
     settings = Settings(scheduler=about["scheduler"] or scheduler, **about["settings"])
     plan = prepared(model, settings)
-    held = {name: torch.from_numpy(np.array(arrays[name])) for name in ("bits", "total")}
-    witnesses = [Witness() for _ in range(settings.steps)]
-    for step, witness in enumerate(witnesses):
-        sums = Checksum(*(held[of][step].to(model.device) for of in ("bits", "total")))
-        witness.add(about["witnessed"], sums)
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.array(arrays[name])).to(model.device)
+
+    witnesses, of_steps = list[Witness](), list(map(len, about["witnessed"]))
+    parts = (tensor(name).split(of_steps) for name in ("bits", "total"))
+    for names, bits, total in zip(about["witnessed"], *parts, strict=True):
+        witnesses.append(Witness())
+        witnesses[-1].add(names, Checksum(bits, total))
 
     return Run(
         model=model,
