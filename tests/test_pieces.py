@@ -35,13 +35,18 @@ from dit_lens.commands.keeping import about_command
 from dit_lens.errors import InvalidState, InvalidType, InvalidValue, UnwritableFile
 from dit_lens.experiments import (
     Engine,
+    Plan,
     attributes,
     cause_map,
+    compare,
     couple_alone,
     couplings,
+    diagnose,
+    diagnose_all,
     interchange,
     knock_outs,
     measure_gap,
+    reuse_plan,
     shapley,
     smallest_set,
 )
@@ -78,6 +83,36 @@ def parity(images):
 # One process.
 
 
+def dark(images):
+    """The darkest half."""
+    return 1 - images.mean((1, 2, 3))
+
+
+def compared(model, **kept):
+    times = dit_lens.sample(model, [1], steps=4).timesteps
+    plan = Plan.of(model, times, [(0, "attn", 2), (0, "mlp", 2), (1, "mlp", 3)])
+    return compare(model, plan, items=12, steps=4, resamples=20, **kept)
+
+
+def planned(model, **kept):
+    plan = reuse_plan(model, 0.7, items=8, steps=4, resamples=20, **kept)
+    return xr.Dataset(attrs=plan.about | {"cells": plan.cells, "lines": plan.lines})
+
+
+def diagnosed(model, **kept):
+    run = dit_lens.sample(model, [1], seeds=3, steps=5, eta=1.0)
+    at = float(dark(run.images)) - 1e-4  # about as dark as others
+    options = {"at": at, "others": 8, "clones": 2, "releases": 3, "pairs": 3}
+    found = diagnose(model, run, dark, **options, **kept)
+    assert found.result.images > 20 and "pairs" in str(found.result.attrs)
+    return found.result
+
+
+def diagnosed_all(model, **kept):
+    faults = {"structure": dark}
+    return diagnose_all(model, 12, faults, at=0.5, steps=5, most=2, **kept)
+
+
 MEASUREMENTS = {
     "gap": (measure_gap, GAP),
     "couplings": (couplings, {"strengths": [0, 1], "pairs": 8, "steps": 5, "resamples": 20}),
@@ -87,6 +122,10 @@ MEASUREMENTS = {
     ),
     "map": (cause_map, {"items": 8, "steps": 4, "check": 2, "resamples": 20}),
     "interchange": (interchange, {"pairs": 8, "steps": 4, "windows": 1}),
+    "compare": (compared, {}),
+    "plan": (planned, {}),
+    "diagnosis": (diagnosed, {}),
+    "diagnoses": (diagnosed_all, {}),
     "attributes": (attributes, {"read": parity, "pairs": 16, "steps": 4, "resamples": 20}),
 }
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from ...measures import Array
 from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
+from ...pieces import Arrays, Piece, results
 from ...sampling.branches import Branch, ends
+from ...sampling.kept import kept_run
 from ...sampling.loop import is_stochastic
 from ...sampling.run import Run, sample
 from ..there_and_back import returns
@@ -46,7 +48,9 @@ class Spent:
             self.told(self.images)
 
 
-def other_seeds(run: Run, n: int, seed: int, spent: Spent, batch: int | None) -> Run:
+def other_seeds(
+    run: Run, n: int, seed: int, spent: Spent, batch: int | None, name: str = "other seeds"
+) -> Run:
     """A run of the same label and sampler from other seeds.
 
     Args:
@@ -55,19 +59,24 @@ def other_seeds(run: Run, n: int, seed: int, spent: Spent, batch: int | None) ->
         seed: from which the others are counted.
         spent: the account.
         batch: images at once.
+        name: of the piece.
     """
     s = run.settings
-    found = sample(
-        run.model,
-        run.labels[:1].repeat(n),
-        [FIRST_SEED + 1000 * seed + i for i in range(n)],
-        s.steps,
-        s.guidance,
-        s.scheduler,
-        s.eta,
-        s.guided_channels,
-        batch=batch,
-    )
+
+    def sampled() -> Run:
+        return sample(
+            run.model,
+            run.labels[:1].repeat(n),
+            [FIRST_SEED + 1000 * seed + i for i in range(n)],
+            s.steps,
+            s.guidance,
+            s.scheduler,
+            s.eta,
+            s.guided_channels,
+            batch=batch,
+        )
+
+    found = kept_run(name, sampled, run.model, s.scheduler)
     spent.add(n)
     return found
 
@@ -154,10 +163,14 @@ def chances(
         ]
     else:
         branches = returns(own, releases, seeds)
-    finished = ends(branches, batch)
-    steps = run.settings.steps
+
+    def with_it() -> Arrays:
+        finished = ends(branches, batch)
+        return {"hits": np.array([fault.bad(fault.scores(images(x))).sum() for x in finished])}
+
+    (found,) = results([Piece("runs that share the past", with_it)])
+    steps, hits = run.settings.steps, found["hits"].tolist()
     spent.add(clones * sum(steps - r for r in releases) / steps)
-    hits = [int(fault.bad(fault.scores(images(x))).sum()) for x in finished]
     how = "clones" if stochastic else "there and back"
     return Chances(how, tuple(releases), tuple(hits), clones)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
 from ...patching.patch import steps_text
+from ...pieces import Engine, measured
 from ...sampling.loop import is_stochastic
 from ...sampling.run import Run
 from .chances import Chances, Spent, chances, other_seeds, spread_over, spreads
@@ -64,6 +66,7 @@ class Diagnosis:
         return f"Diagnosis({self.sentence.partition(chr(10))[0]})"
 
 
+@measured
 def diagnose(
     model: HookedDiT,
     run: Run,
@@ -78,6 +81,8 @@ def diagnose(
     seed: int = 0,
     batch: int = 32,
     progress: Callable[[float], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> Diagnosis:
     """In which layer and at which step a fault of a run's images arises, and its repair.
 
@@ -105,6 +110,9 @@ def diagnose(
         seed: of all noise that is drawn.
         batch: images that go through the model at once.
         progress: called with the images spent so far.
+        store: a folder in which the finished pieces are kept; given again, the diagnosis goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`; most wait for the one before.
 
     Returns:
         Diagnosis: the verdict, the figures, the repair.
@@ -120,6 +128,7 @@ def diagnose(
     >>> diagnose(model, run, dark, others=8, clones=2, releases=2).kind
     'no fault'
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     require_parts(model.names)
     arguments.instance("run", run, Run, "a run of dit_lens.sample")
@@ -184,7 +193,8 @@ def diagnose(
     shop = Workshop(run, score, images, compared, rest, alike, spread.tolist(), spent, batch)
     fine = good_of(rest, score, images)
     if fine is None and good is not None and good.model.transformer is not model.transformer:
-        fine = good_of(other_seeds(good, others, seed, spent, batch), score, images)
+        theirs_too = other_seeds(good, others, seed, spent, batch, "other seeds of the good run")
+        fine = good_of(theirs_too, score, images)
     tried = repairs(shop, insides, None if found is None else found.window, fine)
     kind = kind_of(base, good is not None, compared, found)
     if kind in ("noise", "window") and is_stochastic(model, run.settings):

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +28,14 @@ from ...measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
+from ...pieces import Arrays, Engine, Piece, enough, measured, results
+from ...sampling.kept import arrays_of, run_of
 from ...sampling.loop import prepared
 from ...sampling.run import Run, sample
 from ...sampling.schedulers import default_name
 from ...sampling.settings import checked_settings
 from .chances import Spent, chances, spread_over
-from .fault import AT, DIGITS, Fault, Given, Images, check_fault, made, names_of
+from .fault import AT, DIGITS, Given, Images, check_fault, made, names_of
 from .pairs import twins
 from .prober import Prober
 from .where import coarse
@@ -44,15 +48,27 @@ CLONES, RELEASES, PAIRS = 6, 8, 6
 AT_ONCE = 100
 
 
-@dataclass(frozen=True)
-class Faulty:
-    """One fault of one image: its item among the samples, its kind, its name."""
+class Kind(NamedTuple):
+    """A fault that is looked for, its name, and of which kind it is."""
 
-    item: int
     kind: str
     name: str
+    fault: Given
 
 
+@dataclass(frozen=True)
+class Faulty:
+    """One fault of one image: its item among the samples, and where its run is: in which hundred,
+    and at which place of those that are kept.
+    """
+
+    what: Kind
+    item: int
+    hundred: int
+    place: int
+
+
+@measured
 def diagnose_all(
     model: HookedDiT,
     samples: int = 1000,
@@ -67,6 +83,8 @@ def diagnose_all(
     seed: int = 0,
     batch: int = 32,
     progress: Callable[[int, int], object] | None = None,
+    store: str | Path | None = None,
+    engine: str | Engine = "local",
 ) -> xr.Dataset:
     """By which step faults are decided, and which layers carry them, over many faulty images.
 
@@ -85,6 +103,9 @@ def diagnose_all(
         seed: of the samples and all noise.
         batch: images that go through the model at once.
         progress: called with how much is done, and how much there is.
+        store: a folder in which the finished pieces are kept; given again, the measurement goes on
+            from there.
+        engine: where they are run: "local", "ray", or an `Engine`.
 
     Returns:
         xr.Dataset: for each fault its `kind`, `name`, `item`, `decided` (step), `effect` [fault,
@@ -99,6 +120,7 @@ def diagnose_all(
     >>> diagnose_all(model, 4, {"dark": dark}, steps=4, most=1).sizes["kind"]
     1
     """
+    del store, engine  # `measured` sees to them
     arguments.instance("model", model, HookedDiT, "a HookedDiT")
     require_parts(model.names)
     samples, most = arguments.whole("samples", samples, 1), arguments.whole("most", most, 1)
@@ -127,118 +149,132 @@ def diagnose_all(
         if progress is not None:
             progress(done, total)
 
-    images, spent = Images(model, batch), Spent()
+    images, spent, kinds = Images(model, batch), Spent(), _kinds(model, faults)
 
     # The faulty ones.
-    found: list[tuple[Faulty, Run, Fault]] = []
-    counts: dict[str, int] = {}
-    for first in range(0, samples, AT_ONCE):
+    def samples_from(first: int) -> Arrays:
         n = min(AT_ONCE, samples - first)
-        labels = [(first + i) % (model.conditions.n) for i in range(n)]
+        labels = [(first + i) % model.conditions.n for i in range(n)]
         run = sample(model, labels, seed + first, steps, guidance, scheduler, eta, batch=batch)
-        spent.add(n)
-        for kind, (named, score), items in _faulty(run, images, faults, at):
-            counts[kind] = counts.get(kind, 0) + len(items)
-            room = most - sum(f.kind == kind for f, *_ in found)
-            for i in items[:room]:
-                found.append((Faulty(first + i, kind, named), run.select([i]), score(i)))
-        told(first + n, samples + 10 * most)
+        return _faulty(run, images, kinds, at, most)
+
+    firsts = range(0, samples, AT_ONCE)
+    hundreds = results(
+        [Piece(f"samples from {first}", partial(samples_from, first)) for first in firsts],
+        lambda number: told(min(samples, firsts[number] + AT_ONCE), samples + 10 * most),
+    )
+    spent.add(samples)
+    counts, found = {kind.kind: 0 for kind in kinds}, list[Faulty]()
+    for hundred, seen in enumerate(hundreds):
+        kept = seen["kept"].tolist()
+        for number, what in enumerate(kinds):
+            items = seen["item"][seen["fault"] == number].tolist()
+            counts[what.kind] += len(items)
+            room = most - sum(each.what.kind == what.kind for each in found)
+            found += [
+                Faulty(what, firsts[hundred] + i, hundred, kept.index(i)) for i in items[:room]
+            ]
     if not found:
         raise InvalidValue(
             f"None of {samples} samples has such a fault; expected more samples, or another fault."
         )
 
     # Each of them.
-    rows = []
-    for number, (what, bad, score_of) in enumerate(found):
-        rows.append(_looked_at(what, bad, score_of, images, seed, batch, spent))
-        told(samples + 10 * most * (number + 1) // len(found), samples + 10 * most)
-    return _dataset(model, rows, counts, samples, steps, spent)
+    def looked_at(each: Faulty) -> Arrays:
+        bad = run_of(hundreds[each.hundred], model, name).select([each.place])
+        return _looked_at(bad, each.what.fault, at, images, seed, batch)
+
+    pieces = [
+        Piece(f"fault {number}", partial(looked_at, each)) for number, each in enumerate(found)
+    ]
+    rows = results(
+        pieces,
+        lambda number: told(samples + 10 * most * (number + 1) // len(found), samples + 10 * most),
+    )
+    enough()
+    spent.add(sum(float(row["spent"]) for row in rows))
+    return _dataset(model, found, rows, counts, samples, steps, spent)
 
 
-Named = tuple[str, Callable[[int], Fault]]
+def _kinds(model: HookedDiT, faults: Mapping[str, Given] | None) -> list[Kind]:
+    """What is looked for."""
+    if faults is not None:
+        return [Kind(kind, kind, fault) for kind, fault in faults.items()]
+    own = names_of(model)
+    return [
+        Kind(STRUCTURE if own is DIGITS or each in LARGE else TEXTURE, each, each)
+        for each in (own if own is DIGITS else portraits.FACTORS)
+    ]
 
 
-def _faulty(
-    run: Run, images: Images, faults: Mapping[str, Given] | None, at: float
-) -> list[tuple[str, Named, list[int]]]:
-    """For each kind and fault, the items that have it."""
+def _faulty(run: Run, images: Images, kinds: Sequence[Kind], at: float, most: int) -> Arrays:
+    """The items that have each fault, and the run of those that may be looked at."""
     shown, labels = images(run.latents[-1]), run.labels.tolist()
-    if faults is None:
-        own = names_of(run.model)
-        given: list[tuple[str, str, Given]] = [
-            (STRUCTURE if own is DIGITS or each in LARGE else TEXTURE, each, each)
-            for each in (own if own is DIGITS else portraits.FACTORS)
+    faults, items, kept = list[int](), list[int](), set[int]()
+    for number, (*_, fault) in enumerate(kinds):
+        by_label = {label: made(fault, at, label, shown, shown) for label in set(labels)}
+        bad = [
+            i
+            for i, label in enumerate(labels)
+            if by_label[label].bad(by_label[label].scores(shown[i : i + 1]))[0]
         ]
-    else:
-        given = [(kind, kind, fault) for kind, fault in faults.items()]
-    found: list[tuple[str, Named, list[int]]] = []
-    for kind, name, fault in given:
-
-        def score(i: int, *, fault: Given = fault) -> Fault:
-            return made(fault, at, labels[i], shown[i : i + 1], shown)
-
-        by_label = {label: score(labels.index(label)) for label in set(labels)}
-        values = np.array(
-            [by_label[labels[i]].scores(shown[i : i + 1])[0] for i in range(len(labels))]
-        )
-        items = np.flatnonzero(by_label[labels[0]].bad(values)).tolist()
-        found.append((kind, (name, score), items))
-    return found
+        faults += [number] * len(bad)
+        items += bad
+        kept.update(bad[:most])
+    found = {"fault": np.array(faults, int), "item": np.array(items, int)}
+    found["kept"] = np.array(sorted(kept), int)
+    return found | (arrays_of(run.select(sorted(kept))) if kept else {})
 
 
-@dataclass(frozen=True)
-class Looked:
-    """What was seen of one fault."""
-
-    what: Faulty
-    decided: float
-    effect: Array | None  # [window, stack]
-    windows: tuple[range, ...]
-    stacks: tuple[tuple[int, int], ...]
-
-
-def _looked_at(
-    what: Faulty, run: Run, fault: Fault, images: Images, seed: int, batch: int, spent: Spent
-) -> Looked:
-    steps = run.settings.steps
-    when = spread_over(steps, RELEASES)
-    seen = chances(run, fault, images, when, CLONES, seed, spent, batch)
-    decided = float(steps if seen.decided is None else seen.decided)
+def _looked_at(run: Run, given: Given, at: float, images: Images, seed: int, batch: int) -> Arrays:
+    """What is seen of one fault: the step by which it is `decided`; the `effect` [window, stack] of
+    each of `windows` [window, (first, stop)] and `stacks` [stack, (first, depth)], of which there
+    are none without a good twin; and the images `spent`.
+    """
+    steps, spent, shown = run.settings.steps, Spent(), images(run.latents[-1])
+    fault = made(given, at, int(run.labels[0]), shown, shown)
+    seen = chances(run, fault, images, spread_over(steps, RELEASES), CLONES, seed, spent, batch)
     pairs = twins(run, fault, images, seen, PAIRS, seed, spent)
-    if pairs is None:
-        return Looked(what, decided, None, (), ())
-    windows, stacks, values = coarse(Prober(pairs.few, fault, images, spent, batch))
-    return Looked(what, decided, values[:, 1:], tuple(windows), tuple(stacks[1:]))
+    windows, stacks, values = list[range](), list[tuple[int, int]](), np.zeros((0, 0))
+    if pairs is not None:
+        windows, (_, *stacks), values = coarse(Prober(pairs.few, fault, images, spent, batch))
+    return {
+        "decided": np.array(float(steps if seen.decided is None else seen.decided)),
+        "effect": values[:, 1:],  # all layers come first
+        "windows": np.array([(w.start, w.stop) for w in windows]).reshape(-1, 2),
+        "stacks": np.array(stacks).reshape(-1, 2),
+        "spent": np.array(spent.images),
+    }
 
 
 def _dataset(
     model: HookedDiT,
-    rows: Sequence[Looked],
+    faulty: Sequence[Faulty],
+    rows: Sequence[Arrays],
     counts: Mapping[str, int],
     samples: int,
     steps: int,
     spent: Spent,
 ) -> xr.Dataset:
     n_layers = model.cfg.n_layers
-    shape = next((r.effect.shape for r in rows if r.effect is not None), (1, 1))
+    shape = next((row["effect"].shape for row in rows if row["effect"].size), (1, 1))
     effect = np.full((len(rows), *shape), np.nan)
     depth, when = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     for i, row in enumerate(rows):
-        if row.effect is None or row.effect.shape != shape:
+        if row["effect"].shape != shape:
             continue
-        effect[i] = row.effect
-        weight = np.clip(row.effect, 0, None)
+        effect[i] = row["effect"]
+        weight = np.clip(row["effect"], 0, None)
         if weight.sum() > 0:
-            middle = np.array([a + (d - 1) / 2 for a, d in row.stacks]) / (n_layers - 1)
-            centre = np.array([(w.start + w.stop - 1) / 2 for w in row.windows]) / (steps - 1)
+            middle = (row["stacks"] @ (1, 0.5) - 0.5) / (n_layers - 1)
+            centre = (row["windows"].mean(1) - 0.5) / (steps - 1)
             depth[i] = float((weight.sum(0) * middle).sum() / weight.sum())
             when[i] = float((weight.sum(1) * centre).sum() / weight.sum())
-    kinds = list(dict.fromkeys(row.what.kind for row in rows))
-    of_kind = np.array([row.what.kind for row in rows])
+    of_kind = np.array([each.what.kind for each in faulty])
+    kinds = list(dict.fromkeys(of_kind.tolist()))
     result = xr.Dataset(
         {
-            "decided": ("fault", [row.decided for row in rows]),
+            "decided": ("fault", [float(row["decided"]) for row in rows]),
             "effect": (("fault", "window", "stack"), effect),
             "depth": ("fault", depth),
             "when": ("fault", when),
@@ -246,8 +282,8 @@ def _dataset(
         coords={
             "fault": np.arange(len(rows)),
             "kind_of": ("fault", of_kind),
-            "name": ("fault", [row.what.name for row in rows]),
-            "item": ("fault", [row.what.item for row in rows]),
+            "name": ("fault", [each.what.name for each in faulty]),
+            "item": ("fault", [each.item for each in faulty]),
             "kind": kinds,
             "window": np.arange(shape[0]),
             "stack": np.arange(shape[1]),
@@ -271,13 +307,13 @@ def _dataset(
             )
             for name in ("decided", "depth", "when")
         }
-        parts = sum(row.effect is None for row in rows if row.what.kind == kind)
+        alone = sum(not r["effect"].size for r, of in zip(rows, of_kind, strict=True) if of == kind)
         said.append(
             f"{kind.capitalize()}: {counts[kind]} faults in {samples} samples ({share:.3f} an "
             f"image), {int((of_kind == kind).sum())} looked at. Decided by step "
             f"{one['decided']:.1f} of {steps} on average; the layers that carry them lie at "
             f"{one['depth']:.2f} of the depth, the steps at {one['when']:.2f} of the run"
-            + (f"; for {parts} no good twin was found." if parts else ".")
+            + (f"; for {alone} no good twin was found." if alone else ".")
         )
     said.append(_claim(result, of_kind))
     said.append(f"Cost: {spent.images:.0f} images.")

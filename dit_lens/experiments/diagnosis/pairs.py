@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ...errors import InvalidValue
 from ...measures.bootstrap import FEWEST_PAIRS
 from ...model.noise_schedule import signal_and_noise
 from ...patching.sweeps import scheduler_text
+from ...sampling.kept import kept_run
 from ...sampling.loop import is_stochastic
 from ...sampling.noise import noise
 from ...sampling.run import Run
@@ -137,9 +139,14 @@ def given(run: Run, good: Run, fault: Fault, images: Images, n: int, spent: Spen
     pairs = Pairs(run, good, matched, max(0, apart[0] - 1), False)
     if not matched or len(run.labels) > 1 or not is_stochastic(run.model, run.settings):
         return pairs
-    seeds = [FIRST_SEED // 4 + i for i in range(2 * n)]
+    seeds, asked = [FIRST_SEED // 4 + i for i in range(2 * n)], run.settings.scheduler
     own, other = (each.select([0] * len(seeds)) for each in (run, good))
-    bad, fine = (each.replay(0, seeds=seeds) for each in (own, other))
+    bad, fine = (
+        kept_run(
+            f"clones of the {name} run", partial(each.replay, 0, seeds=seeds), each.model, asked
+        )
+        for name, each in (("bad", own), ("good", other))
+    )
     spent.add(2 * len(seeds))
     both = fault.bad(fault.scores(images(bad.latents[-1])))
     both &= ~fault.bad(fault.scores(images(fine.latents[-1])))
@@ -177,7 +184,10 @@ def twins(
     for release in sorted({*order, 0}, reverse=True)[:4]:
         if release + few >= steps:
             continue
-        twin, since = _near(run, release, few, 2 * n, seed)
+        since = release + few if is_stochastic(run.model, run.settings) else release
+        make = partial(_near, run, release, few, 2 * n, seed)
+        name = f"near twins from step {release} on"
+        twin = kept_run(name, make, run.model, run.settings.scheduler)
         spent.add(2 * n * (steps - release) / steps)
         scores = fault.scores(images(twin.latents[-1]))
         chosen = np.flatnonzero(~fault.bad(scores))[:n].tolist()
@@ -189,13 +199,13 @@ def twins(
     return max(tried, key=lambda each: each[0])[1] if tried else None
 
 
-def _near(run: Run, release: int, few: int, n: int, seed: int) -> tuple[Run, int]:
-    """Runs with the bad one's past and, but for a few steps, its noise; and since when."""
+def _near(run: Run, release: int, few: int, n: int, seed: int) -> Run:
+    """Runs with the bad one's past and, but for a few steps, its noise."""
     own = run.select([i % len(run.labels) for i in range(n)])
     fresh = [FIRST_SEED // 8 + 100_000 * seed + 1000 * release + i for i in range(n)]
     if is_stochastic(run.model, run.settings):
         back = release + few
-        return own.replay(release, seeds=fresh).replay(back, seeds=list(own.seeds_at(back))), back
+        return own.replay(release, seeds=fresh).replay(back, seeds=list(own.seeds_at(back)))
     above = release + few
     (s0, n0), (s1, n1) = (
         signal_and_noise(run.scheduler, run.timesteps[s]) for s in (above, release)
@@ -203,4 +213,4 @@ def _near(run: Run, release: int, few: int, n: int, seed: int) -> tuple[Run, int
     ratio = float(s1 / s0)
     sigma = max(0.0, float(n1) ** 2 - (ratio * float(n0)) ** 2) ** 0.5
     xi = noise(fresh, release, run.latents.shape[2:], run.latents.device, run.latents.dtype)
-    return own.replay(release, latents=ratio * own.latents[above] + sigma * xi), release
+    return own.replay(release, latents=ratio * own.latents[above] + sigma * xi)

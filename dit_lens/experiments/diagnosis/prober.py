@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...measures import Array
@@ -21,6 +22,7 @@ from ...measures.bootstrap import FEWEST_PAIRS, draws, simultaneous
 from ...measures.estimate import Estimate
 from ...patching.lanes import Lanes
 from ...patching.patch import Patch, Planned, joined, plan
+from ...pieces import Arrays, Piece, results
 from ...sampling.run import Run
 from .chances import Spent
 from .fault import Fault, Images
@@ -82,6 +84,7 @@ class Prober:
         images: of latents.
         spent: the account.
         batch: images that run at once.
+        asked: how many pieces there were.
     """
 
     pairs: Pairs
@@ -89,6 +92,7 @@ class Prober:
     images: Images
     spent: Spent
     batch: int
+    asked: int = 0
 
     def repair(self, places: Sequence[Place], pairs: Pairs | None = None) -> Array:
         """How much of the fault goes with the good run's put into the bad one, [place, pair]."""
@@ -140,11 +144,16 @@ class Prober:
         return (moved + np.clip(1 - left / np.maximum(apart, 1e-12), -1, 1)) / 2
 
     def _run(self, source: Run, target: Run, places: Sequence[Place]) -> Tensor:
-        lanes = Lanes(source, target, self.batch)
-        model, steps = target.model, target.settings.steps
-        found = lanes.run([place.planned(target) for place in places], lambda _: None)
-        self.spent.add(lanes.blocks / (model.cfg.n_layers * steps * lanes.passes))
-        return found
+        def patched() -> Arrays:
+            lanes = Lanes(source, target, self.batch)
+            latents = lanes.run([place.planned(target) for place in places], lambda _: None)
+            return {"latents": latents.cpu().numpy(), "blocks": np.array(lanes.blocks)}
+
+        self.asked += 1
+        (found,) = results([Piece(f"patches {self.asked}", patched)])
+        whole = target.model.cfg.n_layers * target.settings.steps * target.passes
+        self.spent.add(int(found["blocks"]) / whole)
+        return torch.from_numpy(np.array(found["latents"])).to(target.latents)
 
     def layers(
         self, window: range, beside: tuple[int, ...] = ()

@@ -24,6 +24,7 @@ from ...hooks.stored_edits import StoredEdit, by_step, edits_for, made_for, save
 from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
+from ...sampling.kept import kept_latents
 from ...sampling.run import Run
 from .chances import Spent
 from .fault import Fault, Images
@@ -123,9 +124,14 @@ class Workshop:
     spent: Spent
     batch: int
 
-    def _replayed(self, run: Run, edits: Sequence[StoredEdit]) -> Run:
+    def _replayed(self, name: str, run: Run, edits: Sequence[StoredEdit]) -> Tensor:
+        """The finished latents of a run with edits."""
         first, steps = min(e.steps[0] for e in edits), run.settings.steps
-        found = run.replay(first, by_step(edits, run.model.sites))
+
+        def finished() -> Tensor:
+            return run.replay(first, by_step(edits, run.model.sites)).latents[-1]
+
+        (found,) = kept_latents({name: finished}, run)
         self.spent.add(len(run.labels) * (steps - first) / steps)
         return found
 
@@ -140,7 +146,7 @@ class Workshop:
             values: how many numbers that is.
             about: what is kept with it.
         """
-        image = self.images(self._replayed(self.run, edits).latents[-1])
+        image = self.images(self._replayed(name, self.run, edits))
         return self._judged(name, tuple(edits), None, None, image, values, about)
 
     def redrawn(self, step: int, seed: int) -> Repair:
@@ -151,9 +157,14 @@ class Workshop:
             seed: of it.
         """
         n = len(self.run.labels)
-        image = self.images(self.run.replay(step, seeds=[seed + i for i in range(n)]).latents[-1])
+        name, seeds = f"noise from step {step} on drawn anew", [seed + i for i in range(n)]
+
+        def finished() -> Tensor:
+            return self.run.replay(step, seeds=seeds).latents[-1]
+
+        (latents,) = kept_latents({f"{name}, seed {seed}": finished}, self.run)
+        image = self.images(latents)
         self.spent.add(n * (1 - step / self.run.settings.steps))
-        name = f"noise from step {step} on drawn anew"
         return self._judged(name, (), step, seed, image, 0, {})
 
     def _judged(
@@ -200,7 +211,7 @@ class Workshop:
         if self.fault.own or not repair.edits:
             return repair
         before = self.fault.bad(self.fault.scores(self.images(self.others.latents[-1])))
-        finished = self._replayed(self.others, repair.edits).latents[-1]
+        finished = self._replayed(f"{repair.name}, other seeds", self.others, repair.edits)
         after = self.fault.bad(self.fault.scores(self.images(finished)))
         had, free = int(before.sum()), int((~before).sum())
         cured = proportion(int((before & ~after).sum()), had) if had else None
