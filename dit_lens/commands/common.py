@@ -279,27 +279,27 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser, batch: bool = True) -> None:
-    """The options `--device` and `--dtype`, and `--batch` for what goes through in parts.
+def add_device(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """The options `--device`, `--dtype` and `--batch`.
 
     Args:
         parser: of a subcommand.
-        batch: whether it has `--batch`.
+        dtype: whether it has `--dtype`.
     """
     parser.add_argument(
         "--device", help="such as cuda or cpu (default: an accelerator that has float64, if any)"
     )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        help="of the weights: float32, bfloat16 or float16 (default: float32)",
-    )
-    if batch:
+    if dtype:
         parser.add_argument(
-            "--batch",
-            type=count,
-            help="images that go through the model at once (default: what fits, found by trying)",
+            "--dtype",
+            default="float32",
+            help="of the weights: float32, bfloat16 or float16 (default: float32)",
         )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        help="images that go through the model at once (default: what fits, found by trying)",
+    )
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:

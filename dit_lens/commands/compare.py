@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from .common import (
     Answer,
+    add_device,
     add_labels,
     add_model,
     add_seed,
     add_size,
     at_least,
+    batch_of,
     count,
     existing,
     frequency,
@@ -21,6 +23,7 @@ from .common import (
     progress_bar,
     stored,
 )
+from .keeping import add_store, keeping
 
 if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
@@ -32,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     change = parser.add_mutually_exclusive_group(required=True)
     change.add_argument("--with", dest="plan", type=Path, metavar="PLAN", help="a reuse plan")
     change.add_argument("--lora", metavar="FILE", help="an adapter, a file or a hub id")
-    change.add_argument("--dtype", help="of the changed model's weights, such as bfloat16")
-    parser.add_argument(
-        "--device", help="such as cuda or cpu (default: an accelerator that has float64, if any)"
+    change.add_argument(
+        "--dtype", dest="changed_dtype", help="of the changed model's weights, such as bfloat16"
     )
+    parser.set_defaults(dtype="float32")  # of the model as it was
     parser.add_argument(
         "--items", type=at_least(8), default=64, help="samples, 8 or more (default: 64)"
     )
@@ -49,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="between low and high, in cycles per pixel (default: 0.25)",
     )
     add_size(parser)
+    add_device(parser, dtype=False)
+    add_store(parser)
     parser.add_argument("--out", type=Path, help="folder for the figures (default: compare-MODEL)")
 
 
@@ -63,13 +68,15 @@ def run(args: argparse.Namespace) -> Answer:
     """Run the model and the changed one, and say what differs."""
     from ..experiments import Plan, compare
     from ..experiments.reuse_plan import OTHER_SAMPLES
+    from ..pieces import helping
     from ..report import compare as report
     from ..storage import file_name, try_folder
 
     out = args.out or Path(f"compare-{file_name(str(args.model))}")
     try_folder(out)  # before minutes are spent
     plan = None if args.plan is None else Plan.load(args.plan)
-    model = _opened(args, "float32")
+    model = open_model(args)
+    changed = plan or _changed(args, model)
     options = {}
     if plan is not None and "sampler" in plan.about:
         options = {name: plan.about[name] for name in ("guidance", "eta") if name in plan.about}
@@ -78,39 +85,43 @@ def run(args: argparse.Namespace) -> Answer:
     if labels is None and plan is not None:
         labels = plan.about.get("labels")
     steps = args.steps or (50 if plan is None else plan.steps)
-    with progress_bar() as bar:
+    batch = batch_of(args, model, args.items)
+    with keeping(args, model, batch, out), progress_bar() as bar:
         task = bar.add_task("compare", total=None)
         result = compare(
             model,
-            plan or _changed(args),
+            changed,
             items=args.items,
             labels=labels,
             steps=steps,
             seed=args.seed + (0 if plan is None else OTHER_SAMPLES),
             cut=args.cut,
+            batch=batch,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **options,
         )
-    report.show(result, report.store(result, out))
+        if helping():
+            return Answer(None)
+        kept = report.store(result, out)
+    report.show(result, kept)
     return stored(out)
 
 
-def _opened(args: argparse.Namespace, dtype: str) -> HookedDiT:
-    return open_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
-
-
-def _changed(args: argparse.Namespace) -> HookedDiT:
+def _changed(args: argparse.Namespace, model: HookedDiT) -> HookedDiT:
     """The model once more, changed."""
-    if args.lora is None:
-        return _opened(args, args.dtype)
     from ..errors import InvalidValue
+    from ..model.loading import load
 
-    model = _opened(args, "float32")
-    if not hasattr(model.transformer, "load_lora_adapter"):
+    size = None if args.size is None else tuple(args.size)
+    dtype = args.changed_dtype or "float32"
+    changed = load(args.model, dtype=dtype, device=str(model.device), size=size)
+    if args.lora is None:
+        return changed
+    if not hasattr(changed.transformer, "load_lora_adapter"):
         raise InvalidValue(
-            f"{type(model.transformer).__name__} takes no adapters in diffusers (it has no "
+            f"{type(changed.transformer).__name__} takes no adapters in diffusers (it has no "
             "load_lora_adapter); expected a model that does, or fuse the adapter and compare the "
             "models in Python: dit_lens.experiments.compare(model, changed)."
         )
-    model.transformer.load_lora_adapter(args.lora)
-    return model
+    changed.transformer.load_lora_adapter(args.lora)
+    return changed

@@ -17,6 +17,7 @@ from .common import (
     add_model,
     add_seed,
     add_size,
+    batch_of,
     count,
     open_model,
     progress_bar,
@@ -25,6 +26,7 @@ from .common import (
     stored,
     strength,
 )
+from .keeping import add_store, keeping
 from .users_code import of_the_users
 
 
@@ -61,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=count, help="with --all, faults of a kind (default: 12)")
     add_seed(parser)
     add_size(parser)
-    add_device(parser, batch=False)
+    add_device(parser)
+    add_store(parser)
     parser.add_argument(
         "--out", type=Path, help="folder for the page and figures (default: diagnosis-MODEL)"
     )
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> Answer:
 def _one(args: argparse.Namespace, out: Path) -> None:
     from ..experiments import diagnose
     from ..model.loading import load
+    from ..pieces import helping
     from ..report import diagnosis as report
     from ..sampling.run import sample
 
@@ -104,7 +108,8 @@ def _one(args: argparse.Namespace, out: Path) -> None:
         size = None if args.size is None else tuple(args.size)
         other = load(args.good, dtype=args.dtype, device=str(model.device), size=size)
         good = sample(other, [args.label], **options)
-    with progress_bar() as bar, of_the_users(fault):
+    batch = batch_of(args, model, 32) or 32
+    with keeping(args, model, batch, out), progress_bar() as bar, of_the_users(fault):
         task = bar.add_task("diagnosis", total=None)
         found = diagnose(
             model,
@@ -113,21 +118,31 @@ def _one(args: argparse.Namespace, out: Path) -> None:
             good,
             pairs=args.pairs or 8,
             seed=args.seed,
+            batch=batch,
             progress=lambda images: bar.update(task, completed=images),
         )
-    more: tuple[Path, ...] = ()
-    if found.repair is not None and found.repair.edits:
-        more = (found.repair.save(out / "repair.json"),)
-    report.show(found.result, report.store(found.result, out), more)
+        if helping():
+            return
+        more: tuple[Path, ...] = ()
+        if found.repair is not None and found.repair.edits:
+            more = (found.repair.save(out / "repair.json"),)
+        kept = report.store(found.result, out)
+    report.show(found.result, kept, more)
 
 
 def _every(args: argparse.Namespace, out: Path) -> None:
     from ..experiments import diagnose_all
+    from ..pieces import helping
     from ..report import diagnoses as report
 
     model = open_model(args)
     faults = {} if args.fault is None else {args.fault: _fault(args, model)}
-    with progress_bar() as bar, of_the_users(faults.get(args.fault)):
+    batch = batch_of(args, model, 32) or 32
+    with (
+        keeping(args, model, batch, out),
+        progress_bar() as bar,
+        of_the_users(faults.get(args.fault)),
+    ):
         task = bar.add_task("samples", total=None)
         result = diagnose_all(
             model,
@@ -137,9 +152,13 @@ def _every(args: argparse.Namespace, out: Path) -> None:
             eta=args.eta,
             most=args.most or 12,
             seed=args.seed,
+            batch=batch,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    report.show(result, report.store(result, out))
+        if helping():
+            return
+        kept = report.store(result, out)
+    report.show(result, kept)
 
 
 def _fault(args: argparse.Namespace, model: Any) -> Any:

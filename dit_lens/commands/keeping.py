@@ -24,7 +24,7 @@ ASIDE = set(
     "store engine workers address out device dry_run batch argv again parse json quiet kept".split()
 )
 """Options that the result does not depend on, or that are known better once the model is open."""
-READ = ("prompts", "images", "attributes")
+READ = ("prompts", "images", "attributes", "check", "plan", "lora", "fault", "good")
 """Options that name files, which may be edited before a command goes on."""
 
 
@@ -78,7 +78,9 @@ def about_command(
         if name not in ASIDE and isinstance(value, plain) and not name.startswith("default_")
     }
     settings |= {
-        f"{each} read": _content(str(settings[each])) for each in READ if settings.get(each)
+        f"{each} read": _content(str(settings[each]))
+        for each in READ
+        if isinstance(settings.get(each), (str, Path))
     }
     name = f"dit-lens {settings.pop('command')}"
     return about_of(name, settings | {"batch": batch}, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import InvalidValue
 from .common import (
     Answer,
     add_device,
@@ -13,6 +14,7 @@ from .common import (
     add_seed,
     add_size,
     at_least,
+    batch_of,
     count,
     existing,
     labels_of,
@@ -22,6 +24,7 @@ from .common import (
     share,
     stored,
 )
+from .keeping import add_store, keeping
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(parser)
     add_labels(parser)
     add_size(parser)
-    add_device(parser, batch=False)
+    add_device(parser)
+    add_store(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -76,6 +80,10 @@ def check(args: argparse.Namespace) -> None:
         refuse(args, "--check", "no file is written", "out")
     elif args.side_by_side is not None:
         refuse(args, "--side-by-side", "the plans say what they were made with", *fixed)
+        why = "it times whole runs in this process"
+        refuse(args, "--side-by-side", why, "batch", "store", "workers", "address")
+        if args.engine != "local":
+            raise InvalidValue(f"--engine does nothing beside --side-by-side: {why}; leave it out.")
     for path in [args.check] if args.check else args.side_by_side or []:
         existing(path, "a plan written by Plan.save")
     labels_of(args)
@@ -84,6 +92,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> Answer:
     """Make the plan, or check one, and say what it does."""
     from ..experiments.reuse_plan import OTHER_SAMPLES, check_plan, plan_sentence, reuse_plan
+    from ..pieces import helping
     from ..plans.plan import Plan
     from ..report.style import plain_console
     from ..storage import file_name, try_file
@@ -93,14 +102,19 @@ def run(args: argparse.Namespace) -> Answer:
         return _side_by_side(args)
     if args.check is not None:
         plan = Plan.load(args.check)
-        seed = args.seed + OTHER_SAMPLES
-        plan = check_plan(open_model(args), plan, items=args.items, seed=seed)
+        model, seed = open_model(args), args.seed + OTHER_SAMPLES
+        batch = batch_of(args, model, args.items)
+        with keeping(args, model, batch, Path()):
+            plan = check_plan(model, plan, items=args.items, seed=seed, batch=batch)
+        if helping():
+            return Answer(None)
         console.print(plan_sentence(plan), soft_wrap=True)
         return Answer({"plan": str(args.check), "sentence": plan_sentence(plan)})
     out = args.out or Path(f"plan-{file_name(str(args.model))}.json")
     try_file(out)  # before minutes are spent
     model = open_model(args)
-    with progress_bar() as bar:
+    batch = batch_of(args, model, args.items)
+    with keeping(args, model, batch, out.parent), progress_bar() as bar:
         task = bar.add_task("plan", total=None)
         plan = reuse_plan(
             model,
@@ -111,9 +125,12 @@ def run(args: argparse.Namespace) -> Answer:
             steps=args.steps or 50,
             seed=args.seed,
             lines=not args.no_lines,
+            batch=batch,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    plan.save(out)
+        if helping():
+            return Answer(None)
+        plan.save(out)
     console.print(plan_sentence(plan), soft_wrap=True)
     console.print(f"plan: {out}", style="dim", soft_wrap=True)
     return Answer({"plan": str(out), "sentence": plan_sentence(plan)})
