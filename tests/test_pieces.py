@@ -523,6 +523,13 @@ def test_what_can_not_be_seen_is_refused(value):
         content(value)
 
 
+def test_a_run_is_told_by_what_it_holds_and_not_by_where_its_weights_lie():
+    one, other = (dit_lens.sample(dit_lens.load("digits"), [3], steps=2) for _ in range(2))
+    assert digest(one) == digest(other)
+    assert digest(one) != digest(dit_lens.sample(one.model, [3], 1, steps=2))
+    assert digest(one) != digest(one.replay(edits=[("hook_embed", lambda x, hook: x)]))
+
+
 def test_a_model_of_prompts_is_told_with_its_texts():
     """The same call has the same store; another text encoder, or condition, is another model."""
     model = HookedDiT(family_named("PixArtTransformer2DModel").small_pipeline())
@@ -823,6 +830,46 @@ def test_commands_are_killed_helped_and_gone_on_with(folder, tmp_path):
     assert late.exitcode == 0 and said.read_text().startswith("0 more pieces are in")
 
 
+@pytest.mark.parametrize("command", ["plan", "compare", "diagnose --label", "diagnose --all"])
+def test_what_takes_long_goes_on_where_it_was_interrupted(
+    command, folder, model, tmp_path, monkeypatch, capsys
+):
+    """Also to `dit-lens work`, which knows the model by its content and has nothing left to do."""
+    monkeypatch.chdir(tmp_path)
+    Path("read.py").write_text("def dark(images):\n    return 1 - images.mean((1, 2, 3))\n")
+    times = dit_lens.sample(dit_lens.load(folder), [1], steps=4).timesteps
+    Plan.of(dit_lens.load(folder), times, [(0, "attn", 2)]).save("plan.json")
+    words = {
+        "plan": "--items 8 --steps 4 --budget 0.7 --out",
+        "compare": "--with plan.json --items 12 --out",
+        "diagnose --label": "1 --fault read.py:dark --steps 5 --pairs 2 --out",
+        "diagnose --all": "--fault read.py:dark --steps 5 --samples 9 --most 1 --out",
+    }[command]
+    name, *more = command.split()
+    words = [name, str(folder), *more, *words.split()]
+    write, written = Store.write, []
+
+    def stopped(self, name, arrays, seconds):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        write(self, name, arrays, seconds)
+        written.append(name)
+
+    monkeypatch.setattr(Store, "write", stopped)
+    assert main([*words, "out"]) == 130
+    monkeypatch.setattr(Store, "write", write)
+    capsys.readouterr()
+    assert main([*words, "out"]) == 0
+    found = capsys.readouterr().out
+    assert "1 finished pieces are in" in found and not Path("out", ".pieces").exists()
+    assert not Path(".pieces").exists()
+    assert main([*words, "elsewhere", "--store", "store"]) == 0
+    alone = capsys.readouterr().out
+    assert alone.replace("elsewhere", "out") in found
+    assert main(["work", "store"]) == 0
+    assert "0 more pieces are in" in capsys.readouterr().out
+
+
 def test_work_says_what_is_wrong(folder, model, tmp_path, capsys):
     assert main(["work", str(tmp_path / "none")]) == 2
     assert "There is no store at" in capsys.readouterr().err
@@ -984,11 +1031,12 @@ def test_workers_of_other_versions(model, cluster, monkeypatch):
         measure_gap(model, **GAP, engine=Engine("ray", workers=1, address=cluster[0]))
 
 
-@pytest.mark.parametrize("option", ["prompts", "images", "attributes"])
+@pytest.mark.parametrize("option", ["prompts", "images", "attributes", "plan", "check", "fault"])
 def test_a_command_is_another_one_when_the_files_that_it_reads_are_edited(option, tmp_path):
     file = tmp_path / "read" / "file.py"
     file.parent.mkdir()
-    named = {"prompts": file, "images": file.parent, "attributes": f"{file}:function"}[option]
+    named = {"images": file.parent, "attributes": f"{file}:function", "fault": f"{file}:function"}
+    named = named.get(option, file)
     args, model = argparse.Namespace(command="gap", **{option: named}), dit_lens.load("digits")
     file.write_text("a red fox")
     first, again = about_command(args, model, None), about_command(args, model, None)

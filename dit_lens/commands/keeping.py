@@ -147,6 +147,6 @@ def keeping(
     finally:
         if args.store is None and done:  # it was there for the case of an interruption
             shutil.rmtree(store, ignore_errors=True)
-            for folder in made[1:]:
-                with suppress(OSError):  # there are results in it
+            for folder in (store.parent, *made[2:]):
+                with suppress(OSError):  # there is something else in it
                     folder.rmdir()

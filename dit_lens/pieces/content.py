@@ -57,7 +57,8 @@ _READS = "LOAD_GLOBAL", "LOAD_NAME"
 def content(value: Any) -> str:
     """A text that is the same for the same content, and only for it.
 
-    Of a function it holds the code, what it closes over, and the globals that it reads; of a class
+    Of a dataclass it holds all fields but those with the metadata {"told": False}, which say how
+    it came about in this process. Of a function it holds the code, what it closes over, and the globals that it reads; of a class
     or an object the code of its methods. What is installed is taken by name: a store's root has
     the versions.
 
@@ -149,7 +150,8 @@ class _Told:
 def part_text(value: Any, tell: Tell) -> str:
     kind = type(value)
     if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        told = [f.name for f in dataclasses.fields(value) if f.metadata.get("told", True)]
+        fields = {name: getattr(value, name) for name in told}
         more = {} if _is_installed(kind.__module__) else _held(value)
         return f"{tell(kind)}{tell(fields | more)}"
     if hasattr(value, "config") and hasattr(value, "timesteps"):  # a scheduler of diffusers'

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,7 +101,7 @@ class Run:
     witnesses: tuple[Witness, ...]
     scheduler: Any
     kernels: Kernels
-    state: State
+    state: State = field(metadata={"told": False})  # where the weights lie
     splits: tuple[Split, ...]
     tied_until: int = 0
     selected: bool = False
