@@ -1,11 +1,13 @@
 """Any size of run: micro-batches, memory, host synchronisations and forwards, counted."""
 
 import gc
+import inspect
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from conftest import make_dit, make_pipe
 from counting import forwards, peak_bytes
 from diffusers import DDIMScheduler
@@ -208,6 +210,62 @@ def test_knock_outs_in_parts(model):
     assert np.allclose(parts.effect, whole.effect, atol=1e-3, equal_nan=True)
     with pytest.raises(ValueError, match="how='mean' takes what it puts in from the whole batch"):
         dit_lens.experiments.knock_outs(model, [1], how="mean", batch=8, pairs=16, steps=4)
+
+
+SMALL = {"pairs": 16, "steps": 10, "cut": 0.1, "resamples": 20}
+
+
+def dark(images):
+    return {"dark": images.mean((1, 2, 3)) < 0.5}
+
+
+IN_PARTS = {
+    "measure_gap": {**SMALL, "steps": 6},
+    "couplings": {**SMALL, "strengths": [0, 1]},
+    "couple_alone": {**SMALL, "layers": [1]},
+    "attributes": {"read": dark, "pairs": 16, "steps": 6, "resamples": 20},
+    "knock_outs": {**SMALL, "layers": [1]},
+    "cumulative": {**SMALL, "depths": [1]},
+    "smallest_set": SMALL,
+    "shapley": {**SMALL, "layers": [1, 2]},
+    "cause_map": {"kind": "zero", "items": 12, "steps": 4, "check": 0, "resamples": 20},
+    "interchange": {"pairs": 8, "steps": 4, "windows": 1},
+    "reuse_plan": {"items": 12, "steps": 4, "resamples": 20, "budget": 0.7, "rounds": 0},
+    "diagnose_all": {"samples": 8, "faults": {"dark": lambda x: 1 - x.mean((1, 2, 3))}, "steps": 4},
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_a_measurement_in_parts_is_the_measurement(name):
+    from dit_lens.groundtruth import redundant
+
+    truth = redundant()
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    function, settings = getattr(dit_lens.experiments, name), IN_PARTS[name]
+    whole = function(model, **settings, **({"batch": 96} if name == "diagnose_all" else {}))
+    with forwards(model.transformer) as seen:
+        parts = function(model, **settings, batch=8)
+    assert max(seen["forwards"]) <= 8
+    if name == "reuse_plan":
+        whole, parts = (
+            xr.Dataset({k: p.about[k] for k in ("effect_low",)}) for p in (whole, parts)
+        )
+    for variable in whole.data_vars:
+        one, other = whole[variable].values, parts[variable].values
+        if one.dtype.kind == "f":
+            assert np.allclose(one, other, atol=2e-3, rtol=2e-3, equal_nan=True), variable
+
+
+def test_every_measurement_has_a_batch():
+    """But those that time whole runs, or are given runs that have one."""
+    without = set()
+    for name in dit_lens.experiments.__all__:
+        function = getattr(dit_lens.experiments, name)
+        if callable(function) and not isinstance(function, type):
+            taken = inspect.signature(function).parameters
+            if "model" in taken and "batch" not in taken:
+                without.add(name)
+    assert without == {"side_by_side", "load_edits"}
 
 
 def test_a_changed_model_is_noticed_before_a_sweep(model):

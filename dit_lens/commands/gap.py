@@ -233,6 +233,7 @@ def _measure(
                 cut=args.cut,
                 labels=labels,
                 reader=reader_of(args.model),
+                batch=batch,
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )
         if not helping():

@@ -101,7 +101,7 @@ def cause_map(
         exact: run every cell exactly, and none to first order.
         seed: of the samples, the directions, the checked cells and the bootstrap.
         resamples: of the items.
-        batch: images that run at once in exact cells.
+        batch: images that go through the model at once; in exact cells at least those of one cell.
         progress: called with how much is done, and how much there is.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
@@ -178,7 +178,7 @@ def cause_map(
     # The run itself, and how far strangers are apart.
     run = kept_run(
         "the run",
-        lambda: sample(model, own, seed, steps, guidance, scheduler, eta),
+        lambda: sample(model, own, seed, steps, guidance, scheduler, eta, batch=batch),
         model,
         name,
     )
@@ -190,7 +190,7 @@ def cause_map(
     energy = np.full((len(cells), items, bands.n), np.nan)
     if not exact:
         aims = directions(run, bands, projections, seed)
-        energy = _first_order(run, cells, aims, kind, lag, order, of_layer, work.steps)
+        energy = _first_order(run, cells, aims, kind, lag, order, of_layer, batch, work.steps)
     number = len(cells) if exact else min(check, len(cells))
     tested = _tested(energy.mean(1) / spread.of_all, number, seed)
     guess = energy[tested].copy()
@@ -240,6 +240,7 @@ def _first_order(
     lag: int,
     order: int,
     of_layer: Sequence[dict[str, tuple[Added, ...]]],
+    batch: int,
     tick: Callable[[int], None],
 ) -> Array:
     """|P_b J change|² of every cell, [cell, item, band], the mean over directions."""
@@ -266,7 +267,7 @@ def _first_order(
             if kind == "zero":
                 return torch.zeros_like(here[place])
             if kind == "mean":
-                halves = here[place].split(len(run.labels))
+                halves = here[place].chunk(run.passes)
                 return torch.cat([h.mean(0, keepdim=True).expand_as(h) for h in halves])
             if s not in window:
                 return at(s)[place]
@@ -279,18 +280,26 @@ def _first_order(
             for window in windows
         ]
 
+    # a mean is over all items
+    at_once = len(run.labels) if kind == "mean" else max(1, batch // run.passes)
+    firsts = range(0, len(run.labels), at_once)
+    slices = [slice(first, first + at_once) for first in firsts]
+    parts_of_run = [(part, run.select(part)) for part in slices]
     pulls = aims
     for step in reversed(range(run.settings.steps)):
         active = [i for i, (*_, window) in enumerate(cells) if step in window]
 
         def at_step(step: int = step, active: list[int] = active, pulls: Tensor = pulls) -> Any:
             pulls = pulls.clone()
-            found = projected_at(run, step, every, pulls, changes)
-            by_window = dict(zip(windows, found, strict=True))
             of_cells = np.zeros((len(active), *aims.shape[:3]))
-            for row, i in zip(of_cells, active, strict=True):
-                for place in places[i]:
-                    row += by_window[cells[i][2]][place]
+            for part, some in parts_of_run:
+                own = pulls[:, :, part].contiguous()
+                found = projected_at(some, step, every, own, changes)
+                pulls[:, :, part] = own
+                by_window = dict(zip(windows, found, strict=True))
+                for row, i in zip(of_cells, active, strict=True):
+                    for place in places[i]:
+                        row[..., part] += by_window[cells[i][2]][place]
             return {"moved": of_cells, "pulls": pulls.cpu().numpy()}
 
         (found,) = results([Piece(f"first order, step {step}", at_step)])

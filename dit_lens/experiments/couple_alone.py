@@ -18,10 +18,11 @@ from ..measures.bands import CUT, Bands
 from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..pieces import Engine, Piece, enough, measured, results
 from ..twinning.coupling import CouplingForm, check_coupling
-from ..twinning.twins import paired_labels
+from ..twinning.twins import chosen_labels
 from .coupling_sweep import coupled_twins, difference_curves
 from .effects import effects
 from .knock_outs import checked_sets, set_text
@@ -41,6 +42,8 @@ def couple_alone(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
+    batch: int | None = None,
+    labels: Labels | None = None,
     progress: Callable[[int, int], object] | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
@@ -61,6 +64,9 @@ def couple_alone(
         seed: of the twins and of the bootstrap.
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
+        batch: images that go through the model at once, twins together; None is all.
+        labels: classes or prompts, one a pair or fewer, which are taken in turn; by default the
+            model's own.
         progress: called with (done, total) layers.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
@@ -88,14 +94,14 @@ def couple_alone(
     pairs = arguments.whole("pairs", pairs, FEWEST_PAIRS, why="for an interval")
     seed, cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
     counts = draws(pairs, resamples, seed)
-    labels = paired_labels(model, pairs)
+    own = chosen_labels(model, pairs, labels)
 
     def taus(strength: float, only: list[int] | None) -> Array:
-        pair = coupled_twins(
-            model, labels, strength, form, layers=only, eps=eps, steps=steps, seed=seed
-        )
+        tie: dict[str, Any] = {"layers": only, "eps": eps, "steps": steps, "seed": seed}
+        pair = coupled_twins(model, own, strength, form, **tie, batch=batch)
         return half_crossing(difference_curves(pair, bands, counts))
 
     def kept(name: str, strength: float, only: list[int] | None) -> Piece:
@@ -121,7 +127,7 @@ def couple_alone(
     after = [of["taus"] for of in found]
     settings: dict[str, Any] = {"g": g, "form": form, "eps": eps, "n_layers": model.cfg.n_layers}
     settings |= {"done": "coupled", "pairs": pairs, "steps": steps, "seed": seed, "cut": cut}
-    was, rows = gap_of(before), pairs - len(set(labels))
+    was, rows = gap_of(before), pairs - len(set(own))
     gap = Estimate.of(was[0], interval(was, rows))
     cells = {"layer": [layer for (layer,) in chosen]}
     return effects(gap, before, np.stack(after), cells, rows, settings)

@@ -47,6 +47,7 @@ from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
+from ..model.pinned import sent
 from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.guidance import model_inputs
@@ -81,6 +82,7 @@ def couplings(
     cut: float = CUT,
     reader: Callable[[Tensor], Tensor] | None = None,
     resamples: int = 1000,
+    batch: int | None = None,
     progress: Callable[[int, int], object] | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
@@ -102,6 +104,7 @@ def couplings(
         reader: the label [n] that images [n, channel, height, width] in [0, 1] are read as; by
             default that of the nearest mean image.
         resamples: of the pairs; the same at every strength.
+        batch: images that go through the model at once, twins together; None is all.
         progress: called with (done, total) strengths.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
@@ -134,6 +137,7 @@ def couplings(
     steps = checked_steps(steps)
     arguments.optional(arguments.function, "reader", reader, "of images; gives a label each")
     cut = arguments.number("cut", cut, above=0)
+    batch = arguments.optional(arguments.whole, "batch", batch, 1)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     counts = draws(pairs, resamples, seed)
     bands = Bands.radial(model.cfg.pixels, cut=cut)
@@ -142,6 +146,7 @@ def couplings(
     # every strength on the same pairs
     fewer, done = min(pairs, RELEASED_PAIRS), 0
     tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
+    tie["batch"] = batch
 
     def strength(g: float, first: bool) -> dict[str, Array]:
         pair = coupled_twins(model, own_labels, g, form, **tie)
@@ -150,7 +155,7 @@ def couplings(
         finished = pair.a.latents[-1], pair.b.latents[-1]
         few = labels_of_fewer(model, fewer, labels)
         tied = coupled_twins(model, few, g, form, **tie, eta=1.0)
-        sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed)
+        sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed, batch=batch)
         own, ends = _committed(sweep, resamples, seed)
         found = {
             "tau": tau,
@@ -165,7 +170,7 @@ def couplings(
             # the same twins, coupled by every g in turn; at the step by which the weakest parted
             known = np.isfinite(tau[0]).any()
             at = int(np.nan_to_num(np.nanmean(tau[0]) if known else steps / 2))
-            routing, pattern = _responses(pair, gs, form, at)
+            routing, pattern = _responses(pair, gs, form, at, batch)
             found |= {"routing": routing, "pattern": pattern, "at": np.array(at)}
         return found
 
@@ -425,6 +430,7 @@ def coupled_twins(
     steps: int,
     seed: int,
     eta: float = 0.0,
+    batch: int | None = None,
 ) -> Twins:
     """Twins that start `eps` apart and are coupled for the whole run, a pair a label.
 
@@ -438,6 +444,7 @@ def coupled_twins(
         steps: of denoising.
         seed: decides all noise.
         eta: how stochastic the sampler is.
+        batch: images that go through the model at once.
     """
     return twins(
         model,
@@ -452,6 +459,7 @@ def coupled_twins(
         release=steps,
         seed=seed,
         eta=eta,
+        batch=batch,
     )
 
 
@@ -477,7 +485,7 @@ def difference_curves(pair: Twins, bands: Bands, counts: Array) -> Array:
 
 
 def _responses(
-    pair: Twins, gs: Sequence[float], form: CouplingForm, step: int
+    pair: Twins, gs: Sequence[float], form: CouplingForm, step: int, batch: int | None
 ) -> tuple[Array, Array]:
     """What every g leaves of the two parts of the attention's difference, each along itself, [g,
     layer]: <D(g), D(0)> / |D(0)|², over pairs, heads and tokens; NaN where there is no such part.
@@ -487,7 +495,9 @@ def _responses(
     """
     run, model = pair.run, pair.run.model
     n = model.cfg.n_layers
-    found = np.full((2, len(gs), n), np.nan)
+    # sums over the pairs: of both parts along themselves at every g, and of their squares at 0
+    along = run.latents.new_zeros(2, len(gs), n, dtype=torch.float64)
+    squares = run.latents.new_zeros(2, n, dtype=torch.float64)
 
     def listener(layer: int) -> Callable[..., Tensor]:
         def look(
@@ -505,18 +515,23 @@ def _responses(
                 return whole - pattern, pattern
 
             plain = parts(0.0)
-            scale = sum(part.square().sum() for part in plain)
+            for kind, own in enumerate(plain):
+                squares[kind, layer] += own.square().sum()
             for i, g in enumerate(gs):
                 for kind, (part, own) in enumerate(zip(parts(g), plain, strict=True)):
-                    size = own.square().sum()
-                    if size > 1e-10 * scale:  # rounding is no part
-                        found[kind, i, layer] = float((part * own).sum() / size)
+                    along[kind, i, layer] += (part * own).sum()
             return z
 
         return look
 
     listening = {layer: listener(layer) for layer in range(n)}
+    at_once = pair.pairs if batch is None else max(1, batch // 2)
     with run.restored(), model.instrumentation.under(couplings=listening):
-        t, guidance = run.timesteps[step], run.settings.guidance
-        model(*model_inputs(model, run.latents[step], t, run.labels, guidance))
-    return found[0], found[1]
+        for part in torch.arange(pair.pairs).split(at_once):
+            rows, t = torch.cat([part, part + pair.pairs]), run.timesteps[step]
+            x = run.latents[step][sent(rows, run.latents.device)]
+            model(*model_inputs(model, x, t, run.labels[rows], run.settings.guidance))
+    own = squares.cpu().numpy()
+    own[own <= 1e-10 * own.sum(0)] = np.nan  # rounding is no part
+    routing, pattern = along.cpu().numpy() / own[:, None]
+    return routing, pattern

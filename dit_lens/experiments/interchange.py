@@ -130,7 +130,8 @@ def interchange(
     ]
     check_patches(patches, model, steps, pairs, outcome, batch=batch, progress=progress)
     own = None if labels is None else in_turn(model, pairs, labels)
-    pair = kept_twins("twins", model, pairs, own, steps=steps, release=release, seed=seed)
+    settings = {"steps": steps, "release": release, "seed": seed, "batch": batch}
+    pair = kept_twins("twins", model, pairs, own, **settings)
     swept = sweep(pair.a, pair.b, patches, outcome, batch=batch, progress=progress)
     enough()
     coords: dict[str, Sequence[Any]] = {

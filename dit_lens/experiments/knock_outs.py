@@ -22,6 +22,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..measures import Array
 from ..measures.bands import CUT
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..patching.patch import steps_text
 from ..pictures.result import Result
@@ -50,6 +51,7 @@ def knock_outs(
     resamples: int = 1000,
     progress: Progress | None = None,
     batch: int | None = None,
+    labels: Labels | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
 ) -> Result:
@@ -74,6 +76,8 @@ def knock_outs(
         resamples: of the pairs.
         progress: called with (done, total) knock-outs.
         batch: images that go through the model at once; None is all. With how="zero" only.
+        labels: classes or prompts, one a pair or fewer, which are taken in turn; by default the
+            model's own.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
         engine: where they are run: "local", "ray", or an `Engine`.
@@ -103,17 +107,8 @@ def knock_outs(
     steps = arguments.whole("steps", steps, 3, why="as many as a curve needs")
     spans = None if windows is None else windows_of(windows, 0, steps)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    known = KnockedGap(
-        model,
-        part,
-        how,
-        pairs=pairs,
-        steps=steps,
-        seed=seed,
-        cut=cut,
-        resamples=resamples,
-        batch=batch,
-    )
+    settings: dict[str, Any] = {"pairs": pairs, "steps": steps, "cut": cut, "resamples": resamples}
+    known = KnockedGap(model, part, how, seed=seed, **settings, batch=batch, labels=labels)
     return knocked(known, axis, sets, spans, direct, progress)
 
 
@@ -181,6 +176,8 @@ def cumulative(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
+    batch: int | None = None,
+    labels: Labels | None = None,
     progress: Progress | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
@@ -197,6 +194,9 @@ def cumulative(
         seed: of the twins, of the bootstrap and of how="resample".
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
+        batch: images that go through the model at once; None is all. With how="zero" only.
+        labels: classes or prompts, one a pair or fewer, which are taken in turn; by default the
+            model's own.
         progress: called with (done, total) knock-outs.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
@@ -219,9 +219,8 @@ def cumulative(
     chosen = checked_depths(depths, n)
     arguments.choice("how", how, get_args(How))
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    known = KnockedGap(
-        model, part, how, pairs=pairs, steps=steps, seed=seed, cut=cut, resamples=resamples
-    )
+    settings: dict[str, Any] = {"pairs": pairs, "steps": steps, "cut": cut, "resamples": resamples}
+    known = KnockedGap(model, part, how, seed=seed, **settings, batch=batch, labels=labels)
     return accumulated(known, chosen, progress)
 
 

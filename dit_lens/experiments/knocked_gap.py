@@ -77,7 +77,7 @@ class KnockedGap:
         self.seed, self.cut = arguments.seed("seed", seed), arguments.number("cut", cut, above=0)
         self.outcome = latents(Bands.radial(model.cfg.pixels, cut=self.cut))
         self.labels = chosen_labels(model, self.pairs, labels)
-        batch = arguments.optional(arguments.whole, "batch", batch, 1)
+        self.batch = batch = arguments.optional(arguments.whole, "batch", batch, 1)
         if batch is not None and batch < 2 * self.pairs and how != "zero":
             raise InvalidValue(
                 f"how={how!r} takes what it puts in from the whole batch, and batch={batch} would "

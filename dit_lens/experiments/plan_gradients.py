@@ -41,6 +41,7 @@ def slopes(
     columns: Sequence[tuple[int, str]],
     aims: Tensor,
     reach: int,
+    batch: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Array:
     """Projections on the directions, [column, step, back, band, direction, item]: how the finished
@@ -55,11 +56,13 @@ def slopes(
         columns: (layer, part).
         aims: directions, as `directions` gives them, [band, direction, item, *latent_shape].
         reach: how many steps back are asked for.
+        batch: images that are gone through at once, at most.
         progress: called with how much is done, and how much there is.
     """
     cfg, steps, n = run.model.cfg, plan.steps, len(run.labels)
     one = len(columns) * steps * math.prod(cfg.grid) * cfg.d_model * aims.element_size()
-    at_once = max(1, min(TOGETHER, ROOM // (one * n_passes(run.model, run.settings.guidance))))
+    most = TOGETHER if batch is None else min(TOGETHER, batch // run.passes)
+    at_once = max(1, min(most, ROOM // (one * run.passes)))
     firsts = range(0, n, at_once)
 
     def tell(done: int) -> None:

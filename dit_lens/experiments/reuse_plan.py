@@ -186,7 +186,7 @@ def reuse_plan(
                 progress(total * turn + done, total * (rounds + 1))
 
         under = cache(partial(makers.under, best)) if turn else lambda: makers.run
-        found = slopes(f"turn {turn}", makers.run, under, best, columns, aims, longest, tell)
+        found = slopes(f"turn {turn}", makers.run, under, best, columns, aims, longest, batch, tell)
         found *= scale[:, None]
         cells = found.reshape(*found.shape[:3], -1)
         effects = Effects([(place,) for place in columns], cells, times, costs, lines)

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import xarray as xr
@@ -30,6 +30,7 @@ from ..measures import Array
 from ..measures.bands import CUT
 from ..measures.bootstrap import interval
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..pieces import Engine, enough, measured
 from ..sampling.settings import Progress
@@ -52,6 +53,8 @@ def shapley(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
+    batch: int | None = None,
+    labels: Labels | None = None,
     progress: Progress | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
@@ -71,6 +74,9 @@ def shapley(
         seed: of the twins, the bootstrap, the orders and how="resample".
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
+        batch: images that go through the model at once; None is all. With how="zero" only.
+        labels: classes or prompts, one a pair or fewer, which are taken in turn; by default the
+            model's own.
         progress: called with (done, total) sets, an upper bound of these.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
@@ -101,9 +107,8 @@ def shapley(
     orders = arguments.whole("orders", orders, 2)
     arguments.choice("how", how, get_args(How))
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    known = KnockedGap(
-        model, part, how, pairs=pairs, steps=steps, seed=seed, cut=cut, resamples=resamples
-    )
+    settings: dict[str, Any] = {"pairs": pairs, "steps": steps, "cut": cut, "resamples": resamples}
+    known = KnockedGap(model, part, how, seed=seed, **settings, batch=batch, labels=labels)
     return shares(known, players, orders, progress)
 
 

@@ -21,6 +21,7 @@ from .. import arguments
 from ..measures.bands import CUT
 from ..measures.bootstrap import interval
 from ..measures.estimate import Estimate
+from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..pieces import Engine, enough, measured
 from ..sampling.settings import Progress
@@ -48,6 +49,8 @@ def smallest_set(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
+    batch: int | None = None,
+    labels: Labels | None = None,
     progress: Progress | None = None,
     store: str | Path | None = None,
     engine: str | Engine = "local",
@@ -64,6 +67,9 @@ def smallest_set(
         seed: of the twins, the bootstrap and how="resample".
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
+        batch: images that go through the model at once; None is all. With how="zero" only.
+        labels: classes or prompts, one a pair or fewer, which are taken in turn; by default the
+            model's own.
         progress: called with (done, total) knock-outs; the total is a guess.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.
@@ -91,7 +97,7 @@ def smallest_set(
     arguments.choice("how", how, get_args(How))
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     settings: dict[str, Any] = {"pairs": pairs, "steps": steps, "cut": cut, "resamples": resamples}
-    known = KnockedGap(model, part, how, seed=seed, **settings)
+    known = KnockedGap(model, part, how, seed=seed, **settings, batch=batch, labels=labels)
     return found_set(known, share, progress)
 
 
@@ -224,6 +230,7 @@ def found_set(known: KnockedGap, share: float, progress: Progress | None = None)
             seed=known.seed + OTHER_TWINS,
             cut=known.cut,
             resamples=known.resamples,
+            batch=known.batch,
             labels=known.labels,
         )
         ratio = gap_of(other.without(chosen)) / gap_of(other.before)

@@ -9,6 +9,8 @@ steps). The error falls as 1 / steps, so that two runs give the limit: 2 x the d
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -33,6 +35,7 @@ def step_doubling(
     seed: int = 0,
     cut: float = CUT,
     resamples: int = 1000,
+    batch: int | None = None,
 ) -> xr.Dataset:
     """Commitment and gap by one pass in `steps` steps, in twice as many, and in the limit.
 
@@ -45,6 +48,7 @@ def step_doubling(
         seed: of the twins and of the bootstrap.
         cut: between low and high, in cycles per pixel of the latents.
         resamples: of the pairs.
+        batch: images that go through the model at once; None is all.
 
     Returns:
         xr.Dataset: `commitment` [run, band] and `gap` [run], in log SNR, the runs "steps",
@@ -69,7 +73,8 @@ def step_doubling(
     # [1 + resample, band] in log SNR; the two runs share nothing, so neither do their resamples
     drawn: list[Array] = []
     for number, length in enumerate((steps, 2 * steps)):
-        curves = one_pass(twins(model, pairs, labels, steps=length, seed=seed + number), [outcome])
+        settings: dict[str, Any] = {"steps": length, "seed": seed + number, "batch": batch}
+        curves = one_pass(twins(model, pairs, labels, **settings), [outcome])
         taus = commitment_draws(
             curves.stats[outcome.name],
             curves.releases,

@@ -51,7 +51,8 @@ def twin_patches(
     patches = grid(layers, sites, tiles(release, steps, windows))
 
     def run() -> xr.Dataset:
-        made = kept_twins("twins", model, pairs, given, steps=steps, release=release, seed=seed)
+        settings = {"steps": steps, "release": release, "seed": seed, "batch": batch}
+        made = kept_twins("twins", model, pairs, given, **settings)
         bands = Bands.radial(model.cfg.pixels, cut=cut)
         swept = sweep(made.a, made.b, patches, bands, batch=batch, progress=progress)
         enough()

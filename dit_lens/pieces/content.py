@@ -58,9 +58,9 @@ def content(value: Any) -> str:
     """A text that is the same for the same content, and only for it.
 
     Of a dataclass it holds all fields but those with the metadata {"told": False}, which say how
-    it came about in this process. Of a function it holds the code, what it closes over, and the globals that it reads; of a class
-    or an object the code of its methods. What is installed is taken by name: a store's root has
-    the versions.
+    it came about in this process. Of a function it holds the code, what it closes over, and the
+    globals that it reads; of a class or an object the code of its methods. What is installed is
+    taken by name: a store's root has the versions.
 
     Args:
         value: an argument of a measurement: numbers, text, arrays, modules, functions, and
