@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-HOOKS = ("_hf_hook", "_diffusers_hook")
+HOOKS = {"_hf_hook", "_diffusers_hook"}
 """Where accelerate and diffusers keep their hooks on a module."""
 
 
@@ -34,7 +34,7 @@ def looked_after(
     else:
         blocks = list(blocks)
         deeper = chain(parts, blocks, _within(blocks[layer]))
-    return any(kind in vars(module) for module in chain([transformer], deeper) for kind in HOOKS)
+    return not all(map(HOOKS.isdisjoint, map(vars, chain([transformer], deeper))))
 
 
 def _within(module: nn.Module) -> list[nn.Module]:

@@ -188,7 +188,7 @@ def select(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
                 "names."
             )
     elif isinstance(names_filter, str):
-        chosen = set(_match(names_filter, names))
+        return _match(names_filter, names)
     elif is_shorthand(names_filter):
         chosen = {resolve(names_filter, names)}
     else:
