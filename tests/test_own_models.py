@@ -830,6 +830,27 @@ class Told(Weightless):
         return super().forward(x, t) + context.mean((1, 2))[:, None, None, None]
 
 
+def test_a_time_that_comes_first_is_known_by_its_name():
+    class TimeFirst(SiT):
+        def forward(self, timestep, img, y):
+            return super().forward(img, timestep, y)
+
+    class Nameless(SiT):
+        def forward(self, a, b, y):
+            return super().forward(b, a, y)
+
+    model = alive(TimeFirst(layers=3))
+    opened = HookedDiT(model, DDIMScheduler(1000), blocks="layers", adapter=SIT)
+    with torch.no_grad(), dit_lens.trace(opened) as t:
+        model(T[:1], X, Y)
+    assert t.timesteps.item() == pytest.approx(700) and torch.equal(t.latents[0], X)
+    opened.remove()
+    model = alive(Nameless(layers=3))
+    with torch.no_grad(), dit_lens.trace(HookedDiT(model, blocks="layers")):
+        with pytest.raises(InvalidValue, match=r"'a' was given .*, and is taken for x_t, 'b' for"):
+            model(T, X, Y)
+
+
 @pytest.mark.parametrize(
     ("condition", "said"),
     [
@@ -837,6 +858,9 @@ class Told(Weightless):
         ({"context": torch.zeros(2, 4, 8)}, "expected a tensor of one item"),
         ({"context": torch.zeros(1, 4, 8).numpy()}, "expected a tensor of one item"),
         ({}, "has no 'context', which Adapter"),
+        ({"context": torch.zeros(1, 4, 8).double()}, r"of float64; expected a tensor \[1, 4, 8\]"),
+        ({"context": torch.zeros(1, 4, 9)}, r"\[1, 4, 9\] of float32; expected a tensor \[1, 4, 8"),
+        ({"context": torch.zeros(1, 4)}, "or another length of it, as Adapter"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(condition, said):

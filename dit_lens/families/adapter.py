@@ -28,6 +28,8 @@ from .signature import signature_of
 
 UNITS = 1000
 """Timesteps from clean data to pure noise where no scheduler says how many it counts."""
+TIMES = {"t", "ts", "time", "times", "timestep", "timesteps", "sigma", "sigmas", "noise_level"}
+"""Names by which a forward's first argument is the time, and its second x_t."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def arguments_of(transformer: Any, names: tuple[str, ...] = ()) -> tuple[str, st
 
     Args:
         transformer: the transformer.
-        names: those that are known; its forward's first three otherwise.
+        names: those that are known; its forward's first three otherwise, the time before x_t where
+            it is named so.
 
     Raises:
         InvalidType: for a forward without a time.
@@ -117,7 +120,22 @@ def arguments_of(transformer: Any, names: tuple[str, ...] = ()) -> tuple[str, st
             "inside."
         )
     x, t, y = (*found, "")[:3]
+    if not names and x in TIMES and t not in TIMES:
+        x, t = t, x
     return x, t, y
+
+
+def alike(condition: Tensor, known: Tensor) -> bool:
+    """Whether two conditions are of one kind: of one dtype, as many axes, and the same width where
+    they are sequences [1, token, width].
+
+    Args:
+        condition: [1, ...].
+        known: the one that asks for nothing.
+    """
+    if condition.dtype != known.dtype or condition.ndim != known.ndim:
+        return False
+    return condition.ndim < 3 or condition.shape[2:] == known.shape[2:]
 
 
 class Spoken(Family):
@@ -186,10 +204,15 @@ class Spoken(Family):
             if known is not None and name not in known:
                 names = ", ".join(map(repr, known))
                 raise InvalidValue(f"{where} has {name!r}; expected {names}, as Adapter(labels=).")
+            got = arguments.shown(value)
             if not isinstance(value, Tensor) or not value.ndim or len(value) != 1:
-                got = arguments.shown(value)
                 raise InvalidValue(
                     f"{where} has {name}={got}; expected a tensor of one item [1, ...]."
+                )
+            if known is not None and not alike(value, known[name]):
+                raise InvalidValue(
+                    f"{where} has {name}={got}; expected {arguments.shown(known[name])} or another "
+                    "length of it, as Adapter(labels=)."
                 )
         absent = [name for name in known or () if name not in condition]
         if absent:
@@ -232,6 +255,16 @@ class Spoken(Family):
             return t
         clean, noise = self.time
         return (clean + (noise - clean) * (t.double() / self.units)).float()
+
+    def latents(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
+        x = inputs[self.x_name]
+        if not isinstance(x, Tensor) or x.ndim < 2:
+            raise InvalidValue(
+                f"{self.model_class}.forward's {self.x_name!r} was given {arguments.shown(x)}, and "
+                f"is taken for x_t, {self.t_name!r} for the time; expected latents [batch, ...], "
+                f"or dit_lens.Adapter(latents=..., names=({self.t_name!r}, {self.x_name!r}))."
+            )
+        return x
 
     def timesteps(self, transformer: Any, inputs: dict[str, Any]) -> Tensor:
         t = torch.as_tensor(inputs[self.t_name])
