@@ -686,3 +686,25 @@ def test_guidance_in_our_loop_says_which_half_is_which(pipe, batch):
     with dit_lens.trace(model) as u:
         run.forward(1)
     assert torch.equal(u.get(name, branch="cond")[name][0], halves[0][1])
+
+
+def test_items_at_different_times_have_their_own_timesteps(tmp_path):
+    model = HookedDiT(make_dit(), scheduler=DDIMScheduler(1000))
+    x, t, y = (
+        torch.randn(2, *model.cfg.latent_shape),
+        torch.tensor([500, 300]),
+        torch.tensor([1, 2]),
+    )
+    with dit_lens.trace(model) as trace:
+        model(x, t, y)
+        model(x, t[:1], y)
+    assert trace.timesteps.tolist() == [[500, 300], [500, 500]]
+    trace.save(tmp_path / "t.safetensors")
+    for each in (trace, dit_lens.load_trace(tmp_path / "t.safetensors", model)):
+        found = each.to_xarray("blocks.0.hook_resid_post")
+        assert found.timestep.dims == ("step", "batch") and "log_snr" not in found.coords
+        assert found.timestep.values.tolist() == [[500, 300], [500, 500]]
+    with dit_lens.trace(model) as trace:
+        model(x, t[:1], y)
+    assert trace.timesteps.tolist() == [500]
+    assert trace.to_xarray("blocks.0.hook_resid_post").log_snr.dims == ("step",)

@@ -52,8 +52,9 @@ def _variable(
 
 
 def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
-    timesteps = [float(record.calls[record.calls_at[s][0]].t[0]) for s in at]
-    coords: dict[str, Any] = {"step": at, "timestep": ("step", timesteps)}
+    times = timesteps(record, at)
+    axes = ("step", "batch")[: times.ndim]
+    coords: dict[str, Any] = {"step": at, "timestep": (axes, times.double().cpu().numpy())}
     of_step = [_items(record, s) for s in at]
     for name in of_step[0]:
         words = [items[name] for items in of_step if name in items]
@@ -64,6 +65,27 @@ def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
     if noise_levels is not None:
         coords["log_snr"] = ("step", noise_levels)
     return coords
+
+
+def timesteps(record: Record, steps: Sequence[int]) -> Tensor:
+    """The diffusion timestep of some steps, [step]; [step, batch] where items of a step have
+    different ones.
+
+    Args:
+        record: of the trace.
+        steps: which steps.
+    """
+    found: list[Tensor] = []
+    for s in steps:
+        rows, parts = rows_of(record, s, None), list[Tensor]()
+        for c, items in rows.items():
+            call = record.calls[c]
+            parts.append(call.t.expand(len(call.x))[slice(None) if items is None else items])
+        whole, order = torch.cat(parts), order_of(record, rows)
+        found.append(whole if order is None else whole[order.to(whole.device)])
+    if all(bool((each == each[0]).all()) for each in found):
+        found = [each[0] for each in found]
+    return over_steps("timesteps", dict(enumerate(found)), "trace each run by itself")
 
 
 def _items(record: Record, step: int) -> dict[str, list[Any]]:

@@ -65,15 +65,9 @@ class Record:
     lost: dict[int, str] = field(default_factory=dict)
     log_snr: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def timesteps(self) -> Tensor:
-        """The diffusion timestep of each step, [step]."""
-        first = [self.calls[self.calls_at[s][0]].t[0] for s in sorted(self.calls_at)]
-        return torch.stack(first) if first else torch.zeros(0)
-
     def noise_levels(self, steps: Sequence[int]) -> list[float] | None:
         """The log SNR of each of these steps; None where the scheduler's noise levels are not
-        known.
+        known, or the items of a step are at different ones.
 
         Args:
             steps: denoising steps of the record.
@@ -84,9 +78,12 @@ class Record:
         known = [level for level in own if level is not None]
         if len(known) == len(own):
             return known
-        times = [float(self.calls[self.calls_at[s][0]].t[0]) for s in steps]
+        of_steps = [torch.cat([self.calls[c].t for c in self.calls_at[s]]) for s in steps]
+        if any(bool((times != times[0]).any()) for times in of_steps):
+            return None
+        times = torch.stack([times[0] for times in of_steps]).double().cpu()
         try:
-            found: list[float] = log_snr(self.scheduler, torch.tensor(times)).tolist()
+            found: list[float] = log_snr(self.scheduler, times.float()).tolist()
         except InvalidValue:  # a scheduler of a kind of its own
             return None
         return found

@@ -47,7 +47,7 @@ from ..model.state import State
 from ..model.taken import Taken
 from . import files
 from .attention_map import attention_map
-from .dataset import to_dataset
+from .dataset import timesteps, to_dataset
 from .recompute import order_of, over_steps, read, read_branches, stacked
 from .record import Record
 from .recorder import Recorder
@@ -572,8 +572,10 @@ class Trace:
 
     @property
     def timesteps(self) -> Tensor:
-        """The diffusion timestep of each step, [step]."""
-        return self.record.timesteps
+        """The diffusion timestep of each step, [step]; [step, batch] where the items of a step have
+        different ones, as in a batch of training.
+        """
+        return timesteps(self.record, self.steps)
 
     @property
     def latents(self) -> Tensor:
