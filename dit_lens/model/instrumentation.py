@@ -35,6 +35,7 @@ from ..families.forward_slot import (
     places,
     put_back,
     refuse_replaced,
+    refuse_shared,
     slot,
 )
 from ..families.forwards import Forward
@@ -151,6 +152,7 @@ class Instrumentation:
         else may sit there.
         """
         forwards = self.family.forwards(self.transformer, self.points, self)
+        refuse_shared(self.transformer, [forward.module for forward in forwards])
         if not trusted:
             check_sources(self.family, forwards, lambda other: Instrumentation(other, trusted=True))
         for forward in forwards:
