@@ -577,7 +577,8 @@ class Instrumentation:
         labels = labels_in(inputs.get(family.labels_name), len(x))
         labels = context.labels if labels is None else labels
         if context.step is None:
-            told = self.pipeline.now(self.transformer, family.batch_order, inputs, len(x))
+            known = family.batch_order, family.prompt_names
+            told = self.pipeline.now(self.transformer, *known, inputs, len(x))
         else:  # a loop of ours says so itself, whoever called it
             told = Told(branch=context.branch)
         rest = {k: v for k, v in inputs.items() if k not in (family.x_name, family.t_name)}
