@@ -275,6 +275,18 @@ def test_templates_crops_and_cuts():
     assert places_of("猫", "黒い猫が寝る") == [(2, 3)]
 
 
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "ZImageTransformer2DModel"])
+def test_a_prompt_is_not_found_in_the_template_behind_it(name):
+    """Which says "assistant"."""
+    family = family_named(name)
+    pipe = family.small_pipeline()
+    found, as_long = (
+        [t.key for t in tokens_of(family.texts(pipe, prompt), prompt, 400)]
+        for prompt in ("ant", "fox")
+    )
+    assert len(found) == 3 and found == as_long
+
+
 def test_prompts_of_several_encoders():
     """Flux's keys are those of prompt_2; SD3's are of all three, which have to be one."""
     flux, sd3 = (family_named(f"{n}Transformer2DModel").small_pipeline() for n in ("Flux", "SD3"))
