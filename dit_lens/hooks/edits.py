@@ -152,6 +152,12 @@ def ablation(mode: str) -> HookFunction:
 
     def fn(activation: Tensor, hook: HookPoint | None) -> Tensor:
         of = _halves("" if hook is None else hook.branch, activation)
+        if hook is not None and mode != "zero" and len(of[0][1]) == 1:
+            raise InvalidValue(
+                f"mode={mode!r} is over the items of a batch, and there is one"
+                f"{' in each branch of guidance' * (len(of) > 1)}, so that {hook.name!r} would "
+                "stay as it is; expected several items, or mode='zero'."
+            )
         return torch.cat([out(half) for _, half in of]) if len(of) > 1 else out(activation)
 
     return fn

@@ -288,13 +288,14 @@ class Trace:
         Args:
             name: which hook points.
             mode: "zero"; "mean" over the batch; "resample", the activation of the item before (of
-                the first item the last one's); with guidance each branch by itself.
+                the first item the last one's); the last two want several items, and take each
+                branch of guidance by itself, where a pipeline or `sample` guides.
             steps: at which steps.
             **region: which part, as for `edit`.
 
         Raises:
             UnknownName: if nothing matches.
-            ValueError: for an unknown mode.
+            ValueError: for an unknown mode; when run, for a batch of one item.
         """
         return self.edit(name, ablation(mode), steps, **region)
 
