@@ -249,7 +249,8 @@ class Trace:
             name: which hook points.
             source: another trace of one run, whose activations at the same step and branch of
                 guidance are taken; a tensor of the activation's shape, or with one more axis in
-                front, for the steps; or a function fn(activation, hook).
+                front, for the steps, of which a copy without gradients is kept; or a function
+                fn(activation, hook).
             steps: at which steps.
             **region: which part, as for `edit`.
 
@@ -310,7 +311,8 @@ class Trace:
         """Add a direction to activations: `activation + scale * direction`.
 
         Chains. The direction is added as it is given: of length 1, `scale` is in the activation's
-        own units.
+        own units. A copy is kept, through which no gradient flows: to learn a direction, use
+        `edit(name, lambda a, hook: a + direction)`.
 
         Args:
             name: which hook points, such as ("resid_post", 12).
