@@ -275,6 +275,40 @@ def test_templates_crops_and_cuts():
     assert places_of("猫", "黒い猫が寝る") == [(2, 3)]
 
 
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "ZImageTransformer2DModel"])
+def test_a_prompt_is_not_found_in_the_template_behind_it(name):
+    """Which says "assistant"."""
+    family = family_named(name)
+    pipe = family.small_pipeline()
+    found, as_long = (
+        [t.key for t in tokens_of(family.texts(pipe, prompt), prompt, 400)]
+        for prompt in ("ant", "fox")
+    )
+    assert len(found) == 3 and found == as_long
+
+
+def test_prompts_of_several_encoders():
+    """Flux's keys are those of prompt_2; SD3's are of all three, which have to be one."""
+    flux, sd3 = (family_named(f"{n}Transformer2DModel").small_pipeline() for n in ("Flux", "SD3"))
+    size = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
+
+    def traced(pipe, **asked):
+        with dit_lens.trace(pipe) as t:
+            pipe(**size, **asked, generator=torch.Generator().manual_seed(0))
+        return t
+
+    t = traced(flux, prompt="a fox", prompt_2=["a house, a fox"], max_sequence_length=32)
+    assert t.attention_map("fox").attrs["prompts"] == ["a house, a fox"]
+    t = traced(sd3, prompt="a fox", prompt_2=["a fox"], negative_prompt_3="a dog")
+    assert t.attention_map("fox").attrs["prompts"] == ["a fox"]
+    for given in ({}, {"prompt": "a dog"}):
+        with pytest.raises(InvalidValue, match="different prompts .prompt and prompt_2 and promp"):
+            t.attention_map("dog", branch="uncond", **given)
+    t = traced(sd3, prompt="a fox", prompt_3="a house, a fox")
+    with pytest.raises(InvalidValue, match="encoders were given different prompts"):
+        t.attention_map("fox")
+
+
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "PixArtTransformer2DModel"])
 def test_the_negative_prompt_s_words_are_those_of_its_branch(name):
     """In one batch and in two calls; by hand from the patterns of that branch."""

@@ -469,6 +469,20 @@ def test_honoured_or_refused(inputs):
         HookedDiT(make_dit(activation_fn="geglu"))
 
 
+@pytest.mark.parametrize("path", ["", ".attn1", ".ff"])
+def test_a_module_in_two_places_is_refused(inputs, path):
+    """As where a layer is repeated: a hook at the first place would act at the second one."""
+    dit = make_dit()
+    first, last = (f"transformer_blocks.{i}{path}" for i in (0, 2))
+    holder, _, name = last.rpartition(".")
+    setattr(dit.get_submodule(holder), name, dit.get_submodule(first))
+    want = raw(dit, *inputs)
+    with pytest.raises(ValueError, match=f"'{first}.*' and '{last}.*' are one module"):
+        HookedDiT(dit)
+    assert not [n for n, m in dit.named_modules() if "forward" in vars(m)]
+    assert torch.equal(raw(dit, *inputs), want)
+
+
 def test_gradient_checkpointing(dit, inputs):
     dit.enable_gradient_checkpointing()
     model = HookedDiT(dit)

@@ -9,6 +9,7 @@ import torch
 import dit_lens
 from dit_lens.experiments.diagnosis.pairs import check_good
 from dit_lens.families import family_named
+from dit_lens.hooks.stored_edits import StoredEdit, made_for, save_edits
 from dit_lens.model.conditions import PROMPTS
 from dit_lens.patching import default_sites
 from dit_lens.probes import TwinPatching
@@ -248,6 +249,52 @@ def test_patches_from_a_trace_are_of_the_same_branch(flux, tmp_path):
     assert torch.equal(*found)
     with pytest.raises(ValueError, match="The source trace has no branch 'uncond' at step 0; it h"):
         run(edit=lambda t: t.patch(name, alone))
+
+
+ORDERS = {"SD3Transformer2DModel": 16, "Lumina2Transformer2DModel": 64}
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("name", ORDERS)
+def test_patches_go_into_their_own_half_of_a_batch(name, batch):
+    """Our own loop runs [cond | uncond], SD3's pipeline [uncond | cond], Lumina's two calls."""
+    pipe, site, side = pipeline(name), "blocks.1.hook_resid_post", ORDERS[name]
+    with dit_lens.HookedDiT(pipe, size=(8, 8)) as model:
+        with dit_lens.trace(model) as source:
+            dit_lens.sample(model, ["a fox", "a dog"], steps=3, guidance=3.0, batch=batch)
+        with dit_lens.trace(model) as t:
+            t.patch(site, source)
+            two = {"prompt": ["a boat", "a hut"], "generator": None}
+            call(pipe, guidance_scale=3.0, height=side, width=side, **two)
+        for branch in ("cond", "uncond"):
+            found = [each.get(site, branch=branch)[site] for each in (t, source)]
+            assert torch.equal(*found)
+
+
+def test_rows_of_stored_edits_go_into_their_own_half_of_a_batch(sd3, flux, tmp_path):
+    site = "blocks.0.hook_attn_out"
+    for pipe in (sd3, flux):
+        with dit_lens.trace(pipe, names=site) as t:
+            call(pipe)
+        values = t[site][:1].expand(-1, 2, -1, -1).clone()  # [step, row: cond | uncond, ...]
+        values[:, 0], values[:, 1] = 1, -1
+        edit = StoredEdit(site, (1,), "set", values=values)
+        times = {"timesteps": t.timesteps.tolist()}
+        save_edits(tmp_path / "edits", [edit], made_for(pipe.transformer) | times)
+        with dit_lens.trace(pipe) as t:
+            t.load_edits(tmp_path / "edits")
+            if pipe is sd3:
+                call(pipe, guidance_scale=3.0)
+                assert [float(v.mean()) for v in t[site][1]] == [-1, 1]  # [uncond | cond]
+            else:
+                with pytest.raises(ValueError, match="holds 2 rows, .*, and this call is 'uncond'"):
+                    call(
+                        pipe,
+                        prompt=["a fox", "a dog"],
+                        negative_prompt=["", ""],
+                        true_cfg_scale=3.0,
+                        generator=None,
+                    )
 
 
 def test_runs_of_one_step_are_told_apart(flux):

@@ -310,6 +310,16 @@ def test_ablations_stay_within_a_branch_of_guidance(dit):
     assert torch.equal(found["mean"], torch.cat(means))
 
 
+@pytest.mark.parametrize("mode", ["mean", "resample"])
+def test_one_item_alone_has_no_mean_and_no_other(dit, mode):
+    """It would be put in its own place, and the site seem to do nothing."""
+    model = HookedDiT(dit, scheduler=DDIMScheduler(1000))
+    for guidance, said in ((1.0, "there is one, so"), (2.0, "one in each branch of guidance, so")):
+        with pytest.raises(ValueError, match=said), dit_lens.trace(model) as trace:
+            trace.ablate("blocks.1.hook_attn_out", mode)
+            dit_lens.sample(model, [3], steps=1, guidance=guidance)
+
+
 def test_changed_weights_raise_and_recorded_reads_go_on(pipe):
     with dit_lens.trace(pipe, names="hook_embed") as t:
         run(pipe)

@@ -47,6 +47,8 @@ class Family:
         batch_order: how its pipelines guide: the branches in which a doubled batch is stacked,
             ("uncond", "cond") or ("cond", "uncond"), or None where each branch is a call of its
             own, the conditional one first.
+        prompt_names: its pipelines' arguments that hold the prompts of the text's keys; one that
+            is not given is the first one, `prompt`.
         known_options: the options of the model's configuration that the family honours, whatever
             their values; None: all. Others are refused unless they have the class's own default.
         read_only: whether hooks may only look: nothing can be sampled, coupled, edited or read
@@ -87,6 +89,7 @@ class Family:
     last_projection = "proj_out"
     x_name, t_name, labels_name = "hidden_states", "timestep", "class_labels"
     batch_order: tuple[str, str] | None = ("uncond", "cond")
+    prompt_names: tuple[str, ...] = ("prompt",)
     known_options: frozenset[str] | None = None
     read_only = False
     described: tuple[Any, ...] | None = None

@@ -208,6 +208,7 @@ class FluxFamily(PackedFamily):
     """How dit_lens opens a `FluxTransformer2DModel`."""
 
     model_class = "FluxTransformer2DModel"
+    prompt_names = ("prompt_2",)  # CLIP, which reads `prompt`, gives no keys
     differs = (
         "two streams that attend jointly, then one joint sequence with attention and MLP side by "
         "side"

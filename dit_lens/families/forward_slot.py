@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InvalidState
+from ..errors import InvalidState, InvalidValue
 
 Slot = tuple[dict[str, Any], str]
 """A dictionary and the key in it that holds a forward."""
@@ -105,3 +105,22 @@ def refuse_replaced(module: nn.Module) -> None:
             f"The forward of {type(module).__name__} was already replaced on the instance by "
             f"{found!r}; undo that first (or wrap the model before it)."
         )
+
+
+def refuse_shared(root: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Raise InvalidValue where two of these modules are one, which could hold one forward only.
+
+    Args:
+        root: what they are parts of.
+        modules: some of its parts, one for each forward that is put in.
+    """
+    seen = set[nn.Module]()
+    for module in modules:
+        if module in seen:
+            at = [path for path, m in root.named_modules(remove_duplicate=False) if m is module]
+            raise InvalidValue(
+                f"{' and '.join(map(repr, at))} are one module ({type(module).__name__}), whose "
+                "hook points can't be told apart; expected a copy of it in each place: "
+                "copy.deepcopy(module)."
+            )
+        seen.add(module)

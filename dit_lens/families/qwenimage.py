@@ -194,8 +194,9 @@ class QwenImageFamily(PackedFamily):
         return text_first(inputs, keys, transformer).text
 
     def texts(self, pipe: Any, prompt: str) -> list[Text]:
-        whole = pipe.prompt_template_encode.format(prompt)
-        return [Text(pipe.tokenizer, whole, dropped=pipe.prompt_template_encode_start_idx)]
+        template = pipe.prompt_template_encode
+        dropped, behind = pipe.prompt_template_encode_start_idx, template.rpartition("{}")[2]
+        return [Text(pipe.tokenizer, template.format(prompt), dropped=dropped, behind=behind)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         embeds, mask = pipe.encode_prompt(prompt, max_sequence_length=512)

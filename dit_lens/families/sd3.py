@@ -233,6 +233,7 @@ class SD3Family(Family):
     """How dit_lens opens an `SD3Transformer2DModel`."""
 
     model_class = "SD3Transformer2DModel"
+    prompt_names = ("prompt", "prompt_2", "prompt_3")
     differs = (
         "two streams, image and text, with weights of their own, that attend jointly; in 3.5 a "
         "second attention in some blocks"

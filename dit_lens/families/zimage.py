@@ -323,11 +323,17 @@ class ZImageFamily(OneSequenceFamily):
         return self.joint(inputs, keys, transformer).text
 
     def texts(self, pipe: Any, prompt: str) -> list[Text]:
-        said = [{"role": "user", "content": prompt}]
-        whole = pipe.tokenizer.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return [Text(pipe.tokenizer, whole)]
+        def in_template(words: str) -> str:
+            whole: str = pipe.tokenizer.apply_chat_template(
+                [{"role": "user", "content": words}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            return whole
+
+        behind = in_template("{}").rpartition("{}")[2]
+        return [Text(pipe.tokenizer, in_template(prompt), behind=behind)]
 
     def encode(self, pipe: Any, prompt: str) -> Condition:
         return Condition(cap_feats=pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0])

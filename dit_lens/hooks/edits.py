@@ -14,9 +14,6 @@ from ..errors import InvalidValue
 from .points import Editor, HookFunction, HookPoint
 from .regions import Region
 
-ALONE = {"cond", "uncond", "skip"}
-"""Branches of guidance that may have a call of their own."""
-
 Steps = None | int | slice | range | Iterable[int]
 
 
@@ -76,14 +73,21 @@ def patch_from_steps(taken: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) ->
             raise InvalidValue(f"The source trace has no step {hook.step}; it has {len(at)}.")
         of_branch = at[hook.step]
         found = of_branch.get(hook.branch)
-        if found is None and len(of_branch) == 1 and not {hook.branch, *of_branch} <= ALONE:
+        if found is None and len(of_branch) == 1 and "" in (hook.branch, *of_branch):
             (found,) = of_branch.values()  # which branches its batch holds is told on one side only
-        if found is None:
+        if found is not None:
+            return _fitting(found, activation, hook)
+        # one batch here and two calls there, or the halves of a batch in another order
+        halves = {
+            word: half for words, value in of_branch.items() for word, half in _halves(words, value)
+        }
+        wanted = _halves(hook.branch, activation)
+        if any(word not in halves for word, _ in wanted):
             raise InvalidValue(
                 f"The source trace has no branch {hook.branch!r} at step {hook.step}; it has "
                 f"{', '.join(map(repr, of_branch))}."
             )
-        return _fitting(found, activation, hook)
+        return torch.cat([_fitting(halves[word], half, hook) for word, half in wanted])
 
     return fn
 
@@ -129,6 +133,12 @@ class Steering:
             ) from None
 
 
+def _halves(branch: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    """The branches of guidance in a batch, each with its items."""
+    words = branch.split(" | ")
+    return list(zip(words, value.chunk(len(words)), strict=False))
+
+
 def ablation(mode: str) -> HookFunction:
     """The function that knocks an activation out; where a batch has both branches of guidance, in
     each by itself. Raises ValueError for an unknown mode.
@@ -141,10 +151,14 @@ def ablation(mode: str) -> HookFunction:
     out = modes[arguments.choice("mode", mode, modes)]
 
     def fn(activation: Tensor, hook: HookPoint | None) -> Tensor:
-        branches = 1 if hook is None else hook.branch.count(" | ") + 1
-        if branches == 1:
-            return out(activation)
-        return torch.cat([out(branch) for branch in activation.chunk(branches)])
+        of = _halves("" if hook is None else hook.branch, activation)
+        if hook is not None and mode != "zero" and len(of[0][1]) == 1:
+            raise InvalidValue(
+                f"mode={mode!r} is over the items of a batch, and there is one"
+                f"{' in each branch of guidance' * (len(of) > 1)}, so that {hook.name!r} would "
+                "stay as it is; expected several items, or mode='zero'."
+            )
+        return torch.cat([out(half) for _, half in of]) if len(of) > 1 else out(activation)
 
     return fn
 

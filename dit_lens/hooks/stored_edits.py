@@ -41,7 +41,7 @@ class StoredEdit:
         heads: only these heads.
         tokens: only these tokens.
         values: of "set", [step, row, ...]: one row for every item alike, one for each half of a
-            guided batch, or one for each row.
+            guided batch, [cond | uncond], or one for each row.
     """
 
     name: str
@@ -65,7 +65,7 @@ class StoredEdit:
 
         def edit(activation: Tensor, hook: HookPoint) -> Tensor:
             place = places[hook.step if step is None else step]  # type: ignore[index]
-            new = self._new(activation, place)
+            new = self._new(activation, place, hook.branch)
             return region.merge(activation, new, axes[self.name])
 
         edit.in_parts = self.alike  # type: ignore[attr-defined]
@@ -76,11 +76,19 @@ class StoredEdit:
         """Whether every item is edited alike."""
         return self.values is None or self.values.shape[1] == 1
 
-    def _new(self, activation: Tensor, place: int) -> Tensor:
+    def _new(self, activation: Tensor, place: int, branch: str) -> Tensor:
         """What is put in, [row, ...]."""
         if self.values is None:
             return torch.zeros_like(activation)
         rows = self.values[place].to(activation)
+        if len(rows) > 1 and branch not in ("", "cond", "cond | uncond"):
+            if branch != "uncond | cond" or len(rows) % 2:
+                raise InvalidValue(
+                    f"The edit at {self.name!r} holds {len(rows)} rows, as a run has them in one "
+                    f"batch, [cond | uncond] with guidance, and this call is {branch!r}; expected "
+                    "a loop that guides in one batch, such as dit_lens.sample."
+                )
+            rows = rows.roll(len(rows) // 2, 0)
         if rows.shape[1:] != activation.shape[1:] or len(activation) % len(rows):
             raise InvalidValue(
                 f"The edit at {self.name!r} holds {list(rows.shape)} for a step, and the "

@@ -29,7 +29,7 @@ class Call:
         condition: all arguments but x_t and the time, as `HookedDiT` takes them for y.
         labels: [batch], classes or prompts by number, where they are known.
         prompts: the prompt of each item [batch] as its pipeline was given it, where one runs that
-            says so; not kept in files.
+            says so; empty where its text encoders were given different ones; not kept in files.
         negatives: in its place, what an "uncond" item was given.
         context: what the pass was run under.
         kernels: the settings that chose its kernels.

@@ -35,6 +35,7 @@ from ..families.forward_slot import (
     places,
     put_back,
     refuse_replaced,
+    refuse_shared,
     slot,
 )
 from ..families.forwards import Forward
@@ -151,6 +152,7 @@ class Instrumentation:
         else may sit there.
         """
         forwards = self.family.forwards(self.transformer, self.points, self)
+        refuse_shared(self.transformer, [forward.module for forward in forwards])
         if not trusted:
             check_sources(self.family, forwards, lambda other: Instrumentation(other, trusted=True))
         for forward in forwards:
@@ -575,7 +577,8 @@ class Instrumentation:
         labels = labels_in(inputs.get(family.labels_name), len(x))
         labels = context.labels if labels is None else labels
         if context.step is None:
-            told = self.pipeline.now(self.transformer, family.batch_order, inputs, len(x))
+            known = family.batch_order, family.prompt_names
+            told = self.pipeline.now(self.transformer, *known, inputs, len(x))
         else:  # a loop of ours says so itself, whoever called it
             told = Told(branch=context.branch)
         rest = {k: v for k, v in inputs.items() if k not in (family.x_name, family.t_name)}

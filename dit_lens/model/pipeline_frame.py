@@ -13,7 +13,7 @@ the pipeline's own code does not make, such as its callback's, is none of its lo
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -113,7 +113,8 @@ class Told(NamedTuple):
             "" is an item of a batch that is neither the latents' nor twice that.
         place: the number of the pipeline's run with the step in it, or None where steps can't be
             told.
-        prompts: the prompt of each item, where they are words.
+        prompts: the prompt of each item, where they are words; empty where its text encoders were
+            given different ones.
         negatives: in its place, what an "uncond" item was given.
     """
 
@@ -139,20 +140,26 @@ class PipelineFrame:
         self.calls = self.counted = 0
 
     def now(
-        self, transformer: Any, order: tuple[str, str] | None, inputs: dict[str, Any], items: int
+        self,
+        transformer: Any,
+        order: tuple[str, str] | None,
+        asked: Sequence[str],
+        inputs: dict[str, Any],
+        items: int,
     ) -> Told:
         """What the running pipeline tells of the call under way.
 
         Args:
             transformer: that is called.
             order: the family's `batch_order`.
+            asked: the family's `prompt_names`.
             inputs: the transformer's arguments.
             items: the batch.
 
         Raises:
             InvalidState: in a block of a modular pipeline that does not say which step it is.
         """
-        said, loop = _announced.get(), _loop(transformer)
+        said, loop = _announced.get(), _loop(transformer, asked)
         if loop is None and said is None:
             return Told()
         frame, step, own, prompt, negative, of_block = loop or Loop()
@@ -199,13 +206,23 @@ def _prompts(given: Any, items: int) -> tuple[str, ...] | None:
     """The prompt of each item, where they are words: each as often in a row as images were asked
     for, all of them once more where the batch is doubled.
     """
+    if given == ():
+        return ()
     prompts = [given] if isinstance(given, str) else given
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         return None
     return tuple(prompts) if prompts and items % len(prompts) == 0 else None
 
 
-def _loop(transformer: Any) -> Loop | None:
+def _asked(local: Mapping[str, Any], names: Sequence[str], prefix: str = "") -> Any:
+    """What the text encoders are given, by the arguments that hold it; () if not all the same."""
+    own = local.get(f"{prefix}prompt")
+    given = [local.get(prefix + name) or own for name in names]  # as diffusers fills them in
+    listed = [[each] if isinstance(each, str) else each for each in given]
+    return given[0] if all(each == listed[0] for each in listed) else ()
+
+
+def _loop(transformer: Any, asked: Sequence[str]) -> Loop | None:
     """The loop whose own code makes the call under way. None where no pipeline is there, or one
     only calls somebody who calls the transformer, such as its callback.
     """
@@ -228,8 +245,8 @@ def _loop(transformer: Any) -> Loop | None:
                 if not beside and caller.f_locals.get("self") is not pipe:
                     return None
                 local = frame.f_locals
-                names = ("i", "latents", "prompt", "negative_prompt")
-                return Loop(frame, *(local.get(name) for name in names))
+                words = (_asked(local, asked, prefix) for prefix in ("", "negative_"))
+                return Loop(frame, local.get("i"), local.get("latents"), *words)
         frame = frame.f_back
     return None
 

@@ -243,10 +243,16 @@ def _prompts(
         call = record.calls[c]
         n = len(call.x)
         of_call: list[str | None] = [None] * n
+        if (call.negatives if branch == "uncond" else call.prompts) == ():
+            names = " and ".join(model.family.prompt_names)
+            raise InvalidValue(
+                f"The text encoders were given different prompts ({names}), so that a word has no "
+                "one place among the text's tokens; expected the same for all."
+            )
         if call.prompts is not None:
             branches = call.branch or ("",) * n
             asked, negative = (
-                [None] * n if each is None else _spread(model, each, n, branches)
+                [None] * n if not each else _spread(model, each, n, branches)
                 for each in (call.prompts, call.negatives)
             )
             each = zip(branches, asked, negative, strict=True)

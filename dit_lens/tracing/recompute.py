@@ -57,7 +57,7 @@ def read_branches(
     record: Record, model: HookedDiT | None, names: Sequence[str]
 ) -> dict[str, dict[int, dict[str, Tensor]]]:
     """`{name: {step: {branch: activation}}}`: what can be put into another run of the same kind,
-    call by call. A step that went through the model in parts is put together, under "".
+    call by call. A step that went through the model in parts is put together.
 
     Args:
         record: of the trace, which must hold one run.
@@ -79,21 +79,30 @@ def read_branches(
     taken: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in names}
     for s in steps:
         groups: dict[str, Rows] = {}
-        for c in record.calls_at[s]:
-            call = record.calls[c]
-            branch = "" if call.context.part is not None else call.told
-            if branch in groups and call.context.part is None:
+        parts: Rows = {c: None for c in record.calls_at[s]}
+        if any(record.calls[c].context.part is not None for c in parts):
+            groups[_told(record, parts)] = parts
+        for c in record.calls_at[s] if not groups else ():
+            branch = record.calls[c].told
+            if branch in groups:
                 raise InvalidValue(
                     f"The source trace has several calls of the branch {branch!r} at step {s}, "
                     "which can't be told apart; expected one, or one for each branch of guidance."
                 )
-            groups.setdefault(branch, {})[c] = None
+            groups[branch] = {c: None}
         for name in names:
             taken[name][s] = {
                 branch: joined(record, name, found[name], rows, order_of(record, rows)).clone()
                 for branch, rows in groups.items()
             }
     return taken
+
+
+def _told(record: Record, parts: Rows) -> str:
+    """The branches of guidance of a step that went through the model in parts, as `Call.told`."""
+    words = [w for c in parts for w in record.calls[c].branch or ("",) * len(record.calls[c].x)]
+    order = order_of(record, parts)
+    return " | ".join(dict.fromkeys(words if order is None else [words[i] for i in order.tolist()]))
 
 
 def _by_call(

@@ -249,7 +249,8 @@ class Trace:
             name: which hook points.
             source: another trace of one run, whose activations at the same step and branch of
                 guidance are taken; a tensor of the activation's shape, or with one more axis in
-                front, for the steps; or a function fn(activation, hook).
+                front, for the steps, of which a copy without gradients is kept; or a function
+                fn(activation, hook).
             steps: at which steps.
             **region: which part, as for `edit`.
 
@@ -288,13 +289,14 @@ class Trace:
         Args:
             name: which hook points.
             mode: "zero"; "mean" over the batch; "resample", the activation of the item before (of
-                the first item the last one's); with guidance each branch by itself.
+                the first item the last one's); the last two want several items, and take each
+                branch of guidance by itself, where a pipeline or `sample` guides.
             steps: at which steps.
             **region: which part, as for `edit`.
 
         Raises:
             UnknownName: if nothing matches.
-            ValueError: for an unknown mode.
+            ValueError: for an unknown mode; when run, for a batch of one item.
         """
         return self.edit(name, ablation(mode), steps, **region)
 
@@ -309,7 +311,8 @@ class Trace:
         """Add a direction to activations: `activation + scale * direction`.
 
         Chains. The direction is added as it is given: of length 1, `scale` is in the activation's
-        own units.
+        own units. A copy is kept, through which no gradient flows: to learn a direction, use
+        `edit(name, lambda a, hook: a + direction)`.
 
         Args:
             name: which hook points, such as ("resid_post", 12).

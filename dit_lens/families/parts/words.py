@@ -30,12 +30,14 @@ class Text:
         text: what it is given.
         length: how many keys the stretch has; None is all that are left.
         dropped: so many of its tokens, from the first on, are no keys.
+        behind: what a template has behind the prompt.
     """
 
     tokenizer: Any
     text: str
     length: int | None = None
     dropped: int = 0
+    behind: str = ""
 
     def tokens(self, keys: int) -> int:
         """How many keys it fills, of so many.
@@ -84,7 +86,8 @@ def tokens_of(texts: Sequence[Text], prompt: str, keys: int) -> list[Token]:
     found, start = [], 0
     for text in texts:
         length = keys - start if text.length is None else text.length
-        for place, said, span in _placed(text.tokenizer, text.text, prompt, length + text.dropped):
+        most = length + text.dropped
+        for place, said, span in _placed(text.tokenizer, text.text, text.behind, prompt, most):
             if place >= text.dropped:
                 found.append(Token(start + place - text.dropped, said, span))
         start += length
@@ -93,7 +96,7 @@ def tokens_of(texts: Sequence[Text], prompt: str, keys: int) -> list[Token]:
 
 @lru_cache(maxsize=64)
 def _placed(
-    tokenizer: Any, text: str, prompt: str, most: int
+    tokenizer: Any, text: str, behind: str, prompt: str, most: int
 ) -> tuple[tuple[int, str, tuple[int, int]], ...]:
     """(position, text, span in the plain prompt) of the prompt's tokens that fit."""
     ids = list(tokenizer(text, truncation=False)["input_ids"])
@@ -102,7 +105,9 @@ def _placed(
         for n in range(len(ids) + 1)
     ]
     ends, whole = [len(each) for each in said], said[-1]
-    before = whole.rfind(plain(prompt))
+    marked = tokenizer(behind)["input_ids"] if behind else []
+    behind = plain(tokenizer.decode(marked, skip_special_tokens=True))
+    before = whole.removesuffix(behind).rfind(plain(prompt))
     if before < 0:
         return ()
     after = before + len(plain(prompt))
