@@ -15,11 +15,13 @@ import torch
 import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dit_lens
 from dit_lens.commands import main
 from dit_lens.commands.common import labels_of
+from dit_lens.commands.gap import read_images
 from dit_lens.commands.main import COMMANDS
 from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
@@ -783,6 +785,22 @@ def test_probes_run_with_default_settings(name, folder, tmp_path, monkeypatch, c
     found = json.loads(capsys.readouterr().out)
     assert found["stored"] == f"{name}.nc" and (tmp_path / f"{name}.nc").exists()
     assert found["result"]["data_vars"]
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_pictures_of_more_than_8_bits_are_refused(kind, tmp_path):
+    """Pillow cuts them at 255, and nearly every value was white."""
+    Image.fromarray(np.full((4, 4), 20000, kind)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    with pytest.raises(InvalidValue, match=r"a.png' has more than 8 bits a value \(mode '(I|F)"):
+        read_images(tmp_path)
+
+
+def test_grey_pictures_have_one_channel(tmp_path):
+    """Also beside an alpha channel."""
+    for mode in ("1", "L", "LA"):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.png")
+    assert read_images(tmp_path)[0].shape == (3, 1, 4, 4)
 
 
 def test_prompts_with_a_byte_order_mark(tmp_path):
