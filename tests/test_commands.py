@@ -810,6 +810,14 @@ def test_prompts_with_a_byte_order_mark(tmp_path):
     assert labels_of(args) == ["a cat", "a dog"]
 
 
+def test_a_prompt_is_a_line_and_no_part_of_one(tmp_path):
+    """Texts from the web hold separators at which Python's `splitlines` cuts."""
+    odd = "a cat\u2028on a\x0b mat\x85 \x1c"
+    (tmp_path / "a.txt").write_bytes(f"{odd}\r\na dog\ra fox\n".encode())
+    args = argparse.Namespace(prompts=tmp_path / "a.txt", labels=None)
+    assert labels_of(args) == [odd.strip(), "a dog", "a fox"]
+
+
 def test_a_plan_by_hand_may_say_only_its_sampler(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = dit_lens.load(folder)
