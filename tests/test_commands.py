@@ -1,6 +1,7 @@
 """The commands and loading, as a user meets them."""
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -774,6 +776,33 @@ def test_quiet_prints_nothing(folder, capsys):
     assert capsys.readouterr() == ("", "")
     assert main(["hooks", "nowhere", "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("dit-lens: ")
+
+
+def test_quiet_is_also_loading_a_pipeline(tmp_path, capsys):
+    """diffusers and transformers show bars, and have them again afterwards."""
+    make_pipe().save_pretrained(tmp_path / "pipe")
+    short = ["--steps", "2", "--items", "1", "--out", str(tmp_path / "out.nc")]
+    capsys.readouterr()
+    assert main(["probe", "SpectralSplit", str(tmp_path / "pipe"), *short, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        assert main(["hooks", "digits", "--quiet"]) == 0
+        assert not diffusers.utils.logging.is_progress_bar_enabled()
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+
+
+def test_names_that_the_output_cannot_encode_are_printed_as_on_stderr(folder, monkeypatch):
+    """As on Windows behind a pipe."""
+    moved = folder.rename(folder.with_name("mod\u6a21"))
+    said = io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(said, "cp1252"))
+        assert main(["hooks", str(moved), "--filter", "resid_post"]) == 0
+        sys.stdout.detach()
+    assert rb"mod\u6a21: 3 hook" in said.getvalue()
 
 
 @pytest.mark.parametrize("name", ["SpectralSplit", "LayerLens", "TwinDivergence"])
