@@ -1,6 +1,7 @@
 """The commands and loading, as a user meets them."""
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -9,17 +10,20 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from conftest import make_dit, make_pipe
 from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dit_lens
 from dit_lens.commands import main
 from dit_lens.commands.common import labels_of
+from dit_lens.commands.gap import read_images
 from dit_lens.commands.main import COMMANDS
 from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
@@ -774,6 +778,33 @@ def test_quiet_prints_nothing(folder, capsys):
     assert capsys.readouterr().err.startswith("dit-lens: ")
 
 
+def test_quiet_is_also_loading_a_pipeline(tmp_path, capsys):
+    """diffusers and transformers show bars, and have them again afterwards."""
+    make_pipe().save_pretrained(tmp_path / "pipe")
+    short = ["--steps", "2", "--items", "1", "--out", str(tmp_path / "out.nc")]
+    capsys.readouterr()
+    assert main(["probe", "SpectralSplit", str(tmp_path / "pipe"), *short, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        assert main(["hooks", "digits", "--quiet"]) == 0
+        assert not diffusers.utils.logging.is_progress_bar_enabled()
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+
+
+def test_names_that_the_output_cannot_encode_are_printed_as_on_stderr(folder, monkeypatch):
+    """As on Windows behind a pipe."""
+    moved = folder.rename(folder.with_name("mod\u6a21"))
+    said = io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(said, "cp1252"))
+        assert main(["hooks", str(moved), "--filter", "resid_post"]) == 0
+        sys.stdout.detach()
+    assert rb"mod\u6a21: 3 hook" in said.getvalue()
+
+
 @pytest.mark.parametrize("name", ["SpectralSplit", "LayerLens", "TwinDivergence"])
 def test_probes_run_with_default_settings(name, folder, tmp_path, monkeypatch, capsys):
     """But for the number of steps, which only takes time."""
@@ -785,11 +816,35 @@ def test_probes_run_with_default_settings(name, folder, tmp_path, monkeypatch, c
     assert found["result"]["data_vars"]
 
 
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_pictures_of_more_than_8_bits_are_refused(kind, tmp_path):
+    """Pillow cuts them at 255, and nearly every value was white."""
+    Image.fromarray(np.full((4, 4), 20000, kind)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    with pytest.raises(InvalidValue, match=r"a.png' has more than 8 bits a value \(mode '(I|F)"):
+        read_images(tmp_path)
+
+
+def test_grey_pictures_have_one_channel(tmp_path):
+    """Also beside an alpha channel."""
+    for mode in ("1", "L", "LA"):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.png")
+    assert read_images(tmp_path)[0].shape == (3, 1, 4, 4)
+
+
 def test_prompts_with_a_byte_order_mark(tmp_path):
     """As an editor of Windows writes them."""
     (tmp_path / "a.txt").write_bytes("a cat\na dog\n".encode("utf-8-sig"))
     args = argparse.Namespace(prompts=tmp_path / "a.txt", labels=None)
     assert labels_of(args) == ["a cat", "a dog"]
+
+
+def test_a_prompt_is_a_line_and_no_part_of_one(tmp_path):
+    """Texts from the web hold separators at which Python's `splitlines` cuts."""
+    odd = "a cat\u2028on a\x0b mat\x85 \x1c"
+    (tmp_path / "a.txt").write_bytes(f"{odd}\r\na dog\ra fox\n".encode())
+    args = argparse.Namespace(prompts=tmp_path / "a.txt", labels=None)
+    assert labels_of(args) == [odd.strip(), "a dog", "a fox"]
 
 
 def test_a_plan_by_hand_may_say_only_its_sampler(folder, tmp_path, monkeypatch, capsys):

@@ -882,6 +882,8 @@ def test_work_says_what_is_wrong(folder, model, tmp_path, capsys):
     words = ["map", str(moved), "--items", "8", "--steps", "3", "--check", "0", "--device", "cpu"]
     assert main([*words, "--out", str(tmp_path / "o"), "--store", str(store)]) == 0
     capsys.readouterr()
+    assert main(["work", str(store), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"stored": str(store), "pieces": 0}
     shutil.rmtree(moved)
     assert main(["work", str(store)]) == 2
     assert "This machine can't open the model" in capsys.readouterr().err

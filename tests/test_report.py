@@ -29,7 +29,7 @@ from dit_lens.report.page import KINDS
 from dit_lens.report.page import write as write_page
 from dit_lens.report.stored import FILES, load_result, read, show
 from dit_lens.report.style import picture
-from dit_lens.storage import save_dataset
+from dit_lens.storage import made_by, made_of, save_dataset
 
 torch.set_num_threads(1)
 PICTURES = (
@@ -215,3 +215,37 @@ def test_what_cannot_be_shown(results, tmp_path):
     cause_report.store_knock_outs(results[2], tmp_path)
     with pytest.raises(MissingFile, match="There is no file '.*patches.nc'"):
         show(tmp_path / "knock_outs.nc")
+
+
+def test_causes_of_several_runs_are_not_shown_as_one(results, tmp_path, capsys):
+    """A second `patch` into a folder that was interrupted has replaced one of two files; and what
+    a profile says of another model is not held against causes.
+    """
+    gap, _, knocked, patched = results
+    known = gap.assign(null_profile=("null", [0.0])).assign_attrs(
+        {f"onset_layer_{view}": 1 for view in gap_report.VIEWS}
+    )
+
+    def write(model, seed, *stores):
+        with made_by(f"dit-lens patch {model} --seed {seed}"):
+            made_of(model, torch.device("cpu"))
+            for store in stores:
+                store()
+
+    def both():
+        cause_report.store_knock_outs(knocked, tmp_path)
+        cause_report.store_patches(patched, tmp_path)
+
+    write("first", 0, both)
+    show(tmp_path / "knock_outs.nc")
+    write("first", 1, lambda: cause_report.store_knock_outs(knocked, tmp_path))
+    several = "patches.nc' are of different experiments: one is by 'dit-lens patch first --seed 1',"
+    for shown in (show, lambda at: write_page([at], tmp_path / "page.html")):
+        with pytest.raises(InvalidValue, match=f"^'{tmp_path}/knock_outs.nc' and .*{several}"):
+            shown(tmp_path)
+    write("first", 0, both)
+    for model, compared in (("first", True), ("second", False)):
+        write(model, 0, lambda: save_dataset(tmp_path / "gap.nc", "gap.nc", known))
+        capsys.readouterr()
+        show(tmp_path / "knock_outs.nc")
+        assert ("Profile and cause " in capsys.readouterr().out) == compared

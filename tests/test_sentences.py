@@ -275,9 +275,15 @@ def test_smallest_sets():
                 "size": size,
                 "found": ["", "4", "4-6"][min(size, 2)],
                 "sure": int(sure),
+                "gap": 3.0,
+                "gap_interval": [2.0, 4.0],
             },
         )
+        unknown = result.assign_attrs(gap_interval=[-1.0, 7.0])
+        assert "can't be told from 0, so nothing is said" in check(smallest_sentence(unknown))
         said = check(smallest_sentence(result))
+        apart = low > 0.5 or high < -0.5
+        assert ("it does not: " in said) == (bool(size) and apart and np.isfinite(left))
         assert ("No set of layers was found" in said) == (size == 0)
         assert ("for sure: " in said and "not for sure" not in said) == (
             bool(size) and sure and np.isfinite(left)

@@ -335,7 +335,8 @@ def labels_of(args: argparse.Namespace) -> list[int] | list[str] | None:
     if not args.prompts.is_file():
         raise InvalidValue(f"There is no file {str(args.prompts)!r}; expected prompts, one a line.")
     try:
-        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+        # `splitlines` would also cut within a prompt, at U+2028 and others
+        lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise InvalidValue(
             f"{str(args.prompts)!r} is no text in UTF-8; expected prompts, one a line."

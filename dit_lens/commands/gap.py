@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DEEP = ("I", "F")
+"""How the modes of pictures with more than 8 bits begin, which Pillow would cut at 255."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +278,8 @@ def read_images(path: Path) -> tuple[Tensor, list[int] | None]:
 
     Raises:
         MissingFile: if there is nothing at the path, or no picture in the folder.
-        InvalidValue: for an array of another shape, or pictures of several sizes.
+        InvalidValue: for an array of another shape, or pictures of several sizes or of more than 8
+            bits.
     """
     import numpy as np
     import torch
@@ -301,11 +304,17 @@ def read_images(path: Path) -> tuple[Tensor, list[int] | None]:
         )
     from PIL import Image
 
-    # grey pictures have one channel, as the bundled digits
-    found = [
-        np.asarray(opened.convert("L" if opened.mode in ("1", "L") else "RGB")) / 255
-        for opened in map(Image.open, files)
-    ]
+    found = []
+    for file in files:
+        with Image.open(file) as opened:
+            if opened.mode.startswith(DEEP):
+                raise InvalidValue(
+                    f"The picture {str(file)!r} has more than 8 bits a value (mode "
+                    f"{opened.mode!r}); expected 8, or an array as .npy."
+                )
+            # grey pictures have one channel, as the bundled digits
+            grey = opened.mode in ("1", "L", "LA")
+            found.append(np.asarray(opened.convert("L" if grey else "RGB")) / 255)
     shapes = {one.shape for one in found}
     if len(shapes) > 1:
         raise InvalidValue(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if sys.stdout is None:  # before minutes are spent
             return _ended("the output is closed; expected a terminal, a pipe or a file")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # a name that its encoding does not have is no reason to end, as on stderr
+            sys.stdout.reconfigure(errors="backslashreplace")
         argv = sys.argv[1:] if argv is None else argv
         _parse(argv, args)
         args.argv, args.again, args.parse = list(argv), repeat, parsed
@@ -152,6 +156,9 @@ def _answered(args: argparse.Namespace) -> int:
         if args.quiet:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+            from ..testing.pipeline_checks import quiet
+
+            stack.enter_context(quiet())  # of the libraries that load a model
         elif args.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         found = args.run(args)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .common import GIVEN, open_model
+from .common import GIVEN, Answer, open_model
 from .keeping import about_command
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cuda:1 (default: that of the command)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Answer:
     """Take pieces until the command needs no more."""
     from ..errors import DitLensError, InvalidValue, MissingFile
     from ..pieces import Store, digest, quiet, read_root
@@ -57,4 +57,6 @@ def run(args: argparse.Namespace) -> None:
     finally:
         GIVEN.reset(token)
         store.close()
-    print(f"{len(store.names()) - before} more pieces are in {folder}, and no more are needed")
+    run_here = len(store.names()) - before
+    print(f"{run_here} more pieces are in {folder}, and no more are needed")
+    return Answer({"stored": str(folder), "pieces": run_here})

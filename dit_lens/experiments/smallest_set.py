@@ -265,6 +265,12 @@ def smallest_sentence(result: xr.Dataset) -> str:
         result: of `smallest_set`.
     """
     share, size = f"{result.attrs['share']:.0%}", int(result.attrs["size"])
+    gap = Estimate.of(result.attrs["gap"], result.attrs["gap_interval"])
+    if not gap.sign:
+        return (
+            f"The gap of {gap:+.2f} steps can't be told from 0, so nothing is said of a set of "
+            f"layers that takes {share} of it away."
+        )
     lost = int(np.isnan(result.gap.values).sum())
     without = f"; without {lost} of them a band does not commit" if lost else ""
     tried = f"{result.sizes['tried']} sets tried, not all{without}"
@@ -280,11 +286,12 @@ def smallest_sentence(result: xr.Dataset) -> str:
     lead = f"{few}, {who}, takes {share} of the gap away" if size == 1 else f"{few}, {who}"
     if not np.isfinite(left.value):
         return f"{lead} ({tried}); on other twins a band does not commit without it."
-    verdict = (
-        "it does for sure"
-        if result.attrs["sure"]
-        else "it does, but not for sure"
-        if abs(left.value) <= 1 - result.attrs["share"]
-        else "it does not"
-    )
+    allowed = 1 - result.attrs["share"]
+    if result.attrs["sure"]:
+        verdict = "it does for sure"
+    elif abs(left.value) <= allowed:
+        verdict = "it does, but not for sure"
+    else:
+        surely = left.low > allowed or left.high < -allowed
+        verdict = "it does not" if surely else "it does not, but not for sure"
     return f"{lead} ({tried}); on other twins {verdict}: {left:.0%} of the gap is left."

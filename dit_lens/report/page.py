@@ -232,6 +232,7 @@ def _results(folder: Path) -> list[Shown]:
             if kind not in ("knock_outs.nc", "patches.nc"):
                 stored.show(Path(shutil.copy(file, here / kind)))
             elif file.with_name("knock_outs.nc").exists() and file.with_name("patches.nc").exists():
+                stored.causes_at(kind, file)  # an error names them where they are
                 for name in ("gap.nc", "knock_outs.nc", "patches.nc"):  # they are shown together
                     if file.with_name(name).exists():
                         shutil.copy(file.with_name(name), here)

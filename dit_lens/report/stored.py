@@ -413,30 +413,56 @@ def _labelled(results: xr.Dataset, axis: str, wanted: set[Any]) -> bool:
 
 
 def _show_causes(kind: str, file: Path) -> None:
-    """Knock-outs and patches together, compared with the layer profiles where they are known: of a
-    file by whatever name, and the other by its usual name in the same folder.
-    """
-    names = ("knock_outs.nc", "patches.nc")
-    first, second = (file if name == kind else file.with_name(name) for name in names)
-    (_, knocked), (_, patched) = _read_as(first, names[0]), _read_as(second, names[1])
-    layers = [one.layer.values.tolist() for one in (knocked, patched)]
-    steps = [one.attrs.get("steps") for one in (knocked, patched)]
-    if layers[0] != layers[1] or steps[0] != steps[1]:
-        raise InvalidValue(
-            f"{str(first)!r} and {str(second)!r} are of different experiments: {len(layers[0])} "
-            f"and {len(layers[1])} layers, {steps[0]} and {steps[1]} steps; expected those of one "
-            "run."
-        )
+    """Knock-outs and patches together, compared with the layer profiles where they are known."""
+    (first, knocked), (second, patched) = causes_at(kind, file)
     onsets = None
     beside = file.with_name("gap.nc")
     if beside.exists():
-        onsets = gap.onsets(_read_as(beside, "gap.nc")[1])
+        profiles = _read_as(beside, "gap.nc")
+        # the profiles of another model say nothing of the causes in this one
+        if made_with(beside).get("model") == made_with(first).get("model"):
+            onsets = gap.onsets(profiles)
     knock_outs.show(knocked, patched, (first, second), onsets)
 
 
-def _read_as(path: Path, kind: str) -> tuple[str, xr.Dataset]:
+def causes_at(kind: str, file: Path) -> list[tuple[Path, xr.Dataset]]:
+    """The knock-outs and the patches of one run: of a file by whatever name, and the other by its
+    usual name in the same folder; each with its file.
+
+    Args:
+        kind: of the file, knock_outs.nc or patches.nc.
+        file: of one of them.
+
+    Raises:
+        MissingFile: if one is not there.
+        InvalidValue: for files that are damaged, or of different runs.
+    """
+    names = ("knock_outs.nc", "patches.nc")
+    paths = [file if name == kind else file.with_name(name) for name in names]
+    found = [(path, _read_as(path, name)) for path, name in zip(paths, names, strict=True)]
+    layers = [one.layer.values.tolist() for _, one in found]
+    steps = [one.attrs.get("steps") for _, one in found]
+    made = [made_with(path).get("command") for path in paths]
+    differ = [
+        f"{len(layers[0])} and {len(layers[1])} layers, {steps[0]} and {steps[1]} steps"
+        if layers[0] != layers[1] or steps[0] != steps[1]
+        else "",
+        # the later of two commands was interrupted
+        f"one is by {made[0]!r}, the other by {made[1]!r}"
+        if None not in made and made[0] != made[1]
+        else "",
+    ]
+    if any(differ):
+        raise InvalidValue(
+            f"{str(paths[0])!r} and {str(paths[1])!r} are of different experiments: "
+            f"{'; '.join(filter(None, differ))}; expected those of one run."
+        )
+    return found
+
+
+def _read_as(path: Path, kind: str) -> xr.Dataset:
     """A stored result that must be of one kind, whatever its name."""
     found, results = read(path)
     if found != kind:
         raise InvalidValue(f"{str(path)!r} holds what {found} does; expected what {kind} does.")
-    return found, results
+    return results

@@ -145,9 +145,23 @@ def advance(
     elif "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generators(seeds, step)
     if takes_eta(scheduler):
-        options["eta"] = eta
+        options["eta"] = real_eta(scheduler, t, eta)
     following: Tensor = scheduler.step(output, t, x, **options).prev_sample
     return following.to(x.dtype)
+
+
+def real_eta(scheduler: Any, t: Any, eta: float) -> float:
+    """`eta` as DDIM can step with it from a timestep without signal (`rescale_betas_zero_snr`):
+    there eta = 1 draws all noise anew, and diffusers takes a root of 1 - abar less the variance
+    drawn, both the same number, which rounding may leave below 0.
+    """
+    if type(scheduler) is not DDIMScheduler or not eta or scheduler.alphas_cumprod[int(t)]:
+        return eta
+    before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    if before < 0:  # the only step, to the image
+        return eta
+    variance = 1 - scheduler.alphas_cumprod[before]
+    return eta if (eta * variance**0.5) ** 2 <= variance else eta * (1 - 2**-22)
 
 
 def denoise(

@@ -56,16 +56,17 @@ def quiet() -> Iterator[None]:
     import transformers.utils.logging as transformers_logging
 
     loggers = (diffusers_logging, transformers_logging)
-    before = [logger.get_verbosity() for logger in loggers]
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
     try:
         for logger in loggers:
             logger.set_verbosity_error()
             logger.disable_progress_bar()
         yield
     finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
+        for logger, (verbosity, bars) in zip(loggers, before, strict=True):
             logger.set_verbosity(verbosity)
-            logger.enable_progress_bar()
+            if bars:
+                logger.enable_progress_bar()
 
 
 def pipeline_is_left_alone(case: InPipeline) -> None:
