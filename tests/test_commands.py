@@ -28,6 +28,7 @@ from dit_lens.commands.main import COMMANDS
 from dit_lens.commands.parser import EXAMPLES, parser
 from dit_lens.errors import InvalidState, InvalidValue, MissingFile
 from dit_lens.experiments import Plan, measure_gap
+from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian
 from dit_lens.report.stored import read
 from dit_lens.sampling import loop
@@ -571,6 +572,31 @@ def test_loading_what_can_not_be_loaded(folder, tmp_path):
         match="does not name a diffusers class that fits: 'NoSuchModel'; expected a ModelMixin",
     ):
         dit_lens.load(folder)
+
+
+def test_what_is_not_installed_is_named_with_what_installs_it(tmp_path, monkeypatch, capsys):
+    """As diffusers is without transformers: in the place of its classes are others."""
+    import diffusers
+    from diffusers.utils import dummy_torch_and_transformers_objects as without
+
+    family_named("PixArtTransformer2DModel").small_pipeline().save_pretrained(tmp_path / "p")
+    monkeypatch.setattr(diffusers, "PixArtAlphaPipeline", without.PixArtAlphaPipeline)
+    monkeypatch.setattr("dit_lens.model.saved.find_spec", {"torch": 1}.get)
+    with pytest.raises(FileNotFoundError, match=r"needs transformers, not installed; pip install"):
+        dit_lens.load(tmp_path / "p")
+    monkeypatch.setattr("dit_lens.commands.compare.find_spec", lambda _: None)
+    family_named("SD3Transformer2DModel").small_pipeline().save_pretrained(tmp_path / "s")
+    capsys.readouterr()
+    words = [
+        "compare",
+        str(tmp_path / "s"),
+        "--lora",
+        "x.safetensors",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(words) == 2
+    assert "An adapter needs peft, which is not installed; pip" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layers, players", [(1, 2), (3, 1)])

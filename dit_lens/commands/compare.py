@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> Answer:
 
 def _changed(args: argparse.Namespace, model: HookedDiT) -> HookedDiT:
     """The model once more, changed."""
-    from ..errors import InvalidValue
+    from ..errors import InvalidValue, MissingFile
     from ..model.loading import load
 
     size = None if args.size is None else tuple(args.size)
@@ -122,6 +123,10 @@ def _changed(args: argparse.Namespace, model: HookedDiT) -> HookedDiT:
             f"{type(changed.transformer).__name__} takes no adapters in diffusers (it has no "
             "load_lora_adapter); expected a model that does, or fuse the adapter and compare the "
             "models in Python: dit_lens.experiments.compare(model, changed)."
+        )
+    if find_spec("peft") is None:
+        raise MissingFile(
+            "An adapter needs peft, which is not installed; pip install 'dit-lens[pipelines]'."
         )
     changed.transformer.load_lora_adapter(args.lora)
     return changed

@@ -8,12 +8,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, DummyObject
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InvalidValue, MissingFile
@@ -68,9 +69,16 @@ def named_class(config: Mapping[str, Any], base: type, where: str) -> Any:
 
     Raises:
         InvalidValue: for anything else.
+        MissingFile: where diffusers needs a package for it that is not installed.
     """
     name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(cls, DummyObject):
+        needed = " and ".join(each for each in cls._backends if find_spec(each) is None)
+        raise MissingFile(
+            f"{where} is of {name}, which needs {needed or 'more'}, not installed; "
+            "pip install 'dit-lens[pipelines]'."
+        )
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise InvalidValue(
             f"{where} does not name a diffusers class that fits: {name!r:.60}; expected a "

@@ -7,6 +7,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -51,11 +53,9 @@ class InPipeline:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from printing bars and hints."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    loggers = (diffusers_logging, transformers_logging)
+    """Keep diffusers, and transformers where it is installed, from printing bars and hints."""
+    there = [name for name in ("diffusers", "transformers") if find_spec(name) is not None]
+    loggers: list[Any] = [import_module(f"{name}.utils.logging") for name in there]
     before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
     try:
         for logger in loggers:
