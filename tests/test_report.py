@@ -84,6 +84,12 @@ def test_drawing_leaves_the_callers_matplotlib_alone(results, tmp_path):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG", name
 
 
+def test_no_picture_of_an_earlier_result_stays_beside_one_without_it(results, tmp_path):
+    gap_report.write(results[0], tmp_path)
+    gap_report.write(results[0].drop_vars("end"), tmp_path)
+    assert not (tmp_path / "twins.png").exists() and (tmp_path / "lens.png").exists()
+
+
 def test_a_folder_is_loaded_where_it_holds_one_result(results, tmp_path):
     gap_report.write(results[0], tmp_path)
     assert load_result(tmp_path).attrs["headline"] == results[0].attrs["headline"]

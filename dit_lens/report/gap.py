@@ -59,11 +59,12 @@ def show(results: xr.Dataset, stored: Path) -> None:
         draw_frequencies(results, beside(stored, "gap.nc", "frequencies.png")),
         draw_spectrum(results, beside(stored, "gap.nc", "spectrum.png")),
     ]
-    pictures += [
-        draw_images(results, beside(stored, "gap.nc", f"{name}.png"), name)
-        for name in ("twins", "lens")
-        if name in Result.of(results).plot.names  # older files have none
-    ]
+    for name in ("twins", "lens"):
+        path = beside(stored, "gap.nc", f"{name}.png")
+        if name in Result.of(results).plot.names:
+            pictures.append(draw_images(results, path, name))
+        else:  # one that lies there is of other results
+            path.unlink(missing_ok=True)
     files(console, [*pictures, stored])
 
 
