@@ -38,7 +38,7 @@ _HOME = {
     "load_trace": "tracing.trace",
     "record": "tracing.recording",
     "reuse": "plans.runner",
-    "sample": "sampling.run",
+    "sample": "sampling.sample",
     "to_nnsight": "bridges.nnsight",
     "to_transformer_lens": "bridges.transformer_lens",
     "trace": "tracing.trace",

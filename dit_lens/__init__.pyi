@@ -25,7 +25,7 @@ from .model.witness import NotReproduced as NotReproduced
 from .plans.runner import reuse as reuse
 from .report.stored import load_result as load_result
 from .sampling.run import Run as Run
-from .sampling.run import sample as sample
+from .sampling.sample import sample as sample
 from .tracing.activations import Activations as Activations
 from .tracing.probe import Probe as Probe
 from .tracing.recording import record as record

@@ -98,7 +98,7 @@ def _one(args: argparse.Namespace, out: Path) -> None:
     from ..model.loading import load
     from ..pieces import helping
     from ..report import diagnosis as report
-    from ..sampling.run import sample
+    from ..sampling.sample import sample
 
     model = open_model(args)
     fault = _fault(args, model)

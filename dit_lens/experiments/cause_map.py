@@ -41,7 +41,8 @@ from ..pictures.result import Result
 from ..pieces import Engine, Piece, enough, measured, results
 from ..sampling.kept import kept_run
 from ..sampling.loop import prepared
-from ..sampling.run import Run, sample
+from ..sampling.run import Run
+from ..sampling.sample import sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
 from .spread import Spread, decided, item_labels, log_interval

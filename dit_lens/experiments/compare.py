@@ -37,7 +37,8 @@ from ..plans.runner import reuse
 from ..sampling.kept import kept_run
 from ..sampling.loop import model_output, prepared
 from ..sampling.noise import generators
-from ..sampling.run import Run, require_finite, sample
+from ..sampling.run import Run, require_finite
+from ..sampling.sample import sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Settings, checked_settings
 from .reuse_plan import require_other_samples

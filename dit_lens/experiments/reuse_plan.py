@@ -44,7 +44,8 @@ from ..plans.plan import Plan
 from ..plans.runner import reuse
 from ..sampling.kept import kept_latents, kept_run
 from ..sampling.loop import prepared
-from ..sampling.run import Run, sample
+from ..sampling.run import Run
+from ..sampling.sample import sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import checked_settings
 from .plan_gradients import slopes

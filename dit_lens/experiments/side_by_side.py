@@ -21,7 +21,8 @@ from ..measures.estimate import Estimate
 from ..model.hooked import HookedDiT
 from ..plans.plan import Plan
 from ..plans.runner import reuse
-from ..sampling.run import Run, sample
+from ..sampling.run import Run
+from ..sampling.sample import sample
 from .baselines import at_random, front_and_rear, pairs, similarity, uniform, unlike
 from .reuse_plan import (
     OTHER_SAMPLES,

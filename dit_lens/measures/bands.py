@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..errors import InvalidValue
+from .bases import cosine, fourier, haar, halvings
 
 CUT = 0.25
 """The usual cut between "low" and "high", cycles per token: half the Nyquist frequency of an axis
@@ -118,7 +119,7 @@ class Bands:
         (1, 8, 12, 24, 14, 5)
         """
         *frames, h, w = _grid(grid)
-        basis, f = zip(_fourier(h), _fourier(w), strict=True)
+        basis, f = zip(fourier(h), fourier(w), strict=True)
         return cls._ringed("radial", (*frames, h, w), basis, _radius(frames, *f), n, edges, cut)
 
     @classmethod
@@ -146,7 +147,7 @@ class Bands:
         (6, 10)
         """
         *frames, h, w = _grid(grid)
-        basis, f = zip(_cosine(h), _cosine(w), strict=True)
+        basis, f = zip(cosine(h), cosine(w), strict=True)
         return cls._ringed("dct", (*frames, h, w), basis, _radius(frames, *f), n, edges, cut)
 
     @classmethod
@@ -178,7 +179,7 @@ class Bands:
                 f"grid is {tuple(grid)}; bands in time need a video's: (frames, height, width)."
             )
         t, h, w = _grid(grid)
-        rows, f = _fourier(t)
+        rows, f = fourier(t)
         eyes = tuple(torch.eye(side, dtype=torch.float64) for side in (h, w))
         return cls._ringed(
             "temporal", (t, h, w), (rows, *eyes), f[:, None, None].expand(t, h, w), n, edges, cut
@@ -206,9 +207,9 @@ class Bands:
                 f"grid is {tuple(grid)}; the pooling pyramid is of images, (height, width)."
             )
         h, w = _grid(grid)
-        chains = _halvings(h), _halvings(w)
+        chains = halvings(h), halvings(w)
         levels = max(map(len, chains))
-        (wy, ly), (wx, lx) = (_haar(chain, levels) for chain in chains)
+        (wy, ly), (wx, lx) = (haar(chain, levels) for chain in chains)
         level = torch.maximum(ly[:, None], lx[None, :])
         # the shorter side stays pooled to 1 for longer
         sides = [[1] * (levels - len(c)) + c for c in chains]
@@ -687,44 +688,3 @@ def _most_bands(frequency: Tensor, n: int) -> int:
         if len(_which(frequency.flatten(), inner).unique()) == m:
             return m
     return 1
-
-
-def _fourier(n: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal cosines and sines [mode, n] and their frequencies [mode], cycles per token."""
-    # 0, 1, 1, 2, 2, ...: cosine at odd places, sine at even ones
-    k = ((torch.arange(n) + 1) // 2).double()
-    angle = 2 * torch.pi * k[:, None] * torch.arange(n, dtype=torch.float64) / n
-    rows = torch.where((torch.arange(n) % 2 == 1)[:, None], angle.cos(), angle.sin())
-    rows[0] = 1
-    return rows / rows.norm(dim=1, keepdim=True), k / n
-
-
-def _cosine(n: int) -> tuple[Tensor, Tensor]:
-    k = torch.arange(n, dtype=torch.float64)
-    rows = (torch.pi * k[:, None] * (k + 0.5) / n).cos()
-    return rows / rows.norm(dim=1, keepdim=True), k / (2 * n)
-
-
-def _halvings(n: int) -> list[int]:
-    """The sizes of the pyramid of n cells, 1 first: 12 -> [1, 3, 6, 12]."""
-    sizes = [n]
-    while sizes[0] > 1:
-        sizes.insert(0, sizes[0] // 2 if sizes[0] % 2 == 0 else 1)
-    return sizes
-
-
-def _haar(sizes: list[int], levels: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows [mode, n], coarse to fine, and the level [mode] at which each enters (0: the
-    mean).
-    """
-    n, rows, level = sizes[-1], [torch.ones(1, sizes[-1], dtype=torch.float64)], [0]
-    for lev, (coarse, fine) in enumerate(
-        zip(sizes, sizes[1:], strict=False), start=levels - len(sizes) + 1
-    ):
-        # each coarse cell is m fine ones: the m - 1 ways, orthogonal to their mean, to differ
-        m = fine // coarse
-        inside = torch.kron(torch.eye(coarse, dtype=torch.float64), _cosine(m)[0][1:])
-        rows.append(inside.repeat_interleave(n // fine, dim=1))
-        level += [lev] * (fine - coarse)
-    matrix = torch.cat(rows)
-    return matrix / matrix.norm(dim=1, keepdim=True), torch.tensor(level)

@@ -1,4 +1,4 @@
-"""Sampling: a denoising run that keeps its whole trajectory and can branch off from any step."""
+"""A run: a denoising trajectory that is kept whole and can branch off from any step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ..families.offloading import computing_device
 from ..hooks.names import layer_of, select
 from ..hooks.passes import Part
 from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
-from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.noise_schedule import log_snr
@@ -33,19 +32,15 @@ from ..model.witness import (
     until,
 )
 from .guidance import branches, model_inputs, n_passes
-from .loop import Kept, advance, denoise, prepared
-from .noise import START, noise, run_dtype
+from .loop import Kept, advance, denoise
 from .parts import Split, Splitter, positions, together
-from .schedulers import MEMORYLESS, default_name
+from .schedulers import MEMORYLESS
 from .settings import (
     Change,
     Edits,
-    GuidedChannels,
-    Progress,
     Seeds,
     Settings,
     check_step,
-    checked_settings,
     edits_at,
     item_seeds,
     seeds_at,
@@ -403,7 +398,7 @@ class Run:
             self.require_released(from_step)
         start = self.latents[from_step]
         if latents is not None:
-            start = _given(latents, start.device, start.dtype)
+            start = given_latents(latents, start.device, start.dtype)
         if start.shape != self.latents[0].shape:
             raise InvalidValue(
                 f"The latents have shape {list(start.shape)}; expected "
@@ -536,121 +531,14 @@ class Run:
         return seeds_at(self.history, arguments.whole("step", step, 0))
 
 
-def sample(
-    model: Any,
-    labels: Labels,
-    seeds: Seeds = 0,
-    steps: int = 50,
-    guidance: float = 1.0,
-    scheduler: Any = None,
-    eta: float = 0.0,
-    guided_channels: GuidedChannels = "all",
-    latents: Tensor | None = None,
-    progress: Progress | None = None,
-    batch: int | None = None,
-) -> Run:
-    """Sample one image a label and keep the trajectory.
-
-        run = dit_lens.sample(model, labels=[3, 7], steps=50)
-        run.images, run.x0[10], run.activations("resid_post", 5, step=12)
+def given_latents(latents: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Latents that a user gave as a run keeps them: in the run's dtype, without gradients.
 
     Args:
-        model: a `HookedDiT`, or what it wraps, which is then opened and stays so for the run's sake
-            (`run.model.remove()`).
-        labels: classes, one an item, or prompts, in words or by number (`model.conditions`); the
-            null class is allowed, as is "".
-        seeds: an int, item i then has seed + i, or one int an item. An item's noise depends on its
-            seed and the step only.
-        steps: denoising steps.
-        guidance: classifier-free guidance; 1 is none, and runs no null half. A distilled model is
-            given it as an input.
-        scheduler: "ddim", "ddpm", "dpm++", "sde-dpm++", "euler-flow", or a diffusers scheduler; by
-            default DDIM, or Euler on a flow.
-        eta: how stochastic DDIM, or Euler on a flow, is, 0 to 1.
-        guided_channels: "all" (diffusers' DiTPipeline) or "first3" (the original DiT's samples).
-        latents: the start, in place of noise from the seeds.
-        progress: called with (steps done, steps in all).
-        batch: images that go through the model at once, two an item with guidance; None is all.
-            Results do not depend on it but for rounding. What is out of memory is halved, with a
-            warning.
-
-    Raises:
-        ValueError: for what is out of range, in one sentence.
-        RuntimeError: with `batch`, if an edit or probe is on that needs the whole batch at once;
-            out of memory with a single image.
+        latents: as given.
+        device: of the run.
+        dtype: of the run.
     """
-    with HookedDiT.opening(model) as opened:
-        return _sample(
-            opened,
-            labels,
-            seeds,
-            steps,
-            guidance,
-            scheduler,
-            eta,
-            guided_channels,
-            latents,
-            progress,
-            batch,
-        )
-
-
-def _sample(
-    model: HookedDiT,
-    labels: Labels,
-    seeds: Seeds,
-    steps: int,
-    guidance: float,
-    scheduler: Any,
-    eta: float,
-    guided_channels: GuidedChannels,
-    latents: Tensor | None,
-    progress: Progress | None,
-    batch: int | None,
-) -> Run:
-    """The same on an opened model."""
-    # What is asked for fits the model.
-    model.require_eval()
-    scheduler = default_name(model.scheduler) if scheduler is None else scheduler
-    settings = checked_settings(steps, guidance, guided_channels, scheduler, eta)
-    batch = arguments.optional(arguments.whole, "batch", batch, 1)
-    arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
-    if guided_channels == "first3" and len(model.cfg.grid) != 2:
-        raise InvalidValue(
-            "guided_channels='first3' is the original DiT's; a video model guides all channels: "
-            "expected 'all'."
-        )
-    y = model.conditions.numbers(labels)
-    own_seeds = item_seeds(seeds, len(y))
-    plan = prepared(model, settings)
-    fresh = copy.deepcopy(plan)
-
-    # Where it starts.
-    shape, dtype = model.cfg.latent_shape, run_dtype(model.dtype)
-    if latents is None:
-        latents = noise(own_seeds, START, shape, model.device, dtype)
-    else:
-        latents = _given(latents, model.device, dtype)
-    if latents.shape != (len(y), *shape):
-        raise InvalidValue(
-            f"The latents have shape {list(latents.shape)}; expected {[len(y), *shape]} for "
-            f"{len(y)} labels."
-        )
-
-    # The run itself.
-    history = (Change(0, tuple(own_seeds)),)
-    kept = Kept(latents, settings.steps)
-    splitter = Splitter(batch, n_passes(model, settings.guidance))
-    kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
-    with model.instrumentation.under(run=object()):
-        for _ in denoise(model, latents, y, history, settings, plan, splitter=splitter, kept=kept):
-            if progress is not None:
-                progress(kept.done, settings.steps)
-    return made_of(kept, model, y, history, settings, fresh, kernels, state, splitter.batch)
-
-
-def _given(latents: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Latents that a user gave as a run keeps them: in the run's dtype, without gradients."""
     found = arguments.tensor("latents", latents).detach().to(device, dtype)
     return arguments.tensor("latents", found, finite=True)
 

@@ -21,7 +21,8 @@ from ..groundtruth import GroundTruth, ddim_agreement, gaussian, planted, random
 from ..hooks.names import layer_of, select
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
-from ..sampling.run import Run, sample
+from ..sampling.run import Run
+from ..sampling.sample import sample
 from ..tracing.probe import Probe
 from ..tracing.trace import trace
 from ..twinning.twins import twins

@@ -20,7 +20,7 @@ from ..families import Family, flat
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..model.loading import load
-from ..sampling.run import sample
+from ..sampling.sample import sample
 from ..storage.configured import config_of
 from ..tracing.trace import trace
 

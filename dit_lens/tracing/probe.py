@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InvalidValue
 from ..hooks.names import NamesFilter
 from ..model.hooked import HookedDiT
-from ..sampling.run import sample
+from ..sampling.sample import sample
 from .site import Site
 from .trace import trace
 

@@ -37,7 +37,7 @@ from ..pieces.content import digest
 from ..sampling.guidance import model_inputs, n_passes
 from ..sampling.loop import prepared
 from ..sampling.noise import START, noise
-from ..sampling.run import sample
+from ..sampling.sample import sample
 from ..sampling.schedulers import default_name
 from ..sampling.settings import Progress, Seeds, Settings, checked_settings, item_seeds
 from ..storage import check_seal, locked, save_tensors, try_folder

@@ -15,7 +15,8 @@ from ...pieces import Arrays, Piece, results
 from ...sampling.branches import Branch, ends
 from ...sampling.kept import kept_run
 from ...sampling.loop import is_stochastic
-from ...sampling.run import Run, sample
+from ...sampling.run import Run
+from ...sampling.sample import sample
 from ..there_and_back import returns
 from .fault import Fault, Images
 

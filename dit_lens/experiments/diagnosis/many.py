@@ -31,7 +31,8 @@ from ...model.hooked import HookedDiT
 from ...pieces import Arrays, Engine, Piece, enough, measured, results
 from ...sampling.kept import arrays_of, run_of
 from ...sampling.loop import prepared
-from ...sampling.run import Run, sample
+from ...sampling.run import Run
+from ...sampling.sample import sample
 from ...sampling.schedulers import default_name
 from ...sampling.settings import checked_settings
 from .chances import Spent, chances, spread_over
