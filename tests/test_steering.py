@@ -79,3 +79,78 @@ def test_stacks_of_one_branch(model):
     assert both.shape[2] == 4
     with pytest.raises(InvalidValue, match="branch='null' can't be used"):
         t.stack("resid_post", branch="null")
+
+
+def halves(x, fn, half):
+    """What a hook by hand makes of one half of a guided batch."""
+    x = x.clone()
+    n = len(x) // 2
+    part = slice(0, n) if half == "cond" else slice(n, None)
+    x[part] = fn(x[part])
+    return x
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+@pytest.mark.parametrize("kind", ["steer", "ablate", "patch", "edit", "hold"])
+def test_one_branch_of_guidance(model, kind, branch):
+    """The very run that a hook by hand on that half of the batch gives."""
+    name, step, ones = "blocks.1.hook_attn_out", 1, torch.linspace(-1, 1, 16)
+    held = {}
+
+    def by_hand(x, hook):
+        held[hook.step] = x.clone()
+        if hook.step != step:
+            return None
+        own = {
+            "steer": lambda x: x + 2 * ones,
+            "ablate": lambda x: x.mean(0, keepdim=True).expand_as(x),
+            "patch": lambda x: torch.full_like(x, 0.5),
+            "edit": lambda x: x.flip(0),
+            "hold": lambda x: held[step - 1][slice(0, 2) if branch == "cond" else slice(2, 4)],
+        }
+        return halves(x, own[kind], branch)
+
+    def edited(t):
+        where = {"steps": [step], "branch": branch}
+        return {
+            "steer": lambda: t.steer(name, ones, 2, **where),
+            "ablate": lambda: t.ablate(name, "mean", **where),
+            "patch": lambda: t.patch(name, torch.full((2, 16, 16), 0.5), **where),
+            "edit": lambda: t.edit(name, lambda x, hook: x.flip(0), **where),
+            "hold": lambda: t.hold(name, **where),
+        }[kind]()
+
+    def guided(edit):
+        return run(model, edit, guidance=4.0)
+
+    mine, theirs = (guided(edit) for edit in (edited, lambda t: t.edit(name, by_hand)))
+    for at in range(3):
+        one, other = (t.get("hook_sample", steps=at)["hook_sample"] for t in (mine, theirs))
+        assert torch.equal(one, other)
+    plain = guided(lambda t: t)["hook_sample"]
+    assert torch.equal(plain[0], mine["hook_sample"][0])
+    assert not torch.equal(plain[1], mine["hook_sample"][1])
+
+
+def test_a_branch_is_shown_alone_with_its_items(model):
+    seen = []
+
+    def look(x, hook):
+        seen.append((len(x), hook.branch))
+
+    first = lambda t: t.edit("hook_embed", look, branch="uncond", items=[0])  # noqa: E731
+    run(model, first, guidance=2.0)
+    assert seen == [(2, "uncond")] * 3
+
+
+def test_a_branch_that_is_not_known_is_refused(model):
+    with dit_lens.trace(model) as t:
+        t.ablate("attn_out", branch="cond")
+        with pytest.raises(
+            InvalidValue, match="it is not known of which branch of guidance the it"
+        ):
+            model(torch.randn(2, 4, 8, 8), torch.tensor([5]), torch.tensor([0, 1]))
+    with pytest.raises(
+        InvalidValue, match="branch='null' can't be used; expected one of 'cond', 'uncond', 'skip'"
+    ):
+        dit_lens.trace(model).ablate("attn_out", branch="null")

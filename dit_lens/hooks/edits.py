@@ -55,11 +55,28 @@ def step_test(steps: Steps) -> Callable[[int], bool]:
 
 
 def within(fn: HookFunction, part: Region, axes: tuple[str, ...]) -> HookFunction:
-    """`fn`, but letting through only what lies in the region."""
+    """`fn`, but letting through only what lies in the region, and shown only its branch of
+    guidance.
+    """
     if part.everything:
         return fn
     whole = Editor(fn)
-    return lambda activation, hook: part.merge(activation, whole(activation, hook), axes)
+
+    def inside(activation: Tensor, hook: HookPoint) -> Tensor:
+        region, rows = part.of_branch(hook.name, hook.branch, len(activation))
+        if region is part:
+            return part.merge(activation, whole(activation, hook), axes)
+        own, asked = activation[rows], hook.branch
+        if len(own):
+            hook.branch = str(part.branch)  # fn is shown this branch alone
+            try:
+                new = whole(own, hook)
+            finally:
+                hook.branch = asked
+            activation[rows] = region.merge(own, new, axes)
+        return activation
+
+    return inside
 
 
 def patch_from_steps(taken: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> HookFunction:

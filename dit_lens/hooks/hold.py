@@ -304,18 +304,23 @@ class Hold:
             del self.kept[each]
         self.entered = self.made = None
 
-    def put(self, value: Tensor, x: Tensor, point: HookPoint) -> Tensor:
-        """The activation x with what is held in its place."""
+    def put(self, value: Tensor, x: Tensor, point: HookPoint, clock: Clock) -> Tensor:
+        """The activation x, of the call at this clock, with what is held in its place."""
         new = self.place.put(value, self.entered)
         if new.shape != x.shape:
             raise InvalidValue(
-                f"{point.name!r} is {list(x.shape)} at step {self.now().step} and was "
+                f"{point.name!r} is {list(x.shape)} at step {clock.step} and was "
                 f"{list(new.shape)} where it is held from ({', '.join(self.axes)}); a hold needs "
                 "one batch and one size throughout."
             )
         new = new.clone() if new is value else new  # what flows on may be changed in place
         self.made = new, value
-        return checked(self.inside.merge(x, new, self.axes), x, point)
+        region, rows = self.inside.of_branch(point.name, clock.branch, len(x))
+        if region is self.inside:
+            return checked(region.merge(x, new, self.axes), x, point)
+        found = x.clone()
+        found[rows] = region.merge(x[rows], new[rows], self.axes)
+        return checked(found, x, point)
 
 
 def _nothing(*_: object) -> None:
@@ -342,22 +347,22 @@ class Entering(Editor):
 class Holding(Editor):
     """Puts in what is held; `frozen`, what was held in one call."""
 
-    def __init__(self, hold: Hold, value: Tensor | None = None, step: int | None = None) -> None:
+    def __init__(self, hold: Hold, value: Tensor | None = None, at: Clock | None = None) -> None:
         super().__init__(_nothing)
-        self.hold, self.fixed, self.step = hold, value, step
+        self.hold, self.fixed, self.at = hold, value, at
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         value = self.hold.value() if self.fixed is None else self.fixed
         if value is None:
             return x
-        point.step = self.hold.now().step if self.step is None else self.step
-        point.changed = True
-        return self.hold.put(value, x, point)
+        clock = self.at or self.hold.now()
+        point.step, point.changed = clock.step, True
+        return self.hold.put(value, x, point, clock)
 
     def frozen(self) -> Editor | None:
         value = self.hold.value() if self.fixed is None else self.fixed
         if value is None:
             return None
-        twin = Holding(self.hold, value, self.hold.now().step)
+        twin = Holding(self.hold, value, self.at or self.hold.now())
         twin.order = self.order
         return twin

@@ -1,4 +1,5 @@
-"""Regions: which part of an activation an edit touches - items, heads, tokens, one frequency band.
+"""Regions: which part of an activation an edit touches - items, heads, tokens, one frequency band,
+one branch of guidance.
 
 An edit computes a whole new activation; `Region.merge(old, new)` lets it through inside the region
 and keeps the old one outside, bit for bit. Which axis is which comes from the hook point's axis
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +35,15 @@ class Region:
             for scores and patterns).
         band: `(bands, b)`: only band b, a number or a name, of a `Bands` partition of the token
             grid.
+        branch: "cond", "uncond" or "skip": only this branch of guidance, of whose items `items` are
+            counted.
     """
 
     items: Index | None = None
     heads: Index | None = None
     tokens: Index | None = None
     band: tuple[Bands, int | str] | None = None
+    branch: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("items", "heads", "tokens"):
@@ -54,6 +58,8 @@ class Region:
                     "band", self.band, "(bands, a number or a name)", wrong_type=True
                 )
             self.band[0].number(self.band[1])
+        if self.branch is not None:
+            arguments.choice("branch", self.branch, ["cond", "uncond", "skip"])
 
     @classmethod
     def of(cls, **parts: Any) -> Region:
@@ -70,14 +76,14 @@ class Region:
             if name not in cls.__dataclass_fields__:
                 near = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0)[0]
                 raise InvalidType(
-                    f"{name!r} is no part of an activation; expected 'items', 'heads', 'tokens' or "
-                    f"'band' (nearest: {near!r})."
+                    f"{name!r} is no part of an activation; expected 'items', 'heads', 'tokens', "
+                    f"'band' or 'branch' (nearest: {near!r})."
                 )
         return cls(**parts)
 
     @property
     def everything(self) -> bool:
-        return all(v is None for v in (self.items, self.heads, self.tokens, self.band))
+        return all(v is None for v in vars(self).values())
 
     def check(self, name: str, axes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
         """Raise ValueError if the hook point has no such axis, or no such place on it where
@@ -96,8 +102,36 @@ class Region:
             if value is not None and axis in sizes:
                 arguments.positions(field, value, sizes[axis], axis=axis)
 
+    def of_branch(self, name: str, branch: str, items: int) -> tuple[Region, slice]:
+        """The region among the items of its branch, and which of a call's items these are.
+
+        Args:
+            name: of the hook point, for the error.
+            branch: of the call, as `HookPoint.branch` has it.
+            items: of the call.
+
+        Raises:
+            InvalidValue: where it is not known of which branch the items are.
+        """
+        if self.branch is None:
+            return self, slice(None)
+        if not branch:
+            raise InvalidValue(
+                f"branch={self.branch!r} of {name!r}: it is not known of which branch of guidance "
+                "the items of this call are; expected a run with guidance, by a pipeline of "
+                "diffusers' or dit_lens.sample, or items=."
+            )
+        words, inner = branch.split(" | "), replace(self, branch=None)
+        if self.branch not in words:
+            return inner, slice(0)
+        size = items // len(words)
+        first = words.index(self.branch) * size
+        return inner, slice(first, first + size)
+
     def merge(self, old: Tensor, new: Tensor, axes: tuple[str, ...]) -> Tensor:
-        """`new` inside the region, `old` outside; both of the hook point's shape."""
+        """`new` inside the region, `old` outside; both of the hook point's shape, and of the
+        region's branch alone.
+        """
         if self.everything:
             return new
         if self.band is not None:

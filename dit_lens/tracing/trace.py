@@ -199,7 +199,8 @@ class Trace:
             name: which hook points.
             fn: gets a copy of the activation and returns what goes on in its place, or None.
             steps: at which steps: an int, a slice, a range or a collection; None is all.
-            **region: which part: `items`, `heads`, `tokens`, `band=(bands, b)`.
+            **region: which part: `items`, `heads`, `tokens`, `band=(bands, b)`; `branch="cond"`,
+                "uncond" or "skip": this branch of guidance alone, which fn is then given by itself.
 
         Raises:
             UnknownName: if nothing matches.
