@@ -154,3 +154,8 @@ def test_a_branch_that_is_not_known_is_refused(model):
         InvalidValue, match="branch='null' can't be used; expected one of 'cond', 'uncond', 'skip'"
     ):
         dit_lens.trace(model).ablate("attn_out", branch="null")
+
+
+def test_tokens_of_another_size_name_the_way_to_open_it(model):
+    with pytest.raises(InvalidValue, match=r"expected 16, .* another one HookedDiT\(\.\.\., size="):
+        dit_lens.trace(model).ablate("attn_out", tokens=torch.ones(8, 8, dtype=torch.bool))

@@ -99,8 +99,17 @@ class Region:
         token = "token" if "token" in axes else "query"
         for field, axis in (("items", "batch"), ("heads", "head"), ("tokens", token)):
             value = getattr(self, field)
-            if value is not None and axis in sizes:
+            if value is None or axis not in sizes:
+                continue
+            try:
                 arguments.positions(field, value, sizes[axis], axis=axis)
+            except InvalidValue as error:
+                if field != "tokens":
+                    raise
+                raise InvalidValue(
+                    f"{str(error).removesuffix('.')}, the tokens of latents of the model's own "
+                    "size; for another one HookedDiT(..., size=(height, width))."
+                ) from None
 
     def of_branch(self, name: str, branch: str, items: int) -> tuple[Region, slice]:
         """The region among the items of its branch, and which of a call's items these are.
