@@ -485,7 +485,11 @@ def test_patches_in_video_and_text(family, site, options, where):
 def test_what_text_and_video_do_not_have_is_refused():
     model, source, target = small("WanTransformer3DModel")
     for patch, text in [
-        (Patch("attn_out", 0, tokens=[48]), "token index 48 is out of range; expected 0 to 47"),
+        (
+            Patch("attn_out", 0, tokens=[48]),
+            "token index 48 is out of range; expected 0 to 47, the tokens of latents of the "
+            "model's own size; for another one HookedDiT(..., size=...)",
+        ),
         (
             Patch("cross_attn.hook_k", 0, tokens=[0]),
             "'blocks.0.cross_attn.hook_k' has no token axis; its axes are batch, text_token, head, "

@@ -108,7 +108,7 @@ class Region:
                     raise
                 raise InvalidValue(
                     f"{str(error).removesuffix('.')}, the tokens of latents of the model's own "
-                    "size; for another one HookedDiT(..., size=(height, width))."
+                    "size; for another one HookedDiT(..., size=...)."
                 ) from None
 
     def of_branch(self, name: str, branch: str, items: int) -> tuple[Region, slice]:
