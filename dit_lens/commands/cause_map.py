@@ -1,7 +1,4 @@
-"""Map where and when a model can be changed: the effect of a hold by layer, step and band.
-
-An interrupted run goes on with the exactly run cells that it has.
-"""
+"""Map where and when a model can be changed: the effect of a hold by layer, step and band."""
 
 from __future__ import annotations
 
