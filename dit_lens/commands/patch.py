@@ -41,7 +41,7 @@ PATCHED_PAIRS, PATCH_WINDOWS = 10, 4
 EXCHANGED_LAYERS = 7
 """Bands are exchanged in at most so many layers, evenly spaced."""
 DOSES = (0.25, 0.5, 1.0)
-"""The file of the patches that were run, from which an interrupted sweep goes on."""
+"""Of a band, so much of what the twins differ in is exchanged, for a dose-response."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,8 @@ MATTERS = 0.01
 """A share of the run's steps: a smaller effect is named no cause, however certain, since finite
 steps and the fitted logistic make as much of nothing.
 """
+FEWEST_MOVE = 0.005
+"""A smaller share of the way from one twin to the other is not named, however certain."""
 SHOWN = 5
 """So many effects are named in a sentence, the largest first."""
 

@@ -36,13 +36,12 @@ from ..patching.patch import steps_text
 from ..pieces import Engine, enough, measured
 from ..twinning.twins import in_turn
 from .ablation import windows_of
+from .effects import FEWEST_MOVE
 from .kept_twins import kept_twins
 
 BOTH = ("low", "high")
 STREAM = -1
 """In place of a head's number: the whole stream."""
-FEWEST_MOVE = 0.005
-"""A smaller share of the way is not named, however certain."""
 
 
 @measured

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ..experiments.effects import FEWEST_MOVE
 from ..measures.estimate import Estimate
 from .attributes import order
 from .figure import HIGH, INK, LOW, Figure, hook, limits_of, plain
 from .gap import VIEWS
-from .knock_outs import FEWEST_MOVE
 
 STEPS = "gap, steps (high minus low)"
 NULL_LINE = {"color": LOW, "width": 0.5}

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from rich.table import Table
 
-from ..experiments.effects import moves
+from ..experiments.effects import FEWEST_MOVE, moves
 from ..measures.estimate import Estimate, number
 from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
 from ..storage import save_dataset
@@ -21,8 +21,6 @@ from .style import DOT, beside, files, picture, plain_console
 BANDS = ("low", "high")
 REPLACED = {"zero": "nothing", "mean": "the mean over items", "resample": "another item's addition"}
 """What a way of knocking out puts in place of what a layer adds, in words."""
-FEWEST_MOVE = 0.005
-"""A smaller share of the way is not named, however certain."""
 
 
 def write(
