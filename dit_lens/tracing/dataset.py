@@ -85,6 +85,8 @@ def timesteps(record: Record, steps: Sequence[int]) -> Tensor:
         found.append(whole if order is None else whole[order.to(whole.device)])
     if all(bool((each == each[0]).all()) for each in found):
         found = [each[0] for each in found]
+    if not found:
+        return torch.zeros(0)
     return over_steps("timesteps", dict(enumerate(found)), "trace each run by itself")
 
 
