@@ -54,7 +54,7 @@ def _variable(
 def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
     times = timesteps(record, at)
     axes = ("step", "batch")[: times.ndim]
-    coords: dict[str, Any] = {"step": at, "timestep": (axes, times.double().cpu().numpy())}
+    coords: dict[str, Any] = {"step": at, "timestep": (axes, times.cpu().double().numpy())}
     of_step = [_items(record, s) for s in at]
     for name in of_step[0]:
         words = [items[name] for items in of_step if name in items]
