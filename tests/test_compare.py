@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit
+from counting import forwards
 from diffusers import DDIMScheduler
 
 import dit_lens
@@ -122,6 +123,13 @@ def test_nothing_changed_is_the_same(model):
         assert said in " ".join(sentences(found))
     found.later.values[:] = np.nan
     assert "decided" not in " ".join(sentences(found))
+
+
+def test_no_more_images_at_once_than_asked_for(model):
+    copy = HookedDiT(make_dit(channels=1, classes=2), scheduler=SCHEDULER)
+    with forwards(model.transformer) as seen:
+        compare(model, copy, items=10, steps=4, guidance=2.0, resamples=10, batch=4)
+    assert max(seen["forwards"]) == 4
 
 
 def test_the_same_video_model_is_the_same():

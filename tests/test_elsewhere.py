@@ -106,6 +106,7 @@ def test_a_device_without_float64_samples_and_does_not_measure(monkeypatch):
         with dit_lens.trace(model, probes=[dit_lens.probes.SpectralSplit()]) as t:
             dit_lens.sample(model, [3, 7], steps=3, eta=1.0)
         assert t["resid_post", 1].isfinite().all()
+        assert t.to_xarray("resid_post").timestep.dtype == "float64"
         with pytest.raises(ValueError, match="'away:0' has no float64.*the model on 'cpu'"):
             dit_lens.experiments.measure_gap(model, 16, 4)
 

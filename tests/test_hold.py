@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.errors import InvalidState
 from dit_lens.families import family_named
 from dit_lens.hooks.hold import held_places
 from dit_lens.patching import Patch, sweep
@@ -284,3 +285,11 @@ def test_each_part_of_a_split_batch_is_held_from_itself(model):
     for a, b in zip(whole, split, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert torch.equal(split[1][3], split[1][1])
+
+
+def test_a_hold_of_some_items_is_not_shown_the_batch_in_parts(model):
+    """They would be counted in each part."""
+    with dit_lens.trace(model) as t:
+        t.hold("attn_out", range(2, 5), items=[0])
+        with pytest.raises(InvalidState, match="'blocks.0.hook_attn_out' sees a step's whole"):
+            dit_lens.sample(model, [1, 2, 3], steps=STEPS, batch=2)

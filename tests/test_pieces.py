@@ -99,8 +99,13 @@ def planned(model, **kept):
     return xr.Dataset(attrs=plan.about | {"cells": plan.cells, "lines": plan.lines})
 
 
-def diagnosed(model, **kept):
+def weaker(activation, hook):
+    return 0.5 * activation
+
+
+def diagnosed(model, edited=False, **kept):
     run = dit_lens.sample(model, [1], seeds=3, steps=5, eta=1.0)
+    run = run.replay(1, [("blocks.1.hook_mlp_out", weaker)], until=4) if edited else run
     at = float(dark(run.images)) - 1e-4  # about as dark as others
     options = {"at": at, "others": 8, "clones": 2, "releases": 3, "pairs": 3}
     found = diagnose(model, run, dark, **options, **kept)
@@ -125,6 +130,7 @@ MEASUREMENTS = {
     "compare": (compared, {}),
     "plan": (planned, {}),
     "diagnosis": (diagnosed, {}),
+    "diagnosis of an edited run": (diagnosed, {"edited": True}),
     "diagnoses": (diagnosed_all, {}),
     "attributes": (attributes, {"read": parity, "pairs": 16, "steps": 4, "resamples": 20}),
 }

@@ -334,6 +334,23 @@ def test_costs_count_no_text_encoder():
         assert macs_of(second) == macs_of(second) == Costs.of(first).whole
 
 
+def test_costs_are_counted_anew_for_a_prompt_of_another_length():
+    model = HookedDiT(family_named("SD3Transformer2DModel").small_pipeline())
+    before, prompt = Costs.of(model), model.conditions.prompts[0]
+    known = model.conditions.of(torch.tensor([0]))
+    twice = {k: torch.cat([v, v], 1) if v.ndim == 3 else v for k, v in known.items()}
+    model.conditions.add({prompt: twice})
+    assert Costs.of(model) == Costs._counted(model, 0) and Costs.of(model).whole > before.whole
+
+
+def test_costs_have_no_part_in_an_open_trace():
+    model = HookedDiT(make_dit(channels=1, classes=10), scheduler=SCHEDULER)
+    with dit_lens.trace(model, names="blocks.*.attn.hook_result") as t:
+        found = Costs.of(model)
+        sampled(model)
+    assert found == Costs._counted(model, torch.tensor([0])) and len(t.steps) == STEPS
+
+
 # For other tools.
 
 

@@ -156,6 +156,15 @@ def test_a_branch_that_is_not_known_is_refused(model):
         dit_lens.trace(model).ablate("attn_out", branch="null")
 
 
+def test_a_branch_that_the_run_does_not_have_is_said(model):
+    for edit in (
+        lambda t: t.ablate("attn_out", branch="skip"),
+        lambda t: t.hold("attn_out", 2, branch="skip"),
+    ):
+        with pytest.warns(UserWarning, match="branch='skip' never acted: the run had 'cond', 'unc"):
+            run(model, edit, guidance=2.0)
+
+
 def test_tokens_of_another_size_name_the_way_to_open_it(model):
     with pytest.raises(InvalidValue, match=r"expected 16, .* another one HookedDiT\(\.\.\., size="):
         dit_lens.trace(model).ablate("attn_out", tokens=torch.ones(8, 8, dtype=torch.bool))

@@ -718,3 +718,4 @@ def test_items_at_different_times_have_their_own_timesteps(tmp_path):
         model(x, t[:1], y)
     assert trace.timesteps.tolist() == [500]
     assert trace.to_xarray("blocks.0.hook_resid_post").log_snr.dims == ("step",)
+    assert dit_lens.trace(model).timesteps.tolist() == []

@@ -266,7 +266,7 @@ def _error(judge: Run, finished: Tensor, bands: Bands, seed: int) -> Array:
         t = judge.timesteps[step]
         signal, noise = (float(f) for f in signal_and_noise(scheduler, t.reshape(1)))
         x = signal * finished + noise * torch.stack(drawn).to(finished)
-        outputs, at_once = [], judge.batch or len(x)
+        outputs, at_once = [], max(1, (judge.batch or len(x) * judge.passes) // judge.passes)
         with torch.no_grad():
             for part, labels in zip(x.split(at_once), judge.labels.split(at_once), strict=True):
                 outputs.append(model_output(model, part, step, labels, judge.settings, scheduler))

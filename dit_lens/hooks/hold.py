@@ -266,7 +266,8 @@ class Hold:
             found.insert(0, (self.place.entered, Entering(self)))
         found.append((self.place.name, Observer(self.remember)))
         for _, listener in found:
-            listener.in_parts = True  # each part is held from itself
+            # each part is held from itself, but items would be counted in each
+            listener.in_parts = self.inside.items is None
         return found
 
     def value(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..model.state import State
+from ..pieces.content import digest
 
 Cell = tuple[int, str, int]
 """A layer, a part of it, and a step."""
@@ -45,12 +46,14 @@ class Costs:
         """
         if y is not None:
             return cls._counted(model, y)
-        state, shape = State.of(model.transformer), model.cfg.latent_shape
-        known = _COUNTED.get(model.transformer)
-        if known is not None and known[0] == shape and not known[1].changes(state):
+        y = model.conditions.numbers([0], model.device)
+        # the first prompt of another pipeline of the transformer may be a longer one
+        asked = model.cfg.latent_shape, digest(dict(model.conditions.of(y)))
+        state, known = State.of(model.transformer), _COUNTED.get(model.transformer)
+        if known is not None and known[0] == asked and not known[1].changes(state):
             return known[2]
-        found = cls._counted(model, torch.zeros(1, dtype=torch.long, device=model.device))
-        _COUNTED[model.transformer] = shape, state, found
+        found = cls._counted(model, y)
+        _COUNTED[model.transformer] = asked, state, found
         return found
 
     @classmethod
@@ -61,7 +64,9 @@ class Costs:
         t = torch.full((1,), 500.0, device=model.device)
         counter = FlopCounterMode(display=False)
         # the fused kernels of some devices are not counted; this one is, and does the same work
-        with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
+        math = sdpa_kernel(SDPBackend.MATH)
+        # alone: what open traces listen to has a cost of its own, and this is none of their steps
+        with model.instrumentation.alone([]), math, counter, torch.no_grad():
             model(x, t.long() if model.cfg.n_classes else t, y)
         counts = counter.get_flop_counts()
         top = type(model.transformer).__name__
@@ -101,5 +106,7 @@ class Costs:
         return float(np.clip(1 - saved / (self.whole * steps), 0, 1))
 
 
-_COUNTED: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], State, Costs]] = WeakKeyDictionary()
-"""What was counted last for a transformer: for which latents, in which state, and the costs."""
+_COUNTED: WeakKeyDictionary[nn.Module, tuple[Any, State, Costs]] = WeakKeyDictionary()
+"""What was counted last for a transformer: for which latents and condition, in which state, and the
+costs.
+"""

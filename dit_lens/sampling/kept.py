@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,14 +25,21 @@ from .run import Run
 from .settings import Change, Settings
 
 
-def kept_run(name: str, make: Callable[[], Run], model: HookedDiT, scheduler: Any = None) -> Run:
+def kept_run(
+    name: str,
+    make: Callable[[], Run],
+    model: HookedDiT,
+    scheduler: Any = None,
+    history: Sequence[Change] = (),
+) -> Run:
     """A run as one piece: made, or found made.
 
     Args:
         name: of the piece.
-        make: samples it, without edits.
+        make: samples it, without edits, or replays another, with no others than that one's.
         model: that is sampled.
         scheduler: of the run, where it is an object and no name.
+        history: of the run that is replayed.
     """
     if current() is None:
         return make()
@@ -42,7 +50,7 @@ def kept_run(name: str, make: Callable[[], Run], model: HookedDiT, scheduler: An
         return arrays_of(made[0])
 
     (arrays,) = results([Piece(name, piece)])
-    return made[0] if made else run_of(arrays, model, scheduler)
+    return made[0] if made else run_of(arrays, model, scheduler, history)
 
 
 def kept_latents(made: Mapping[str, Callable[[], Tensor]], run: Run) -> list[Tensor]:
@@ -61,16 +69,16 @@ def kept_latents(made: Mapping[str, Callable[[], Tensor]], run: Run) -> list[Ten
 
 
 def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
-    """All of a run but its model, as arrays.
+    """All of a run but its model and its edits, as arrays.
 
     Args:
-        run: without edits.
+        run: that is taken apart.
     """
     witnessed = [list(witness) for witness in run.witnesses]  # under a plan fewer at some steps
     about = {
         "settings": {k: v for k, v in vars(run.settings).items() if k != "scheduler"},
         "scheduler": run.settings.scheduler if isinstance(run.settings.scheduler, str) else None,
-        "history": [[c.from_step, list(c.seeds)] for c in run.history],
+        "history": [[c.from_step, list(c.seeds), bool(c.edits)] for c in run.history],
         "splits": [[list(map(list, s.parts)), s.size, s.copied, s.texts] for s in run.splits],
         "witnessed": witnessed,
         "tied_until": run.tied_until,
@@ -89,17 +97,23 @@ def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
     return found
 
 
-def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any = None) -> Run:
+def run_of(
+    arrays: Mapping[str, NDArray[Any]],
+    model: HookedDiT,
+    scheduler: Any = None,
+    history: Sequence[Change] = (),
+) -> Run:
     """The run that `arrays_of` took apart.
 
     Args:
         arrays: as it gave them.
         model: the same model.
         scheduler: the one that was given, where it was an object and no name.
+        history: that has the run's edits.
     """
     about = json.loads(arrays["about"].tobytes())
     settings = Settings(scheduler=about["scheduler"] or scheduler, **about["settings"])
-    plan = prepared(model, settings)
+    plan, edited = prepared(model, settings), (c for c in history if c.edits)
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.array(arrays[name])).to(model.device)
@@ -113,7 +127,10 @@ def run_of(arrays: Mapping[str, NDArray[Any]], model: HookedDiT, scheduler: Any 
     return Run(
         model=model,
         labels=torch.from_numpy(np.array(arrays["labels"])),
-        history=tuple(Change(step, tuple(seeds)) for step, seeds in about["history"]),
+        history=tuple(
+            replace(next(edited) if edits else Change(step, ()), seeds=tuple(seeds))
+            for step, seeds, edits in about["history"]
+        ),
         settings=settings,
         timesteps=plan.timesteps.cpu(),
         latents=tensor("latents"),

@@ -54,7 +54,7 @@ def _variable(
 def _coordinates(record: Record, at: list[int]) -> dict[str, Any]:
     times = timesteps(record, at)
     axes = ("step", "batch")[: times.ndim]
-    coords: dict[str, Any] = {"step": at, "timestep": (axes, times.double().cpu().numpy())}
+    coords: dict[str, Any] = {"step": at, "timestep": (axes, times.cpu().double().numpy())}
     of_step = [_items(record, s) for s in at]
     for name in of_step[0]:
         words = [items[name] for items in of_step if name in items]
@@ -85,6 +85,8 @@ def timesteps(record: Record, steps: Sequence[int]) -> Tensor:
         found.append(whole if order is None else whole[order.to(whole.device)])
     if all(bool((each == each[0]).all()) for each in found):
         found = [each[0] for each in found]
+    if not found:
+        return torch.zeros(0)
     return over_steps("timesteps", dict(enumerate(found)), "trace each run by itself")
 
 

@@ -81,9 +81,9 @@ class Record:
         of_steps = [torch.cat([self.calls[c].t for c in self.calls_at[s]]) for s in steps]
         if any(bool((times != times[0]).any()) for times in of_steps):
             return None
-        times = torch.stack([times[0] for times in of_steps]).double().cpu()
+        times = torch.stack([times[0] for times in of_steps]).cpu().float()
         try:
-            found: list[float] = log_snr(self.scheduler, times.float()).tolist()
+            found: list[float] = log_snr(self.scheduler, times).tolist()
         except InvalidValue:  # a scheduler of a kind of its own
             return None
         return found

@@ -92,7 +92,7 @@ class Trace:
         self._undo: Taken | None = None  # while the trace is open
         self._over = bool(record.calls)  # closed, or out of a file
         self._waiting: list[tuple[str, Listener]] = []
-        self._edit_steps: list[tuple[str, Steps]] = []
+        self._edit_steps: list[tuple[str, Steps, str | None]] = []
 
     # Opening and closing.
 
@@ -158,11 +158,18 @@ class Trace:
                 stacklevel=2,
             )
         # a run that was broken off says nothing of the steps it did not come to
-        for name, steps in [] if kind else self._edit_steps:
+        branches = dict.fromkeys(w for c in self.record.calls for w in c.told.split(" | "))
+        for name, steps, branch in [] if kind else self._edit_steps:
             if self.record.calls and not any(map(step_test(steps), self.steps)):
                 warnings.warn(
                     f"The edit at {name!r} for steps={steps!r} never acted: the run had "
                     f"{len(self.steps)} steps.",
+                    stacklevel=2,
+                )
+            elif branches and branch not in (None, *branches):
+                warnings.warn(
+                    f"The edit at {name!r} for branch={branch!r} never acted: the run had "
+                    f"{', '.join(map(repr, branches))}.",
                     stacklevel=2,
                 )
 
@@ -217,7 +224,7 @@ class Trace:
             Editor(within(fn, part, model.sites[each]), lambda: recorder.moment(active))
             for each in chosen
         ]
-        self._noted(chosen[0], steps)
+        self._noted(chosen[0], steps, part)
         for each, editor in zip(chosen, editors, strict=True):
             if self._undo is not None:
                 self._attach(each, editor, self._undo)
@@ -225,10 +232,10 @@ class Trace:
                 self._waiting.append((each, editor))
         return self
 
-    def _noted(self, name: str, steps: Steps) -> None:
+    def _noted(self, name: str, steps: Steps, part: Region) -> None:
         """At which steps an edit is asked for; all of them may not be what it reaches."""
-        everywhere = any(each is None for _, each in self._edit_steps)
-        self._edit_steps.append((name, steps))
+        everywhere = any(each is None for _, each, _ in self._edit_steps)
+        self._edit_steps.append((name, steps, part.branch))
         if steps is None and not everywhere and self._traced_model().shares_steps:
             warnings.warn(
                 f"The edit at {name!r} acts in pipe.transformer only, and the pipeline computes "
@@ -377,7 +384,7 @@ class Trace:
         places, sizes = held_places(name, self.names), model.cfg.axis_sizes()
         for place in places:
             part.check(place.name, model.sites[place.name], sizes)
-        self._noted(places[0].name, steps)
+        self._noted(places[0].name, steps, part)
         for place in places:
             axes = model.sites[place.name]
             hold = Hold(place, held, self._recorder.clock, lag, order, part, axes)

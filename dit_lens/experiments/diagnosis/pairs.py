@@ -143,7 +143,11 @@ def given(run: Run, good: Run, fault: Fault, images: Images, n: int, spent: Spen
     own, other = (each.select([0] * len(seeds)) for each in (run, good))
     bad, fine = (
         kept_run(
-            f"clones of the {name} run", partial(each.replay, 0, seeds=seeds), each.model, asked
+            f"clones of the {name} run",
+            partial(each.replay, 0, seeds=seeds),
+            each.model,
+            asked,
+            each.history,
         )
         for name, each in (("bad", own), ("good", other))
     )
@@ -187,7 +191,7 @@ def twins(
         since = release + few if is_stochastic(run.model, run.settings) else release
         make = partial(_near, run, release, few, 2 * n, seed)
         name = f"near twins from step {release} on"
-        twin = kept_run(name, make, run.model, run.settings.scheduler)
+        twin = kept_run(name, make, run.model, run.settings.scheduler, run.history)
         spent.add(2 * n * (steps - release) / steps)
         scores = fault.scores(images(twin.latents[-1]))
         chosen = np.flatnonzero(~fault.bad(scores))[:n].tolist()
