@@ -102,7 +102,8 @@ def cause_map(
         exact: run every cell exactly, and none to first order.
         seed: of the samples, the directions, the checked cells and the bootstrap.
         resamples: of the items.
-        batch: images that go through the model at once; in exact cells at least those of one cell.
+        batch: images that go through the model at once; in exact cells at least those of one cell,
+            with kind="mean" all of them.
         progress: called with how much is done, and how much there is.
         store: a folder in which the finished pieces are kept; given again, the measurement goes on
             from there.

@@ -21,7 +21,8 @@ POLL = 0.05, 1.0
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a measurement: a function of nothing but the measurement's own arguments.
+    """A part of a measurement: a function of the measurement's own arguments and of earlier pieces,
+    and of nothing else.
 
     Attributes:
         name: what tells it from the measurement's other pieces, in a few words.

@@ -9,7 +9,7 @@ step on that is drawn anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +206,6 @@ class Workshop:
         Args:
             repair: of edits that depend on no item.
         """
-        from dataclasses import replace
-
         if self.fault.own or not repair.edits:
             return repair
         before = self.fault.bad(self.fault.scores(self.images(self.others.latents[-1])))
