@@ -2,7 +2,7 @@
 #
 #   make demo     the synchronization gap of the bundled model: table, sentence, pictures in gap-digits/
 #   make test     all checks: ruff, mypy, every test, with nnsight, TransformerLens, zarr and Ray installed
-#   make quick    the same without the slow tests, under 90 seconds: for every day
+#   make quick    the same without the slow tests: for every day
 #   make bench    what hook points cost, and exact sweeps against loops of full runs
 #   make attack   attempts to break it, twenty minutes or more; docs/reliability.md says what must hold
 #   make docs     the site, in site/, with warnings as errors
