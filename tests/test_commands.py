@@ -582,7 +582,9 @@ def test_what_is_not_installed_is_named_with_what_installs_it(tmp_path, monkeypa
     family_named("PixArtTransformer2DModel").small_pipeline().save_pretrained(tmp_path / "p")
     monkeypatch.setattr(diffusers, "PixArtAlphaPipeline", without.PixArtAlphaPipeline)
     monkeypatch.setattr("dit_lens.model.saved.find_spec", {"torch": 1}.get)
-    with pytest.raises(FileNotFoundError, match=r"needs transformers, not installed; pip install"):
+    with pytest.raises(
+        FileNotFoundError, match=r"needs transformers, not installed or too old; pip"
+    ):
         dit_lens.load(tmp_path / "p")
     monkeypatch.setattr("dit_lens.commands.compare.find_spec", lambda _: None)
     family_named("SD3Transformer2DModel").small_pipeline().save_pretrained(tmp_path / "s")

@@ -21,8 +21,8 @@ from dit_lens.commands.common import open_model
 from dit_lens.errors import InvalidState
 from dit_lens.families import family_named
 from dit_lens.families.registry import OURS
+from dit_lens.model.quiet import quiet
 from dit_lens.testing import family_contract as contract
-from dit_lens.testing.pipeline_checks import quiet
 
 ATTACK = bool(os.environ.get("DIT_LENS_ATTACK"))
 """`make attack` asks all that the device emulates; HunyuanDiT's pipeline is more than it knows."""

@@ -12,7 +12,7 @@ from dit_lens import experiments as ask
 from dit_lens.errors import DitLensError
 from dit_lens.families import family_named
 from dit_lens.families.registry import OURS
-from dit_lens.testing.pipeline_checks import quiet
+from dit_lens.model.quiet import quiet
 
 SIZE = {"pairs": 16, "steps": 5, "resamples": 20}
 ITEMS = {"items": 12, "steps": 5, "resamples": 20}

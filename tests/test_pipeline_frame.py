@@ -12,7 +12,7 @@ from diffusers.modular_pipelines.wan import WanBlocks, encoders
 import dit_lens
 from dit_lens.families import family_named
 from dit_lens.families.upstream import small_inputs
-from dit_lens.testing.pipeline_checks import quiet
+from dit_lens.model.quiet import quiet
 
 
 def wan():

@@ -10,8 +10,8 @@ import dit_lens
 from dit_lens import Bands, HookedDiT, Probe
 from dit_lens.experiments import measure_gap
 from dit_lens.families import family_named
+from dit_lens.model.quiet import quiet
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence, TwinPatching
-from dit_lens.testing.pipeline_checks import quiet
 from dit_lens.tracing.probe import load_probe, registered_probes
 
 

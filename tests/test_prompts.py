@@ -11,9 +11,9 @@ from dit_lens.experiments.diagnosis.pairs import check_good
 from dit_lens.families import family_named
 from dit_lens.hooks.stored_edits import StoredEdit, made_for, save_edits
 from dit_lens.model.conditions import PROMPTS
+from dit_lens.model.quiet import quiet
 from dit_lens.patching import default_sites
 from dit_lens.probes import TwinPatching
-from dit_lens.testing.pipeline_checks import quiet
 
 
 def pipeline(name):

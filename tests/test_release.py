@@ -27,7 +27,7 @@ from dit_lens.experiments.release import steepest
 from dit_lens.families import family_named
 from dit_lens.groundtruth import ddim_agreement, gaussian
 from dit_lens.measures.agreement import Agreement
-from dit_lens.testing.pipeline_checks import quiet
+from dit_lens.model.quiet import quiet
 
 STEPS, LAM = 16, (4.0, 0.25)
 

@@ -88,6 +88,9 @@ def test_no_picture_of_an_earlier_result_stays_beside_one_without_it(results, tm
     gap_report.write(results[0], tmp_path)
     gap_report.write(results[0].drop_vars("end"), tmp_path)
     assert not (tmp_path / "twins.png").exists() and (tmp_path / "lens.png").exists()
+    (tmp_path / "twins.png").write_bytes(b"the user's")  # who only looks takes nothing away
+    show(tmp_path / "gap.nc")
+    assert (tmp_path / "twins.png").exists()
 
 
 def test_a_folder_is_loaded_where_it_holds_one_result(results, tmp_path):

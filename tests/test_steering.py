@@ -138,8 +138,7 @@ def test_a_branch_is_shown_alone_with_its_items(model):
     def look(x, hook):
         seen.append((len(x), hook.branch))
 
-    first = lambda t: t.edit("hook_embed", look, branch="uncond", items=[0])  # noqa: E731
-    run(model, first, guidance=2.0)
+    run(model, lambda t: t.edit("hook_embed", look, branch="uncond", items=[0]), guidance=2.0)
     assert seen == [(2, "uncond")] * 3
 
 

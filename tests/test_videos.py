@@ -9,9 +9,9 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.experiments import cause_map, compare, reuse_plan
 from dit_lens.families import family_named
+from dit_lens.model.quiet import quiet
 from dit_lens.patching import Patch, sweep
 from dit_lens.patching.measure import energy
-from dit_lens.testing.pipeline_checks import quiet
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def _answered(args: argparse.Namespace) -> int:
         if args.quiet:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-            from ..testing.pipeline_checks import quiet
+            from ..model.quiet import quiet
 
             stack.enter_context(quiet())  # of the libraries that load a model
         elif args.json:

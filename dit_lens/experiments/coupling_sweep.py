@@ -145,8 +145,8 @@ def couplings(
 
     # every strength on the same pairs
     fewer, done = min(pairs, RELEASED_PAIRS), 0
-    tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps, "seed": seed}
-    tie["batch"] = batch
+    tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps}
+    tie |= {"seed": seed, "batch": batch}
 
     def strength(g: float, first: bool) -> dict[str, Array]:
         pair = coupled_twins(model, own_labels, g, form, **tie)

@@ -188,7 +188,7 @@ def reuse_plan(
 
         under = cache(partial(makers.under, best)) if turn else lambda: makers.run
         found = slopes(f"turn {turn}", makers.run, under, best, columns, aims, longest, batch, tell)
-        found *= scale[:, None]
+        found = found * scale[:, None]  # in double: sums of thousands of cells follow
         cells = found.reshape(*found.shape[:3], -1)
         effects = Effects([(place,) for place in columns], cells, times, costs, lines)
         groups = _groups(columns, model.cfg.n_layers)

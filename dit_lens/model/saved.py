@@ -74,9 +74,10 @@ def named_class(config: Mapping[str, Any], base: type, where: str) -> Any:
     name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(cls, DummyObject):
-        needed = " and ".join(each for each in cls._backends if find_spec(each) is None)
+        absent = [each for each in cls._backends if find_spec(each) is None]
         raise MissingFile(
-            f"{where} is of {name}, which needs {needed or 'more'}, not installed; "
+            f"{where} is of {name}, which needs {' and '.join(absent or cls._backends)}, "
+            "not installed or too old; "
             "pip install 'dit-lens[pipelines]'."
         )
     if not isinstance(cls, type) or not issubclass(cls, base):

@@ -28,6 +28,8 @@ QUALITY = (
     "Var(x0) share: Var(predicted x0) / Var(finished image) where the clones commit; an exact "
     "denoiser's is 0.50."
 )
+IMAGES = ("twins", "lens")
+"""Pictures of images, which a result may be without."""
 VIEWS = {view: title[0].lower() + title[1:] for view, title in TITLES.items()}
 
 
@@ -39,6 +41,9 @@ def write(results: xr.Dataset, folder: Path) -> None:
         folder: for the files; it is made if need be.
     """
     stored = save_dataset(folder / "gap.nc", "gap.nc", results)
+    for name in IMAGES:
+        if name not in Result.of(results).plot.names:  # one that lies there is of an earlier result
+            (folder / f"{name}.png").unlink(missing_ok=True)
     show(results, stored)
 
 
@@ -59,12 +64,11 @@ def show(results: xr.Dataset, stored: Path) -> None:
         draw_frequencies(results, beside(stored, "gap.nc", "frequencies.png")),
         draw_spectrum(results, beside(stored, "gap.nc", "spectrum.png")),
     ]
-    for name in ("twins", "lens"):
-        path = beside(stored, "gap.nc", f"{name}.png")
-        if name in Result.of(results).plot.names:
-            pictures.append(draw_images(results, path, name))
-        else:  # one that lies there is of other results
-            path.unlink(missing_ok=True)
+    pictures += [
+        draw_images(results, beside(stored, "gap.nc", f"{name}.png"), name)
+        for name in IMAGES
+        if name in Result.of(results).plot.names  # older files have none
+    ]
     files(console, [*pictures, stored])
 
 

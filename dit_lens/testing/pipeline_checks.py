@@ -5,10 +5,7 @@ our own sampler, the gap.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from ..families import Family, flat
 from ..hooks.hold import parts
 from ..model.hooked import HookedDiT
 from ..model.loading import load
+from ..model.quiet import quiet
 from ..sampling.sample import sample
 from ..storage.configured import config_of
 from ..tracing.trace import trace
@@ -49,24 +47,6 @@ class InPipeline:
                 **self.family.small_call(guided), generator=gen, output_type="pt", return_dict=False
             )[0]
         return flat(images)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep diffusers, and transformers where it is installed, from printing bars and hints."""
-    there = [name for name in ("diffusers", "transformers") if find_spec(name) is not None]
-    loggers: list[Any] = [import_module(f"{name}.utils.logging") for name in there]
-    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
-    try:
-        for logger in loggers:
-            logger.set_verbosity_error()
-            logger.disable_progress_bar()
-        yield
-    finally:
-        for logger, (verbosity, bars) in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)
-            if bars:
-                logger.enable_progress_bar()
 
 
 def pipeline_is_left_alone(case: InPipeline) -> None:
