@@ -20,7 +20,10 @@ def on_files(files, config):
     for name in ("dit_lens", *SPACES):
         files.append(File.generated(config, f"reference/{name}.md", content=reference(name)))
     # the accessor of results, which nobody imports
-    pictures = "# result.plot\n\n::: dit_lens.pictures.result.Pictures\n"
+    pictures = (
+        "# result.plot\n\n::: dit_lens.pictures.result.Pictures\n\n"
+        "::: dit_lens.pictures.attention.AttentionPictures\n"
+    )
     files.append(File.generated(config, "reference/plot.md", content=pictures))
     for name in EXAMPLES:
         code = (ROOT / "examples" / f"{name}.py").read_text()

@@ -4,9 +4,12 @@ attention, and read back by the word.
 
 import warnings
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import dit_lens
 from dit_lens.errors import InvalidState, InvalidValue
@@ -162,6 +165,32 @@ def test_recorded_patterns_are_read_as_recomputed_ones(traced):
     assert one["head"].values.tolist() == [0] and one.dims == ("head", "batch", "row", "column")
 
 
+def test_it_is_stored_and_drawn(traced, tmp_path):
+    found = traced.attention_map(["red", "fox"])
+    found.to_netcdf(tmp_path / "map.nc")
+    with xr.open_dataarray(tmp_path / "map.nc") as read:
+        assert read.identical(found.astype(read.dtype))
+    images = np.random.default_rng(0).random((2, 3, 16, 16))
+    ax = found.plot.words(images)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["", "red", "fox"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
+    drawn = ax.images[0].get_array()
+    assert np.allclose(drawn[:16, :16], images[0].transpose(1, 2, 0))
+    # a token is a block of pixels, coloured by its share of the largest
+    scale = matplotlib.colormaps["viridis"](found / found.max())[..., :3]
+    assert np.allclose(drawn[::4, 18:34:4][:4], scale[0, 0], atol=0.01)
+    each = traced.attention_map("fox", over=["step", "head"]).isel(batch=0)
+    assert each.plot.words().get_ylabel() == "layer" and found.isel(word=0, batch=1).plot.words()
+    with pytest.raises(InvalidValue, match="expected None beside maps along layer"):
+        each.plot.words(images)
+    with pytest.raises(InvalidValue, match=r"images=\[1, 3, 16, 16\] .* 2 or more of them"):
+        found.plot.words(images[:1])
+    with pytest.raises(InvalidValue, match=r"Maps along word, step, head, .* \.isel\(\)"):
+        traced.attention_map(["red", "fox"], over=["layer"]).plot.words()
+    assert found.isel(word=0, batch=0).plot() is not None  # xarray's own
+    plt.close("all")
+
+
 def test_refusals(traced, tmp_path):
     with pytest.raises(
         InvalidValue, match="'cat' is no word of 'a red fox, a red barn'; expected o"
@@ -223,7 +252,7 @@ def test_words_are_looked_for_in_the_prompts_of_each_run(traced):
     assert np.array_equal(
         found.sel(step=[2, 3]), alone.attention_map("fox", over=["layer", "head"])
     )
-    assert found.attrs["prompts"] == first + second
+    assert found.attrs["prompts"].split("\n") == first + second
     one = np.mean([sampled(p).attention_map("fox") for p in (first, second)], axis=0)
     assert np.allclose(both.attention_map("fox"), one, atol=1e-6)
     with pytest.raises(InvalidValue, match="No prompt has .*'red'.* at step 2, .*steps=.0, 1"):
@@ -298,9 +327,9 @@ def test_prompts_of_several_encoders():
         return t
 
     t = traced(flux, prompt="a fox", prompt_2=["a house, a fox"], max_sequence_length=32)
-    assert t.attention_map("fox").attrs["prompts"] == ["a house, a fox"]
+    assert t.attention_map("fox").attrs["prompts"] == "a house, a fox"
     t = traced(sd3, prompt="a fox", prompt_2=["a fox"], negative_prompt_3="a dog")
-    assert t.attention_map("fox").attrs["prompts"] == ["a fox"]
+    assert t.attention_map("fox").attrs["prompts"] == "a fox"
     for given in ({}, {"prompt": "a dog"}):
         with pytest.raises(InvalidValue, match="different prompts .prompt and prompt_2 and promp"):
             t.attention_map("dog", branch="uncond", **given)
@@ -318,7 +347,7 @@ def test_the_negative_prompt_s_words_are_those_of_its_branch(name):
     with dit_lens.trace(pipe) as t:
         pipe(**asked | {"negative_prompt": "fox a red"})
     found = t.attention_map("fox", branch="uncond")
-    assert found.attrs["prompts"] == ["fox a red"]
+    assert found.attrs["prompts"] == "fox a red"
     said = t.attention_map("fox", branch="uncond", prompt="fox a red")
     assert found.identical(said) and not found.equals(t.attention_map("fox", branch="cond"))
     with pytest.raises(ValueError, match="'cat' is no word of 'fox a red'"):

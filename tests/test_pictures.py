@@ -1,5 +1,9 @@
 """Pictures as objects: what is drawn is what was measured, in colours that stay apart."""
 
+import base64
+import io
+import re
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -7,10 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from conftest import make_pipe
 from matplotlib.colors import to_rgb
 
 import dit_lens
 from dit_lens.errors import InvalidType, InvalidValue
+from dit_lens.pictures.notebook import strip
 from dit_lens.pictures.result import NEEDS, Result, onset
 from dit_lens.pictures.style import HIGH, INK, LOW
 from dit_lens.storage import save_dataset
@@ -268,3 +274,43 @@ def test_colours_stay_apart_for_every_eye_and_in_print(pair):
         assert np.linalg.norm(one - other) > 20, name
     grey = [lab(colour, VISION["normal"])[0] for colour in pair]
     assert abs(grey[0] - grey[1]) > 15
+
+
+def shown_images(html):
+    return [
+        plt.imread(io.BytesIO(base64.b64decode(found)))[..., :3]
+        for found in re.findall(r"data:image/png;base64,([^\"]+)", html)
+    ]
+
+
+def test_notebooks_show_images():
+    model = dit_lens.load("digits")
+    run = dit_lens.sample(model, [3] * 10, steps=2)
+    html = run._repr_html_()
+    assert html.startswith("<pre>Run(10 images") and "and 2 more" in html
+    images = shown_images(html)
+    assert len(images) == 8
+    assert np.allclose(images[1][..., 0], run.images[1, 0], atol=1 / 255)
+    twins = dit_lens.twins(model, pairs=2, steps=3, release=1)
+    pair = shown_images(twins._repr_html_())[1][..., 0]
+    assert np.allclose(pair[:, :16], twins.a.images[1, 0], atol=1 / 255)
+    assert np.allclose(pair[:, -16:], twins.b.images[1, 0], atol=1 / 255)
+    html = model._repr_html_()
+    assert "<td>blocks.{i}.hook_resid_post</td><td>[batch, token, d_model]</td>" in html
+
+
+def test_notebooks_decode_nothing_by_themselves():
+    run = dit_lens.sample(make_pipe(), [3], steps=2)
+    assert "<img" not in run._repr_html_() and "images" not in vars(run)
+    assert run.images.shape[1] == 3 and "<img" in run._repr_html_()
+
+
+def test_notebooks_show_sentences_and_no_html_of_others():
+    result = Result({"x": ("n", [1.0])}, attrs={"headline": "low <b>first</b>", "other": "no"})
+    html = result._repr_html_()
+    assert html.startswith("<pre>low &lt;b&gt;first&lt;/b&gt;</pre>")
+    assert "xarray" in html
+    video = np.zeros((3, 5, 4, 4))
+    video[:, 2] = 1  # the middle frame
+    [frame] = shown_images(strip([video], ["<i>"]))
+    assert frame.min() == 1 and "&lt;i&gt;" in strip([video], ["<i>"])

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> Answer:
     from rich.table import Table
     from rich.text import Text
 
-    from ..hooks.names import select, site_of
+    from ..hooks.names import by_site, select
     from ..model.loading import load_skeleton
 
     family, skeleton = load_skeleton(args.model)
@@ -37,16 +37,11 @@ def run(args: argparse.Namespace) -> Answer:
     sizes = _printed_sizes(cfg, known, sites)
 
     chosen = select(args.filter, list(sites))
-    rows: dict[str, list[str]] = {}
-    for name in chosen:
-        site = site_of(name)
-        rows.setdefault(name if name == site else f"blocks.{{i}}.{site}", []).append(name)
-
     shapes = {name: [sizes.get(axis, axis) for axis in sites[name]] for name in chosen}
     found = [{"name": n, "axes": sites[n], "shape": shape} for n, shape in shapes.items()]
     title = f"{args.model}: {len(chosen)} hook points, {cfg.n_layers} layers"
     table = Table("hook point", "shape", "axes", "of", title=title)
-    for row, members in rows.items():
+    for row, members in by_site(chosen).items():
         axes = sites[members[0]]
         shape = "[" + ", ".join(str(sizes.get(axis, axis)) for axis in axes) + "]"
         plural = "s" if len(members) > 1 else ""

@@ -69,6 +69,19 @@ class Addition(NamedTuple):
     after: str
 
 
+def by_site(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names under their site's, the same one of every layer together.
+
+    >>> by_site(["hook_embed", "blocks.0.hook_attn_out", "blocks.1.hook_attn_out"])["hook_embed"]
+    ['hook_embed']
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        site = site_of(name)
+        found.setdefault(name if name == site else f"blocks.{{i}}.{site}", []).append(name)
+    return found
+
+
 def additions(names: Iterable[str], stream: str = "") -> list[Addition]:
     """All that the layers add to one stream, in forward order: the one rule of what a layer adds.
 

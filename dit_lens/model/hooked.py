@@ -17,7 +17,7 @@ from ..families.adapter import Adapter
 from ..families.config import Condition, Size
 from ..families.offloading import computing_device
 from ..hooks.cache import ActivationCache, Caching
-from ..hooks.names import NamesFilter, resolve, select
+from ..hooks.names import NamesFilter, by_site, resolve, select
 from ..hooks.points import (
     BackwardEditor,
     Editor,
@@ -29,6 +29,7 @@ from ..hooks.points import (
     pairs_of,
     takes_hook_by_keyword,
 )
+from ..pictures import notebook
 from ..pieces.content import Tell, part_text
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
@@ -650,6 +651,15 @@ class HookedDiT:
             f"{c.d_model}, {f'{c.n_heads} heads, ' if c.n_heads else ''}"
             f"{'x'.join(map(str, c.grid))} tokens, {len(self.names)} hook points)"
         )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the hook points too, the same one of every layer in one row."""
+        rows = [
+            (row, f"[{', '.join(self.sites[names[0]])}]", f"{len(names)} layers" * (len(names) > 1))
+            for row, names in by_site(self.names).items()
+        ]
+        points = notebook.table("hook points", ("name", "axes", "of"), rows)
+        return notebook.shown(repr(self), points)
 
     def _layer(self, name: str, layer: int | None) -> int | None:
         n = self.cfg.n_layers

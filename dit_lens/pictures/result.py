@@ -20,6 +20,7 @@ from xarray.plot.accessor import DatasetPlotAccessor
 
 from .. import arguments
 from ..errors import InvalidValue
+from . import notebook
 from .images import beside, show_grid
 from .style import (
     HIGH,
@@ -438,6 +439,11 @@ class Result(xr.Dataset):
         found = cls(dataset.data_vars, dataset.coords, dict(dataset.attrs))
         found.encoding = dict(dataset.encoding)
         return found
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it says in sentences, above xarray's view of the variables."""
+        said = [str(v) for k, v in self.attrs.items() if k.startswith(("headline", "sentence"))]
+        return notebook.shown("\n".join(said), super()._repr_html_())
 
     @property
     def plot(self) -> Pictures:  # type: ignore[override]

@@ -31,6 +31,7 @@ from ..model.witness import (
     is_text,
     until,
 )
+from ..pictures import notebook
 from .guidance import branches, model_inputs, n_passes
 from .loop import Kept, advance, denoise
 from .parts import Split, Splitter, positions, together
@@ -112,6 +113,13 @@ class Run:
         said += [f"eta {set_to.eta:g}"] * (set_to.eta != 0)
         said += [f"{edits} edit{'s' * (edits != 1)}"] * bool(edits)
         return f"Run({', '.join(said)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the finished images too, where nothing has to be decoded for them."""
+        if self.model.vae is not None and "images" not in vars(self):
+            return notebook.shown(repr(self))
+        titles = self.model.conditions.words(self.labels.tolist())
+        return notebook.shown(repr(self), notebook.strip(self.images.cpu().numpy(), titles))
 
     @property
     def log_snr(self) -> Tensor:

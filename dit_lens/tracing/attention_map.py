@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from .. import arguments
@@ -22,6 +21,7 @@ from ..hooks.edits import Steps
 from ..hooks.names import layer_of, site_of
 from ..model.conditions import PROMPTS
 from ..model.hooked import HookedDiT
+from ..pictures.attention import AttentionMap
 from .recompute import Rows, order_of, recompute, rows_of, split, steps_of
 from .record import Record
 
@@ -41,7 +41,7 @@ def attention_map(
     over: Sequence[str],
     prompt: str | None,
     branch: str,
-) -> xr.DataArray:
+) -> AttentionMap:
     """See `Trace.attention_map`."""
     model = _with_tokenizers(traced)
     arguments.choice("branch", branch, ["cond", "uncond", "skip"])
@@ -133,7 +133,7 @@ def attention_map(
             f"The pattern has {values.shape[-1]} queries and the token grid is {grid}; expected "
             "the whole image's."
         )
-    found = xr.DataArray(
+    found = AttentionMap(
         values.unflatten(-1, grid).numpy(),
         dims=["word", *AVERAGED, "batch", *(["frame"] if len(grid) == 3 else []), "row", "column"],
         coords={
@@ -143,7 +143,7 @@ def attention_map(
             "batch": has,
         },
         name="attention",
-        attrs={"prompts": prompts, "names": site_of(names[0])},
+        attrs={"prompts": "\n".join(prompts), "names": site_of(names[0])},
     )
     if "head" not in averaged:
         found = found.assign_coords(head=np.arange(n_all) if chosen is None else chosen)

@@ -45,6 +45,7 @@ from ..model.hooked import HookedDiT
 from ..model.instrumentation import Instrumentation
 from ..model.state import State
 from ..model.taken import Taken
+from ..pictures.attention import AttentionMap
 from . import files
 from .attention_map import attention_map
 from .dataset import timesteps, to_dataset
@@ -509,7 +510,7 @@ class Trace:
         over: Sequence[str] = ("layer", "step", "head"),
         prompt: str | None = None,
         branch: str = "cond",
-    ) -> xr.DataArray:
+    ) -> AttentionMap:
         """Where in the image its tokens attend to words of the prompt.
 
         The share of each image token's attention that goes to the word's tokens: summed over its
@@ -528,16 +529,17 @@ class Trace:
             branch: of guidance.
 
         Returns:
-            xr.DataArray [word, layer, step, head, batch, frame, row, column], 0 to 1, without the
-            axes that are averaged, `word` for one word and `frame` for images. The batch is those
-            items whose prompt has all words, by number.
+            An `xr.DataArray` [word, layer, step, head, batch, frame, row, column], 0 to 1, without
+            the axes that are averaged, `word` for one word and `frame` for images. The batch is
+            those items whose prompt has all words, by number; attrs["prompts"] has a line for each
+            prompt. Its `plot.words()` draws it.
 
         Raises:
             ValueError: for a model that is given no text, a word that is not in the prompt, or a
                 prompt that is not known.
             RuntimeError: for a model without its tokenizers.
 
-            t.attention_map("fox", layers=range(10, 20), steps=[5]).plot()
+            t.attention_map(["red", "fox"], layers=range(10, 20)).plot.words()
         """
         return attention_map(
             self.record,

@@ -23,6 +23,8 @@ from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.state import State
+from ..pictures import notebook
+from ..pictures.images import beside
 from ..sampling.guidance import n_passes
 from ..sampling.loop import Kept, denoise, drawing, prepared
 from ..sampling.parts import Splitter
@@ -61,6 +63,14 @@ class Twins:
         tie = f"attention at g={self.g:g}" if self.tie == "attention" else self.tie
         steps = self.run.settings.steps
         return f"Twins({self.pairs} pairs, tied by {tie} up to step {self.release} of {steps})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the two of each pair side by side, where nothing has to be decoded."""
+        if self.run.model.vae is not None and "images" not in vars(self.run):
+            return notebook.shown(repr(self))
+        a, b = self.run.images.cpu().numpy().reshape(2, self.pairs, *self.run.images.shape[1:])
+        pairs = [f"pair {i}" for i in range(self.pairs)]
+        return notebook.shown(repr(self), notebook.strip(beside(a, b), pairs))
 
     @cached_property
     def a(self) -> Run:

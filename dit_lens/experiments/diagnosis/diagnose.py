@@ -18,6 +18,7 @@ from ...measures.estimate import Estimate
 from ...measures.proportion import proportion
 from ...model.hooked import HookedDiT
 from ...patching.patch import steps_text
+from ...pictures import notebook
 from ...pieces import Engine, measured
 from ...sampling.loop import is_stochastic
 from ...sampling.run import Run
@@ -64,6 +65,13 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.sentence.partition(chr(10))[0]})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: every line, and one image of each kind."""
+        first = {
+            name: images[0].cpu().numpy() for name, images in self.images.items() if len(images)
+        }
+        return notebook.shown(self.sentence, notebook.strip(first.values(), first))
 
 
 @measured
