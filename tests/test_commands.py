@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import dit_lens
 from dit_lens.commands import main
-from dit_lens.commands.common import labels_of
+from dit_lens.commands.common import labels_of, progress_bar
 from dit_lens.commands.gap import read_images
 from dit_lens.commands.main import COMMANDS
 from dit_lens.commands.parser import EXAMPLES, parser
@@ -884,3 +884,15 @@ def test_a_plan_by_hand_may_say_only_its_sampler(folder, tmp_path, monkeypatch, 
     plan.save("plan.json")
     assert main(["compare", str(folder), "--with", "plan.json", "--items", "12"]) == 0
     assert "moved by" in capsys.readouterr().out
+
+
+def test_a_log_has_lines_where_no_bar_can_move(capsys):
+    with progress_bar(every=0) as bar:
+        task = bar.add_task("twins", total=None)
+        bar.update(task, completed=3)
+        bar.update(task, completed=3, total=4)
+    with progress_bar() as bar:
+        bar.update(bar.add_task("map", total=2), completed=1)
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[:2] == ["twins: 3, 0:00:00", "twins: 75 %, 0:00:00, 0:00:00 left"]
+    assert not any("map" in line for line in lines)  # not yet a minute

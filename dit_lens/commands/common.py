@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -397,11 +398,14 @@ def console(width: int) -> Console:
     return Console(width=None if sys.stdout.isatty() else width)
 
 
-def progress_bar() -> Progress:
+def progress_bar(every: float = 60.0) -> Progress:
     """A live bar with the time taken and left, also by what was done before an interruption; gone
-    when it is done.
+    when it is done. In the log of a job, where no bar can move, now and then a line.
+
+    Args:
+        every: seconds from line to line.
     """
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
     from rich.text import Text
 
     from ..pieces import current
@@ -415,13 +419,21 @@ def progress_bar() -> Progress:
             left = taken * (task.total / task.completed - 1)
             return Text(f"{clock(taken)}, {clock(left)} left")
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        Times(),
-        transient=True,
-    )
+    class Bar(Progress):
+        said = time.monotonic()
+
+        def update(self, task_id: TaskID, **changes: Any) -> None:
+            super().update(task_id, **changes)
+            if not self.console.is_terminal and time.monotonic() - self.said >= every:
+                self.said, task = time.monotonic(), self._tasks[task_id]
+                done = f"{task.percentage:.0f} %" if task.total else f"{task.completed:g}"
+                line = f"{task.description}: {done}, {times.render(task)}"
+                self.console.file.write(f"{line}\n")
+                self.console.file.flush()
+
+    times = Times()
+    text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %")
+    return Bar(*text, times, transient=True)
 
 
 @contextmanager
