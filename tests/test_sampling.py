@@ -303,6 +303,7 @@ def test_activations_are_those_of_the_run(model):
     assert torch.equal(run.activations("resid_post", 1, step=2), seen[2]) and len(seen[2]) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*has other noise levels")
 def test_the_runs_own_schedule_counts_and_changed_weights_raise(model):
     cosine = DDIMScheduler(
         1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False

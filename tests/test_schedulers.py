@@ -1,6 +1,7 @@
 """Every scheduler of diffusers is run to its end, or refused with a sentence."""
 
 import logging
+import warnings
 
 import diffusers
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import make_dit
 
 import dit_lens
+from dit_lens.errors import InvalidValue
 from dit_lens.model.noise_schedule import is_flow
 from dit_lens.patching.first_order import check_gradients
 from dit_lens.sampling.loop import advance, prepared, remembers
@@ -25,6 +27,8 @@ NAMES = sorted(
 PRESERVING = """CogVideoXDDIM DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistep
     DPMSolverSinglestep LCM UniPCMultistep""".split()
 FLOWS = "FlowMatchEulerDiscrete FlowMatchLCM LTXEulerAncestralRF".split()
+# of schedulers as diffusers makes them, whatever model they are for
+pytestmark = pytest.mark.filterwarnings("ignore:.*has other noise levels")
 
 
 @pytest.fixture(autouse=True)
@@ -204,3 +208,30 @@ def test_all_noise_can_be_drawn_anew_in_a_step_without_signal():
         fresh = noise([0], 0, x.shape[1:], x.device, x.dtype)
         abar = scheduler.alphas_cumprod[scheduler.times[1]]
         assert torch.allclose(following, -(abar**0.5) * x + (1 - abar) ** 0.5 * fresh, atol=1e-3)
+
+
+def test_a_scheduler_for_another_kind_of_answer_is_refused():
+    """It would run, and every image be wrong."""
+    model = dit_lens.load("digits")
+    with pytest.raises(
+        InvalidValue,
+        match=r"scheduler=DDPMScheduler has prediction_type='epsilon', and the model's own, "
+        r"DDIMScheduler, has 'v_prediction'; .*DDPMScheduler.from_config\(model.scheduler.config",
+    ):
+        dit_lens.sample(model, [3], steps=2, scheduler=diffusers.DDPMScheduler())
+    fitting = diffusers.DDPMScheduler.from_config(model.scheduler.config)
+    named = dit_lens.sample(model, [3], steps=2, scheduler="ddpm")
+    assert torch.equal(
+        dit_lens.sample(model, [3], steps=2, scheduler=fitting).latents, named.latents
+    )
+
+
+def test_other_noise_levels_are_warned_of():
+    model = model_with(diffusers.DDIMScheduler(1000))
+    with pytest.warns(UserWarning, match="has other noise levels than the model's own"):
+        dit_lens.sample(model, [1], steps=2, scheduler=diffusers.DDIMScheduler(1000, beta_end=0.01))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for spacing in ("leading", "trailing", "linspace"):
+            fine = diffusers.DDIMScheduler(1000, timestep_spacing=spacing)
+            dit_lens.sample(model, [1], steps=2, scheduler=fine)

@@ -29,7 +29,14 @@ from ..model.witness import Checksum, Witness
 from .guidance import branches, guided, model_inputs, n_passes
 from .noise import generators, noise
 from .parts import Split, Splitter, is_out_of_memory, positions
-from .schedulers import MEMORYLESS, SAMPLERS, learns_variance, make_scheduler, takes_eta
+from .schedulers import (
+    MEMORYLESS,
+    SAMPLERS,
+    check_training,
+    learns_variance,
+    make_scheduler,
+    takes_eta,
+)
 from .settings import Change, Edits, Settings, edits_at, seeds_at
 
 
@@ -338,6 +345,7 @@ def prepared(model: HookedDiT, settings: Settings) -> Any:
             f"{', '.join(map(repr, SAMPLERS))}."
         )
     _refuse_broken(scheduler, settings)
+    check_training(scheduler, model.scheduler)
     scheduler.levels = log_snr(scheduler, scheduler.timesteps).tolist()
     return scheduler
 

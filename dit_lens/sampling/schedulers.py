@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +130,35 @@ def _refuse_other_kind(name: str, flow: bool, base: Any) -> None:
         raise InvalidValue(
             f"The scheduler {name} does not fit the model's own, {type(base).__name__}, which is "
             f"{kind}."
+        )
+
+
+def check_training(scheduler: Any, own: Any) -> None:
+    """Refuse a scheduler that takes the model's answers for something else, and warn of one whose
+    noise is not what the model was trained on: it would run, and its images be wrong.
+
+    Args:
+        scheduler: to sample with.
+        own: the model's.
+    """
+    if is_flow(own):
+        return
+    name, its = type(scheduler).__name__, type(own).__name__
+    kinds = [setting(each, "prediction_type") for each in (scheduler, own)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise InvalidValue(
+            f"scheduler={name} has prediction_type={kinds[0]!r}, and the model's own, {its}, has "
+            f"{kinds[1]!r}; expected one for what the model predicts, such as "
+            f"{name}.from_config(model.scheduler.config)."
+        )
+    theirs, ours = (getattr(each, "alphas_cumprod", None) for each in (scheduler, own))
+    if theirs is None or ours is None or len(theirs) != len(ours):
+        return
+    if not torch.allclose(theirs, ours.to(theirs), rtol=1e-3):
+        warnings.warn(
+            f"scheduler={name} has other noise levels than the model's own, {its}, so the model "
+            "may be given noise that it was not trained on; 'ddim' and 'ddpm' take its own.",
+            stacklevel=2,
         )
 
 
