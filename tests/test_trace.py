@@ -624,6 +624,7 @@ def test_bad_input(pipe, dit):
         dit_lens.trace(pipe, probes=["SpectralSplit"])
 
 
+@pytest.mark.filterwarnings("ignore:.*has other noise levels")
 @pytest.mark.parametrize(
     "scheduler",
     [
