@@ -14,6 +14,11 @@ from torch import Tensor
 from dit_lens import Bands, HookedDiT, Probe, Run, Series, Site, sample, trace
 from dit_lens.errors import InvalidState, InvalidValue
 
+NOTHING = (
+    "LayerLens has seen nothing: use its run(model, ...), or `with "
+    "dit_lens.trace(model, probes=[...])`."
+)
+
 
 class LayerLens(Probe):
     """Each layer's predicted clean x0, and how well it agrees, band by band, with how the images
@@ -41,6 +46,7 @@ class LayerLens(Probe):
 
     def __init__(self, bands: Bands | None = None) -> None:
         self.wanted_bands = bands
+        self.seen = Series()
 
     def start(self, model: HookedDiT) -> None:
         """Forget earlier runs.
@@ -91,19 +97,19 @@ class LayerLens(Probe):
             device: where they are wanted; None is the host.
 
         Raises:
+            InvalidState: if nothing was seen.
             InvalidValue: for a layer or a step that was not seen.
         """
+        if not (steps := self.seen.steps):
+            raise InvalidState(NOTHING)
         last = self.model.cfg.n_layers - 1
         if layer not in range(-1, last + 1):
             raise InvalidValue(
                 f"layer={layer!r} was not seen; expected -1, the embedding, to {last}, the last."
             )
-        steps = self.seen.steps
         if step not in steps:
             raise InvalidValue(
                 f"step={step!r} was not seen; expected one of {min(steps)} to {max(steps)}."
-                if steps
-                else "No step was seen; run the lens first."
             )
         output, x = (self.seen.at(key, step, device) for key in (layer, "x"))
         return self.model.predict_x0(output, x, self.times()[step])
@@ -182,10 +188,7 @@ class LayerLens(Probe):
             ValueError: for a target of another shape.
         """
         if not self.seen.steps:
-            raise InvalidState(
-                "LayerLens has seen nothing: use its run(model, ...), or `with "
-                "dit_lens.trace(model, probes=[...])`."
-            )
+            raise InvalidState(NOTHING)
         layers, steps = self.layers, self.seen.steps
         shape = self.seen.at("x", steps[0]).shape
         if target is not None and target.shape != shape:

@@ -33,6 +33,7 @@ class SpectralSplit(Probe):
     def __init__(self, names: str | list[str] = "resid_post", bands: Bands | None = None) -> None:
         self.names = names
         self.wanted_bands = bands
+        self.energy = Series()
 
     def start(self, model: HookedDiT) -> None:
         """Forget earlier runs.

@@ -62,6 +62,7 @@ class TwinDivergence(Probe):
         fine: Bands | None = None,
     ) -> None:
         self.wanted_bands, self.names, self.fine = bands, names, fine
+        self.difference = Series()
 
     def start(self, model: HookedDiT) -> None:
         """Forget earlier runs.

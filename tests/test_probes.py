@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, Probe
+from dit_lens.errors import InvalidState
 from dit_lens.experiments import measure_gap
 from dit_lens.families import family_named
 from dit_lens.model.quiet import quiet
@@ -294,3 +295,17 @@ def test_the_lens_never_fires_a_user_s_module_hooks():
             model(x, t, y)
     assert len(fired) == alone  # as without the lens
     assert all(len(module._forward_hooks) == 1 for module in dit.modules())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: SpectralSplit().result(),
+        lambda: TwinDivergence().result(),
+        lambda: LayerLens().result(),
+        lambda: LayerLens().x0(3, 1),
+    ],
+)
+def test_a_probe_that_never_ran_says_so(read):
+    with pytest.raises(InvalidState, match="has seen nothing: use its run"):
+        read()
