@@ -58,6 +58,7 @@ class LayerLens(Probe):
         self.seen = Series(on_disk=True)
         self.labels: dict[tuple[int, ...], Tensor | None] = {}
         self.timesteps: dict[int, Tensor] = {}  # where the model is
+        self.schedulers: dict[int, Any] = {}  # of the run that a step is of
         self.known_times: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
@@ -74,6 +75,7 @@ class LayerLens(Probe):
         if layer == -1:
             self.seen.put(site, site.x, "x")
             self.timesteps.setdefault(site.step, site.t[0])
+            self.schedulers[site.step] = site.scheduler
             self.known_times = {}
             self.labels.setdefault(site.rows, site.labels)
 
@@ -106,7 +108,7 @@ class LayerLens(Probe):
                 else "No step was seen; run the lens first."
             )
         output, x = (self.seen.at(key, step, device) for key in (layer, "x"))
-        return self.model.predict_x0(output, x, self.times()[step])
+        return self.model.predict_x0(output, x, self.times()[step], self.schedulers[step])
 
     def times(self) -> dict[int, Tensor]:
         """The timestep of each step, on the host."""
