@@ -64,6 +64,7 @@ class LayerLens(Probe):
         self.seen = Series(on_disk=True)
         self.labels: dict[tuple[int, ...], Tensor | None] = {}
         self.timesteps: dict[int, Tensor] = {}  # where the model is
+        self.schedulers: dict[int, Any] = {}  # of the run that a step is of
         self.known_times: dict[int, Tensor] = {}
 
     def observe(self, activation: Tensor, site: Site) -> None:
@@ -80,6 +81,7 @@ class LayerLens(Probe):
         if layer == -1:
             self.seen.put(site, site.x, "x")
             self.timesteps.setdefault(site.step, site.t[0])
+            self.schedulers[site.step] = site.scheduler
             self.known_times = {}
             self.labels.setdefault(site.rows, site.labels)
 
@@ -112,7 +114,7 @@ class LayerLens(Probe):
                 f"step={step!r} was not seen; expected one of {min(steps)} to {max(steps)}."
             )
         output, x = (self.seen.at(key, step, device) for key in (layer, "x"))
-        return self.model.predict_x0(output, x, self.times()[step])
+        return self.model.predict_x0(output, x, self.times()[step], self.schedulers[step])
 
     def times(self) -> dict[int, Tensor]:
         """The timestep of each step, on the host."""

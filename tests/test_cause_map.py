@@ -121,6 +121,10 @@ def test_the_cause_is_the_layer_that_makes_the_gap():
     assert float(others.max()) < 1e-3 * float(attn.sel(layer=2).max())
     high = found.effect.sel(band="high")
     assert float(high.max()) < 1e-3 * float(attn.max())
+    # a band that nothing moves has no place of its largest effect, and no ratio
+    assert float(high.max()) == 0 and "; high none in any cell; 95 %" in found.sentence
+    assert "nan" not in found.sentence and "at attn, layer 2, step " in found.sentence
+    assert "middle 90 %: low " in found.sentence
 
 
 def exact_effects(run, layers, shares, energy):

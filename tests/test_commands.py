@@ -601,6 +601,23 @@ def test_what_is_not_installed_is_named_with_what_installs_it(tmp_path, monkeypa
     assert "An adapter needs peft, which is not installed; pip" in capsys.readouterr().err
 
 
+def test_exchanged_bands_go_through_the_model_as_batch_says(tmp_path, monkeypatch):
+    from dit_lens.commands.patch import find_causes
+
+    seen: dict[str, object] = {}
+
+    def stopped(*_, **given):
+        seen.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["dit_lens.experiments.interchange"], "interchange", stopped)
+    truth, size = gaussian(layers=(1,), n_layers=2, sample_size=4), (16, 8, 0, 0.1)
+    model = dit_lens.HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    with pytest.raises(KeyboardInterrupt):
+        find_causes(model, *size, tmp_path, how=["zero"], interchange="stream", batch=4)
+    assert seen["batch"] == 4
+
+
 @pytest.mark.parametrize("layers, players", [(1, 2), (3, 1)])
 def test_shares_of_a_single_layer_are_refused_before_anything_runs(
     layers, players, folder, tmp_path, monkeypatch, capsys

@@ -159,6 +159,10 @@ def test_another_noise_schedule_is_refused(model):
     )
     with pytest.raises(InvalidValue, match="The changed model's noise levels are others: log SNR"):
         compare(model, other, items=12, steps=4)
+    # as diffusers' DDIMScheduler does unless it is told not to
+    clipped = HookedDiT(make_dit(channels=1, classes=2), scheduler=DDIMScheduler(1000))
+    with pytest.raises(InvalidValue, match="Only the changed model's scheduler clips the pred"):
+        compare(model, clipped, items=12, steps=4)
 
 
 def test_a_plan_is_not_judged_by_what_it_was_made_from(model):

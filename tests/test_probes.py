@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_pipe
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import dit_lens
 from dit_lens import Bands, HookedDiT, Probe
@@ -79,6 +79,35 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
         lens.result(run.latents[-1][:1])
     with pytest.raises(ValueError, match="LayerLens needs the model's scheduler"):
         dit_lens.trace(HookedDiT(make_dit()), probes=[LayerLens()]).__enter__()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        DDIMScheduler(1000, clip_sample=True, clip_sample_range=0.5),
+        DDIMScheduler(1000, clip_sample=False, beta_schedule="squaredcos_cap_v2"),
+        DPMSolverMultistepScheduler(1000, use_karras_sigmas=True),
+    ],
+    ids=["clipping", "other noise", "own levels"],
+)
+def test_the_lens_reads_by_the_scheduler_of_the_run(model, other):
+    """Another than the model's own stands for another clean image."""
+    lens = LayerLens()
+    with dit_lens.trace(model, probes=[lens]):
+        run = dit_lens.sample(model, [1, 1], steps=4, scheduler=other)
+    seen = LayerLens()
+    again = seen.of_run(run)
+    for step in range(4):
+        assert torch.equal(lens.x0(2, step), run.x0[step])
+        assert torch.allclose(seen.x0(2, step), run.x0[step], atol=1e-5)
+    assert np.allclose(again.xy, lens.result(run.latents[-1]).xy, rtol=1e-4, atol=1e-6)
+    with dit_lens.trace(model, names="hook_sample") as t:
+        run.forward(1)
+    assert np.allclose(t.to_xarray().log_snr, run.log_snr[1])
+    by_hand = model.predict_x0(run.outputs[0], run.latents[0], run.timesteps[0], run.scheduler)
+    assert torch.equal(by_hand, run.x0[0])
+    with pytest.raises(ValueError, match="scheduler='ddim' can't be used; expected a scheduler of"):
+        model.predict_x0(run.outputs[0], run.latents[0], run.timesteps[0], "ddim")
 
 
 def test_the_lens_fires_no_hooks(model):

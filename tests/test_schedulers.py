@@ -136,6 +136,32 @@ def test_settings_of_the_scheduler_that_it_was_made_from_are_not_its_own():
     dit_lens.sample(model_with(plain), [1], steps=5, scheduler=ignores)
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize(
+    "own, spacing",
+    [
+        # PixArt's, as it is loaded from its folder
+        (dict(cls="DPMSolverMultistep", timestep_spacing="linspace"), "leading"),
+        (dict(cls="DPMSolverMultistep"), "leading"),
+        (dict(cls="UniPCMultistep", timestep_spacing="trailing"), "trailing"),
+        (dict(cls="LCM", beta_schedule="linear"), "leading"),
+        (dict(cls="CogVideoXDDIM", clip_sample=True), "leading"),
+    ],
+    ids=["dpm++ of a file", "dpm++", "unipc", "lcm", "cogvideox"],
+)
+def test_a_sampler_by_name_clips_only_where_the_models_own_scheduler_does(name, own, spacing):
+    """DDIM and DDPM by themselves clip x0 to [-1, 1], for pixels: it cut the latents of PixArt."""
+    options = {key: value for key, value in own.items() if key != "cls"}
+    base = getattr(diffusers, f"{own['cls']}Scheduler")(1000, **options)
+    made = make_scheduler(name, base)
+    assert made.config.clip_sample is False and made.config.timestep_spacing == spacing
+    clipping = make_scheduler(name, diffusers.DDPMScheduler(1000, clip_sample=True))
+    assert clipping.config.clip_sample is True
+    # they step by whole shares of the timesteps: to where the next step is, or one off by rounding
+    made.set_timesteps(12)
+    assert (made.timesteps[:-1] - 1000 // 12 - made.timesteps[1:]).abs().max() <= 1
+
+
 def test_what_was_set_after_a_scheduler_was_made_is_kept():
     """As DDIM is given CogVideoX's noise levels, and `set_shift` changes a flow's."""
     own = diffusers.CogVideoXDDIMScheduler(1000)

@@ -255,8 +255,14 @@ def test_shares(players, lost, every):
         if lost == 6:
             assert said.endswith("in every one of 6 orders a band does not commit at some point.")
             continue
-        sure = [e for e in (one, other) if (e[1] > 0 or e[2] < 0) and abs(e[0]) > 0.25]
-        assert ("no player's share of it can be told from 0" in said) == (not sure)
+        drawing = 0.0 if every else np.nan if lost else 0.1
+        reach = [np.hypot(e[0] - (e[1] if e[0] > 0 else e[2]), 2 * drawing) for e in (one, other)]
+        sure = [
+            e
+            for e, r in zip((one, other), reach, strict=True)
+            if (e[1] > 0 or e[2] < 0) and abs(e[0]) > max(0.25, r)
+        ]
+        assert ("no player's share of it can be told from 0" in said) == (not sure or lost > 0)
         acting = (both[1] > 0 or both[2] < 0) and abs(both[0]) > 0.25
         assert ("Together they do more or less" in said) == acting
         assert ("are left out" in said) == (lost > 0)
@@ -285,6 +291,7 @@ def test_smallest_sets():
         apart = low > 0.5 or high < -0.5
         assert ("it does not: " in said) == (bool(size) and apart and np.isfinite(left))
         assert ("No set of layers was found" in said) == (size == 0)
+        assert ("layer 4, takes 50% of the gap away, or more (" in said) == (size == 1)
         assert ("for sure: " in said and "not for sure" not in said) == (
             bool(size) and sure and np.isfinite(left)
         )

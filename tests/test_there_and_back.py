@@ -19,6 +19,17 @@ def truth():
     return dit_lens.HookedDiT(found.transformer, scheduler=found.scheduler)
 
 
+@pytest.mark.parametrize("tie", [{"release": 3}, {"tie": "attention", "g": 0.5, "eta": 1.0}])
+def test_twins_that_are_no_independent_runs_are_refused(truth, tie):
+    """The mean of a label would take off what tied twins share twice."""
+    pair = dit_lens.twins(truth, 8, [0] * 8, steps=6, **tie)
+    bands = dit_lens.Bands.radial((4, 4), cut=0.01)
+    with pytest.raises(dit_lens.DitLensError, match="expected independent runs, twins with rel"):
+        there_and_back(pair, [latents(bands)], [1, 3, 5])
+    alone = there_and_back(pair.a, [latents(bands)], [1, 3, 5])
+    assert alone.agreement("latents").shape == (3, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_curve_is_the_exact_one(truth, eta):

@@ -283,6 +283,7 @@ def find_causes(
                 steps=steps,
                 seed=seed,
                 cut=cut,
+                batch=16 if batch is None else batch,
                 progress=progress,
             )
         write("interchange.nc", taken)

@@ -470,10 +470,11 @@ def sentences(result: xr.Dataset) -> list[str]:
         result: of `cause_map`.
     """
     found = [_largest(result), *_early_late(result)]
-    if "ratio" in result:
+    if "ratio" in result and np.isfinite(result.ratio).any():
         by_band = ", ".join(
             f"{band} {ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
             for band, ratio in zip(result.band.values, result.ratio.values, strict=True)
+            if np.isfinite(ratio).all()
         )
         found.append(
             f"Of cells that were also run exactly ({result.sizes['checked']}) this is exact over "
@@ -487,6 +488,9 @@ def _largest(result: xr.Dataset) -> str:
     words = []
     for band in result.band.values:
         effect = result.effect.sel(band=band)
+        if not (effect > 0).any():
+            words.append(f"{band} none in any cell")
+            continue
         flat = int(np.nanargmax(effect.values))
         site, layer, window = np.unravel_index(flat, effect.shape)
         ends = result.effect_interval.sel(band=band).values[site, layer, window]

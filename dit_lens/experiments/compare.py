@@ -29,7 +29,7 @@ from ..measures.commitment import commitment_draws
 from ..measures.estimate import Estimate
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
-from ..model.noise_schedule import predict_x0, signal_and_noise
+from ..model.noise_schedule import clips, predict_x0, signal_and_noise
 from ..patching.measure import energy
 from ..pieces import Engine, enough, measured
 from ..plans.plan import Plan
@@ -165,8 +165,16 @@ def compare(
 
 
 def _require_same_noise(model: HookedDiT, changed: HookedDiT, settings: Settings) -> None:
-    """Raise InvalidValue where the changed model is sampled at other levels of noise."""
-    own, theirs = (prepared(each, settings).levels for each in (model, changed))
+    """Raise InvalidValue where the changed model is sampled at other noise levels, or clipped."""
+    schedulers = [prepared(each, settings) for each in (model, changed)]
+    ours, other = map(clips, schedulers)
+    if ours != other:
+        raise InvalidValue(
+            f"{'Only this' if ours else 'Only the changed'} model's scheduler clips the predicted "
+            "x0; expected one scheduler for both: "
+            "HookedDiT(transformer, scheduler=model.scheduler)."
+        )
+    own, theirs = (scheduler.levels for scheduler in schedulers)
     if not np.allclose(own, theirs):
         raise InvalidValue(
             f"The changed model's noise levels are others: log SNR goes from {theirs[0]:.2f} to "

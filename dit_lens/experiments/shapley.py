@@ -319,7 +319,12 @@ def shapley_sentence(result: xr.Dataset) -> str:
             players, result.share.values, result.share_interval.values, strict=True
         )
     }
-    sure = [p for p, e in found.items() if e.sign and abs(e.value) > attrs["matters"]]
+    drawing = dict(zip(players, result.monte_carlo.values.tolist(), strict=True))
+    sure = [
+        p
+        for p, e in found.items()
+        if abs(e.value) > attrs["matters"] and _surely(e, 0.0 if attrs["every"] else drawing[p])
+    ]
     sure.sort(key=lambda p: -abs(found[p].value))
     whose = (
         f"shares of it surely not 0: {first_few([f'{p} ({found[p]:+.2f})' for p in sure], 5)}"
@@ -341,6 +346,13 @@ def shapley_sentence(result: xr.Dataset) -> str:
         else ""
     )
     return f"{head}; {whose} (mean over {drawn} orders{extra}{left}). {_acting_together(result)}"
+
+
+def _surely(share: Estimate, drawing: float) -> bool:
+    """Whether it is not 0, whatever pairs and, by two standard errors, drawn orders move it by."""
+    near = share.low if share.value > 0 else share.high
+    reach = math.hypot(share.value - near, 2 * drawing)
+    return bool(share.sign and abs(share.value) > reach)  # of an unknown error nothing is sure
 
 
 def _acting_together(result: xr.Dataset) -> str:

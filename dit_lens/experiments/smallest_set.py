@@ -283,7 +283,7 @@ def smallest_sentence(result: xr.Dataset) -> str:
         if size == 1
         else f"The smallest set found that takes {share} of the gap away has {size} layers"
     )
-    lead = f"{few}, {who}, takes {share} of the gap away" if size == 1 else f"{few}, {who}"
+    lead = f"{few}, {who}, takes {share} of the gap away, or more" if size == 1 else f"{few}, {who}"
     if not np.isfinite(left.value):
         return f"{lead} ({tried}); on other twins a band does not commit without it."
     allowed = 1 - result.attrs["share"]

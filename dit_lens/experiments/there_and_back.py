@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from .. import arguments
+from ..errors import InvalidValue
 from ..measures.agreement import Agreement, Contrasts, curve
 from ..model.noise_schedule import signal_and_noise
 from ..sampling.branches import Branch, ends
@@ -80,8 +81,8 @@ def there_and_back(
     """Agreement of finished images with what they return as, noised up to a step and denoised.
 
     Args:
-        runs: a run, or twins; of twins each counts, and the pair is the unit that intervals
-            resample. Any sampler will do.
+        runs: a run, or twins with release=0; of twins each counts, and the pair is the unit that
+            intervals resample. Any sampler will do.
         outcomes: what to compare.
         releases: steps, or how many of them; a number is spent where the curves rise most steeply.
         seed: of the noise.
@@ -93,7 +94,7 @@ def there_and_back(
             correlation.
 
     Raises:
-        InvalidValue: for releases outside the run, or fewer than 3.
+        InvalidValue: for releases outside the run, fewer than 3, or twins that were tied.
 
     >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3] * 8, steps=6)
     >>> low_high = dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))
@@ -104,6 +105,12 @@ def there_and_back(
     outcomes, seed = compared(outcomes), arguments.seed("seed", seed)
     arguments.optional(arguments.function, "progress", progress, "progress(done, total)")
     batch = arguments.optional(arguments.whole, "batch", batch, 1)
+    if isinstance(runs, Twins) and (runs.release or runs.tie != "noise"):
+        raise InvalidValue(
+            f"These twins are tied by {runs.tie} up to step {runs.release}, and each counts as a "
+            "run of its own; expected independent runs, twins with release=0, or one of them, "
+            "twins.a."
+        )
     run = runs if isinstance(runs, Run) else runs.run
     steps, items = run.settings.steps, len(run.labels)
     planned = planned_releases(releases, steps)

@@ -66,6 +66,7 @@ class PassContext:
         part: which part of the step's batch it is; None is all of it.
         steps: how many steps the run has, if that is known.
         log_snr: the noise level of the step, by the run's own scheduler, if that is known.
+        scheduler: the run's own scheduler, if that is known.
     """
 
     span: Span = (None, None)
@@ -79,6 +80,7 @@ class PassContext:
     part: Part | None = None
     steps: int | None = None
     log_snr: float | None = None
+    scheduler: Any = field(default=None, repr=False)
 
 
 class Pass(Protocol):

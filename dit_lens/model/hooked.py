@@ -393,29 +393,33 @@ class HookedDiT:
         """
         return output[:, : self.cfg.in_channels] if self.cfg.learned_sigma else output
 
-    def predict_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def predict_x0(self, output: Tensor, x: Tensor, t: Tensor, scheduler: Any = None) -> Tensor:
         """The clean latents that an output stands for, by the scheduler's prediction type.
 
         Args:
             output: what the model answered at x_t, or `unembed` gave, [batch, out_channels, ...].
             x: x_t, [batch, *latent_shape].
             t: timesteps, [batch] or a single one, in the scheduler's units.
+            scheduler: of the run, such as `run.scheduler`; by default the model's own.
 
         Raises:
-            ValueError: if the model has no scheduler, or one of unknown prediction type.
+            ValueError: if there is no scheduler, or one of unknown prediction type.
 
         >>> import dit_lens, torch; model = dit_lens.load("digits"); x = torch.zeros(1, 1, 16, 16)
         >>> t = torch.tensor([500]); model.predict_x0(model(x, t, torch.tensor([3])), x, t).shape
         torch.Size([1, 1, 16, 16])
         """
-        if self.scheduler is None:
+        used = self.scheduler if scheduler is None else scheduler
+        if used is None:
             raise InvalidValue(
                 "The model has no scheduler, so x0 is unknown; give one: "
                 "HookedDiT(transformer, scheduler=...), or scheduler/ in the model's folder."
             )
+        if isinstance(used, type) or not hasattr(used, "config"):
+            raise arguments.refusal("scheduler", scheduler, "a scheduler of diffusers, or None")
         arguments.tensor("x", x)
         arguments.tensor("output", output, (*x.shape[:1], None, *x.shape[2:]))
-        return predict_x0(self.scheduler, x, self.without_variance(output), t)
+        return predict_x0(used, x, self.without_variance(output), t)
 
     def unembed(self, stream: Tensor, t: Tensor, y: Any) -> Tensor:
         """A residual stream read by the last layer: the lens.

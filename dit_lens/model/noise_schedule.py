@@ -69,6 +69,13 @@ def is_flow(scheduler: Any) -> bool:
     )
 
 
+def clips(scheduler: Any) -> bool:
+    """Whether a scheduler bounds the x0 that it predicts. Others may have the setting, and not read
+    it.
+    """
+    return type(scheduler).__name__ in CLIPPING and bool(scheduler.config.clip_sample)
+
+
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of x0 and of eps in x_t at timesteps [...], each [...], float64."""
     t = _on_host(torch.as_tensor(t))
@@ -153,7 +160,7 @@ def predict_x0(scheduler: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
             f"The prediction type {kind!r} is unknown; expected 'epsilon', 'v_prediction', "
             "'sample' or flow matching."
         )
-    if type(scheduler).__name__ in CLIPPING and scheduler.config.clip_sample:
+    if clips(scheduler):
         bound = scheduler.config.clip_sample_range
         x0 = x0.clamp(-bound, bound)
     return x0

@@ -230,6 +230,7 @@ def answered(
                     step=step,
                     steps=settings.steps,
                     log_snr=scheduler.levels[step],
+                    scheduler=scheduler,
                     branch=branches(len(part), passes),
                     **_place(inst, split, part, passes, tries),
                 ),

@@ -212,7 +212,13 @@ class Run:
             rows = split.rows(part, self.passes)
             place = None if split.whole else Part(rows, split.size * self.passes, number > 0)
             with (
-                inst.under(step=step, part=place, branch=branches(len(part), self.passes)),
+                inst.under(
+                    step=step,
+                    log_snr=float(self.log_snr[step]),
+                    scheduler=self.scheduler,
+                    part=place,
+                    branch=branches(len(part), self.passes),
+                ),
                 self.model.hooks(edits_at(self.history, step)),
                 self.model.attached(proof.listeners),
             ):

@@ -14,7 +14,7 @@ import torch
 
 from ..arguments import shown
 from ..errors import InvalidType, InvalidValue
-from ..model.noise_schedule import CLIPPING, is_flow, setting
+from ..model.noise_schedule import CLIPPING, clips, is_flow, setting
 from ..pieces.content import SET_LATER
 from ..storage.configured import config_of
 from .flow_sde import FlowSDE
@@ -115,7 +115,14 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
     if name == "euler-flow":
         # as the multistep schedulers call it
         config.setdefault("shift", config.get("flow_shift", 1.0))
-    fitted = sampler.scheduler.from_config(config, **sampler.options)
+    options = dict(sampler.options)
+    if base is not None and sampler.scheduler.__name__ in CLIPPING:
+        # not these classes' own usual setting, which is for pixels
+        options["clip_sample"] = clips(base)
+        if type(base).__name__ not in CLIPPING and config.get("timestep_spacing") == "linspace":
+            # they step by a whole share of the timesteps, which is not where these lie
+            options["timestep_spacing"] = "leading"
+    fitted = sampler.scheduler.from_config(config, **options)
     if sampler.scheduler is FlowSDE:
         if hasattr(base, "_shift"):  # by set_shift, perhaps
             fitted.set_shift(base.shift)

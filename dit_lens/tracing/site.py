@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import xarray as xr
@@ -28,7 +28,7 @@ class Site:
         def observe(self, activation, site):
             a, b = (activation[site.where(twin=which)] for which in "AB")
             x0 = self.model.predict_x0(self.model.unembed(activation, site.t, site.condition),
-                                       site.x, site.t)
+                                       site.x, site.t, site.scheduler)
 
     Attributes:
         name: the full hook name.
@@ -89,6 +89,13 @@ class Site:
     def twin(self) -> tuple[str, ...]:
         """For each batch item "A" or "B" in a run of twins, otherwise ""."""
         return self.call.context.twin or ("",) * len(self.call.x)
+
+    @property
+    def scheduler(self) -> Any:
+        """What the run under way samples with, where dit_lens runs it; None elsewhere, as in a
+        pipeline, whose scheduler is the model's.
+        """
+        return self.call.context.scheduler
 
     @property
     def rows(self) -> tuple[int, ...]:
