@@ -5,6 +5,7 @@ portraits.
     python examples/train_reference.py digits --data package/src/digits
     python examples/train_reference.py portraits --minutes 95 --compile
     python examples/train_reference.py portraits --minutes 5 --device cuda --batch 512
+    python examples/train_reference.py portraits --minutes 56 --posterior --init MODEL --out more
 
 Images are 16x16 in [-1, 1]: digits padded to 32x32 and area-averaged, portraits drawn from their
 factors (`dit_lens.groundtruth.portraits`). The model predicts v on diffusers' linear 1,000-step
@@ -116,6 +117,27 @@ class Answers(nn.Module):
         return answer
 
 
+class Posterior:
+    """E[x0 | x_t, label] over all images of the training: what training on one of them after the
+    other tends to, without the noise of which one was drawn (Xu et al. 2023, arXiv 2302.00670).
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, null_class: int) -> None:
+        flat = images.flatten(1)
+        self.images = [flat[labels == c] for c in range(null_class)] + [flat]
+        self.squares = [part.square().sum(1) for part in self.images]
+
+    def mean(self, x: torch.Tensor, abar: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Images like x [n, c, h, w], for abar [n] and labels [n], the null class all images."""
+        means = torch.empty_like(x)
+        for label in labels.unique().tolist():
+            mine, images = labels == label, self.images[label]
+            a = abar[mine][:, None]
+            near = a.sqrt() * (x[mine].flatten(1) @ images.T) - a / 2 * self.squares[label]
+            means[mine] = ((near / (1 - a)).softmax(1) @ images).view_as(means[mine])
+        return means
+
+
 def v_loss(
     model: Callable[..., Any],
     abar: torch.Tensor,
@@ -123,19 +145,24 @@ def v_loss(
     labels: torch.Tensor,
     null_class: int,
     gen: torch.Generator,
+    posterior: Posterior | None = None,
 ) -> torch.Tensor:
     """Mean squared error of v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), one label
-    in ten dropped.
+    in ten dropped. With a `posterior` x0 is its mean, and times with more noise are drawn more
+    often.
     """
     n, device = len(x0), x0.device
     # stratified: less noisy than uniform
-    t = torch.arange(n, device=device) + torch.rand(n, generator=gen, device=device)
-    t = (t / n * len(abar)).long()
+    u = (torch.arange(n, device=device) + torch.rand(n, generator=gen, device=device)) / n
+    t = ((u if posterior is None else u.sqrt()) * len(abar)).long()
     eps = torch.randn(x0.shape, generator=gen, device=device)
     a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
     dropped = torch.rand(n, generator=gen, device=device) < 0.1
     labels = torch.where(dropped, null_class, labels)
-    return F.mse_loss(model(a * x0 + s * eps, t, labels), a * eps - s * x0)
+    x = a * x0 + s * eps
+    if posterior is not None:
+        x0 = posterior.mean(x, abar[t], labels)
+    return F.mse_loss(model(x, t, labels), (a * x - x0) / s)
 
 
 def export(model: DiTTransformer2DModel, ema: dict[str, torch.Tensor], folder: Path) -> None:
@@ -166,6 +193,11 @@ def main() -> None:
     ap.add_argument("--rate", type=float, default=2e-3)
     ap.add_argument("--init", type=Path, help="a folder of weights to go on from, a further cycle")
     ap.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
+    ap.add_argument(
+        "--posterior",
+        action="store_true",
+        help="learn the mean of all images that x_t can have come from, in place of the one it did",
+    )
     ap.add_argument("--device", default="cpu")
     ap.add_argument(
         "--seed",
@@ -231,6 +263,7 @@ def train(
         forward = torch.cuda.make_graphed_callables(Answers(model), example)
     elif args.compile:
         forward = torch.compile(forward)
+    posterior = Posterior(images, labels, classes) if args.posterior else None
     began, first = time.perf_counter(), step
     recent = torch.zeros((), device=args.device)
 
@@ -265,7 +298,7 @@ def train(
             # a resumed run draws what an uninterrupted one would have
             gen = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
             pick = torch.randint(len(images), (args.batch,), generator=gen, device=args.device)
-            loss = v_loss(forward, abar, images[pick], labels[pick], classes, gen)
+            loss = v_loss(forward, abar, images[pick], labels[pick], classes, gen, posterior)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:

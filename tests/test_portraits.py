@@ -206,3 +206,25 @@ def test_the_bundled_model_draws_portraits_as_asked():
     reading = read(dit_lens.sample(model, asked, steps=25, eta=1.0).images)
     assert int((reading.labels == asked).sum()) >= 7
     assert reading.legal.float().mean() > 0.8
+
+
+def test_the_means_that_the_model_was_trained_on(images, factors, monkeypatch):
+    """Of images noised a little, much, and entirely, with and without a label."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    from train_reference import Posterior
+
+    x0, labels = images[:64] * 2 - 1, portraits.labels(factors[:64])
+    posterior = Posterior(x0, labels, len(portraits.CLASSES))
+    for abar, want in ((0.999, x0), (1e-9, torch.stack([x0[labels == c].mean(0) for c in labels]))):
+        x = abar**0.5 * x0 + (1 - abar) ** 0.5 * torch.randn(x0.shape)
+        found = posterior.mean(x, torch.full((64,), abar), labels)
+        assert torch.allclose(found, want, atol=2e-3)
+    unlabelled = posterior.mean(x[:1], torch.tensor([1e-9]), torch.tensor([8]))
+    assert torch.allclose(unlabelled[0], x0.mean(0), atol=2e-3)
+    # by Bayes, in double, where neither is so
+    x, a = torch.randn(1, 3, 16, 16), 0.01
+    mine = x0[labels == labels[0]].double()
+    log = -((x.double() - a**0.5 * mine) ** 2).sum((1, 2, 3)) / (2 * (1 - a))
+    want = (log.softmax(0)[:, None, None, None] * mine).sum(0)
+    found = posterior.mean(x, torch.tensor([a]), labels[:1])
+    assert torch.allclose(found[0].double(), want, atol=1e-3)
