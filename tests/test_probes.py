@@ -81,6 +81,7 @@ def test_the_lens_at_the_last_layer_is_the_model(model):
         dit_lens.trace(HookedDiT(make_dit()), probes=[LayerLens()]).__enter__()
 
 
+@pytest.mark.filterwarnings("ignore:.*has other noise levels")
 @pytest.mark.parametrize(
     "other",
     [
