@@ -414,7 +414,7 @@ def progress_bar(every: float = 60.0) -> Progress:
         def render(self, task: Task) -> Text:
             work = current()
             taken = (task.elapsed or 0.0) + (0.0 if work is None else max(0.0, work.before))
-            if not task.completed or not task.total:
+            if not task.total or task.percentage < 1:  # too early to tell what is left
                 return Text(clock(taken))
             left = taken * (task.total / task.completed - 1)
             return Text(f"{clock(taken)}, {clock(left)} left")
