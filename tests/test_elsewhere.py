@@ -41,7 +41,7 @@ def test_a_family_keeps_its_contract_elsewhere(name, where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES if ATTACK else ["PixArtTransformer2DModel"])
+@pytest.mark.parametrize("name", FAMILIES if ATTACK else ["SD3Transformer2DModel"])
 def test_measurements_elsewhere(name):
     wrong = []
     with elsewhere() as device, quiet():

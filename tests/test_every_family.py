@@ -18,6 +18,7 @@ SIZE = {"pairs": 16, "steps": 5, "resamples": 20}
 ITEMS = {"items": 12, "steps": 5, "resamples": 20}
 SENTENCES = (
     "do not part within the run in both bands",  # random weights
+    "does not commit within the run",
     "The twins do not part",
     "can't be made from images here",
     "can't be met: with every cell held",
