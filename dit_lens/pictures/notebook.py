@@ -24,7 +24,7 @@ def shown(text: str, *below: str) -> str:
         text: such as a repr.
         below: HTML.
     """
-    return "".join([f"<pre>{html.escape(text)}</pre>", *below])
+    return "".join([f'<pre style="white-space:pre-wrap">{html.escape(text)}</pre>', *below])
 
 
 def strip(images: Iterable[NDArray[np.floating]], titles: Iterable[object]) -> str:
