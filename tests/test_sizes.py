@@ -16,11 +16,12 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.experiments import features, images, latents, one_pass, release_sweep
-from dit_lens.experiments.cost import fitting_batch, free_memory, gap_cost, macs_of
+from dit_lens.experiments.cost import fitting_batch, free_memory, gap_cost
 from dit_lens.experiments.gap import measure_gap
 from dit_lens.experiments.outcomes import once
 from dit_lens.groundtruth import random_weights
 from dit_lens.measures.agreement import agreement
+from dit_lens.plans.costs import Costs
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
 from dit_lens.sampling.parts import OutOfMemory, Split
 
@@ -377,7 +378,7 @@ def test_a_cost_is_what_is_then_run(model, batch):
         measure_gap(model, 16, 6, batch=batch, clones=False, resamples=20)
     assert cost.exact and len(seen["forwards"]) == cost.forwards
     assert sum(seen["forwards"]) == cost.images and sum(seen["blocks"]) == cost.blocks
-    assert cost.macs == cost.images * macs_of(model)
+    assert cost.macs == cost.images * Costs.of(model).whole
     planned = gap_cost(model, 16, 12, batch=batch, calibrate=False)
     with forwards(model.transformer) as seen:
         measure_gap(model, 16, 12, batch=batch, resamples=20)

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 (no public name)
-from torch.utils.flop_counter import FlopCounterMode
 
 from dit_lens.probes import LayerLens, TwinDivergence
 
@@ -28,6 +26,7 @@ from ..errors import InvalidValue
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
 from ..patching import tiles
+from ..plans.costs import Costs
 from ..sampling.guidance import model_inputs
 from ..sampling.loop import prepared
 from ..sampling.parts import Split, is_out_of_memory
@@ -148,7 +147,7 @@ def gap_cost(
         forwards=forwards,
         images=images,
         blocks=images * layers,
-        macs=images * macs_of(model),
+        macs=images * Costs.of(model).whole,
         batch=min(batch or 2 * pairs, 2 * pairs),
         memory=weights + trajectories + kept + active,
         stored=(layers + 2) * 2 * pairs * steps * latent,
@@ -203,7 +202,7 @@ def patch_cost(
         forwards=-(-knocked // at_once) + -(-(later + first) // (batch or 16)) + steps,
         images=images,
         blocks=images * layers,
-        macs=images * macs_of(model),
+        macs=images * Costs.of(model).whole,
         batch=at_once,
         # the run, and the one without a layer
         memory=int(weights + 2 * 3 * 2 * pairs * (steps + 1) * latent + active),
@@ -226,22 +225,6 @@ def _inputs(model: HookedDiT, items: int) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def macs_of(model: HookedDiT) -> float:
-    """Multiply-accumulates of one image's forward, counted by PyTorch.
-
-    Args:
-        model: the opened model.
-
-    >>> import dit_lens; round(macs_of(dit_lens.load("digits")) / 1e6)
-    104
-    """
-    counter, inputs = FlopCounterMode(display=False), _inputs(model, 1)  # prompts are encoded here
-    # the fused kernels of some devices are not counted; this one is, and does the same work
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        model(*inputs)
-    return float(counter.get_total_flops()) / 2
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that a device has free.
 
