@@ -381,7 +381,10 @@ def report(figures: dict[str, Any]) -> None:
         share("all factors legal at once", figures["all_legal"])
         for name, part in figures["frequencies"].items():
             total = sum(part["counts"].values())
-            shares = ", ".join(f"{count / total:.1%}" for count in part["counts"].values())
+            shares = ", ".join(
+                "{:.1%} [{:.1%}, {:.1%}]".format(count / total, *wilson(count, total))
+                for count in part["counts"].values()
+            )
             met = "met" if part["met"] else "missed"
             row(f"{name}, how often each", shares, f"p {part['p']:.2g}", f"5 %: {met}")
         copies = figures["copies"]

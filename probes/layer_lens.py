@@ -117,7 +117,13 @@ class LayerLens(Probe):
         return self.model.predict_x0(output, x, self.times()[step], self.schedulers[step])
 
     def times(self) -> dict[int, Tensor]:
-        """The timestep of each step, on the host."""
+        """The timestep of each step, on the host.
+
+        Raises:
+            InvalidState: if nothing was seen.
+        """
+        if not self.seen.steps:
+            raise InvalidState(NOTHING)
         if not self.known_times:
             seen = torch.stack([self.timesteps[s] for s in self.seen.steps]).cpu()
             self.known_times = dict(zip(self.seen.steps, seen, strict=True))

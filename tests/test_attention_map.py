@@ -171,7 +171,7 @@ def test_it_is_stored_and_drawn(traced, tmp_path):
     with xr.open_dataarray(tmp_path / "map.nc") as read:
         assert read.identical(found.astype(read.dtype))
     images = np.random.default_rng(0).random((2, 3, 16, 16))
-    ax = found.plot.words(images)
+    ax = found.plot.words(torch.from_numpy(images).requires_grad_())
     assert [t.get_text() for t in ax.get_xticklabels()] == ["", "red", "fox"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
     drawn = ax.images[0].get_array()

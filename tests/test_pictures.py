@@ -310,6 +310,8 @@ def test_notebooks_show_sentences_and_no_html_of_others():
     html = result._repr_html_()
     assert ">low &lt;b&gt;first&lt;/b&gt;</pre>" in html
     assert "xarray" in html
+    assert not Result({"x": ("n", [1.0])})._repr_html_().startswith("<pre")  # nothing to say
+    assert "word..." in strip([np.ones((3, 4, 4))], ["word " * 99])
     video = np.zeros((3, 5, 4, 4))
     video[:, 2] = 1  # the middle frame
     [frame] = shown_images(strip([video], ["<i>"]))

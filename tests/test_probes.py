@@ -334,6 +334,7 @@ def test_the_lens_never_fires_a_user_s_module_hooks():
         lambda: TwinDivergence().result(),
         lambda: LayerLens().result(),
         lambda: LayerLens().x0(3, 1),
+        lambda: LayerLens().times(),
     ],
 )
 def test_a_probe_that_never_ran_says_so(read):

@@ -425,7 +425,8 @@ def progress_bar(every: float = 60.0) -> Progress:
         def update(self, task_id: TaskID, **changes: Any) -> None:
             super().update(task_id, **changes)
             if not self.console.is_terminal and time.monotonic() - self.said >= every:
-                self.said, task = time.monotonic(), self._tasks[task_id]
+                self.said = time.monotonic()
+                task = next(each for each in self.tasks if each.id == task_id)
                 done = f"{task.percentage:.0f} %" if task.total else f"{task.completed:g}"
                 line = f"{task.description}: {done}, {times.render(task)}"
                 self.console.file.write(f"{line}\n")

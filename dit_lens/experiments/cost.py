@@ -224,7 +224,6 @@ def _inputs(model: HookedDiT, items: int) -> tuple[Any, ...]:
     return model_inputs(model, x, scheduler.timesteps[0], labels, 1.0)
 
 
-@torch.no_grad()
 def free_memory(device: torch.device) -> int:
     """Bytes that a device has free.
 

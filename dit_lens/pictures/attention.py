@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from xarray.plot.accessor import DataArrayPlotAccessor
 
@@ -87,7 +88,7 @@ def _in_rows(maps: xr.DataArray) -> tuple[xr.DataArray, str]:
 
 def _images(images: Any, maps: xr.DataArray, down: str) -> np.ndarray:
     """The images beside each row of maps, in three channels."""
-    found = np.asarray(images, dtype=float)
+    found = torch.as_tensor(images).detach().cpu().double().numpy()  # also from a GPU
     if found.ndim != 4 or down != "batch" or len(found) <= maps[down].max():
         expected = f"[batch, channel, row, column], {int(maps[down].max()) + 1} or more of them"
         expected = expected if down == "batch" else f"None beside maps along {down}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -38,7 +39,9 @@ def strip(images: Iterable[NDArray[np.floating]], titles: Iterable[object]) -> s
     all_of_them = list(zip(images, titles, strict=True))
     parts = []
     for image, title in all_of_them[:SHOWN]:
-        name = html.escape(str(title))
+        name = html.escape(
+            textwrap.shorten(str(title), 40, placeholder="...")
+        )  # a prompt may be long
         parts.append(
             '<figure style="display:inline-block;margin:0 6px 6px 0;text-align:center">'
             f'<img alt="{name}" src="{_png(image)}" '

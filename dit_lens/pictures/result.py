@@ -443,7 +443,8 @@ class Result(xr.Dataset):
     def _repr_html_(self) -> str:
         """For notebooks: what it says in sentences, above xarray's view of the variables."""
         said = [str(v) for k, v in self.attrs.items() if k.startswith(("headline", "sentence"))]
-        return notebook.shown("\n".join(said), super()._repr_html_())
+        below = super()._repr_html_()
+        return notebook.shown("\n".join(said), below) if said else below
 
     @property
     def plot(self) -> Pictures:  # type: ignore[override]
