@@ -439,7 +439,7 @@ class Trace:
 
     def __getitem__(self, key: Key) -> Tensor:
         name = resolve(key, self.names)
-        return _stacked(name, self._read([name])[name])
+        return _stacked(name, read(self.record, self.model, [name])[name])
 
     def get(
         self, names: NamesFilter, steps: Steps = None, branch: str | None = None
