@@ -18,6 +18,7 @@ from conftest import make_dit
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dit_lens
 from dit_lens import families
@@ -447,10 +448,20 @@ def test_what_is_refused(tmp_path):
     linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(
         ValueError,
-        match=r"has quantised weights \(transformer_blocks.0.attn1.to_q.weight is torch.int8\).*"
-        "load it unquantised",
+        match=r"has quantised or sharded weights "
+        r"\(transformer_blocks.0.attn1.to_q.weight is torch.int8\).*load it unquantised",
     ):
         dit_lens.HookedDiT(quantised)
+    two = copy.deepcopy(dit)  # a tensor that is made of others, as torchao's, quanto's, DTensor
+    linear = two.transformer_blocks[0].attn1.to_q
+    linear.weight = torch.nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+    with pytest.raises(
+        ValueError, match=r"\(transformer_blocks.0.attn1.to_q.weight is a TwoTensor"
+    ):
+        dit_lens.HookedDiT(two)
+    dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dit), {torch.nn.Linear})
+    with pytest.raises(ValueError, match=r"is a torch\.ao\.nn\.quantized\.dynamic\..*Linear\)"):
+        dit_lens.HookedDiT(dynamic)
 
     class NoTransformer:
         components = {"transformer": None, "scheduler": None}
@@ -462,7 +473,7 @@ def test_what_is_refused(tmp_path):
         "DiTPipeline",
     ):
         dit_lens.HookedDiT(NoTransformer())
-    for model in (empty, quantised):
+    for model in (empty, quantised, two, dynamic):
         assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == []
 
 

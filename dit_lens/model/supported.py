@@ -19,17 +19,12 @@ def refuse_unfit(transformer: nn.Module) -> None:
             "original instead "
             "(compiled._orig_mod, or load it again), and compile nothing while you look inside."
         )
-    quantised = next(
-        (n for n, p in transformer.named_parameters() if not p.is_floating_point()), None
-    )
-    if quantised is not None or getattr(transformer, "hf_quantizer", None) is not None:
-        named = (
-            f" ({quantised} is {transformer.get_parameter(quantised).dtype})" if quantised else ""
-        )
+    packed = _packed(transformer)
+    if packed or getattr(transformer, "hf_quantizer", None) is not None:
         raise InvalidValue(
-            f"{type(transformer).__name__} has quantised weights{named}, whose layers compute in "
-            "ways dit_lens can't repeat bit for bit; "
-            "load it unquantised, in float32, bfloat16 or float16."
+            f"{type(transformer).__name__} has quantised or sharded weights{packed}, whose layers "
+            "compute in ways dit_lens can't repeat bit for bit; load it unquantised, in float32, "
+            "bfloat16 or float16, on one device."
         )
     offloaded = any(hasattr(m, "_hf_hook") for m in transformer.modules())
     meta = next((n for n, p in transformer.named_parameters() if p.device.type == "meta"), None)
@@ -40,6 +35,19 @@ def refuse_unfit(transformer: nn.Module) -> None:
             "(from_pretrained, or to_empty and load_state_dict)."
         )
     refuse_cache(transformer)
+
+
+def _packed(transformer: nn.Module) -> str:
+    """The first weight that is not a plain tensor of numbers, in brackets; "" where all are."""
+    for name, weight in transformer.named_parameters():
+        if not weight.is_floating_point():
+            return f" ({name} is {weight.dtype})"
+        if hasattr(weight, "__tensor_flatten__"):  # made of others: torchao's, quanto's, DTensor
+            return f" ({name} is a {type(weight).__name__})"
+    for name, module in transformer.named_modules():
+        if callable(getattr(module, "weight", None)):  # PyTorch's own quantised layers
+            return f" ({name} is a {type(module).__module__}.{type(module).__name__})"
+    return ""
 
 
 def refuse_cache(transformer: nn.Module) -> None:
