@@ -130,18 +130,19 @@ def spectrum_commitment(
     variance, agreement = sampler_agreement(GRID, *levels)
     given, bands = variance if sampled else GRID, int(index.max()) + 1
     inside, logs = [np.flatnonzero(index == b) for b in range(bands)], np.log(GRID)
+
+    def by_band(modes: Array) -> Array:
+        """Sums over the fields and modes of each band, [resample, band]."""
+        return np.stack([modes[:, :, of].sum((1, 2)) for of in inside], 1)
+
     taus = []
     for part in np.array_split(counts, -(-len(counts) // AT_ONCE)):
         modes = np.einsum("rp,pcm->rcm", part, energy) / energy.shape[0]
         lam = np.interp(np.log(np.maximum(modes, 1e-30)), np.log(given), logs)
         finished = np.interp(lam, logs, variance)
-        shared = [finished * np.interp(lam, logs, agreement[r]) for r in releases]
-        whole = [finished[:, :, of].sum((1, 2)) for of in inside]
-        curves = [
-            np.stack([s[:, :, of].sum((1, 2)) / w for s in shared], -1)
-            for of, w in zip(inside, whole, strict=True)
-        ]
-        taus.append(curve_commitment(np.stack(curves, 1), releases, log_snr))
+        whole = by_band(finished)
+        curves = [by_band(finished * np.interp(lam, logs, agreement[r])) / whole for r in releases]
+        taus.append(curve_commitment(np.stack(curves, -1), releases, log_snr))
     found = np.concatenate(taus)
     # variances from few samples scatter, and agreement is not linear in them; the resamples, whose
     # variances scatter as much again, show by how much that shifts the answer

@@ -4,7 +4,7 @@ images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -86,6 +86,63 @@ class Outcome:
             contrasts: of the labels.
         """
         return sums(x, y, self.bands)
+
+
+Sides = Mapping[str, Tensor]
+"""One side of all comparisons: modes by the name of the outcome."""
+
+
+def side(outcomes: Sequence[Outcome], x: Tensor, contrasts: Contrasts) -> Sides:
+    """One side of the comparison in every outcome; modes that several compare are computed once.
+
+    Args:
+        outcomes: what is compared.
+        x: finished latents, [pair, channel, height, width].
+        contrasts: of the labels.
+    """
+    found: dict[str, Tensor] = {}
+    for group in _alike(outcomes):
+        modes = group[0].modes(x, contrasts)
+        found |= {o.name: modes for o in group}
+    return found
+
+
+def statistics(
+    outcomes: Sequence[Outcome], x: Tensor | Sides, y: Tensor | Sides, contrasts: Contrasts
+) -> dict[str, Tensor]:
+    """What `Outcome.sums` gives of both sides, by the name of the outcome, [3, pair, band].
+
+    Args:
+        outcomes: what is compared.
+        x: finished latents of twin A, or what `side` made of them.
+        y: the same of twin B.
+        contrasts: of the labels.
+    """
+    found: dict[str, Tensor] = {}
+    for group in _alike(outcomes):
+        first = group[0]
+        a, b = (
+            first.modes(each, contrasts) if isinstance(each, Tensor) else each[first.name]
+            for each in (x, y)
+        )
+        found |= {o.name: o.sums(a, b, contrasts) for o in group}
+        del a, b  # or the next group's would be made beside them
+    return found
+
+
+def _alike(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    """The outcomes in groups that compare the same modes of the same fields."""
+    groups: list[list[Outcome]] = []
+    for one in outcomes:
+        for group in groups:
+            a, b = one.bands, group[0].bands
+            plain = type(one) is type(group[0]) is Outcome and one.of is group[0].of
+            if plain and (a is b or (a and b and a.shares_modes(b))):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups
 
 
 class Decoder:

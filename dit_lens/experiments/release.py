@@ -39,7 +39,7 @@ from ..measures.estimate import Estimate
 from ..pieces import Piece, results
 from ..sampling.run import Run
 from ..twinning.twins import Twins
-from .outcomes import Outcome, compared, once
+from .outcomes import Outcome, Sides, compared, once, side, statistics
 from .released import Released
 
 SLACK = 0.01
@@ -223,20 +223,19 @@ def one_pass(
     seen = run.x0 if quantity == "x0" else run.latents[:-1]
     contrasts = Contrasts(run.labels.tolist(), len(run.labels))
     with once():
-        ends: list[Tensor] = []  # of each outcome, once they are asked for
+        end: Sides = {}  # made once it is asked for
 
         def part(steps: range) -> dict[str, NDArray[Any]]:
-            if not ends:
-                ends.extend(o.modes(run.latents[-1], contrasts) for o in outcomes)
+            nonlocal end
+            end = end or side(outcomes, run.latents[-1], contrasts)
             found: dict[str, list[Tensor]] = {o.name: [] for o in outcomes}
             for step in steps:
                 x = seen[step]
                 if step + 1 == len(seen) and torch.equal(x, run.latents[-1]):
                     x = run.latents[-1]  # decoded already
-                for o, end in zip(outcomes, ends, strict=True):
-                    stats = o.sums(o.modes(x, contrasts), end, contrasts)
+                for name, stats in statistics(outcomes, x, end, contrasts).items():
                     # both twins of a pair add up
-                    found[o.name].append(stats.unflatten(1, (2, -1)).sum(1))
+                    found[name].append(stats.unflatten(1, (2, -1)).sum(1))
                 if progress is not None:
                     progress(step + 1, len(seen))
             return {name: torch.stack(each, 1).cpu().numpy() for name, each in found.items()}

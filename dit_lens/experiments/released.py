@@ -20,7 +20,7 @@ from ..sampling.branches import Branch, ends
 from ..sampling.guidance import n_passes
 from ..sampling.parts import Split
 from ..twinning.twins import Twins, twin_seeds
-from .outcomes import Outcome
+from .outcomes import Outcome, Sides, side, statistics
 
 TOGETHER = 16
 """So many releases that are known beforehand are one piece: they go through the model together."""
@@ -55,7 +55,7 @@ class Released:
         labels = twins.a.labels.tolist()
         self.contrasts = Contrasts(labels, len(labels))
         self.finished = twins.run.latents[-1]
-        self._shared: dict[str, Tensor] = {}
+        self._shared: Sides = {}
         self.parts: Sequence[tuple[int, ...]] = ()
         edited = any(change.edits for change in twins.run.history)  # edits see a run's own batch
         if self.clones and batch is not None and not edited:
@@ -71,11 +71,11 @@ class Released:
             if self.clones:
                 self.twins.a.check(self.twins.run.settings.steps - 1)
 
-    def shared(self) -> dict[str, Tensor]:
+    def shared(self) -> Sides:
         """What of twin A's finished images is compared."""
         if not self._shared:
             mine = self.finished[: self.twins.pairs]
-            self._shared = {o.name: o.modes(mine, self.contrasts) for o in self.outcomes}
+            self._shared = side(self.outcomes, mine, self.contrasts)
         return self._shared
 
     def at(
@@ -136,11 +136,9 @@ class Released:
         found: dict[str, Tensor] = {}
         for i, release in enumerate(group):
             mine, theirs = (None, done[i]) if self.clones else done[2 * i : 2 * i + 2]
-            for o in self.outcomes:
-                own = self.shared()[o.name] if mine is None else o.modes(mine, self.contrasts)
-                found[f"{release} {o.name}"] = o.sums(
-                    own, o.modes(theirs, self.contrasts), self.contrasts
-                )
+            a = self.shared() if mine is None else mine
+            stats = statistics(self.outcomes, a, theirs, self.contrasts)
+            found |= {f"{release} {name}": each for name, each in stats.items()}
             if self.kept:
                 for twin, x in (("A", mine), ("B", theirs)):
                     if x is not None:

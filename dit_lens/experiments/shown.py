@@ -90,8 +90,8 @@ def pictures(
     coords = {"shown_layer": strip["layers"], "shown_step": strip["steps"]}
     if ends:
         order = sorted(ends)
-        latents = torch.cat([x for release in order for x in ends[release]])
-        shown = small(decode(model, latents, batch)).unflatten(0, (len(order), 2, -1))
+        each = [small(decode(model, torch.cat(ends[release]), batch)) for release in order]
+        shown = torch.stack(each).unflatten(1, (2, -1))
         found["end"] = (("release", "twin", "shown", *image), shown.numpy())
         coords |= {"release": np.array(order), "twin": np.array(["A", "B"])}
     return xr.Dataset(found, coords)

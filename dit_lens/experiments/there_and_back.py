@@ -30,7 +30,7 @@ from ..sampling.loop import is_stochastic
 from ..sampling.noise import noise
 from ..sampling.run import Run
 from ..twinning.twins import Twins, twin_seeds
-from .outcomes import Outcome, compared, once
+from .outcomes import Outcome, compared, once, side, statistics
 from .release import RELEASES, Curves, planned_releases, steepest
 
 
@@ -120,17 +120,16 @@ def there_and_back(
     seeds = sum(twin_seeds(seed, items), [])[:items]
     found: dict[int, dict[str, Agreement]] = {}
     with once():
-        own = {o.name: o.modes(run.latents[-1], contrasts) for o in outcomes}
+        own = side(outcomes, run.latents[-1], contrasts)
 
         def go(chosen: Sequence[int]) -> None:
             done = ends(returns(run, chosen, seeds), batch)
             for release, x in zip(chosen, done, strict=True):
                 found[release] = {}
-                for o in outcomes:
-                    stats = o.sums(own[o.name], o.modes(x, contrasts), contrasts)
+                for name, stats in statistics(outcomes, own, x, contrasts).items():
                     if isinstance(runs, Twins):
                         stats = stats.unflatten(1, (2, -1)).sum(1)
-                    found[release][o.name] = Agreement.of(stats)
+                    found[release][name] = Agreement.of(stats)
                 if progress is not None:
                     progress(len(found), total)
 

@@ -397,6 +397,22 @@ class Bands:
         x = _float(self._tokens(x))
         return self._turn(x, inverse=False)
 
+    def shares_modes(self, other: Bands) -> bool:
+        """Whether other bands are made of the same modes, so that coefficients serve both.
+
+        Args:
+            other: the other bands.
+
+        >>> Bands.radial((8, 8), cut=0.25).shares_modes(Bands.radial((8, 8), n=4))
+        True
+        """
+        own, theirs = self._basis, other._basis
+        return (
+            self.grid == other.grid
+            and len(own) == len(theirs)
+            and all(a is b or torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+        )
+
     def total(self, values: Tensor) -> Tensor:
         """What has one value for each mode, added up over each band's modes.
 
