@@ -46,9 +46,8 @@ def side_by_side(results: Sequence[xr.Dataset]) -> xr.Dataset:
         results: of `dit_lens.experiments.knock_outs`, one a way.
     """
     ways = [result.attrs["how"] for result in results]
-    found = xr.concat(
-        [result.drop_attrs() for result in results], xr.DataArray(ways, dims="how", name="how")
-    )
+    way = xr.DataArray(ways, dims="how", name="how")
+    found = xr.concat(list(results), way, combine_attrs="drop")
     attrs = dict(results[0].attrs)
     attrs |= {f"sentence_{way}": r.attrs["sentence"] for way, r in zip(ways, results, strict=True)}
     for name in ("how", "sentence", "causes"):
