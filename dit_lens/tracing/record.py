@@ -88,6 +88,17 @@ class Record:
             return None
         return found
 
+    def one_time(self) -> tuple[int, float] | None:
+        """The first of two calls in a row at one timestep, and that, where nothing told their
+        steps and each counts as one: both may be of one step, as the two of guidance are.
+        """
+        for i, pair in enumerate(zip(self.calls, self.calls[1:], strict=False)):
+            told = any(c.place is not None or c.context.step is not None for c in pair)
+            first, second = (c.t for c in pair)
+            if not told and bool(first[0] == second[0]):
+                return i, float(first[0])
+        return None
+
     def kept(self, value: Tensor) -> Tensor:
         """An activation as it is kept: a copy, as whatever comes after it in the pass, a module or
         somebody's hook, may change it in place.

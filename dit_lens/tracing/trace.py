@@ -173,6 +173,16 @@ class Trace:
                     f"{', '.join(map(repr, branches))}.",
                     stacklevel=2,
                 )
+        asked = [self.record.steps, *(steps for _, steps, _ in self._edit_steps)]
+        by_step = any(steps is not None for steps in asked)
+        if by_step and kind is None and (found := self.record.one_time()) is not None:
+            warnings.warn(
+                "steps= counted calls of the transformer, for in a loop of your own nothing tells "
+                f"its steps, and calls {found[0]} and {found[0] + 1} are both at timestep "
+                f"{found[1]:g}; expected one call a step, with both branches of guidance in it, or "
+                "steps= that counts calls.",
+                stacklevel=2,
+            )
 
     def _attach(self, name: str, listener: Listener, taken: Taken) -> None:
         instrumentation = self._traced_model().instrumentation
@@ -682,7 +692,8 @@ def trace(
         model_or_pipe: a `HookedDiT`, a pipeline or a transformer; the last two are opened for the
             length of the block only.
         names: what to record as it happens; None records nothing and recomputes what is read.
-        steps: which steps to record: an int, a slice, a range or a collection; None is all.
+        steps: which steps to record: an int, a slice, a range or a collection; None is all. In a
+            loop of your own each call of the transformer is a step.
         device: where to keep records, such as "cpu"; None is where they are.
         dtype: as what to keep records, such as torch.float16; None is as they are.
         probes: `Probe` instances that observe.
