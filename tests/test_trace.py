@@ -573,17 +573,18 @@ def test_steps_device_and_dtype(pipe):
         run(pipe)
 
 
-@pytest.mark.parametrize("calls", [1, 2])
-def test_calls_of_one_step_that_are_counted_as_steps_are_warned_of(pipe, calls, recwarn):
-    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+@pytest.mark.parametrize("branches", [["both"], ["cond", "uncond"]])
+def test_branches_that_are_counted_as_steps_are_warned_of(pipe, branches, recwarn):
+    x, labels = torch.randn(2, 4, 8, 8), {"both": [1, 1000], "cond": [1, 2], "uncond": [1000] * 2}
     with dit_lens.trace(pipe) as t:
         t.ablate("blocks.1.hook_attn_out", steps=[1])
         for time in (750, 500, 250):
-            for _ in range(calls):  # of guidance: one of these for each branch
+            for branch in branches:
+                y = torch.tensor(labels[branch])
                 pipe.transformer(x, timestep=torch.tensor([time] * 2), class_labels=y)
     said = [str(each.message) for each in recwarn if "counted calls" in str(each.message)]
-    assert len(said) == calls - 1
-    assert all("calls 0 and 1 are both at timestep 750" in each for each in said)
+    assert len(said) == len(branches) - 1
+    assert all("calls 0 and 1 are given one x_t at one timestep" in each for each in said)
 
 
 def test_of_a_run_that_was_broken_off_no_edit_is_said_to_be_idle(pipe, recwarn):

@@ -175,12 +175,11 @@ class Trace:
                 )
         asked = [self.record.steps, *(steps for _, steps, _ in self._edit_steps)]
         by_step = any(steps is not None for steps in asked)
-        if by_step and kind is None and (found := self.record.one_time()) is not None:
+        if by_step and kind is None and (first := self.record.branches_as_steps()) is not None:
             warnings.warn(
                 "steps= counted calls of the transformer, for in a loop of your own nothing tells "
-                f"its steps, and calls {found[0]} and {found[0] + 1} are both at timestep "
-                f"{found[1]:g}; expected one call a step, with both branches of guidance in it, or "
-                "steps= that counts calls.",
+                f"its steps, and calls {first} and {first + 1} are given one x_t at one timestep; "
+                "expected both branches of guidance in one call, or steps= that counts calls.",
                 stacklevel=2,
             )
 
