@@ -282,6 +282,14 @@ def test_tokens_beside_the_image(sit):
         HookedDiT(alive(UViT()), blocks=lists, adapter=Adapter((4, 8, 8), labels=10))
 
 
+@pytest.mark.parametrize(("tokens", "said"), [((0, 16), 0), ((1, 17), 1)])
+def test_other_tokens_than_the_image_s_are_refused(tokens, said):
+    adapter = Adapter((4, 8, 8), labels=10, tokens=slice(*tokens))
+    blocks = ["in_blocks", "mid_block", "out_blocks"]
+    with pytest.raises(InvalidValue, match=f"Token {said} of the last stream is one of the image"):
+        HookedDiT(alive(UViT()), blocks=blocks, adapter=adapter)
+
+
 class Conditioned(nn.Module):
     """Given words, and nothing else; its blocks answer in a tuple."""
 
