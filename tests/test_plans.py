@@ -164,6 +164,27 @@ def test_a_pipeline_under_a_plan_skips_and_is_left_as_it_was():
     assert (image() == plain).all()
 
 
+def test_a_module_hook_is_shown_what_the_module_computes():
+    pipe, shown = make_pipe(), []
+    call = {"class_labels": [3, 7], "num_inference_steps": 4, "output_type": "np"}
+
+    def image():
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    model = HookedDiT(pipe)
+    with dit_lens.trace(pipe) as t:
+        image()
+    plan = Plan.of(model, t.timesteps, cells_of((1, "attn", [2])))
+    with dit_lens.reuse(pipe, plan):
+        found = image()
+        attention = pipe.transformer.transformer_blocks[1].attn1
+        handle = attention.register_forward_hook(lambda *args: shown.append(args[-1].clone()))
+        assert (image() == found).all()
+        handle.remove()
+        assert (image() == found).all()
+    assert len(shown) == 4 and all(bool(each.any()) for each in shown)
+
+
 def test_what_fails_inside_leaves_the_model_as_it_was(model, plan):
     before = forwards_left(model.transformer)
     with pytest.raises(ZeroDivisionError), dit_lens.reuse(model, plan):
