@@ -440,6 +440,17 @@ def test_a_file_runs_a_plan_on_plain_diffusers(cells, lines, tmp_path):
         pipe(**call | {"num_inference_steps": 3})
 
 
+def test_a_file_takes_the_time_by_place_too(plan, tmp_path):
+    scope, dit, x = {}, make_dit(channels=1, classes=10), torch.randn(2, 1, 8, 8)
+    exec(plan.to_script(tmp_path / "fast.py").read_text(), scope)
+    with torch.no_grad(), scope["plan"](dit):
+        for time in map(torch.tensor, plan.timesteps):
+            by_place = dit(x, time.expand(2), torch.tensor([1, 2])).sample
+        for time in map(torch.tensor, plan.timesteps):
+            by_name = dit(x, timestep=time.expand(2), class_labels=torch.tensor([1, 2])).sample
+    assert torch.equal(by_place, by_name)
+
+
 def test_a_file_leaves_another_tools_forward_alone(model, plan, tmp_path):
     scope, pipe = {}, make_pipe()
     exec(plan.to_script(tmp_path / "fast.py").read_text(), scope)
