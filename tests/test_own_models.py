@@ -906,6 +906,26 @@ def test_an_answer_of_unknown_axes_is_stored_and_loaded(adapter, tmp_path):
 # Refusals.
 
 
+def test_labels_without_an_adapter_are_given_by_name(plain):
+    model = HookedDiT(copy.deepcopy(plain), blocks="layers")
+    with torch.no_grad():
+        assert torch.equal(model(X, T, {"y": Y}), plain(X, T, Y))
+    for y in (Y, 3, "a fox"):
+        with pytest.raises(InvalidValue, match=r"What SiT takes besides x_t .* {'y': labels}, or"):
+            model.run_with_cache(X, T, y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_modules_of_ones_own_are_refused_as_such(plain, whole):
+    module = copy.deepcopy(plain)
+    if whole:
+        module = torch.compile(module)
+    else:
+        module.layers[1] = torch.compile(module.layers[1])
+    with pytest.raises(InvalidState, match="The model is compiled"):
+        HookedDiT(module, blocks="layers")
+
+
 def test_anything_else_is_told_the_three_ways_on():
     class Mine(nn.Module):
         def __init__(self):
