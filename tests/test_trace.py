@@ -566,7 +566,7 @@ def test_steps_device_and_dtype(pipe):
     ):
         dit_lens.trace(pipe, steps=[-1])
     with (
-        pytest.warns(UserWarning, match="never acted: the run had 4 steps"),
+        pytest.warns(UserWarning, match="never acted: the run had 4 steps, 0 to 3"),
         dit_lens.trace(pipe) as t,
     ):
         t.edit("hook_embed", lambda a, hook: None, steps=50)
@@ -585,6 +585,16 @@ def test_branches_that_are_counted_as_steps_are_warned_of(pipe, branches, recwar
     said = [str(each.message) for each in recwarn if "counted calls" in str(each.message)]
     assert len(said) == len(branches) - 1
     assert all("calls 0 and 1 are given one x_t at one timestep" in each for each in said)
+
+
+def test_an_edit_that_acted_in_no_step_of_two_runs_is_warned_of(pipe):
+    with (
+        pytest.warns(UserWarning, match="never acted: the run had 4 steps, 0 to 3"),
+        dit_lens.trace(pipe) as t,
+    ):
+        t.edit("hook_embed", lambda a, hook: None, steps=5)
+        run(pipe)
+        run(pipe)
 
 
 def test_of_a_run_that_was_broken_off_no_edit_is_said_to_be_idle(pipe, recwarn):

@@ -161,10 +161,11 @@ class Trace:
         # a run that was broken off says nothing of the steps it did not come to
         branches = dict.fromkeys(w for c in self.record.calls for w in c.told.split(" | "))
         for name, steps, branch in [] if kind else self._edit_steps:
-            if self.record.calls and not any(map(step_test(steps), self.steps)):
+            seen = sorted(self._recorder.of_runs)
+            if self.record.calls and not any(map(step_test(steps), seen)):
                 warnings.warn(
                     f"The edit at {name!r} for steps={steps!r} never acted: the run had "
-                    f"{len(self.steps)} steps.",
+                    f"{len(seen)} steps, {seen[0]} to {seen[-1]}.",
                     stacklevel=2,
                 )
             elif branches and branch not in (None, *branches):
