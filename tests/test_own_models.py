@@ -719,6 +719,17 @@ def test_parts_that_are_one_module_are_refused(sit):
     assert HookedDiT(sit, blocks="layers", parts={"attn": "attention"}).cfg.n_layers == 3
 
 
+def test_a_trace_of_other_hook_points_says_which(plain, tmp_path):
+    module = copy.deepcopy(plain)
+    model = HookedDiT(module, blocks="layers")
+    with dit_lens.trace(model) as t, torch.no_grad():
+        module(X, T, Y)
+    path = t.save(tmp_path / "t.safetensors")
+    model.remove()
+    with pytest.raises(InvalidValue, match="its blocks.0.attn.hook_in is .*, this one's none"):
+        dit_lens.load_trace(path, HookedDiT(module, blocks="layers", parts={}))
+
+
 def test_a_model_that_has_run_can_be_pickled(sit):
     sit.__class__ = SiT
     with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model), torch.no_grad():

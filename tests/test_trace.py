@@ -483,7 +483,7 @@ def test_save_and_load(pipe, tmp_path):
         alone["hook_embed"]
     again = dit_lens.load_trace(path, pipe)
     assert torch.equal(again["q", 2], t["q", 2])
-    with pytest.raises(ValueError, match="was traced on another model"):
+    with pytest.raises(ValueError, match="another model, .*: its n_layers is 3, this one's 2"):
         dit_lens.load_trace(path, make_dit(layers=2))
     pipe.transformer.proj_out_1.bias.data += 1
     assert torch.equal(dit_lens.load_trace(path, pipe)["k", 2], t["k", 2])

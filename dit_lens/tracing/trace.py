@@ -765,9 +765,13 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         return Trace(None, files.load(path))
     owner = HookedDiT.of(model)
     record = files.load(path, owner.device)
-    if owner.cfg != record.cfg or dict(owner.sites) != dict(record.sites):
+    theirs, ours = ({**vars(each.cfg), **each.sites} for each in (record, owner))
+    differs = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+    if differs:
+        name = differs[0]
         raise InvalidValue(
-            f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
+            f"{str(path)!r} was traced on another model, or one that was opened otherwise: its "
+            f"{name} is {theirs.get(name, 'none')}, this one's {ours.get(name, 'none')}."
         )
     return Trace(owner, record)
 
