@@ -29,7 +29,7 @@ def moved(name):
     gone.
     """
     with dit_lens.trace(model) as t:
-        t.patch(name, of_a, steps=range(WINDOW))  # both traces count from the release
+        t.patch(name, of_a, steps=range(RELEASE, RELEASE + WINDOW))
         after = b.replay(from_step=RELEASE).latents[-1]
     return float(1 - (a.latents[-1] - after).square().sum() / before)
 

@@ -117,6 +117,20 @@ def test_the_example_family_keeps_the_contract():
     assert "ScaleTransformer2DModel, 4 layers" in run.stdout
 
 
+def test_the_example_patches_between_twins(capsys, recwarn):
+    text = (ROOT / "examples" / "patch_between_twins.py").read_text()
+    for long, short in (
+        ("RELEASE, WINDOW = 25, 10", "RELEASE, WINDOW = 4, 2"),
+        ("pairs=6, release=RELEASE", "pairs=1, release=RELEASE, steps=8"),
+        ("n_layers, 4)", "n_layers, 28)"),
+    ):
+        assert long in text
+        text = text.replace(long, short)
+    exec(text, {})
+    assert not [w for w in recwarn if "never acted" in str(w.message)]
+    assert capsys.readouterr().out.split()[-1].strip("-") != "0.000"
+
+
 @pytest.mark.parametrize(
     "page", [p.relative_to(ROOT) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))], ids=str
 )

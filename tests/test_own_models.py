@@ -282,6 +282,14 @@ def test_tokens_beside_the_image(sit):
         HookedDiT(alive(UViT()), blocks=lists, adapter=Adapter((4, 8, 8), labels=10))
 
 
+@pytest.mark.parametrize(("tokens", "said"), [((0, 16), 0), ((1, 17), 1)])
+def test_other_tokens_than_the_image_s_are_refused(tokens, said):
+    adapter = Adapter((4, 8, 8), labels=10, tokens=slice(*tokens))
+    blocks = ["in_blocks", "mid_block", "out_blocks"]
+    with pytest.raises(InvalidValue, match=f"Token {said} of the last stream is one of the image"):
+        HookedDiT(alive(UViT()), blocks=blocks, adapter=adapter)
+
+
 class Conditioned(nn.Module):
     """Given words, and nothing else; its blocks answer in a tuple."""
 
@@ -711,6 +719,17 @@ def test_parts_that_are_one_module_are_refused(sit):
     assert HookedDiT(sit, blocks="layers", parts={"attn": "attention"}).cfg.n_layers == 3
 
 
+def test_a_trace_of_other_hook_points_says_which(plain, tmp_path):
+    module = copy.deepcopy(plain)
+    model = HookedDiT(module, blocks="layers")
+    with dit_lens.trace(model) as t, torch.no_grad():
+        module(X, T, Y)
+    path = t.save(tmp_path / "t.safetensors")
+    model.remove()
+    with pytest.raises(InvalidValue, match="its blocks.0.attn.hook_in is .*, this one's none"):
+        dit_lens.load_trace(path, HookedDiT(module, blocks="layers", parts={}))
+
+
 def test_a_model_that_has_run_can_be_pickled(sit):
     sit.__class__ = SiT
     with HookedDiT(sit, blocks="layers") as model, dit_lens.trace(model), torch.no_grad():
@@ -896,6 +915,26 @@ def test_an_answer_of_unknown_axes_is_stored_and_loaded(adapter, tmp_path):
 
 
 # Refusals.
+
+
+def test_labels_without_an_adapter_are_given_by_name(plain):
+    model = HookedDiT(copy.deepcopy(plain), blocks="layers")
+    with torch.no_grad():
+        assert torch.equal(model(X, T, {"y": Y}), plain(X, T, Y))
+    for y in (Y, 3, "a fox"):
+        with pytest.raises(InvalidValue, match=r"What SiT takes besides x_t .* {'y': labels}, or"):
+            model.run_with_cache(X, T, y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_modules_of_ones_own_are_refused_as_such(plain, whole):
+    module = copy.deepcopy(plain)
+    if whole:
+        module = torch.compile(module)
+    else:
+        module.layers[1] = torch.compile(module.layers[1])
+    with pytest.raises(InvalidState, match="The model is compiled"):
+        HookedDiT(module, blocks="layers")
 
 
 def test_anything_else_is_told_the_three_ways_on():

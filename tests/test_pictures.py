@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 
 import dit_lens
 from dit_lens.errors import InvalidType, InvalidValue
+from dit_lens.pictures.attention import AttentionMap
 from dit_lens.pictures.notebook import strip
 from dit_lens.pictures.result import NEEDS, Result, onset
 from dit_lens.pictures.style import HIGH, INK, LOW
@@ -139,6 +140,52 @@ def test_layers_have_whole_ticks(name):
     ax.figure.canvas.draw()
     ticks = ax.get_xticks()
     assert np.array_equal(ticks, ticks.round())
+    plt.close("all")
+
+
+def test_one_layer_has_one_tick():
+    ax = effects("layer", "window").isel(layer=[2]).plot.map()
+    ax.figure.canvas.draw()
+    low, high = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [2]
+    plt.close("all")
+
+
+def test_causes_of_one_way_and_of_couplings():
+    result = effects("layer").assign_attrs(how="zero", done="coupled")
+    ax = result.plot.causes()
+    assert result.plot.names == ["causes"] and ax.get_xlabel() == "layer coupled"
+    assert effects("layer", "window").plot.names == ["map"]
+    plt.close("all")
+
+
+def test_a_map_has_each_layer_in_its_place_and_says_what_it_shows():
+    result = effects("layer", "window", "band").isel(layer=[0, 3])
+    ax = result.plot.map()
+    drawn = ax.images[0].get_array()
+    assert ax.get_title() == "low" and drawn.shape == (3, 4)
+    assert drawn.mask[:, [1, 2]].all() and (drawn[:, 3] == result.effect[1, :, 0]).all()
+    plt.close("all")
+
+
+def test_many_windows_are_not_all_named():
+    effect = np.zeros((2, 50))
+    names = {"layer": [0, 1], "window": [str(step) for step in range(50)]}
+    ax = Result({"effect": (("layer", "window"), effect)}, coords=names).plot.map()
+    named = [
+        (place, label.get_text())
+        for place, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+    ]
+    assert 5 < len(named) <= 12 and all(str(place) == name for place, name in named)
+    plt.close("all")
+
+
+def test_long_words_do_not_lie_over_each_other():
+    names = {"word": ["photorealistic", "Donaudampfschiff"]}
+    maps = AttentionMap(np.ones((2, 4, 4)), dims=("word", "row", "column"), coords=names)
+    ax = maps.plot.words()
+    ax.figure.canvas.draw()
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {30.0}
     plt.close("all")
 
 

@@ -164,6 +164,27 @@ def test_a_pipeline_under_a_plan_skips_and_is_left_as_it_was():
     assert (image() == plain).all()
 
 
+def test_a_module_hook_is_shown_what_the_module_computes():
+    pipe, shown = make_pipe(), []
+    call = {"class_labels": [3, 7], "num_inference_steps": 4, "output_type": "np"}
+
+    def image():
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    model = HookedDiT(pipe)
+    with dit_lens.trace(pipe) as t:
+        image()
+    plan = Plan.of(model, t.timesteps, cells_of((1, "attn", [2])))
+    with dit_lens.reuse(pipe, plan):
+        found = image()
+        attention = pipe.transformer.transformer_blocks[1].attn1
+        handle = attention.register_forward_hook(lambda *args: shown.append(args[-1].clone()))
+        assert (image() == found).all()
+        handle.remove()
+        assert (image() == found).all()
+    assert len(shown) == 4 and all(bool(each.any()) for each in shown)
+
+
 def test_what_fails_inside_leaves_the_model_as_it_was(model, plan):
     before = forwards_left(model.transformer)
     with pytest.raises(ZeroDivisionError), dit_lens.reuse(model, plan):
@@ -417,6 +438,17 @@ def test_a_file_runs_a_plan_on_plain_diffusers(cells, lines, tmp_path):
     assert not forwards_left(pipe.transformer) and (image(pipe) == plain).all()
     with pytest.raises(RuntimeError, match="the plan has"), scope["plan"](pipe.transformer):
         pipe(**call | {"num_inference_steps": 3})
+
+
+def test_a_file_takes_the_time_by_place_too(plan, tmp_path):
+    scope, dit, x = {}, make_dit(channels=1, classes=10), torch.randn(2, 1, 8, 8)
+    exec(plan.to_script(tmp_path / "fast.py").read_text(), scope)
+    with torch.no_grad(), scope["plan"](dit):
+        for time in map(torch.tensor, plan.timesteps):
+            by_place = dit(x, time.expand(2), torch.tensor([1, 2])).sample
+        for time in map(torch.tensor, plan.timesteps):
+            by_name = dit(x, timestep=time.expand(2), class_labels=torch.tensor([1, 2])).sample
+    assert torch.equal(by_place, by_name)
 
 
 def test_a_file_leaves_another_tools_forward_alone(model, plan, tmp_path):

@@ -483,7 +483,7 @@ def test_save_and_load(pipe, tmp_path):
         alone["hook_embed"]
     again = dit_lens.load_trace(path, pipe)
     assert torch.equal(again["q", 2], t["q", 2])
-    with pytest.raises(ValueError, match="was traced on another model"):
+    with pytest.raises(ValueError, match="another model, .*: its n_layers is 3, this one's 2"):
         dit_lens.load_trace(path, make_dit(layers=2))
     pipe.transformer.proj_out_1.bias.data += 1
     assert torch.equal(dit_lens.load_trace(path, pipe)["k", 2], t["k", 2])
@@ -566,10 +566,34 @@ def test_steps_device_and_dtype(pipe):
     ):
         dit_lens.trace(pipe, steps=[-1])
     with (
-        pytest.warns(UserWarning, match="never acted: the run had 4 steps"),
+        pytest.warns(UserWarning, match="never acted: the run had 4 steps, 0 to 3"),
         dit_lens.trace(pipe) as t,
     ):
         t.edit("hook_embed", lambda a, hook: None, steps=50)
+        run(pipe)
+
+
+@pytest.mark.parametrize("branches", [["both"], ["cond", "uncond"]])
+def test_branches_that_are_counted_as_steps_are_warned_of(pipe, branches, recwarn):
+    x, labels = torch.randn(2, 4, 8, 8), {"both": [1, 1000], "cond": [1, 2], "uncond": [1000] * 2}
+    with dit_lens.trace(pipe) as t:
+        t.ablate("blocks.1.hook_attn_out", steps=[1])
+        for time in (750, 500, 250):
+            for branch in branches:
+                y = torch.tensor(labels[branch])
+                pipe.transformer(x, timestep=torch.tensor([time] * 2), class_labels=y)
+    said = [str(each.message) for each in recwarn if "counted calls" in str(each.message)]
+    assert len(said) == len(branches) - 1
+    assert all("calls 0 and 1 are given one x_t at one timestep" in each for each in said)
+
+
+def test_an_edit_that_acted_in_no_step_of_two_runs_is_warned_of(pipe):
+    with (
+        pytest.warns(UserWarning, match="never acted: the run had 4 steps, 0 to 3"),
+        dit_lens.trace(pipe) as t,
+    ):
+        t.edit("hook_embed", lambda a, hook: None, steps=5)
+        run(pipe)
         run(pipe)
 
 

@@ -18,7 +18,8 @@ def plan(transformer):
     now, kept = {{"step": -1, "t": None}}, {{}}
 
     def count(module, args, kwargs):
-        t = float(kwargs["timestep"].flatten()[0])
+        t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        t = float(t.flatten()[0])
         if t == now["t"]:
             raise RuntimeError("this plan needs one call a step")
         now["step"], now["t"] = (now["step"] + 1) % len(TIMESTEPS), t

@@ -184,7 +184,23 @@ def look(family: Spoken, transformer: nn.Module, adapter: Adapter) -> Seen:
             )
 
         image = last[:, adapter.tokens]
-        alone = last_alone(family, transformer, answer, noise_like(x), image)
+        noise = noise_like(x)
+        alone = last_alone(family, transformer, answer, noise, image)
+        if tokens < first.shape[1]:
+            changed = {i: image.clone() for i in (0, tokens - 1)}
+            for i, stream in changed.items():
+                stream[:, i] += noise_like(stream[:, i])
+            idle = [
+                i
+                for i, stream in changed.items()
+                if torch.equal(last_alone(family, transformer, answer, noise, stream), alone)
+            ]
+            if len(idle) == 1:  # of a last layer that is 0, as before it was trained, it is all
+                raise InvalidValue(
+                    f"Token {range(first.shape[1])[adapter.tokens][idle[0]]} of the last stream is "
+                    f"one of the image's by tokens={adapter.tokens}, and the answer does not "
+                    "depend on it; expected the tokens of which the last layer makes the answer."
+                )
         null = True
         if isinstance(adapter.labels, int) and adapter.labels:
             null = has_null(transformer, blocks, lambda y: answer(x, y), adapter.labels, first_read)

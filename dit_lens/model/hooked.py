@@ -258,6 +258,13 @@ class HookedDiT:
             elif y is not None:
                 self.family.check_labels(y, len(x), self.conditions.numbers)
             return Condition({self.family.labels_name: y})
+        if not self.cfg.latent_shape and not self.family.read_only:
+            raise InvalidValue(
+                f"What {type(self.transformer).__name__} takes besides x_t and the time is not "
+                "known; expected a dict of its further arguments, such as {'y': labels}, or "
+                "HookedDiT(module, ..., adapter=dit_lens.Adapter(latents=..., labels=...)) (docs: "
+                "Your own model)."
+            )
         if y is None:
             raise InvalidValue(
                 f"The condition is None; {type(self.transformer).__name__} expects prompts, in "

@@ -260,6 +260,7 @@ class Instrumentation:
         with OPENING:
             found = cls.found(transformer)  # of a copy too
             if found is None:
+                refuse_unfit(transformer)
                 describe(transformer, *described)
             elif found.family.described != described:
                 raise InvalidState(

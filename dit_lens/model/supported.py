@@ -11,8 +11,8 @@ def refuse_unfit(transformer: nn.Module) -> None:
     """Raise RuntimeError or ValueError for a model whose hooks would be ignored, or whose
     activations could not be trusted.
     """
-    if hasattr(transformer, "_orig_mod") or any(
-        m._compiled_call_impl is not None for m in transformer.modules()
+    if any(
+        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in transformer.modules()
     ):
         raise InvalidState(
             "The model is compiled: torch.compile ignores hooks added afterwards. Open the "

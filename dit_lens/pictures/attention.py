@@ -48,9 +48,13 @@ class AttentionPictures(DataArrayPlotAccessor):
             grid = np.concatenate([given[:, None], _as_large(grid, given.shape[-2:])], 1)
             words = ["", *words]
         rows, columns, _, high, wide = grid.shape
-        ax = axes_for(ax, (1.7 + 0.85 * columns * wide / high, 0.5 + 0.85 * rows))
+        size = 1.7 + 0.85 * columns * wide / high, max(2.1, 0.5 + 0.85 * rows)
+        ax = axes_for(ax, size)
         show_grid(ax, grid, maps[down].values.tolist(), words)
         ax.xaxis.tick_top()
+        if max(map(len, words)) > 10 * wide / high:  # or they would lie over each other
+            for label in ax.get_xticklabels():
+                label.set(rotation=30, ha="left", rotation_mode="anchor")
         ax.set_ylabel("item" if down == "batch" else down)
         ax.figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=ax, label="share of the attention")
         return ax

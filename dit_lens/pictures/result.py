@@ -34,6 +34,7 @@ from .style import (
     said,
     signed_map,
     whole_numbers,
+    windows_up,
     zero,
 )
 
@@ -44,15 +45,17 @@ NEEDS = {
     "spectrum": ("spectrum_commitment",),
     "cut": ("cut_gap",),
     "knob": ("gap", "sense", "parting"),
-    "causes": ("effect", "how"),
+    "causes": ("effect", "layer"),
     "sweep": ("effect", "depth"),
-    "map": ("effect", "window"),
+    "map": ("effect", "layer", "window"),
     "change": ("effect", "power", "error"),
     "decided": ("commitment", "later"),
     "twins": ("end", "release"),
     "lens": ("lens_image",),
 }
-"""The pictures by name, and the variables or axes by which a result is known to have them."""
+"""The pictures by name, and the variables or axes by which a result is known to have them; a map
+has no causes, which are drawn without windows.
+"""
 NO_CLONES = "not measured: clones were not run"
 
 
@@ -89,7 +92,8 @@ class Pictures(DatasetPlotAccessor):
     def names(self) -> list[str]:
         """The pictures that this result has."""
         has = set(map(str, self._ds.variables)) | set(map(str, self._ds.dims))
-        return [name for name, needs in NEEDS.items() if has.issuperset(needs)]
+        found = [name for name, needs in NEEDS.items() if has.issuperset(needs)]
+        return [name for name in found if name != "causes" or "map" not in found]
 
     def _data(self, name: str) -> xr.Dataset:
         if name not in self.names:
@@ -154,7 +158,8 @@ class Pictures(DatasetPlotAccessor):
                 markerfacecolor=face,
                 label=str(name).replace("_", " "),
             )
-        ax.set_xticks(range(n), data.band.values, rotation=30, fontsize=7)
+        aslant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor", "fontsize": 7}
+        ax.set_xticks(range(n), data.band.values, **aslant)
         ax.set(xlabel=unit_of(data), ylabel="commitment step", xlim=(-0.5, n - 0.5))
         if estimators:
             legend(ax)
@@ -267,15 +272,17 @@ class Pictures(DatasetPlotAccessor):
         return ax
 
     def causes(self, ax: Any = None) -> Any:
-        """What each layer's knock-out does to the gap, by way, with intervals for all at once.
+        """What each layer's knock-out, or its coupling, does to the gap, by way where there are
+        several, with intervals for all at once.
 
         Args:
             ax: where.
         """
         data, ax = self._data("causes"), axes_for(ax, (5.4, 3.0))
-        ways = np.atleast_1d(data.how.values).tolist()
+        several = "how" in data.dims
+        ways = data.how.values.tolist() if several else [data.attrs.get("how", "itself")]
         for i, way in enumerate(ways):
-            one = data.sel(how=way) if data.how.ndim else data
+            one = data.sel(how=way) if several else data
             x = data.layer.values + (i - (len(ways) - 1) / 2) * 0.25
             colour = (INK, LOW, HIGH)[i % 3]
             points(ax, x, one.effect, one.effect_interval, colour, label=f"by {way}")
@@ -283,7 +290,8 @@ class Pictures(DatasetPlotAccessor):
         if "gap" in data.attrs:
             options = {"color": HIGH, "linewidth": 0.8, "linestyle": "--"}
             ax.axhline(-float(data.attrs["gap"]), label="no gap left", **options)
-        ax.set(xlabel="layer knocked out", ylabel="change of the gap, steps")
+        done = data.attrs.get("done", "knocked out")
+        ax.set(xlabel=f"layer {done}", ylabel="change of the gap, steps")
         whole_numbers(ax.xaxis)
         legend(ax)
         return ax
@@ -359,11 +367,12 @@ class Pictures(DatasetPlotAccessor):
             **at: which site and band, the first ones by default.
         """
         data, ax = self._data("map"), axes_for(ax, (5.4, 3.0))
-        effect = data.effect
-        for axis in set(effect.dims) - {"layer", "window"}:
+        effect, shown = data.effect, []
+        for axis in [axis for axis in effect.dims if axis not in ("layer", "window")]:
             values = data[axis].values.tolist()
             chosen = arguments.choice(str(axis), at.pop(str(axis), values[0]), values)
             effect = effect.sel({axis: chosen})
+            shown.append(str(chosen))
         if at:
             raise InvalidValue(
                 f"{next(iter(at))!r} is no axis of the map; expected one of "
@@ -371,8 +380,8 @@ class Pictures(DatasetPlotAccessor):
             )
         values, layers = effect.transpose("window", "layer"), data.layer.values
         signed_map(ax, values, layers, "effect")
-        ax.set_yticks(range(data.sizes["window"]), data.window.values)
-        ax.set(xlabel="layer", ylabel="steps")
+        windows_up(ax, data.window.values)
+        ax.set(xlabel="layer", ylabel="steps", title=", ".join(shown))
         whole_numbers(ax.xaxis)
         return ax
 
@@ -403,12 +412,14 @@ def onset(ax: Any, attrs: Any, view: str) -> None:
         ax.axvspan(*ends, color=HIGH, alpha=0.2, linewidth=0)
     ax.axvline(layer, color=HIGH, linewidth=0.8, linestyle="--")
     named = f"onset {layer}" + ("" if ends is None else f" [{int(ends[0])}, {int(ends[1])}]")
+    late = layer > sum(ax.get_xlim()) / 2  # to its left, or it would leave the axes
     ax.annotate(
         named,
         (layer, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(3, -10),
+        xytext=(-3 if late else 3, -10),
         textcoords="offset points",
+        ha="right" if late else "left",
         color=INK,
         fontsize=8,
     )

@@ -14,6 +14,8 @@ from .. import arguments
 LOW, HIGH, INK = "#0b559f", "#e08214", "#222222"
 """Of low frequencies, of high ones, of everything else."""
 DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
+WINDOWS = 12
+"""So many windows of steps are named beside a map: more would lie over each other."""
 
 
 def axes_for(ax: Any, size: tuple[float, float] = (4.2, 3.0)) -> Any:
@@ -43,7 +45,13 @@ def whole_numbers(*axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # also of one layer
+
+
+def windows_up(ax: Any, names: Any) -> None:
+    """Ticks upwards for windows of steps, of so many only that their names don't touch."""
+    rows = range(0, len(names), -(-len(names) // WINDOWS))
+    ax.set_yticks(rows, [names[row] for row in rows])
 
 
 def error_bars(value: ArrayLike, interval: ArrayLike) -> Any:
@@ -89,10 +97,12 @@ def signed_map(ax: Any, values: Any, x: Any, label: str) -> Any:
     Args:
         ax: where.
         values: [row, column].
-        x: the columns' numbers, rising by one.
+        x: the columns' whole numbers; what lies between them is left grey.
         label: of the colours.
     """
-    found = np.asarray(values, dtype=float)
+    first, last = int(np.min(x)), int(np.max(x))
+    found = np.full((len(values), last - first + 1), np.nan)
+    found[:, np.asarray(x) - first] = values
     top = max(float(np.nanmax(np.abs(found))) if np.isfinite(found).any() else 0.0, 1e-9)
     image = ax.imshow(
         found,
@@ -101,7 +111,7 @@ def signed_map(ax: Any, values: Any, x: Any, label: str) -> Any:
         cmap=DIVERGING,
         vmin=-top,
         vmax=top,
-        extent=(x[0] - 0.5, x[-1] + 0.5, -0.5, len(found) - 0.5),
+        extent=(first - 0.5, last + 0.5, -0.5, len(found) - 0.5),
     )
     ax.set_facecolor("#dddddd")
     ax.figure.colorbar(image, ax=ax, label=label)

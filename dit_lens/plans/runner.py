@@ -201,7 +201,7 @@ class _Runner(StepCounter):
                     "or a family with `computes`."
                 )
             for child in children if mine else ():
-                idle = partial(_Idle, runner=self, place=(layer, part))
+                idle = partial(_Idle, module=child, runner=self, place=(layer, part))
                 _replace(taken, child, idle)
         if all((layer, part) in self.plan.held for part in of_layer):
             places = {(layer, part): self.holds[layer, part] for part in of_layer}
@@ -216,11 +216,19 @@ class _Like(NamedTuple):
 
 class _Idle:
     """In place of a module's forward: where its part is held it computes nothing, and answers with
-    zeros of the shape that it last gave, in whose place what is held is put.
+    zeros of the shape that it last gave, in whose place what is held is put. With a module hook of
+    somebody's, which would be shown the zeros, it runs.
     """
 
-    def __init__(self, own: Callable[..., Any], runner: _Runner, place: tuple[int, str]) -> None:
+    def __init__(
+        self,
+        own: Callable[..., Any],
+        module: nn.Module,
+        runner: _Runner,
+        place: tuple[int, str],
+    ) -> None:
         self.own, self.runner, self.place = own, runner, place
+        self.hooks = module._forward_hooks
         self.like: dict[tuple[Any, ...], Any] = {}  # branches may differ in the length of the text
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -228,7 +236,7 @@ class _Idle:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         which = (self.runner.now.branch, self.runner.now.rows)
-        if self.place in self.runner.held and which in self.like:
+        if self.place in self.runner.held and which in self.like and not self.hooks:
             return _zeros(self.like[which])
         found = self.own(*args, **kwargs)
         self.like[which] = _shapes(found)

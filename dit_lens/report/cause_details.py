@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..experiments.effects import moves
 from ..measures.estimate import Estimate, number
-from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers
+from ..pictures.style import HIGH, INK, LOW, error_bars, legend, whole_numbers, windows_up
 from ..storage import save_dataset
 from .style import DOT, beside, files, picture, plain_console
 
@@ -114,7 +114,7 @@ def _windows(result: xr.Dataset, path: Path) -> None:
         ax.plot(result.layer.values[column], row, **DOT)
         column, row = np.nonzero(np.isnan(values))
         ax.plot(result.layer.values[column], row, "x", color=HIGH, markersize=4)
-        ax.set_yticks(range(result.sizes["window"]), result.window.values)
+        windows_up(ax, result.window.values)
         ax.set(
             xlabel="layer knocked out (dot: surely moves the gap; x: a band does not commit)",
             ylabel="in these steps",

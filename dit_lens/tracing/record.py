@@ -88,6 +88,24 @@ class Record:
             return None
         return found
 
+    def branches_as_steps(self) -> int | None:
+        """The first of two calls in a row that are given one x_t at one time and other conditions,
+        as the two of guidance are, and that count as two steps, for nothing told their step.
+        """
+
+        def differ(one: Any, other: Any) -> bool:
+            both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+            kind = [(e.shape, e.dtype, e.device) for e in (one, other)] if both else []
+            return both and (kind[0] != kind[1] or not torch.equal(one, other))
+
+        for i, (one, other) in enumerate(zip(self.calls, self.calls[1:], strict=False)):
+            told = any(c.place is not None or c.context.step is not None for c in (one, other))
+            if told or differ(one.t, other.t) or differ(one.x, other.x):
+                continue
+            if any(differ(v, other.condition.get(k)) for k, v in one.condition.items()):
+                return i
+        return None
+
     def kept(self, value: Tensor) -> Tensor:
         """An activation as it is kept: a copy, as whatever comes after it in the pass, a module or
         somebody's hook, may change it in place.

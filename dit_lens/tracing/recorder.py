@@ -23,6 +23,7 @@ class Recorder(StepCounter):
         super().__init__()
         self.record = record
         self.begun: Call | None = None  # the call under way, as it is kept
+        self.of_runs: set[int] = set()  # steps that were seen, counted within each run
         self.forget()
 
     def forget(self) -> None:
@@ -41,6 +42,7 @@ class Recorder(StepCounter):
         if not finished:
             self._drop_unfinished()
             return
+        self.of_runs.add(self.step)
         record = self.record
         if record.forgets:
             record.calls_at.setdefault(self.row, [])

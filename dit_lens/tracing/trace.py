@@ -161,10 +161,11 @@ class Trace:
         # a run that was broken off says nothing of the steps it did not come to
         branches = dict.fromkeys(w for c in self.record.calls for w in c.told.split(" | "))
         for name, steps, branch in [] if kind else self._edit_steps:
-            if self.record.calls and not any(map(step_test(steps), self.steps)):
+            seen = sorted(self._recorder.of_runs)
+            if self.record.calls and not any(map(step_test(steps), seen)):
                 warnings.warn(
                     f"The edit at {name!r} for steps={steps!r} never acted: the run had "
-                    f"{len(self.steps)} steps.",
+                    f"{len(seen)} steps, {seen[0]} to {seen[-1]}.",
                     stacklevel=2,
                 )
             elif branches and branch not in (None, *branches):
@@ -173,6 +174,15 @@ class Trace:
                     f"{', '.join(map(repr, branches))}.",
                     stacklevel=2,
                 )
+        asked = [self.record.steps, *(steps for _, steps, _ in self._edit_steps)]
+        by_step = any(steps is not None for steps in asked)
+        if by_step and kind is None and (first := self.record.branches_as_steps()) is not None:
+            warnings.warn(
+                "steps= counted calls of the transformer, for in a loop of your own nothing tells "
+                f"its steps, and calls {first} and {first + 1} are given one x_t at one timestep; "
+                "expected both branches of guidance in one call, or steps= that counts calls.",
+                stacklevel=2,
+            )
 
     def _attach(self, name: str, listener: Listener, taken: Taken) -> None:
         instrumentation = self._traced_model().instrumentation
@@ -682,7 +692,8 @@ def trace(
         model_or_pipe: a `HookedDiT`, a pipeline or a transformer; the last two are opened for the
             length of the block only.
         names: what to record as it happens; None records nothing and recomputes what is read.
-        steps: which steps to record: an int, a slice, a range or a collection; None is all.
+        steps: which steps to record: an int, a slice, a range or a collection; None is all. In a
+            loop of your own each call of the transformer is a step.
         device: where to keep records, such as "cpu"; None is where they are.
         dtype: as what to keep records, such as torch.float16; None is as they are.
         probes: `Probe` instances that observe.
@@ -754,9 +765,13 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
         return Trace(None, files.load(path))
     owner = HookedDiT.of(model)
     record = files.load(path, owner.device)
-    if owner.cfg != record.cfg or dict(owner.sites) != dict(record.sites):
+    theirs, ours = ({**vars(each.cfg), **each.sites} for each in (record, owner))
+    differs = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+    if differs:
+        name = differs[0]
         raise InvalidValue(
-            f"{str(path)!r} was traced on another model, {record.cfg}; got {owner.cfg}."
+            f"{str(path)!r} was traced on another model, or one that was opened otherwise: its "
+            f"{name} is {theirs.get(name, 'none')}, this one's {ours.get(name, 'none')}."
         )
     return Trace(owner, record)
 
