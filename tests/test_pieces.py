@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -53,6 +54,7 @@ from dit_lens.experiments import (
 from dit_lens.families import family_named, modules
 from dit_lens.pieces import content, deaths, digest, engines, flat, leases, measured, whole
 from dit_lens.pieces.leases import Leases
+from dit_lens.pieces.sending import Call
 from dit_lens.pieces.store import Store
 from dit_lens.pieces.work import Piece, Work, at, results
 from dit_lens.sampling.kept import arrays_of, run_of
@@ -744,6 +746,43 @@ def descends(pid, ancestor):
 
 def fails(images):
     raise InvalidValue("images of nothing")
+
+
+def test_what_was_changed_since_its_import_is_refused_elsewhere(tmp_path, monkeypatch):
+    """Classes and functions are sent by name: another process has them as their modules do."""
+    (tmp_path / "users_own.py").write_text(
+        "import torch\nSCALE = 1.0\n"
+        "class Scaled(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return SCALE * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    users_own = importlib.import_module("users_own")
+    plain = Call(len, {"model": users_own.Scaled()})
+    monkeypatch.setattr(users_own, "SCALE", 0.5)
+    changed = Call(len, {"model": users_own.Scaled()})
+    assert Call.made(changed.packed, changed.tensors, "cpu")[0] is len
+    with pytest.raises(InvalidState, match="model is another one in other processes: something "):
+        Call.made(plain.packed, plain.tensors, "cpu")  # there it is as it was imported
+
+
+def test_text_encoders_stay_at_home(monkeypatch):
+    """Those of transformers do not work in a process that did not make them. What they encode goes
+    along."""
+    model = HookedDiT(family_named("SD3Transformer2DModel").small_pipeline())
+    words = ["a red fox", "a blue car"]
+    model.conditions.numbers(words)
+    before = digest(model)
+    plain = dit_lens.sample(model, words, steps=2).latents
+    assert digest(model) == before  # though the encoders have hooks of transformers' own by now
+    sent = []
+    monkeypatch.setattr(Engine, "started", lambda self, store, key, call, on: sent.append(call))
+    with pytest.raises(AttributeError):  # there is nothing to close
+        measure_gap(model, labels=words, pairs=16, steps=4, engine=Engine("local", 2))
+    _, given = Call.made(sent[0].packed, sent[0].tensors, "cpu")
+    pipe = given["model"].conditions.pipe
+    assert pipe.text_encoder is pipe.text_encoder_2 is pipe.text_encoder_3 is None
+    assert torch.equal(dit_lens.sample(given["model"], words, steps=2).latents, plain)
 
 
 @linux

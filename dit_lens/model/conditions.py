@@ -164,6 +164,17 @@ class Conditions:
             self._encoders = _encoders(self.pipe)
         return self._encoded[prompt]
 
+    def done_with(self) -> list[nn.Module]:
+        """The pipeline's text encoders, which are needed no more: every prompt so far is encoded,
+        and the empty one.
+        """
+        names = [] if self.pipe is None else list(_encoders(self.pipe))
+        found: list[nn.Module] = [getattr(self.pipe, name) for name in names]
+        if found and not self.cfg.n_classes:
+            for prompt in [*self.prompts, *[""] * self.cfg.has_null]:
+                self._one(prompt)
+        return found
+
     def _forget_stale(self) -> None:
         """Forget what text encoders encoded that are others by now. One that is gone, to save its
         memory, leaves what it encoded.

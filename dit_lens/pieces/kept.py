@@ -159,7 +159,9 @@ def working(
                     "expected the usual settings of PyTorch and diffusers, or engine='local'."
                 )
             sent = {k: v for k, v in given.items() if k not in ASIDE}
-            others = engine.started(kept, key, Call(again, sent), device)
+            asked = [each.conditions for each in sent.values() if hasattr(each, "conditions")]
+            left = [part for each in asked for part in each.done_with()]
+            others = engine.started(kept, key, Call(again, sent, left), device)
             stack.callback(others.close)
         n = 1 if others is None else others.n
         work = Work(kept, key, others=others, workers=n, model=model)
