@@ -781,8 +781,23 @@ def test_text_encoders_stay_at_home(monkeypatch):
         measure_gap(model, labels=words, pairs=16, steps=4, engine=Engine("local", 2))
     _, given = Call.made(sent[0].packed, sent[0].tensors, "cpu")
     pipe = given["model"].conditions.pipe
-    assert pipe.text_encoder is pipe.text_encoder_2 is pipe.text_encoder_3 is None
+    assert not any(
+        isinstance(part, torch.nn.Module) for part in (pipe.text_encoder, pipe.text_encoder_2)
+    )
+    assert digest(given["model"]) == digest(model)
     assert torch.equal(dit_lens.sample(given["model"], words, steps=2).latents, plain)
+
+
+def test_the_prompts_of_a_command_are_encoded_before_it_is_sent(tmp_path, monkeypatch):
+    family_named("PixArtTransformer2DModel").small_pipeline().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts").write_text("a red fox\na blue car\n")
+    sent = []
+    monkeypatch.setattr(Engine, "started", lambda self, store, key, call, on: sent.append(call))
+    with pytest.raises(AttributeError):  # there is nothing to close
+        words = ["--prompts", tmp_path / "prompts", "--workers", 2, "--out", tmp_path / "out"]
+        main(["gap", str(tmp_path / "pipe"), "--quick", *map(str, words)])
+    _, given = Call.made(sent[0].packed, sent[0].tensors, "cpu")
+    assert len(dit_lens.sample(given["model"], ["a red fox", "a blue car"], steps=1).latents) == 2
 
 
 @linux

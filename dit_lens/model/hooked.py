@@ -724,14 +724,9 @@ def _content(model: HookedDiT, tell: Tell) -> str:
     ]
     parts = [model.transformer, state.adapters, caches, model.scheduler, model.vae]
     asked = model.conditions
-    components = getattr(asked.pipe, "components", {})
-    encoders = [
-        [name, part, State.of(part).adapters]
-        for name, part in components.items()
-        if name.startswith("text_encoder") and isinstance(part, nn.Module)
-    ]
     described = model.family.described  # which modules are blocks, and how it is called
-    return f"HookedDiT{tell([*parts, model.size, asked.prompts, asked.given, encoders, described])}"
+    texts = [asked.prompts, asked.given, asked.encoders()]
+    return f"HookedDiT{tell([*parts, model.size, *texts, described])}"
 
 
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:

@@ -26,7 +26,7 @@ class Call:
     Args:
         function: of a module, so that other processes find it.
         arguments: by name.
-        left: what is not sent; None stands in its place.
+        instead: of what is not sent, with what stands in its place.
 
     Attributes:
         packed: all but the tensors.
@@ -36,10 +36,12 @@ class Call:
         InvalidValue: for an argument that can't be sent.
     """
 
-    def __init__(self, function: Any, arguments: dict[str, Any], left: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, function: Any, arguments: dict[str, Any], instead: Sequence[tuple[Any, Any]] = ()
+    ) -> None:
         for name, value in ({"the function": function} | arguments).items():
             try:
-                _packed(value, left)
+                _packed(value, instead)
             except Exception as error:  # pickle raises many kinds
                 reason = str(error).partition("\n")[0]
                 raise InvalidValue(
@@ -47,7 +49,7 @@ class Call:
                     "pickle can write: functions of a module and no lambdas, or engine='local' "
                     "without workers."
                 ) from None
-        packed, self.tensors = _packed((function, arguments), left)
+        packed, self.tensors = _packed((function, arguments), instead)
         _, arrived = _unpacked(packed, self.tensors)
         told = {name: outline(value) for name, value in arrived.items()}
         self.packed = pickle.dumps((packed, told))
@@ -87,9 +89,9 @@ class Call:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, left: Sequence[Any]) -> None:
+    def __init__(self, file: io.BytesIO, instead: Sequence[tuple[Any, Any]]) -> None:
         super().__init__(file, protocol=5)
-        self.left = {id(each) for each in left}
+        self.instead = {id(each): other for each, other in instead}
         self.tensors: list[Tensor] = []
         self.places: dict[int, int] = {}
         self.alive: list[Any] = []
@@ -97,8 +99,8 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, (types.FunctionType, type)) and value.__module__ == "__main__":
             raise pickle.PicklingError(f"{value.__qualname__} is defined in the program itself")
-        if id(value) in self.left:
-            return "left", 0, False
+        if id(value) in self.instead:
+            return "instead", self.instead[id(value)], False
         if type(value) not in (Tensor, nn.Parameter):
             return None
         if id(value) not in self.places:
@@ -116,8 +118,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, place, needs_grad = pid
-        if kind == "left":
-            return None
+        if kind == "instead":
+            return place
         if place not in self.made:
             held = self.tensors[place]
             self.made[place] = (
@@ -132,9 +134,9 @@ def _unpacked(packed: bytes, tensors: Sequence[Tensor]) -> Any:
     return _Unpickler(io.BytesIO(packed), tensors).load()
 
 
-def _packed(value: Any, left: Sequence[Any]) -> tuple[bytes, list[Tensor]]:
+def _packed(value: Any, instead: Sequence[tuple[Any, Any]]) -> tuple[bytes, list[Tensor]]:
     file = io.BytesIO()
-    pickler = _Pickler(file, left)
+    pickler = _Pickler(file, instead)
     with torch.no_grad():
         pickler.dump(value)
     return file.getvalue(), pickler.tensors
