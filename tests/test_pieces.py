@@ -52,7 +52,7 @@ from dit_lens.experiments import (
     smallest_set,
 )
 from dit_lens.families import family_named, modules
-from dit_lens.pieces import content, deaths, digest, engines, flat, leases, measured, whole
+from dit_lens.pieces import content, deaths, digest, engines, flat, leases, measured, whole, worker
 from dit_lens.pieces.leases import Leases
 from dit_lens.pieces.sending import Call
 from dit_lens.pieces.store import Store
@@ -727,6 +727,16 @@ def test_local_workers_that_are_killed(model, plain, tmp_path):
     assert found.identical(plain)
     assert not workers()
     print(f"{hits[0]} local workers killed")
+
+
+def test_a_worker_whose_command_is_gone_leaves_no_weights_behind(tmp_path, monkeypatch):
+    """After SIGTERM nobody else takes them away."""
+    (tmp_path / "call").mkdir()
+    (tmp_path / "call" / "tensors.pt").write_bytes(b"weights")
+    ended = []
+    monkeypatch.setattr(worker.os, "_exit", ended.append)
+    worker.watch(tmp_path / "call", parent=-1)
+    assert ended == [1] and not list(tmp_path.iterdir())
 
 
 def parent_of(pid):
