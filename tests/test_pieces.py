@@ -209,6 +209,12 @@ def test_kernels_that_were_chosen_are_another_measurement(model, tmp_path):
             measure_gap(model, **GAP, store=tmp_path / "s")
         with pytest.raises(InvalidState, match=r"without what is chosen here \(autocast bfloat16"):
             measure_gap(model, **GAP, engine=Engine("local", 2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InvalidState, match=r"is chosen here \(default dtype float64\); expect"):
+            measure_gap(model, **GAP, engine=Engine("local", 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_another_experiment_model_or_version(model, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from ..hooks.points import (
 )
 from ..pictures import notebook
 from ..pieces.content import Tell, part_text
+from ..pieces.kept import USUAL
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .kernels import Kernels
@@ -605,9 +606,12 @@ class HookedDiT:
     @property
     def kernels(self) -> str:
         """What is chosen here of the settings that a run's numbers depend on, in words: autocast,
-        attention, precision.
+        attention, precision, the default dtype.
         """
-        return Kernels.of_sampling(self.device).text
+        odd = [text for text in [Kernels.of_sampling(self.device).text] if text != USUAL]
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            odd.append(f"default dtype {str(dtype).removeprefix('torch.')}")
+        return ", ".join(odd) or USUAL
 
     @property
     def device(self) -> torch.device:
