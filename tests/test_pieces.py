@@ -296,6 +296,38 @@ def test_a_folder_that_can_not_be_written(model, tmp_path, monkeypatch):
         measure_gap(model, **GAP, store=folder)
 
 
+def test_what_can_not_be_looked_at_is_one_sentence(model, tmp_path):
+    with pytest.raises(UnwritableFile, match="can't be written .File name too long.; choose a pl"):
+        Store(tmp_path / ("x" * 300), {})
+    store = Store(tmp_path / "s", {}, device="cpu")
+    store.close()
+    (tmp_path / "s" / ".device").write_bytes(b"\xff")
+    with pytest.raises(InvalidValue, match="which rounds otherwise"):
+        Store(tmp_path / "s", {}, device="cpu")
+    shutil.rmtree(tmp_path / "s" / ".claims")
+    (tmp_path / "s" / ".claims").write_text("")
+    with pytest.raises(UnwritableFile, match="File exists"):
+        Store(tmp_path / "s", {})
+
+
+def test_a_piece_that_was_copied_in_part_is_refused_before_it_is_run(tmp_path):
+    store = Store(tmp_path / "s", {})
+    store.write("one", {"x": np.arange(3)}, 1.0)
+    (tmp_path / "s" / "one" / "zarr.json").unlink()
+    with pytest.raises(InvalidValue, match="/one' is not whole, .* delete it and start again"):
+        store.there(["one"])
+
+
+def test_a_claim_on_a_full_disk_leaves_none_behind(tmp_path, monkeypatch):
+    def full(value, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(leases.json, "dump", full)
+    with pytest.raises(UnwritableFile, match="can't be written .No space left on device"):
+        Leases(tmp_path).claim("one")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_loses_nothing(model, plain, tmp_path, monkeypatch):
     """The disk is full at the fourth piece; with room again the measurement goes on."""
     to_zarr, written = xr.Dataset.to_zarr, []

@@ -495,6 +495,9 @@ def test_bad_arguments(model, tmp_path, given, kind, text):
 
 
 def test_where_no_recording_is(tmp_path):
+    for read in (Activations, dit_lens.load_result):
+        with pytest.raises(InvalidValue, match="can't be read .File name too long"):
+            read(tmp_path / ("x" * 300))
     with pytest.raises(MissingFile, match="There is no recording at"):
         Activations(tmp_path)
     with pytest.raises(TypeError, match="folder=3 can't be used"):
