@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -51,8 +52,9 @@ from dit_lens.experiments import (
     smallest_set,
 )
 from dit_lens.families import family_named, modules
-from dit_lens.pieces import content, deaths, digest, engines, flat, leases, measured, whole
+from dit_lens.pieces import content, deaths, digest, engines, flat, leases, measured, whole, worker
 from dit_lens.pieces.leases import Leases
+from dit_lens.pieces.sending import Call
 from dit_lens.pieces.store import Store
 from dit_lens.pieces.work import Piece, Work, at, results
 from dit_lens.sampling.kept import arrays_of, run_of
@@ -207,6 +209,12 @@ def test_kernels_that_were_chosen_are_another_measurement(model, tmp_path):
             measure_gap(model, **GAP, store=tmp_path / "s")
         with pytest.raises(InvalidState, match=r"without what is chosen here \(autocast bfloat16"):
             measure_gap(model, **GAP, engine=Engine("local", 2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InvalidState, match=r"is chosen here \(default dtype float64\); expect"):
+            measure_gap(model, **GAP, engine=Engine("local", 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_another_experiment_model_or_version(model, tmp_path, monkeypatch):
@@ -286,6 +294,38 @@ def test_a_folder_that_can_not_be_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr(dit_lens.pieces.store, "try_folder", read_only)
     with pytest.raises(UnwritableFile, match="Read-only file system"):
         measure_gap(model, **GAP, store=folder)
+
+
+def test_what_can_not_be_looked_at_is_one_sentence(model, tmp_path):
+    with pytest.raises(UnwritableFile, match="can't be written .File name too long.; choose a pl"):
+        Store(tmp_path / ("x" * 300), {})
+    store = Store(tmp_path / "s", {}, device="cpu")
+    store.close()
+    (tmp_path / "s" / ".device").write_bytes(b"\xff")
+    with pytest.raises(InvalidValue, match="which rounds otherwise"):
+        Store(tmp_path / "s", {}, device="cpu")
+    shutil.rmtree(tmp_path / "s" / ".claims")
+    (tmp_path / "s" / ".claims").write_text("")
+    with pytest.raises(UnwritableFile, match="File exists"):
+        Store(tmp_path / "s", {})
+
+
+def test_a_piece_that_was_copied_in_part_is_refused_before_it_is_run(tmp_path):
+    store = Store(tmp_path / "s", {})
+    store.write("one", {"x": np.arange(3)}, 1.0)
+    (tmp_path / "s" / "one" / "zarr.json").unlink()
+    with pytest.raises(InvalidValue, match="/one' is not whole, .* delete it and start again"):
+        store.there(["one"])
+
+
+def test_a_claim_on_a_full_disk_leaves_none_behind(tmp_path, monkeypatch):
+    def full(value, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(leases.json, "dump", full)
+    with pytest.raises(UnwritableFile, match="can't be written .No space left on device"):
+        Leases(tmp_path).claim("one")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_loses_nothing(model, plain, tmp_path, monkeypatch):
@@ -727,6 +767,16 @@ def test_local_workers_that_are_killed(model, plain, tmp_path):
     print(f"{hits[0]} local workers killed")
 
 
+def test_a_worker_whose_command_is_gone_leaves_no_weights_behind(tmp_path, monkeypatch):
+    """After SIGTERM nobody else takes them away."""
+    (tmp_path / "call").mkdir()
+    (tmp_path / "call" / "tensors.pt").write_bytes(b"weights")
+    ended = []
+    monkeypatch.setattr(worker.os, "_exit", ended.append)
+    worker.watch(tmp_path / "call", parent=-1)
+    assert ended == [1] and not list(tmp_path.iterdir())
+
+
 def parent_of(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1]
@@ -744,6 +794,58 @@ def descends(pid, ancestor):
 
 def fails(images):
     raise InvalidValue("images of nothing")
+
+
+def test_what_was_changed_since_its_import_is_refused_elsewhere(tmp_path, monkeypatch):
+    """Classes and functions are sent by name: another process has them as their modules do."""
+    (tmp_path / "users_own.py").write_text(
+        "import torch\nSCALE = 1.0\n"
+        "class Scaled(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return SCALE * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    users_own = importlib.import_module("users_own")
+    plain = Call(len, {"model": users_own.Scaled()})
+    monkeypatch.setattr(users_own, "SCALE", 0.5)
+    changed = Call(len, {"model": users_own.Scaled()})
+    assert Call.made(changed.packed, changed.tensors, "cpu")[0] is len
+    with pytest.raises(InvalidState, match="model is another one in other processes: something "):
+        Call.made(plain.packed, plain.tensors, "cpu")  # there it is as it was imported
+
+
+def test_text_encoders_stay_at_home(monkeypatch):
+    """Those of transformers do not work in a process that did not make them. What they encode goes
+    along."""
+    model = HookedDiT(family_named("SD3Transformer2DModel").small_pipeline())
+    words = ["a red fox", "a blue car"]
+    model.conditions.numbers(words)
+    before = digest(model)
+    plain = dit_lens.sample(model, words, steps=2).latents
+    assert digest(model) == before  # though the encoders have hooks of transformers' own by now
+    sent = []
+    monkeypatch.setattr(Engine, "started", lambda self, store, key, call, on: sent.append(call))
+    with pytest.raises(AttributeError):  # there is nothing to close
+        measure_gap(model, labels=words, pairs=16, steps=4, engine=Engine("local", 2))
+    _, given = Call.made(sent[0].packed, sent[0].tensors, "cpu")
+    pipe = given["model"].conditions.pipe
+    assert not any(
+        isinstance(part, torch.nn.Module) for part in (pipe.text_encoder, pipe.text_encoder_2)
+    )
+    assert digest(given["model"]) == digest(model)
+    assert torch.equal(dit_lens.sample(given["model"], words, steps=2).latents, plain)
+
+
+def test_the_prompts_of_a_command_are_encoded_before_it_is_sent(tmp_path, monkeypatch):
+    family_named("PixArtTransformer2DModel").small_pipeline().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts").write_text("a red fox\na blue car\n")
+    sent = []
+    monkeypatch.setattr(Engine, "started", lambda self, store, key, call, on: sent.append(call))
+    with pytest.raises(AttributeError):  # there is nothing to close
+        words = ["--prompts", tmp_path / "prompts", "--workers", 2, "--out", tmp_path / "out"]
+        main(["gap", str(tmp_path / "pipe"), "--quick", *map(str, words)])
+    _, given = Call.made(sent[0].packed, sent[0].tensors, "cpu")
+    assert len(dit_lens.sample(given["model"], ["a red fox", "a blue car"], steps=1).latents) == 2
 
 
 @linux

@@ -399,12 +399,32 @@ def test_a_model_with_another_embedding_of_one_label_is_refused(model, tmp_path,
         record(other, RESID, LABELS, tmp_path, **given)
 
 
-def test_values_that_a_dtype_cannot_hold(tmp_path):
+@pytest.mark.parametrize("label", [None, 1])
+def test_a_model_that_answers_nothing_yet_is_known_by_what_is_recorded(tmp_path, label):
+    """A DiT is begun with a last layer of zeros: then it gives the same whatever its weights."""
+
+    def begun(seed):
+        found = opened(seed)
+        for p in found.transformer.proj_out_2.parameters():
+            p.data.zero_()
+        return found
+
+    record(begun(0), RESID, LABELS, tmp_path, **SMALL)
+    other = begun(0 if label else 1)
+    if label:
+        for block in other.transformer.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight.data[label] += 1
+    with pytest.raises(InvalidValue, match="of another model, or one whose weights have changed"):
+        record(other, RESID, LABELS, tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e5m2"])
+def test_values_that_a_dtype_cannot_hold(tmp_path, dtype):
     model = opened()
     with torch.no_grad():
         model.transformer.pos_embed.proj.weight *= 1e6
-    with pytest.raises(InvalidValue, match="float16 can't hold; record it with dtype='bfloat16'"):
-        record(model, RESID, LABELS, tmp_path, **(SMALL | {"dtype": "float16"}))
+    with pytest.raises(InvalidValue, match=f"{dtype} can't hold; record it with dtype='bfloat16'"):
+        record(model, RESID, LABELS, tmp_path, **(SMALL | {"dtype": dtype}))
     assert not list(tmp_path.glob("shard-*"))
 
 
@@ -447,6 +467,7 @@ def test_two_at_once_are_refused(model, tmp_path):
         ({"at": [6]}, InvalidValue, "step index 6 is out of range; expected 0 to 5"),
         ({"at": []}, DitLensError, "at=[]"),
         ({"dtype": "int8"}, InvalidValue, "dtype='int8' can't be used; expected one of floating"),
+        ({"dtype": "float8_e4m3fn"}, InvalidValue, "float16, float8_e5m2."),
         ({"dtype": "floot"}, InvalidValue, "dtype='floot' can't be used"),
         ({"dtype": 3}, TypeError, "dtype=3 can't be used"),
         ({"batch": 0}, InvalidValue, "batch=0 can't be used; expected a whole number of 1 or more"),
@@ -474,6 +495,9 @@ def test_bad_arguments(model, tmp_path, given, kind, text):
 
 
 def test_where_no_recording_is(tmp_path):
+    for read in (Activations, dit_lens.load_result):
+        with pytest.raises(InvalidValue, match="can't be read .File name too long"):
+            read(tmp_path / ("x" * 300))
     with pytest.raises(MissingFile, match="There is no recording at"):
         Activations(tmp_path)
     with pytest.raises(TypeError, match="folder=3 can't be used"):

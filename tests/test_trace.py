@@ -504,6 +504,14 @@ def test_save_and_load(pipe, tmp_path):
         dit_lens.load_trace(tmp_path / "nowhere")
 
 
+def test_a_saved_trace_is_read_in_its_own_dtype(pipe, tmp_path):
+    with dit_lens.trace(pipe, dtype=torch.float16) as t:
+        pipe(class_labels=[3], num_inference_steps=2, output_type="np")
+    again = dit_lens.load_trace(t.save(tmp_path / "t.safetensors"), pipe)
+    assert again["resid_post", 1].dtype == torch.float16
+    assert torch.equal(again["resid_post", 1], t["resid_post", 1])
+
+
 def test_a_saved_edit_is_not_forgotten(pipe, tmp_path):
     with dit_lens.trace(pipe, names="hook_embed") as t:
         t.ablate("blocks.1.hook_attn_out")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DitLensError
-from .common import count
+from .common import count, labels_of
 
 if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
@@ -120,6 +120,8 @@ def keeping(
         Engine(args.engine, args.workers, args.address),
         about_command(args, model, batch),
     )
+    if getattr(args, "prompts", None) is not None and (words := labels_of(args)):
+        model.conditions.numbers(words)  # known before anything is sent
     store = args.store
     if store is None:
         if not has_zarr() and not engine.elsewhere:

@@ -9,6 +9,7 @@ prompt, as guidance needs it. So everything that groups, pairs or replays by lab
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..families.base import Family
 from ..families.config import Condition, Config
+from ..pieces.content import digest
 from .pinned import sent
 from .state import State
 
@@ -38,6 +40,17 @@ are.
 """
 
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
+
+
+@dataclass(frozen=True)
+class AtHome:
+    """Stands for a text encoder in a process that the model was sent to.
+
+    Attributes:
+        told: of the encoder.
+    """
+
+    told: str
 
 
 class Conditions:
@@ -163,6 +176,26 @@ class Conditions:
                 self._encoded[prompt] = self.family.encode(self.pipe, prompt)
             self._encoders = _encoders(self.pipe)
         return self._encoded[prompt]
+
+    def encoders(self) -> dict[str, str]:
+        """What is told of each text encoder of the pipeline, by name."""
+        parts = {} if self.pipe is None else vars(self.pipe)
+        return {
+            name: part.told if isinstance(part, AtHome) else digest([part, State.of(part).adapters])
+            for name, part in parts.items()
+            if name.startswith("text_encoder") and isinstance(part, (nn.Module, AtHome))
+        }
+
+    def encoded(self) -> list[tuple[nn.Module, AtHome]]:
+        """Each text encoder of the pipeline with what may stand for it: they are needed no more,
+        since every prompt so far is encoded, and the empty one.
+        """
+        names = [] if self.pipe is None else list(_encoders(self.pipe))
+        if names and not self.cfg.n_classes:
+            for prompt in [*self.prompts, *[""] * self.cfg.has_null]:
+                self._one(prompt)
+        told = self.encoders() if names else {}
+        return [(getattr(self.pipe, name), AtHome(told[name])) for name in names]
 
     def _forget_stale(self) -> None:
         """Forget what text encoders encoded that are others by now. One that is gone, to save its

@@ -31,6 +31,7 @@ from ..hooks.points import (
 )
 from ..pictures import notebook
 from ..pieces.content import Tell, part_text
+from ..pieces.kept import USUAL
 from .conditions import Conditions
 from .instrumentation import Handle, Instrumentation
 from .kernels import Kernels
@@ -612,9 +613,12 @@ class HookedDiT:
     @property
     def kernels(self) -> str:
         """What is chosen here of the settings that a run's numbers depend on, in words: autocast,
-        attention, precision.
+        attention, precision, the default dtype.
         """
-        return Kernels.of_sampling(self.device).text
+        odd = [text for text in [Kernels.of_sampling(self.device).text] if text != USUAL]
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            odd.append(f"default dtype {str(dtype).removeprefix('torch.')}")
+        return ", ".join(odd) or USUAL
 
     @property
     def device(self) -> torch.device:
@@ -731,14 +735,9 @@ def _content(model: HookedDiT, tell: Tell) -> str:
     ]
     parts = [model.transformer, state.adapters, caches, model.scheduler, model.vae]
     asked = model.conditions
-    components = getattr(asked.pipe, "components", {})
-    encoders = [
-        [name, part, State.of(part).adapters]
-        for name, part in components.items()
-        if name.startswith("text_encoder") and isinstance(part, nn.Module)
-    ]
     described = model.family.described  # which modules are blocks, and how it is called
-    return f"HookedDiT{tell([*parts, model.size, asked.prompts, asked.given, encoders, described])}"
+    texts = [asked.prompts, asked.given, asked.encoders()]
+    return f"HookedDiT{tell([*parts, model.size, *texts, described])}"
 
 
 def _dropped(transformer: weakref.ref[nn.Module], place: object) -> None:

@@ -87,6 +87,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(content(value).encode()).hexdigest()[:16]
 
 
+def outline(value: Any) -> str:
+    """A digest of all that `content` tells but the numbers in tensors, 16 digits: at once for any
+    model.
+
+    Args:
+        value: see `content`.
+
+    >>> outline(torch.zeros(2)) == outline(torch.ones(2)) != outline(torch.ones(3))
+    True
+    """
+    return hashlib.sha256(_Told(numbers=False)(value).encode()).hexdigest()[:16]
+
+
 def config_digest(value: Any) -> str:
     """A digest of the configuration of a model, 16 digits.
 
@@ -119,9 +132,14 @@ def weights_digest(model: nn.Module) -> str:
 
 
 class _Told:
-    """The texts of one value's parts, each made once: a part may hold what it is a part of."""
+    """The texts of one value's parts, each made once: a part may hold what it is a part of.
 
-    def __init__(self) -> None:
+    Args:
+        numbers: whether those in tensors are told.
+    """
+
+    def __init__(self, numbers: bool = True) -> None:
+        self.numbers = numbers
         self.texts: dict[int, str] = {}
         self.alive: list[Any] = []
 
@@ -129,6 +147,8 @@ class _Told:
         kind = type(value)
         if kind in _NUMBERS:
             return part_text.dispatch(kind)(value, self)
+        if not self.numbers and isinstance(value, Tensor):
+            return f"Tensor({value.dtype}, {tuple(value.shape)})"
         if id(value) not in self.texts:
             self.alive.append(value)  # so that no other gets its id
             self.texts[id(value)] = f"part {len(self.texts)}"
@@ -279,7 +299,11 @@ def _module(value: nn.Module, tell: Tell) -> str:
             if key not in _MODULE and (not known or (key[0] != "_" and _is_setting(each)))
         }
         tensors = own["_parameters"] | own["_buffers"]
-        hooks = [list(each.values()) for key, each in own.items() if _HOOKS.fullmatch(key)]
+        hooks = [
+            [hook for hook in each.values() if getattr(hook, "__module__", "") != COLLECTS]
+            for key, each in own.items()
+            if _HOOKS.fullmatch(key)
+        ]
         parts.append(f"{name} {tell(type(module))}{tell(tensors)}{tell(hooks)}{tell(held)}")
         # one that stands in several places is listed at the first
         inside = {key: child and names[id(child)] for key, child in own["_modules"].items()}
@@ -428,6 +452,8 @@ def _under(forward: Any) -> Any:
     return forward
 
 
+COLLECTS = "transformers.utils.output_capturing"
+"""Whose hooks only keep what a text encoder answers; it has them once it was used."""
 LIBRARIES = frozenset(
     {"accelerate", "diffusers", "numpy", "peft", "safetensors", "torch", "transformers"}
 )

@@ -60,8 +60,9 @@ def measured(function: Function) -> Function:
         settings = {k: v for k, v in bound.arguments.items() if k not in ASIDE}
         model = settings.pop("model", None)
         words = settings.get("labels")
-        if words is not None and hasattr(model, "conditions"):
-            model.conditions.numbers(words)  # which the model knows from then on
+        for each in given.values():
+            if words is not None and hasattr(each, "conditions"):
+                each.conditions.numbers(words)  # which the model knows from then on
         about = about_of(function.__name__, settings, model)
         with working(store, about, engine, made, given, model):
             return made(**given)
@@ -159,7 +160,9 @@ def working(
                     "expected the usual settings of PyTorch and diffusers, or engine='local'."
                 )
             sent = {k: v for k, v in given.items() if k not in ASIDE}
-            others = engine.started(kept, key, Call(again, sent), device)
+            asked = [each.conditions for each in sent.values() if hasattr(each, "conditions")]
+            instead = [pair for each in asked for pair in each.encoded()]
+            others = engine.started(kept, key, Call(again, sent, instead), device)
             stack.callback(others.close)
         n = 1 if others is None else others.n
         work = Work(kept, key, others=others, workers=n, model=model)

@@ -74,16 +74,17 @@ class Leases:
             if path.exists() and not (self._void(path) and self._cleared(path)):
                 return False
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            self.mine = path
+            with os.fdopen(handle, "w") as file:
+                pid = os.getpid()
+                json.dump({"host": here(), "pid": pid, "started": started(pid)}, file)
         except FileExistsError:
             return False
         except OSError as error:
+            self.release()  # on a full disk there is a file with nothing in it
             raise UnwritableFile(
                 f"{str(path)!r} can't be written ({error.strerror}); choose a place that can."
             ) from error
-        with os.fdopen(handle, "w") as file:
-            pid = os.getpid()
-            json.dump({"host": here(), "pid": pid, "started": started(pid)}, file)
-        self.mine = path
         if self._beats is None:
             self._beats = threading.Thread(target=self._beat, daemon=True)
             self._beats.start()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidValue
+from ..errors import InvalidState, InvalidValue
+from .content import outline
 
 MISTAKE = 3
 """The exit code of a worker that has left a sentence for the user."""
@@ -25,6 +26,7 @@ class Call:
     Args:
         function: of a module, so that other processes find it.
         arguments: by name.
+        instead: of what is not sent, with what stands in its place.
 
     Attributes:
         packed: all but the tensors.
@@ -34,10 +36,12 @@ class Call:
         InvalidValue: for an argument that can't be sent.
     """
 
-    def __init__(self, function: Any, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Any, arguments: dict[str, Any], instead: Sequence[tuple[Any, Any]] = ()
+    ) -> None:
         for name, value in ({"the function": function} | arguments).items():
             try:
-                _packed(value)
+                _packed(value, instead)
             except Exception as error:  # pickle raises many kinds
                 reason = str(error).partition("\n")[0]
                 raise InvalidValue(
@@ -45,7 +49,10 @@ class Call:
                     "pickle can write: functions of a module and no lambdas, or engine='local' "
                     "without workers."
                 ) from None
-        self.packed, self.tensors = _packed((function, arguments))
+        packed, self.tensors = _packed((function, arguments), instead)
+        _, arrived = _unpacked(packed, self.tensors)
+        told = {name: outline(value) for name, value in arrived.items()}
+        self.packed = pickle.dumps((packed, told))
 
     @staticmethod
     def made(packed: bytes, tensors: Sequence[Tensor], device: str | None) -> Any:
@@ -55,8 +62,20 @@ class Call:
             packed: of a call.
             tensors: of the same.
             device: where modules go; None leaves them on the host.
+
+        Raises:
+            InvalidState: for an argument that is another one here: functions and classes are sent
+                by their names, and here they are as their modules have them.
         """
-        function, arguments = _Unpickler(io.BytesIO(packed), tensors).load()
+        call, told = pickle.loads(packed)
+        function, arguments = _unpacked(call, tensors)
+        for name, value in arguments.items():
+            if outline(value) != told[name]:
+                raise InvalidState(
+                    f"{name} is another one in other processes: something that its functions or "
+                    "classes hold or read was changed after their module was imported; expected "
+                    "them as the module has them, or engine='local' without workers."
+                )
         if device is not None:
             for value in arguments.values():
                 for part in (
@@ -70,8 +89,9 @@ class Call:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, instead: Sequence[tuple[Any, Any]]) -> None:
         super().__init__(file, protocol=5)
+        self.instead = {id(each): other for each, other in instead}
         self.tensors: list[Tensor] = []
         self.places: dict[int, int] = {}
         self.alive: list[Any] = []
@@ -79,6 +99,8 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, (types.FunctionType, type)) and value.__module__ == "__main__":
             raise pickle.PicklingError(f"{value.__qualname__} is defined in the program itself")
+        if id(value) in self.instead:
+            return "instead", self.instead[id(value)], False
         if type(value) not in (Tensor, nn.Parameter):
             return None
         if id(value) not in self.places:
@@ -96,6 +118,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, place, needs_grad = pid
+        if kind == "instead":
+            return place
         if place not in self.made:
             held = self.tensors[place]
             self.made[place] = (
@@ -106,9 +130,13 @@ class _Unpickler(pickle.Unpickler):
         return self.made[place]
 
 
-def _packed(value: Any) -> tuple[bytes, list[Tensor]]:
+def _unpacked(packed: bytes, tensors: Sequence[Tensor]) -> Any:
+    return _Unpickler(io.BytesIO(packed), tensors).load()
+
+
+def _packed(value: Any, instead: Sequence[tuple[Any, Any]]) -> tuple[bytes, list[Tensor]]:
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, instead)
     with torch.no_grad():
         pickler.dump(value)
     return file.getvalue(), pickler.tensors

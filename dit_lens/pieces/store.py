@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidState, InvalidValue, MissingFile, UnwritableFile
+from ..errors import DitLensError, InvalidState, InvalidValue, MissingFile, UnwritableFile
 from ..storage import locked, replacing, try_folder
+from ..storage.writing import unwritable
 from .leases import Leases, here
 
 KIND = "dit_lens.pieces/1"
@@ -66,6 +67,20 @@ class Store:
         if not has_zarr():
             raise MissingFile(NEEDED)
         self.folder, self.about = folder.absolute(), dict(about)
+        try:
+            self._open(extra)
+            if device is not None:
+                self._one_kind_of(device)
+        except OSError as error:
+            if isinstance(error, DitLensError):
+                raise
+            raise UnwritableFile(unwritable(folder, error)) from error
+        self.leases = Leases(self.folder / CLAIMS)
+        self.kept = ExitStack()
+        self.kept.callback(self.leases.close)
+
+    def _open(self, extra: Mapping[str, Any] | None) -> None:
+        """Write the root, or find it there."""
         known = read_root(self.folder) if self.folder.exists() else None
         if known is None:
             try_folder(self.folder)
@@ -77,11 +92,6 @@ class Store:
             same_measurement(self.folder, known["about"], self.about)
             try_folder(self.folder)
         (self.folder / CLAIMS).mkdir(exist_ok=True)
-        if device is not None:
-            self._one_kind_of(device)
-        self.leases = Leases(self.folder / CLAIMS)
-        self.kept = ExitStack()
-        self.kept.callback(self.leases.close)
 
     def _one_kind_of(self, device: str) -> None:
         """Refuse another kind of device than the first one's: it rounds otherwise."""
@@ -89,7 +99,7 @@ class Store:
         if not first.exists():
             with replacing(first) as part:
                 part.write_text(device)
-        if (known := first.read_text()) != device:
+        if (known := first.read_text(errors="replace")) != device:
             raise InvalidValue(
                 f"The pieces in {str(self.folder)!r} are run on {known}, and this process has "
                 f"{device}, which rounds otherwise; expected --device {known}, or another store."
@@ -120,8 +130,20 @@ class Store:
                 shutil.rmtree(part, ignore_errors=True)
 
     def there(self, names: Sequence[str]) -> set[str]:
-        """Which of these pieces are there."""
-        return {name for name in names if (self.folder / name / ROOT).exists()}
+        """Which of these pieces are there.
+
+        Raises:
+            InvalidValue: if one is there in part.
+        """
+        found = {name for name in names if (self.folder / name / ROOT).exists()}
+        for name in names:
+            path = self.folder / name
+            if name not in found and os.path.lexists(path) and not (path / ROOT).exists():
+                raise InvalidValue(
+                    f"The piece {str(path)!r} is not whole, as in a store that was copied in part; "
+                    "delete it and start again: only it is run once more."
+                )
+        return found
 
     def names(self) -> list[str]:
         """The pieces that are there."""

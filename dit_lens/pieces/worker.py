@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -39,6 +40,20 @@ def helped(
     quiet(lambda: function(**arguments), store, key, arguments.get("model"))
 
 
+def watch(folder: Path, parent: int) -> None:
+    """End this process when the one that started it is gone, which then has not taken its copy of
+    the weights away either.
+
+    Args:
+        folder: with the call.
+        parent: the process that started this one.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def main(folder: Path, number: str) -> int:
     """Run pieces for the call in a folder, for as long as the process that started this one is
     there.
@@ -47,14 +62,7 @@ def main(folder: Path, number: str) -> int:
         folder: with the call.
         number: of this worker.
     """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, args=(folder, os.getppid()), daemon=True).start()
     said = json.loads((folder / "call.json").read_text())
     sys.path += [place for place in said["path"] if place not in sys.path]
     device = said["devices"][int(number) % len(said["devices"])]

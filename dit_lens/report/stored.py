@@ -347,10 +347,11 @@ def files_at(path: Path) -> list[Path]:
     Raises:
         MissingFile: if there is none.
     """
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).exists()]
-    else:
-        found = [path] if path.exists() else []
+    try:
+        files = [path / name for name in FILES] if path.is_dir() else [path]
+        found = [file for file in files if file.exists()]
+    except OSError as error:
+        raise InvalidValue(f"{str(path)!r} can't be read ({error.strerror}).") from None
     if not found:
         raise MissingFile(
             f"There are no results at {str(path)!r}; expected the folder that `dit-lens gap` or "

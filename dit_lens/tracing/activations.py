@@ -230,10 +230,14 @@ def read_plan(folder: Path) -> Recorded:
 
     Raises:
         MissingFile: if there is no recording.
-        InvalidValue: if that is damaged.
+        InvalidValue: if that is damaged, or can't be read.
     """
     path = folder / INDEX
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # too long, or in a folder that may not be looked into
+        raise InvalidValue(f"{str(folder)!r} can't be read ({error.strerror}).") from None
+    if not there:
         raise MissingFile(
             f"There is no recording at {str(folder)!r}; expected a folder that dit_lens.record "
             "wrote."

@@ -29,7 +29,7 @@ from ..storage import load_tensors, save_tensors
 from ..storage.schema import conform
 from .recompute import order_of
 from .record import Record
-from .schema import CallParts, ContextParts, KeptCall, TraceFile
+from .schema import DTYPES, CallParts, ContextParts, KeptCall, TraceFile
 
 FORMAT = "dit_lens.trace/5"
 EXPECTED = "a trace written by Trace.save"
@@ -51,7 +51,7 @@ def save(record: Record, path: str | Path) -> Path:
     for name, activations in record.activations.items():
         tensors |= {f"record/{c}/{name}": value for c, value in activations.items()}
     steps = sorted(record.calls_at)
-    about = {
+    about: dict[str, Any] = {
         "cfg": dataclasses.asdict(record.cfg),
         "sites": {name: list(axes) for name, axes in record.sites.items()},
         "names": list(record.names),
@@ -59,6 +59,8 @@ def save(record: Record, path: str | Path) -> Path:
         "calls_at": [[step, record.calls_at[step]] for step in steps],
         "log_snr": record.noise_levels(steps),
     }
+    if record.dtype is not None:
+        about["dtype"] = str(record.dtype).removeprefix("torch.")
     device = record.calls[0].x.device if record.calls else None
     if device is not None and device.type != "cpu":
         about["on_host"] = [key for key, value in tensors.items() if value.device.type == "cpu"]
@@ -93,6 +95,7 @@ def _record(about: TraceFile, tensors: dict[str, Tensor], where: str) -> Record:
         sites=about.sites,
         cfg=Config(**dict(about.cfg)),
         names=list(about.names),
+        dtype=None if about.dtype is None else DTYPES[about.dtype],
         calls=[_restored(how, i, tensors) for i, how in enumerate(about.calls)],
         calls_at={step: list(calls) for step, calls in about.calls_at},
         activations={name: {} for name in about.names},

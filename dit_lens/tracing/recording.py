@@ -48,6 +48,10 @@ from .site import Site
 from .trace import trace
 
 MB = 2**20
+STORED_AS = ("float64", "float32", "bfloat16", "float16", "float8_e5m2")
+"""What activations may be stored in: what is too large for these is infinite there. PyTorch cuts it
+off in other floats of 8 bits, or can't copy them.
+"""
 
 
 def record(
@@ -234,11 +238,11 @@ def _dtype(dtype: Any) -> torch.dtype | None:
     if dtype is None:
         return None
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in [DTYPES.get(name) for name in STORED_AS] or found is None:
         raise arguments.refusal(
             "dtype",
             dtype,
-            "one of floating point, such as torch.bfloat16 or 'float16'",
+            f"one of floating point: {', '.join(STORED_AS)}",
             wrong_type=not isinstance(dtype, (str, torch.dtype)),
         )
     return found
@@ -255,7 +259,9 @@ def _first_passes(
     batch: int,
 ) -> tuple[str, dict[str, Tensor]]:
     """One image of each label through the model, the first one as in the recording: a digest of the
-    answers, by which the model is known again, and the first one's activations.
+    answers and of what will be recorded, by which the model is known again, and the first one's
+    activations. The answers alone would not do: of a DiT with a last layer of zeros, as it is begun
+    with, they are the same whatever is before it.
     """
     x = noise([seed], START, model.cfg.latent_shape, model.device)
     strength = settings.guidance if model.cfg.distilled_guidance else 1.0
@@ -264,19 +270,22 @@ def _first_passes(
         images = x.expand(len(some), *x.shape[1:])
         return model_inputs(model, images, t, torch.tensor(some), strength)
 
+    made = hashlib.sha256()
+
+    def seen(some: Sequence[int]) -> Mapping[str, Tensor]:
+        answer, cache = model.run_with_cache(*inputs(some), names_filter=list(names))
+        for value in (answer, *(cache[name] for name in names)):
+            made.update(value.float().cpu().contiguous().numpy().tobytes())
+        return cache
+
     first, *others = dict.fromkeys(labels)  # a label may have weights of its own
-    answer, cache = model.run_with_cache(*inputs([first]), names_filter=list(names))
-    answers = [answer]
+    cache = seen([first])
     if model.cfg.n_classes:
-        answers += [model(*inputs(others[i : i + batch])) for i in range(0, len(others), batch)]
+        for i in range(0, len(others), batch):
+            seen(others[i : i + batch])
     else:  # some activations are as long as the text, or as the longest of a batch: one by one
         for other in others:
-            answer, theirs = model.run_with_cache(*inputs([other]), names_filter=list(names))
-            answers.append(answer)
-            _require_one_length(model, cache, theirs, (first, other))
-    made = hashlib.sha256()
-    for answer in answers:
-        made.update(answer.float().cpu().contiguous().numpy().tobytes())
+            _require_one_length(model, cache, seen([other]), (first, other))
     return made.hexdigest(), {name: cache[name] for name in names}
 
 

@@ -186,7 +186,8 @@ class Sizes(Schema):
 
 class TraceFile(Schema):
     """All of it. `calls_at` are the steps in order, each with the numbers of its calls, and
-    `on_host` the tensors that were on the CPU where the model was not.
+    `on_host` the tensors that were on the CPU where the model was not; `dtype` is that of what is
+    read, if not the model's.
     """
 
     cfg: Sizes
@@ -196,6 +197,7 @@ class TraceFile(Schema):
     calls_at: Listed[Annotated[tuple[Size, Listed[Size]], Field(strict=False)]]
     log_snr: Listed[float] | None
     on_host: Listed[str] = ()
+    dtype: Dtype | None = None
 
 
 class Recorded(Schema):
