@@ -385,7 +385,7 @@ def test_the_headline_claims_no_more_than_the_intervals(told):
     )
     one = results.sel(attribute=["first"], other=["first"])
     assert headline(one) == (
-        "On mine one attribute has a commitment step, of 50: first 10.0 [9.0, 11.0] (95 %)."
+        "On mine one attribute is decided within the 50 steps: first 10.0 [9.0, 11.0] (95 %)."
     )
     none = results.sel(attribute=["never"], other=["never"])
     assert headline(none) == "On mine no attribute is seen to be decided within the run."

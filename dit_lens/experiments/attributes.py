@@ -367,7 +367,7 @@ def headline(results: xr.Dataset) -> str:
         return f"On {name} no attribute is seen to be decided within the run."
     said = ", ".join(f"{a.replace('_', ' ')} {decided[a]:.1f}" for a in order)
     if len(order) == 1:
-        return f"On {name} one attribute has a commitment step, of {steps}: {said} (95 %)."
+        return f"On {name} one attribute is decided within the {steps} steps: {said} (95 %)."
     couples = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
     told = sum(
         float(results.lead_together.sel(attribute=a, other=b, bound="low")) > 0 for a, b in couples
