@@ -45,7 +45,7 @@ def _packed(transformer: nn.Module) -> str:
         if hasattr(weight, "__tensor_flatten__"):  # made of others: torchao's, quanto's, DTensor
             return f" ({name} is a {type(weight).__name__})"
     for name, module in transformer.named_modules():
-        if callable(getattr(module, "weight", None)):  # PyTorch's own quantised layers
+        if callable(getattr(type(module), "weight", None)):  # PyTorch's own quantised layers
             return f" ({name} is a {type(module).__module__}.{type(module).__name__})"
     return ""
 
