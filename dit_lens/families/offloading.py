@@ -30,18 +30,26 @@ def looked_after(
     """
     parts = list(transformer.children())
     if layer is None:
-        deeper: Iterable[nn.Module] = chain.from_iterable(map(_within, parts))
+        deeper: Iterable[nn.Module] = chain.from_iterable(map(within, parts))
     else:
         blocks = list(blocks)
-        deeper = chain(parts, blocks, _within(blocks[layer]))
+        deeper = chain(parts, blocks, within(blocks[layer]))
     return not all(map(HOOKS.isdisjoint, map(vars, chain([transformer], deeper))))
 
 
-def _within(module: nn.Module) -> list[nn.Module]:
-    """A module and all in it. By plain attributes: its own way of asking is ten times slower."""
-    found = [module]
+def within(module: nn.Module) -> list[nn.Module]:
+    """A module and all in it, each once. By plain attributes: its own way of asking is several
+    times slower.
+
+    Args:
+        module: with its children.
+    """
+    found, seen = [module], {module}
     for each in found:
-        found.extend(filter(None, vars(each)["_modules"].values()))
+        for child in vars(each)["_modules"].values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
     return found
 
 

@@ -39,7 +39,7 @@ from ..families.forward_slot import (
     slot,
 )
 from ..families.forwards import Forward
-from ..families.offloading import looked_after
+from ..families.offloading import looked_after, within
 from ..families.registry import describe
 from ..families.upstream import check_sources
 from ..hooks.names import layer_of
@@ -726,7 +726,7 @@ class Instrumentation:
             self._hearing.put(taken, Hearing(alone=True))
             memo = self._memo_of(inputs)
             if not memo:  # what is called first calls modules inside of modules
-                for module in self.transformer.modules():
+                for module in within(self.transformer):
                     silence(taken, module)
             answer = self.family.final(self.transformer, stream, inputs, memo)
             if answer is None:  # the whole model, with nothing between embedding and last layer

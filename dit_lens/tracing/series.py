@@ -127,11 +127,13 @@ class Series:
             self._seen[place], self._shapes[place] = self._end, shape
             self._end += 4 * torch.Size(shape).numel()
         at, size = self._seen[place], 4 * torch.Size(shape[1:]).numel()
-        on_host = value.device.type == HOST
-        value = value if on_host else value.clone()  # it may be changed before it is written
-        self._waiting += [(at + size * there.start, value[here]) for here, there in spans]
-        if on_host:
-            self._write()
+        rows = [(at + size * there.start, here) for here, there in spans]
+        if value.device.type == HOST:
+            for start, here in rows:
+                self._store(start, value[here].float())
+            return
+        value = value.clone()  # it may be changed before it is written
+        self._waiting += [(start, value[here]) for start, here in rows]
 
     def _send(self) -> None:
         """Let what waits go to the host, and write what went before."""
@@ -145,8 +147,12 @@ class Series:
             places, fetched = sent
             values = fetched.arrived().split([n for _, n in places])
             for (at, _), value in zip(places, values, strict=True):
-                self._file.seek(at)
-                self._file.write(value.contiguous().numpy().data)
+                self._store(at, value)
+
+    def _store(self, at: int, value: Tensor) -> None:
+        """Write values at their place in the file."""
+        self._file.seek(at)
+        self._file.write(value.contiguous().numpy().data)
 
     def _write(self) -> None:
         """All that was put goes to the file."""
