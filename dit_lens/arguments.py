@@ -64,7 +64,20 @@ def shown(value: Any) -> str:
         text = " ".join(repr(value).split())
     except Exception:  # a stranger's repr
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text)
+
+
+def cut(text: str, most: int = 80) -> str:
+    """A text of at most so many characters, the last three dots where it is longer.
+
+    Args:
+        text: one line.
+        most: how many.
+
+    >>> cut("a photograph", 8)
+    'a pho...'
+    """
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def is_whole(value: object) -> TypeGuard[int]:

@@ -358,7 +358,9 @@ def test_notebooks_show_sentences_and_no_html_of_others():
     assert ">low &lt;b&gt;first&lt;/b&gt;</pre>" in html
     assert "xarray" in html
     assert not Result({"x": ("n", [1.0])})._repr_html_().startswith("<pre")  # nothing to say
-    assert "word..." in strip([np.ones((3, 4, 4))], ["word " * 99])
+    for prompt in ("word " * 99, "字" * 99):  # some languages have no spaces
+        html = strip([np.ones((3, 4, 4))], [prompt])
+        assert f"<figcaption>{prompt[:37]}...<" in html and f'alt="{prompt}"' in html
     video = np.zeros((3, 5, 4, 4))
     video[:, 2] = 1  # the middle frame
     [frame] = shown_images(strip([video], ["<i>"]))

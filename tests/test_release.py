@@ -26,7 +26,7 @@ from dit_lens.experiments.outcomes import Outcome, once
 from dit_lens.experiments.release import steepest
 from dit_lens.families import family_named
 from dit_lens.groundtruth import ddim_agreement, gaussian
-from dit_lens.measures.agreement import Agreement
+from dit_lens.measures.agreement import Agreement, Contrasts
 from dit_lens.model.quiet import quiet
 
 STEPS, LAM = 16, (4.0, 0.25)
@@ -105,6 +105,25 @@ def test_one_pass_tells_its_progress(exact):
     told = []
     one_pass(pair, [latents(SPLIT)], progress=lambda *done: told.append(done))
     assert told == [(done, STEPS) for done in range(1, STEPS + 1)]
+
+
+def test_modes_that_several_outcomes_compare_are_computed_once(exact, monkeypatch):
+    """And are those that each outcome alone compares."""
+    _, pair, _ = exact
+    fine = Bands.radial((8, 8), n=3)
+    other = Bands.dct((8, 8), n=3)  # of other modes, so for itself
+    outcomes = [latents(SPLIT, "a"), latents(fine, "b"), latents(other, "c")]
+    made, own = [], Contrasts.modes
+    monkeypatch.setattr(Contrasts, "modes", lambda *args: made.append(1) or own(*args))
+    one, clones = one_pass(pair, outcomes), release_sweep(pair, outcomes, [4, 8, 12])
+    assert len(made) == 2 * (STEPS + 1) + 2 * (3 + 1)  # two bases; each step, release and the end
+    for o in outcomes:
+        for whole, alone in (
+            (one, one_pass(pair, [o])),
+            (clones, release_sweep(pair, [o], [4, 8, 12])),
+        ):
+            for a, b in zip(whole.statistics(o.name), alone.statistics(o.name), strict=True):
+                assert (a == b).all()
 
 
 def test_releases_are_spent_where_the_curve_rises(exact):

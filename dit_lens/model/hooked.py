@@ -615,10 +615,11 @@ class HookedDiT:
         """What is chosen here of the settings that a run's numbers depend on, in words: autocast,
         attention, precision, the default dtype.
         """
-        odd = [text for text in [Kernels.of_sampling(self.device).text] if text != USUAL]
-        if (dtype := torch.get_default_dtype()) != torch.float32:
-            odd.append(f"default dtype {str(dtype).removeprefix('torch.')}")
-        return ", ".join(odd) or USUAL
+        text, dtype = Kernels.of_sampling(self.device).text, torch.get_default_dtype()
+        if dtype == torch.float32:
+            return text
+        odd = f"default dtype {str(dtype).removeprefix('torch.')}"
+        return odd if text == USUAL else f"{text}, {odd}"
 
     @property
     def device(self) -> torch.device:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..arguments import cut
 
 SHOWN = 8
 """So many images are shown at most."""
@@ -39,14 +40,12 @@ def strip(images: Iterable[NDArray[np.floating]], titles: Iterable[object]) -> s
     all_of_them = list(zip(images, titles, strict=True))
     parts = []
     for image, title in all_of_them[:SHOWN]:
-        name = html.escape(
-            textwrap.shorten(str(title), 40, placeholder="...")
-        )  # a prompt may be long
+        name, brief = (html.escape(text) for text in (str(title), cut(str(title), 40)))
         parts.append(
             '<figure style="display:inline-block;margin:0 6px 6px 0;text-align:center">'
             f'<img alt="{name}" src="{_png(image)}" '
             'style="height:96px;image-rendering:pixelated">'
-            f"<figcaption>{name}</figcaption></figure>"
+            f"<figcaption>{brief}</figcaption></figure>"
         )
     more = len(all_of_them) - SHOWN
     return f"<div>{''.join(parts)}{f'and {more} more' * (more > 0)}</div>"

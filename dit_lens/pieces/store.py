@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import cut
 from ..errors import DitLensError, InvalidState, InvalidValue, MissingFile, UnwritableFile
 from ..storage import locked, replacing, try_folder
 from ..storage.writing import unwritable
@@ -305,8 +306,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = "not there" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "not there" if value is None else cut(str(value), 60)
 
 
 def _first(error: Exception) -> str:

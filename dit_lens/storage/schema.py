@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..arguments import shown
+from ..arguments import cut, shown
 from ..errors import InvalidValue
 
 Value = TypeVar("Value")
@@ -101,8 +101,7 @@ def _place(location: Sequence[int | str], value: Any) -> str:
             text, value = f"{text}.{key:.60}", value[key]
         elif isinstance(value, list) and isinstance(key, int):
             text, value = f"{text}[{key}]", value[key]
-    text = text.lstrip(".")
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text.lstrip("."))
 
 
 __all__ = ["Listed", "Schema", "Size", "conform", "fits"]
