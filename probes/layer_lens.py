@@ -250,7 +250,7 @@ def finished(run: Run, batch: int) -> Tensor:
     """A run's finished latents, [batch, ...]: with guidance, where the batch is [cond | null], once
     for each half.
     """
-    return torch.cat([run.latents[-1]] * (batch // len(run.labels)))
+    return torch.cat([run.finished] * (batch // len(run.labels)))
 
 
 def centring(labels: np.ndarray[Any, Any] | None, items: int) -> np.ndarray[Any, Any]:

@@ -5,7 +5,9 @@ the CPU's; but an operation on tensors of two devices fails as on a GPU, NumPy c
 there, and every time that the host would wait for the device is counted, with the line that asked.
 """
 
+import gc
 import sys
+import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +33,9 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 WAITS: Counter = Counter()
 """How often the host waited, by the line of dit_lens that asked."""
 OURS = [str(Path(__file__).parents[1] / folder) + "/" for folder in ("dit_lens", "probes")]
+
+MEMORY = {}
+"""While `device_memory` watches: how many tensors hold each piece of the device's memory."""
 
 _OPEN = []
 """Holds something while the device is there: the dtypes that it lacks."""
@@ -96,6 +101,8 @@ class Away(Tensor):
             requires_grad=requires_grad,
         )
         made.held = held
+        if "now" in MEMORY:
+            _count(made)
         return made
 
     def __init__(self, held, requires_grad=False):
@@ -120,6 +127,36 @@ class Away(Tensor):
 
     def _kind(self):
         return self.requires_grad, isinstance(self, torch.nn.Parameter)
+
+
+def _count(made):
+    """Add a tensor's memory to what the device holds, for as long as it lives."""
+    storage = made.held.untyped_storage()
+    piece, size, users = storage.data_ptr(), storage.nbytes(), MEMORY["users"]
+    if not users[piece]:
+        MEMORY["now"] += size
+        MEMORY["most"] = max(MEMORY["most"], MEMORY["now"])
+    users[piece] += 1
+
+    def gone():
+        users[piece] -= 1
+        if not users[piece] and "now" in MEMORY:
+            MEMORY["now"] -= size
+
+    weakref.finalize(made, gone)
+
+
+@contextmanager
+def device_memory():
+    """The most bytes of tensors that were made on the device inside the block, as "most"."""
+    gc.collect()
+    MEMORY.update(now=0, most=0, users=Counter())
+    found = {}
+    try:
+        yield found
+    finally:
+        found["most"] = MEMORY["most"]
+        MEMORY.clear()
 
 
 def _again(held, requires_grad, parameter):

@@ -114,7 +114,9 @@ def test_a_device_without_float64_samples_and_does_not_measure(monkeypatch):
         return torch.device("away")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-    args = argparse.Namespace(device=None, model="digits", dtype="float32", size=None)
+    args = argparse.Namespace(
+        device=None, model="digits", dtype="float32", size=None, trajectories=None
+    )
     for lacks, expected in (((torch.float64,), "cpu"), ((), "away")):
         with elsewhere(lacks):
             assert open_model(args).device.type == expected

@@ -281,7 +281,7 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
-    """The options `--device`, `--dtype` and `--batch`.
+    """The options `--device`, `--dtype`, `--batch` and `--trajectories`.
 
     Args:
         parser: of a subcommand.
@@ -300,6 +300,22 @@ def add_device(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
         "--batch",
         type=count,
         help="images that go through the model at once (default: what fits, found by trying)",
+    )
+    add_trajectories(parser, "on the device")
+
+
+def add_trajectories(parser: argparse.ArgumentParser, default: str) -> None:
+    """The option `--trajectories`.
+
+    Args:
+        parser: of a subcommand.
+        default: where they lie otherwise.
+    """
+    parser.add_argument(
+        "--trajectories",
+        metavar="PLACE",
+        help="where runs keep their latents, if they do not fit the device: cpu, or a folder for "
+        f"temporary files (default: {default})",
     )
 
 
@@ -364,7 +380,8 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
         # nearly every command measures
         device = "cpu" if here is None or not arguments.has_float64(here) else str(here)
     size = None if args.size is None else tuple(args.size)
-    model = load(args.model, dtype=args.dtype, device=device, size=size)
+    place = args.trajectories
+    model = load(args.model, args.dtype, device, size, place)
     made_of(str(args.model), model.device)
     return model
 

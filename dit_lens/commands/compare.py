@@ -115,7 +115,7 @@ def _changed(args: argparse.Namespace, model: HookedDiT) -> HookedDiT:
 
     size = None if args.size is None else tuple(args.size)
     dtype = args.changed_dtype or "float32"
-    changed = load(args.model, dtype=dtype, device=str(model.device), size=size)
+    changed = load(args.model, dtype, str(model.device), size, model.trajectories)
     if args.lora is None:
         return changed
     if not hasattr(changed.transformer, "load_lora_adapter"):

@@ -67,6 +67,8 @@ def show(costs: Sequence[Cost]) -> None:
     row("TMACs", [f"{c.macs / 1e12:,.3g}" for c in costs])
     row("images at once", [f"{c.batch}" for c in costs])
     row("memory, GB", [f"{c.memory / 1e9:.2f} of {c.available / 1e9:.1f} free" for c in costs])
+    if any(c.kept for c in costs):
+        row("trajectories, GB", [f"{c.kept / 1e9:.2f} of {c.room / 1e9:.1f} free" for c in costs])
     row("on disk meanwhile, GB", [f"{c.stored / 1e9:.2f}" for c in costs])
     row("time", [f"about {duration(c.seconds)}" for c in costs])
     console(100).print(table)

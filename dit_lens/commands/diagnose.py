@@ -106,7 +106,7 @@ def _one(args: argparse.Namespace, out: Path) -> None:
     bad, good = sample(model, [args.label], **options), None
     if args.good is not None:
         size = None if args.size is None else tuple(args.size)
-        other = load(args.good, dtype=args.dtype, device=str(model.device), size=size)
+        other = load(args.good, args.dtype, str(model.device), size, model.trajectories)
         good = sample(other, [args.label], **options)
     batch = batch_of(args, model, 32) or 32
     with keeping(args, model, batch, out), progress_bar() as bar, of_the_users(fault):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..model.hooked import HookedDiT
 
 ASIDE = set(
-    "store engine workers address out device dry_run batch argv again parse json quiet kept".split()
+    "store engine workers address out device trajectories dry_run batch argv again parse json "
+    "quiet kept".split()
 )
 """Options that the result does not depend on, or that are known better once the model is open."""
 READ = ("prompts", "images", "attributes", "check", "plan", "lora", "fault", "good")

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .common import GIVEN, Answer, open_model
+from .common import GIVEN, Answer, add_trajectories, open_model
 from .keeping import about_command
 
 
@@ -14,11 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """STORE."""
     parser.add_argument("folder", type=Path, metavar="STORE", help="the --store of the command")
     parser.add_argument("--device", help="such as cuda:1 (default: that of the command)")
+    add_trajectories(parser, "as the command's")
 
 
 def run(args: argparse.Namespace) -> Answer:
     """Take pieces until the command needs no more."""
     from ..errors import DitLensError, InvalidValue, MissingFile
+    from ..model.trajectories import checked_place
     from ..pieces import Store, digest, quiet, read_root
 
     folder = args.folder.absolute()
@@ -39,9 +41,11 @@ def run(args: argparse.Namespace) -> Answer:
             f"The command was started in {job['cwd']!r}, which is not on this machine; expected "
             "the same folders everywhere, as on a shared disk."
         )
+    place = checked_place(args.trajectories)  # of a folder as seen from here
     os.chdir(job["cwd"])
     command = args.parse(job["argv"])
     command.device = args.device or command.device
+    command.trajectories = place or command.trajectories
     try:
         model = open_model(command)
     except (DitLensError, OSError) as error:

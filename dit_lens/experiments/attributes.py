@@ -436,8 +436,11 @@ def _read_stats(pair: Twins, compared: Categories) -> Agreement:
     """
     run = pair.run
     contrasts = Contrasts(run.labels.tolist(), len(run.labels))
-    finished = compared.modes(run.latents[-1], contrasts)
-    found = [compared.sums(compared.modes(x, contrasts), finished, contrasts) for x in run.x0]
+    finished = compared.modes(run.finished, contrasts)
+    found = [
+        compared.sums(compared.modes(x, contrasts), finished, contrasts)
+        for x in map(run.here, run.x0)
+    ]
     return Agreement.of(torch.stack(found, 1).unflatten(2, (2, -1)).sum(2))
 
 

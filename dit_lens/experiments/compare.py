@@ -198,16 +198,14 @@ def compared_runs(
     items, labels = len(plain.labels), plain.labels.cpu().numpy()
     kept = not_alone(labels)
     counts = draws(items, resamples, seed)
-    apart = (other.latents[-1] - plain.latents[-1]).double()
+    apart = (other.finished - plain.finished).double()
     spread = Spread(plain, bands, counts)
     effect = spread.relative(energy(apart, bands)[None])[:, 0]
 
     # What the images are like: their power, and the unchanged model's error on them.
     ratios = []
     for measure in (_power, _error):
-        of_plain, of_other = (
-            measure(plain, each.latents[-1], bands, seed) for each in (plain, other)
-        )
+        of_plain, of_other = (measure(plain, each.finished, bands, seed) for each in (plain, other))
         ratios.append((counts @ of_other) / (counts @ of_plain))
     with np.errstate(divide="ignore"):
         logs = np.log(np.concatenate(ratios, 1))  # [1 + resample, power and error by band]
@@ -288,8 +286,8 @@ def _commitment(
     run: Run, bands: Bands, labels: Array, kept: Places, resamples: int, seed: int
 ) -> Array:
     """When each band of the kept items is decided, [1 + resample, band], in steps, by one pass."""
-    final = run.latents[-1][kept]
-    stats = [agreement(x0[kept], final, bands, labels[kept]) for x0 in run.x0]
+    final = run.finished[kept]
+    stats = [agreement(x0[kept], final, bands, labels[kept]) for x0 in map(run.here, run.x0)]
     return commitment_draws(
         Agreement.stack(stats).independent(),
         range(run.settings.steps),

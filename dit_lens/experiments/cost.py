@@ -8,6 +8,7 @@ measurement itself with few steps and pairs.
 
 from __future__ import annotations
 
+import shutil
 import time
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .. import arguments
 from ..errors import InvalidValue
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
+from ..model.trajectories import HOST
 from ..patching import tiles
 from ..plans.costs import Costs
 from ..sampling.guidance import model_inputs
@@ -58,6 +60,8 @@ class Cost:
         stored: bytes on disk meanwhile.
         seconds: on this device; NaN where nothing was calibrated.
         available: bytes that the device has free for it.
+        kept: bytes of trajectories that are kept elsewhere than on the device, at most.
+        room: bytes that are free there.
     """
 
     what: str
@@ -71,14 +75,23 @@ class Cost:
     stored: int
     seconds: float
     available: int
+    kept: int
+    room: int
 
     def require_fit(self) -> None:
-        """Raise InvalidValue if it does not fit the device."""
+        """Raise InvalidValue if it does not fit the device, or trajectories not where they go."""
         if self.memory > self.available:
             raise InvalidValue(
                 f"{self.what} takes about {self.memory / 1e9:.1f} GB and "
                 f"{self.available / 1e9:.1f} GB are free; expected fewer images at once (--batch "
-                f"{max(1, self.batch // 2)}), --dtype bfloat16, or fewer --pairs or --steps."
+                f"{max(1, self.batch // 2)}), trajectories elsewhere (--trajectories), --dtype "
+                "bfloat16, or fewer --pairs or --steps."
+            )
+        if self.kept > self.room:
+            raise InvalidValue(
+                f"The trajectories of {self.what} take {self.kept / 1e9:.1f} GB and "
+                f"{self.room / 1e9:.1f} GB are free where they are kept; expected --trajectories "
+                "with a folder that has room, or fewer --pairs or --steps."
             )
 
 
@@ -133,7 +146,7 @@ def gap_cost(
         images += pairs * (after + 1 + read)
         forwards += parts * (after + 1 + read)
     layers, latent = model.cfg.n_layers, _bytes_of_latents(model)
-    trajectories = 3 * 2 * pairs * (steps + 1) * latent
+    trajectories, elsewhere, room = _trajectories(model, 3 * 2 * pairs * (steps + 1) * latent)
     kept = (layers + 2) * 2 * pairs * latent  # the lens's, of the step under way
     weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
     seconds, active = float("nan"), 0
@@ -153,6 +166,8 @@ def gap_cost(
         stored=(layers + 2) * 2 * pairs * steps * latent,
         seconds=seconds,
         available=free_memory(model.device) + weights,
+        kept=elsewhere,
+        room=room,
     )
 
 
@@ -196,6 +211,8 @@ def patch_cost(
     at_once = min(batch or 2 * pairs, 2 * pairs)
     active, plain = _forward(model, at_once, _Parts(1 + TIMED, progress))
     weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
+    # the run, and the one without a layer
+    trajectories, elsewhere, room = _trajectories(model, 2 * 3 * 2 * pairs * (steps + 1) * latent)
     return Cost(
         what="patch",
         exact=False,
@@ -204,12 +221,24 @@ def patch_cost(
         blocks=images * layers,
         macs=images * Costs.of(model).whole,
         batch=at_once,
-        # the run, and the one without a layer
-        memory=int(weights + 2 * 3 * 2 * pairs * (steps + 1) * latent + active),
+        memory=int(weights + trajectories + active),
         stored=3 * 2 * pairs * (steps + 1) * latent,
         seconds=images * plain,
         available=free_memory(model.device) + weights,
+        kept=elsewhere,
+        room=room,
     )
+
+
+def _trajectories(model: HookedDiT, size: int) -> tuple[int, int, int]:
+    """Bytes of trajectories that lie on the device, those that lie elsewhere, and the bytes that
+    are free there.
+    """
+    place = model.trajectories
+    if place is None or place == model.device.type:
+        return size, 0, 0
+    free = free_memory(torch.device(HOST)) if place == HOST else shutil.disk_usage(place).free
+    return 0, size, free
 
 
 def _bytes_of_latents(model: HookedDiT) -> int:
@@ -314,7 +343,7 @@ def _calibrated(
     pair = twins(model, few, labels, steps=CALIBRATION, probes=probes, batch=batch, progress=tick)
     watched = sorted(took[1:])[0] / (2 * few)
     began = time.perf_counter()
-    lens.result(pair.run.latents[-1])
+    lens.result(pair.run.finished)
     one_pass(pair, [latents(bands)])
     _wait(model)
     reading = (time.perf_counter() - began) / (CALIBRATION * 2 * few)

@@ -152,7 +152,7 @@ def couplings(
         pair = coupled_twins(model, own_labels, g, form, **tie)
         curves = difference_curves(pair, bands, counts)
         tau = half_crossing(curves)
-        finished = pair.a.latents[-1], pair.b.latents[-1]
+        finished = pair.a.finished, pair.b.finished
         few = labels_of_fewer(model, fewer, labels)
         tied = coupled_twins(model, few, g, form, **tie, eta=1.0)
         sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed, batch=batch)
@@ -478,7 +478,10 @@ def difference_curves(pair: Twins, bands: Bands, counts: Array) -> Array:
     """
     labels = pair.a.labels.tolist()
     stats = Agreement.stack(
-        [agreement(a, b, bands, labels) for a, b in zip(pair.a.x0, pair.b.x0, strict=True)]
+        [
+            agreement(pair.run.here(a), pair.run.here(b), bands, labels)
+            for a, b in zip(pair.a.x0, pair.b.x0, strict=True)
+        ]
     )
     xy, xx, yy = (np.einsum("rp,spb->rbs", counts, part) for part in stats)
     return np.asarray((xx + yy - 2 * xy) / (xx + yy)[..., -1:])
@@ -496,8 +499,8 @@ def _responses(
     run, model = pair.run, pair.run.model
     n = model.cfg.n_layers
     # sums over the pairs: of both parts along themselves at every g, and of their squares at 0
-    along = run.latents.new_zeros(2, len(gs), n, dtype=torch.float64)
-    squares = run.latents.new_zeros(2, n, dtype=torch.float64)
+    along = run.finished.new_zeros(2, len(gs), n, dtype=torch.float64)
+    squares = run.finished.new_zeros(2, n, dtype=torch.float64)
 
     def listener(layer: int) -> Callable[..., Tensor]:
         def look(
@@ -529,7 +532,8 @@ def _responses(
     with run.restored(), model.instrumentation.under(couplings=listening):
         for part in torch.arange(pair.pairs).split(at_once):
             rows, t = torch.cat([part, part + pair.pairs]), run.timesteps[step]
-            x = run.latents[step][sent(rows, run.latents.device)]
+            x = run.here(run.latents[step])
+            x = x[sent(rows, x.device)]
             model(*model_inputs(model, x, t, run.labels[rows], run.settings.guidance))
     own = squares.cpu().numpy()
     own[own <= 1e-10 * own.sum(0)] = np.nan  # rounding is no part

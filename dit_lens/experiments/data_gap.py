@@ -72,7 +72,7 @@ def data_gap(
     counts = draws(pairs, resamples, seed)
     if latents is None:
         labels = pair.a.labels.tolist()
-        a, b = (_energies(one.latents[-1], labels, bands) for one in (pair.a, pair.b))
+        a, b = (_energies(one.finished, labels, bands) for one in (pair.a, pair.b))
         energy = (a + b) / 2
     else:
         known = _energies(latents, [0] * len(latents) if groups is None else groups, bands)

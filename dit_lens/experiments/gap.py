@@ -333,7 +333,7 @@ def _observed(
     def run() -> dict[str, Array]:
         made.append(twins(model, pairs, chosen, probes=[divergence, lens], **settings))
         run = made[0].run
-        seen, lensed = divergence.result(), lens.result(run.latents[-1])
+        seen, lensed = divergence.result(), lens.result(run.finished)
         strip = {f"strip {key}": value for key, value in lens_images(lens, run.batch).items()}
         return arrays_of(run) | flat(seen, "divergence") | flat(lensed, "lens") | strip
 

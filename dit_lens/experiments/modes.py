@@ -34,7 +34,7 @@ class Modes(NamedTuple):
             cut: between low and high, in cycles per place of a grid.
             pilot: twins, for kind "eigen".
         """
-        finished = pilot.a.latents[-1] - pilot.b.latents[-1] if pilot else None
+        finished = pilot.a.finished - pilot.b.finished if pilot else None
         stream = _stream_difference(pilot) if pilot else None
         pixels = partition(kind, model.cfg.pixels, cut, finished)
         token_spectrum, _, token_split = partition(kind, model.cfg.grid, cut, stream)

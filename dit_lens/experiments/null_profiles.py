@@ -47,7 +47,9 @@ def shuffled(model: HookedDiT, seed: int) -> HookedDiT:
     28
     """
     copy = shuffle_layers(model.transformer, seed, model.family.blocks)
-    null = HookedDiT(copy, scheduler=model.scheduler, size=model.size)
+    null = HookedDiT(
+        copy, scheduler=model.scheduler, size=model.size, trajectories=model.trajectories
+    )
     null.conditions = model.conditions
     return null
 
@@ -155,7 +157,7 @@ def _profiles(
     commits = commitment_draws(
         clones.stats["stream"], clones.releases, clones.log_snr, resamples=1, seed=seed
     )
-    seen, lensed = divergence.result(), lens.result(pair.run.latents[-1])
+    seen, lensed = divergence.result(), lens.result(pair.run.finished)
     values = profile_values(
         seen, lensed, commits[:1], modes.token_split, modes.token_spectrum, ones, 2 * steps // 3
     ).values

@@ -103,7 +103,8 @@ def _slopes(
     fresh: list[Additions] = []
     for step in range(steps):
         fresh.append({})
-        _next(under, under.latents[step], step, fresh[-1], held.values(step, fresh), held.places)
+        x = under.here(under.latents[step])
+        _next(under, x, step, fresh[-1], held.values(step, fresh), held.places)
         told(step + 1)
 
     # Backwards: how the finished latents answer to each.
@@ -111,7 +112,7 @@ def _slopes(
     pulls = aims.flatten(0, 1).clone()
     owed: dict[tuple[Added, int], Tensor] = {}  # [direction, ...], by what is held from a step
     for step in reversed(range(steps)):
-        x = under.latents[step].clone().requires_grad_()
+        x = under.here(under.latents[step]).clone().requires_grad_()
         given = {p: v.detach().requires_grad_() for p, v in held.values(step, fresh).items()}
         seen: Additions = {}
         with torch.enable_grad():

@@ -119,7 +119,7 @@ class Curves:
             stats,
             {o.name: o.band_names for o in outcomes},
             run.model.transformer,
-            hashlib.sha256(run.latents[-1].float().cpu().numpy().tobytes()).hexdigest(),
+            hashlib.sha256(run.finished.float().cpu().numpy().tobytes()).hexdigest(),
             squared=squared,
         )
 
@@ -227,12 +227,12 @@ def one_pass(
 
         def part(steps: range) -> dict[str, NDArray[Any]]:
             nonlocal end
-            end = end or side(outcomes, run.latents[-1], contrasts)
+            end = end or side(outcomes, run.finished, contrasts)
             found: dict[str, list[Tensor]] = {o.name: [] for o in outcomes}
             for step in steps:
-                x = seen[step]
-                if step + 1 == len(seen) and torch.equal(x, run.latents[-1]):
-                    x = run.latents[-1]  # decoded already
+                x = run.here(seen[step])
+                if step + 1 == len(seen) and torch.equal(x, run.finished):
+                    x = run.finished  # decoded already
                 for name, stats in statistics(outcomes, x, end, contrasts).items():
                     # both twins of a pair add up
                     found[name].append(stats.unflatten(1, (2, -1)).sum(1))

@@ -54,7 +54,7 @@ class Released:
         self.kept, self.clones = kept, twins.tie == "noise"
         labels = twins.a.labels.tolist()
         self.contrasts = Contrasts(labels, len(labels))
-        self.finished = twins.run.latents[-1]
+        self.finished = twins.run.finished
         self._shared: Sides = {}
         self.parts: Sequence[tuple[int, ...]] = ()
         edited = any(change.edits for change in twins.run.history)  # edits see a run's own batch

@@ -422,7 +422,7 @@ class Samples:
         """E_b under each of some plans, [1 + resample, band]."""
 
         def finished(plan: Plan) -> Tensor:
-            return self.under(plan).latents[-1]
+            return self.under(plan).finished
 
         first, self.tried = self.tried, self.tried + len(plans)
         made = {
@@ -433,6 +433,6 @@ class Samples:
 
     def effect(self, finished: Tensor) -> Array:
         """E_b of finished latents, [1 + resample, band]."""
-        apart = (finished - self.run.latents[-1]).double()
+        apart = (finished - self.run.finished).double()
         found: Array = self.spread.relative(energy(apart, self.bands)[None])
         return found[:, 0]

@@ -215,7 +215,7 @@ def _wait(device: torch.device) -> None:
 
 def _figures(samples: Samples, found: Run, judge: Judge | None) -> dict[str, Any]:
     """What a way does to the samples; statistics are [1 + resample, ...]."""
-    effect = samples.effect(found.latents[-1])
+    effect = samples.effect(found.finished)
     error = (found.images - samples.run.images).double().square().flatten(1).mean(1).cpu().numpy()
     with np.errstate(divide="ignore"):
         each = -10 * np.log10(error)

@@ -59,9 +59,9 @@ def decided(run: Run, bands: Bands) -> Array:
     """
     labels = run.labels.cpu().numpy()
     kept = not_alone(labels)
-    labels, final = labels[kept], run.latents[-1][kept]
-    seen = [curve(agreement(x0[kept], final, bands, labels), squared=True) for x0 in run.x0]
-    return np.stack(seen)
+    labels, final = labels[kept], run.finished[kept]
+    seen = (agreement(x0[kept], final, bands, labels) for x0 in map(run.here, run.x0))
+    return np.stack([curve(each, squared=True) for each in seen])
 
 
 class Spread:
@@ -78,7 +78,7 @@ class Spread:
 
     def __init__(self, run: Run, bands: Bands, counts: Array) -> None:
         require_finite(run, "the samples")
-        labels, x, n = run.labels.cpu().numpy(), run.latents[-1].double(), len(run.labels)
+        labels, x, n = run.labels.cpu().numpy(), run.finished.double(), len(run.labels)
         same = (labels[:, None] == labels) & ~np.eye(n, dtype=bool)
         apart = np.stack([energy(x - x[i], bands) for i in range(n)])
         number = np.einsum("ri,ij,rj->r", counts, same, counts)

@@ -43,10 +43,10 @@ def noised(run: Run, step: int, seeds: Sequence[int]) -> Tensor:
         seeds: of the noise, one an item.
     """
     signal, sigma = (
-        f.to(run.latents) for f in signal_and_noise(run.scheduler, run.timesteps[step])
+        f.to(run.finished) for f in signal_and_noise(run.scheduler, run.timesteps[step])
     )
-    xi = noise(seeds, step, run.latents.shape[2:], run.latents.device, run.latents.dtype)
-    return signal * run.latents[-1] + sigma * xi
+    xi = noise(seeds, step, run.finished.shape[1:], run.finished.device, run.finished.dtype)
+    return signal * run.finished + sigma * xi
 
 
 def returns(run: Run, steps: Sequence[int], seeds: Sequence[int]) -> list[Branch]:
@@ -120,7 +120,7 @@ def there_and_back(
     seeds = sum(twin_seeds(seed, items), [])[:items]
     found: dict[int, dict[str, Agreement]] = {}
     with once():
-        own = side(outcomes, run.latents[-1], contrasts)
+        own = side(outcomes, run.finished, contrasts)
 
         def go(chosen: Sequence[int]) -> None:
             done = ends(returns(run, chosen, seeds), batch)

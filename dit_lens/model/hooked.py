@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ from .noise_schedule import predict_x0
 from .partial import StoppedAtLayer
 from .state import State
 from .taken import Taken
+from .trajectories import checked_place
 
 Hooks = Sequence[tuple[NamesFilter, HookFunction]]
 
@@ -78,6 +80,7 @@ class HookedDiT:
         scheduler: the pipeline's, or what `dit_lens.load` found, or None.
         vae: the same.
         conditions: what it can be asked for, by number.
+        trajectories: where runs keep theirs; None is where the model computes.
 
     Args:
         pipe_or_transformer: a diffusers pipeline, its transformer, or a `HookedDiT`.
@@ -90,6 +93,8 @@ class HookedDiT:
         parts: paths within a block by the names that they get, such as {"attn": "attn"}; by default
             what is clearly its attention and MLP.
         adapter: how it is called, a `dit_lens.Adapter`; without it only a loop of yours calls it.
+        trajectories: where runs keep their latents, x0 and outputs: by default where the model
+            computes; "cpu" is the host's memory, a folder is for temporary files in it.
 
     Raises:
         TypeError: if there is no family for the model (a U-Net), with the ways on.
@@ -107,12 +112,14 @@ class HookedDiT:
         blocks: str | Sequence[str] | None = None,
         parts: Mapping[str, str] | None = None,
         adapter: Adapter | None = None,
+        trajectories: str | Path | None = None,
     ) -> None:
         arguments.require_cpu_by_default()
-        pipe = pipe_or_transformer
+        pipe, self.trajectories = pipe_or_transformer, checked_place(trajectories)
         conditions: Conditions | None = None
         if isinstance(pipe, HookedDiT):
             conditions, size = pipe.conditions, pipe.size if size is None else size
+            self.trajectories = self.trajectories or pipe.trajectories
             scheduler, vae, pipe = scheduler or pipe.scheduler, vae or pipe.vae, pipe.transformer
         self.transformer: Any = transformer_of(pipe)
         if any(given is not None for given in (blocks, parts, adapter)):
@@ -138,7 +145,7 @@ class HookedDiT:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled view looks at its own copy of the model."""
         parts = (self.transformer, self.scheduler, self.vae, self.conditions, self.size)
-        return _reopened, (type(self), *parts)
+        return _reopened, (type(self), *parts, self.trajectories)
 
     def close(self) -> None:
         """Look no more: this view's hooks are taken off, and the hook points out, unless somebody
@@ -717,9 +724,10 @@ def _reopened(
     vae: Any,
     conditions: Conditions,
     size: Size | None,
+    trajectories: str | None,
 ) -> HookedDiT:
     """A copied or unpickled view."""
-    made = kind(transformer, scheduler=scheduler, vae=vae, size=size)
+    made = kind(transformer, scheduler=scheduler, vae=vae, size=size, trajectories=trajectories)
     made.conditions = conditions
     return made
 

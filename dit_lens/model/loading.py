@@ -26,6 +26,7 @@ from .saved import (
     read_json,
     skeleton,
 )
+from .trajectories import checked_place
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
@@ -35,6 +36,7 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     size: Size | None = None,
+    trajectories: str | Path | None = None,
 ) -> HookedDiT:
     """Open a model: a bundled one by name, a folder, a hub id, or an object.
 
@@ -47,6 +49,8 @@ def load(
         dtype: of the weights, such as torch.float16 or "float16".
         device: where they go, such as "cpu" or "cuda".
         size: (height, width) of the latents, if not the model's own.
+        trajectories: where runs keep theirs: by default on the device; "cpu", or a folder for
+            temporary files, if they do not fit there.
 
     Raises:
         FileNotFoundError: if there is no such bundled model or folder.
@@ -59,14 +63,15 @@ def load(
     28
     """
     if not isinstance(model, (str, Path)):
-        return HookedDiT(model, size=size)
+        return HookedDiT(model, size=size, trajectories=trajectories)
+    place = checked_place(trajectories)  # before gigabytes of weights are read
     dtype, device = _dtype(dtype), usable_device(device)
     _check_computing(dtype, device)
     folder = _folder_of(model)
     if str(model) and _is_folder(folder):
-        return _load_folder(folder, dtype, device, size)
+        return _load_folder(folder, dtype, device, size, place)
     if _is_hub_id(model):
-        return _load_folder(_downloaded(str(model)), dtype, device, size)
+        return _load_folder(_downloaded(str(model)), dtype, device, size, place)
     bundled = _bundled()
     near = difflib.get_close_matches(str(model), bundled, n=1, cutoff=0.4)
     hint = (
@@ -143,7 +148,11 @@ def _downloaded(name: str) -> Path:
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device, size: Size | None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    size: Size | None,
+    trajectories: str | None,
 ) -> HookedDiT:
     if (folder / "model_index.json").exists():
         _refuse_pickles(folder)
@@ -153,7 +162,7 @@ def _load_folder(
         _refuse_not_finite(getattr(pipe, "transformer", None), folder)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
-        return HookedDiT(pipe.to(device), size=size)
+        return HookedDiT(pipe.to(device), size=size, trajectories=trajectories)
     if not (folder / "config.json").exists():
         inside = folder / "transformer"
         near = f"; did you mean {str(inside)!r}?" if (inside / "config.json").exists() else "."
@@ -178,6 +187,7 @@ def _load_folder(
         scheduler=made["scheduler"],
         vae=made["vae"] and made["vae"].to(device),
         size=size,
+        trajectories=trajectories,
     )
 
 

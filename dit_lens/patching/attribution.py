@@ -105,7 +105,7 @@ def attribute(
     check_runs(source, target)
 
     # The derivative at the end, of the distance |P_b(x - source)|²: 2 P_b(x - source).
-    away = target.latents[-1] - source.latents[-1]
+    away = target.finished - source.finished
     apart = energy(away, bands).sum(0)
     end = [2 * bands.project(away, b) for b in range(bands.n)]
 
@@ -115,11 +115,13 @@ def attribute(
     found = np.zeros((model.cfg.n_layers, len(sites), settings.steps, bands.n))
     for step in reversed(range(settings.steps)):
         theirs, ours = (
-            _activations(run, run.latents[step], step, names)[0] for run in (source, target)
+            _activations(run, run.here(run.latents[step]), step, names)[0]
+            for run in (source, target)
         )
         change = [a - h for a, h in zip(theirs, ours, strict=True)]
         for share, pull in zip(shares, pulls, strict=True):
-            x = torch.lerp(target.latents[step], source.latents[step], share).requires_grad_()
+            begin, goal = (run.here(run.latents[step]) for run in (target, source))
+            x = torch.lerp(begin, goal, share).requires_grad_()
             with torch.enable_grad():
                 seen, following = _activations(target, x, step, names, graph=True)
             for b in range(bands.n):

@@ -48,7 +48,7 @@ def directions(run: Run, bands: Bands, count: int, seed: int) -> Tensor:
         torch.randn(count, *run.latents.shape[2:], generator=generators([seed], item)[0])
         for item in range(len(run.labels))
     ]
-    white = torch.stack(drawn, 1).to(run.latents)
+    white = torch.stack(drawn, 1).to(run.finished)
     shape = white.shape
     return torch.stack([bands.project(white.flatten(0, 1), b).view(shape) for b in range(bands.n)])
 
@@ -103,12 +103,12 @@ def projected_at(
     """
     names = list(dict.fromkeys(name for place in places for name in place if name))
     passes = n_passes(run.model, run.settings.guidance)
-    x = run.latents[step].clone().requires_grad_()
+    x = run.here(run.latents[step]).clone().requires_grad_()
     seen, following = _seen(run, x, step, names, graph=True)
     here = {p: _added(p, seen).detach() for p in places}
 
     def elsewhere(other: int) -> Additions:
-        theirs, _ = _seen(run, run.latents[other], other, names)
+        theirs, _ = _seen(run, run.here(run.latents[other]), other, names)
         return {p: _added(p, theirs) for p in places}
 
     asked = changes(step, here, elsewhere)

@@ -116,18 +116,18 @@ class Lanes:
         """
         target = self.target
         scheduler = target.fresh_scheduler()
-        trunk = Lane(target.latents[0], scheduler, list(range(len(patches))))
+        trunk = Lane(target.here(target.latents[0]), scheduler, list(range(len(patches))))
         lanes: list[Lane] = []
         for step in range(self.settings.steps):
-            trunk.x = target.latents[step]
+            trunk.x = target.here(target.latents[step])
             jobs, staying = self._jobs(trunk, lanes, patches, step)
             self._outputs(jobs, step)
             lanes = [self._advanced(job, step) for job in jobs]
             trunk.patches = staying
             if staying:  # for the memory of multistep schedulers
-                self._step(trunk.scheduler, target.outputs[step], trunk.x, step)
+                self._step(trunk.scheduler, target.here(target.outputs[step]), trunk.x, step)
             tick(step)
-        found: dict[int, Tensor] = {p: target.latents[-1] for p in trunk.patches}
+        found: dict[int, Tensor] = {p: target.finished for p in trunk.patches}
         found |= {p: lane.x for lane in lanes for p in lane.patches}
         return torch.stack([found[p] for p in range(len(patches))])
 
@@ -143,7 +143,7 @@ class Lanes:
             and not edits_at(self.target.history, step)
             and self.same_labels
         )
-        alike = plain and torch.equal(self.source.latents[step], trunk.x)
+        alike = plain and torch.equal(self.source.here(self.source.latents[step]), trunk.x)
         jobs, staying = [], []
         for lane in (trunk, *lanes):
             split: dict[str | None, list[int]] = {}
@@ -376,7 +376,7 @@ class Lanes:
         def keep(value: Tensor, point: HookPoint) -> None:
             kept[point.name] = value.clone()
 
-        model, x = run.model, run.latents[step]
+        model, x, then = run.model, *map(run.here, (run.latents[step], run.outputs[step]))
         observed = model.observing(sorted(names), keep) if names else nullcontext()
         with run.restored(), model.hooks(edits_at(run.history, step)), observed:
             output = model_output(model, x, step, run.labels, self.settings, self.scheduler)
@@ -386,7 +386,7 @@ class Lanes:
                 f"The model's answer at step {step} of the {which} run is not finite; expected a "
                 "run of numbers, as with less guidance or dtype='float32'."
             )
-        off = float((output - run.outputs[step]).norm() / run.outputs[step].norm().clamp_min(1e-12))
+        off = float((output - then).norm() / then.norm().clamp_min(1e-12))
         if not off <= max(1e-3, 3 * torch.finfo(self.model.dtype).eps ** (2 / 3)):
             raise InvalidValue(
                 f"Step {step} of the {which} run can't be computed again from its x_t: the model's "

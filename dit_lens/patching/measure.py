@@ -59,7 +59,7 @@ def energy(x: Tensor, bands: Bands) -> NDArray[np.float64]:
 def compared(bands: Bands, finished: Tensor, source: Run, target: Run) -> xr.Dataset:
     """Agreement and move by band, from finished latents [patch, item, c, h, w]."""
     # Distances from the source, of the patched runs and of the target.
-    a, b, items = source.latents[-1], target.latents[-1], len(target.labels)
+    a, b, items = source.finished, target.finished, len(target.labels)
     away = np.stack([energy(x - a, bands) for x in finished])
     apart = energy(b - a, bands)
 
@@ -114,7 +114,7 @@ def applied(fn: Callable[[Tensor], Any], finished: Tensor, source: Run, target: 
     items = len(target.labels)
     values = [
         np.asarray(torch.as_tensor(fn(x.clone())).detach().cpu())
-        for x in (source.latents[-1], target.latents[-1], *finished)
+        for x in (source.finished, target.finished, *finished)
     ]
     odd = [v.shape for v in values if v.shape[:1] != (items,) or v.shape != values[0].shape]
     if odd:

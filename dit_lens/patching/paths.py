@@ -102,12 +102,13 @@ def path_patch(
 
     # The target's run from there on, each step of the window with one path patched.
     between = [_name(point) for point in points[first + 1 : last]]
-    scheduler, x = target.scheduler_at(begin), target.latents[begin]
+    scheduler, x = target.scheduler_at(begin), target.here(target.latents[begin])
     for step in range(begin, target.settings.steps):
         edits: list[tuple[str, HookFunction]] = []
         if step in steps:
             with torch.no_grad(), model.hooks(edits_at(target.history, step)):
-                sent = _activations(source, source.latents[step], step, [_name(sender)])
+                theirs = source.here(source.latents[step])
+                sent = _activations(source, theirs, step, [_name(sender)])
                 edits = _constants(sent | _activations(target, x, step, between))
                 if receiver is not None:
                     with model.hooks(edits):

@@ -150,7 +150,7 @@ def sweep(
     blocks = sum(int(of["blocks"]) for of in made)
 
     # What became of the target.
-    finished = torch.stack([latents[p] for p in range(len(patches))]).to(target.latents)
+    finished = torch.stack([latents[p] for p in range(len(patches))]).to(target.finished)
     if callable(outcome):
         result = applied(outcome, finished, source, target)
     else:
@@ -339,7 +339,8 @@ def sweep_key(source: Run, target: Run, patches: Sequence[Planned]) -> str:
         digest.update(repr((*about, scheduler_text(run.scheduler), run.labels.tolist())).encode())
         digest.update(repr([(c.from_step, c.seeds, len(c.edits)) for c in run.history]).encode())
         for kept in (run.latents, run.outputs):  # these depend on the weights
-            digest.update(kept.cpu().contiguous().numpy().tobytes())
+            for step in kept:
+                digest.update(step.cpu().contiguous().numpy().data)
     for patch in patches:
         digest.update(patch.digest.encode())
     return digest.hexdigest()[:16]

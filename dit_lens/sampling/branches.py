@@ -41,7 +41,7 @@ class Branch:
     def begin(self) -> tuple[Tensor, Any]:
         """x_t at the step, and the scheduler that goes on from there."""
         if self.latents is None:
-            return self.run.latents[self.step], self.run.scheduler_at(self.step)
+            return self.run.here(self.run.latents[self.step]), self.run.scheduler_at(self.step)
         return self.latents, self.run.fresh_scheduler()
 
 
@@ -85,7 +85,7 @@ def _advance(
         for lane in going:
             run = lane.branch.run
             stored = step == lane.branch.step >= run.tied_until and lane.branch.latents is None
-            lane.output = run.outputs[step] if stored else None
+            lane.output = run.here(run.outputs[step]) if stored else None
             if not stored:
                 fresh.append(lane)
         edits = edits_at(first.history, step)

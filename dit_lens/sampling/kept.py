@@ -17,6 +17,7 @@ from torch import Tensor
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.state import State
+from ..model.trajectories import room
 from ..model.witness import Checksum, Witness
 from ..pieces import Piece, current, results
 from .loop import prepared
@@ -65,7 +66,7 @@ def kept_latents(made: Mapping[str, Callable[[], Tensor]], run: Run) -> list[Ten
         return {"latents": make().cpu().numpy()}
 
     found = results([Piece(name, partial(piece, make)) for name, make in made.items()])
-    return [torch.from_numpy(np.array(each["latents"])).to(run.latents) for each in found]
+    return [torch.from_numpy(np.array(each["latents"])).to(run.finished) for each in found]
 
 
 def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
@@ -118,6 +119,12 @@ def run_of(
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.array(arrays[name])).to(model.device)
 
+    def trajectory(name: str) -> Tensor:
+        if model.trajectories is None:
+            return tensor(name)
+        found = torch.from_numpy(arrays[name])
+        return room(model.trajectories, found.shape, found).copy_(found)
+
     witnesses, of_steps = list[Witness](), list(map(len, about["witnessed"]))
     parts = (tensor(name).split(of_steps) for name in ("bits", "total"))
     for names, bits, total in zip(about["witnessed"], *parts, strict=True):
@@ -133,9 +140,9 @@ def run_of(
         ),
         settings=settings,
         timesteps=plan.timesteps.cpu(),
-        latents=tensor("latents"),
-        x0=tensor("x0"),
-        outputs=tensor("outputs"),
+        latents=trajectory("latents"),
+        x0=trajectory("x0"),
+        outputs=trajectory("outputs"),
         witnesses=tuple(witnesses),
         scheduler=copy.deepcopy(plan),
         kernels=Kernels(**about["kernels"] | {"sdpa": tuple(about["kernels"]["sdpa"])}),

@@ -25,6 +25,8 @@ from ..hooks.passes import Part
 from ..hooks.points import Editor
 from ..model.hooked import HookedDiT
 from ..model.noise_schedule import is_flow, log_snr, predict_x0, setting, signal_and_noise
+from ..model.pinned import Fetched
+from ..model.trajectories import room
 from ..model.witness import Checksum, Witness
 from .guidance import branches, guided, model_inputs, n_passes
 from .noise import generators, noise
@@ -59,11 +61,14 @@ class Step(NamedTuple):
 
 
 class Kept:
-    """A trajectory as it grows, in memory that is taken once.
+    """A trajectory as it grows, in memory that is taken once: the model's, or where its
+    `trajectories` should lie, which gets each step while the device is at the next one.
 
     Args:
-        start: the first x_t, [batch, *latent_shape].
+        model: that is sampled.
+        start: x_t before step `first`, [batch, *latent_shape], where the model computes.
         steps: how many there will be.
+        first: the first step that is run; those before are taken over.
 
     Attributes:
         latents: [steps + 1, batch, ...].
@@ -71,39 +76,39 @@ class Kept:
         outputs: [steps, batch, ...].
         witnesses: of each step so far.
         splits: of each step so far.
+        now: the latest x_t, where the model computes.
     """
 
-    def __init__(self, start: Tensor, steps: int) -> None:
-        self.steps = steps
-        self.latents = start.new_empty(steps + 1, *start.shape)
-        self.latents[0] = start
-        self.x0 = start.new_empty(steps, *start.shape)
+    def __init__(self, model: HookedDiT, start: Tensor, steps: int, first: int = 0) -> None:
+        self.place, self.steps = model.trajectories, steps
+        self.latents = room(self.place, (steps + 1, *start.shape), start)
+        self.x0 = room(self.place, (steps, *start.shape), start)
         self.outputs = start.new_empty(0)  # its channels are known with the first
         self.witnesses: list[Witness] = []
         self.splits: list[Split] = []
+        self._coming: list[tuple[Tensor, Fetched]] = []  # from the device, and where it goes
+        self.now = self._put(self.latents[first], start)
 
     @property
     def done(self) -> int:
         """How many steps there are."""
         return len(self.witnesses)
 
-    @property
-    def now(self) -> Tensor:
-        """The latest x_t."""
-        return self.latents[self.done]
-
     def moved(self, x0: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The step under way's x0 and output where they are kept, so that they can be let go of."""
+        """The step under way's x0 and output where they are kept, so that they can be let go of; as
+        they are if that is elsewhere.
+        """
+        self._arrive()
         self._make_room(output)
-        for kept, value in ((self.x0, x0), (self.outputs, output)):
-            kept[self.done] = value
-        return self.x0[self.done], self.outputs[self.done]
+        return self._put(self.x0[self.done], x0), self._put(self.outputs[self.done], output)
 
     def finish(self, following: Tensor, witness: Witness, split: Split) -> Tensor:
-        """The step under way ends; gives the next x_t where it is kept."""
-        self.latents[self.done + 1] = following
+        """The step under way ends; gives the next x_t, likewise."""
+        self.now = self._put(self.latents[self.done + 1], following)
         self.witnesses.append(witness)
         self.splits.append(split)
+        if self.done == self.steps:
+            self._arrive()
         return self.now
 
     def take_over(
@@ -125,7 +130,20 @@ class Kept:
 
     def _make_room(self, output: Tensor) -> None:
         if not self.outputs.numel():
-            self.outputs = output.new_empty(self.steps, *output.shape)
+            self.outputs = room(self.place, (self.steps, *output.shape), output)
+
+    def _put(self, kept: Tensor, value: Tensor) -> Tensor:
+        if kept.device != value.device:
+            self._coming.append((kept, Fetched(value)))
+            return value
+        kept.copy_(value)
+        return kept
+
+    def _arrive(self) -> None:
+        """What is on its way from the device is kept."""
+        for kept, fetched in self._coming:
+            kept.copy_(fetched.arrived())
+        self._coming.clear()
 
 
 def model_output(

@@ -22,7 +22,9 @@ from ..hooks.points import Editor, Listener, Observer, StopForward, pairs_of
 from ..model.hooked import HookedDiT
 from ..model.kernels import Kernels
 from ..model.noise_schedule import log_snr
+from ..model.pinned import sent
 from ..model.state import State
+from ..model.trajectories import room
 from ..model.witness import (
     Departure,
     NotReproduced,
@@ -67,7 +69,8 @@ class Run:
         model: what was sampled.
         settings: steps, guidance, scheduler, eta.
         latents: x_t before each step and at the end, [steps + 1, batch, channel, height, width],
-            float32 (float64 where the model computes in it).
+            float32 (float64 where the model computes in it). These three lie where
+            `model.trajectories` says.
         x0: the clean latents predicted at each step, [steps, batch, ...].
         outputs: what the model answered (guided), [steps, batch, ...].
         timesteps: [steps].
@@ -126,10 +129,27 @@ class Run:
         """log SNR at each step, [steps], rising."""
         return log_snr(self.scheduler, self.timesteps)
 
+    def here(self, kept: Tensor) -> Tensor:
+        """A part of the run's latents, x0 or outputs, where the model computes.
+
+        Args:
+            kept: as it lies; it is not copied if that is there already.
+
+        >>> import dit_lens; run = dit_lens.sample(dit_lens.load("digits"), [3], steps=4)
+        >>> run.here(run.x0[2]).device == run.model.device
+        True
+        """
+        return sent(kept, self.model.device)
+
+    @cached_property
+    def finished(self) -> Tensor:
+        """The finished latents, [batch, *latent_shape], where the model computes."""
+        return self.here(self.latents[-1])
+
     @cached_property
     def images(self) -> Tensor:
         """The finished latents decoded, [batch, channel, height, width] in [0, 1]."""
-        return decode(self.model, self.latents[-1], self.batch)
+        return decode(self.model, self.finished, self.batch)
 
     def activations(
         self, name: str, layer: int | None = None, *, step: int | None = None
@@ -277,14 +297,14 @@ class Run:
         texts = tuple(texts[i] for i in part) if texts else ()
         then = self.witnesses[step]
         if not split.whole:
-            rows = torch.tensor(split.rows(part, self.passes), device=self.latents.device)
+            rows = torch.tensor(split.rows(part, self.passes), device=self.model.device)
             then = then.items_at(rows)
         return Proof(then, self.model.names, last, texts)
 
     def _pass(self, step: int, part: tuple[int, ...]) -> Tensor:
         """The model's pass at a step, from the stored x_t of some items."""
-        index = positions(part, self.latents.device)
-        x, t = self.latents[step][index], self.timesteps[step]
+        x, t = self.here(self.latents[step]), self.timesteps[step]
+        x = x[positions(part, x.device)]
         labels = self.labels[positions(part, self.labels.device)]
         inputs = model_inputs(self.model, x, t, labels, self.settings.guidance)
         with self.restored():
@@ -294,7 +314,7 @@ class Run:
         """The settings that chose this run's kernels, for a `with` block: what goes on from the run
         is computed as it was, whatever is in force now. Gradients are off in it.
         """
-        return self.kernels.restored(self.latents.device.type)
+        return self.kernels.restored(self.model.device.type)
 
     def _judge(self, step: int, departures: Sequence[Departure | None]) -> None:
         """Raise NotReproduced for another computation; warn of rounding."""
@@ -334,11 +354,19 @@ class Run:
         wanted, first = chosen.tolist(), int(chosen[0])
         # neighbours, as one of two twins is, share the run's memory
         beside = wanted == list(range(first, first + len(wanted)))
-        at = slice(first, first + len(wanted)) if beside else chosen
-        parts = {name: getattr(self, name)[:, at] for name in ("latents", "x0", "outputs")}
+
+        def part(kept: Tensor) -> Tensor:
+            if beside:
+                return kept[:, first : first + len(wanted)]
+            own = room(self.model.trajectories, (len(kept), len(wanted), *kept.shape[2:]), kept)
+            at = sent(chosen, kept.device)
+            for mine, step in zip(own, kept, strict=True):
+                mine.copy_(step[at])
+            return own
+
         whole = len(self.labels)
         passes = n_passes(self.model, self.settings.guidance)
-        rows = torch.cat([chosen + whole * i for i in range(passes)]).to(self.latents.device)
+        rows = torch.cat([chosen + whole * i for i in range(passes)]).to(self.model.device)
         witnesses = tuple(witness.items_at(rows) for witness in self.witnesses)
         history = tuple(
             replace(c, seeds=tuple(c.seeds[i] for i in chosen.tolist())) for c in self.history
@@ -354,15 +382,20 @@ class Run:
                 )
                 for step, split in enumerate(self.splits)
             )
-        return replace(
+        found = replace(
             self,
             labels=self.labels[chosen],
             history=history,
             witnesses=witnesses,
             splits=splits,
             selected=self.selected or len(chosen) != whole,
-            **parts,
+            latents=part(self.latents),
+            x0=part(self.x0),
+            outputs=part(self.outputs),
         )
+        if beside:  # a copy of its own would be decoded again
+            vars(found)["finished"] = self.finished[first : first + len(wanted)]
+        return found
 
     def replay(
         self,
@@ -410,7 +443,7 @@ class Run:
             select(names, self.model.names)
         if not arguments.flag("released", released):
             self.require_released(from_step)
-        start = self.latents[from_step]
+        start = self.here(self.latents[from_step])
         if latents is not None:
             start = given_latents(latents, start.device, start.dtype)
         if start.shape != self.latents[0].shape:
@@ -448,7 +481,7 @@ class Run:
         # who watches wants to see both twins
         same = same and not (self.model.instrumentation.busy and any(s.copied for s in self.splits))
         splitter = Splitter(batch, self.passes, given=self.splits if same else None)
-        kept = Kept(self.latents[0], self.settings.steps)
+        kept = Kept(self.model, start, self.settings.steps, from_step)
         kept.take_over(
             self.latents[:from_step],
             self.x0[:from_step],
@@ -456,7 +489,6 @@ class Run:
             self.witnesses[:from_step],
             self.splits[:from_step],
         )
-        kept.latents[from_step] = start
         scheduler = self.scheduler_at(from_step)
         with self.restored(), self.model.instrumentation.under(run=object()):
             for _ in denoise(
@@ -533,7 +565,8 @@ class Run:
         with self.restored():
             for s in range(0 if type(scheduler).__name__ in MEMORYLESS else step):
                 seeds, eta = self.seeds_at(s), self.settings.eta
-                advance(scheduler, self.outputs[s], self.latents[s], seeds, s, eta)
+                output, x = self.here(self.outputs[s]), self.here(self.latents[s])
+                advance(scheduler, output, x, seeds, s, eta)
         return scheduler
 
     def seeds_at(self, step: int) -> tuple[int, ...]:
@@ -596,9 +629,9 @@ def require_finite(run: Run, which: str) -> None:
         run: all of it is looked at if its end is not finite.
         which: it is, in the sentence.
     """
-    if bool(run.latents[-1].isfinite().all()):
+    if bool(run.finished.isfinite().all()):
         return
-    steps = run.latents.flatten(1).isfinite().all(1).tolist()
+    steps = [bool(x.isfinite().all()) for x in run.latents]
     raise InvalidValue(
         f"The latents of {which} are not finite from step {steps.index(False)} of "
         f"{run.settings.steps} on; expected a run of numbers, as with less guidance or "

@@ -125,7 +125,7 @@ def _sample(
 
     # The run itself.
     history = (Change(0, tuple(own_seeds)),)
-    kept = Kept(latents, settings.steps)
+    kept = Kept(model, latents, settings.steps)
     splitter = Splitter(batch, n_passes(model, settings.guidance))
     kernels, state = Kernels.of_sampling(model.device), State.of(model.transformer)
     with model.instrumentation.under(run=object()):

@@ -353,7 +353,7 @@ def model_of(truth: GroundTruth) -> HookedDiT:
 
 def _result(probe: Any, run: Run) -> Any:
     takes = "target" in inspect.signature(probe.result).parameters
-    return probe.result(target=run.latents[-1]) if takes else probe.result()
+    return probe.result(target=run.finished) if takes else probe.result()
 
 
 def _relative(

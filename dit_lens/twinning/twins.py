@@ -172,7 +172,7 @@ def twins(
         # Tied to the release, alone from there on.
         plan, passes = prepared(model, settings), n_passes(model, settings.guidance)
         fresh = copy.deepcopy(plan)
-        kept = Kept(x, steps)
+        kept = Kept(model, x, steps)
 
         def go(first: int, last: int) -> None:
             for _ in denoise(

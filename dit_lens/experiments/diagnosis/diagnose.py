@@ -161,10 +161,10 @@ def diagnose(
 
     # Is it a fault at all.
     rest = other_seeds(run, others, seed, spent, batch)
-    shown, bad = images(rest.latents[-1]), images(run.latents[-1])
+    shown, bad = images(rest.finished), images(run.finished)
     score = made(fault, at, int(run.labels[0]), bad, shown)
     theirs, own = score.scores(shown), score.scores(bad)
-    known = [theirs] if good is None else [theirs, score.scores(images(good.latents[-1]))]
+    known = [theirs] if good is None else [theirs, score.scores(images(good.finished))]
     check_score(score, fault, own, np.concatenate(known), shown)
     hits = int(score.bad(theirs).sum())
     base = proportion(hits, others)
@@ -213,7 +213,7 @@ def diagnose(
     said = [headline(kind, base, others, seen, found, compared)]
     said += lines(base, others, seen, compared, insides, tried, spent.images)
     pictures = {"bad": bad, "repaired": torch.stack([working[0].image]) if working else bad[:0]}
-    pictures["good"] = bad[:0] if compared is None else images(compared.good.latents[-1])
+    pictures["good"] = bad[:0] if compared is None else images(compared.good.finished)
     result = _dataset(run, base, seen, found, insides, tried, pictures, spent)
     result.attrs |= {"kind": kind, "sentence": "\n".join(said), "fault": score.name, "at": at}
     return Diagnosis(

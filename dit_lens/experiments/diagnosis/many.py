@@ -210,7 +210,7 @@ def _kinds(model: HookedDiT, faults: Mapping[str, Given] | None) -> list[Kind]:
 
 def _faulty(run: Run, images: Images, kinds: Sequence[Kind], at: float, most: int) -> Arrays:
     """The items that have each fault, and the run of those that may be looked at."""
-    shown, labels = images(run.latents[-1]), run.labels.tolist()
+    shown, labels = images(run.finished), run.labels.tolist()
     faults, items, kept = list[int](), list[int](), set[int]()
     for number, (*_, fault) in enumerate(kinds):
         by_label = {label: made(fault, at, label, shown, shown) for label in set(labels)}
@@ -232,7 +232,7 @@ def _looked_at(run: Run, given: Given, at: float, images: Images, seed: int, bat
     each of `windows` [window, (first, stop)] and `stacks` [stack, (first, depth)], of which there
     are none without a good twin; and the images `spent`.
     """
-    steps, spent, shown = run.settings.steps, Spent(), images(run.latents[-1])
+    steps, spent, shown = run.settings.steps, Spent(), images(run.finished)
     fault = made(given, at, int(run.labels[0]), shown, shown)
     seen = chances(run, fault, images, spread_over(steps, RELEASES), CLONES, seed, spent, batch)
     pairs = twins(run, fault, images, seen, PAIRS, seed, spent)

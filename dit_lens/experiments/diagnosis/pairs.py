@@ -125,13 +125,14 @@ def given(run: Run, good: Run, fault: Fault, images: Images, n: int, spent: Spen
     Raises:
         InvalidValue: for a good run that has the fault, or differs in nothing.
     """
-    scores = fault.scores(images(good.latents[-1]))
+    scores = fault.scores(images(good.finished))
     if fault.bad(scores).any():
         raise InvalidValue(
             f"The good run has the fault too: {fault.name} is {scores.max():.3g} there, and "
             f"{fault.at:g} or more is a fault."
         )
-    apart = [s for s in range(len(run.latents)) if not torch.equal(run.latents[s], good.latents[s])]
+    pasts = enumerate(zip(run.latents, good.latents, strict=True))
+    apart = [s for s, both in pasts if not torch.equal(*map(run.here, both))]
     if not apart:
         raise InvalidValue("The good run and the bad one are the same; expected two that differ.")
     steps = run.settings.steps
@@ -152,8 +153,8 @@ def given(run: Run, good: Run, fault: Fault, images: Images, n: int, spent: Spen
         for name, each in (("bad", own), ("good", other))
     )
     spent.add(2 * len(seeds))
-    both = fault.bad(fault.scores(images(bad.latents[-1])))
-    both &= ~fault.bad(fault.scores(images(fine.latents[-1])))
+    both = fault.bad(fault.scores(images(bad.finished)))
+    both &= ~fault.bad(fault.scores(images(fine.finished)))
     chosen = np.flatnonzero(both)[:n].tolist()
     if len(chosen) < FEWEST_PAIRS:
         return pairs
@@ -193,7 +194,7 @@ def twins(
         name = f"near twins from step {release} on"
         twin = kept_run(name, make, run.model, run.settings.scheduler, run.history)
         spent.add(2 * n * (steps - release) / steps)
-        scores = fault.scores(images(twin.latents[-1]))
+        scores = fault.scores(images(twin.finished))
         chosen = np.flatnonzero(~fault.bad(scores))[:n].tolist()
         if chosen:
             bad = run.select([i % len(run.labels) for i in chosen])
@@ -216,5 +217,5 @@ def _near(run: Run, release: int, few: int, n: int, seed: int) -> Run:
     )
     ratio = float(s1 / s0)
     sigma = max(0.0, float(n1) ** 2 - (ratio * float(n0)) ** 2) ** 0.5
-    xi = noise(fresh, release, run.latents.shape[2:], run.latents.device, run.latents.dtype)
-    return own.replay(release, latents=ratio * own.latents[above] + sigma * xi)
+    xi = noise(fresh, release, run.finished.shape[1:], run.finished.device, run.finished.dtype)
+    return own.replay(release, latents=ratio * own.here(own.latents[above]) + sigma * xi)

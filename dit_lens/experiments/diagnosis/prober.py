@@ -116,7 +116,7 @@ class Prober:
         other = p.good.select([(i + 1) % p.n for i in range(p.n)])
         found = self._run(other, p.good, places)
         scores = np.stack([self.fault.scores(self.images(x)) for x in found])
-        bad, good = (self.fault.scores(self.images(r.latents[-1])) for r in (p.bad, p.good))
+        bad, good = (self.fault.scores(self.images(r.finished)) for r in (p.bad, p.good))
         return np.clip((scores - good) / _least(bad - good), 0, 1)
 
     def both(self, places: Sequence[Place], pairs: Pairs | None = None) -> Array:
@@ -127,12 +127,12 @@ class Prober:
         """How far patched runs went from `start` to `end`: in the score, and, where nothing but the
         model differs, in the image too, the mean of both.
         """
-        s0, s1 = (self.fault.scores(self.images(r.latents[-1])) for r in (start, end))
+        s0, s1 = (self.fault.scores(self.images(r.finished)) for r in (start, end))
         scores = np.stack([self.fault.scores(self.images(x)) for x in found])
         moved = np.clip((scores - s0) / _signed(s1 - s0), -1, 1)
         if not self.pairs.matched:
             return moved
-        a, b = (self.fault.part(self.images(r.latents[-1])) for r in (start, end))
+        a, b = (self.fault.part(self.images(r.finished)) for r in (start, end))
         apart = (a - b).square().flatten(1).sum(1).double().cpu().numpy()
         left = np.stack(
             [
@@ -153,7 +153,7 @@ class Prober:
         (found,) = results([Piece(f"patches {self.asked}", patched)])
         whole = target.model.cfg.n_layers * target.settings.steps * target.passes
         self.spent.add(int(found["blocks"]) / whole)
-        return torch.from_numpy(np.array(found["latents"])).to(target.latents)
+        return torch.from_numpy(np.array(found["latents"])).to(target.finished)
 
     def layers(
         self, window: range, beside: tuple[int, ...] = ()

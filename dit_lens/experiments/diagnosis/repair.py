@@ -129,7 +129,7 @@ class Workshop:
         first, steps = min(e.steps[0] for e in edits), run.settings.steps
 
         def finished() -> Tensor:
-            return run.replay(first, by_step(edits, run.model.sites)).latents[-1]
+            return run.replay(first, by_step(edits, run.model.sites)).finished
 
         (found,) = kept_latents({name: finished}, run)
         self.spent.add(len(run.labels) * (steps - first) / steps)
@@ -160,7 +160,7 @@ class Workshop:
         name, seeds = f"noise from step {step} on drawn anew", [seed + i for i in range(n)]
 
         def finished() -> Tensor:
-            return self.run.replay(step, seeds=seeds).latents[-1]
+            return self.run.replay(step, seeds=seeds).finished
 
         (latents,) = kept_latents({f"{name}, seed {seed}": finished}, self.run)
         image = self.images(latents)
@@ -178,7 +178,7 @@ class Workshop:
         about: Mapping[str, Any],
     ) -> Repair:
         scores = self.fault.scores(image)
-        aim = self.images((self.good or self.run).latents[-1])
+        aim = self.images((self.good or self.run).finished)
         rest, whole = (
             float(part(image - aim).square().flatten(1).sum(1).mean()) / max(1e-12, spread)
             for part, spread in zip((self.fault.rest, lambda x: x), self.spread, strict=True)
@@ -208,7 +208,7 @@ class Workshop:
         """
         if self.fault.own or not repair.edits:
             return repair
-        before = self.fault.bad(self.fault.scores(self.images(self.others.latents[-1])))
+        before = self.fault.bad(self.fault.scores(self.images(self.others.finished)))
         finished = self._replayed(f"{repair.name}, other seeds", self.others, repair.edits)
         after = self.fault.bad(self.fault.scores(self.images(finished)))
         had, free = int(before.sum()), int((~before).sum())
@@ -349,5 +349,5 @@ def good_of(run: Run, fault: Fault, images: Images) -> Run | None:
         fault: the score.
         images: of latents.
     """
-    chosen = np.flatnonzero(~fault.bad(fault.scores(images(run.latents[-1])))).tolist()
+    chosen = np.flatnonzero(~fault.bad(fault.scores(images(run.finished)))).tolist()
     return run.select(chosen) if chosen else None

@@ -1,0 +1,69 @@
+"""Where trajectories lie: where the model computes, in the host's memory, or in files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..errors import InvalidState, MissingFile
+
+HOST = "cpu"
+
+
+def checked_place(place: str | Path | None) -> str | None:
+    """Where trajectories should lie, as `room` takes it.
+
+    Args:
+        place: None, "cpu", or a folder.
+
+    Raises:
+        InvalidType: for anything else.
+        MissingFile: for a folder that is not there.
+    """
+    if place is None or place == HOST:
+        return None if place is None else HOST
+    expected = "'cpu', or a folder for temporary files"
+    folder = Path(arguments.instance("trajectories", place, (str, Path), expected))
+    if not folder.is_dir():
+        raise MissingFile(
+            f"trajectories={str(place)!r} is no folder that is here; expected {expected}."
+        )
+    return str(folder.absolute())
+
+
+def room(place: str | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for a trajectory or a part of one, with nothing in it yet.
+
+    Args:
+        place: as `checked_place` gives it.
+        shape: of the tensor.
+        like: a tensor of its dtype, on the device of the model.
+
+    Raises:
+        InvalidState: where the folder has no room for it, or can't be written.
+    """
+    if place is None:
+        return like.new_empty(tuple(shape))
+    if place == HOST:
+        return torch.empty(tuple(shape), dtype=like.dtype)
+    n = torch.Size(shape).numel()
+    size = n * like.element_size()
+    try:
+        # gone from the folder at once, from the disk with the tensor
+        with tempfile.NamedTemporaryFile(dir=place, prefix="dit-lens-") as file:
+            if hasattr(os, "posix_fallocate"):  # a disk that fills later would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            mapped = torch.from_file(file.name, shared=True, size=n, dtype=like.dtype)
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InvalidState(
+            f"{place!r} can't take the {size / 1e9:.3g} GB of a trajectory ({why}); expected "
+            "trajectories= a folder with room for it, 'cpu', or fewer images or steps."
+        ) from error
+    return mapped.view(tuple(shape))
