@@ -53,7 +53,7 @@ class TwinPatching(Probe):
         pairs: int | None = None,
         layers: Sequence[int] | None = None,
         sites: str | Sequence[str] | None = None,
-        windows: int | Sequence[range | None] = 5,
+        windows: int | Sequence[range | None] | None = None,
         kind: Kind = "swap",
         outcome: Bands | Callable[[Tensor], Any] | None = None,
         batch: int = 16,
@@ -69,7 +69,8 @@ class TwinPatching(Probe):
             pairs: how many; by default one a label, or 16.
             layers: by default every one.
             sites: hook points in a layer; by default `dit_lens.patching.default_sites`.
-            windows: ranges of steps, or how many to cut the steps from the release to the end into.
+            windows: ranges of steps, or how many to cut the steps from the release to the end into;
+                by default five, or one a step where there are fewer.
             kind: of patch; see `dit_lens.patching.Patch`.
             outcome: what is measured at the end; see `dit_lens.patching.sweep`.
             batch: images that run at once.
@@ -110,7 +111,7 @@ def combinations(
     model: HookedDiT,
     layers: Sequence[int] | None,
     sites: str | Sequence[str] | None,
-    windows: int | Sequence[range | None],
+    windows: int | Sequence[range | None] | None,
     kind: Kind,
     settings: dict[str, Any],
 ) -> list[Patch]:

@@ -611,6 +611,7 @@ def test_bad_input(model, pair):
     assert sweep(tied.a, tied.b, [Patch("attn_out", 0, range(3, 5))]).move.notnull().all()
     with pytest.raises(ValueError, match="n=9 windows over 5 steps"):
         tiles(1, 6, 9)
+    assert [len(tiles(1, stop)) for stop in (4, 9)] == [3, 5]
 
     def fail(done, total):
         raise RuntimeError("mine")

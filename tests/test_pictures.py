@@ -19,7 +19,7 @@ from dit_lens.errors import InvalidType, InvalidValue
 from dit_lens.pictures.attention import AttentionMap
 from dit_lens.pictures.notebook import strip
 from dit_lens.pictures.result import NEEDS, Result, onset
-from dit_lens.pictures.style import HIGH, INK, LOW
+from dit_lens.pictures.style import HIGH, INK, LOW, families
 from dit_lens.storage import save_dataset
 
 
@@ -186,6 +186,23 @@ def test_long_words_do_not_lie_over_each_other():
     ax = maps.plot.words()
     ax.figure.canvas.draw()
     assert {label.get_rotation() for label in ax.get_xticklabels()} == {30.0}
+    plt.close("all")
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_words_that_the_usual_font_lacks():
+    """As of Chinese prompts. The letter here is in a font that comes with matplotlib."""
+    for word, found in (("\N{CIRCLED LATIN CAPITAL LETTER A}", True), ("fox", False)):
+        maps = AttentionMap(
+            np.ones((1, 4, 4)), dims=("word", "row", "column"), coords={"word": [word]}
+        )
+        ax = maps.plot.words()
+        ax.figure.canvas.draw()
+        usual = plt.rcParams["font.family"]
+        (label,) = ax.get_xticklabels()
+        assert label.get_fontfamily()[: len(usual)] == usual
+        assert (len(label.get_fontfamily()) > len(usual)) == found
+    assert families([chr(0x10FFFD)]) == usual
     plt.close("all")
 
 

@@ -151,10 +151,12 @@ def windows_of(windows: Any, first: int, steps: int) -> list[range]:
     """Windows of a run from a step on: ranges, or how many equal ones to cut it into.
 
     Args:
-        windows: ranges, or a number.
+        windows: ranges, or a number; None is as many as `tiles` takes by itself.
         first: step.
         steps: of the run.
     """
+    if windows is None:
+        return tiles(first, steps)
     if arguments.is_whole(windows):
         return tiles(first, steps, arguments.whole("windows", windows, 1, steps - first))
     spans = arguments.listed("windows", windows, "ranges of steps, or how many of them")

@@ -49,7 +49,7 @@ def interchange(
     model: HookedDiT,
     layers: Sequence[int] | None = None,
     *,
-    windows: int | Sequence[range] = 5,
+    windows: int | Sequence[range] | None = None,
     heads: bool = False,
     doses: Sequence[float] = (1.0,),
     release: int | None = None,
@@ -68,7 +68,8 @@ def interchange(
     Args:
         model: the opened model, with a scheduler.
         layers: by default every one.
-        windows: ranges of steps from the release on, or how many to cut these steps into.
+        windows: ranges of steps from the release on, or how many to cut these steps into; by
+            default five, or one a step where there are fewer.
         heads: exchange what each attention head puts out (`attn.hook_z`) in place of the stream.
         doses: parts of the difference that are put in, in increasing order, such as 0, 0.5, 1.
         release: the step from which the twins are two; by default a third of the steps.

@@ -227,13 +227,13 @@ def default_sites(model: HookedDiT) -> tuple[str, ...]:
     return sites if set(wanted) <= set(model.names) else ("block",)
 
 
-def tiles(first: int, stop: int, n: int) -> list[range]:
+def tiles(first: int, stop: int, n: int | None = None) -> list[range]:
     """Windows that cover the steps first..stop-1 without overlap, as equal as they can be.
 
     Args:
         first: the first step.
         stop: the step after the last.
-        n: how many windows.
+        n: how many windows; by default five, or one a step where there are fewer.
 
     Returns:
         `n` ranges, for `grid`.
@@ -244,10 +244,8 @@ def tiles(first: int, stop: int, n: int) -> list[range]:
     >>> tiles(20, 30, 3)
     [range(20, 23), range(23, 26), range(26, 30)]
     """
-    first, stop, n = (
-        arguments.whole(name, value, 0)
-        for name, value in (("first", first), ("stop", stop), ("n", n))
-    )
+    first, stop = arguments.whole("first", first, 0), arguments.whole("stop", stop, 0)
+    n = max(1, min(5, stop - first)) if n is None else arguments.whole("n", n, 0)
     if not 1 <= n <= stop - first:
         raise InvalidValue(
             f"n={n} windows over {stop - first} steps ({first} to {stop - 1}); expected 1 to "

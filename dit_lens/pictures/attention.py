@@ -12,7 +12,7 @@ from xarray.plot.accessor import DataArrayPlotAccessor
 from .. import arguments
 from ..errors import InvalidValue
 from .images import show_grid
-from .style import SEQUENTIAL, axes_for
+from .style import SEQUENTIAL, axes_for, families
 
 PLACES = "word", "row", "column"
 
@@ -52,6 +52,7 @@ class AttentionPictures(DataArrayPlotAccessor):
         ax = axes_for(ax, size)
         show_grid(ax, grid, maps[down].values.tolist(), words)
         ax.xaxis.tick_top()
+        ax.tick_params(axis="x", labelfontfamily=families(words))
         if max(map(len, words)) > 10 * wide / high:  # or they would lie over each other
             for label in ax.get_xticklabels():
                 label.set(rotation=30, ha="left", rotation_mode="anchor")

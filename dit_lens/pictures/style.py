@@ -4,6 +4,7 @@ grey, ticks at whole numbers, intervals.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,30 @@ def axes_for(ax: Any, size: tuple[float, float] = (4.2, 3.0)) -> Any:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def families(texts: Iterable[str]) -> list[str]:
+    """The font families for texts: the usual ones, and behind them an installed font with the
+    characters that these lack, such as Chinese ones, if there is any.
+
+    Args:
+        texts: that will be drawn.
+    """
+    from matplotlib import font_manager, rcParams
+
+    usual = list(rcParams["font.family"])
+    own = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=usual)))
+    missing = set(map(ord, "".join(texts))) - own.get_charmap().keys()
+    if not missing:
+        return usual
+
+    def lacks(font: font_manager.FontEntry) -> int:
+        return len(missing - font_manager.get_font(font.fname).get_charmap().keys())
+
+    # matplotlib's "Last Resort" has a box for every character
+    fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]
+    best = min(fonts, key=lacks)
+    return usual if lacks(best) == len(missing) else [*usual, best.name]
 
 
 def whole_numbers(*axes: Any) -> None:
