@@ -45,6 +45,7 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
+from ..measures.proportion import proportion
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.pinned import sent
@@ -145,6 +146,7 @@ def couplings(
 
     # every strength on the same pairs
     fewer, done = min(pairs, RELEASED_PAIRS), 0
+    few = labels_of_fewer(model, fewer, labels)
     tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps}
     tie |= {"seed": seed, "batch": batch}
 
@@ -153,7 +155,6 @@ def couplings(
         curves = difference_curves(pair, bands, counts)
         tau = half_crossing(curves)
         finished = pair.a.latents[-1], pair.b.latents[-1]
-        few = labels_of_fewer(model, fewer, labels)
         tied = coupled_twins(model, few, g, form, **tie, eta=1.0)
         sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed, batch=batch)
         own, ends = _committed(sweep, resamples, seed)
@@ -207,6 +208,7 @@ def couplings(
         share = np.log(energy / energy[:, :1])
     read = np.stack([_read(model, pair, finished[0], own_labels, reader) for pair in finished], 1)
     hits = counts @ read / pairs  # [resample, g]
+    seen = [proportion(each, pairs) for each in read.sum(0)]
     result = xr.Dataset(
         {
             "parting": (("g", "band"), np.stack(parted)),
@@ -228,7 +230,8 @@ def couplings(
             "energy": (("g", "band"), np.exp(share[0])),
             "energy_interval": (("g", "band", "bound"), np.exp(interval(share, rows))),
             "read": ("g", hits[0]),
-            "read_interval": (("g", "bound"), interval(hits, pairs)),
+            # resampled, none or all would have an interval of no width
+            "read_interval": (("g", "bound"), [(e.low, e.high) for e in seen]),
             "read_change_interval": (("g", "bound"), interval(hits - hits[:, :1], pairs)),
         },
         coords={
