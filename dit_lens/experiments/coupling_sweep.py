@@ -198,7 +198,7 @@ def couplings(
     finished = [(x[0], x[1]) for x in (torch.from_numpy(np.array(of["finished"])) for of in of_g)]
 
     # a band that does not part in some resample has no interval
-    rows = pairs - len(set(own_labels))
+    rows, few_rows = pairs - len(set(own_labels)), fewer - len(set(few))
     gap = np.stack(gaps, 1)  # [resample, g, sense]
     own = np.stack([draw for draw, _ in committed], 1)[..., None]
     change, moved = gap - gap[:, :1], own - own[:, :1]
@@ -221,7 +221,9 @@ def couplings(
             "change": (("g", "sense"), np.concatenate([moved[0], change[0]], -1)),
             "change_interval": (
                 ("g", "sense", "bound"),
-                np.concatenate([interval(moved, fewer), interval(change, rows, skip_nan=False)], 1),
+                np.concatenate(
+                    [interval(moved, few_rows), interval(change, rows, skip_nan=False)], 1
+                ),
             ),
             "rho": ("g", [(1 - g) / (1 + g) for g in gs]),
             "xi": ("g", [1 / (1 + g) for g in gs]),
