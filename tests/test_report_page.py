@@ -193,6 +193,13 @@ def test_points_say_value_interval_and_hook(folder, page):
     assert page.count("<option>blocks.1.hook_resid_post</option>") >= 2
 
 
+def test_every_picture_that_a_result_names_is_drawn(folder):
+    for kind, result in stored.results_at(folder).items():
+        for name in result.plot.names:
+            assert getattr(result.plot, name)() is not None, (kind, name)
+    assert stored.load_result(folder / "attributes.nc").plot.names == ["twins"]
+
+
 def test_a_name_stands_in_a_figure_as_it_is():
     """Plotly reads &amp;, &lt; and &gt;, and shows &quot; as it is written."""
     (trace,) = Figure("").points('a "cat" & <b>', [0], [1.0], said=['"x"']).traces
