@@ -62,7 +62,7 @@ class Flipped(SpectralSplit):
 class Edits(SpectralSplit):
     def observe(self, activation, site):
         super().observe(activation, site)
-        activation.mul_(1.001)
+        activation.data.mul_(1.001)  # which PyTorch does not count
 
 
 class Accumulates(SpectralSplit):

@@ -10,9 +10,11 @@ from diffusers import DDIMScheduler
 
 import dit_lens
 from dit_lens import HookedDiT
+from dit_lens.experiments import coupling_sweep
 from dit_lens.experiments.coupling_sweep import collapse, couplings, quality
 from dit_lens.families import family_named
 from dit_lens.groundtruth import gaussian, planted, random_weights
+from dit_lens.measures.bootstrap import interval
 
 STEPS = 40
 
@@ -101,7 +103,22 @@ def test_quality_says_when_the_model_is_pushed_off():
         resamples=50,
         reader=lambda images: torch.ones(len(images)),
     )
-    assert (read["read"] == 0).all() and "by the reader given (0%" in read.sentence_quality
+    assert (read["read"] == 0).all() and np.allclose(read.read_interval, [0, 0.324], atol=1e-3)
+    assert "by the reader given (0% [0%, 32%] there)" in read.sentence_quality
+
+
+def test_a_label_whose_mean_is_taken_off_takes_a_row(monkeypatch):
+    """Of the changes; that of what is read has no mean taken off."""
+    counted = []
+
+    def told(values, rows, **kwargs):
+        counted.append(rows)
+        return interval(values, rows, **kwargs)
+
+    monkeypatch.setattr(coupling_sweep, "interval", told)
+    model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
+    couplings(model, [0.0, 1.0], pairs=8, labels=[0] * 8, steps=5, cut=0.1, resamples=50)
+    assert sorted(counted) == [7, 7, 7, 7, 8]
 
 
 @pytest.mark.slow

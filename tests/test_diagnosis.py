@@ -364,7 +364,7 @@ def test_a_proportion_has_wilsons_interval():
     e = proportion(8, 16)
     assert (round(e.value, 3), round(e.low, 3), round(e.high, 3)) == (0.5, 0.28, 0.72)
     assert proportion(0, 4).low == 0 and proportion(4, 4).high == 1
-    with pytest.raises(ValueError, match="a whole number from 0 to 4"):
+    with pytest.raises(ValueError, match="a finite number from 0 to 4"):
         proportion(5, 4)
 
 

@@ -218,6 +218,20 @@ def test_a_probe_that_fails_leaves_nothing(model):
         dit_lens.sample(model, [1], steps=1)
 
 
+@pytest.mark.parametrize("what", [lambda seen, site: seen, lambda seen, site: site.x])
+def test_a_probe_that_changes_what_it_sees_is_refused(model, what):
+    class Edits(Probe):
+        names = "resid_mid"
+
+        def observe(self, activation, site):
+            what(activation, site).mul_(1.01)
+
+    text = "Edits changed its activation or site.x in place at 'blocks.0.hook_resid_mid'"
+    with pytest.raises(InvalidState, match=text):
+        Edits().run(model, [1], steps=2)
+    assert not model.instrumentation.busy
+
+
 def test_run_is_a_run_under_observation(model):
     """Each probe's `run(model, labels, ...)` is what one would write with a trace or twins."""
     split = SpectralSplit()

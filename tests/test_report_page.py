@@ -27,6 +27,7 @@ from dit_lens.groundtruth import gaussian
 from dit_lens.probes import TwinPatching
 from dit_lens.report import knock_outs as cause_report
 from dit_lens.report import stored
+from dit_lens.report.figure import Figure
 from dit_lens.report.figures import FIGURES
 from dit_lens.report.page import KINDS, Shown
 from dit_lens.storage import made_by, made_with, save_dataset
@@ -190,6 +191,19 @@ def test_points_say_value_interval_and_hook(folder, page):
         for figure in make(stored.read(folder / kind)[1]):
             assert figure.rows and {*figure.hooks} <= names, (kind, figure.hooks)
     assert page.count("<option>blocks.1.hook_resid_post</option>") >= 2
+
+
+def test_every_picture_that_a_result_names_is_drawn(folder):
+    for kind, result in stored.results_at(folder).items():
+        for name in result.plot.names:
+            assert getattr(result.plot, name)() is not None, (kind, name)
+    assert stored.load_result(folder / "attributes.nc").plot.names == ["twins"]
+
+
+def test_a_name_stands_in_a_figure_as_it_is():
+    """Plotly reads &amp;, &lt; and &gt;, and shows &quot; as it is written."""
+    (trace,) = Figure("").points('a "cat" & <b>', [0], [1.0], said=['"x"']).traces
+    assert trace["name"] == 'a "cat" &amp; &lt;b&gt;' and '"x"' in trace["text"][0]
 
 
 def test_an_onset_has_its_interval(folder):

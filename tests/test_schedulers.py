@@ -261,3 +261,15 @@ def test_other_noise_levels_are_warned_of():
         for spacing in ("leading", "trailing", "linspace"):
             fine = diffusers.DDIMScheduler(1000, timestep_spacing=spacing)
             dit_lens.sample(model, [1], steps=2, scheduler=fine)
+
+
+def test_a_flow_of_another_scheduler_is_made_without_a_warning_of_its_settings(monkeypatch):
+    """They are read (`flow_shift`), or are none of Euler's."""
+    said = []
+    logger = logging.getLogger("diffusers.configuration_utils")
+    monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
+    base = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    made, plain = (make_scheduler("euler-flow", each) for each in (base, None))
+    assert (made.config.shift, plain.config.shift, said) == (3.0, 1.0, [])

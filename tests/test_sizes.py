@@ -16,9 +16,11 @@ import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
 from dit_lens.experiments import features, images, latents, one_pass, release_sweep
-from dit_lens.experiments.cost import fitting_batch, free_memory, gap_cost
+from dit_lens.experiments.cost import fitting_batch, free_memory, gap_cost, patch_cost
 from dit_lens.experiments.gap import measure_gap
 from dit_lens.experiments.outcomes import once
+from dit_lens.experiments.twin_patches import twin_patches
+from dit_lens.families import family_named
 from dit_lens.groundtruth import random_weights
 from dit_lens.measures.agreement import agreement
 from dit_lens.plans.costs import Costs
@@ -383,6 +385,16 @@ def test_a_cost_is_what_is_then_run(model, batch):
     with forwards(model.transformer) as seen:
         measure_gap(model, 16, 12, batch=batch, resamples=20)
     assert not planned.exact and abs(planned.images / sum(seen["forwards"]) - 1) < 0.25
+
+
+def test_patches_of_whole_blocks_are_one_a_layer():
+    model = HookedDiT(family_named("FluxTransformer2DModel").small_pipeline())
+    size = {"pairs": 4, "steps": 9}
+    knocked = 2 * 4 * 9 * (1 + model.cfg.n_layers)
+    planned = patch_cost(model, **size, ways=1).images - knocked
+    with forwards(model.transformer) as seen:
+        twin_patches(model, **size, windows=4, release=3, seed=0, cut=0.25, batch=16)
+    assert abs(planned / sum(seen["forwards"]) - 1) < 0.25
 
 
 def test_what_pytorch_keeps_for_itself_is_free(monkeypatch):

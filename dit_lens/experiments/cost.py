@@ -27,7 +27,7 @@ from ..errors import InvalidValue
 from ..measures.bands import Bands
 from ..model.hooked import HookedDiT
 from ..model.trajectories import HOST
-from ..patching import tiles
+from ..patching import default_sites, tiles
 from ..plans.costs import Costs
 from ..sampling.guidance import model_inputs
 from ..sampling.loop import prepared
@@ -204,9 +204,10 @@ def patch_cost(
     knocked = ways * 2 * pairs * steps * (1 + layers * (1 + direct))
     release, patched = steps // 3, min(patched, pairs)
     starts = [span.start for span in tiles(release, steps, min(windows, steps - release))]
-    # each of two sites of each layer, from its window on; in its first step only the layers above
-    later = sum(steps - start - 1 for start in starts) * 2 * layers * patched
-    first = len(starts) * patched * (layers + 1)
+    # each site of each layer, from its window on; in its first step only the layers above
+    sites = len(default_sites(model))
+    later = sum(steps - start - 1 for start in starts) * sites * layers * patched
+    first = len(starts) * patched * sites * (layers + 1) // 2
     images = knocked + later + first + 2 * patched * steps
     at_once = min(batch or 2 * pairs, 2 * pairs)
     active, plain = _forward(model, at_once, _Parts(1 + TIMED, progress))

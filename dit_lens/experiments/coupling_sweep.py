@@ -45,6 +45,7 @@ from ..measures.bootstrap import FEWEST_PAIRS, draws, interval
 from ..measures.commitment import commitment_draws
 from ..measures.crossing import half_crossing
 from ..measures.estimate import Estimate
+from ..measures.proportion import proportion
 from ..model.conditions import Labels
 from ..model.hooked import HookedDiT
 from ..model.pinned import sent
@@ -145,6 +146,7 @@ def couplings(
 
     # every strength on the same pairs
     fewer, done = min(pairs, RELEASED_PAIRS), 0
+    few = labels_of_fewer(model, fewer, labels)
     tie: dict[str, Any] = {"layers": layers, "eps": eps, "steps": steps}
     tie |= {"seed": seed, "batch": batch}
 
@@ -153,7 +155,6 @@ def couplings(
         curves = difference_curves(pair, bands, counts)
         tau = half_crossing(curves)
         finished = pair.a.finished, pair.b.finished
-        few = labels_of_fewer(model, fewer, labels)
         tied = coupled_twins(model, few, g, form, **tie, eta=1.0)
         sweep = release_sweep(tied, [latents(bands)], RELEASES, seed=seed, batch=batch)
         own, ends = _committed(sweep, resamples, seed)
@@ -197,7 +198,7 @@ def couplings(
     finished = [(x[0], x[1]) for x in (torch.from_numpy(np.array(of["finished"])) for of in of_g)]
 
     # a band that does not part in some resample has no interval
-    rows = pairs - len(set(own_labels))
+    rows, few_rows = pairs - len(set(own_labels)), fewer - len(set(few))
     gap = np.stack(gaps, 1)  # [resample, g, sense]
     own = np.stack([draw for draw, _ in committed], 1)[..., None]
     change, moved = gap - gap[:, :1], own - own[:, :1]
@@ -207,6 +208,7 @@ def couplings(
         share = np.log(energy / energy[:, :1])
     read = np.stack([_read(model, pair, finished[0], own_labels, reader) for pair in finished], 1)
     hits = counts @ read / pairs  # [resample, g]
+    seen = [proportion(each, pairs) for each in read.sum(0)]
     result = xr.Dataset(
         {
             "parting": (("g", "band"), np.stack(parted)),
@@ -219,7 +221,9 @@ def couplings(
             "change": (("g", "sense"), np.concatenate([moved[0], change[0]], -1)),
             "change_interval": (
                 ("g", "sense", "bound"),
-                np.concatenate([interval(moved, fewer), interval(change, rows, skip_nan=False)], 1),
+                np.concatenate(
+                    [interval(moved, few_rows), interval(change, rows, skip_nan=False)], 1
+                ),
             ),
             "rho": ("g", [(1 - g) / (1 + g) for g in gs]),
             "xi": ("g", [1 / (1 + g) for g in gs]),
@@ -228,7 +232,8 @@ def couplings(
             "energy": (("g", "band"), np.exp(share[0])),
             "energy_interval": (("g", "band", "bound"), np.exp(interval(share, rows))),
             "read": ("g", hits[0]),
-            "read_interval": (("g", "bound"), interval(hits, pairs)),
+            # resampled, none or all would have an interval of no width
+            "read_interval": (("g", "bound"), [(e.low, e.high) for e in seen]),
             "read_change_interval": (("g", "bound"), interval(hits - hits[:, :1], pairs)),
         },
         coords={

@@ -40,7 +40,7 @@ from .style import (
 
 NEEDS = {
     "profile": ("layer_gap", "log_ratio"),
-    "commitment": ("band_commitment",),
+    "commitment": ("band_commitment", "estimator"),
     "agreement": ("agreement_one_pass",),
     "spectrum": ("spectrum_commitment",),
     "cut": ("cut_gap",),

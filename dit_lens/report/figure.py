@@ -6,9 +6,9 @@ Colours are names of the page's own (`var(--ink)`), so that one page serves ligh
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,15 @@ from ..measures.estimate import Estimate, number
 INK, LOW, HIGH = "var(--ink)", "var(--low)", "var(--high)"
 WHOLE = 12
 """Axes of layers shorter than this would get ticks at halves."""
+
+
+def escape(text: str) -> str:
+    """Text as plotly reads it, which shows an escaped quotation mark as &quot;.
+
+    >>> escape('"a" & <b>')
+    '"a" &amp; &lt;b&gt;'
+    """
+    return html.escape(text, quote=False)
 
 
 @dataclass

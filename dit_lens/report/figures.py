@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import xarray as xr
 from ..experiments.effects import FEWEST_MOVE
 from ..measures.estimate import Estimate
 from .attributes import order
-from .figure import HIGH, INK, LOW, Figure, hook, limits_of, plain
+from .figure import HIGH, INK, LOW, Figure, escape, hook, limits_of, plain
 from .gap import VIEWS
 
 STEPS = "gap, steps (high minus low)"

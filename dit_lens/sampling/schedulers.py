@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,9 @@ def make_scheduler(name: str | Any, base: Any = None, learned_sigma: bool = Fals
     if name == "euler-flow":
         # as the multistep schedulers call it
         config.setdefault("shift", config.get("flow_shift", 1.0))
+        # diffusers warns of settings of other schedulers, as if they were lost
+        read = inspect.signature(sampler.scheduler).parameters
+        config = {name: value for name, value in config.items() if name in read or name[0] == "_"}
     options = dict(sampler.options)
     if base is not None and sampler.scheduler.__name__ in CLIPPING:
         # not these classes' own usual setting, which is for pixels

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..hooks.points import HookPoint
+from ..errors import InvalidState
+from ..hooks.points import HookPoint, version
 from ..model.call import Call, Copies
 from ..model.steps import StepCounter
 from .record import Record
@@ -76,6 +77,14 @@ class Recorder(StepCounter):
             call = self.call
             assert call is not None
             site = Site(point.name, self.row, call.grid, call, self.record.cfg.null_class)
-            probe.observe(value.detach(), site)
+            seen = value.detach()
+            before = version(seen), version(call.x)
+            probe.observe(seen, site)
+            if (version(seen), version(call.x)) != before:
+                raise InvalidState(
+                    f"{type(probe).__name__} changed its activation or site.x in place at "
+                    f"{point.name!r}, and with it the run; a probe only looks: let it work on a "
+                    "copy, activation.clone()."
+                )
 
         return show
