@@ -379,7 +379,10 @@ class Pictures(DatasetPlotAccessor):
                 f"{list(data.effect.dims)}."
             )
         values, layers = effect.transpose("window", "layer"), data.layer.values
-        signed_map(ax, values, layers, "effect")
+        unit = (
+            "effect, 1 a stranger's distance" if "band" in data.dims else "change of the gap, steps"
+        )
+        signed_map(ax, values, layers, unit)
         windows_up(ax, data.window.values)
         ax.set(xlabel="layer", ylabel="steps", title=", ".join(shown))
         whole_numbers(ax.xaxis)
