@@ -873,9 +873,18 @@ def test_pictures_of_more_than_8_bits_are_refused(kind, tmp_path):
 
 def test_grey_pictures_have_one_channel(tmp_path):
     """Also beside an alpha channel."""
-    for mode in ("1", "L", "LA"):
-        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.png")
+    for mode, color in (("1", 0), ("L", 0), ("LA", (0, 255))):
+        Image.new(mode, (4, 4), color).save(tmp_path / f"{mode}.png")
     assert read_images(tmp_path)[0].shape == (3, 1, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_are_refused(mode, tmp_path):
+    """What is stored behind them is seldom what is seen."""
+    picture = Image.new(mode, (4, 4))
+    picture.save(tmp_path / "a.png", **{"transparency": 0} if mode == "P" else {})
+    with pytest.raises(InvalidValue, match=r"a.png' is transparent in places.*expected opaque"):
+        read_images(tmp_path)
 
 
 def test_prompts_with_a_byte_order_mark(tmp_path):

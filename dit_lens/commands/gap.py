@@ -278,8 +278,8 @@ def read_images(path: Path) -> tuple[Tensor, list[int] | None]:
 
     Raises:
         MissingFile: if there is nothing at the path, or no picture in the folder.
-        InvalidValue: for an array of another shape, or pictures of several sizes or of more than 8
-            bits.
+        InvalidValue: for an array of another shape, or pictures of several sizes, of more than 8
+            bits, or that are transparent.
     """
     import numpy as np
     import torch
@@ -311,6 +311,11 @@ def read_images(path: Path) -> tuple[Tensor, list[int] | None]:
                 raise InvalidValue(
                     f"The picture {str(file)!r} has more than 8 bits a value (mode "
                     f"{opened.mode!r}); expected 8, or an array as .npy."
+                )
+            if opened.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise InvalidValue(
+                    f"The picture {str(file)!r} is transparent in places, and what lies behind is "
+                    "not known; expected opaque ones."
                 )
             # grey pictures have one channel, as the bundled digits
             grey = opened.mode in ("1", "L", "LA")
