@@ -18,6 +18,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from dit_lens import groundtruth as gt
+from dit_lens.families import family_named
 
 torch.set_num_threads(1)
 
@@ -287,6 +288,28 @@ def test_shuffled_layers_take_their_gains_with_them() -> None:
     with torch.no_grad():
         shuffled.proj_out_2.weight.zero_()
     assert truth.transformer.proj_out_2.weight.abs().max() > 0
+
+
+def test_shuffled_layers_take_their_adapters_with_them() -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    family = family_named("SD3Transformer2DModel")
+    assert family is not None
+    model = family.small(0)[0]
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    shuffled = gt.shuffle_layers(model, seed=0, blocks=family.blocks)
+    weights = [
+        [block.attn.to_q.lora_A.default.weight for block in family.blocks(each)]
+        for each in (model, shuffled)
+    ]
+    places = [[torch.equal(a, b) for b in weights[1]] for a in weights[0]]
+    assert [sum(row) for row in places] == [1] * len(places)
+    assert not all(row[i] for i, row in enumerate(places))
+
+    model.to("meta")
+    with pytest.raises(ValueError, match="can't be shuffled: .* is on the meta device"):
+        gt.shuffle_layers(model, seed=0, blocks=family.blocks)
 
 
 def test_random_weights_repeat_and_use_every_layer() -> None:

@@ -47,7 +47,7 @@ from .gap_sentences import ESTIMATORS, NO_DEPTH, TITLES, headline
 from .kept_twins import kept_twins
 from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
 from .modes import BandKind, Modes
-from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles
+from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles, shuffled
 from .null_profiles import RELEASES as NULL_RELEASES
 from .outcomes import Outcome, features, latents, once
 from .outcomes import images as images_of
@@ -192,7 +192,8 @@ def measure_gap(
     arguments.choice("bands", bands, get_args(BandKind))
     arguments.optional(arguments.function, "feature", feature, "of images in [0, 1]")
     arguments.text("name", name)
-    nulls = checked_nulls(arguments.whole("null", null, 0))
+    if nulls := checked_nulls(arguments.whole("null", null, 0)):
+        shuffled(model, seed)  # or it says why there is none, before anything is run
     known = None if images is None else as_latents(model, images)
     groups = _image_labels(image_labels, known)
     resamples = arguments.whole("resamples", resamples, 1)
@@ -253,7 +254,7 @@ def measure_gap(
             )
 
     x_t = one_pass(pair, [o for o in outcomes if o.name == "split"], "x_t")
-    shuffled = (
+    of_nulls = (
         [
             null_profiles(
                 model,
@@ -296,7 +297,7 @@ def measure_gap(
         at,
     )
     layers, onsets = profiles(values, seen, *token_modes, pairs, steps, at)
-    parts = [behaviour, of_data, layers, *shuffled, pictures(model, strip, ends, batch)]
+    parts = [behaviour, of_data, layers, *of_nulls, pictures(model, strip, ends, batch)]
     sampler = SAMPLERS[pair.run.settings.scheduler]
     result = xr.merge(parts, combine_attrs="drop_conflicts").assign_attrs(
         model=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from diffusers import ModelMixin
 
 from .. import arguments
 from ..errors import InvalidValue
-from ..storage.configured import config_of
 from . import construction as build
 from .models import GroundTruth, plain_scheduler
 
@@ -76,7 +76,7 @@ def shuffle_layers(
         The copy.
 
     Raises:
-        ValueError: for a model without two blocks of one kind.
+        ValueError: for a model without two blocks of one kind, or that is offloaded.
 
     >>> truth = random_weights(0, n_layers=3)
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
@@ -89,6 +89,11 @@ def shuffle_layers(
         raise InvalidValue(
             f"{type(transformer).__name__} has no transformer_blocks; say with blocks= which "
             "modules its blocks are."
+        )
+    if away := [name for name, value in transformer.state_dict().items() if value.is_meta]:
+        raise InvalidValue(
+            f"The layers can't be shuffled: {away[0]} is on the meta device, as under accelerate's "
+            "offload; expected a model whose weights are loaded."
         )
     of = blocks or (lambda model: list(model.transformer_blocks))
     old = list(of(transformer))
@@ -107,10 +112,11 @@ def shuffle_layers(
             drawn = torch.randperm(len(places), generator=draw).tolist()
             for place, i in zip(places, drawn, strict=True):
                 order[place] = places[i]
-    with torch.random.fork_rng(devices=[]):
-        shuffled = type(transformer).from_config(config_of(transformer))
-    torch.nn.Module.to(shuffled, transformer.device, transformer.dtype).train(transformer.training)
-    shuffled.load_state_dict(transformer.state_dict())
+    # not made anew from the configuration, which says nothing of adapters
+    shuffled = copy.deepcopy(transformer)
+    for module in shuffled.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     for new, i in zip(of(shuffled), order, strict=True):
         new.load_state_dict(old[i].state_dict())
     return shuffled
