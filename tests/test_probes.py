@@ -232,6 +232,20 @@ def test_a_probe_that_changes_what_it_sees_is_refused(model, what):
     assert not model.instrumentation.busy
 
 
+def test_a_probe_that_returns_an_activation_is_refused(model):
+    """As if it were an edit."""
+
+    class Edits(Probe):
+        names = "resid_mid"
+
+        def observe(self, activation, site):
+            return 1.01 * activation
+
+    with pytest.raises(InvalidState, match="Edits returned another activation for 'blocks.0.hook"):
+        Edits().run(model, [1], steps=2)
+    assert not model.instrumentation.busy
+
+
 def test_run_is_a_run_under_observation(model):
     """Each probe's `run(model, labels, ...)` is what one would write with a trace or twins."""
     split = SpectralSplit()

@@ -79,12 +79,17 @@ class Recorder(StepCounter):
             site = Site(point.name, self.row, call.grid, call, self.record.cfg.null_class)
             seen = value.detach()
             before = version(seen), version(call.x)
-            probe.observe(seen, site)
+            answer = probe.observe(seen, site)
             if (version(seen), version(call.x)) != before:
                 raise InvalidState(
                     f"{type(probe).__name__} changed its activation or site.x in place at "
                     f"{point.name!r}, and with it the run; a probe only looks: let it work on a "
                     "copy, activation.clone()."
+                )
+            if isinstance(answer, Tensor) and answer.shape == seen.shape:  # as an edit does
+                raise InvalidState(
+                    f"{type(probe).__name__} returned another activation for {point.name!r}, which "
+                    "would be passed over; a probe only looks: expected a trace's edit(names, fn)."
                 )
 
         return show
