@@ -284,6 +284,28 @@ def test_a_gap_seldom_waits(model):
 # Memory
 
 
+@pytest.mark.parametrize("place", ["cpu", "a folder"])
+def test_trajectories_elsewhere(model, place, tmp_path):
+    def twins(steps):
+        return dit_lens.twins(model, 64, steps=steps)
+
+    def peak(steps):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        twins(steps)
+        return torch.cuda.max_memory_allocated() - before
+
+    expected, here = twins(6), peak(24) - peak(6)
+    model.trajectories = "cpu" if place == "cpu" else str(tmp_path)
+    found, there = twins(6), peak(24) - peak(6)
+    for part in ("latents", "x0", "outputs"):
+        kept = getattr(found.run, part)
+        assert kept.device.type == "cpu" and torch.equal(kept, getattr(expected.run, part).cpu())
+    assert found.run.finished.is_cuda and there < 0.1 * here, (here, there)
+    few, many = waits(lambda: twins(6)), waits(lambda: twins(24))
+    assert len(many) <= len(few), sorted(set(many))
+
+
 def test_out_of_memory_halves_the_batch():
     model, n = dit_lens.load("digits", device=GPU), 2048
     want = dit_lens.sample(model, [0] * n, steps=2, batch=n // 8).latents
