@@ -105,6 +105,20 @@ def changed():
     )
 
 
+def of_attributes():
+    rng, names = np.random.default_rng(5), ["hair_colour", "hat"]
+    of = {"commitment": "attribute", "readable": "attribute"}
+    of |= {"split_commitment": "split", "band_commitment": "band"}
+    found = {name: ((axis, "quantity"), rng.random((2, 2)) * 8) for name, axis in of.items()}
+    ends = {
+        f"{name}_interval": ((*axes, "bound"), value[..., None] + [-1, 1])
+        for name, (axes, value) in found.items()
+    }
+    coords = {"attribute": names, "split": ["low", "high"], "band": ["0-0.1", "0.1-0.5"]}
+    coords |= {"quantity": ["log_snr", "step"]}
+    return Result(found | ends, coords=coords, attrs={"steps": 10})
+
+
 RESULTS = {
     **dict.fromkeys(("profile", "commitment", "agreement", "spectrum", "cut"), made),
     "knob": coupled,
@@ -112,6 +126,7 @@ RESULTS = {
     "sweep": lambda: effects("end", "depth"),
     "map": lambda: effects("layer", "window", "band"),
     **dict.fromkeys(("change", "decided"), changed),
+    "attributes": of_attributes,
     **dict.fromkeys(("twins", "lens"), images),
 }
 
@@ -206,6 +221,16 @@ def test_words_that_the_usual_font_lacks():
         assert label.get_fontfamily()[: len(usual)] == usual
         assert (len(label.get_fontfamily()) > len(usual)) == found
     assert families([chr(0x10FFFD)]) == usual
+    plt.close("all")
+
+
+def test_attributes_stand_in_the_order_in_which_they_are_decided():
+    result = of_attributes()
+    result["commitment"][:, 1] = [6.0, 2.0]
+    ax = result.plot.attributes()
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["hat", "hair colour", "low", "high", "0-0.1", "0.1-0.5"]
+    assert ax.lines[0].get_xdata().tolist() == [2.0, 6.0] and ax.get_xlim() == (0, 10)
     plt.close("all")
 
 

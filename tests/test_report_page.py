@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
         "knock_outs.nc": cause_report.side_by_side(
             [knock_outs(model, how=how, **short) for how in ("zero", "mean")]
         ),
-        "patches.nc": TwinPatching().run(model, pairs=8, windows=2, release=2, steps=8),
+        "patches.nc": TwinPatching().run(model, pairs=8, windows=2, release=2, steps=6),
         "windows.nc": knock_outs(model, [0, 1], windows=2, **short),
         "cause_map.nc": cause_map(
             model, items=8, steps=3, cut=0.1, projections=1, check=0, resamples=100
@@ -197,7 +197,7 @@ def test_every_picture_that_a_result_names_is_drawn(folder):
     for kind, result in stored.results_at(folder).items():
         for name in result.plot.names:
             assert getattr(result.plot, name)() is not None, (kind, name)
-    assert stored.load_result(folder / "attributes.nc").plot.names == ["twins"]
+    assert stored.load_result(folder / "attributes.nc").plot.names == ["attributes", "twins"]
 
 
 def test_a_name_stands_in_a_figure_as_it_is():

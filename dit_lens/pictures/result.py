@@ -21,6 +21,7 @@ from xarray.plot.accessor import DatasetPlotAccessor
 from .. import arguments
 from ..errors import InvalidValue
 from . import notebook
+from .attributes import draw_decided, steps_size
 from .images import beside, show_grid
 from .style import (
     HIGH,
@@ -50,6 +51,7 @@ NEEDS = {
     "map": ("effect", "layer", "window"),
     "change": ("effect", "power", "error"),
     "decided": ("commitment", "later"),
+    "attributes": ("attribute", "commitment", "readable"),
     "twins": ("end", "release"),
     "lens": ("lens_image",),
 }
@@ -216,6 +218,17 @@ class Pictures(DatasetPlotAccessor):
             ax.axvline(data.attrs["cut"], color=HIGH, linewidth=0.8, linestyle="--")
         unit = unit_of(data).removeprefix("frequency, ")
         ax.set(xlabel=f"cut, {unit}", ylabel="gap, steps (high minus low)")
+        return ax
+
+    def attributes(self, ax: Any = None) -> Any:
+        """When each attribute is decided, and when the predicted x0 shows it, above the bands.
+
+        Args:
+            ax: where.
+        """
+        data = self._data("attributes")
+        ax = axes_for(ax, steps_size(data))
+        draw_decided(ax, data)
         return ax
 
     def twins(self, pairs: int = 4, ax: Any = None) -> Any:

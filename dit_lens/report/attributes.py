@@ -12,7 +12,15 @@ import xarray as xr
 from rich.table import Table
 
 from ..measures.estimate import Estimate
-from ..pictures.style import HIGH, INK, LOW, error_bars, legend
+from ..pictures.attributes import (
+    AGREE,
+    NOTHING,
+    draw_decided,
+    order,
+    plain_name,
+    steps_size,
+)
+from ..pictures.style import INK
 from ..storage import save_dataset
 from .style import beside, files, picture, plain_console
 
@@ -22,7 +30,7 @@ CAPTION = (
     "readable: the predicted x0 reads as the finished image, so measured. Readable is not "
     "decided: a prediction reads as the likelier value, also where another is still possible."
 )
-AGREE, DIFFER, NOTHING = "#0f8b6d", "white", "#8c8c8c"
+DIFFER = "white"
 KEY = (
     "squares: the attributes in the order of the columns on the right; full: the twins agree, "
     "empty: they differ, dot: the label leaves no choice"
@@ -59,16 +67,6 @@ def show(results: xr.Dataset, stored: Path) -> None:
     files(console, [*pictures, stored])
 
 
-def order(results: xr.Dataset) -> list[str]:
-    """The attributes as they are decided; those without a commitment step last.
-
-    Args:
-        results: of `dit_lens.experiments.attributes`.
-    """
-    decided = results.commitment.sel(quantity="step")
-    return [str(a) for a in results.attribute.values[np.argsort(decided.values, kind="stable")]]
-
-
 def table(results: xr.Dataset) -> Table:
     """One row an attribute, in the order in which they are decided, then the bands.
 
@@ -90,18 +88,18 @@ def table(results: xr.Dataset) -> Table:
         estimates = (
             Estimate.of(one[of], one[f"{of}_interval"]) for of in ("commitment", "readable")
         )
-        shown.add_row(_plain(name), *(f"{e:.1f}" for e in estimates))
+        shown.add_row(plain_name(name), *(f"{e:.1f}" for e in estimates))
     for axis, band, decided in _bands(results):
         shown.add_row(f"{band} {axis}", f"{decided:.1f}", "")
     return shown
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _bands(results: xr.Dataset) -> list[tuple[str, str, Estimate]]:
-    """What bands there are, by kind and name, with their commitment step."""
+    """What bands there are, by kind and name, with their commitment step.
+
+    Args:
+        results: of `dit_lens.experiments.attributes`.
+    """
     step, found = results.sel(quantity="step"), []
     for axis, kind in (("split", "frequencies"), ("band", "cycles/pixel")):
         for name in results[axis].values:
@@ -118,63 +116,8 @@ def draw_steps(results: xr.Dataset, path: Path) -> Path:
         results: of `dit_lens.experiments.attributes`.
         path: of the picture.
     """
-    names, step = order(results), results.sel(quantity="step")
-    bands = _bands(results)
-    rows = len(names) + len(bands)
-    with picture(path, (5.4, 1.0 + 0.24 * rows)) as (_, ax):
-        for variable, marker, face, colour, shift, label in (
-            ("commitment", "o", INK, INK, 0.0, "decided (clones)"),
-            ("readable", "D", "white", AGREE, 0.28, "readable (predicted x0)"),
-        ):
-            one = step.sel(attribute=names)
-            ax.errorbar(
-                one[variable],
-                np.arange(len(names)) + shift,
-                xerr=error_bars(one[variable], one[f"{variable}_interval"]),
-                fmt=marker,
-                color=colour,
-                markerfacecolor=face,
-                markersize=3.5,
-                linewidth=0.8,
-                capsize=1.5,
-                label=label,
-            )
-        for row, (_, _, decided) in enumerate(bands, start=len(names)):
-            colour = (LOW, HIGH)[row - len(names)] if row < len(names) + 2 else NOTHING
-            ax.errorbar(
-                [decided.value],
-                [row],
-                xerr=[[decided.value - decided.low], [decided.high - decided.value]],
-                fmt="s",
-                color=colour,
-                markersize=3.5,
-                linewidth=0.8,
-                capsize=1.5,
-            )
-        ax.axhline(len(names) - 0.4, color=INK, linewidth=0.6)
-        ax.set_yticks(range(rows), [*map(_plain, names), *(name for _, name, _ in bands)])
-        for title, middle in (
-            ("attributes", (len(names) - 1) / 2),
-            ("bands, cycles per pixel", (len(names) + rows - 1) / 2),
-        ):
-            ax.text(
-                1.01,
-                middle,
-                title,
-                transform=ax.get_yaxis_transform(),
-                rotation=270,
-                va="center",
-                fontsize=8,
-            )
-        ax.set(
-            xlabel=f"step of {results.attrs['steps']} (0 is the noisiest)",
-            xlim=(0, results.attrs["steps"]),
-            ylim=(rows - 0.4, -0.6),
-        )
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="x", color="#e5e5e5", linewidth=0.6)
-        ax.set_axisbelow(True)
-        legend(ax, loc="lower right")
+    with picture(path, steps_size(results)) as (_, ax):
+        draw_decided(ax, results)
     return path
 
 
@@ -222,7 +165,11 @@ def draw_order(results: xr.Dataset, path: Path) -> Path:
             )
             _draw_shares(axes[row, -1], one.agreement.sel(attribute=names).values)
         axes[0, -1].set_xticks(
-            range(len(names)), [_plain(name) for name in names], rotation=55, ha="left", fontsize=8
+            range(len(names)),
+            [plain_name(name) for name in names],
+            rotation=55,
+            ha="left",
+            fontsize=8,
         )
         axes[0, -1].xaxis.tick_top()
         axes[0, -1].tick_params(axis="x", length=0, labeltop=True)

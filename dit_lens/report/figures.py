@@ -10,7 +10,7 @@ import xarray as xr
 
 from ..experiments.effects import FEWEST_MOVE
 from ..measures.estimate import Estimate
-from .attributes import order
+from ..pictures.attributes import order
 from .figure import HIGH, INK, LOW, Figure, escape, hook, limits_of, plain
 from .gap import VIEWS
 

@@ -22,10 +22,10 @@ import xarray as xr
 
 from ..errors import MissingFile
 from ..measures.estimate import number
+from ..pictures.attributes import order
 from ..pictures.style import HIGH, INK, LOW
 from ..storage import made_with, replacing
 from . import stored
-from .attributes import order
 from .figure import Figure
 from .figures import FIGURES
 from .knock_outs import sufficiency
