@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidState, InvalidType
-from ..storage.checksums import checksum
+from ..storage.checksums import checksum_bits
 
 SET_LATER = (
     "betas",
@@ -126,7 +126,7 @@ def weights_digest(model: nn.Module) -> str:
                 f"The weights are offloaded ({name} is on no device), so a model can't be told by "
                 "them; expected a model without accelerate's cpu_offload or disk_offload."
             )
-        held = checksum(value.detach().float()[None]).bits.item() if value.numel() else 0
+        held = checksum_bits(value.detach().float()[None]).item() if value.numel() else 0
         made.update(f"{name} {tuple(value.shape)} {held}".encode())
     return made.hexdigest()[:16]
 

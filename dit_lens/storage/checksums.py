@@ -32,10 +32,24 @@ def checksum(x: Tensor) -> Checksum:
     >>> (checksum(a).bits == checksum(b).bits).tolist()
     [True, False]
     """
+    table = _table(x)
+    return Checksum(_weighted(_integers(table), torch.int64), _weighted(table, torch.float32))
+
+
+def checksum_bits(x: Tensor) -> Tensor:
+    """The `bits` of the checksum of an activation [batch, ...], alone: in half the time.
+
+    >>> a = torch.randn(2, 3, 4)
+    >>> torch.equal(checksum_bits(a), checksum(a).bits)
+    True
+    """
+    return _weighted(_integers(_table(x)), torch.int64)
+
+
+def _table(x: Tensor) -> Tensor:
+    """An activation as [batch, row, column]."""
     flat = x.detach() if x.requires_grad else x
-    table = flat.reshape(len(x), -1, x.shape[-1] if x.ndim > 1 else 1)
-    bits = _weighted(_integers(table), torch.int64)
-    return Checksum(bits, _weighted(table, torch.float32))
+    return flat.reshape(len(x), -1, x.shape[-1] if x.ndim > 1 else 1)
 
 
 def _integers(table: Tensor) -> Tensor:
