@@ -210,7 +210,7 @@ def attributes(
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> def ink(x): return {"heavy": (x.mean((1, 2, 3)) > 0.13).long()}
-    >>> found = attributes(model, ink, pairs=16, steps=6, releases=3, resamples=50)
+    >>> found = attributes(model, ink, pairs=16, steps=4, releases=3, resamples=50)
     >>> found.commitment.sizes["attribute"], found.agreement.shape  # [release, attribute]
     (1, (3, 1))
     """

@@ -81,7 +81,7 @@ def couple_alone(
             twins that don't part to begin with.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = couple_alone(model, [0], pairs=8, steps=6, resamples=100)
+    >>> found = couple_alone(model, [0], pairs=8, steps=3, resamples=100)
     >>> dict(found.gap.sizes), found.attrs["g"]
     ({'layer': 1}, 1.0)
     """

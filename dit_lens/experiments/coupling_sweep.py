@@ -126,7 +126,7 @@ def couplings(
             isn't the least, or too few pairs.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = couplings(model, [0, 1], pairs=8, steps=6, resamples=100)
+    >>> found = couplings(model, [0, 1], pairs=8, steps=5, resamples=100)
     >>> found.gap.dims, found.rho.values.tolist()
     (('g', 'sense'), [1.0, 0.0])
     """

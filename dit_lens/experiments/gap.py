@@ -180,7 +180,7 @@ def measure_gap(
             below or above it, or images that are not the model's.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = measure_gap(model, pairs=16, steps=6, resamples=50, name="digits")
+    >>> found = measure_gap(model, pairs=16, steps=4, resamples=50, name="digits")
     >>> found.layer_gap.sizes["layer"], "on digits low commits at step" in found.headline
     (29, True)
     """

@@ -96,7 +96,7 @@ def knock_outs(
             bands don't commit to begin with.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = knock_outs(model, [0], pairs=16, steps=6, resamples=100)
+    >>> found = knock_outs(model, [0], pairs=16, steps=3, resamples=100)
     >>> dict(found.effect_interval.sizes), "the gap of" in found.sentence
     ({'layer': 1, 'bound': 2}, True)
     """
@@ -210,7 +210,7 @@ def cumulative(
         InvalidValue: for depths that are none, and as `knock_outs`.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> cumulative(model, [1], pairs=16, steps=6, resamples=100).effect.sizes
+    >>> cumulative(model, [1], pairs=16, steps=3, resamples=100).effect.sizes
     Frozen({'end': 2, 'depth': 1})
     """
     del store, engine  # `measured` sees to them

@@ -205,10 +205,10 @@ def one_pass(
         InvalidValue: for twins that were tied, whose runs are not independent.
 
     >>> import dit_lens
-    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=6)
+    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
     >>> low_high = dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))
     >>> one_pass(pair, [low_high]).agreement("latents").shape  # [step, band]
-    (6, 2)
+    (4, 2)
     """
     arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
     outcomes = compared(outcomes)
@@ -290,10 +290,10 @@ def release_sweep(
 
     >>> import dit_lens
     >>> tied = dit_lens.twins(
-    ...     dit_lens.load("digits"), 8, [3] * 8, tie="attention", g=0.5, eta=1, steps=6, release=6
+    ...     dit_lens.load("digits"), 8, [3] * 8, tie="attention", g=0.5, eta=1, steps=4, release=4
     ... )
     >>> low_high = dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))
-    >>> release_sweep(tied, [low_high], [1, 3, 5]).agreement("latents").shape  # [release, band]
+    >>> release_sweep(tied, [low_high], [1, 2, 3]).agreement("latents").shape  # [release, band]
     (3, 2)
     """
     arguments.instance("twins", twins, Twins, "what dit_lens.twins gave")
@@ -404,9 +404,9 @@ def commitment_difference(
         InvalidValue: for curves of different models, or of runs with other steps.
 
     >>> import dit_lens
-    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=6)
+    >>> pair = dit_lens.twins(dit_lens.load("digits"), 8, [3] * 8, steps=4)
     >>> low_high = [dit_lens.experiments.latents(dit_lens.Bands.radial((16, 16), cut=0.25))]
-    >>> curves = one_pass(pair, low_high), release_sweep(pair, low_high, 4)
+    >>> curves = one_pass(pair, low_high), release_sweep(pair, low_high, 3)
     >>> commitment_difference(*curves, "latents", resamples=100).commitment.sizes["band"]
     2
     """

@@ -123,7 +123,7 @@ def reuse_plan(
         InvalidValue: for a budget that can't be met, or what does not fit the model.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> plan = reuse_plan(model, 0.6, items=8, steps=3, projections=1, rounds=0, resamples=50)
+    >>> plan = reuse_plan(model, 0.6, items=8, steps=2, projections=1, rounds=0, resamples=50)
     >>> 0.55 < plan.macs <= 0.6, plan.about["aim"]
     (True, 'same')
     """

@@ -97,7 +97,7 @@ def shapley(
             as `knock_outs`.
 
     >>> import dit_lens; model = dit_lens.load("digits")
-    >>> found = shapley(model, [20, 21], pairs=16, steps=6, resamples=100)
+    >>> found = shapley(model, [20, 21], pairs=16, steps=3, resamples=100)
     >>> abs(float(found.share.sum()) - found.total) < 1e-9
     True
     """

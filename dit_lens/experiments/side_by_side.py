@@ -109,7 +109,7 @@ def side_by_side(
 
     >>> import dit_lens; model = dit_lens.load("digits")
     >>> options = {"items": 8, "resamples": 50}
-    >>> plan = dit_lens.experiments.reuse_plan(model, 0.7, steps=4, rounds=0, **options)
+    >>> plan = dit_lens.experiments.reuse_plan(model, 0.7, steps=2, rounds=0, **options)
     >>> found = side_by_side(model, [plan], **options)
     >>> found.sizes["budget"], found.sizes["way"]
     (1, 9)

@@ -88,7 +88,7 @@ def smallest_set(
 
     >>> from dit_lens import HookedDiT; from dit_lens.groundtruth import redundant
     >>> truth = redundant(); model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    >>> smallest_set(model, pairs=16, steps=10, cut=0.1, resamples=200).found
+    >>> smallest_set(model, pairs=16, steps=5, cut=0.1, resamples=200).found
     '1, 3'
     """
     del store, engine  # `measured` sees to them
