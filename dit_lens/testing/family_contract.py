@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..errors import InvalidValue
 from ..families import Family, family_named, modules
 from ..model.loading import usable_device
 from .family_checks import CHECKS, VARIANTS, Case
-from .pipeline_checks import PIPELINE_CHECKS, InPipeline
+from .pipeline_checks import PIPELINE_CHECKS, InPipeline, Saved
 
 
 @contextmanager
@@ -69,8 +69,10 @@ def examine(family: str | Family, where: str | None = None, device: str = "cpu")
         for check in CHECKS
     ]
     if where in (None, "pipeline") and found.small_pipeline() is not None:
+        saved = cache(partial(Saved, found, device))  # once, as all checks leave it alone
         tasks += [
-            (check, "pipeline", partial(InPipeline, found, device)) for check in PIPELINE_CHECKS
+            (check, "pipeline", lambda: InPipeline(found, device, saved()))
+            for check in PIPELINE_CHECKS
         ]
     tasks = [task for task in tasks if where in (None, task[1])]
     rows = []

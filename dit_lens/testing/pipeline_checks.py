@@ -23,19 +23,34 @@ from ..storage.configured import config_of
 from ..tracing.trace import trace
 
 
-class InPipeline:
-    """The family's small pipeline, saved to a folder and loaded from there, with what it makes
-    unopened.
+class Saved:
+    """The family's small pipeline, saved to a folder that lasts as long as this, and opened from
+    there.
     """
 
     def __init__(self, family: Family, device: str = "cpu") -> None:
+        self.kept = tempfile.TemporaryDirectory()
+        with quiet():
+            family.small_pipeline().save_pretrained(self.kept.name)
+            self.model = load(self.kept.name, device=device)
+
+
+class InPipeline:
+    """The family's small pipeline, loaded from where it was saved, with what it makes unopened.
+
+    Args:
+        family: with a small pipeline.
+        device: where it is.
+        saved: of the family and there; several checks can share it.
+    """
+
+    def __init__(self, family: Family, device: str = "cpu", saved: Saved | None = None) -> None:
         from diffusers import DiffusionPipeline
 
-        self.family = family
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            family.small_pipeline().save_pretrained(folder)
-            self.pipe = DiffusionPipeline.from_pretrained(folder).to(device)
-            self.model = load(folder, device=device)
+        saved = saved or Saved(family, device)
+        self.family, self.model = family, saved.model
+        with quiet():
+            self.pipe = DiffusionPipeline.from_pretrained(saved.kept.name).to(device)
         if type(self.pipe.scheduler).__name__ == "DDPMScheduler":  # which draws noise in every step
             self.pipe.scheduler = DDIMScheduler.from_config(config_of(self.pipe.scheduler))
         self.pipe.set_progress_bar_config(disable=True)
