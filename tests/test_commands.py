@@ -425,7 +425,7 @@ def four_alike(tmp_path):
     return folder
 
 
-TINY = ["--pairs", "16", "--steps", "8", "--cut", "0.1", "--batch", "32"]
+TINY = ["--pairs", "16", "--steps", "5", "--cut", "0.1", "--batch", "32"]
 FEW = ["--items", "10", "--steps", "4"]
 
 

@@ -104,20 +104,19 @@ def test_quality_says_when_the_model_is_pushed_off():
     assert (read["read"] == 0).all() and "by the reader given (0%" in read.sentence_quality
 
 
-@pytest.mark.slow
 def test_the_same_pairs_at_every_strength_and_again():
-    model = dit_lens.load("digits")
-    a, b = (couplings(model, [0, 0.5], pairs=8, steps=6, seed=3, resamples=50) for _ in range(2))
+    truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    size = {"pairs": 8, "steps": 6, "cut": 0.1, "resamples": 50}
+    a, b = (couplings(model, [0, 0.5], seed=3, **size) for _ in range(2))
     assert a.identical(b)
     assert (a.change.sel(g=0) == 0).all() and (a.change_interval.sel(g=0) == 0).all()
-    plain = dit_lens.twins(
-        model, 8, [i % 4 for i in range(8)], tie="attention", g=0.0, steps=6, release=6, seed=3
-    )
+    plain = dit_lens.twins(model, 8, [0] * 8, tie="attention", g=0.0, steps=6, release=6, seed=3)
     assert plain.tie == "attention" and model.instrumentation.listening == 0
 
 
 def test_every_outcome_has_its_sentence():
-    model = dit_lens.load("digits")
+    model = HookedDiT(random_weights(0, n_layers=3).transformer, scheduler=DDIMScheduler(1000))
     base = couplings(model, [0, 1], pairs=8, steps=6, resamples=50)
 
     def sentence(before, after, change):

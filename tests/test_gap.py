@@ -152,28 +152,29 @@ def test_other_bands_find_the_same_gap(kind, cut):
 
 @pytest.fixture(scope="module")
 def with_features():
-    """A measurement with everything in it, and what its progress was."""
+    """A measurement with a feature, and all else that needs no null models."""
     truth = gaussian(4.0, 0.25, layers=(1,), n_layers=3)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
+    feature = {"feature": lambda x: x.mean((2, 3))}
+    return measure_gap(model, pairs=32, steps=16, cut=0.1, resamples=200, **feature)
+
+
+@pytest.fixture(scope="module")
+def with_everything():
+    """A small measurement with all that can be in it, and what its progress was."""
+    truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2, sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     told: list[tuple[int, int]] = []
-    result = measure_gap(
-        model,
-        pairs=32,
-        steps=16,
-        cut=0.1,
-        feature=lambda x: x.mean((2, 3)),
-        null=19,
-        resamples=200,
-        progress=lambda *done: told.append(done),
-    )
-    return result, told
+    size = {"pairs": 16, "steps": 5, "cut": 0.1, "null": 19, "resamples": 50}
+    asked = {"feature": lambda x: x.mean((2, 3)), "progress": lambda *done: told.append(done)}
+    return measure_gap(model, **size, **asked), told
 
 
-def test_progress_ends_with_everything_done(with_features):
-    _, told = with_features
+def test_progress_ends_with_everything_done(with_everything):
+    _, told = with_everything
     done, totals = zip(*told, strict=True)
     assert len(set(totals)) == 1 and done[-1] == totals[0]
-    assert list(done) == sorted(done) and len(told) == 16 + 8 + 20
+    assert list(done) == sorted(done) and len(told) == 5 + 4 + 20
     # steps of the twins, releases, and the model with its null models
 
 
@@ -181,7 +182,7 @@ def test_every_outcome_of_the_finished_twins(with_features):
     """On x_t, the predicted x0, the image and a feature of it; clones as well as one pass; the
     spectrum, and the gap against the cut.
     """
-    result, _ = with_features
+    result = with_features
     one = result.sel(quantity="step")
     exact = 4.6  # of 16 steps, by `ddim_agreement` (tests/test_gap.py's first test computes it)
     # images clip what is beyond [0, 1], so no exact answer
@@ -235,9 +236,9 @@ def test_images_are_parted_at_the_same_cut():
     np.testing.assert_allclose(result.image_gap, result.split_gap, rtol=1e-3, atol=1e-3)
 
 
-def test_every_variable_is_documented_with_its_dimensions(with_features):
+def test_every_variable_is_documented_with_its_dimensions(with_everything):
     """In the docstring of `measure_gap` and in the table of docs/gap.md, neither more nor fewer."""
-    result, _ = with_features
+    result, _ = with_everything
     page = (Path(__file__).parent.parent / "docs" / "gap.md").read_text()
     rows = re.findall(r"^\| (`.*?) \| (.*?) \|", page, re.M)
     table = {}
