@@ -204,7 +204,7 @@ def test_edits_in_parts_say_that_they_may_be(model):
 
 @pytest.mark.slow
 def test_knock_outs_in_parts(model):
-    settings = {"pairs": 16, "steps": 6, "resamples": 20, "direct": True}
+    settings = {"pairs": 16, "steps": 4, "resamples": 20, "direct": True}
     digits = dit_lens.load("digits")
     whole = dit_lens.experiments.knock_outs(digits, [1], **settings)
     parts = dit_lens.experiments.knock_outs(digits, [1], batch=8, **settings)
@@ -213,7 +213,7 @@ def test_knock_outs_in_parts(model):
         dit_lens.experiments.knock_outs(model, [1], how="mean", batch=8, pairs=16, steps=4)
 
 
-SMALL = {"pairs": 16, "steps": 10, "cut": 0.1, "resamples": 20}
+SMALL = {"pairs": 16, "steps": 5, "cut": 0.1, "resamples": 20}
 
 
 def dark(images):
@@ -221,7 +221,7 @@ def dark(images):
 
 
 IN_PARTS = {
-    "measure_gap": {**SMALL, "steps": 6},
+    "measure_gap": SMALL,
     "couplings": {**SMALL, "strengths": [0, 1]},
     "couple_alone": {**SMALL, "layers": [1]},
     "attributes": {"read": dark, "pairs": 16, "steps": 6, "resamples": 20},
@@ -330,7 +330,7 @@ def test_the_vae_decodes_each_image_once():
 
 @pytest.mark.slow
 def test_a_run_holds_three_trajectories():
-    model = make_model(channels=4)
+    model = make_model(layers=1, channels=4)
     n, steps = 32, 50
     unit = 4 * (steps + 1) * n * 4 * 8 * 8
     for work in (
