@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _DummyPrivateUse1Hook,
@@ -153,10 +152,28 @@ def _waited(why):
     WAITS[f"{place}: {why}"] += 1
 
 
+def _tensors(values):
+    """The tensors in what an operator is given: values, and lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _mapped(fn, value):
+    """A value with its tensors replaced, quicker than by `tree_map`."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(fn, each) for each in value])
+    return value
+
+
 def _run(func, args, kwargs):
     """One operator, on the tensors that the device's hold."""
     name = func.name().partition("::")[2].partition(".")[0]
-    tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+    tensors = [*_tensors(args), *_tensors(list(kwargs.values()))]
     away = [a for a in tensors if _is_away(a)]
     if name == "copy_":
         if len(away) == 1 and not (len(args) > 2 and args[2]):
@@ -181,19 +198,17 @@ def _run(func, args, kwargs):
     own = {**kwargs, "device": torch.device("cpu")} if _there(device) else dict(kwargs)
     for without in ("pin_memory", "non_blocking"):
         own.pop(without, None)
-    found = func(*tree_map(_held, args), **tree_map(_held, own))
+    found = func(*_mapped(_held, args), **{k: _mapped(_held, v) for k, v in own.items()})
     if not (_there(device) if device is not None else away):
         return found
     same = {id(a.held): a for a in away}  # what an operator on the spot gives is its argument
 
     def there(value):
-        if not isinstance(value, Tensor):
-            return value
         if _OPEN and value.dtype in _OPEN[-1]:
             raise TypeError(f"Cannot convert a tensor of 'away' to {value.dtype}.")
         return same[id(value)] if id(value) in same else Away(value)
 
-    return tree_map(there, found)
+    return _mapped(there, found)
 
 
 class _Operators(TorchDispatchMode):
