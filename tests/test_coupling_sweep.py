@@ -59,7 +59,8 @@ def test_attention_without_queries_and_keys_responds_by_rho():
     """E4: uniform attention passes a difference through its values alone, so coupling multiplies it
     by rho, at any g, and there is no part of patterns.
     """
-    model = HookedDiT(planted(layers=(0, 1), n_layers=2).transformer, scheduler=DDIMScheduler(1000))
+    truth = planted(layers=(0, 1), n_layers=2, sample_size=4)
+    model = HookedDiT(truth.transformer, scheduler=DDIMScheduler(1000))
     gs = [0.0, 0.5, 1.0, 3.0]
     for form in ("mix", "joint"):
         found = couplings(model, gs, form=form, pairs=8, steps=8, cut=0.1)

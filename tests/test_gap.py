@@ -279,11 +279,11 @@ def test_the_gap_of_a_model_in_half_precision(dtype):
 
 def test_the_images_are_what_they_say():
     model = dit_lens.load("digits")
-    found = measure_gap(model, pairs=16, steps=6, seed=2, resamples=20)
+    found = measure_gap(model, pairs=16, steps=4, seed=2, resamples=20)
     lens = LayerLens()
-    pair = twins(model, 16, [i % 8 for i in range(16)], steps=6, seed=2, probes=[lens])
+    pair = twins(model, 16, [i % 8 for i in range(16)], steps=4, seed=2, probes=[lens])
     assert found.shown_layer[0] == -1 and found.shown_layer[-1] == 27
-    for layer, step in ((-1, 0), (27, 5), (int(found.shown_layer[2]), int(found.shown_step[3]))):
+    for layer, step in ((-1, 0), (27, 3), (int(found.shown_layer[2]), int(found.shown_step[3]))):
         shown = found.lens_image.sel(shown_layer=layer, shown_step=step).values
         np.testing.assert_array_equal(shown, decode(model, lens.x0(layer, step)[:1])[0])
     ends = {}
@@ -299,7 +299,7 @@ def test_the_images_are_what_they_say():
         for twin, x in zip("AB", both, strict=True):
             shown = found.end.sel(release=release, twin=twin).values
             np.testing.assert_allclose(shown, decode(model, x[: len(shown)]), atol=1e-5)
-    assert "end" not in measure_gap(model, pairs=16, steps=6, resamples=20, clones=False)
+    assert "end" not in measure_gap(model, pairs=16, steps=4, resamples=20, clones=False)
     assert not {"twins"} & {*found.drop_vars("end").pipe(Result.of).plot.names}
     with pytest.raises(ValueError, match="pairs=0 can't be used"):
         found.plot.twins(pairs=0)

@@ -131,7 +131,7 @@ def modes_of(model: HookedDiT, cut: float) -> Modes:
 @pytest.mark.slow
 def test_late_planted_layers_are_later_than_shuffled_ones_would_be():
     """Power of the null: of 12 layers the last two amplify, so the growth changes there alone."""
-    truth = planted([10, 11], 0.4, 12, noise=0.01)
+    truth = planted([10, 11], 0.4, 12, noise=0.01, sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
     before = {name: value.clone() for name, value in model.transformer.state_dict().items()}
     found = null_profiles(model, 19, modes_of(model, 0.1), steps=4, seed=1)

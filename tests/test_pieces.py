@@ -173,7 +173,7 @@ def test_knock_outs_in_pieces(tmp_path):
 
     truth = redundant()
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    options = {"pairs": 16, "steps": 10, "cut": 0.1, "resamples": 50}
+    options = {"pairs": 16, "steps": 5, "cut": 0.1, "resamples": 50}
     for function, more in (
         (knock_outs, {"layers": [1, 3], "direct": True}),
         (smallest_set, {}),
