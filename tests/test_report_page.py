@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("results")
     truth = gaussian(4.0, 0.25, layers=(1,), n_layers=2, sample_size=4)
     model = HookedDiT(truth.transformer, scheduler=truth.scheduler)
-    short = {"pairs": 16, "steps": 6, "cut": 0.1, "resamples": 100}
+    short = {"pairs": 16, "steps": 8, "cut": 0.1, "resamples": 100}
     made = {
         "gap.nc": measure_gap(model, **short),
         "attributes.nc": attributes(model, read_light, **short),
