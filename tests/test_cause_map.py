@@ -63,7 +63,7 @@ def test_exact_cells_are_runs_by_hand(model):
     ],
 )
 def test_first_order_is_the_exact_effect_of_small_changes(model, options):
-    options = {"items": 16, "steps": 12, "resamples": 20} | options
+    options = {"items": 16, "steps": 7, "resamples": 20} | options
     exact = cause_map(model, exact=True, **options)
     guess = cause_map(model, projections=24, check=0, **options)
     a, b = exact.effect.values, guess.effect.values

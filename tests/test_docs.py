@@ -33,7 +33,7 @@ def loaded(name):
 
 
 def copy_of(name):
-    """A bundled model as it is loaded, in a tenth of the time: nobody else holds the copy."""
+    """A bundled model as it is loaded, in a quarter of the time: nobody else holds the copy."""
     return copy.deepcopy(loaded(name))
 
 
