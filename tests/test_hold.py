@@ -84,6 +84,24 @@ def test_blocks_add_what_leaves_less_what_entered(model, span):
     assert torch.equal(run.latents[-1], expected)
 
 
+def test_edits_of_what_enters_a_held_block_act_whenever_they_come(model):
+    def hold(t):
+        t.hold("blocks.1", [2, 3])
+
+    def edit(t):
+        t.edit("blocks.1.hook_resid_pre", lambda a, hook: a + 1, steps=3)
+
+    found = []
+    for first, second in ((hold, edit), (edit, hold)):
+        with dit_lens.trace(model) as t:
+            first(t)
+            second(t)
+            found.append(sampled(model).latents[-1])
+        added = t["resid_post", 1] - t["resid_pre", 1]
+        assert torch.allclose(added[3], added[1], atol=1e-5)
+    assert torch.equal(*found)
+
+
 def test_a_held_run_is_read_again_bit_for_bit(model):
     with dit_lens.trace(model, names=["resid_post", "attn_out"]) as recorded:
         recorded.hold("blocks.1", range(1, 4)).hold("attn_out", [4, 5], lag=2)

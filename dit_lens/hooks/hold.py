@@ -333,6 +333,8 @@ class Entering(Editor):
     what a recomputation repeats.
     """
 
+    late = True  # also of edits that come after the hold
+
     def __init__(self, hold: Hold) -> None:
         super().__init__(_nothing)
         self.hold = hold
