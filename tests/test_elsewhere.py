@@ -22,6 +22,7 @@ from dit_lens.errors import InvalidState
 from dit_lens.families import family_named
 from dit_lens.families.registry import OURS
 from dit_lens.model.quiet import quiet
+from dit_lens.patching import Patch, sweep
 from dit_lens.testing import family_contract as contract
 
 ATTACK = bool(os.environ.get("DIT_LENS_ATTACK"))
@@ -120,6 +121,33 @@ def test_a_device_without_float64_samples_and_does_not_measure(monkeypatch):
     for lacks, expected in (((torch.float64,), "cpu"), ((), "away")):
         with elsewhere(lacks):
             assert open_model(args).device.type == expected
+
+
+def test_a_run_of_a_model_that_was_moved_since():
+    model = dit_lens.HookedDiT(make_dit(layers=2), DDIMScheduler(1000))
+    run = dit_lens.sample(model, [1, 2], steps=3)
+    last = run.images
+    with elsewhere() as device:
+        model.to(device)
+        other = dit_lens.sample(model, [1, 2], seeds=5, steps=3)
+        asked = [
+            lambda: run.activations("resid_post", 1, step=1),
+            lambda: run.forward(1),
+            lambda: run.replay(1),
+            lambda: run.select([1]),
+            lambda: sweep(run, other, [Patch("attn_out", 1, range(1, 2))]),
+            lambda: sweep(other, run, [Patch("attn_out", 1, range(1, 2))]),
+        ]
+        said = r"was made on 'cpu' and its model is on 'away:0' now; expected .* model.to\('cpu'\)"
+        for ask in asked:
+            with pytest.raises(InvalidState, match=said):
+                ask()
+        assert torch.equal(run.images, last)
+        model.to("cpu")
+    for ask in (lambda: run.replay(1), lambda: run.select([1, 0])):
+        with pytest.raises(InvalidState, match="default device is 'meta'"), torch.device("meta"):
+            ask()
+    assert torch.equal(run.replay(1).latents, run.latents)
 
 
 def test_a_default_device_is_refused():

@@ -1,5 +1,7 @@
 """Hold: in place of what a site adds at a step, what it added before."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import make_dit
@@ -82,6 +84,50 @@ def test_blocks_add_what_leaves_less_what_entered(model, span):
         t.hold(span, [2, 3])
         run = sampled(model)
     assert torch.equal(run.latents[-1], expected)
+
+
+def test_edits_of_what_enters_a_held_block_act_whenever_they_come(model):
+    def hold(t):
+        t.hold("blocks.1", [2, 3])
+
+    def edit(t):
+        t.edit("blocks.1.hook_resid_pre", lambda a, hook: a + 1, steps=3)
+
+    found = []
+    for first, second in ((hold, edit), (edit, hold)):
+        with dit_lens.trace(model) as t:
+            first(t)
+            second(t)
+            found.append(sampled(model).latents[-1])
+        added = t["resid_post", 1] - t["resid_pre", 1]
+        assert torch.allclose(added[3], added[1], atol=1e-5)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("how", ["hold", "plan"])
+def test_an_edit_of_what_is_held_acts_once(model, how):
+    """Given before the hold or after it, also where what was held is held again."""
+    name = "blocks.1.hook_attn_out"
+    times = sampled(model).timesteps
+    plan = dit_lens.experiments.Plan.of(model, times, [(1, "attn", s) for s in (2, 3, 4)])
+
+    def hold(t):
+        if how == "hold":
+            t.hold(name, range(2, 5))
+
+    def halve(t):
+        t.edit(name, lambda a, hook: a / 2)
+
+    found = []
+    for first, second in ((hold, halve), (halve, hold)):
+        under = dit_lens.reuse(model, plan) if how == "plan" else nullcontext()
+        with under, dit_lens.trace(model, names=name) as t:
+            first(t)
+            second(t)
+            found.append(sampled(model).latents[-1])
+        for step in (2, 3, 4):
+            assert torch.equal(t[name][step], t[name][1])
+    assert torch.equal(*found)
 
 
 def test_a_held_run_is_read_again_bit_for_bit(model):

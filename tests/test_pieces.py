@@ -1072,6 +1072,18 @@ def test_no_cluster_answers(model):
 
 
 @needs_ray
+def test_the_cluster_of_this_machine_is_gone(model, monkeypatch, tmp_path):
+    """Ray remembers one that was killed, and would wait for it for minutes."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    with pytest.raises(InvalidState, match="No Ray cluster answers at '.*:9'"):
+        measure_gap(model, **GAP, engine="ray")
+
+
+@needs_ray
 @linux
 @pytest.mark.slow
 def test_ray_gives_the_same_bits(model, plain, cluster, tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers import DDIMScheduler
 import dit_lens
 from dit_lens import Bands, HookedDiT
 from dit_lens.commands.main import main
+from dit_lens.commands.patch import find_causes
 from dit_lens.experiments import features, images, latents, one_pass, release_sweep
 from dit_lens.experiments.cost import fitting_batch, free_memory, gap_cost, patch_cost
 from dit_lens.experiments.gap import measure_gap
@@ -23,6 +25,7 @@ from dit_lens.experiments.twin_patches import twin_patches
 from dit_lens.families import family_named
 from dit_lens.groundtruth import random_weights
 from dit_lens.measures.agreement import agreement
+from dit_lens.model.trajectories import room
 from dit_lens.plans.costs import Costs
 from dit_lens.probes import LayerLens, SpectralSplit, TwinDivergence
 from dit_lens.sampling.parts import OutOfMemory, Split
@@ -395,6 +398,26 @@ def test_patches_of_whole_blocks_are_one_a_layer():
     with forwards(model.transformer) as seen:
         twin_patches(model, **size, windows=4, release=3, seed=0, cut=0.25, batch=16)
     assert abs(planned / sum(seen["forwards"]) - 1) < 0.25
+
+
+def test_the_trajectories_of_patches_are_those_that_are_then_kept(monkeypatch, tmp_path):
+    model = HookedDiT(
+        make_dit(layers=2, classes=4, channels=1),
+        scheduler=DDIMScheduler(1000, prediction_type="v_prediction"),
+        trajectories=tmp_path,
+    )
+    live, most, made = weakref.WeakSet(), [], room
+
+    def counted(*asked):
+        live.add(x := made(*asked))
+        most.append(sum(each.nbytes for each in live))
+        return x
+
+    monkeypatch.setattr("dit_lens.sampling.loop.room", counted)
+    find_causes(model, 16, 12, 0, 0.25, tmp_path, how=["zero", "mean"])
+    planned = patch_cost(model, 16, 12, ways=2)
+    assert abs(planned.kept / max(most) - 1) < 0.25
+    assert planned.stored == (16 * 2 + 10) * 3 * 2 * 13 * 4 * 8 * 8
 
 
 def test_what_pytorch_keeps_for_itself_is_free(monkeypatch):

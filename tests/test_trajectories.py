@@ -12,6 +12,7 @@ import xarray as xr
 from conftest import make_dit
 from diffusers import DDIMScheduler
 from elsewhere import WAITS, device_memory, elsewhere
+from torch import Tensor
 
 import dit_lens
 from dit_lens import experiments as ask
@@ -181,6 +182,26 @@ def test_bad_places(tmp_path, monkeypatch, capsys):
             dit_lens.sample(model, [1], steps=3)
     assert not list(tmp_path.iterdir()) and model.instrumentation.listening == 0
     assert dit_lens.sample(model, [1], steps=3).latents.isfinite().all()
+
+
+@pytest.mark.parametrize("place", [None, "cpu"])
+def test_a_trajectory_that_does_not_fit_the_memory(place, monkeypatch):
+    """A sentence, that of trajectories= too."""
+    model = opened(place)
+
+    def full(make):
+        def made(*given, **how):
+            if torch.Size([51, 1, 4, 8, 8]) in given:
+                raise torch.OutOfMemoryError("out of memory. Tried to allocate")
+            return make(*given, **how)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", full(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", full(Tensor.new_empty))
+    said = r"^The memory of cpu can't take the 5.22e-05 GB of a trajectory; expected trajectories="
+    with pytest.raises(InvalidState, match=said):
+        dit_lens.sample(model, [1], steps=50)
 
 
 def test_what_does_not_fit_there_is_said_before(tmp_path, monkeypatch):

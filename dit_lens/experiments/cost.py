@@ -212,8 +212,9 @@ def patch_cost(
     at_once = min(batch or 2 * pairs, 2 * pairs)
     active, plain = _forward(model, at_once, _Parts(1 + TIMED, progress))
     weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
-    # the run, and the one without a layer
-    trajectories, elsewhere, room = _trajectories(model, 2 * 3 * 2 * pairs * (steps + 1) * latent)
+    # the first way's twins, which stay, the latest one's, and the run without a layer
+    run, held = 3 * 2 * (steps + 1) * latent, min(ways, 2) + 1
+    trajectories, elsewhere, room = _trajectories(model, held * pairs * run)
     return Cost(
         what="patch",
         exact=False,
@@ -223,7 +224,7 @@ def patch_cost(
         macs=images * Costs.of(model).whole,
         batch=at_once,
         memory=int(weights + trajectories + active),
-        stored=3 * 2 * pairs * (steps + 1) * latent,
+        stored=(ways * pairs + patched) * run,
         seconds=images * plain,
         available=free_memory(model.device) + weights,
         kept=elsewhere,

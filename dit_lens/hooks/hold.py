@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InvalidState, InvalidValue
 from .names import Addition, NamesFilter, UnknownName, additions, layer_of, select, site_of
-from .points import Editor, HookPoint, Listener, Observer, checked
+from .points import Editor, HookPoint, Listener, checked
 from .regions import Region
 
 STREAMS = ("", "text.")
@@ -264,7 +264,6 @@ class Hold:
         found: list[tuple[str, Listener]] = [(self.place.name, Holding(self))]
         if self.place.entered:
             found.insert(0, (self.place.entered, Entering(self)))
-        found.append((self.place.name, Observer(self.remember)))
         for _, listener in found:
             # each part is held from itself, but items would be counted in each
             listener.in_parts = self.inside.items is None
@@ -288,7 +287,7 @@ class Hold:
         return line([value for value in found if value is not None])
 
     def remember(self, value: Tensor, point: HookPoint) -> None:
-        """Keep what was added, as an observer at the place."""
+        """Keep what was added, before edits that come after the hold: these act on it once more."""
         # a sum less what entered is not to the bit what was held
         same = self.made is not None and self.made[0] is value
         self._keep(self.made[1] if same and self.made else self.place.of(value, self.entered))
@@ -333,6 +332,8 @@ class Entering(Editor):
     what a recomputation repeats.
     """
 
+    late = True  # also of edits that come after the hold
+
     def __init__(self, hold: Hold) -> None:
         super().__init__(_nothing)
         self.hold = hold
@@ -354,11 +355,13 @@ class Holding(Editor):
 
     def __call__(self, x: Tensor, point: HookPoint) -> Tensor:
         value = self.hold.value() if self.fixed is None else self.fixed
-        if value is None:
-            return x
-        clock = self.at or self.hold.now()
-        point.step, point.changed = clock.step, True
-        return self.hold.put(value, x, point, clock)
+        if value is not None:
+            clock = self.at or self.hold.now()
+            point.step, point.changed = clock.step, True
+            x = self.hold.put(value, x, point, clock)
+        if self.fixed is None:
+            self.hold.remember(x, point)
+        return x
 
     def frozen(self) -> Editor | None:
         value = self.hold.value() if self.fixed is None else self.fixed

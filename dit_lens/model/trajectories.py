@@ -46,24 +46,27 @@ def room(place: str | None, shape: Sequence[int], like: Tensor) -> Tensor:
         like: a tensor of its dtype, on the device of the model.
 
     Raises:
-        InvalidState: where the folder has no room for it, or can't be written.
+        InvalidState: where there is no room for it, or the folder can't be written.
     """
-    if place is None:
-        return like.new_empty(tuple(shape))
-    if place == HOST:
-        return torch.empty(tuple(shape), dtype=like.dtype)
     n = torch.Size(shape).numel()
     size = n * like.element_size()
     try:
+        if place is None:
+            return like.new_empty(tuple(shape))
+        if place == HOST:
+            return torch.empty(tuple(shape), dtype=like.dtype)
         # gone from the folder at once, from the disk with the tensor
         with tempfile.NamedTemporaryFile(dir=place, prefix="dit-lens-") as file:
             if hasattr(os, "posix_fallocate"):  # a disk that fills later would kill the process
                 os.posix_fallocate(file.fileno(), 0, size)
             mapped = torch.from_file(file.name, shared=True, size=n, dtype=like.dtype)
     except (OSError, RuntimeError) as error:
+        folder = place not in (None, HOST)
+        where = repr(place) if folder else f"The memory of {place or like.device}"
         why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InvalidState(
-            f"{place!r} can't take the {size / 1e9:.3g} GB of a trajectory ({why}); expected "
-            "trajectories= a folder with room for it, 'cpu', or fewer images or steps."
+            f"{where} can't take the {size / 1e9:.3g} GB of a trajectory"
+            f"{f' ({why})' * folder}; expected trajectories= a folder with room for it, 'cpu', or "
+            "fewer images or steps."
         ) from error
     return mapped.view(tuple(shape))

@@ -285,6 +285,7 @@ def check_kind_of_runs(source: Run, target: Run) -> None:
     """What `check_runs` refuses without a forward of the model."""
     for name, run in (("source", source), ("target", target)):
         arguments.instance(name, run, Run, "a run of dit_lens.sample, or a twin")
+        run.require_here()
     if source.model.transformer is not target.model.transformer:
         raise InvalidValue("The runs are of different models; expected two of one model.")
     for name in ("steps", "guidance", "guided_channels"):

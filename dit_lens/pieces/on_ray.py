@@ -229,12 +229,14 @@ class RayWorkers:
         if not self.own:
             return
         where = address or os.environ.get("RAY_ADDRESS") or "auto"
-        bare = where.rpartition("//")[2]
-        host, _, port = bare.rpartition(":")
         advice = "expected one that runs, as 'ray start --head' starts it, given by --address"
         try:
+            if where == "auto":  # may be one that is gone, for which Ray would wait for minutes
+                services = self.ray._private.services  # noqa: SLF001 (no public way)
+                where = services.canonicalize_bootstrap_address(where)
+            host, _, port = where.rpartition("//")[2].rpartition(":")
             if port.isdigit():
-                socket.create_connection((host, int(port)), ANSWER).close()
+                socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
             self.ray.init(where, log_to_driver=False, logging_level="error")
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0][:200]

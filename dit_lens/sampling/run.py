@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..errors import InvalidValue
+from ..errors import InvalidState, InvalidValue
 from ..families.offloading import computing_device
 from ..hooks.names import layer_of, select
 from ..hooks.passes import Part
@@ -293,6 +293,7 @@ class Run:
 
     def _proof(self, step: int, split: Split, part: tuple[int, ...], last: str) -> Proof:
         """What holds a part of a step against its checksums."""
+        self.require_here()
         texts = self.splits[step].texts
         texts = tuple(texts[i] for i in part) if texts else ()
         then = self.witnesses[step]
@@ -328,6 +329,18 @@ class Run:
         if not self.selected:  # some items alone are another batch size
             warnings.warn(departure.warning(step, changed), stacklevel=4)
 
+    def require_here(self) -> None:
+        """Raise InvalidState if the model was moved to another device since, whose kernels round
+        otherwise, or if tensors are made on a device by default now.
+        """
+        arguments.require_cpu_by_default()
+        then, now = next(iter(self.witnesses[0].values())).bits.device, self.model.device
+        if then.type != now.type or (now.index is not None and then.index != now.index):
+            raise InvalidState(
+                f"The run was made on {str(then)!r} and its model is on {str(now)!r} now; expected "
+                f"it there again, model.to({str(then)!r}), or a new run."
+            )
+
     def require_released(self, step: int) -> None:
         """Raise ValueError if the run was still coupled to its twin at this step.
 
@@ -349,7 +362,9 @@ class Run:
 
         Raises:
             ValueError: for items that are not there, or none.
+            RuntimeError: if the model was moved to another device since.
         """
+        self.require_here()
         chosen = arguments.positions("items", items, len(self.labels))
         wanted, first = chosen.tolist(), int(chosen[0])
         # neighbours, as one of two twins is, share the run's memory

@@ -370,7 +370,8 @@ class Trace:
         """Put in, for what is added at these steps, what was added at earlier ones.
 
         What is held may have been held itself: `steps=range(1, 16)` holds what step 0 added. Each
-        branch of guidance is held from itself, in one batch or in calls of its own.
+        branch of guidance is held from itself, in one batch or in calls of its own. An edit that is
+        given before is part of what is held, one that is given after acts on what is put in.
 
         Args:
             name: what is held: hook points, such as "attn_out"; a block, "blocks.5", or all that it
