@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,10 +64,10 @@ def room(place: str | None, shape: Sequence[int], like: Tensor) -> Tensor:
     except (OSError, RuntimeError) as error:
         folder = place not in (None, HOST)
         where = repr(place) if folder else f"The memory of {place or like.device}"
-        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        # of an allocator only what happened
+        why = getattr(error, "strerror", None) or re.split(r"\.\s|\n", str(error))[0]
         raise InvalidState(
-            f"{where} can't take the {size / 1e9:.3g} GB of a trajectory"
-            f"{f' ({why})' * folder}; expected trajectories= a folder with room for it, 'cpu', or "
-            "fewer images or steps."
+            f"{where} can't take the {size / 1e9:.3g} GB of a trajectory ({why}); expected "
+            "trajectories= a folder with room for it, 'cpu', or fewer images or steps."
         ) from error
     return mapped.view(tuple(shape))

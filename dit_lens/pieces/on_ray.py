@@ -11,6 +11,7 @@ import platform
 import socket
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -232,8 +233,9 @@ class RayWorkers:
         advice = "expected one that runs, as 'ray start --head' starts it, given by --address"
         try:
             if where == "auto":  # may be one that is gone, for which Ray would wait for minutes
-                services = self.ray._private.services  # noqa: SLF001 (no public way)
-                where = services.canonicalize_bootstrap_address(where)
+                with suppress(AttributeError):  # no public way, which another version may lack
+                    services = self.ray._private.services  # noqa: SLF001
+                    where = services.canonicalize_bootstrap_address(where)
             host, _, port = where.rpartition("//")[2].rpartition(":")
             if port.isdigit():
                 socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
