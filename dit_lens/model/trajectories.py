@@ -56,11 +56,15 @@ def room(place: str | None, shape: Sequence[int], like: Tensor) -> Tensor:
             return like.new_empty(tuple(shape))
         if place == HOST:
             return torch.empty(tuple(shape), dtype=like.dtype)
-        # gone from the folder at once, from the disk with the tensor
-        with tempfile.NamedTemporaryFile(dir=place, prefix="dit-lens-") as file:
+        handle, name = tempfile.mkstemp(dir=place, prefix="dit-lens-")
+        with open(handle, "wb") as file:
+            try:
+                file.truncate(size)
+                mapped = torch.from_file(name, shared=True, size=n, dtype=like.dtype)
+            finally:
+                os.unlink(name)  # from the disk it is gone with the tensor, whatever happens
             if hasattr(os, "posix_fallocate"):  # a disk that fills later would kill the process
                 os.posix_fallocate(file.fileno(), 0, size)
-            mapped = torch.from_file(file.name, shared=True, size=n, dtype=like.dtype)
     except (OSError, RuntimeError) as error:
         folder = place not in (None, HOST)
         where = repr(place) if folder else f"The memory of {place or like.device}"
