@@ -36,7 +36,7 @@ bench: .venv/dev.stamp
 
 attack: .venv/dev.stamp
 	DIT_LENS_ATTACK=1 DIT_LENS_ATTACK_FUZZ=300 DIT_LENS_ATTACK_RACES=500 DIT_LENS_ATTACK_LINES=250 DIT_LENS_ATTACK_INTERRUPTS=1200 DIT_LENS_ATTACK_KILLS=24 \
-		$(IN) pytest -s -W ignore tests/test_attack_*.py tests/test_every_family.py tests/test_pieces.py tests/test_storage.py tests/test_arguments.py
+		$(IN) pytest -s -W ignore tests/test_attack_*.py tests/test_every_family.py tests/test_elsewhere.py tests/test_pieces.py tests/test_storage.py tests/test_arguments.py
 
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(IN) mkdocs build --quiet

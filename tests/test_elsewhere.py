@@ -43,10 +43,12 @@ def test_a_family_keeps_its_contract_elsewhere(name, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES if ATTACK else ["SD3Transformer2DModel"])
-def test_measurements_elsewhere(name):
+@pytest.mark.parametrize("place", [None, "cpu"] if ATTACK else [None])
+def test_measurements_elsewhere(name, place):
     wrong = []
     with elsewhere() as device, quiet():
-        model = dit_lens.HookedDiT(family_named(name).small_pipeline().to(device))
+        pipe = family_named(name).small_pipeline().to(device)
+        model = dit_lens.HookedDiT(pipe, trajectories=place)
         for what, measure in MEASUREMENTS.items():
             try:
                 if ATTACK or what in FEW:

@@ -612,6 +612,8 @@ def test_bad_input(model, pair):
     with pytest.raises(ValueError, match="n=9 windows over 5 steps"):
         tiles(1, 6, 9)
     assert [len(tiles(1, stop)) for stop in (4, 9)] == [3, 5]
+    with pytest.raises(ValueError, match="There are no steps from 5 on before 5"):
+        tiles(5, 5)
 
     def fail(done, total):
         raise RuntimeError("mine")

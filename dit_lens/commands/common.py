@@ -380,8 +380,7 @@ def open_model(args: argparse.Namespace) -> HookedDiT:
         # nearly every command measures
         device = "cpu" if here is None or not arguments.has_float64(here) else str(here)
     size = None if args.size is None else tuple(args.size)
-    place = args.trajectories
-    model = load(args.model, args.dtype, device, size, place)
+    model = load(args.model, args.dtype, device, size, args.trajectories)
     made_of(str(args.model), model.device)
     return model
 

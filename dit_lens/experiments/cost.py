@@ -84,8 +84,9 @@ class Cost:
             raise InvalidValue(
                 f"{self.what} takes about {self.memory / 1e9:.1f} GB and "
                 f"{self.available / 1e9:.1f} GB are free; expected fewer images at once (--batch "
-                f"{max(1, self.batch // 2)}), trajectories elsewhere (--trajectories), --dtype "
-                "bfloat16, or fewer --pairs or --steps."
+                f"{max(1, self.batch // 2)}), "
+                f"{'trajectories elsewhere (--trajectories), ' * (not self.kept)}--dtype bfloat16, "
+                "or fewer --pairs or --steps."
             )
         if self.kept > self.room:
             raise InvalidValue(

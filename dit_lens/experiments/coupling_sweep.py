@@ -534,11 +534,11 @@ def _responses(
 
     listening = {layer: listener(layer) for layer in range(n)}
     at_once = pair.pairs if batch is None else max(1, batch // 2)
+    whole, t = run.here(run.latents[step]), run.timesteps[step]
     with run.restored(), model.instrumentation.under(couplings=listening):
         for part in torch.arange(pair.pairs).split(at_once):
-            rows, t = torch.cat([part, part + pair.pairs]), run.timesteps[step]
-            x = run.here(run.latents[step])
-            x = x[sent(rows, x.device)]
+            rows = torch.cat([part, part + pair.pairs])
+            x = whole[sent(rows, whole.device)]
             model(*model_inputs(model, x, t, run.labels[rows], run.settings.guidance))
     own = squares.cpu().numpy()
     own[own <= 1e-10 * own.sum(0)] = np.nan  # rounding is no part

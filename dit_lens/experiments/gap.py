@@ -29,6 +29,7 @@ from dit_lens.probes import LayerLens, TwinDivergence
 
 from .. import arguments
 from ..errors import InvalidValue
+from ..groundtruth.nulls import shuffled_order
 from ..measures import Array
 from ..measures.agreement import Agreement
 from ..measures.bands import CUT
@@ -47,7 +48,7 @@ from .gap_sentences import ESTIMATORS, NO_DEPTH, TITLES, headline
 from .kept_twins import kept_twins
 from .layer_profile import CHANNELS, VIEWS, Streams, last_layers, profile_values, profiles
 from .modes import BandKind, Modes
-from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles, shuffled
+from .null_profiles import PAIRS, STEPS, checked_nulls, depth_sentence, null_profiles
 from .null_profiles import RELEASES as NULL_RELEASES
 from .outcomes import Outcome, features, latents, once
 from .outcomes import images as images_of
@@ -193,7 +194,8 @@ def measure_gap(
     arguments.optional(arguments.function, "feature", feature, "of images in [0, 1]")
     arguments.text("name", name)
     if nulls := checked_nulls(arguments.whole("null", null, 0)):
-        shuffled(model, seed)  # or it says why there is none, before anything is run
+        # or it says why there is none, before anything is run
+        shuffled_order(model.transformer, seed, model.family.blocks)
     known = None if images is None else as_latents(model, images)
     groups = _image_labels(image_labels, known)
     resamples = arguments.whole("resamples", resamples, 1)

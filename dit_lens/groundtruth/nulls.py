@@ -82,6 +82,35 @@ def shuffle_layers(
     >>> shuffle_layers(truth.transformer, seed=1).config.num_layers
     3
     """
+    order = shuffled_order(transformer, seed, blocks)
+    of = blocks or _blocks
+    # not made anew from the configuration, which says nothing of adapters
+    shuffled = copy.deepcopy(transformer)
+    for module in shuffled.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    old = list(of(transformer))
+    for new, i in zip(of(shuffled), order, strict=True):
+        new.load_state_dict(old[i].state_dict())
+    return shuffled
+
+
+def shuffled_order(
+    transformer: Any, seed: int, blocks: Callable[[Any], Sequence[torch.nn.Module]] | None = None
+) -> list[int]:
+    """The order of the blocks in `shuffle_layers`, of which nothing is copied yet.
+
+    Args:
+        transformer: as for `shuffle_layers`, as are `seed` and `blocks`.
+        seed: of the order.
+        blocks: in forward order.
+
+    Raises:
+        ValueError: as `shuffle_layers`.
+
+    >>> sorted(shuffled_order(random_weights(0, n_layers=3).transformer, seed=1))
+    [0, 1, 2]
+    """
     arguments.instance("transformer", transformer, ModelMixin, "a diffusers transformer")
     arguments.optional(arguments.function, "blocks", blocks, "of the transformer")
     seed = arguments.seed("seed", seed)
@@ -95,8 +124,7 @@ def shuffle_layers(
             f"The layers can't be shuffled: {away[0]} is on the meta device, as under accelerate's "
             "offload; expected a model whose weights are loaded."
         )
-    of = blocks or (lambda model: list(model.transformer_blocks))
-    old = list(of(transformer))
+    old = list((blocks or _blocks)(transformer))
     kinds: dict[Any, list[int]] = {}
     for i, block in enumerate(old):
         shapes = tuple((name, tuple(value.shape)) for name, value in block.state_dict().items())
@@ -112,11 +140,8 @@ def shuffle_layers(
             drawn = torch.randperm(len(places), generator=draw).tolist()
             for place, i in zip(places, drawn, strict=True):
                 order[place] = places[i]
-    # not made anew from the configuration, which says nothing of adapters
-    shuffled = copy.deepcopy(transformer)
-    for module in shuffled.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    for new, i in zip(of(shuffled), order, strict=True):
-        new.load_state_dict(old[i].state_dict())
-    return shuffled
+    return order
+
+
+def _blocks(transformer: Any) -> list[torch.nn.Module]:
+    return list(transformer.transformer_blocks)

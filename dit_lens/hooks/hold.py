@@ -287,7 +287,9 @@ class Hold:
         return line([value for value in found if value is not None])
 
     def remember(self, value: Tensor, point: HookPoint) -> None:
-        """Keep what was added, before edits that come after the hold: these act on it once more."""
+        """Keep what was added, without edits that are given after the hold: they act on what is
+        put in.
+        """
         # a sum less what entered is not to the bit what was held
         same = self.made is not None and self.made[0] is value
         self._keep(self.made[1] if same and self.made else self.place.of(value, self.entered))

@@ -27,8 +27,10 @@ def checked_place(place: str | Path | None) -> str | None:
         InvalidType: for anything else.
         MissingFile: for a folder that is not there.
     """
-    if place is None or place == HOST:
-        return None if place is None else HOST
+    if place is None:
+        return None
+    if place == HOST:
+        return HOST
     expected = "'cpu', or a folder for temporary files"
     folder = Path(arguments.instance("trajectories", place, (str, Path), expected))
     if not folder.is_dir():

@@ -114,13 +114,12 @@ def attribute(
     pulls = [list(end) for _ in shares]
     found = np.zeros((model.cfg.n_layers, len(sites), settings.steps, bands.n))
     for step in reversed(range(settings.steps)):
+        begin, goal = (run.here(run.latents[step]) for run in (target, source))
         theirs, ours = (
-            _activations(run, run.here(run.latents[step]), step, names)[0]
-            for run in (source, target)
+            _activations(run, x, step, names)[0] for run, x in ((source, goal), (target, begin))
         )
         change = [a - h for a, h in zip(theirs, ours, strict=True)]
         for share, pull in zip(shares, pulls, strict=True):
-            begin, goal = (run.here(run.latents[step]) for run in (target, source))
             x = torch.lerp(begin, goal, share).requires_grad_()
             with torch.enable_grad():
                 seen, following = _activations(target, x, step, names, graph=True)

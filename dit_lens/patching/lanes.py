@@ -376,7 +376,7 @@ class Lanes:
         def keep(value: Tensor, point: HookPoint) -> None:
             kept[point.name] = value.clone()
 
-        model, x, then = run.model, *map(run.here, (run.latents[step], run.outputs[step]))
+        model, x, then = run.model, run.here(run.latents[step]), run.here(run.outputs[step])
         observed = model.observing(sorted(names), keep) if names else nullcontext()
         with run.restored(), model.hooks(edits_at(run.history, step)), observed:
             output = model_output(model, x, step, run.labels, self.settings, self.scheduler)

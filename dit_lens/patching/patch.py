@@ -245,7 +245,12 @@ def tiles(first: int, stop: int, n: int | None = None) -> list[range]:
     [range(20, 23), range(23, 26), range(26, 30)]
     """
     first, stop = arguments.whole("first", first, 0), arguments.whole("stop", stop, 0)
-    n = max(1, min(5, stop - first)) if n is None else arguments.whole("n", n, 0)
+    n = min(5, stop - first) if n is None else arguments.whole("n", n, 0)
+    if stop <= first:
+        raise InvalidValue(
+            f"There are no steps from {first} on before {stop}, to be cut into windows; expected "
+            "some, as with a release before the last step."
+        )
     if not 1 <= n <= stop - first:
         raise InvalidValue(
             f"n={n} windows over {stop - first} steps ({first} to {stop - 1}); expected 1 to "

@@ -392,9 +392,8 @@ class Pictures(DatasetPlotAccessor):
                 f"{list(data.effect.dims)}."
             )
         values, layers = effect.transpose("window", "layer"), data.layer.values
-        unit = (
-            "effect, 1 a stranger's distance" if "band" in data.dims else "change of the gap, steps"
-        )
+        of_gap = "gap" in data.attrs  # a band that was chosen is no axis any more
+        unit = "change of the gap, steps" if of_gap else "effect, 1 a stranger's distance"
         signed_map(ax, values, layers, unit)
         windows_up(ax, data.window.values)
         ax.set(xlabel="layer", ylabel="steps", title=", ".join(shown))

@@ -57,7 +57,10 @@ def families(texts: Iterable[str]) -> list[str]:
         return usual
 
     def lacks(font: font_manager.FontEntry) -> int:
-        return len(missing - font_manager.get_font(font.fname).get_charmap().keys())
+        try:
+            return len(missing - font_manager.get_font(font.fname).get_charmap().keys())
+        except (OSError, RuntimeError):  # matplotlib's list of fonts may be older than the fonts
+            return len(missing)
 
     # matplotlib's "Last Resort" has a box for every character
     fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]

@@ -95,11 +95,7 @@ def table(results: xr.Dataset) -> Table:
 
 
 def _bands(results: xr.Dataset) -> list[tuple[str, str, Estimate]]:
-    """What bands there are, by kind and name, with their commitment step.
-
-    Args:
-        results: of `dit_lens.experiments.attributes`.
-    """
+    """What bands there are, by kind and name, with their commitment step."""
     step, found = results.sel(quantity="step"), []
     for axis, kind in (("split", "frequencies"), ("band", "cycles/pixel")):
         for name in results[axis].values:

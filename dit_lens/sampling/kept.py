@@ -122,8 +122,10 @@ def run_of(
     def trajectory(name: str) -> Tensor:
         if model.trajectories is None:
             return tensor(name)
-        found = torch.from_numpy(arrays[name])
-        return room(model.trajectories, found.shape, found).copy_(found)
+        like = torch.from_numpy(np.empty(0, arrays[name].dtype))
+        kept = room(model.trajectories, arrays[name].shape, like)
+        kept.numpy()[...] = arrays[name]  # which may be read-only
+        return kept
 
     witnesses, of_steps = list[Witness](), list(map(len, about["witnessed"]))
     parts = (tensor(name).split(of_steps) for name in ("bits", "total"))

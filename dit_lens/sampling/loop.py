@@ -61,8 +61,8 @@ class Step(NamedTuple):
 
 
 class Kept:
-    """A trajectory as it grows, in memory that is taken once: the model's, or where its
-    `trajectories` should lie, which gets each step while the device is at the next one.
+    """A trajectory as it grows, in memory that is taken once: on the device, or where the model's
+    `trajectories` says. There each step is copied while the device computes the next one.
 
     Args:
         model: that is sampled.
